@@ -1,0 +1,24 @@
+"""The errors that a user can cause, each one line: what is wrong, where, and what to do next.
+
+Everything the package raises on purpose derives from `LinearizeError`; the command line prints its text and exits 1.
+"""
+
+
+class LinearizeError(Exception):
+    """Base of every expected error; its text is a single line meant for the user."""
+
+
+class ModelError(LinearizeError):
+    """A model cannot be found, read, or converted."""
+
+
+class RecipeError(LinearizeError):
+    """A recipe, or a `--set` on top of it, is not valid."""
+
+
+class DataError(LinearizeError):
+    """Training or evaluation data cannot be found or read."""
+
+
+class OutputError(LinearizeError):
+    """A result cannot be written where the user asked for it."""

@@ -1,0 +1,7 @@
+"""What a converted checkpoint is: configuration, attention layer, memory and model."""
+
+from linearize.model.configuration import LinearizedConfig, MixerConfig
+from linearize.model.memory import LayerMemory, cache_nbytes
+from linearize.model.modeling import LinearizedForCausalLM, register
+
+__all__ = ["LayerMemory", "LinearizedConfig", "LinearizedForCausalLM", "MixerConfig", "cache_nbytes", "register"]

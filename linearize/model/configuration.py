@@ -1,0 +1,86 @@
+"""The configuration of a converted model: the base model's own, and one `mixer` section per distinct layer kind."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+Mix = Literal["fixed", "learned", "softmax"]
+Covers = Literal["all", "evicted"]
+
+
+@dataclass
+class MixerConfig:
+    """How the layers of one kind mix tokens.
+
+    Attributes:
+        layers: the layers of this kind, counted from 0.
+        recurrence: name of a registered recurrence, or `none` for the window alone.
+        window: tokens of the softmax window, the current one included.
+        sinks: first tokens that every later query reads exactly.
+        mix: how window and recurrence join. `fixed` 0.5/0.5 (Liger); `learned` a weight per head and channel that
+            starts at 0; `softmax` one shared normaliser with a weight per head that starts at 0.
+        covers: which tokens the state holds: `all`, or those `evicted` from the window (and not kept as sinks).
+        feature_map: what keys and queries pass through before the state.
+        normalize: divide the recurrence's reading by the mass that was read.
+        gate_scale, gate_bias, gate_divisor: the log-gate is logsigmoid(scale * k + bias) / divisor.
+        gate_learned: whether scale and bias are parameters, one per key/value head and channel.
+    """
+
+    layers: list[int]
+    recurrence: str = "gla"
+    window: int = 64
+    sinks: int = 4
+    mix: Mix = "learned"
+    covers: Covers = "evicted"
+    feature_map: str = "softmax"
+    normalize: bool = True
+    gate_scale: float = 0.1
+    gate_bias: float = 5.0
+    gate_divisor: float = 1.0
+    gate_learned: bool = True
+
+
+class LinearizedConfig(PreTrainedConfig):
+    """Configuration of a converted model; unknown attributes are looked up in the base model's configuration.
+
+    Args:
+        text_config: the base model's configuration, whole. The name is the one under which transformers looks for
+            the language model inside a composite configuration.
+        mixers: the `mixer` sections; layers that no section names keep their softmax attention.
+    """
+
+    model_type = "linearized"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    mixers: list[Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        base = self.text_config
+        if base is None:
+            base = {"model_type": "llama"}  # transformers builds a default instance to compare against when saving
+        if isinstance(base, dict):
+            base = dict(base)
+            base = CONFIG_MAPPING[base.pop("model_type")](**base)
+        self.text_config = base
+        self.mixers = [m if isinstance(m, dict) else asdict(m) for m in self.mixers or []]
+        # One truth for what generate() and the embedding tying read from the outer configuration.
+        for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
+            kwargs.pop(name, None)
+        super().__post_init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and (base := self.__dict__.get("text_config")) is not None:
+            return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def mixer_of(self, layer: int) -> MixerConfig | None:
+        """The mixer section that names `layer`, or None where its softmax attention stays."""
+        for section in self.mixers or []:
+            if layer in section["layers"]:
+                return MixerConfig(**section)
+        return None

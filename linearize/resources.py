@@ -1,0 +1,27 @@
+"""Where the files that ship beside the code are: recipes and evaluation tasks.
+
+In a wheel they lie under `linearize/_data`; in a checkout (an editable install) they are the repository's own folders.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_IN_CHECKOUT = {"recipes": "recipes", "tasks": "evals/tasks"}
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of shipped `recipes` or `tasks`."""
+    packaged = _PACKAGE / "_data" / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / _IN_CHECKOUT[name]
+
+
+def cache_folder() -> Path:
+    """Where results that are costly to make again are kept (`$LINEARIZE_CACHE`, else `~/.cache/linearize`)."""
+    chosen = os.environ.get("LINEARIZE_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "linearize"
