@@ -66,12 +66,11 @@ class LinearizedConfig(PreTrainedConfig):
         if isinstance(base, dict):
             base = dict(base)
             base = CONFIG_MAPPING[base.pop("model_type")](**base)
-        self.text_config = base
         self.mixers = [m if isinstance(m, dict) else asdict(m) for m in self.mixers or []]
-        # One truth for what generate() and the embedding tying read from the outer configuration.
-        for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
-            kwargs.pop(name, None)
+        # The library must not find the base model's attributes on this level, or it would write them here as well.
+        self.text_config = None
         super().__post_init__(**kwargs)
+        self.text_config = base
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and (base := self.__dict__.get("text_config")) is not None:

@@ -32,6 +32,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LinearizedConfig
     # A recurrent state cannot be rolled back, so assisted decoding must be refused by generate().
     _is_stateful = True
+    # The few own parameters are small and take small updates: half precision would swallow them.
+    _keep_in_fp32_modules_strict = ("mixer",)
 
     def __init__(self, config: LinearizedConfig, *args: Any, **kwargs: Any) -> None:
         if type(self) is LinearizedForCausalLM:
@@ -98,7 +100,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             owner, name = family_of(base).attention_modules(model)[layer]
             attention = getattr(owner, name)
             if isinstance(attention, LinearizedAttention):
-                attention.to(device=next(attention.parameters()).device, dtype=teacher.dtype)
+                attention.mixer.to(next(attention.parameters()).device)
                 attention.train(teacher.training)
         assert isinstance(model, cls)  # noqa: S101 - for the type checker
         return model

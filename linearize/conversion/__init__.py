@@ -1,0 +1,1 @@
+"""From a pretrained model to a converted one: finding it, describing it, swapping its attention, writing it."""

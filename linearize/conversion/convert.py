@@ -1,0 +1,157 @@
+"""Conversion: the swap itself, and the checkpoint folder that comes out of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from linearize import __version__
+from linearize.conversion.output import sha256
+from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
+from linearize.errors import ModelError
+from linearize.hub.card import model_card
+from linearize.hub.carry import AUTO_MAP, carried_files
+from linearize.model import LinearizedForCausalLM, MixerConfig
+from linearize.model.attention import LinearizedAttention
+from linearize.model.modeling import family_of
+from linearize.recipe import MixerSpec, Recipe, dump_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROVENANCE = "linearize.json"
+
+
+def mixers_for(spec: MixerSpec, layers: int) -> list[MixerConfig]:
+    """A recipe's mixer section for a model of so many layers."""
+    return [
+        MixerConfig(
+            layers=list(range(layers)),
+            recurrence=spec.recurrence,
+            window=spec.window,
+            sinks=spec.sinks,
+            mix=spec.mix,
+            covers=spec.covers,
+            feature_map=spec.feature_map,
+            normalize=spec.normalize,
+            gate_scale=spec.gate.scale,
+            gate_bias=spec.gate.bias,
+            gate_divisor=spec.gate.divisor,
+            gate_learned=spec.gate.learned,
+        )
+    ]
+
+
+def check_convertible(config: Any, source: Source) -> None:
+    """Raises:
+    ModelError: the model is converted already, or its architecture is not supported.
+    """
+    if config.model_type == "linearized":
+        raise ModelError(f"{source.name}: is a converted model already; finetune or eval it as it is")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source.name}: is an encoder-decoder; only causal language models can be converted")
+    try:
+        family_of(config)
+    except ValueError as error:
+        raise ModelError(f"{source.name}: {error}") from error
+
+
+def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
+    """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
+    layers = len(family_of(teacher.config).attention_modules(teacher))
+    return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, layers))
+
+
+def window_baseline(source: Source, mixers: Sequence[dict[str, Any]], *, dtype: str = "auto") -> LinearizedForCausalLM:
+    """`source` with the window and sinks of `mixers` and no recurrence: what costs no training at all."""
+    teacher = load_model(source, dtype=dtype)
+    check_convertible(teacher.config, source)
+    bare = [MixerConfig(**{**mixer, "recurrence": "none", "covers": "evicted"}) for mixer in mixers]
+    return LinearizedForCausalLM.from_teacher(teacher, bare).eval()
+
+
+def convert(source: Source, recipe: Recipe, folder: Path) -> LinearizedForCausalLM:
+    """Loads `source`, converts it by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
+
+    Raises:
+        ModelError: the model cannot be read or converted.
+    """
+    tokenizer = load_tokenizer(source)
+    teacher = load_model(source, dtype=recipe.dtype)
+    check_convertible(teacher.config, source)
+    revision = getattr(teacher.config, "_commit_hash", None)
+    model = convert_model(teacher, recipe.mixer)
+    write_checkpoint(folder, model, tokenizer, recipe, base_record(source, revision))
+    return model
+
+
+def base_record(source: Source, revision: str | None) -> dict[str, Any]:
+    """What `linearize.json` says of the base model."""
+    return {"model": source.reference, "name": source.name, "kind": source.kind, "revision": revision}
+
+
+def write_checkpoint(
+    folder: Path,
+    model: LinearizedForCausalLM,
+    tokenizer: Any,
+    recipe: Recipe,
+    base: dict[str, Any],
+    stages: Sequence[dict[str, Any]] = (),
+    name: str | None = None,
+) -> None:
+    """Writes everything a converted checkpoint consists of.
+
+    Args:
+        folder: an existing folder.
+        base: the base model's record, see `base_record`.
+        stages: a record of each training stage: objective, data, tokens.
+        name: the checkpoint's name on its card.
+    """
+    model.config.auto_map = dict(AUTO_MAP)
+    model.config.text_config._name_or_path = ""  # a path of this machine; linearize.json names the base model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file, source in carried_files().items():
+        (folder / file).write_text(source, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    provenance: dict[str, Any] = {
+        "format": 1,
+        "base": base,
+        "seed": recipe.seed,
+        "stages": list(stages),
+        "versions": versions(),
+    }
+    card = model_card(name or base["name"], provenance, model.config.mixers or [], state_nbytes(model))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:
+    """Bytes of memory that one sequence takes in all converted layers."""
+    attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
+    held = dtype or model.dtype
+    return sum(attention.mixer.memory(1, held, torch.device("meta")).nbytes for attention in attentions)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"linearize": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def open_model(reference: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any, Source]:
+    """Any model, converted or not, with its tokenizer and whereabouts."""
+    source = find_source(reference, trust_remote_code=trust_remote_code)
+    return load_model(source, dtype=dtype), load_tokenizer(source), source

@@ -1,0 +1,94 @@
+"""Results that appear whole or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from linearize.errors import OutputError
+
+
+@contextmanager
+def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` when the block ends without an error.
+
+    It is made at once, so that a place that cannot be written is found before any work is done.
+
+    Raises:
+        OutputError: `target` exists (and `overwrite` is not set), cannot be made, or the disk is full.
+    """
+    target = Path(os.path.abspath(target.expanduser()))
+    check_free(target, overwrite=overwrite)
+    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {_plain(error)}") from error
+    try:
+        yield staging
+        _replace(staging, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise OutputError(f"{target}: cannot be written: {_plain(error)}; nothing was left there") from error
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own.
+        if "No space left" in str(error):
+            raise OutputError(f"{target}: cannot be written: no space left on the disk; nothing was left there") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Refuses a place that is taken, unless it may be overwritten."""
+    if target.is_file():
+        raise OutputError(f"{target}: is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{target}: exists and is not empty; pass --overwrite to replace it")
+        if not ((target / "config.json").is_file() or (target / "linearize.json").is_file()):
+            raise OutputError(f"{target}: does not look like a result of linearize; it will not be overwritten")
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Puts `staging` in the place of `target`; the old one goes only when the new one is there."""
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    """The same for Python 3.10."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _plain(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,210 @@
+"""Where a model comes from: a Hub id, a folder, or a GGUF file; and one clear line when it cannot be read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
+from linearize.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's whereabouts.
+
+    Attributes:
+        reference: as the user gave it; absolute for local ones.
+        kind: `hub` id, local `folder`, or `gguf` file.
+        trust_remote_code: whether the user allowed the model's own Python code to run.
+    """
+
+    reference: str
+    kind: Literal["hub", "folder", "gguf"]
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        """A short name for messages and cards."""
+        return self.reference if self.kind == "hub" else Path(self.reference).name
+
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        """The positional and keyword arguments that transformers' `from_pretrained` wants."""
+        keywords: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.kind == "gguf":
+            path = Path(self.reference)
+            return str(path.parent), {**keywords, "gguf_file": path.name}
+        return self.reference, keywords
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether this is a folder that `linearize convert` wrote."""
+        return self.kind == "folder" and _model_type(Path(self.reference)) == "linearized"
+
+
+def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
+    """What `reference` means; a path is looked at, a Hub id is believed.
+
+    Raises:
+        ModelError: a path that is not there, a folder without a configuration, a file that is not GGUF.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            hint = f"name the file: {ggufs[0]}" if ggufs else "is this a model's folder?"
+            raise ModelError(f"{reference}: the folder has no config.json; {hint}")
+        return Source(str(path.resolve()), "folder", trust_remote_code)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{reference}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
+        return Source(str(path.resolve()), "gguf", trust_remote_code)
+    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
+    if looks_local or path.parent.is_dir() and "/" in reference:
+        raise ModelError(f"{reference}: no such folder or file{_nearest(path)}")
+    return Source(reference, "hub", trust_remote_code)
+
+
+def load_config(source: Source) -> Any:
+    """The model's configuration."""
+    reference, keywords = source.arguments()
+    with _reading(source):
+        return AutoConfig.from_pretrained(reference, **keywords)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer."""
+    reference, keywords = source.arguments()
+    with _reading(source):
+        return AutoTokenizer.from_pretrained(reference, **keywords)
+
+
+def load_model(source: Source, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """The model, ready to be evaluated or converted.
+
+    Args:
+        dtype: a key of `DTYPES`, or `auto` for the checkpoint's own (float32 for GGUF, whose weights are unpacked).
+        device: where it goes; the first GPU if there is one, by default.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    reference, keywords = source.arguments()
+    if source.kind == "gguf":
+        _check_gguf(Path(source.reference))
+        # Without this the weights would stay marked as quantized, and saving them would fail.
+        keywords["quantization_config"] = GgufConfig(dequantize=True)
+        dtype = "float32" if dtype == "auto" else dtype
+    with _reading(source):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            reference, dtype=DTYPES.get(dtype, "auto"), **keywords
+        )
+    return model.eval().to(device or default_device())  # type: ignore[arg-type]
+
+
+def default_device() -> str:
+    """The first GPU, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def provenance_of(source: Source) -> dict[str, Any]:
+    """What `linearize.json` of a converted folder says, or an empty mapping."""
+    try:
+        found: dict[str, Any] = json.loads((Path(source.reference) / "linearize.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def teacher_of(source: Source) -> Source:
+    """The pretrained model that a converted folder was made from; any other model is its own teacher.
+
+    Raises:
+        ModelError: the folder does not say, or what it names is gone.
+    """
+    if not source.is_converted:
+        return source
+    base = provenance_of(source).get("base", {})
+    if "model" not in base:
+        raise ModelError(f"{source.reference}: linearize.json does not name the base model; name it as teacher")
+    try:
+        return find_source(base["model"], trust_remote_code=source.trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"the teacher of {source.name} is gone: {error}") from error
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Turns whatever the libraries raise about a model into one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        if os.environ.get("LINEARIZE_DEBUG") == "1":
+            raise
+        raise ModelError(f"{source.reference}: {_reason(error, source)}") from error
+
+
+def _reason(error: Exception, source: Source) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines)
+    if "trust_remote_code" in text:
+        return "the model brings its own Python code; pass --trust-remote-code if you trust its author"
+    if source.kind == "hub" and isinstance(error, OSError):
+        if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
+            return "no local folder or file of this name, and the Hub has no such model (or wants you to log in)"
+        return "no local folder or file of this name, and the Hub cannot be reached to look for it there"
+    if source.kind == "hub" and "Repo id" in text:
+        return "neither a local folder or file nor a Hub id (those look like owner/name)"
+    return f"cannot be read as a model: {type(error).__name__}: {lines[0][:300]}"
+
+
+def _check_gguf(path: Path) -> None:
+    """Refuses a file that ends before its tensors do, which would otherwise be read as whatever lies there.
+
+    Raises:
+        ModelError: the file is cut off or not well formed.
+    """
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(path).tensors
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in tensors), default=0)
+    except Exception as error:
+        raise ModelError(
+            f"{path}: the GGUF file is damaged or cut off ({path.stat().st_size:,} bytes); fetch it again"
+        ) from error
+    if end > path.stat().st_size or not tensors:
+        raise ModelError(
+            f"{path}: the GGUF file is cut off at {path.stat().st_size:,} of at least {end:,} bytes; fetch it again"
+        )
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _nearest(path: Path) -> str:
+    parent = path.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {parent / close[0]}?" if close else ""

@@ -1,0 +1,73 @@
+"""The model card of a converted checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [linearize, gated-linear-attention, recurrent]
+{base_model}---
+
+# {name}
+
+{base}, with its attention replaced by a softmax window and a gated linear recurrence (made by `linearize` {version}).
+Its memory does not grow with the context: {state}.
+
+| | |
+|---|---|
+{mixers}
+{training}
+## How to load it
+
+```python
+import linearize  # or pass trust_remote_code=True and do without the package
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+`linearize.json` says how this checkpoint was made and holds the SHA-256 of each file. What the conversion cost in
+quality is not written here; measure it: `linearize eval {name} --baseline teacher,window`.
+"""
+
+
+def model_card(name: str, provenance: dict[str, Any], mixers: list[dict[str, Any]], state_bytes: int) -> str:
+    """The card's Markdown.
+
+    Args:
+        name: the checkpoint's name.
+        provenance: what goes into `linearize.json`.
+        mixers: the configuration's mixer sections.
+        state_bytes: bytes of memory per sequence.
+    """
+    base = provenance["base"]
+    rows = [
+        f"| layers {_ranges(m['layers'])} | {m['recurrence']}, window {m['window']}, sinks {m['sinks']}, "
+        f"mix {m['mix']}, covers {m['covers']} |"
+        for m in mixers
+    ]
+    stages = provenance.get("stages", [])
+    training = "\n".join(f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages)
+    return _TEMPLATE.format(
+        name=name,
+        base=base["model"] if base["kind"] == "hub" else base["name"],
+        base_model=f"base_model: {base['model']}\n" if base["kind"] == "hub" else "",
+        version=provenance["versions"]["linearize"],
+        state=f"{state_bytes:,} bytes per sequence, whatever its length",
+        mixers="\n".join(rows),
+        training=f"\n{training}\n" if training else "",
+    )
+
+
+def _ranges(layers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2, 5`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,248 @@
+"""`linearize finetune`: from a recipe to a trained, merged, loadable checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, set_seed
+
+from linearize.conversion.convert import base_record, check_convertible, convert_model, write_checkpoint
+from linearize.conversion.source import (
+    Source,
+    find_source,
+    load_model,
+    load_tokenizer,
+    provenance_of,
+    teacher_of,
+)
+from linearize.errors import OutputError, RecipeError
+from linearize.model import LinearizedForCausalLM
+from linearize.recipe import LoraSpec, Recipe, Stage, dump_recipe
+from linearize.training.data import TrainingData, load_data
+from linearize.training.trainer import (
+    ProgressLine,
+    StageTrainer,
+    append_json_line,
+    checkpoints,
+    is_own_parameter,
+    load_trained,
+    total_steps,
+)
+
+HELD_OUT = "held_out.safetensors"
+METRICS = "metrics.jsonl"
+_MODULES = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
+
+
+@dataclass
+class FinetuneResult:
+    """What a run left in memory.
+
+    Attributes:
+        model: trained and merged.
+        teacher: the pretrained model, if a stage needed it.
+        data: of the last stage.
+        stages: a record of each stage, as in `linearize.json`.
+    """
+
+    model: LinearizedForCausalLM
+    tokenizer: Any
+    teacher: PreTrainedModel | None
+    data: TrainingData | None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Teacher:
+    """The pretrained model, loaded when it is first wanted."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self.source, self.dtype, self.model = source, dtype, None
+
+    def __call__(self) -> PreTrainedModel:
+        if self.model is None:
+            self.model = load_model(self.source, dtype=self.dtype).requires_grad_(False)
+        return self.model
+
+
+def finetune(
+    recipe: Recipe, work: Path, *, say: Callable[[str], None], resume: bool = False, trust_remote_code: bool = False
+) -> FinetuneResult:
+    """Runs the stages of `recipe`.
+
+    Args:
+        work: the folder of this run's checkpoints and `metrics.jsonl`; see `work_folder`.
+        say: gets lines for the person at the terminal.
+        resume: go on from the newest checkpoint in `work`.
+
+    Raises:
+        LinearizeError: the recipe, the model, the data or a checkpoint is not usable.
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    source = find_source(recipe.model, trust_remote_code=trust_remote_code)
+    base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
+    teacher = _Teacher(base, recipe.dtype)
+    tokenizer = load_tokenizer(source)
+    set_seed(recipe.seed)
+    model = load_model(source, dtype=recipe.dtype)
+    if source.is_converted:
+        say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
+    else:
+        check_convertible(model.config, source)
+        model = convert_model(model, recipe.mixer)
+    student = add_adapters(model, recipe.lora)
+    records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
+    data = None
+    reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
+    for number, stage in enumerate(recipe.stages):
+        data = load_data(
+            stage.data, tokenizer=tokenizer, length=stage.length, seed=recipe.seed, teacher=teacher, progress=say
+        )
+        records.append(stage_record(stage, data))
+        folder = work / f"stage-{number}"
+        found = checkpoints(folder)
+        if resume and number < reached:
+            say(f"stage {number + 1}: done before")
+            load_trained(student, found[-1])
+            continue
+        needs_teacher = "distill" in stage.weights
+        trainer = StageTrainer(
+            student,
+            teacher() if needs_teacher else None,
+            stage,
+            data.train,
+            folder,
+            recipe.seed,
+            _log_to(work / METRICS, number, len(recipe.stages)),
+        )
+        start = str(found[-1]) if resume and found else None
+        if start:
+            say(f"stage {number + 1}: going on from {Path(start).name}")
+        with _quiet():
+            trainer.train(resume_from_checkpoint=start)
+    merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
+    merged.requires_grad_(False).eval()
+    return FinetuneResult(merged, tokenizer, teacher.model, data, records)
+
+
+def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Path, name: str) -> None:
+    """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
+    source = find_source(recipe.model or "")
+    base = teacher_of(source)
+    record = provenance_of(source)["base"] if source.is_converted else base_record(base, None)
+    if (work / METRICS).is_file():
+        shutil.copyfile(work / METRICS, folder / METRICS)
+    if result.data is not None and len(result.data.held_out):
+        rows = result.data.held_out
+        save_file(
+            {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
+        )
+    write_checkpoint(folder, result.model, result.tokenizer, recipe, record, result.stages, name)
+
+
+def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Path:
+    """The folder beside `target` where a run keeps its checkpoints until it is done.
+
+    Raises:
+        OutputError: an unfinished run is there and `resume` is not set, or the other way round, or of another recipe.
+    """
+    work = target.with_name(f"{target.name}.training")
+    text, kept = dump_recipe(recipe), work / "recipe.yaml"
+    if not resume:
+        if work.exists():
+            raise OutputError(f"{work}: an unfinished run is there; pass --resume to go on, or remove the folder")
+    elif not kept.is_file():
+        raise OutputError(f"{work}: no unfinished run to resume; leave --resume out")
+    elif kept.read_text(encoding="utf-8") != text:
+        raise OutputError(f"{kept}: the unfinished run has another recipe; resume it with that one")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        kept.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{work}: cannot be written: {error.strerror}") from error
+    return work
+
+
+def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:
+    """Freezes the pretrained weights; LoRA on its targets and the layer's own parameters, in float32, are trained.
+
+    Raises:
+        RecipeError: a target is not there.
+    """
+    model.requires_grad_(False)
+    student: Any = model
+    if lora is not None:
+        targets = [_MODULES.get(target, target) for target in lora.targets]
+        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        for target, module in zip(lora.targets, targets, strict=True):
+            if module not in names:
+                raise RecipeError(f"lora.targets: the model has no module {target!r} ({module})")
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        )
+        student = get_peft_model(model, config)
+    for name, parameter in student.named_parameters():
+        if is_own_parameter(name):
+            parameter.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
+    return student
+
+
+def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
+    """What `linearize.json` says of a stage."""
+    steps = total_steps(stage, len(data.train))
+    return {
+        "objective": " + ".join(f"{weight:g} {name}" for name, weight in stage.weights.items()),
+        "data": data.source,
+        "tokens": steps * stage.batch_tokens,
+        "length": stage.length,
+        "steps": steps,
+    }
+
+
+def _stage_to_resume(work: Path, stages: int) -> int:
+    """The last stage that has a checkpoint."""
+    return max((n for n in range(stages) if checkpoints(work / f"stage-{n}")), default=0)
+
+
+def _log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], None]:
+    line = ProgressLine()
+
+    def log(figures: dict[str, Any]) -> None:
+        append_json_line(path, {"stage": stage, **figures})
+        left = figures["seconds_left"]
+        of = f"stage {stage + 1} of {stages}, " if stages > 1 else ""
+        line.show(
+            f"{of}step {figures['step']} of {figures['steps']}  loss {figures['loss']:.4f}  "
+            f"{figures['tokens_per_second']:,.0f} tok/s  {int(left // 60)}:{int(left % 60):02d} left",
+            final=figures["step"] == figures["steps"],
+        )
+
+    return log
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The Trainer prints a summary on stdout, which belongs to data."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+__all__ = ["FinetuneResult", "add_adapters", "finetune", "work_folder", "write_result"]

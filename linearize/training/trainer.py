@@ -1,0 +1,274 @@
+"""transformers' Trainer with a teacher, two learning rates, whole checkpoints and a line of progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from linearize.errors import LinearizeError
+from linearize.recipe import Stage
+from linearize.training.data import Rows
+from linearize.training.objective import IGNORE, token_losses
+
+_TRAINED = "trained.safetensors"
+_KEPT_CHECKPOINTS = 2
+
+
+class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Packed rows, one to an item."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows = self.rows
+        return {
+            "input_ids": rows.input_ids[index],
+            "labels": rows.labels[index],
+            "position_ids": rows.position_ids[index],
+        }
+
+
+class StageTrainer(Trainer):
+    """Trains one stage of a recipe.
+
+    Args:
+        model: the student; parameters that require gradients are trained, and only they are saved in checkpoints.
+        teacher: wanted by the objective `distill`.
+        stage: the recipe's stage.
+        rows: what to train on.
+        folder: where checkpoints go.
+        log: called after every optimizer step with its figures.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: PreTrainedModel | None,
+        stage: Stage,
+        rows: Rows,
+        folder: Path,
+        seed: int,
+        log: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.stage, self.teacher = stage, teacher
+        if stage.gradient_checkpointing:
+            inner: Any = model
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        super().__init__(
+            model=model,
+            args=stage_arguments(stage, len(rows), folder, seed),
+            train_dataset=RowDataset(rows),
+            callbacks=[_Reporter(stage, log)],
+        )
+        # transformers prints its own log lines through this one.
+        from transformers.trainer_callback import PrinterCallback
+
+        self.remove_callback(PrinterCallback)
+        # The loss below is a sum over the whole optimizer step divided by its tokens, so nothing is to be divided again.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        teacher_logits = None
+        if self.teacher is not None and "distill" in self.stage.weights:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs, use_cache=False).logits
+        total = token_losses(
+            outputs.logits, labels, teacher_logits, dict(self.stage.weights), self.stage.temperature
+        )
+        counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
+        loss = total / counted
+        if not bool(torch.isfinite(loss)):
+            raise LinearizeError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr and try again"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            own, adapters = [], []
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    (own if is_own_parameter(name) else adapters).append(parameter)
+            groups = [
+                {"params": adapters, "lr": self.stage.lr, "weight_decay": self.stage.weight_decay},
+                {"params": own, "lr": self.stage.mixer_lr, "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+        return self.optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Whole or not at all: written under another name, then renamed."""
+        final = Path(self.args.output_dir)
+        staging = final / ".partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.args.output_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(final)
+        for checkpoint in staging.iterdir():
+            target = final / checkpoint.name
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(checkpoint, target)
+        shutil.rmtree(staging, ignore_errors=True)
+        for old in checkpoints(final)[:-_KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(model or self.model, Path(resume_from_checkpoint))
+
+
+def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> TrainingArguments:
+    """The Trainer's arguments for a stage over so many rows.
+
+    Raises:
+        LinearizeError: the batch cannot be split over the processes.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_per_step = stage.batch_tokens // stage.length
+    micro = math.gcd(stage.micro_batch, rows_per_step)
+    if rows_per_step % (micro * processes):
+        raise LinearizeError(
+            f"a step of {rows_per_step} rows cannot be split over {processes} processes; change stages.batch_tokens"
+        )
+    steps = total_steps(stage, rows)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=rows_per_step // (micro * processes),
+        max_steps=steps,
+        learning_rate=stage.lr,
+        lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        warmup_steps=math.ceil(stage.warmup * steps),
+        max_grad_norm=stage.clip,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=stage.save_every or max(1, math.ceil(steps / 10)),
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def total_steps(stage: Stage, rows: int) -> int:
+    """Optimizer steps of a stage over so many rows; a last step that is not full counts."""
+    return max(1, math.ceil(stage.epochs * rows * stage.length / stage.batch_tokens))
+
+
+def is_own_parameter(name: str) -> bool:
+    """Whether a parameter's name is one of the layer's own, as against the pretrained ones and LoRA's."""
+    return ".mixer." in name and "lora_" not in name
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Writes the parameters that are being trained."""
+    trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / _TRAINED)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Reads back what `save_trained` wrote.
+
+    Raises:
+        LinearizeError: the checkpoint does not fit the model.
+    """
+    saved = load_file(folder / _TRAINED)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != trained.keys():
+        raise LinearizeError(f"{folder}: the checkpoint is of another recipe; start again without --resume")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a stage's folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+class _Reporter(TrainerCallback):
+    """Collects the figures of each step and hands them on."""
+
+    def __init__(self, stage: Stage, log: Callable[[dict[str, Any]], None]) -> None:
+        self.stage, self.log = stage, log
+        self.started, self.first_step = time.monotonic(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self.started
+        done = state.global_step - self.first_step
+        speed = done * self.stage.batch_tokens / seconds if seconds > 0 else 0.0
+        self.log(
+            {
+                "step": state.global_step,
+                "steps": state.max_steps,
+                "loss": logs["loss"],
+                "grad_norm": float(logs.get("grad_norm", math.nan)),
+                "lr": logs.get("learning_rate"),
+                "tokens": state.global_step * self.stage.batch_tokens,
+                "tokens_per_second": speed,
+                "seconds": seconds,
+                "seconds_left": seconds / max(done, 1) * (state.max_steps - state.global_step),
+            }
+        )
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """One more line of a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+class ProgressLine:
+    """One line that is rewritten on a terminal, and now and then a line of its own where it is not one."""
+
+    def __init__(self, every_seconds: float = 20.0) -> None:
+        self.terminal, self.every, self.last = sys.stderr.isatty(), every_seconds, -math.inf
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Shows `text`; `final` ends the line."""
+        now = time.monotonic()
+        if self.terminal:
+            sys.stderr.write(f"\r\x1b[2K{text}" + ("\n" if final else ""))
+        elif final or now - self.last >= self.every:
+            self.last = now
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
