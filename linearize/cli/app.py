@@ -1,0 +1,161 @@
+"""Puts the commands together and turns whatever they raise into an exit status and, at most, one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from linearize import __version__
+from linearize.cli.console import examples
+from linearize.errors import LinearizeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "inspect": "inspect",
+    "convert": "convert",
+    "finetune": "finetune",
+    "eval": "evaluate",
+    "generate": "generate",
+    "recipes": "recipes",
+    "run": "run",
+    "demo": "demo",
+}
+"""Each command and its module in this package.
+
+The module has a Typer `app` (a group of commands), or a function of the module's own name and perhaps an `EPILOG`.
+"""
+
+# Typer carries its own copy of click, or depends on click, by version; this is the base of their errors in either.
+_CommandLineError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+_DISK_HINTS = {
+    errno.ENOSPC: "free some space, or name a folder on another disk",
+    errno.EDQUOT: "free some space, or name a folder on another disk",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EACCES: "check the permissions, or name another path",
+    errno.EPERM: "check the permissions, or name another path",
+}
+
+
+def build_app() -> typer.Typer:
+    """The whole command line."""
+    app = typer.Typer(
+        name="linearize",
+        help="Turn a pretrained transformer language model into a gated linear-recurrent one.",
+        epilog=examples(
+            "linearize demo",
+            "linearize run default --set model=HuggingFaceTB/SmolLM2-135M-Instruct",
+            "linearize COMMAND --help",
+        ),
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name, module_name in COMMANDS.items():
+        module = import_module(f"linearize.cli.{module_name}")
+        group = getattr(module, "app", None)
+        if isinstance(group, typer.Typer):
+            app.add_typer(group, name=name)
+        else:
+            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, module_name))
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"linearize {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command line itself; `--version` acts in its callback."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit status.
+
+    0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted.
+    """
+    try:
+        status = build_app()(
+            args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
+        )
+        # Here, so that a reader who left early is noticed while it can still be handled.
+        sys.stdout.flush()
+    except SystemExit as exit_:
+        # Typer itself exits like this, with 1, when the reader of stdout has gone; a library may exit with a message.
+        if isinstance(exit_.code, str):
+            _say(exit_.code)
+            return 1
+        return _status(exit_.code)
+    except BrokenPipeError:
+        return _closed_pipe()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _report(error)
+    return _status(status)
+
+
+def _status(returned: object) -> int:
+    # Outside standalone mode Typer returns a raised Exit's status, or else what the command returned.
+    return returned if isinstance(returned, int) else 0
+
+
+def _closed_pipe() -> int:
+    # What is still buffered has no reader; without this Python complains about it while it shuts down.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return 1
+
+
+def _report(error: Exception) -> int:
+    if os.environ.get("LINEARIZE_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, typer.Abort):
+        _say("aborted")
+        return 130 if isinstance(error.__cause__, KeyboardInterrupt) else 1
+    if isinstance(error, _CommandLineError):
+        return _report_usage(error)
+    if isinstance(error, LinearizeError):
+        _say(str(error))
+    elif isinstance(error, OSError) and error.errno in _DISK_HINTS:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror}; {_DISK_HINTS[error.errno]}")
+    else:
+        first = next(iter(str(error).strip().splitlines()), "")
+        message = f": {first}" if first else ""
+        _say(f"unexpected {type(error).__name__}{message}; set LINEARIZE_DEBUG=1 for the traceback")
+    return 1
+
+
+def _report_usage(error: Exception) -> int:
+    message = error.format_message()  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ != "NoArgsIsHelpError":
+        command = context.command_path if context else "linearize"
+        sentence = message if message.endswith("?") else message.rstrip(".") + ";"
+        _say(f"{sentence} run '{command} --help' for the options")
+    elif message:
+        print(message, file=sys.stderr)
+    return int(getattr(error, "exit_code", 2))
+
+
+def _say(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""What every command shares: options, and where its output goes (data on stdout, words on stderr)."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+stderr = Console(stderr=True, highlight=False)
+"""For progress bars and tables that are not the command's data."""
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. mixer.window=128. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a file.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings. Off unless you say so.")
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+
+
+def status(text: str) -> None:
+    """Say something to the person at the terminal."""
+    # Not a print: on a terminal the console keeps the line clear of a running progress bar.
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on stdout. NaN and infinities, which JSON does not have, become null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def readable_bytes(count: float) -> str:
+    """`6105600` as `6.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def check_dtype(name: str) -> str:
+    """Raises:
+    BadParameter: no such dtype.
+    """
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype {name}: expected auto, float32, bfloat16 or float16")
+    return name
+
+
+def examples(*lines: str) -> str:
+    """A command's epilog of example lines, kept one to a line under `--help`."""
+    return "\n".join(("Examples:", *lines))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

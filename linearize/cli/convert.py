@@ -1,0 +1,88 @@
+"""`linearize convert`: a pretrained model in, a converted checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.cli.console import (
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    RecipeOption,
+    SetOption,
+    TrustOption,
+    examples,
+    print_json,
+    readable_bytes,
+    status,
+)
+from linearize.cli.libraries import quiet_libraries
+
+EPILOG = examples(
+    "linearize convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol-gla",
+    "linearize convert ./model.gguf -o out --set mixer.window=128 --set mixer.sinks=8",
+    "linearize convert meta-llama/Llama-3.2-1B -o llama-gla --recipe liger-gla --dry-run",
+)
+
+
+def convert(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    recipe: RecipeOption = "default",
+    overrides: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with sizes, and stop.")] = False,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a pretrained model by a recipe's mixer section.
+
+    With the default recipe the result equals the pretrained model seen through its window and sinks; `linearize
+    finetune` wakes the recurrence.
+    """
+    quiet_libraries()
+    from linearize.conversion.convert import check_convertible, convert as convert_to, state_nbytes
+    from linearize.conversion.inspection import inspect_model
+    from linearize.conversion.output import check_free, staged_folder
+    from linearize.conversion.source import find_source, load_config
+    from linearize.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+    source = find_source(model, trust_remote_code=trust_remote_code)
+    check_free(output, overwrite=overwrite)
+    check_convertible(load_config(source), source)
+    if dry_run:
+        facts = inspect_model(source, settings.mixer)
+        if as_json:
+            print_json({"output": str(output), "written": False, **facts})
+        else:
+            print(
+                f"would convert {facts['converted_layers']} of {facts['layers']} layers of {source.name} and write {output}; "
+                f"memory per sequence: {readable_bytes(facts['state_bytes'])}"
+            )
+        return
+    started = time.monotonic()
+    with staged_folder(output, overwrite=overwrite) as folder:
+        status(f"converting {source.name}")
+        converted = convert_to(source, settings, folder)
+    facts = {
+        "output": str(output),
+        "written": True,
+        "layers": len({layer for mixer in converted.config.mixers or [] for layer in mixer["layers"]}),
+        "parameters": converted.num_parameters(),
+        "state_bytes": state_nbytes(converted),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    print(output)
+    status(
+        f"converted {facts['layers']} layers in {facts['seconds']} s; memory per sequence: "
+        f"{readable_bytes(facts['state_bytes'])}, whatever its length\n"
+        f"next: linearize finetune default -o {output}-tuned --set model={output}"
+    )

@@ -1,0 +1,102 @@
+"""`linearize recipes`: list, show, copy and check recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.cli.console import JsonOption, SetOption, examples, print_json, status
+from linearize.errors import OutputError
+from linearize.recipe import Recipe, Stage, dump_recipe, load_recipe, recipe_path, shipped_recipes
+
+app = typer.Typer(
+    help="List, show, copy and check recipes.",
+    no_args_is_help=True,
+    epilog=examples(
+        "linearize recipes ls",
+        "linearize recipes show liger-gla",
+        "linearize recipes cp default mine.yaml",
+        "linearize recipes check mine.yaml --set mixer.window=128",
+    ),
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a recipe file.")]
+
+
+@app.command("ls")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """List the shipped recipes."""
+    recipes = shipped_recipes()
+    if as_json:
+        print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
+        return
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        print(f"{recipe.name:<{width}}  {recipe.description}")
+
+
+@app.command("show")
+def show(name: NameArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Print a recipe with every default written out."""
+    recipe = load_recipe(name, overrides or ())
+    if as_json:
+        print_json(recipe.model_dump(mode="json"))
+    else:
+        sys.stdout.write(dump_recipe(recipe))
+
+
+@app.command("cp")
+def copy(
+    name: NameArgument,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="[DEST]", help="A file or a folder; NAME.yaml here if left out.")
+    ] = None,
+) -> None:
+    """Copy a recipe, comments and all, to change it."""
+    source = recipe_path(name)
+    target = destination or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {target.parent}; make it first")
+    content = source.read_bytes()
+    try:
+        with target.open("xb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise OutputError(f"{target}: exists already; name another file, or remove it first") from None
+    print(target)
+    status(f"copied {source.stem}; check your changes with 'linearize recipes check {target}'")
+
+
+@app.command("check")
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped recipe.")],
+    overrides: SetOption = None,
+) -> None:
+    """Check a recipe and print what it comes to; exits 1 with the line and key of the first error."""
+    print(f"ok: {file}: {_summary(load_recipe(file, overrides or ()))}")
+
+
+def _summary(recipe: Recipe) -> str:
+    mixer, lora = recipe.mixer, recipe.lora
+    return "; ".join(
+        (
+            f"model {recipe.model or 'to be named'}",
+            f"{mixer.recurrence}, window {mixer.window} + {mixer.sinks} sinks, mix {mixer.mix}, covers {mixer.covers}",
+            *(f"stage {index}: {_stage_summary(stage)}" for index, stage in enumerate(recipe.stages)),
+            f"lora rank {lora.rank} on {', '.join(lora.targets)}" if lora else "no lora",
+            f"seed {recipe.seed}",
+        )
+    )
+
+
+def _stage_summary(stage: Stage) -> str:
+    objective = " + ".join(
+        f"{weight:g} {name}" if len(stage.weights) > 1 else name for name, weight in stage.weights.items()
+    )
+    tokens = f"{stage.data.tokens} tokens" if stage.data.tokens else "all tokens"
+    return f"{objective} on {stage.data.source}, {tokens} x {stage.epochs:g}, length {stage.length}, lr {stage.lr:g}"

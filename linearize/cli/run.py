@@ -1,0 +1,57 @@
+"""`linearize run`: everything from one recipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from linearize.cli.console import JsonOption, OverwriteOption, SetOption, TrustOption, examples, print_json, status
+from linearize.cli.libraries import quiet_libraries
+
+EPILOG = examples(
+    "linearize run demo -o out",
+    "linearize run mine.yaml -o out --set model=./model.gguf",
+    "linearize run default -o out --set model=meta-llama/Llama-3.2-1B --data ./data",
+)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a recipe file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
+    overrides: SetOption = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the evaluation tasks' files; the Hub if left out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert, fine-tune, evaluate and report in one go.
+
+    DIR gets the folders `converted` and `finetuned`, report.json and report.md.
+    """
+    quiet_libraries()
+    from linearize.pipeline import run_recipe
+    from linearize.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+    result = run_recipe(
+        settings,
+        output,
+        say=status,
+        data=data,
+        overwrite=overwrite,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        print_json({"output": str(output), **result.data})
+        return
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(result.table)
+    best = output / ("finetuned" if settings.stages else "converted")
+    status(f'next: linearize generate {best} "Once upon a time"')

@@ -1,0 +1,127 @@
+"""`linearize run`: convert, fine-tune, evaluate and report, from one recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from linearize.conversion.convert import convert, convert_model, window_baseline
+from linearize.conversion.output import check_free, staged_folder
+from linearize.conversion.source import find_source, load_model
+from linearize.errors import ModelError, RecipeError
+from linearize.evaluation.report import SystemScores, report_data, report_table
+from linearize.evaluation.systems import Loader, score_systems
+from linearize.training.finetune import FinetuneResult, finetune, work_folder, write_result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from linearize.recipe import Recipe
+
+
+@dataclass
+class RunResult:
+    """What a run found.
+
+    Attributes:
+        scores: by system: `teacher`, `window`, `converted` and, where the recipe has stages, `finetuned`.
+        table: the same for people.
+        data: the same for programs, with the seconds that each part took.
+        trained: the fine-tuned model, still in memory.
+    """
+
+    scores: dict[str, SystemScores]
+    table: Table
+    data: dict[str, Any]
+    trained: FinetuneResult
+
+
+def run_recipe(
+    recipe: Recipe,
+    target: Path,
+    *,
+    say: Callable[[str], None],
+    data: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+) -> RunResult:
+    """Runs `recipe` and writes `target`: the folders `converted` and `finetuned`, `report.json` and `report.md`.
+
+    Args:
+        data: the folder of the evaluation tasks' files; None reads them from the Hub.
+        resume: go on with the training of an earlier run that was interrupted.
+
+    Raises:
+        LinearizeError: whatever stands in the way, before anything is written to `target`.
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    source = find_source(recipe.model, trust_remote_code=trust_remote_code)
+    if source.is_converted:
+        raise ModelError(f"{source.name}: is converted already; use `linearize finetune` and `linearize eval`")
+    check_free(target, overwrite=overwrite)
+    work = work_folder(target, recipe, resume=resume)
+    seconds: dict[str, float] = {}
+    with staged_folder(target, overwrite=overwrite) as folder:
+        with _timed(seconds, "convert"):
+            say(f"converting {source.name}")
+            (folder / "converted").mkdir()
+            mixers = convert(source, recipe, folder / "converted").config.mixers or []
+        with _timed(seconds, "finetune"):
+            trained = finetune(recipe, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
+            if recipe.stages:
+                (folder / "finetuned").mkdir()
+                write_result(folder / "finetuned", trained, recipe, work, "finetuned")
+        with _timed(seconds, "evaluate"):
+            systems: dict[str, Loader] = {}
+            if "teacher" in recipe.evaluate.baselines:
+                systems["teacher"] = lambda: trained.teacher or load_model(source, dtype=recipe.dtype)
+            if "window" in recipe.evaluate.baselines:
+                systems["window"] = lambda: window_baseline(source, mixers, dtype=recipe.dtype)
+            systems["converted"] = lambda: convert_model(load_model(source, dtype=recipe.dtype), recipe.mixer)
+            if recipe.stages:
+                systems["finetuned"] = lambda: trained.model
+            rows = trained.data.held_out if trained.data is not None and len(trained.data.held_out) else None
+            scores = score_systems(
+                systems,
+                trained.tokenizer,
+                recipe.evaluate.tasks,
+                rows=rows,
+                teacher=trained.teacher or (load_model(source, dtype=recipe.dtype) if rows else None),
+                data=data,
+                limit=recipe.evaluate.limit,
+                say=say,
+            )
+        figures = {**report_data(scores), "stages": trained.stages, "seconds": seconds}
+        table = report_table(scores)
+        (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(_markdown(source.name, table), encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+    return RunResult(scores, table, figures, trained)
+
+
+def _markdown(name: str, table: Table) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return f"# {name}\n\n```\n{console.export_text()}```\n"
+
+
+class _timed:
+    """Seconds of a block, rounded to tenths, into `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = round(time.monotonic() - self.started, 1)

@@ -1,0 +1,41 @@
+"""Recipes: what they may say, and how they are read. Imports neither torch nor transformers."""
+
+from linearize.recipe.reading import (
+    ShippedRecipe,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_path,
+    shipped_recipes,
+)
+from linearize.recipe.schema import (
+    SELF,
+    DataSpec,
+    EvaluateSpec,
+    GateSpec,
+    KeepSpec,
+    LoraSpec,
+    MixerSpec,
+    Objective,
+    Recipe,
+    Stage,
+)
+
+__all__ = [
+    "SELF",
+    "DataSpec",
+    "EvaluateSpec",
+    "GateSpec",
+    "KeepSpec",
+    "LoraSpec",
+    "MixerSpec",
+    "Objective",
+    "Recipe",
+    "ShippedRecipe",
+    "Stage",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_path",
+    "shipped_recipes",
+]

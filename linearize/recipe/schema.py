@@ -1,0 +1,211 @@
+"""What a recipe may say: one pydantic model per section, every key with its range.
+
+Types are strict: a quoted number is not a number, `true` is not 1, and a key that is not listed here is refused.
+A section is immutable once read; `load_recipe` is the only place where a recipe changes (`--set`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+Objective = Literal["sft", "distill"]
+OBJECTIVES: tuple[Objective, ...] = ("sft", "distill")
+
+SELF = "self"
+SELF_TOKENS = 200_000
+"""Tokens that the teacher writes for `source: self` when the recipe names no budget."""
+
+
+def _refusal(message: str) -> PydanticCustomError:
+    # A plain ValueError would get pydantic's own prefix, and braces in a template would be filled in: pass it as data.
+    return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+def _objective(value: Any) -> Any:
+    """One objective, or a mapping of objectives to weights.
+
+    A plain validator: with a union pydantic would put the name of the branch it tried into the error's path.
+    """
+    names = " or ".join(OBJECTIVES)
+    if isinstance(value, str) and value in OBJECTIVES:
+        return value
+    if not isinstance(value, dict) or not value:
+        raise _refusal(f"expected {names}, or a mapping of these to weights, got {value!r}")
+    for name, weight in value.items():
+        if name not in OBJECTIVES:
+            raise _refusal(f"unknown objective {name!r}; expected {names}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise _refusal(f"expected a weight > 0 for {name}, got {weight!r}")
+    return {name: float(weight) for name, weight in value.items()}
+
+
+class Section(BaseModel):
+    """What every part of a recipe has in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class GateSpec(Section):
+    """The gate built from the pretrained keys: log g = logsigmoid(scale * k + bias) / divisor."""
+
+    scale: float = 0.1
+    bias: float = 5.0
+    divisor: float = Field(default=1.0, gt=0)
+    learned: bool = True
+
+
+class KeepSpec(Section):
+    """Layers and heads that keep their softmax attention: a key of the format that this version does not act on."""
+
+    layers: list[int] = []
+    heads: dict[int, list[int]] = {}
+
+    @field_validator("layers", "heads")
+    @classmethod
+    def _not_yet(cls, value: Any) -> Any:
+        if value:
+            raise _refusal("keeping softmax layers or heads is not available in this version; leave it empty")
+        return value
+
+
+class MixerSpec(Section):
+    """What replaces an attention block: a softmax window with sinks, beside a recurrence."""
+
+    recurrence: Literal["gla", "none"] = "gla"
+    window: int = Field(default=64, ge=1)
+    """Latest tokens under softmax attention."""
+    sinks: int = Field(default=4, ge=0)
+    """First tokens of the text that stay under softmax attention."""
+    mix: Literal["fixed", "learned", "softmax"] = "learned"
+    covers: Literal["all", "evicted"] = "evicted"
+    feature_map: Literal["softmax"] = "softmax"
+    normalize: bool = True
+    gate: GateSpec = GateSpec()
+    landmarks: int = Field(default=0, ge=0)
+    keep: KeepSpec = KeepSpec()
+
+    @field_validator("normalize")
+    @classmethod
+    def _softmax_mix_is_normalised(cls, value: bool, info: ValidationInfo) -> bool:
+        # One shared normaliser needs the recurrence's own mass beside the window's log-sum-exp.
+        if not value and info.data.get("mix") == "softmax":
+            raise _refusal("mix: softmax needs normalize: true")
+        return value
+
+    @field_validator("landmarks")
+    @classmethod
+    def _no_landmarks_yet(cls, value: int) -> int:
+        if value:
+            raise _refusal("landmarks are not available in this version; set 0")
+        return value
+
+
+class DataSpec(Section):
+    """Where a stage's text comes from."""
+
+    source: str = Field(min_length=1)
+    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    config: str | None = Field(default=None, min_length=1)
+    split: str = Field(default="train", min_length=1)
+    field: str | None = Field(default=None, min_length=1)
+    format: Literal["auto", "text", "instruction"] = "auto"
+    tokens: int | None = Field(default=None, ge=1)
+    """Token budget of the whole source; null takes all of it (for `self`: `SELF_TOKENS`)."""
+    held_out: int = Field(default=16, ge=0)
+    """Rows of the stage's `length` kept for evaluation."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of text that the teacher writes."""
+    sample_length: int | None = Field(default=None, ge=1)
+    """Tokens of one text that the teacher writes; null means the stage's `length`."""
+
+    @field_validator("tokens")
+    @classmethod
+    def _self_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return SELF_TOKENS if value is None and info.data.get("source") == SELF else value
+
+
+class Stage(Section):
+    """One pass of training: an objective on some text with its own optimizer settings."""
+
+    objective: Annotated[Objective | dict[Objective, float], PlainValidator(_objective)]
+    data: DataSpec
+    length: int = Field(default=512, ge=2)
+    """Tokens of a training row."""
+    batch_tokens: int = Field(default=8192, ge=2)
+    """Tokens of an optimizer step: a multiple of `length`."""
+    micro_batch: int = Field(default=1, ge=1)
+    """Rows of a forward pass; the rest of a step accumulates."""
+    lr: float = Field(default=1e-3, ge=0)
+    """Peak learning rate of the LoRA weights."""
+    mixer_lr: float = Field(default=1e-2, ge=0)
+    """Peak learning rate of the layer's own parameters."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps."""
+    epochs: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    gradient_checkpointing: bool = False
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 means about ten times a run."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softening of both distributions under `distill`."""
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _whole_rows(cls, value: int, info: ValidationInfo) -> int:
+        length = info.data.get("length")
+        if length is not None and value % length:
+            raise _refusal(f"expected a multiple of length ({length}), got {value}")
+        return value
+
+    @property
+    def weights(self) -> dict[Objective, float]:
+        """Each objective of the stage with its weight in the loss."""
+        return dict(self.objective) if isinstance(self.objective, dict) else {self.objective: 1.0}
+
+
+class LoraSpec(Section):
+    """Low-rank adapters on the projections; `lora: null` trains the layer's own parameters only."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=8, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = Field(default=["q", "k", "v"], min_length=1)
+    """Short names (q, k, v, o, gate, up, down) or the last part of a module's name."""
+
+
+class EvaluateSpec(Section):
+    """What is measured at the end, and beside what."""
+
+    tasks: list[str] = []
+    limit: int | None = Field(default=None, ge=1)
+    """Examples of a task; null takes all."""
+    baselines: list[Literal["teacher", "window"]] = ["teacher", "window"]
+
+
+class Recipe(Section):
+    """A whole experiment: which model, what becomes of its attention, and how it is trained back."""
+
+    description: str = ""
+    model: str | None = Field(default=None, min_length=1)
+    teacher: str | None = Field(default=None, min_length=1)
+    """Null means the model's own base."""
+    mixer: MixerSpec = MixerSpec()
+    calibrate: None = None
+    stages: list[Stage] = []
+    lora: LoraSpec | None = LoraSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @field_validator("calibrate", mode="before")
+    @classmethod
+    def _no_calibration_yet(cls, value: Any) -> None:
+        if value is not None:
+            raise _refusal("calibration is not available in this version; remove the key")

@@ -1,0 +1,1 @@
+"""Recovering what the swap cost: training data, objectives, and the loop that runs them."""

@@ -1,0 +1,168 @@
+"""Manners of the command line: exit status, one-line errors, what goes to which stream, what is imported."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import typer
+
+from linearize.cli import app as cli
+from linearize.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PYTHON = [sys.executable, "-m", "linearize"]
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    def command() -> None:
+        raise error
+
+    def build() -> typer.Typer:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command("go")(command)
+        return app
+
+    monkeypatch.setattr(cli, "build_app", build)
+    return cli.run([])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ModelError("no such\n model; try another"), 1, "error: no such model; try another\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/out/x"),
+            1,
+            "error: /out/x: No space left on device; free some space, or name a folder on another disk\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/out/x"),
+            1,
+            "error: /out/x: Permission denied; check the permissions, or name another path\n",
+        ),
+        (
+            ValueError("first line\nsecond line"),
+            1,
+            "error: unexpected ValueError: first line; set LINEARIZE_DEBUG=1 for the traceback\n",
+        ),
+        (MemoryError(), 1, "error: unexpected MemoryError; set LINEARIZE_DEBUG=1 for the traceback\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (typer.Abort(), 1, "error: aborted\n"),
+        (typer.Exit(3), 3, ""),
+        (SystemExit(4), 4, ""),
+        (SystemExit("a library gave up"), 1, "error: a library gave up\n"),
+        (typer.BadParameter("no good"), 2, "error: no good; run 'linearize --help' for the options\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_a_command_raises_becomes_a_status_and_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    monkeypatch.delenv("LINEARIZE_DEBUG", raising=False)
+    assert fail_with(monkeypatch, error) == status
+    captured = capsys.readouterr()
+    if not isinstance(error, typer.BadParameter):
+        assert captured.err == said
+    else:
+        assert captured.err.startswith("error: ")
+        assert "no good; run 'linearize --help' for the options" in captured.err
+    assert captured.out == ""
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LINEARIZE_DEBUG", "1")
+    assert fail_with(monkeypatch, ValueError("why")) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert "in command\n" in told
+    assert "error: unexpected ValueError: why" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bogus"], "error: No such command 'bogus'; run 'linearize --help' for the options"),
+        (["recipes", "lss"], "Did you mean 'ls'? run 'linearize recipes --help' for the options"),
+        (["recipes", "ls", "--bogus"], "run 'linearize recipes ls --help' for the options"),
+        (["recipes", "show"], "run 'linearize recipes show --help' for the options"),
+    ],
+)
+def test_a_wrong_command_line_exits_2(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert cli.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert command in overview
+        assert cli.run([command, "--help"]) == 0
+        assert "Usage:" in capsys.readouterr().out
+
+
+def test_examples_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["recipes", "--help"]) == 0
+    # Typer colours its help on some CI services, terminal or not.
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    lines = [line.strip() for line in plain.splitlines()]
+    first = lines.index("Examples:")
+    assert lines[first + 1 : first + 3] == ["linearize recipes ls", "linearize recipes show liger-gla"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    name, version = capsys.readouterr().out.split()
+    assert name == "linearize"
+    assert version[0].isdigit()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes", "ls"], ["recipes", "check", "demo"]])
+def test_light_commands_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    program = (
+        "import sys; from linearize.cli.app import run; status = run(sys.argv[1:]); heavy = "
+        "{'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules); sys.exit(str(heavy) if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def quietly(arguments: list[str], before: Callable[[], None] | None = None, **streams: int) -> tuple[int, str]:
+    process = subprocess.Popen([*PYTHON, *arguments], stderr=subprocess.PIPE, text=True, **streams)
+    if before:
+        before()
+    _, told = process.communicate(timeout=60)
+    return process.returncode, told
+
+
+def test_a_reader_that_leaves_early_is_no_complaint() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert quietly(["recipes", "show", "default"], stdout=writer) == (1, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        status, told = quietly(["recipes", "ls"], stdout=full.fileno())
+    assert status == 1
+    assert told.startswith("error: No space left on device")
+    assert told.count("\n") == 1

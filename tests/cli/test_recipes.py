@@ -1,0 +1,72 @@
+"""`linearize recipes`: data on stdout, one-line errors, files left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from linearize.cli.app import run
+from linearize.cli.console import print_json
+from linearize.recipe import load_recipe, parse_recipe, recipe_path
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes", "ls"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert run(["recipes", "ls", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in listed] == names
+    assert "liger-gla" in names
+    assert all(row["description"] for row in listed)
+
+
+def test_show_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes", "show", "default", "--set", "mixer.window=128"]) == 0
+    expected = load_recipe("default", ["mixer.window=128"])
+    assert parse_recipe(capsys.readouterr().out, "stdout") == expected
+    assert run(["recipes", "show", "default", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mixer"]["window"] == 64
+
+
+def test_cp_copies_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    for destination, written in ((None, "demo.yaml"), ("mine.yaml", "mine.yaml"), ("folder", "folder/demo.yaml")):
+        arguments = ["recipes", "cp", "demo", *([destination] if destination else [])]
+        assert run(arguments) == 0
+        assert capsys.readouterr().out == f"{written}\n"
+        assert Path(written).read_bytes() == recipe_path("demo").read_bytes()
+        Path(written).write_text("seed: 1\n")
+        assert run(arguments) == 1
+        assert capsys.readouterr().err.startswith(f"error: {written}: exists already")
+        assert Path(written).read_text() == "seed: 1\n"
+
+
+def test_cp_into_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes", "cp", "demo", "no/such/x.yaml"]) == 1
+    assert capsys.readouterr().err == "error: no/such/x.yaml: there is no folder no/such; make it first\n"
+
+
+def test_check(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text("seed: 1\nmixer:\n  windw: 3\n")
+    assert run(["recipes", "check", "x.yaml"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: x.yaml:3: mixer.windw: unknown key; did you mean 'window'?\n"
+    assert captured.out == ""
+    Path("x.yaml").write_text("lora: null\nstages:\n- objective: {distill: 0.9, sft: 0.1}\n  data: {source: a.txt}\n")
+    assert run(["recipes", "check", "x.yaml", "--set", "mixer.sinks=2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ok: x.yaml: ")
+    assert "window 64 + 2 sinks" in said
+    assert "0.9 distill + 0.1 sft on a.txt, all tokens" in said
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), 1.0, (float("inf"),)]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0, [None]]}

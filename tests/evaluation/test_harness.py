@@ -1,0 +1,177 @@
+"""Task scores against lm-eval run on its own stock definitions."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.harness import TaskScore, run_tasks
+from linearize.evaluation.tasks import available_tasks, task_definitions
+
+from . import data_folder, tiny_model_folder
+from .test_tasks import STOCK
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def wikitext_pages(folder: Path) -> Path:
+    """The pages as JSON lines, cut with a regular expression: independent of the code under test."""
+    import json
+
+    text = (data_folder() / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+    starts = [match.start() for match in re.finditer(r"^ = [^=\n]+ = $", text, flags=re.MULTILINE)]
+    pages = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text) + 1], strict=True)]
+    path = folder / "pages.jsonl"
+    # The line break before the next title separates pages and belongs to neither.
+    lines = [json.dumps({"page": page[:-1] if number < len(pages) - 1 else page}) for number, page in enumerate(pages)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def stock_results(model: Any, names: list[str], limit: int, folder: Path) -> dict[str, Any]:
+    """What lm-eval's stock tasks give on a model, with only their data set pointed at a local file."""
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    tasks = {}
+    for name in names:
+        config = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
+        split = config.get("test_split") or config["validation_split"]
+        file = wikitext_pages(folder) if name == "wikitext2" else data_folder() / task_definitions()[name].local.path
+        for key in ("tag", "dataset_name", "training_split"):
+            config.pop(key, None)
+        if config.get("test_split"):
+            config.pop("validation_split", None)
+        if name == "hellaswag":  # its file holds processed documents, under the name that lm-eval gives the answer
+            config.pop("process_docs")
+            config["doc_to_target"] = "{{gold}}"
+        config["dataset_path"] = "json"
+        config["dataset_kwargs"] = {"data_files": {split: str(file)}, "cache_dir": str(folder / "cache")}
+        config["num_fewshot"] = 0
+        tasks[name] = ConfigurableTask(config=config)
+        tasks[name].set_fewshot_seed(1234)
+    results: dict[str, Any] = evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=0)
+    return results
+
+
+def assert_equal_to_stock(scores: list[TaskScore], stock: dict[str, Any]) -> None:
+    assert {score.task for score in scores} == set(stock["results"])
+    for score in scores:
+        assert score.samples is not None
+        samples = stock["samples"][score.task]
+        for ours, theirs in zip(score.samples, samples, strict=True):
+            # The very prompts and continuations, and the model's log-likelihoods of them.
+            assert ours["arguments"] == theirs["arguments"], score.task
+            assert ours["filtered_resps"] == theirs["filtered_resps"], score.task
+        items = [sample[score.metric] for sample in samples]
+        assert score.items == [item[0] if isinstance(item, tuple) else item for item in items], score.task
+        assert score.value == pytest.approx(stock["results"][score.task][f"{score.metric},none"], rel=1e-9), score.task
+
+
+def test_items_equal_those_of_lm_eval(tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    names = ["piqa", "winogrande", "arc_challenge"]
+    model, tokenizer = load(tiny_model_folder())
+    scores = run_tasks(model, tokenizer, names, data=data_folder(), limit=25, log_samples=True)
+    reference = HFLM(pretrained=str(tiny_model_folder()), device="cpu", batch_size=8)
+    assert_equal_to_stock(scores, stock_results(reference, names, 25, tmp_path))
+
+
+@pytest.mark.slow
+def test_items_equal_those_of_lm_eval_on_every_task(smollm2_path: Path, tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load(smollm2_path)
+    # The same float32 sums as ours: with bfloat16 weights lm-eval's own would be rounded.
+    reference = HFLM(pretrained=str(smollm2_path), device="cpu", batch_size=8, softmax_dtype="float32")
+    # A page of WikiText is as long as a hundred questions.
+    for names, limit in ((sorted(available_tasks().keys() - {"wikitext2"}), 200), (["wikitext2"], 5)):
+        scores = run_tasks(model, tokenizer, names, data=data_folder(), limit=limit, log_samples=True)
+        assert_equal_to_stock(scores, stock_results(reference, names, limit, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load(tiny_model_folder())
+
+
+def test_scores_describe_themselves(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    names = ["hellaswag", "lambada", "wikitext2"]
+    hellaswag, lambada, wikitext2 = run_tasks(*tiny, names, data=data_folder(), limit=4, log_samples=True)
+    assert (hellaswag.metric, hellaswag.higher_is_better) == ("acc_norm", True)
+    assert (lambada.metric, lambada.n) == ("acc", 4)
+    assert (wikitext2.metric, wikitext2.higher_is_better) == ("word_perplexity", False)
+    mean = sum(hellaswag.items) / 4
+    deviation = math.sqrt(sum((item - mean) ** 2 for item in hellaswag.items) / 3)
+    assert hellaswag.value == mean
+    assert hellaswag.stderr == pytest.approx(deviation / 2)
+    assert wikitext2.samples is not None
+    words = sum(len(re.split(r"\s+", sample["doc"]["page"])) for sample in wikitext2.samples)
+    assert wikitext2.value == pytest.approx(math.exp(-sum(wikitext2.items) / words))
+
+
+def test_perplexity_error_agrees_with_the_bootstrap() -> None:
+    from linearize.evaluation.harness import _perplexity
+
+    draw = random.Random(0)  # noqa: S311
+    words = [draw.randint(500, 8000) for _ in range(62)]
+    nats = [-count * draw.gauss(3.0, 0.3) for count in words]
+    value, stderr = _perplexity(nats, words)
+    resampled = []
+    for _ in range(2000):
+        picked = draw.choices(range(62), k=62)
+        resampled.append(math.exp(-sum(nats[i] for i in picked) / sum(words[i] for i in picked)))
+    mean = sum(resampled) / 2000
+    bootstrap = math.sqrt(sum((one - mean) ** 2 for one in resampled) / 1999)
+    assert value == pytest.approx(math.exp(-sum(nats) / sum(words)))
+    assert stderr == pytest.approx(bootstrap, rel=0.1)
+    assert _perplexity(nats[:1], words[:1])[1] is None
+
+
+def test_leaves_everything_as_it_was(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny
+    model.train()
+    before = (tokenizer.pad_token, random.getstate(), torch.get_rng_state(), logging.getLogger("lm_eval").level)
+    (score,) = run_tasks(model, tokenizer, ["arc_easy"], data=data_folder(), limit=1)
+    assert model.training
+    assert tokenizer.pad_token == before[0]
+    assert random.getstate() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert logging.getLogger("lm_eval").level == before[3]
+    assert (score.n, score.stderr, score.samples) == (1, None, None)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_shorter_context_costs_perplexity(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    (short,) = run_tasks(*tiny, ["wikitext2"], data=data_folder(), limit=1, max_length=8)
+    (long,) = run_tasks(*tiny, ["wikitext2"], data=data_folder(), limit=1)
+    assert short.value != long.value
+
+
+def test_a_model_that_gives_nan() -> None:
+    model, tokenizer = load(tiny_model_folder())
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="item 1 of piqa are not finite"):
+        run_tasks(model, tokenizer, ["piqa"], data=data_folder(), limit=2)
+
+
+def test_limit_below_one(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    with pytest.raises(DataError, match="limit is 0"):
+        run_tasks(*tiny, ["piqa"], data=data_folder(), limit=0)

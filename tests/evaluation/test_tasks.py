@@ -1,0 +1,199 @@
+"""The task files against lm-eval's own, and the errors a user can cause."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linearize.errors import DataError
+from linearize.evaluation.tasks import available_tasks, build_tasks, task_definitions
+
+from . import data_folder
+
+STOCK = {
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "lambada": "lambada/lambada_openai.yaml",
+    "wikitext2": "wikitext/wikitext.yaml",
+}
+# What we leave out of lm-eval's definitions or add to them; none of it changes a zero-shot score.
+BESIDE_THE_SCORE = {
+    "task",
+    "tag",
+    "metadata",
+    "training_split",
+    "validation_split",
+    "should_decontaminate",
+    "doc_to_decontamination_query",
+}
+ITEMS = {
+    "piqa": 1838,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "hellaswag": 10042,
+    "winogrande": 1267,
+    "lambada": 5153,
+    "wikitext2": 62,
+}
+
+
+def test_every_task_has_a_line_of_description() -> None:
+    assert set(available_tasks()) == set(STOCK)
+    assert all(about and "\n" not in about for about in available_tasks().values())
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("from linearize.evaluation import tasks; tasks.available_tasks()", ("lm_eval", "datasets", "torch")),
+        ("from linearize.evaluation import heldout", ("lm_eval", "datasets", "transformers")),
+        ("from linearize.evaluation import report", ("lm_eval", "datasets", "torch")),
+    ],
+)
+def test_light_modules_stay_light(statement: str, heavy: tuple[str, ...]) -> None:
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; {statement}; assert not set({heavy}) & set(sys.modules)"], check=True
+    )
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_definition_is_that_of_lm_eval(name: str) -> None:
+    import lm_eval.api.task
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    stock = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
+    ours = task_definitions()[name]
+    for key in (stock.keys() | ours.config.keys()) - BESIDE_THE_SCORE:
+        expected, actual = stock.get(key), ours.config.get(key)
+        if callable(expected):
+            expected = f"{expected.__module__}.{expected.__name__}"
+        if key == "metric_list" and name == "wikitext2":  # ours also writes out the default aggregations
+            expected, actual = ([metric["metric"] for metric in metrics] for metrics in (expected, actual))
+        assert actual == expected, key
+    assert ours.split == (stock.get("test_split") or stock["validation_split"])
+
+
+def test_all_local_files_are_read_whole() -> None:
+    built = build_tasks(list(ITEMS), data_folder())
+    assert {name: len(task.eval_docs) for name, task in built.items()} == ITEMS
+
+
+def test_wikitext_aggregations_are_the_defaults() -> None:
+    from lm_eval.api.registry import get_metric_aggregation, is_higher_better
+
+    task = build_tasks(["wikitext2"], data_folder())["wikitext2"]
+    for metric, aggregation in task.aggregation().items():
+        assert aggregation is get_metric_aggregation(metric)
+        assert task.higher_is_better()[metric] == is_higher_better(metric)
+
+
+def test_wikitext_pages_lose_no_text() -> None:
+    task = build_tasks(["wikitext2"], data_folder())["wikitext2"]
+    pages = task.eval_docs["page"]
+    whole = (data_folder() / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+    # Only the blank line before the first title is dropped.
+    assert "\n".join(pages).strip() == whole.strip()
+    assert all(re.match(r" = [^=].* = \n", page) for page in pages)
+
+
+def test_repeated_names_count_once() -> None:
+    assert list(build_tasks(["piqa", "piqa"], data_folder())) == ["piqa"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("arc_esy", "arc_easy"), ("lambada_openai", "lambada"), ("zzz", "choose from arc_challenge")]
+)
+def test_unknown_task_names_the_nearest(name: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=hint) as caught:
+        build_tasks(["piqa", name], tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tasks() -> None:
+    with pytest.raises(DataError, match="no tasks given"):
+        build_tasks([], None)
+
+
+def test_missing_folder_and_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data folder .*nowhere.*piqa\.validation\.jsonl"):
+        build_tasks(["piqa"], tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"piqa needs piqa/piqa\.validation\.jsonl, which is not in .*--data"):
+        build_tasks(["piqa"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"goal": "boil an egg", "sol1":', "line 3: not JSON"),
+        ("[1, 2]", "line 3: not a JSON object"),
+        ('{"goal": "boil an egg", "sol1": "a", "sol2": "b"}', "line 3: no field 'label'"),
+    ],
+)
+def test_broken_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    good = '{"goal": "boil an egg", "sol1": "in water", "sol2": "in sand", "label": 0}'
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "piqa.validation.jsonl").write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        build_tasks(["piqa"], tmp_path)
+    assert "piqa.validation.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\xfe\x00", "cannot read")])
+def test_empty_or_undecodable_file(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "piqa.validation.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        build_tasks(["piqa"], tmp_path)
+
+
+def test_unreachable_hub_suggests_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def no_network(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nto the host")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(DataError, match=r"cannot load baber/piqa from the Hub .*--data DIR") as caught:
+        build_tasks(["piqa"], None)
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_documents_go_through_process_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def from_hub(path: str, name: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        record = {"activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "endings": ["a [x] b", "c"]}
+        return datasets.Dataset.from_list([{**record, "label": "1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    task = build_tasks(["hellaswag"], None)["hellaswag"]
+    document = task.eval_docs[0]
+    assert asked == [("Rowan/hellaswag", None, "validation")]
+    assert task.doc_to_text(document) == "Roof: A man sits. He"
+    assert task.doc_to_choice(document) == ["a b", "c"]
+    assert task.doc_to_target(document) == 1
+
+
+def test_local_data_touches_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", forbidden)
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    shutil.copytree(data_folder() / "arc", tmp_path / "arc")
+    assert len(build_tasks(["arc_easy"], tmp_path)["arc_easy"].eval_docs) == ITEMS["arc_easy"]

@@ -1,0 +1,94 @@
+"""What the schema accepts, refuses and fills in."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from linearize.recipe import DataSpec, GateSpec, LoraSpec, MixerSpec, Recipe, Stage, load_recipe
+
+SELF = {"source": "self"}
+
+
+def stage(**keys: object) -> Stage:
+    return Stage.model_validate({"objective": "distill", "data": SELF} | keys)
+
+
+def test_defaults_are_the_contract() -> None:
+    recipe = Recipe()
+    assert recipe.mixer == MixerSpec(
+        recurrence="gla", window=64, sinks=4, mix="learned", covers="evicted", feature_map="softmax", normalize=True
+    )
+    assert recipe.mixer.gate == GateSpec(scale=0.1, bias=5.0, divisor=1.0, learned=True)
+    assert recipe.lora == LoraSpec(rank=8, alpha=8, dropout=0.0, targets=["q", "k", "v"])
+    assert (recipe.model, recipe.teacher, recipe.stages, recipe.seed, recipe.dtype) == (None, None, [], 0, "auto")
+
+
+def test_liger_gla_is_the_papers_configuration() -> None:
+    recipe = load_recipe("liger-gla")
+    assert recipe.mixer == MixerSpec(
+        recurrence="gla",
+        window=64,
+        sinks=0,
+        mix="fixed",
+        covers="all",
+        feature_map="softmax",
+        normalize=False,
+        gate=GateSpec(scale=1.0, bias=0.0, divisor=16.0, learned=False),
+    )
+    (only,) = recipe.stages
+    assert (only.objective, only.length, only.epochs, only.lr, only.clip) == ("sft", 1024, 2, 1e-3, 1.0)
+    assert only.batch_tokens == 8 * 1024
+    assert (only.data.source, only.data.format) == ("yahma/alpaca-cleaned", "instruction")
+
+
+def test_text_that_the_teacher_writes_has_a_budget() -> None:
+    assert DataSpec(source="self").tokens == 200_000
+    assert DataSpec(source="self", tokens=7).tokens == 7
+    assert DataSpec(source="text.txt").tokens is None
+
+
+def test_weights_of_a_stage() -> None:
+    assert stage().weights == {"distill": 1.0}
+    assert stage(objective={"distill": 0.9, "sft": 1}).weights == {"distill": 0.9, "sft": 1.0}
+
+
+def test_a_recipe_does_not_change_once_read() -> None:
+    with pytest.raises(ValidationError):
+        Recipe().mixer.window = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"objective": {}},
+        {"objective": {"distil": 1.0}},
+        {"objective": {"sft": 0.0}},
+        {"objective": {"sft": float("inf")}},
+        {"objective": {"sft": True}},
+        {"objective": ["sft"]},
+        {"length": 512, "batch_tokens": 256},
+        {"length": 1000},
+        {"length": "512"},
+        {"length": True},
+        {"length": 512.0},
+        {"lr": "1e-3"},
+        {"lr": float("nan")},
+        {"warmup": 1.5},
+        {"epochs": 0},
+        {"gradient_checkpointing": 1},
+        {"data": {}},
+        {"data": {"source": ""}},
+        {"data": SELF | {"temperature": 0}},
+        {"learning_rate": 1e-3},
+    ],
+)
+def test_stages_that_are_refused(keys: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        stage(**keys)
+
+
+def test_softmax_mix_needs_a_normaliser() -> None:
+    assert MixerSpec(mix="softmax").normalize
+    with pytest.raises(ValidationError, match="mix: softmax needs normalize: true"):
+        MixerSpec(mix="softmax", normalize=False)
