@@ -39,14 +39,14 @@ def gla_parallel(
 ) -> tuple[Tensor, Tensor]:
     """The reference: every pair of tokens at once, O(T² D) time and memory, safe for gates of any strength."""
     q, k, v, log_gate, state = _prepare(q, k, v, log_gate, initial_state)
-    cumulative = log_gate.cumsum(1)
-    decay = _pair_decay(cumulative)
+    cumulative = _cumulative(log_gate, 1)
+    decay = _pair_decay(cumulative).to(q.dtype)
     scores = torch.einsum("btkgd,btskd,bskd->bkgts", q, decay, k)
     outputs = torch.einsum("bkgts,bskv->btkgv", scores, v)
-    outputs = outputs + torch.einsum("btkgd,btkd,bkdv->btkgv", q, cumulative.exp(), state)
+    outputs = outputs + torch.einsum("btkgd,btkd,bkdv->btkgv", q, cumulative.to(q.dtype).exp(), state)
     total = cumulative[:, -1]
-    kept = k * (total[:, None] - cumulative).exp()
-    final = total.exp()[..., None] * state + torch.einsum("btkd,btkv->bkdv", kept, v)
+    kept = k * (total[:, None] - cumulative).to(q.dtype).exp()
+    final = total.to(q.dtype).exp()[..., None] * state + torch.einsum("btkd,btkv->bkdv", kept, v)
     return outputs.flatten(2, 3), final
 
 
@@ -79,19 +79,19 @@ def gla_chunkwise(
     # Heads before tokens, so that every product below is a plain batched matmul: [B, N, K, C, ...].
     k, v, log_gate = (x.transpose(2, 3) for x in (k, v, log_gate))
     q = q.permute(0, 1, 3, 4, 2, 5)  # [B, N, K, G, C, D]
-    cumulative = log_gate.cumsum(3)
+    cumulative = _cumulative(log_gate, 3)
     total = cumulative[..., -1:, :]
 
     scores = _scores_within_chunks(q, k, cumulative, total)
     outputs = scores @ v.unsqueeze(3)
 
-    written = (k * (total - cumulative).exp()).transpose(-1, -2) @ v  # [B, N, K, D, V]
-    chunk_decay = total.exp().transpose(-1, -2)  # [B, N, K, D, 1]
+    written = (k * _exp(total - cumulative, k)).transpose(-1, -2) @ v  # [B, N, K, D, V]
+    chunk_decay = _exp(total, k).transpose(-1, -2)  # [B, N, K, D, 1]
     entering = []
     for n in range(q.shape[1]):
         entering.append(state)
         state = chunk_decay[:, n] * state + written[:, n]
-    read = q * cumulative.exp().unsqueeze(3)
+    read = q * _exp(cumulative, q).unsqueeze(3)
     outputs = outputs + read @ torch.stack(entering, 1).unsqueeze(3)
 
     outputs = outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
@@ -104,22 +104,21 @@ def _scores_within_chunks(q: Tensor, k: Tensor, cumulative: Tensor, total: Tenso
     if bool(total.amin() >= -_SAFE_LOG_DECAY):
         # Both factors are taken against half of the chunk's decay, so neither exponent passes half of the limit.
         middle = total / 2
-        scores = (q * (cumulative - middle).exp().unsqueeze(3)) @ (k * (middle - cumulative).exp()).unsqueeze(
-            3
-        ).transpose(-1, -2)
-        return scores.tril()
+        queries = q * _exp(cumulative - middle, q).unsqueeze(3)
+        keys = (k * _exp(middle - cumulative, k)).unsqueeze(3)
+        return (queries @ keys.transpose(-1, -2)).tril()
 
     rows = []
     for start in range(0, chunk, SUB_CHUNK):
         stop = start + SUB_CHUNK
         block = cumulative[..., start:stop, :]
-        pairs = k[..., None, start:stop, :] * _pair_decay(block, dim=3)  # [B, N, K, c, c, D]
+        pairs = k[..., None, start:stop, :] * _pair_decay(block, dim=3).to(k.dtype)  # [B, N, K, c, c, D]
         row = torch.einsum("bnkgtd,bnktsd->bnkgts", q[..., start:stop, :], pairs)
         if start:
             # Against the decay at the sub-chunk's border both exponents are <= 0 for every earlier key.
             border = cumulative[..., start - 1 : start, :]
-            queries = q[..., start:stop, :] * (block - border).exp().unsqueeze(3)
-            keys = k[..., :start, :] * (border - cumulative[..., :start, :]).exp()
+            queries = q[..., start:stop, :] * _exp(block - border, q).unsqueeze(3)
+            keys = k[..., :start, :] * _exp(border - cumulative[..., :start, :], k)
             row = torch.cat([queries @ keys.unsqueeze(3).transpose(-1, -2), row], -1)
         rows.append(F.pad(row, (0, chunk - stop)))
     return torch.cat(rows, -2)
@@ -132,6 +131,16 @@ def _pair_decay(cumulative: Tensor, dim: int = 1) -> Tensor:
     later = later.reshape(tokens, tokens, *([1] * (cumulative.dim() - dim - 1)))
     difference = cumulative.unsqueeze(dim + 1) - cumulative.unsqueeze(dim)
     return difference.masked_fill(later, float("-inf")).exp()
+
+
+def _cumulative(log_gate: Tensor, dim: int) -> Tensor:
+    """Running sum of the log-gates, in float64: decays are differences of these sums, and after a few strong gates
+    float32 would have nothing left of the weak ones. (Apple's GPUs have no float64.)"""
+    return log_gate.cumsum(dim, dtype=torch.float32 if log_gate.device.type == "mps" else torch.float64)
+
+
+def _exp(exponent: Tensor, like: Tensor) -> Tensor:
+    return exponent.to(like.dtype).exp()
 
 
 def _prepare(

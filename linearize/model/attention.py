@@ -146,7 +146,8 @@ class Mixer(nn.Module):
                 incoming = arriving[name].detach().to(tensor.dtype)
                 tensor.scatter_(1, at, torch.where(real[:, :, None, None], incoming, held[name]))
             exists = torch.arange(window, device=slot.device) <= query_index
-            span = ring
+            # A later step writes into the ring, where a backward pass would still want to read.
+            span = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
         else:
             past = torch.arange(window, device=index.device)
             order = (memory.counts[:, None] + past) % window  # oldest first

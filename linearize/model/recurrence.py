@@ -94,7 +94,10 @@ class GatedLinearAttention(Recurrence):
         if writes is not None:
             silent = ~writes[:, :, None, None]
             k, log_gate = k.masked_fill(silent, 0), log_gate.masked_fill(silent, 0)
-        read, final = gla(q, k, F.pad(v, (0, 1), value=1.0), log_gate, state["state"] if state else None)
+        held = state["state"] if state else None
+        if held is not None and torch.is_grad_enabled():
+            held = held.clone()  # what is updated in place below is still wanted by the backward pass
+        read, final = gla(q, k, F.pad(v, (0, 1), value=1.0), log_gate, held)
         if state is not None:
             state["state"].copy_(final.detach())
         return read[..., :-1], read[..., -1]

