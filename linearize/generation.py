@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, TextStreamer
 
 from linearize.errors import DataError
 from linearize.model import LinearizedForCausalLM, cache_nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # A converted model reads a long prompt in pieces, so that its peak memory does not depend on the prompt either.
 PREFILL_CHUNK = 2048
@@ -117,4 +119,6 @@ def continue_text(
 
 def _nbytes(cache: DynamicCache) -> int:
     """Bytes of an ordinary cache."""
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
+    return sum(
+        x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values) if x is not None
+    )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,6 +19,9 @@ from linearize.evaluation.systems import Loader, score_systems
 from linearize.training.finetune import FinetuneResult, finetune, work_folder, write_result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from rich.table import Table
 
     from linearize.recipe import Recipe

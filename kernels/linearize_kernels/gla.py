@@ -130,7 +130,8 @@ def _pair_decay(cumulative: Tensor, dim: int = 1) -> Tensor:
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=cumulative.device).triu(1)
     later = later.reshape(tokens, tokens, *([1] * (cumulative.dim() - dim - 1)))
     difference = cumulative.unsqueeze(dim + 1) - cumulative.unsqueeze(dim)
-    return difference.masked_fill(later, float("-inf")).exp()
+    decay: Tensor = difference.masked_fill(later, float("-inf")).exp()
+    return decay
 
 
 def _cumulative(log_gate: Tensor, dim: int) -> Tensor:
@@ -166,4 +167,5 @@ def _to_chunks(x: Tensor, chunk: int) -> Tensor:
     missing = -x.shape[1] % chunk
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-    return x.unflatten(1, (-1, chunk))
+    chunks: Tensor = x.unflatten(1, (-1, chunk))
+    return chunks

@@ -1,6 +1,6 @@
 """Softmax attention over a sliding window, plus a few exact columns (sinks) that every later query may read.
 
-    y_t = Σ_s p_ts v_s ,   p_t = softmax over {last W tokens} ∪ {visible columns} of  scale · q_t·k_s
+y_t = Σ_s p_ts v_s ,   p_t = softmax over {last W tokens} ∪ {visible columns} of  scale · q_t·k_s
 """
 
 from __future__ import annotations

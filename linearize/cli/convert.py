@@ -45,7 +45,8 @@ def convert(
     finetune` wakes the recurrence.
     """
     quiet_libraries()
-    from linearize.conversion.convert import check_convertible, convert as convert_to, state_nbytes
+    from linearize.conversion.convert import check_convertible, state_nbytes
+    from linearize.conversion.convert import convert as convert_to
     from linearize.conversion.inspection import inspect_model
     from linearize.conversion.output import check_free, staged_folder
     from linearize.conversion.source import find_source, load_config
@@ -61,8 +62,8 @@ def convert(
             print_json({"output": str(output), "written": False, **facts})
         else:
             print(
-                f"would convert {facts['converted_layers']} of {facts['layers']} layers of {source.name} and write {output}; "
-                f"memory per sequence: {readable_bytes(facts['state_bytes'])}"
+                f"would convert {facts['converted_layers']} of {facts['layers']} layers of {source.name} and write "
+                f"{output}; memory per sequence: {readable_bytes(facts['state_bytes'])}"
             )
         return
     started = time.monotonic()

@@ -41,15 +41,13 @@ def demo(
     result = run_recipe(recipe, output, say=status, overwrite=overwrite)
     status(f'the fine-tuned model answers "{_PROMPT}":')
     trained = result.trained
-    text = continue_text(
-        trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write
-    )
+    text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write)
     sys.stdout.write("\n\n")
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(result.table)
     minutes = (time.monotonic() - started) / 60
     status(
-        f"done in {minutes:.1f} minutes; the model is in {output / 'finetuned'} and holds {text.memory_bytes:,} bytes of "
-        "memory for a text of any length\n"
+        f"done in {minutes:.1f} minutes; the model is in {output / 'finetuned'} and holds {text.memory_bytes:,} "
+        "bytes of memory for a text of any length\n"
         f'next: linearize generate {output / "finetuned"} "What is a needle in a haystack?" --chat'
     )
 

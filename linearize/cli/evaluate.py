@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from linearize.cli.console import DtypeOption, JsonOption, ModelArgument, TrustOption, check_dtype, examples, print_json, status
+from linearize.cli.console import (
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    check_dtype,
+    examples,
+    print_json,
+    status,
+)
 from linearize.cli.libraries import quiet_libraries
 
 EPILOG = examples(
@@ -26,13 +35,14 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="piqa, arc_easy, arc_challenge, hellaswag, winogrande, lambada, wikitext2, held_out. If left out: the rows "
-            "that fine-tuning held out where the folder has some, otherwise every task.",
+            help="piqa, arc_easy, arc_challenge, hellaswag, winogrande, lambada, wikitext2, held_out. If left out: the "
+            "rows that fine-tuning held out where the folder has some, otherwise every task.",
         ),
     ] = "",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N items of each task.")] = None,
     baseline: Annotated[
-        str, typer.Option("--baseline", metavar="NAME,...", help="teacher, window (the teacher's window and sinks alone).")
+        str,
+        typer.Option("--baseline", metavar="NAME,...", help="teacher, window (the teacher's window and sinks alone)."),
     ] = "",
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of the tasks' files; the Hub if left out.")

@@ -21,10 +21,13 @@ EPILOG = examples(
 def finetune(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a recipe file.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="The folder to write; the recipe's name if left out.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="The folder to write; the recipe's name if left out."),
     ] = None,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
+    ] = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -43,7 +46,9 @@ def finetune(
 
     settings = load_recipe(recipe, overrides or ())
     if not settings.stages:
-        raise RecipeError(f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`")
+        raise RecipeError(
+            f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"
+        )
     target = output or Path(Path(recipe).stem)
     check_free(target, overwrite=overwrite)
     work = work_folder(target, settings, resume=resume)

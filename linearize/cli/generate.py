@@ -32,9 +32,13 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")] = 200,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
+    ] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the most likely, up to this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the most likely, up to this mass.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,

@@ -31,7 +31,9 @@ def inspect(
     model: ModelArgument,
     recipe: RecipeOption = "default",
     overrides: SetOption = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")
+    ] = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -24,7 +24,8 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
     overrides: SetOption = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the evaluation tasks' files; the Hub if left out.")
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Folder of the evaluation tasks' files; the Hub if left out."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: OverwriteOption = False,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from linearize import __version__
 from linearize.conversion.output import sha256
@@ -24,8 +22,12 @@ from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
 PROVENANCE = "linearize.json"
+BASELINE_SINKS = 4
 
 
 def mixers_for(spec: MixerSpec, layers: int) -> list[MixerConfig]:
@@ -72,8 +74,10 @@ def window_baseline(source: Source, mixers: Sequence[dict[str, Any]], *, dtype: 
     """`source` with the window and sinks of `mixers` and no recurrence: what costs no training at all."""
     teacher = load_model(source, dtype=dtype)
     check_convertible(teacher.config, source)
-    bare = [MixerConfig(**{**mixer, "recurrence": "none", "covers": "evicted"}) for mixer in mixers]
-    return LinearizedForCausalLM.from_teacher(teacher, bare).eval()
+    # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
+    changes = {"recurrence": "none", "covers": "evicted"}
+    bare = [MixerConfig(**{**mixer, **changes, "sinks": max(mixer["sinks"], BASELINE_SINKS)}) for mixer in mixers]
+    return LinearizedForCausalLM.from_teacher(teacher, bare)
 
 
 def convert(source: Source, recipe: Recipe, folder: Path) -> LinearizedForCausalLM:
@@ -114,7 +118,8 @@ def write_checkpoint(
         name: the checkpoint's name on its card.
     """
     model.config.auto_map = dict(AUTO_MAP)
-    model.config.text_config._name_or_path = ""  # a path of this machine; linearize.json names the base model
+    config: Any = model.config.text_config
+    config._name_or_path = ""  # a path of this machine; linearize.json names the base model
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file, source in carried_files().items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,9 @@ from linearize.errors import ModelError
 from linearize.model.attention import Mixer
 from linearize.model.configuration import MixerConfig
 from linearize.model.modeling import family_of
-from linearize.recipe import MixerSpec
+
+if TYPE_CHECKING:
+    from linearize.recipe import MixerSpec
 
 LENGTHS = (1_024, 8_192, 131_072, 1_048_576)
 

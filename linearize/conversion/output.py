@@ -6,11 +6,14 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linearize.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @contextmanager
@@ -40,7 +43,9 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except Exception as error:
         # safetensors reports a full disk as an error of its own.
         if "No space left" in str(error):
-            raise OutputError(f"{target}: cannot be written: no space left on the disk; nothing was left there") from error
+            raise OutputError(
+                f"{target}: cannot be written: no space left on the disk; nothing was left there"
+            ) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
 from linearize.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +74,7 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
                 raise ModelError(f"{reference}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
         return Source(str(path.resolve()), "gguf", trust_remote_code)
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
-    if looks_local or path.parent.is_dir() and "/" in reference:
+    if looks_local or (path.parent.is_dir() and "/" in reference):
         raise ModelError(f"{reference}: no such folder or file{_nearest(path)}")
     return Source(reference, "hub", trust_remote_code)
 
@@ -111,7 +113,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), **keywords
         )
-    return model.eval().to(device or default_device())  # type: ignore[arg-type]
+    return model.eval().to(device or default_device())
 
 
 def default_device() -> str:

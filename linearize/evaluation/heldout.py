@@ -126,8 +126,8 @@ def score_rows(
             batch = slice(start, start + batch_size)
             positions = None if position_ids is None else position_ids[batch]
             parts.append(_score_batch(model, teacher, input_ids[batch], labels[batch], positions, counted[batch]))
-    # Rebuilt outside inference mode, so that callers may use the scores in any computation.
-    loss, kl, agreement = torch.cat(parts, dim=1).clone() / tokens.cpu()
+    # Joined outside inference mode, so that callers may use the scores in any computation.
+    loss, kl, agreement = torch.cat(parts, dim=1) / tokens.cpu()
     return RowScores(loss, None if teacher is None else kl, None if teacher is None else agreement, tokens.cpu())
 
 

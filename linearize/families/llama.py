@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from linearize.families.base import Family, Projections, rotate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Llama(Family):

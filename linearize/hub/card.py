@@ -50,7 +50,9 @@ def model_card(name: str, provenance: dict[str, Any], mixers: list[dict[str, Any
         for m in mixers
     ]
     stages = provenance.get("stages", [])
-    training = "\n".join(f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages)
+    training = "\n".join(
+        f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages
+    )
     return _TEMPLATE.format(
         name=name,
         base=base["model"] if base["kind"] == "hub" else base["name"],

@@ -11,19 +11,22 @@ after token t - W, so window, sinks and state share the past without counting an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from linearize_kernels import window_attention
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from linearize.families.base import Family, Projections
-from linearize.model.configuration import MixerConfig
 from linearize.model.layout import Layout
 from linearize.model.memory import LayerMemory, Part, memory_of
 from linearize.model.recurrence import build_recurrence
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from linearize.model.configuration import MixerConfig
 
 
 @dataclass
@@ -201,15 +204,16 @@ class Mixer(nn.Module):
         assert self.recurrence is not None  # noqa: S101 - for the type checker; the caller has looked
         state = memory.parts["state"] if memory else None
         tokens, first = y.shape[1], 0
+        writes: Tensor | None
         if self.config.covers == "evicted":
             if evicted is None:
                 return y
             first = evicted.first
-            arguments = (new.q[:, first:], evicted.k, evicted.v, evicted.writes)
+            k, v, writes = evicted.k, evicted.v, evicted.writes
         else:
-            real = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
-            arguments = (new.q, new.k, new.v, real)
-        numerator, mass = self.recurrence(*arguments, state)
+            k, v = new.k, new.v
+            writes = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
+        numerator, mass = self.recurrence(new.q[:, first:], k, v, writes, state)
         mixed = self._mix(y[:, first:], normaliser[:, first:], numerator, mass[..., None])
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
 

@@ -49,7 +49,7 @@ class Layout:
 
     def scatter(self, rows: Tensor) -> Tensor:
         """The way back: `[R, L, ...]` to `[B, T, ...]`, zero at pads."""
-        x = rows.flatten(0, 1)[self._target].unflatten(0, (self.batch, self.tokens))
+        x: Tensor = rows.flatten(0, 1)[self._target].unflatten(0, (self.batch, self.tokens))
         return x.masked_fill(~_like(self.real, x), 0)
 
 

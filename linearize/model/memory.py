@@ -6,12 +6,14 @@ added without touching reordering, resetting, byte counts or the other parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Part = dict[str, Tensor]
 

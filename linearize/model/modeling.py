@@ -7,22 +7,25 @@ tensor-parallel plans, gradient checkpointing and `generate` are the base model'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from linearize.families import FAMILIES, Family
 from linearize.model.attention import LinearizedAttention, Mixer
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import segments_of
 from linearize.model.memory import LayerMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers.cache_utils import Cache
 
 
 class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -67,7 +70,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LinearizedForCausalLM:
         """As `PreTrainedModel.from_pretrained`, for a converted checkpoint."""
         if cls is not LinearizedForCausalLM and cls.__bases__[0] is LinearizedForCausalLM:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model: LinearizedForCausalLM = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return model
         config = kwargs.pop("config", None)
         if config is None:
             config = LinearizedConfig.from_pretrained(pretrained_model_name_or_path)
@@ -77,7 +81,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def _from_config(cls, config: LinearizedConfig, **kwargs: Any) -> LinearizedForCausalLM:
         """What `AutoModelForCausalLM.from_config` calls: random weights."""
         if cls.__bases__[0] is LinearizedForCausalLM:
-            return super()._from_config(config, **kwargs)
+            model: LinearizedForCausalLM = super()._from_config(config, **kwargs)
+            return model
         return derived_class(cls, config)._from_config(config, **kwargs)
 
     @classmethod
@@ -153,7 +158,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 @cache
-def _derive(front: type[LinearizedForCausalLM], base: type[PreTrainedModel]) -> type[LinearizedForCausalLM]:
+def _derive(front: Any, base: Any) -> type[LinearizedForCausalLM]:
     # The name keeps the base architecture's, by which transformers finds the loss function among other things.
     return type(f"Linearized{base.__name__}", (front, base), {"__module__": front.__module__})
 
@@ -161,7 +166,7 @@ def _derive(front: type[LinearizedForCausalLM], base: type[PreTrainedModel]) -> 
 def derived_class(front: type[LinearizedForCausalLM], config: LinearizedConfig) -> type[LinearizedForCausalLM]:
     """The class of a converted model of `config`'s base architecture."""
     family_of(config.text_config)
-    return _derive(front, AutoModelForCausalLM._model_mapping[type(config.text_config)])
+    return _derive(cast("Any", front), AutoModelForCausalLM._model_mapping[type(config.text_config)])
 
 
 def family_of(config: Any) -> Family:

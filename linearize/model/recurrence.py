@@ -11,15 +11,16 @@ so that numerator / mass is an average of values, as softmax attention's output 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from linearize_kernels import gla
 from torch import Tensor, nn
 
-from linearize.model.configuration import MixerConfig
-from linearize.model.memory import Part
+if TYPE_CHECKING:
+    from linearize.model.configuration import MixerConfig
+    from linearize.model.memory import Part
 
 
 class Recurrence(nn.Module, ABC):
@@ -60,8 +61,9 @@ class Recurrence(nn.Module, ABC):
 
 
 class GatedLinearAttention(Recurrence):
-    """GLA (arXiv 2312.06635) with Liger's gate (arXiv 2503.01496): S_t = diag(g_t) S_{t-1} + φ(k_t)ᵀ v_t, o_t = φ(q_t) S_t.
+    """GLA (arXiv 2312.06635) with Liger's gate (arXiv 2503.01496).
 
+    S_t = diag(g_t) S_{t-1} + φ(k_t)ᵀ v_t ,  o_t = φ(q_t) S_t ;
     log g = logsigmoid(scale * k + bias) / divisor, from the pretrained key projection; φ is the softmax over a head's
     channels, without positions. With scale 1, bias 0 and divisor 16 this is the gate of Liger's released code.
     """

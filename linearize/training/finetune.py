@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -24,7 +23,6 @@ from linearize.conversion.source import (
     teacher_of,
 )
 from linearize.errors import OutputError, RecipeError
-from linearize.model import LinearizedForCausalLM
 from linearize.recipe import LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training.data import TrainingData, load_data
 from linearize.training.trainer import (
@@ -36,6 +34,11 @@ from linearize.training.trainer import (
     load_trained,
     total_steps,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from linearize.model import LinearizedForCausalLM
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from linearize.recipe import Objective
 
 IGNORE = -100
 
 
 def token_losses(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weights: dict[str, float], temperature: float = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None,
+    weights: Mapping[Objective, float],
+    temperature: float = 1.0,
 ) -> Tensor:
     """The sum over counted positions of the weighted objectives, in nats.
 

@@ -8,9 +8,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from linearize.errors import LinearizeError
-from linearize.recipe import Stage
-from linearize.training.data import Rows
 from linearize.training.objective import IGNORE, token_losses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linearize.recipe import Stage
+    from linearize.training.data import Rows
 
 _TRAINED = "trained.safetensors"
 _KEPT_CHECKPOINTS = 2
@@ -80,7 +83,7 @@ class StageTrainer(Trainer):
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
-        # The loss below is a sum over the whole optimizer step divided by its tokens, so nothing is to be divided again.
+        # The loss below is a sum divided by the tokens of the whole optimizer step: nothing is to be divided again.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(
@@ -96,20 +99,20 @@ class StageTrainer(Trainer):
         if self.teacher is not None and "distill" in self.stage.weights:
             with torch.no_grad():
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
-        total = token_losses(
-            outputs.logits, labels, teacher_logits, dict(self.stage.weights), self.stage.temperature
-        )
+        total = token_losses(outputs.logits, labels, teacher_logits, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
         loss = total / counted
         if not bool(torch.isfinite(loss)):
             raise LinearizeError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr and try again"
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr"
             )
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
-            own, adapters = [], []
+            own: list[nn.Parameter] = []
+            adapters: list[nn.Parameter] = []
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     (own if is_own_parameter(name) else adapters).append(parameter)

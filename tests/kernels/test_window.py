@@ -42,7 +42,11 @@ def test_equals_dense_attention(window, tokens, columns, kind):
     exists = torch.cat([torch.rand(2, past, generator=generator) > 0.5, torch.ones(2, tokens, dtype=torch.bool)], 1)
     extra = None
     if columns:
-        extra = (normal(2, columns, 2, 8), normal(2, columns, 2, 8), torch.rand(1, tokens, columns, generator=generator) > 0.5)
+        extra = (
+            normal(2, columns, 2, 8),
+            normal(2, columns, 2, 8),
+            torch.rand(1, tokens, columns, generator=generator) > 0.5,
+        )
     ours = window_attention(q, k, v, window=window, scale=0.3, key_exists=exists if past else None, columns=extra)
     reference = dense(q, k, v, window, 0.3, exists, extra)
     torch.testing.assert_close(ours, reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_pads_change_nothing(teacher, ids, kind, side):
 def test_packed_rows_equal_separate_rows(teacher, ids, kind):
     model = converted(teacher, **KINDS[kind])
     borders = (0, 30, 31, 100, TOKENS)
-    pieces = list(zip(borders, borders[1:], strict=False))
+    pieces = list(itertools.pairwise(borders))
     positions = torch.cat([torch.arange(stop - start) for start, stop in pieces]).expand(2, -1)
     packed = model(ids, position_ids=positions, use_cache=False).logits
     close(packed, torch.cat([model(ids[:, a:b], use_cache=False).logits for a, b in pieces], 1))
@@ -201,7 +202,13 @@ def test_memory_has_the_same_size_after_100_and_20000_tokens(teacher, kind):
             step = min(2_000, upto - done)
             # Positions stay small: the tiny model was trained on 512, and memory does not depend on them.
             positions = (torch.arange(step) % 500)[None]
-            result = model(torch.full((1, step), 9), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            result = model(
+                torch.full((1, step), 9),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
             cache, done = result.past_key_values, done + step
         sizes.append(cache_nbytes(cache))
         assert bool(torch.isfinite(result.logits).all())
@@ -213,7 +220,12 @@ def test_memory_has_the_same_size_after_100_and_20000_tokens(teacher, kind):
 def test_generate_greedy_padded_chunked_and_sampled(teacher, ids):
     model = converted(teacher)
     rows = [ids[0, :40], ids[1, :23]]
-    alone = [model.generate(r[None], attention_mask=torch.ones(1, len(r)), max_new_tokens=30, do_sample=False, pad_token_id=0) for r in rows]
+    alone = [
+        model.generate(
+            r[None], attention_mask=torch.ones(1, len(r)), max_new_tokens=30, do_sample=False, pad_token_id=0
+        )
+        for r in rows
+    ]
     tokens, mask = torch.zeros(2, 40, dtype=torch.long), torch.zeros(2, 40, dtype=torch.long)
     for row, prompt in enumerate(rows):
         tokens[row, 40 - len(prompt) :], mask[row, 40 - len(prompt) :] = prompt, 1
@@ -223,13 +235,19 @@ def test_generate_greedy_padded_chunked_and_sampled(teacher, ids):
         assert torch.equal(together[row, 40 : 40 + len(new)], new)
         whole = model(alone[row]).logits.argmax(-1)[0, len(rows[row]) - 1 : -1]
         assert torch.equal(whole, new)
-    chunked = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, prefill_chunk_size=7)
+    chunked = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, prefill_chunk_size=7
+    )
     assert torch.equal(chunked, together)
     torch.manual_seed(0)
-    sampled = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=True, num_return_sequences=2, pad_token_id=0)
+    sampled = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=10, do_sample=True, num_return_sequences=2, pad_token_id=0
+    )
     assert sampled.shape[0] == 4
     beams = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0)
-    uncached = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0, use_cache=False)
+    uncached = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0, use_cache=False
+    )
     assert torch.equal(beams, uncached)
 
 
@@ -253,7 +271,9 @@ def test_half_precision_stays_near_and_finite(teacher, ids, dtype):
     half = converted(teacher).to(dtype)
     full = converted(teacher)
     error = (half(ids).logits.float() - full(ids).logits).norm() / full(ids).logits.norm()
-    plain = (copy.deepcopy(teacher).to(dtype)(ids).logits.float() - teacher(ids).logits).norm() / teacher(ids).logits.norm()
+    plain = (copy.deepcopy(teacher).to(dtype)(ids).logits.float() - teacher(ids).logits).norm() / teacher(
+        ids
+    ).logits.norm()
     assert float(error) <= 2 * float(plain)
     close(in_pieces(half, ids, [1] * TOKENS).float() * 0, full(ids).logits * 0)  # finite all the way
 
