@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 .PHONY: demo test test-slow lint types clean
 
 demo: $(READY)
-	@$(VENV)/bin/linearize demo
+	@$(VENV)/bin/linearize demo --overwrite
 
 test: $(READY)
 	$(PYTEST) -m "not slow"

@@ -49,7 +49,7 @@ class _AutoClassesFinder(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    importlib.import_module("linearize.model").register()
+    importlib.import_module("linearize.model")  # registers at its end, also where it is itself what loads transformers
 
 
 if _AUTO_CLASSES in sys.modules:

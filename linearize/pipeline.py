@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,9 +68,11 @@ def run_recipe(
     if source.is_converted:
         raise ModelError(f"{source.name}: is converted already; use `linearize finetune` and `linearize eval`")
     check_free(target, overwrite=overwrite)
-    work = work_folder(target, recipe, resume=resume)
     seconds: dict[str, float] = {}
-    with staged_folder(target, overwrite=overwrite) as folder:
+    with (
+        work_folder(target, recipe, resume=resume) as work,
+        staged_folder(target, overwrite=overwrite) as folder,
+    ):
         with _timed(seconds, "convert"):
             say(f"converting {source.name}")
             (folder / "converted").mkdir()
@@ -105,7 +106,6 @@ def run_recipe(
         table = report_table(scores)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(_markdown(source.name, table), encoding="utf-8")
-    shutil.rmtree(work, ignore_errors=True)
     return RunResult(scores, table, figures, trained)
 
 

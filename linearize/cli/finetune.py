@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -51,22 +50,12 @@ def finetune(
         )
     target = output or Path(Path(recipe).stem)
     check_free(target, overwrite=overwrite)
-    work = work_folder(target, settings, resume=resume)
-    try:
+    with work_folder(target, settings, resume=resume) as work:
         result = train(settings, work, say=status, resume=resume, trust_remote_code=trust_remote_code)
-    finally:
-        _drop_if_empty(work)
-    with staged_folder(target, overwrite=overwrite) as folder:
-        write_result(folder, result, settings, work, target.name)
-    shutil.rmtree(work, ignore_errors=True)
+        with staged_folder(target, overwrite=overwrite) as folder:
+            write_result(folder, result, settings, work, target.name)
     if as_json:
         print_json({"output": str(target), "stages": result.stages})
         return
     print(target)
     status(f"next: linearize eval {target} --baseline teacher,window")
-
-
-def _drop_if_empty(work: Path) -> None:
-    """A run that failed before its first checkpoint leaves nothing to resume, so it should leave nothing at all."""
-    if not any(work.glob("stage-*/checkpoint-*")):
-        shutil.rmtree(work, ignore_errors=True)

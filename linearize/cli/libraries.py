@@ -10,6 +10,7 @@ def quiet_libraries() -> None:
     """No progress bars, no advice about versions, no warnings: what matters is said by the command itself."""
     if os.environ.get("LINEARIZE_DEBUG") == "1":
         return
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -58,7 +58,7 @@ def check_free(target: Path, *, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{target}: exists and is not empty; pass --overwrite to replace it")
-        if not ((target / "config.json").is_file() or (target / "linearize.json").is_file()):
+        if not any((target / name).is_file() for name in ("config.json", "linearize.json", "report.json")):
             raise OutputError(f"{target}: does not look like a result of linearize; it will not be overwritten")
 
 

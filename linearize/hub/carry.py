@@ -20,7 +20,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_linearized.LinearizedConfig",
     "AutoModelForCausalLM": "modeling_linearized.LinearizedForCausalLM",
 }
-_OUR_IMPORT = re.compile(r"^from (linearize(?:_kernels)?(?:\.\w+)*) import ", re.MULTILINE)
+_OUR_IMPORT = re.compile(r"^([ \t]*)from (linearize(?:_kernels)?(?:\.\w+)*) import ", re.MULTILINE)
 
 
 def carried_files() -> dict[str, str]:
@@ -32,8 +32,8 @@ def carried_files() -> dict[str, str]:
         if name in files:
             continue
         source = _source(module)
-        waiting += _OUR_IMPORT.findall(source)
-        files[name] = _OUR_IMPORT.sub(lambda match: f"from .{_flat(match[1])} import ", source)
+        waiting += [module for _, module in _OUR_IMPORT.findall(source)]
+        files[name] = _OUR_IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import ", source)
     return files
 
 

@@ -1,7 +1,12 @@
-"""What a converted checkpoint is: configuration, attention layer, memory and model."""
+"""What a converted checkpoint is: configuration, attention layer, memory and model.
+
+Importing it makes transformers' auto classes load converted checkpoints.
+"""
 
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.memory import LayerMemory, cache_nbytes
 from linearize.model.modeling import LinearizedForCausalLM, register
 
-__all__ = ["LayerMemory", "LinearizedConfig", "LinearizedForCausalLM", "MixerConfig", "cache_nbytes", "register"]
+register()
+
+__all__ = ["LayerMemory", "LinearizedConfig", "LinearizedForCausalLM", "MixerConfig", "cache_nbytes"]

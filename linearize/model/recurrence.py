@@ -68,14 +68,17 @@ class GatedLinearAttention(Recurrence):
     channels, without positions. With scale 1, bias 0 and divisor 16 this is the gate of Liger's released code.
     """
 
+    gate_scale: nn.Parameter | float
+    gate_bias: nn.Parameter | float
+
     def __init__(self, config: MixerConfig, key_value_heads: int, key_width: int, value_width: int) -> None:
         super().__init__(config, key_value_heads, key_width, value_width)
-        self.gate_scale: Tensor | float = config.gate_scale
-        self.gate_bias: Tensor | float = config.gate_bias
         if config.gate_learned:
-            del self.gate_scale, self.gate_bias
-            self.gate_scale = nn.Parameter(torch.full((key_value_heads, key_width), config.gate_scale))
-            self.gate_bias = nn.Parameter(torch.full((key_value_heads, key_width), config.gate_bias))
+            shape = (key_value_heads, key_width)
+            self.gate_scale = nn.Parameter(torch.full(shape, config.gate_scale))
+            self.gate_bias = nn.Parameter(torch.full(shape, config.gate_bias))
+        else:
+            self.gate_scale, self.gate_bias = config.gate_scale, config.gate_bias
 
     def initial_values(self) -> dict[str, float]:
         if not self.config.gate_learned:

@@ -159,8 +159,11 @@ def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Pat
     write_checkpoint(folder, result.model, result.tokenizer, recipe, record, result.stages, name)
 
 
-def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Path:
-    """The folder beside `target` where a run keeps its checkpoints until it is done.
+@contextlib.contextmanager
+def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
+    """The folder beside `target` where a run keeps its checkpoints; it goes when the run is done.
+
+    If the run fails it stays for `resume`, unless there is no checkpoint in it yet.
 
     Raises:
         OutputError: an unfinished run is there and `resume` is not set, or the other way round, or of another recipe.
@@ -178,8 +181,14 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         kept.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{work}: cannot be written: {error.strerror}") from error
-    return work
+        raise OutputError(f"{work}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+    done = False
+    try:
+        yield work
+        done = True
+    finally:
+        if done or not any(work.glob("stage-*/checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:

@@ -1,0 +1,193 @@
+"""The commands as a user meets them: good input, bad input, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linearize.cli.app import run
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def outcome(capfd: pytest.CaptureFixture[str]):
+    """Runs a command line; gives its status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = run([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("converted") / "model"
+    assert run(["convert", str(tiny_folder), "-o", str(target), "--set", "mixer.window=16"]) == 0
+    return target
+
+
+NO_DATA = "stages.0.data.source=no.txt"
+SMALL = (
+    "mixer.window=16", "stages.0.data.tokens=512", "stages.0.data.held_out=2", "stages.0.length=64",
+    "stages.0.batch_tokens=128",
+)  # fmt: skip
+
+
+def settings(*more: str) -> list[str]:
+    return [word for change in (*SMALL, *more) for word in ("--set", change)]
+
+
+def test_inspect_tells_the_same_to_people_and_programs(outcome, tiny_folder):
+    status, text, _ = outcome("inspect", tiny_folder)
+    assert status == 0 and "131,072" in text and "gla, window 64" in text
+    status, text, _ = outcome("inspect", tiny_folder, "--set", "mixer.window=128", "--json")
+    facts = json.loads(text)
+    assert status == 0 and facts["mixers"][0]["window"] == 128
+    assert facts["state_bytes"] == sum(facts["state_parts"].values())
+    assert [line["tokens"] for line in facts["lengths"]] == [1_024, 8_192, 131_072, 1_048_576]
+    line = facts["lengths"][1]
+    width = facts["key_value_heads"] * (facts["key_width"] + facts["value_width"])
+    assert line["teacher_bytes"] == 8_192 * facts["layers"] * width * 4
+    assert line["converted_bytes"] == facts["state_bytes"]
+
+
+def test_inspect_of_a_converted_model_shows_its_own_mixer(outcome, converted):
+    _, text, _ = outcome("inspect", converted, "--json")
+    facts = json.loads(text)
+    assert facts["converted"] and facts["mixers"][0]["window"] == 16
+
+
+def test_convert_dry_run_writes_nothing(outcome, tiny_folder, tmp_path):
+    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert status == 0 and json.loads(text)["written"] is False
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_then_overwrites(outcome, tiny_folder, converted):
+    before = (converted / "config.json").read_text()
+    status, _, error = outcome("convert", tiny_folder, "-o", converted)
+    assert status == 1 and "--overwrite" in error and (converted / "config.json").read_text() == before
+    assert outcome("convert", tiny_folder, "-o", converted, "--overwrite", "--set", "mixer.window=16")[0] == 0
+
+
+def test_generate_streams_text_and_reports_memory(outcome, converted):
+    status, text, words = outcome("generate", converted, "Once upon a time", "-n", "20")
+    assert status == 0 and text.strip() and "constant" in words and "tok/s" in words
+    status, again, _ = outcome("generate", converted, "Once upon a time", "-n", "20", "--json")
+    facts = json.loads(again)
+    assert facts["text"].strip() == text.strip() and facts["new_tokens"] == 20 and facts["memory_is_constant"]
+    longer = json.loads(outcome("generate", converted, "Once upon a time " * 50, "-n", "2", "--json")[1])
+    assert longer["memory_bytes"] == facts["memory_bytes"]
+
+
+def test_generate_with_a_plain_model_and_sampling(outcome, tiny_folder):
+    arguments = ("generate", tiny_folder, "Once", "-n", "8", "--temperature", "1", "--seed", "3", "--json")
+    first, second = (json.loads(outcome(*arguments)[1]) for _ in range(2))
+    assert first["text"] == second["text"] and not first["memory_is_constant"]
+
+
+def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_path):
+    status, text, words = outcome(
+        "finetune", "demo", "-o", tmp_path / "tuned", *settings(f"model={converted}"), "--json"
+    )
+    assert status == 0, words
+    assert json.loads(text)["stages"][0]["tokens"] == 512
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "cache"}
+    status, text, words = outcome("eval", tmp_path / "tuned", "--baseline", "teacher,window", "--json")
+    assert status == 0, words
+    report = json.loads(text)
+    assert report["systems"] == ["teacher", "window", "model"]
+    divergence = next(row for row in report["metrics"] if row["metric"] == "kl")["values"]
+    assert divergence["teacher"]["value"] < 1e-6 < divergence["window"]["value"]
+
+    status, text, words = outcome("run", "demo", "-o", tmp_path / "run", *settings(f"model={tiny_folder}"), "--json")
+    assert status == 0, words
+    assert json.loads(text)["systems"] == ["teacher", "window", "converted", "finetuned"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "converted", "finetuned", "report.json", "report.md",
+    }  # fmt: skip
+    rows = {
+        row["metric"]: row["values"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]
+    }
+    assert rows["loss"]["converted"]["value"] == pytest.approx(rows["loss"]["window"]["value"], rel=1e-5)
+
+
+def test_help_is_quick_to_import_and_has_examples():
+    code = (
+        "import sys; from linearize.cli.app import run; run(sys.argv[1:]);"
+        "print(sorted(set(sys.modules) & {'torch', 'transformers'}))"
+    )
+    for command in ("inspect", "convert", "finetune", "eval", "generate", "recipes", "run", "demo"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip().endswith("[]"), command
+        assert f"linearize {command}" in done.stdout.split("Examples:")[1]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def config(folder: Path, **values: object) -> Path:
+    write(folder / "config.json", json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda t, _: ["convert", t / "nowhere", "-o", t / "out"], "no such folder or file"),
+        (lambda t, _: ["inspect", t / "x.gguf"], "no such folder or file"),
+        (lambda t, m: ["convert", f"{m}x", "-o", t / "out"], "did you mean"),
+        (lambda t, _: ["convert", t, "-o", t / "out"], "no config.json"),
+        (lambda t, _: ["inspect", write(t / "a.gguf", "GGUF")], "cut off"),
+        (lambda t, _: ["convert", write(t / "a.gguf", b"nothing"), "-o", t / "out"], "not a GGUF file"),
+        (lambda t, _: ["convert", config(t / "m", model_type="t5"), "-o", t / "out"], "encoder-decoder"),
+        (lambda t, _: ["convert", config(t / "m", model_type="mamba"), "-o", t / "out"], "'mamba' is not supported"),
+        (lambda t, _: ["inspect", config(t / "m", model_type="nonsense")], "cannot be read"),
+        (lambda t, _: ["convert", config(t / "m", model_type="llama"), "-o", t / "out"], "cannot be read"),
+        (lambda t, _: ["inspect", write(t / "m" / "config.json", "{").parent], "cannot be read"),
+        (lambda t, _: ["inspect", "owner/nothing-of-this-name"], "Hub"),
+        (lambda t, m: ["convert", m, "-o", t / "out", "--set", "mixer.windw=3"], "did you mean 'mixer.window'"),
+        (lambda t, m: ["convert", m, "-o", t / "out", "--set", "mixer.window"], "--set"),
+        (lambda t, m: ["convert", m, "-o", t / "out", "--set", "mixer.window=wide"], "mixer.window"),
+        (lambda t, m: ["convert", m, "-o", t / "out", "-r", "defualt"], "did you mean 'default'"),
+        (lambda t, m: ["convert", m, "-o", t / "out", "-r", write(t / "r.yaml", "mixer: {windw: 3}")], "r.yaml:1"),
+        (lambda t, m: ["convert", m, "-o", write(t / "file", "x") / "out"], "cannot be written"),
+        (lambda t, m: ["convert", m, "-o", write(t / "out", "x")], "is a file"),
+        (lambda t, _: ["finetune", "default", "-o", t / "out"], "names no model"),
+        (lambda t, m: ["finetune", "default", "-o", t / "out", "--resume", "--set", f"model={m}"], "no unfinished run"),
+        (lambda t, m: ["finetune", "demo", "-o", t / "out", *settings(f"model={m}", NO_DATA)], "no.txt"),
+        (lambda t, m: ["run", "default", "-o", t / "out"], "names no model"),
+        (lambda t, m: ["eval", m, "--tasks", "piqqa"], "piqa"),
+        (lambda t, m: ["eval", m, "--tasks", "piqa", "--data", t], "piqa.validation.jsonl"),
+        (lambda t, m: ["eval", m, "--tasks", "held_out"], "no held-out rows"),
+        (lambda t, m: ["eval", m, "--baseline", "teecher"], "unknown baseline"),
+        (lambda t, m: ["generate", m, ""], "prompt is empty"),
+        (lambda t, m: ["generate", t / "nowhere", "x"], "no such folder or file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(outcome, tiny_folder, tmp_path, make, told):
+    arguments = make(tmp_path, tiny_folder)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    status, text, error = outcome(*arguments)
+    assert status == 1
+    assert text == ""
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and error.rstrip().endswith(lines[0]), error
+    assert told in lines[0], lines[0]
+    assert "unexpected" not in lines[0]
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before

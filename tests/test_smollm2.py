@@ -1,0 +1,115 @@
+"""The claims of the README, on the real SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from linearize.conversion.convert import convert, convert_model
+from linearize.conversion.source import find_source, load_model
+from linearize.model import LinearizedForCausalLM
+from linearize.recipe import load_recipe
+
+pytestmark = pytest.mark.real
+
+WINDOW, SINKS, ROW = 64, 4, 1024
+
+
+@pytest.fixture(scope="module")
+def teacher(smollm2_path: Path) -> PreTrainedModel:
+    return load_model(find_source(str(smollm2_path)))
+
+
+@pytest.fixture(scope="module")
+def converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> LinearizedForCausalLM:
+    """Converted from the GGUF with the default recipe, written, and loaded again."""
+    folder = tmp_path_factory.mktemp("converted")
+    convert(find_source(str(smollm2_gguf)), load_recipe("default"), folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def awake(model: LinearizedForCausalLM) -> LinearizedForCausalLM:
+    """The model with a recurrence that has a say, as after training."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mix_weight"):
+            parameter.data.fill_(0.05)
+    return model
+
+
+def wikitext_rows(data_folder: Path, tokenizer, rows: int) -> Tensor:
+    text = (data_folder / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+    return torch.tensor(tokenizer(text[: rows * ROW * 8]).input_ids[: rows * ROW]).view(rows, ROW)
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, rows: Tensor, mask: Tensor | None = None) -> float:
+    losses = []
+    for row in rows:
+        logits = model(row[None], attention_mask=mask, use_cache=False).logits[0, :-1]
+        losses.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
+    return math.exp(sum(losses) / len(losses))
+
+
+def check_perplexity(teacher: PreTrainedModel, converted: LinearizedForCausalLM, rows: Tensor) -> None:
+    token = torch.arange(ROW)
+    seen = (token <= token[:, None]) & ((token > token[:, None] - WINDOW) | (token < SINKS))
+    expected = perplexity(teacher, rows, seen[None, None])
+    assert perplexity(converted, rows) == pytest.approx(expected, rel=1e-3)
+    assert expected > 1.2 * perplexity(teacher, rows)  # the mask matters, so the comparison says something
+
+
+def test_perplexity_equals_the_masked_teachers(teacher, converted, smollm2_path, data_folder):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    check_perplexity(teacher, converted, wikitext_rows(data_folder, tokenizer, 4))
+
+
+@pytest.mark.slow
+def test_perplexity_equals_the_masked_teachers_on_all_of_wikitext2(teacher, converted, smollm2_path, data_folder):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    check_perplexity(teacher, converted, wikitext_rows(data_folder, tokenizer, 280))
+
+
+@torch.inference_mode()
+def test_a_window_over_everything_is_the_teacher(teacher, smollm2_path):
+    model = convert_model(
+        load_model(find_source(str(smollm2_path))), load_recipe("default", ["mixer.window=300"]).mixer
+    )
+    ids = torch.randint(0, teacher.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
+    expected = teacher(ids, use_cache=False).logits
+    error = (awake(model)(ids, use_cache=False).logits - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_512_greedy_tokens_equal_one_parallel_forward(converted, smollm2_path, batch):
+    model, tokenizer = awake(converted), AutoTokenizer.from_pretrained(smollm2_path)
+    prompts = ["The history of the steam engine begins", "Dear Sir, I am writing to you because of the noise that " * 4]
+    rows = [tokenizer(prompt).input_ids for prompt in (prompts if batch == "padded" else prompts[:1])]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    result = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=512,
+        min_new_tokens=512,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    stepped = torch.stack(result.logits, 1)
+    suppressed = {model.generation_config.eos_token_id}
+    for row, prompt in enumerate(rows):
+        sequence = result.sequences[row, width - len(prompt) :]
+        whole = model(sequence[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        error = (stepped[row] - whole).abs().max() / whole.abs().max()
+        assert float(error) < 1e-4
+        whole[:, list(suppressed)] = -math.inf  # min_new_tokens keeps generate from ending early
+        assert torch.equal(whole.argmax(-1), sequence[len(prompt) :])
