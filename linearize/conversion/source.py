@@ -159,6 +159,8 @@ def _reading(source: Source) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LINEARIZE_DEBUG") == "1":
             raise
+        if source.kind == "gguf":
+            _check_gguf(Path(source.reference))
         raise ModelError(f"{source.reference}: {_reason(error, source)}") from error
 
 

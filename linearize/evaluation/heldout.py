@@ -153,7 +153,10 @@ def _score_batch(
 ) -> Tensor:
     """Sums over each row's counted positions: [3, B] float64 of loss, KL and agreement (zeros without a teacher)."""
     logits = _logits(model, input_ids, position_ids)
-    teacher_logits = None if teacher is None else _logits(teacher, input_ids, position_ids)
+    if teacher is None or teacher is model:
+        teacher_logits = None if teacher is None else logits
+    else:
+        teacher_logits = _logits(teacher, input_ids, position_ids)
     if teacher_logits is not None and teacher_logits.shape[-1] != logits.shape[-1]:
         raise ModelError(
             f"the model's vocabulary has {logits.shape[-1]} entries and the teacher's {teacher_logits.shape[-1]}: "

@@ -130,7 +130,7 @@ def load_data(
             sample_length=longest,
             progress=progress,
         )
-        source = f"text written by {model.config.name_or_path or 'the teacher'}"
+        source = "text written by the teacher"
         documents = (Document(i, [True] * len(i)) for i in ids)
     else:
         source = spec.source

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from linearize.cli.app import run
+from tests.conftest import random_llama
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,11 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     assert rows["loss"]["converted"]["value"] == pytest.approx(rows["loss"]["window"]["value"], rel=1e-5)
 
 
+def test_a_prompt_without_tokens_is_told(outcome, tmp_path):
+    status, _, error = outcome("generate", random_llama(tmp_path), "")  # its tokenizer adds no token of its own
+    assert status == 1 and "prompt is empty" in error
+
+
 def test_help_is_quick_to_import_and_has_examples():
     code = (
         "import sys; from linearize.cli.app import run; run(sys.argv[1:]);"
@@ -176,7 +182,6 @@ def config(folder: Path, **values: object) -> Path:
         (lambda t, m: ["eval", m, "--tasks", "piqa", "--data", t], "piqa.validation.jsonl"),
         (lambda t, m: ["eval", m, "--tasks", "held_out"], "no held-out rows"),
         (lambda t, m: ["eval", m, "--baseline", "teecher"], "unknown baseline"),
-        (lambda t, m: ["generate", m, ""], "prompt is empty"),
         (lambda t, m: ["generate", t / "nowhere", "x"], "no such folder or file"),
     ],
 )  # fmt: skip

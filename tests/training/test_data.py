@@ -241,7 +241,7 @@ def test_text_written_by_the_teacher(tokenizer):
     data = load("self", tokenizer, length=32, tokens=200, held_out=2, teacher=lambda: teacher)
     assert len(data.train) == 7
     assert len(data.held_out) == 2
-    assert data.source == f"text written by {TINY}"
+    assert data.source == "text written by the teacher"
     assert (data.train.labels[data.train.position_ids > 0] != -100).all()
     again = load("self", tokenizer, length=32, tokens=200, held_out=2, teacher=lambda: teacher)
     assert torch.equal(again.train.input_ids, data.train.input_ids)
