@@ -144,7 +144,7 @@ def test_work_folders_of_other_runs_are_left_alone(tiny_folder, text, tmp_path):
 
 
 def test_objectives_against_their_definitions():
-    student, teacher = torch.randn(2, 9, 31, dtype=torch.float64), torch.randn(2, 9, 31, dtype=torch.float64)
+    student, teacher = (torch.randn(2, 9, 31, dtype=torch.float64).requires_grad_() for _ in range(2))
     labels = torch.randint(0, 31, (2, 9))
     labels[0, 3:5] = -100
     expected = {"sft": 0.0, "distill": 0.0}
@@ -157,5 +157,8 @@ def test_objectives_against_their_definitions():
     for name, value in expected.items():
         found = token_losses(student, labels, teacher, {name: 1.0}, temperature=2.0)
         assert float(found) == pytest.approx(value, rel=1e-5)
+    torch.autograd.gradcheck(
+        lambda s: token_losses(s, labels, teacher, {"sft": 0.25, "distill": 0.5}, temperature=2.0), student
+    )
     both = token_losses(student, labels, teacher, {"sft": 0.25, "distill": 0.5}, temperature=2.0)
     assert float(both) == pytest.approx(0.25 * expected["sft"] + 0.5 * expected["distill"], rel=1e-5)
