@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from linearize.conversion.convert import convert, convert_model, window_baseline
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import find_source, load_model
 from linearize.errors import ModelError, RecipeError
+from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.report import SystemScores, report_data, report_table
 from linearize.evaluation.systems import Loader, score_systems
 from linearize.training.finetune import FinetuneResult, finetune, work_folder, write_result
@@ -102,17 +104,36 @@ def run_recipe(
                 limit=recipe.evaluate.limit,
                 say=say,
             )
-        figures = {**report_data(scores), "stages": trained.stages, "seconds": seconds}
+        gains = _gains(scores)
+        figures = {**report_data(scores), "gains": gains, "stages": trained.stages, "seconds": seconds}
         table = report_table(scores)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(_markdown(source.name, table), encoding="utf-8")
+        (folder / "report.md").write_text(_markdown(source.name, table, gains), encoding="utf-8")
     return RunResult(scores, table, figures, trained)
 
 
-def _markdown(name: str, table: Table) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def _gains(scores: dict[str, SystemScores]) -> dict[str, dict[str, float | None]]:
+    """What fine-tuning changed on the held-out rows, row by row: mean difference and its standard error, in nats."""
+    before, after = (scores[name].rows if name in scores else None for name in ("converted", "finetuned"))
+    if before is None or after is None:
+        return {}
+    difference = paired_difference(after, before)
+    found = {"loss": difference.loss, "kl": difference.kl}
+    return {name: {"mean": d.mean, "stderr": d.stderr} for name, d in found.items() if d is not None}
+
+
+def gains_line(gains: dict[str, dict[str, float | None]]) -> str:
+    """The same for people; empty where there is nothing to compare."""
+    if not gains:
+        return ""
+    parts = (f"{name} {d['mean']:+.4f} ± {d['stderr'] or 0:.4f}" for name, d in gains.items())
+    return f"fine-tuning changed, row by row: {', '.join(parts)} nats per token"
+
+
+def _markdown(name: str, table: Table, gains: dict[str, dict[str, float | None]]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(table)
-    return f"# {name}\n\n```\n{console.export_text()}```\n"
+    return f"# {name}\n\n```\n{console.export_text()}{gains_line(gains)}\n```\n"
 
 
 class _timed:

@@ -30,7 +30,7 @@ def demo(
     """
     quiet_libraries()
     from linearize.generation import continue_text
-    from linearize.pipeline import run_recipe
+    from linearize.pipeline import gains_line, run_recipe
     from linearize.recipe import load_recipe
 
     found = packaged_model()
@@ -44,6 +44,7 @@ def demo(
     text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write)
     sys.stdout.write("\n\n")
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(result.table)
+    print(gains_line(result.data["gains"]))
     minutes = (time.monotonic() - started) / 60
     status(
         f"done in {minutes:.1f} minutes; the model is in {output / 'finetuned'} and holds {text.memory_bytes:,} "

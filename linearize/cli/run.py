@@ -37,7 +37,7 @@ def run(
     DIR gets the folders `converted` and `finetuned`, report.json and report.md.
     """
     quiet_libraries()
-    from linearize.pipeline import run_recipe
+    from linearize.pipeline import gains_line, run_recipe
     from linearize.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
@@ -54,5 +54,6 @@ def run(
         print_json({"output": str(output), **result.data})
         return
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(result.table)
+    print(gains_line(result.data["gains"]))
     best = output / ("finetuned" if settings.stages else "converted")
     status(f'next: linearize generate {best} "Once upon a time"')
