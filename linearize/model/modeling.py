@@ -124,26 +124,28 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As the base model's. Pads (mask 0) may stand on either side and change nothing; rows whose positions
         restart are packed documents and do not see each other, as long as no mask is given and no cache continued."""
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                "a converted model takes an attention mask [batch, tokens] that tells pads; other masks, and the "
+                "static cache that makes them, are not supported"
+            )
         shape = input_ids.shape if input_ids is not None else inputs_embeds.shape  # type: ignore[union-attr]
         batch, tokens = shape[0], shape[1]
         if use_cache is None and self.training:
             use_cache = False
         memory = _first_memory(past_key_values)
-        if attention_mask is None or attention_mask.dim() == 2:
-            segments = segments_of(attention_mask, position_ids, batch, tokens, memory is not None and memory.seen > 0)
-            if position_ids is None and segments is not None:
-                past = memory.counts[:, None] if memory else 0
-                position_ids = (segments.cumsum(1) - 1).clamp_min(0) + past
-            elif position_ids is None and memory is not None:
-                position_ids = memory.counts[:, None] + torch.arange(tokens, device=memory.counts.device)
-            # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
-            # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
-            device = self.device if input_ids is None else input_ids.device
-            attention_mask = (
-                torch.ones(1, 1, 1, 0, dtype=torch.long, device=device)
-                if segments is None
-                else segments[:, None, None, :]
-            )
+        segments = segments_of(attention_mask, position_ids, batch, tokens, memory is not None and memory.seen > 0)
+        if position_ids is None and segments is not None:
+            past = memory.counts[:, None] if memory else 0
+            position_ids = (segments.cumsum(1) - 1).clamp_min(0) + past
+        elif position_ids is None and memory is not None:
+            position_ids = memory.counts[:, None] + torch.arange(tokens, device=memory.counts.device)
+        # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
+        # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
+        device = self.device if input_ids is None else input_ids.device
+        attention_mask = (
+            torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
+        )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

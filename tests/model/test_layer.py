@@ -294,6 +294,14 @@ def test_gradient_checkpointing_keeps_gradients(teacher, ids):
         torch.testing.assert_close(again[name], value, msg=name)
 
 
+def test_masks_that_do_more_than_tell_pads_are_refused(teacher, ids):
+    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="not supported"):
+        converted(teacher)(ids, attention_mask=causal.expand(2, 1, -1, -1))
+    with pytest.raises(ValueError, match="not supported"):
+        converted(teacher).generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+
+
 def test_layers_that_are_not_there_are_refused(teacher):
     with pytest.raises(ValueError, match="layers 0 to"):
         LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), [MixerConfig(layers=[99])])
