@@ -299,7 +299,9 @@ def test_masks_that_do_more_than_tell_pads_are_refused(teacher, ids):
     with pytest.raises(ValueError, match="not supported"):
         converted(teacher)(ids, attention_mask=causal.expand(2, 1, -1, -1))
     with pytest.raises(ValueError, match="not supported"):
-        converted(teacher).generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+        padded = torch.ones_like(ids).index_fill(1, torch.arange(5), 0)
+        model = converted(teacher)
+        model.generate(ids, attention_mask=padded, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
 
 
 def test_layers_that_are_not_there_are_refused(teacher):
