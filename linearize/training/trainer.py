@@ -154,20 +154,17 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
     """The Trainer's arguments for a stage over so many rows.
 
     Raises:
-        LinearizeError: the batch cannot be split over the processes.
+        LinearizeError: several processes were started.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LinearizeError("training in several processes is not available in this version; start one")
     rows_per_step = stage.batch_tokens // stage.length
     micro = math.gcd(stage.micro_batch, rows_per_step)
-    if rows_per_step % (micro * processes):
-        raise LinearizeError(
-            f"a step of {rows_per_step} rows cannot be split over {processes} processes; change stages.batch_tokens"
-        )
     steps = total_steps(stage, rows)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=rows_per_step // (micro * processes),
+        gradient_accumulation_steps=rows_per_step // micro,
         max_steps=steps,
         learning_rate=stage.lr,
         lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
@@ -184,6 +181,9 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
         seed=seed,
         data_seed=seed,
     )
+    # With several GPUs in sight the Trainer would split batches by threads (DataParallel), teacher and all.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def total_steps(stage: Stage, rows: int) -> int:
