@@ -32,13 +32,15 @@ def demo(
     from linearize.generation import continue_text
     from linearize.pipeline import gains_line, run_recipe
     from linearize.recipe import load_recipe
+    from linearize.training.finetune import is_resumable
 
     found = packaged_model()
     chosen = [f"model={found}"] if found else []
     recipe = load_recipe("demo", [*chosen, *(overrides or ())])
     status(f"model: {recipe.model}")
     started = time.monotonic()
-    result = run_recipe(recipe, output, say=status, overwrite=overwrite)
+    resume = is_resumable(output, recipe)  # an interrupted demo goes on by itself
+    result = run_recipe(recipe, output, say=status, overwrite=overwrite, resume=resume)
     status(f'the fine-tuned model answers "{_PROMPT}":')
     trained = result.trained
     text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write)

@@ -159,6 +159,16 @@ def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Pat
     write_checkpoint(folder, result.model, result.tokenizer, recipe, record, result.stages, name)
 
 
+def is_resumable(target: Path, recipe: Recipe) -> bool:
+    """Whether an interrupted run of this very recipe is waiting beside `target`."""
+    kept = _work(target) / "recipe.yaml"
+    return kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(recipe)
+
+
+def _work(target: Path) -> Path:
+    return target.with_name(f"{target.name}.training")
+
+
 @contextlib.contextmanager
 def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
     """The folder beside `target` where a run keeps its checkpoints; it goes when the run is done.
@@ -168,7 +178,7 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
     Raises:
         OutputError: an unfinished run is there and `resume` is not set, or the other way round, or of another recipe.
     """
-    work = target.with_name(f"{target.name}.training")
+    work = _work(target)
     text, kept = dump_recipe(recipe), work / "recipe.yaml"
     if not resume:
         if work.exists():

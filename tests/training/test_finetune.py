@@ -15,7 +15,7 @@ from linearize.errors import LinearizeError, OutputError, RecipeError
 from linearize.recipe import Recipe, load_recipe
 from linearize.training import finetune as module
 from linearize.training import trainer as trainer_module
-from linearize.training.finetune import finetune, work_folder, write_result
+from linearize.training.finetune import finetune, is_resumable, work_folder, write_result
 from linearize.training.objective import token_losses
 
 
@@ -134,9 +134,11 @@ def test_work_folders_of_other_runs_are_left_alone(tiny_folder, text, tmp_path):
         raise RuntimeError
     with pytest.raises(OutputError, match="--resume"), work_folder(tmp_path / "out", settings, resume=False):
         pass
+    assert is_resumable(tmp_path / "out", settings)
     other = settings.model_copy(update={"seed": 9})
     with pytest.raises(OutputError, match="another recipe"), work_folder(tmp_path / "out", other, resume=True):
         pass
+    assert not is_resumable(tmp_path / "out", other)
     shutil.rmtree(work)
     with pytest.raises(RuntimeError), work_folder(tmp_path / "out", settings, resume=False):
         raise RuntimeError
