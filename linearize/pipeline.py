@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import time
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from linearize.conversion.convert import convert, convert_model, window_baseline
+from linearize.conversion.convert import check_convertible, convert, convert_model, window_baseline
 from linearize.conversion.output import check_free, staged_folder
-from linearize.conversion.source import find_source, load_model
+from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.report import SystemScores, report_data, report_table
@@ -78,19 +79,33 @@ def run_recipe(
         with _timed(seconds, "convert"):
             say(f"converting {source.name}")
             (folder / "converted").mkdir()
-            mixers = convert(source, recipe, folder / "converted").config.mixers or []
+            teacher, tokenizer = load_model(source, dtype=recipe.dtype), load_tokenizer(source)
+            check_convertible(teacher.config, source)
+            converted = convert(
+                source, recipe, folder / "converted", teacher=copy.deepcopy(teacher), tokenizer=tokenizer
+            )
+            mixers = converted.config.mixers or []
+            del converted
         with _timed(seconds, "finetune"):
-            trained = finetune(recipe, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
+            trained = finetune(
+                recipe,
+                work,
+                say=say,
+                resume=resume,
+                trust_remote_code=trust_remote_code,
+                pretrained=teacher,
+                tokenizer=tokenizer,
+            )
             if recipe.stages:
                 (folder / "finetuned").mkdir()
                 write_result(folder / "finetuned", trained, recipe, work, "finetuned")
         with _timed(seconds, "evaluate"):
             systems: dict[str, Loader] = {}
             if "teacher" in recipe.evaluate.baselines:
-                systems["teacher"] = lambda: trained.teacher or load_model(source, dtype=recipe.dtype)
+                systems["teacher"] = lambda: teacher
             if "window" in recipe.evaluate.baselines:
-                systems["window"] = lambda: window_baseline(source, mixers, dtype=recipe.dtype)
-            systems["converted"] = lambda: convert_model(load_model(source, dtype=recipe.dtype), recipe.mixer)
+                systems["window"] = lambda: window_baseline(copy.deepcopy(teacher), mixers)
+            systems["converted"] = lambda: convert_model(copy.deepcopy(teacher), recipe.mixer)
             if recipe.stages:
                 systems["finetuned"] = lambda: trained.model
             rows = trained.data.held_out if trained.data is not None and len(trained.data.held_out) else None
@@ -99,7 +114,7 @@ def run_recipe(
                 trained.tokenizer,
                 recipe.evaluate.tasks,
                 rows=rows,
-                teacher=trained.teacher or (load_model(source, dtype=recipe.dtype) if rows else None),
+                teacher=teacher,
                 data=data,
                 limit=recipe.evaluate.limit,
                 say=say,

@@ -70,24 +70,27 @@ def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCau
     return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, layers))
 
 
-def window_baseline(source: Source, mixers: Sequence[dict[str, Any]], *, dtype: str = "auto") -> LinearizedForCausalLM:
-    """`source` with the window and sinks of `mixers` and no recurrence: what costs no training at all."""
-    teacher = load_model(source, dtype=dtype)
-    check_convertible(teacher.config, source)
+def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
+    """`teacher`, which is used up, with the window and sinks of `mixers` alone: what costs no training at all."""
     # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
     changes = {"recurrence": "none", "covers": "evicted"}
     bare = [MixerConfig(**{**mixer, **changes, "sinks": max(mixer["sinks"], BASELINE_SINKS)}) for mixer in mixers]
     return LinearizedForCausalLM.from_teacher(teacher, bare)
 
 
-def convert(source: Source, recipe: Recipe, folder: Path) -> LinearizedForCausalLM:
-    """Loads `source`, converts it by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
+def convert(
+    source: Source, recipe: Recipe, folder: Path, *, teacher: PreTrainedModel | None = None, tokenizer: Any = None
+) -> LinearizedForCausalLM:
+    """Converts `source` by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
+
+    Args:
+        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
 
     Raises:
         ModelError: the model cannot be read or converted.
     """
-    tokenizer = load_tokenizer(source)
-    teacher = load_model(source, dtype=recipe.dtype)
+    tokenizer = tokenizer or load_tokenizer(source)
+    teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
     revision = getattr(teacher.config, "_commit_hash", None)
     model = convert_model(teacher, recipe.mixer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from linearize.conversion.convert import mixers_for, window_baseline
+from linearize.conversion.convert import check_convertible, mixers_for, window_baseline
 from linearize.conversion.source import Source, load_config, load_model, load_tokenizer, teacher_of
 from linearize.errors import DataError
 from linearize.evaluation.heldout import score_rows
@@ -62,8 +62,9 @@ def evaluate(
         systems["teacher"] = lambda: load_model(teacher, dtype=dtype)
     if "window" in baselines:
         config = load_config(source)
+        check_convertible(load_config(teacher), teacher)
         mixers = config.mixers if source.is_converted else _default_mixers(config)
-        systems["window"] = lambda: window_baseline(teacher, mixers, dtype=dtype)
+        systems["window"] = lambda: window_baseline(load_model(teacher, dtype=dtype), mixers)
     systems["model" if source.is_converted else "teacher"] = lambda: load_model(source, dtype=dtype)
     reference = load_model(teacher, dtype=dtype) if rows is not None else None
     return score_systems(

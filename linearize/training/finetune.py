@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import shutil
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from linearize.conversion.source import (
     teacher_of,
 )
 from linearize.errors import OutputError, RecipeError
-from linearize.recipe import LoraSpec, Recipe, Stage, dump_recipe
+from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training.data import TrainingData, load_data
 from linearize.training.trainer import (
     ProgressLine,
@@ -74,8 +75,8 @@ class FinetuneResult:
 class _Teacher:
     """The pretrained model, loaded when it is first wanted."""
 
-    def __init__(self, source: Source, dtype: str) -> None:
-        self.source, self.dtype, self.model = source, dtype, None
+    def __init__(self, source: Source, dtype: str, model: PreTrainedModel | None) -> None:
+        self.source, self.dtype, self.model = source, dtype, model
 
     def __call__(self) -> PreTrainedModel:
         if self.model is None:
@@ -84,7 +85,14 @@ class _Teacher:
 
 
 def finetune(
-    recipe: Recipe, work: Path, *, say: Callable[[str], None], resume: bool = False, trust_remote_code: bool = False
+    recipe: Recipe,
+    work: Path,
+    *,
+    say: Callable[[str], None],
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    pretrained: PreTrainedModel | None = None,
+    tokenizer: Any = None,
 ) -> FinetuneResult:
     """Runs the stages of `recipe`.
 
@@ -92,6 +100,7 @@ def finetune(
         work: the folder of this run's checkpoints and `metrics.jsonl`; see `work_folder`.
         say: gets lines for the person at the terminal.
         resume: go on from the newest checkpoint in `work`.
+        pretrained, tokenizer: of `recipe.model`, where they are loaded already.
 
     Raises:
         LinearizeError: the recipe, the model, the data or a checkpoint is not usable.
@@ -100,13 +109,16 @@ def finetune(
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
-    teacher = _Teacher(base, recipe.dtype)
-    tokenizer = load_tokenizer(source)
+    teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
+    tokenizer = tokenizer or load_tokenizer(source)
     set_seed(recipe.seed)
-    model = load_model(source, dtype=recipe.dtype)
     if source.is_converted:
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
+        model: Any = load_model(source, dtype=recipe.dtype)
     else:
+        # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
+        shared = base == source and any("distill" in s.weights or s.data.source == SELF for s in recipe.stages)
+        model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
         check_convertible(model.config, source)
         model = convert_model(model, recipe.mixer)
     student = add_adapters(model, recipe.lora)
