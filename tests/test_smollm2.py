@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from linearize.cli.app import run
 from linearize.conversion.convert import convert, convert_model
 from linearize.conversion.source import find_source, load_model
 from linearize.model import LinearizedForCausalLM
@@ -113,3 +114,13 @@ def test_512_greedy_tokens_equal_one_parallel_forward(converted, smollm2_path, b
         assert float(error) < 1e-4
         whole[:, list(suppressed)] = -math.inf  # min_new_tokens keeps generate from ending early
         assert torch.equal(whole.argmax(-1), sequence[len(prompt) :])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999, 0.001])
+def test_a_gguf_that_is_cut_off_is_told_in_one_line(smollm2_gguf, tmp_path, capfd, share):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(smollm2_gguf.read_bytes()[: int(share * smollm2_gguf.stat().st_size)])
+    assert run(["convert", str(cut), "-o", str(tmp_path / "out")]) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "cut off" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,7 @@ def is_resumable(target: Path, recipe: Recipe) -> bool:
 
 
 def _work(target: Path) -> Path:
+    target = Path(os.path.abspath(target))  # "." has no name
     return target.with_name(f"{target.name}.training")
 
 
