@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from linearize.errors import ModelError
 from linearize.resources import cache_folder
@@ -96,7 +96,7 @@ def self_written_documents(
 
 
 class _Pace(StoppingCriteria):
-    """Counts the tokens as they are sampled, reports the speed, and stops a batch when half of its rows are over."""
+    """Counts the tokens as they are sampled, reports the speed, and stops a batch when a quarter of it is over."""
 
     def __init__(self, wanted: int, progress: Callable[[str], None]) -> None:
         self.wanted, self.progress = wanted, progress
@@ -115,7 +115,7 @@ class _Pace(StoppingCriteria):
         self.batch += live
         if time.monotonic() - self.reported > _SECONDS_BETWEEN_REPORTS:
             self.report(self.kept + self.batch)
-        return torch.full((len(input_ids),), live <= len(input_ids) // 2, device=input_ids.device)
+        return torch.full((len(input_ids),), live <= len(input_ids) * 3 // 4, device=input_ids.device)
 
     def report(self, written: int) -> None:
         """Tell how far it is; `written` tokens exist."""
@@ -203,29 +203,36 @@ class _Writer:
     def _continue(self, prompts: list[list[int]], new_tokens: int, ends: list[int]) -> list[list[int]]:
         """What follows each prompt: at most `new_tokens` ids, the last one in `ends` if the teacher came to an end.
 
-        generate() goes on computing rows that are over until the longest is. So each time half of them are, the others
-        continue in a batch of their own: reading again what they have so far costs little beside that.
+        generate() goes on computing rows that are over until the longest is. So each time a quarter of them are, they
+        leave the batch and its cache, and the others go on.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         live, room = list(range(len(prompts))), new_tokens
+        width, device = max(map(len, prompts)), self.teacher.device
+        ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache = DynamicCache(config=self.teacher.config.get_text_config())
         while live and room > 0:
-            so_far = [prompts[row] + answers[row] for row in live]
             self.pace.start(sum(map(len, prompts)) + sum(map(len, answers)), ends)
-            new = self._generate(so_far, room, ends)
+            out = self._generate(ids, mask, cache, room, ends)
+            new = out[:, ids.shape[1] :].tolist()
             room -= len(new[0])
             for row, added in zip(live, new, strict=True):
                 answers[row] += _up_to_end(added, ends)
-            live = [row for row in live if answers[row][-1] not in ends]
+            kept = [place for place, row in enumerate(live) if answers[row][-1] not in ends]
+            live = [live[place] for place in kept]
+            chosen = torch.tensor(kept, dtype=torch.long, device=device)
+            ids = out[chosen]
+            mask = torch.nn.functional.pad(mask[chosen], (0, ids.shape[1] - mask.shape[1]), value=1)
+            cache.batch_select_indices(chosen)
         return answers
 
-    def _generate(self, prompts: list[list[int]], new_tokens: int, ends: list[int]) -> list[list[int]]:
-        """One call of generate(): what it adds to each prompt, all of one length, filled up after an end."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=self.teacher.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.teacher.device)
-        out = self.teacher.generate(
+    def _generate(self, ids: Tensor, mask: Tensor, cache: DynamicCache, new_tokens: int, ends: list[int]) -> Tensor:
+        """One call of generate(), which goes on from `cache`: `ids` and what it adds, filled up after an end."""
+        out: Tensor = self.teacher.generate(
             input_ids=ids,
             attention_mask=mask,
+            past_key_values=cache,
             do_sample=True,
             temperature=self.temperature,
             top_k=0,
@@ -236,8 +243,7 @@ class _Writer:
             use_cache=True,
             stopping_criteria=StoppingCriteriaList([self.pace]),
         )
-        added: list[list[int]] = out[:, width:].tolist()
-        return added
+        return out
 
 
 def _up_to_end(row: list[int], ends: list[int]) -> list[int]:

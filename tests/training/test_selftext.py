@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import ModelError
 from linearize.training import selftext
-from linearize.training.selftext import chat_pieces, fingerprint, self_written_documents, start_token
+from linearize.training.selftext import (
+    _Pace,
+    _Writer,
+    chat_pieces,
+    fingerprint,
+    self_written_documents,
+    start_token,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -214,3 +221,14 @@ def test_progress_tells_how_far_it_is(teacher, tokenizer, monkeypatch):
     assert len(lines) > 10
     assert lines[-1].startswith("self text: 300 of 300 tokens, ")
     assert lines[-1].endswith(" tok/s, 0 s left")
+
+
+def test_rows_that_leave_a_batch_do_not_change_the_others(teacher, tokenizer):
+    """At a temperature near 0 every row has one likely answer, alone or in a batch whose other rows end early."""
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "The dog ran to", "Lily was sad because she")]
+    writer = _Writer(teacher, tokenizer, 128, 8, 1e-3, _Pace(1, lambda _: None))
+    free = writer._continue(prompts, 40, [teacher.config.vocab_size - 1])
+    ends = [free[0][9], free[1][24]]  # tokens that two of the rows come to in the middle
+    together = writer._continue(prompts, 40, ends)
+    assert len({len(answer) for answer in together}) > 1  # they do end at different times
+    assert together == [writer._continue([prompt], 40, ends)[0] for prompt in prompts]
