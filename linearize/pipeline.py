@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from linearize.conversion.convert import check_convertible, convert, convert_model, window_baseline
+from linearize.conversion.convert import convert, convert_model, window_baseline
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
@@ -80,7 +80,6 @@ def run_recipe(
             say(f"converting {source.name}")
             (folder / "converted").mkdir()
             teacher, tokenizer = load_model(source, dtype=recipe.dtype), load_tokenizer(source)
-            check_convertible(teacher.config, source)
             converted = convert(
                 source, recipe, folder / "converted", teacher=copy.deepcopy(teacher), tokenizer=tokenizer
             )

@@ -14,6 +14,7 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    check_dtype,
     examples,
     print_json,
     readable_bytes,
@@ -41,8 +42,6 @@ def inspect(
 
     Reads the configuration only; no weights are loaded.
     """
-    from linearize.cli.console import check_dtype
-
     check_dtype(dtype)
     quiet_libraries()
     from linearize.conversion.inspection import inspect_model
