@@ -11,6 +11,7 @@ head and never repeated per query head. Arithmetic is float32, or float64 where 
 """
 
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent
+from linearize_kernels.softmax import full_attention
 from linearize_kernels.window import window_attention
 
-__all__ = ["gla", "gla_chunkwise", "gla_parallel", "gla_recurrent", "window_attention"]
+__all__ = ["full_attention", "gla", "gla_chunkwise", "gla_parallel", "gla_recurrent", "window_attention"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from linearize import __version__
 from linearize.conversion.output import sha256
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
-from linearize.errors import ModelError
+from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
@@ -26,28 +27,63 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from linearize.families import AttentionLayer
+
 PROVENANCE = "linearize.json"
 BASELINE_SINKS = 4
 
 
-def mixers_for(spec: MixerSpec, layers: int) -> list[MixerConfig]:
-    """A recipe's mixer section for a model of so many layers."""
-    return [
-        MixerConfig(
-            layers=list(range(layers)),
-            recurrence=spec.recurrence,
-            window=spec.window,
-            sinks=spec.sinks,
-            mix=spec.mix,
-            covers=spec.covers,
-            feature_map=spec.feature_map,
-            normalize=spec.normalize,
-            gate_scale=spec.gate.scale,
-            gate_bias=spec.gate.bias,
-            gate_divisor=spec.gate.divisor,
-            gate_learned=spec.gate.learned,
-        )
-    ]
+def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
+    """A recipe's mixer section for a model with these attention layers, one section per distinct kind of layer.
+
+    Layers with a sliding window of their own need no more memory than that already: where others see everything,
+    they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
+
+    Raises:
+        RecipeError: `keep` names layers or heads that are not there, or leaves nothing to convert.
+    """
+    count = len(layers)
+    for index in sorted({*spec.keep.layers, *spec.keep.heads}):
+        if index not in range(count):
+            raise RecipeError(f"mixer.keep: there is no layer {index}; the model has layers 0 to {count - 1}")
+    full = [index for index in range(count) if layers[index].window is None]
+    kept = {*spec.keep.layers, *(set(range(count)) - set(full) if full else ())}
+    common = MixerConfig(
+        layers=[],
+        recurrence=spec.recurrence,
+        window=spec.window,
+        sinks=spec.sinks,
+        mix=spec.mix,
+        covers=spec.covers,
+        feature_map=spec.feature_map,
+        normalize=spec.normalize,
+        gate_scale=spec.gate.scale,
+        gate_bias=spec.gate.bias,
+        gate_divisor=spec.gate.divisor,
+        gate_learned=spec.gate.learned,
+    )
+    kinds: dict[tuple[int, ...] | None, MixerConfig] = {}
+    for index in range(count):
+        heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
+        if heads is None:
+            fresh = MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
+        else:
+            fresh = replace(common, layers=[], softmax_heads=list(heads))
+            try:
+                fresh.fitted(layers[index])
+            except ValueError as error:
+                raise RecipeError(f"mixer.keep.heads.{index}: {error}") from error
+        kinds.setdefault(heads, fresh).layers.append(index)
+    sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
+    everything = len(sections) == 1 and sections[0].window is None
+    if everything or not any(_converts(section, layers[i]) for section in sections for i in section.layers):
+        raise RecipeError("mixer.keep: nothing is left to convert")
+    return sections
+
+
+def _converts(section: MixerConfig, layer: AttentionLayer) -> bool:
+    fitted = section.fitted(layer)
+    return fitted.window is not None and len(fitted.softmax_heads) < layer.key_value_heads
 
 
 def check_convertible(config: Any, source: Source) -> None:
@@ -66,15 +102,22 @@ def check_convertible(config: Any, source: Source) -> None:
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
     """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
-    layers = len(family_of(teacher.config).attention_modules(teacher))
-    return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, layers))
+    return LinearizedForCausalLM.from_teacher(
+        teacher, mixers_for(spec, family_of(teacher.config).layers(teacher.config))
+    )
 
 
 def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
-    """`teacher`, which is used up, with the window and sinks of `mixers` alone: what costs no training at all."""
+    """`teacher`, which is used up, with the window and sinks of `mixers` alone: what costs no training at all. What
+    they keep as softmax is kept here too."""
     # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
     changes = {"recurrence": "none", "covers": "evicted"}
-    bare = [MixerConfig(**{**mixer, **changes, "sinks": max(mixer["sinks"], BASELINE_SINKS)}) for mixer in mixers]
+    bare = [
+        MixerConfig(**{**mixer, **changes, "sinks": max(mixer["sinks"], BASELINE_SINKS)})
+        if mixer["window"] is not None
+        else MixerConfig(**mixer)
+        for mixer in mixers
+    ]
     return LinearizedForCausalLM.from_teacher(teacher, bare)
 
 
@@ -142,10 +185,11 @@ def write_checkpoint(
 
 
 def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:
-    """Bytes of memory that one sequence takes in all converted layers."""
+    """Bytes of memory that one sequence takes in all layers before its first token: all that it ever takes, unless
+    layers or heads keep softmax over the whole past."""
     attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     held = dtype or model.dtype
-    return sum(attention.mixer.memory(1, held, torch.device("meta")).nbytes for attention in attentions)
+    return sum(attention.memory(1, held, torch.device("meta")).nbytes for attention in attentions)
 
 
 def versions() -> dict[str, str]:

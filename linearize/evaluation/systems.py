@@ -147,4 +147,4 @@ def _check_tasks(tasks: Sequence[str], data: Path | None) -> None:
 
 
 def _default_mixers(config: Any) -> list[dict[str, Any]]:
-    return [asdict(mixer) for mixer in mixers_for(MixerSpec(), config.num_hidden_layers)]
+    return [asdict(mixer) for mixer in mixers_for(MixerSpec(), family_of(config).layers(config))]

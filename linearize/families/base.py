@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention, apart from its weights.
+
+    Attributes:
+        query_heads, key_value_heads: H and K; H / K query heads share a key/value head, neighbours together.
+        key_width, value_width: D and V, per head.
+        scale: multiplies q·k.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        window: latest tokens that the layer sees, the current one included; None means all.
+        rotary: whether queries and keys are turned by the model's rotary positions.
+    """
+
+    query_heads: int
+    key_value_heads: int
+    key_width: int
+    value_width: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    rotary: bool = True
 
 
 class Projections(NamedTuple):
@@ -25,39 +49,69 @@ class Projections(NamedTuple):
 
 
 class Family(ABC):
-    """One architecture; stateless. `attention` below is the family's own attention module, pretrained."""
+    """One architecture; stateless.
+
+    Attributes:
+        model_types: the `model_type`s of transformers configurations that it covers.
+        blocks: where in the model the list of layers is.
+        attention: the name of the attention module in a layer.
+        projections: short names, as recipes use them, of the linear modules inside the attention.
+    """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    blocks: ClassVar[str] = "model.layers"
+    attention: ClassVar[str] = "self_attn"
+    projections: ClassVar[dict[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def refusal(self, config: Any) -> str | None:
         """Why a model of this configuration cannot be converted, in a few words; None where it can."""
         return None
 
     @abstractmethod
-    def attention_modules(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
-        """For each layer the module that owns the attention, and the attention's attribute name in it."""
+    def layer(self, config: Any, index: int) -> AttentionLayer:
+        """The attention of layer `index`, from the configuration alone."""
 
     @abstractmethod
-    def heads(self, config: Any) -> tuple[int, int, int, int]:
-        """Query heads H, key/value heads K, key width D and value width V per head."""
+    def project(self, attention: Any, layer: AttentionLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[B, T, H, D]`, k `[B, T, K, D]` and v `[B, T, K, V]` of `hidden_states` `[B, T, width]`: with biases and
+        q/k norms, without positions. `attention` has the submodules of the family's own attention module."""
 
-    @abstractmethod
-    def scale(self, attention: nn.Module) -> float:
-        """What the family multiplies q·k with."""
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Positions on `x` `[B, T, heads, D]`, as the model's rotary table `[B or 1, T, R]` says, R <= D."""
+        return rotate_halves(x, cos, sin)
 
-    @abstractmethod
-    def project(
-        self, attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
-    ) -> Projections:
-        """Queries, keys and values of `hidden_states` `[B, T, width]`."""
-
-    @abstractmethod
-    def output(self, attention: nn.Module, heads: Tensor) -> Tensor:
+    def output(self, attention: Any, heads: Tensor) -> Tensor:
         """The output projection of `heads` `[B, T, H, V]`."""
+        projected: Tensor = getattr(attention, self.projections["o"])(heads.flatten(2))
+        return projected
+
+    def layers(self, config: Any) -> list[AttentionLayer]:
+        """The attention of every layer."""
+        return [self.layer(config, index) for index in range(config.num_hidden_layers)]
+
+    def attention_modules(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        """For each layer the module that owns the attention, and the attention's name in it."""
+        blocks: Any = model.get_submodule(self.blocks)
+        return [(block, self.attention) for block in blocks]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (RoPE, arXiv 2104.09864) on `x` `[B, T, heads, D]`, halves paired; cos, sin `[B, T, D]`."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (RoPE, arXiv 2104.09864) on the first R of the D channels of `x` `[B, T, heads, D]`, channel i
+    paired with i + R/2; cos, sin `[B or 1, T, R]`."""
+    turned, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
+
+
+def head_width(config: Any) -> int:
+    """`head_dim` where the configuration has one, else the model's width split evenly."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
+
+
+def own_window(config: Any, index: int) -> int | None:
+    """The sliding window of layer `index` for configurations with `layer_types`."""
+    sliding = getattr(config, "layer_types", None) and config.layer_types[index] == "sliding_attention"
+    return int(config.sliding_window) if sliding else None

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from linearize.families.base import Family, Projections, rotate
+from linearize.families.base import AttentionLayer, Family, head_width, own_window
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class Llama(Family):
     name: ClassVar[str] = "llama"
-    model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "qwen2", "qwen3")
 
-    def refusal(self, config: Any) -> str | None:
-        sliding = getattr(config, "sliding_window", None)
-        layer_types = getattr(config, "layer_types", None)
-        used = "sliding_attention" in layer_types if layer_types else sliding is not None
-        return f"it has sliding-window layers of its own ({sliding} tokens)" if used else None
+    def layer(self, config: Any, index: int) -> AttentionLayer:
+        width = head_width(config)
+        return AttentionLayer(
+            query_heads=config.num_attention_heads,
+            key_value_heads=config.num_key_value_heads,
+            key_width=width,
+            value_width=width,
+            scale=width**-0.5,
+            window=own_window(config, index),
+        )
 
-    def attention_modules(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
-        decoder: Any = model.get_submodule("model")
-        return [(layer, "self_attn") for layer in decoder.layers]
-
-    def heads(self, config: Any) -> tuple[int, int, int, int]:
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_attention_heads, config.num_key_value_heads, width, width
-
-    def scale(self, attention: nn.Module) -> float:
-        return float(attention.scaling)  # type: ignore[arg-type]
-
-    def project(
-        self, attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
-    ) -> Projections:
+    def project(self, attention: Any, layer: AttentionLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, attention.head_dim))
+            projection(hidden_states).unflatten(-1, (-1, layer.key_width))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        if position_embeddings is None:
-            raise ValueError("the model passed no rotary positions to its attention")
-        cos, sin = position_embeddings
-        return Projections(q, k, v, rotate(q, cos, sin), rotate(k, cos, sin))
+        return q, k, v
 
-    def output(self, attention: Any, heads: Tensor) -> Tensor:
-        projected: Tensor = attention.o_proj(heads.flatten(2))
-        return projected
+
+class Mistral(Llama):
+    """One sliding window, if any, in every layer."""
+
+    name: ClassVar[str] = "mistral"
+    model_types: ClassVar[tuple[str, ...]] = ("mistral", "mixtral", "qwen3_moe")
+
+    def layer(self, config: Any, index: int) -> AttentionLayer:
+        return replace(super().layer(config, index), window=config.sliding_window)

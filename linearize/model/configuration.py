@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from linearize.families.base import AttentionLayer
 
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
@@ -18,7 +21,8 @@ class MixerConfig:
     Attributes:
         layers: the layers of this kind, counted from 0.
         recurrence: name of a registered recurrence, or `none` for the window alone.
-        window: tokens of the softmax window, the current one included.
+        window: tokens of the softmax window, the current one included; None keeps the pretrained attention, over
+            the whole past or over the layer's own sliding window.
         sinks: first tokens that every later query reads exactly.
         mix: how window and recurrence join. `fixed` 0.5/0.5 (Liger); `learned` a weight per head and channel that
             starts at 0; `softmax` one shared normaliser with a weight per head that starts at 0.
@@ -27,11 +31,12 @@ class MixerConfig:
         normalize: divide the recurrence's reading by the mass that was read.
         gate_scale, gate_bias, gate_divisor: the log-gate is logsigmoid(scale * k + bias) / divisor.
         gate_learned: whether scale and bias are parameters, one per key/value head and channel.
+        softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
 
     layers: list[int]
     recurrence: str = "gla"
-    window: int = 64
+    window: int | None = 64
     sinks: int = 4
     mix: Mix = "learned"
     covers: Covers = "evicted"
@@ -41,6 +46,26 @@ class MixerConfig:
     gate_bias: float = 5.0
     gate_divisor: float = 1.0
     gate_learned: bool = True
+    softmax_heads: list[int] = field(default_factory=list)
+
+    def fitted(self, layer: AttentionLayer) -> MixerConfig:
+        """What this asks for in `layer`: a layer never sees beyond its own sliding window, and where ours is as wide
+        there is nothing left for sinks or a recurrence to add.
+
+        Raises:
+            ValueError: heads to keep that are not there, or in a layer with a sliding window.
+        """
+        wrong = [head for head in self.softmax_heads if head not in range(layer.key_value_heads)]
+        if wrong:
+            raise ValueError(f"the layer has key/value heads 0 to {layer.key_value_heads - 1}; {wrong} to keep")
+        bare = replace(self, recurrence="none", sinks=0, covers="evicted", softmax_heads=[])
+        if layer.window is None:
+            return replace(bare, window=None) if self.window is None else self
+        if self.window is None or self.window >= layer.window:
+            return replace(bare, window=layer.window)
+        if self.softmax_heads:
+            raise ValueError("the layer has a sliding window of its own; keep the whole layer, not single heads")
+        return self
 
 
 class LinearizedConfig(PreTrainedConfig):
@@ -49,7 +74,7 @@ class LinearizedConfig(PreTrainedConfig):
     Args:
         text_config: the base model's configuration, whole. The name is the one under which transformers looks for
             the language model inside a composite configuration.
-        mixers: the `mixer` sections; layers that no section names keep their softmax attention.
+        mixers: the `mixer` sections; layers that no section names keep their pretrained attention.
     """
 
     model_type = "linearized"
@@ -77,9 +102,9 @@ class LinearizedConfig(PreTrainedConfig):
             return getattr(base, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def mixer_of(self, layer: int) -> MixerConfig | None:
-        """The mixer section that names `layer`, or None where its softmax attention stays."""
+    def mixer_of(self, layer: int) -> MixerConfig:
+        """The mixer section that names `layer`; where none does, one that keeps its attention."""
         for section in self.mixers or []:
             if layer in section["layers"]:
                 return MixerConfig(**section)
-        return None
+        return MixerConfig(layers=[layer], window=None, recurrence="none", sinks=0)

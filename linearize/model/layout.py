@@ -59,13 +59,20 @@ def segments_of(
     """`[B, T]` document numbers with 0 at pads, or None where every row is one whole document.
 
     Args:
-        attention_mask: `[B, tokens so far]`, 0 at pads; only its last T columns concern the tokens at hand.
+        attention_mask: `[B, tokens so far]`, 0 at pads; only its last T columns concern the tokens at hand. Or
+            `[B, 1, 1, T]`, of these alone.
         position_ids: `[B or 1, T]`; where they stop counting up by one a new document begins (packed rows). Read
             only where no mask is given and no cache is continued, as transformers itself does.
     """
     if attention_mask is not None:
+        if attention_mask.dim() == 4:  # made by `create_masks_for_generate`
+            attention_mask = attention_mask[:, 0, 0]
         real = attention_mask[:, -tokens:] != 0
-        return None if bool(real.all()) else real.long()
+        # Waiting for the device to tell is worth it before a prompt, and not before every token.
+        asks = tokens > 1 or real.device.type == "cpu"
+        if real.numel() == 0 or (asks and not torch.compiler.is_compiling() and bool(real.all())):
+            return None
+        return real.long()
     if position_ids is None or continued or tokens == 1:
         return None
     restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1

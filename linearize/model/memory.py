@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -23,25 +24,41 @@ class LayerMemory(CacheLayerMixin):
 
     Attributes:
         parts: name of a part -> its tensors, each `[B, ...]`.
+        past: keys and values `[B, N, ...]` of the heads that keep softmax over everything, if the layer has any: the
+            one part that has to grow.
+        capacity: how many tokens `past` has room for from the start; None where it grows.
         counts: `[B]` real tokens that each row has seen.
         seen: tokens the layer was called with, pads included; what transformers calls the sequence length.
     """
 
-    is_compileable: ClassVar[bool] = False
     is_croppable: ClassVar[bool] = False
     is_sliding: ClassVar[bool] = False
     supports_early_init: ClassVar[bool] = False
 
-    def __init__(self, parts: dict[str, Part], batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        parts: dict[str, Part],
+        batch: int,
+        device: torch.device,
+        *,
+        past: Part | None = None,
+        capacity: int | None = None,
+    ) -> None:
         super().__init__()
-        self.parts = parts
+        self.parts, self.past, self.capacity = parts, past or {}, capacity
+        self.ragged = False  # whether rows may have seen different numbers of tokens
         self.counts = torch.zeros(batch, dtype=torch.long, device=device)
         self.seen = 0
         self.is_initialized = True
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether no tensor ever changes its shape or address, and generate() asked for that."""
+        return self.capacity is not None
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, `part.tensor`; the row counts come last."""
-        for part, tensors in self.parts.items():
+        for part, tensors in [*self.parts.items(), ("softmax", self.past)]:
             for name, tensor in tensors.items():
                 yield f"{part}.{name}", tensor
         yield "counts", self.counts
@@ -55,17 +72,52 @@ class LayerMemory(CacheLayerMixin):
         """Counts `tokens` columns as seen, of which row b had `lengths[b]` real ones (all, if None)."""
         self.counts.add_(tokens if lengths is None else lengths)
         self.seen += tokens
+        self.ragged = self.ragged or lengths is not None
+
+    def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
+        """Adds the keys and values of L new tokens `[B, L, ...]` to `past`.
+
+        Args:
+            ragged: whether some of them are not real; those are written over by the next call.
+
+        Returns:
+            the place of the first of them (per row `[B]` where rows may differ), then all keys and all values.
+        """
+        self.ragged = self.ragged or ragged
+        new, tokens = {"k_rotated": k, "v": v}, k.shape[1]
+        if self.capacity is None:
+            held = next(iter(self.past.values())).shape[1]
+            if not self.ragged:
+                joined = {name: torch.cat([self.past[name], x.to(self.past[name].dtype)], 1) for name, x in new.items()}
+                self.past = {name: x.detach() for name, x in joined.items()}
+                return held, joined["k_rotated"], joined["v"]
+            room = {name: F.pad(x, (0, 0, 0, 0, 0, tokens)) for name, x in self.past.items()}
+        else:
+            room = self.past
+        slots = (self.counts[:, None] + torch.arange(tokens, device=k.device))[:, :, None, None]
+        joined = {}
+        for name, x in room.items():
+            at, incoming = slots.expand_as(new[name]), new[name].to(x.dtype)
+            joined[name] = x.scatter(1, at, incoming) if torch.is_grad_enabled() else x.scatter_(1, at, incoming)
+        if self.capacity is None:
+            self.past = {name: x.detach() for name, x in joined.items()}
+        elif torch.is_grad_enabled():
+            for name, x in self.past.items():
+                x.copy_(joined[name].detach())
+        return self.counts.clone(), joined["k_rotated"], joined["v"]
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        for tensors in self.parts.values():
+        for tensors in (*self.parts.values(), self.past):
             for name, tensor in tensors.items():
                 tensors[name] = change(tensor)
         self.counts = change(self.counts)
 
     def reset(self) -> None:
+        if self.capacity is None:
+            self.past = {name: tensor[:, :0] for name, tensor in self.past.items()}
         for _, tensor in self.tensors():
             tensor.zero_()
-        self.seen = 0
+        self.seen, self.ragged = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -108,8 +160,11 @@ class LayerMemory(CacheLayerMixin):
         raise NotImplementedError("a LayerMemory is written by its layer, not through keys and values")
 
 
-def memory_of(cache: Cache, layer: int, make: Callable[[], LayerMemory]) -> LayerMemory:
+def memory_of(cache: Cache, layer: int, make: Callable[[int | None], LayerMemory]) -> LayerMemory:
     """The memory of `layer` in any transformers cache; takes the place of the entry that the library put there.
+
+    Args:
+        make: an empty memory, given the number of tokens that a static cache has room for (None for others).
 
     Raises:
         ValueError: the cache already holds keys and values of another kind of layer.
@@ -121,7 +176,11 @@ def memory_of(cache: Cache, layer: int, make: Callable[[], LayerMemory]) -> Laye
         return held
     if held.get_seq_length() > 0:
         raise ValueError(f"layer {layer} of the cache holds keys and values of a model that was not converted")
-    cache.layers[layer] = made = make()
+    static = held.is_compileable
+    cache.layers[layer] = made = make(held.max_cache_len if static else None)
+    if static and not torch.compiler.is_compiling():
+        for _, tensor in made.tensors():
+            torch._dynamo.mark_static_address(tensor)
     return made
 
 

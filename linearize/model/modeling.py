@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers import initialization as init
 
 from linearize.families import FAMILIES, Family
-from linearize.model.attention import LinearizedAttention, Mixer
+from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import segments_of
 from linearize.model.memory import LayerMemory
+from linearize.model.mixer import Mixer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +53,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         """Puts a `LinearizedAttention` in the place of every attention that `config` names."""
         base: Any = config.text_config
         family = family_of(base)
-        heads = family.heads(base)
-        for layer, (owner, name) in enumerate(family.attention_modules(self)):
-            mixer = config.mixer_of(layer)
-            if mixer is not None:
-                attention = LinearizedAttention(getattr(owner, name), family, mixer, heads, layer)
-                setattr(owner, name, attention)
+        layers = family.layers(base)
+        for index, (owner, name) in enumerate(family.attention_modules(self)):
+            mixer = config.mixer_of(index)
+            try:
+                attention = LinearizedAttention(getattr(owner, name), family, layers[index], mixer, index)
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from error
+            setattr(owner, name, attention)
         self.config = config
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,20 +96,21 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the architecture is not supported, or a mixer section names a layer that is not there.
         """
         base = teacher.config
-        layers = len(family_of(base).attention_modules(teacher))
+        family = family_of(base)
+        layers = family.layers(base)
         for mixer in mixers:
-            if any(layer not in range(layers) for layer in mixer.layers):
-                raise ValueError(f"the model has layers 0 to {layers - 1}; the mixer names {mixer.layers}")
+            if any(index not in range(len(layers)) for index in mixer.layers):
+                raise ValueError(f"the model has layers 0 to {len(layers) - 1}; the mixer names {mixer.layers}")
+            for index in mixer.layers:
+                mixer.fitted(layers[index])  # whatever is wrong must show before the teacher is touched
         config = LinearizedConfig(text_config=base, mixers=[asdict(mixer) for mixer in mixers], dtype=teacher.dtype)
         model: Any = teacher
         model.__class__ = derived_class(cls, config)
         model._install(config)
-        for layer in range(layers):
-            owner, name = family_of(base).attention_modules(model)[layer]
+        for owner, name in family.attention_modules(model):
             attention = getattr(owner, name)
-            if isinstance(attention, LinearizedAttention):
-                attention.mixer.to(next(attention.parameters()).device)
-                attention.train(teacher.training)
+            attention.to(next(attention.parameters()).device)
+            attention.train(teacher.training)
         assert isinstance(model, cls)  # noqa: S101 - for the type checker
         return model
 
@@ -124,17 +128,19 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As the base model's. Pads (mask 0) may stand on either side and change nothing; rows whose positions
         restart are packed documents and do not see each other, as long as no mask is given and no cache continued."""
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                "a converted model takes an attention mask [batch, tokens] that tells pads; other masks, and the "
-                "static cache that makes them, are not supported"
-            )
-        shape = input_ids.shape if input_ids is not None else inputs_embeds.shape  # type: ignore[union-attr]
-        batch, tokens = shape[0], shape[1]
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError("a converted model has no attention weights to return; leave output_attentions out")
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        batch, tokens = given.shape[0], given.shape[1]
+        if isinstance(attention_mask, dict) or (attention_mask is not None and not _tells_pads(attention_mask, tokens)):
+            raise ValueError("a converted model takes an attention mask [batch, tokens] that tells pads, and no other")
         if use_cache is None and self.training:
             use_cache = False
         memory = _first_memory(past_key_values)
-        segments = segments_of(attention_mask, position_ids, batch, tokens, memory is not None and memory.seen > 0)
+        continued = memory is not None and memory.seen > 0
+        segments = segments_of(attention_mask, position_ids, batch, tokens, continued)
         if position_ids is None and segments is not None:
             past = memory.counts[:, None] if memory else 0
             position_ids = (segments.cumsum(1) - 1).clamp_min(0) + past
@@ -142,10 +148,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = memory.counts[:, None] + torch.arange(tokens, device=memory.counts.device)
         # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
         # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
-        device = self.device if input_ids is None else input_ids.device
-        attention_mask = (
-            torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
-        )
+        attention_mask = _layer_mask(segments, given.device)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -157,6 +160,20 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """What `generate` hands to `forward` for a static cache: the mask of the new tokens, of a shape that does not
+        grow."""
+        tokens = inputs_embeds.shape[1]
+        real = None if attention_mask is None else (attention_mask[:, -tokens:] != 0).long()
+        return _layer_mask(real, inputs_embeds.device)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused: it pages keys and values, which a converted model does not keep."""
+        raise ValueError("continuous batching is not supported by converted models; use generate with a padded batch")
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
 
 @cache
@@ -179,17 +196,46 @@ def family_of(config: Any) -> Family:
     """
     model_type = getattr(config, "model_type", "unknown")
     if model_type not in FAMILIES:
-        raise ValueError(f"architecture {model_type!r} is not supported; there are: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(_unsupported(config, model_type))
     family = FAMILIES[model_type]
     if (reason := family.refusal(config)) is not None:
         raise ValueError(f"this {model_type} model cannot be converted: {reason}")
     return family
 
 
+# Architectures, or parts of them, that keep a state instead of a cache.
+_LINEAR = ("mamba", "rwkv", "xlstm", "recurrent", "rnn", "ssm", "linear", "conv")
+
+
+def _unsupported(config: Any, model_type: str) -> str:
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{model_type!r} is an encoder-decoder; only causal language models can be converted"
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        return f"{model_type!r} has a vision or audio tower; only text models can be converted"
+    kinds = {
+        model_type,
+        *(getattr(config, "layer_types", None) or ()),
+        *(getattr(config, "layers_block_type", None) or ()),
+    }
+    if any(part in str(kind) for kind in kinds for part in _LINEAR) or hasattr(config, "ssm_cfg"):
+        return f"{model_type!r} has linear layers already, and they stay as they are; it is not a softmax transformer"
+    return f"architecture {model_type!r} is not supported; there are: {', '.join(sorted(FAMILIES))}"
+
+
 def register() -> None:
     """Makes transformers' auto classes load converted checkpoints."""
     AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)
     AutoModelForCausalLM.register(LinearizedConfig, LinearizedForCausalLM, exist_ok=True)
+
+
+def _tells_pads(attention_mask: Tensor, tokens: int) -> bool:
+    ours = attention_mask.dtype == torch.long and attention_mask.shape[1:-1] == (1, 1)
+    return attention_mask.dim() == 2 or (attention_mask.dim() == 4 and ours and attention_mask.shape[-1] in (0, tokens))
+
+
+def _layer_mask(segments: Tensor | None, device: torch.device) -> Tensor:
+    """What `LinearizedAttention` takes as its mask."""
+    return torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
 
 
 def _first_memory(past_key_values: Cache | None) -> LayerMemory | None:

@@ -11,7 +11,7 @@ so that numerator / mass is an average of values, as softmax attention's output 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from linearize_kernels import gla
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from linearize.families.base import AttentionLayer
     from linearize.model.configuration import MixerConfig
     from linearize.model.memory import Part
 
@@ -111,8 +112,8 @@ class GatedLinearAttention(Recurrence):
 RECURRENCES: dict[str, type[Recurrence]] = {"gla": GatedLinearAttention}
 
 
-def build_recurrence(config: MixerConfig, heads: tuple[int, int, int, int]) -> Recurrence | None:
-    """The recurrence that `config` names, or None for `none`; `heads` is (H, K, D, V).
+def build_recurrence(config: MixerConfig, layer: AttentionLayer) -> Recurrence | None:
+    """The recurrence that `config` names, for the heads of `layer`; None for `none`.
 
     Raises:
         ValueError: no recurrence of that name.
@@ -121,5 +122,4 @@ def build_recurrence(config: MixerConfig, heads: tuple[int, int, int, int]) -> R
         return None
     if config.recurrence not in RECURRENCES:
         raise ValueError(f"unknown recurrence {config.recurrence!r}; there are: {', '.join(sorted(RECURRENCES))}")
-    arguments: tuple[Any, ...] = heads[1:]
-    return RECURRENCES[config.recurrence](config, *arguments)
+    return RECURRENCES[config.recurrence](config, layer.key_value_heads, layer.key_width, layer.value_width)

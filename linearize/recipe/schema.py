@@ -59,17 +59,12 @@ class GateSpec(Section):
 
 
 class KeepSpec(Section):
-    """Layers and heads that keep their softmax attention: a key of the format that this version does not act on."""
+    """What keeps its softmax attention over the whole past, and so a cache that grows."""
 
-    layers: list[int] = []
-    heads: dict[int, list[int]] = {}
-
-    @field_validator("layers", "heads")
-    @classmethod
-    def _not_yet(cls, value: Any) -> Any:
-        if value:
-            raise _refusal("keeping softmax layers or heads is not available in this version; leave it empty")
-        return value
+    layers: list[Annotated[int, Field(ge=0)]] = []
+    """Whole layers, counted from 0."""
+    heads: dict[Annotated[int, Field(ge=0)], list[Annotated[int, Field(ge=0)]]] = {}
+    """Layer -> key/value heads in it, each with the query heads that share it."""
 
 
 class MixerSpec(Section):

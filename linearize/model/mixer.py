@@ -1,0 +1,242 @@
+"""What mixes tokens in a converted layer: window, sinks and recurrence.
+
+    y_t   softmax over the last W tokens and the first M (sinks), with the family's positions
+    o_t   what the recurrence answers, without positions; its gate comes from the pretrained keys
+    out   mix(y_t, o_t)
+
+With `covers: evicted` the state receives a token when it leaves the window: query t reads the recurrence as it stood
+after token t - W, so window, sinks and state share the past without counting anything twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from linearize_kernels import window_attention
+from torch import Tensor, nn
+
+from linearize.families.base import AttentionLayer, Projections
+from linearize.model.memory import LayerMemory, Part
+from linearize.model.recurrence import build_recurrence
+
+if TYPE_CHECKING:
+    from linearize.model.configuration import MixerConfig
+
+
+@dataclass
+class Evicted:
+    """The tokens that leave the window, one for each query from query `first` on.
+
+    Attributes:
+        k, k_rotated, v: `[R, E, K, D or V]` keys without and with positions, and values.
+        index: `[R or 1, E]` each token's number in its row; below 0 there is no such token.
+        writes: `[R or 1, E]` False where there is nothing to evict.
+    """
+
+    k: Tensor
+    k_rotated: Tensor
+    v: Tensor
+    index: Tensor
+    writes: Tensor
+    first: int
+
+
+class Mixer(nn.Module):
+    """Window, sinks and recurrence on rows of real tokens; holds the layer's few own parameters.
+
+    Args:
+        config: the layer's mixer section, fitted to the layer.
+        layer: the heads that it mixes.
+    """
+
+    def __init__(self, config: MixerConfig, layer: AttentionLayer) -> None:
+        super().__init__()
+        if config.window is None:
+            raise ValueError("a mixer needs a window; a layer without one keeps its softmax attention")
+        self.config, self.layer, self.window = config, layer, config.window
+        self.recurrence = build_recurrence(config, layer)
+        if self.recurrence is not None and config.mix == "learned":
+            self.mix_weight = nn.Parameter(torch.zeros(layer.query_heads, layer.value_width))
+        elif self.recurrence is not None and config.mix == "softmax":
+            self.mix_weight = nn.Parameter(torch.zeros(layer.query_heads))
+
+    def initial_values(self) -> dict[str, float]:
+        """What each own parameter starts as; a mix weight of 0 is the window alone, with a gradient that is not 0."""
+        values = {"mix_weight": 0.0} if hasattr(self, "mix_weight") else {}
+        if self.recurrence is not None:
+            values |= {f"recurrence.{name}": value for name, value in self.recurrence.initial_values().items()}
+        return values
+
+    def parts(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
+        """An empty memory for `batch` rows: tensors whose size depends on the configuration alone."""
+
+        def slots(count: int, *names: str) -> Part:
+            return {name: empty_slots(self.layer, name, (batch, count), dtype, device) for name in names}
+
+        # Keys without positions are kept only where the state will ask for them once the window lets go.
+        keys = ("k_rotated", "k") if self.recurrence is not None and self.config.covers == "evicted" else ("k_rotated",)
+        parts = {"window": slots(self.window, *keys, "v")}
+        if self.config.sinks:
+            parts["sinks"] = slots(self.config.sinks, "k_rotated", "v")
+        if self.recurrence is not None:
+            parts["state"] = self.recurrence.state(batch, device)
+        return parts
+
+    def forward(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+        """Mixes L new tokens of R rows, continuing `memory` where one is given (its parts are updated in place).
+
+        Args:
+            new: projections `[R, L, ...]`, each row's real tokens first.
+            lengths: `[R]` real tokens per row; None means L in all.
+
+        Returns:
+            `[R, L, H, V]` float32; meaningless past a row's length.
+        """
+        tokens = new.q.shape[1]
+        count = memory.counts[:, None] if memory else new.q.new_zeros(1, 1, dtype=torch.long)
+        query_index = count + torch.arange(tokens, device=new.q.device)  # [R or 1, L]
+        k, v, exists, evicted = self._slide(new, lengths, memory, query_index)
+        columns = self._sinks(evicted, memory, query_index)
+        y, normaliser = window_attention(
+            new.q_rotated,
+            k,
+            v,
+            window=self.window,
+            scale=self.layer.scale,
+            key_exists=exists,
+            columns=columns,
+            softcap=self.layer.softcap,
+        )
+        return y if self.recurrence is None else self._recur(y, normaliser, new, lengths, evicted, memory)
+
+    def _slide(
+        self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, query_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Evicted | None]:
+        """Moves the window over the new tokens: keys, values and existence of what it holds, and what it lets go."""
+        window, tokens = self.window, new.q.shape[1]
+        index = query_index - window  # of the token that query t pushes out
+        if memory is None:
+            left = tokens - window
+            if left <= 0:
+                return new.k_rotated, new.v, None, None
+            index = index[:, window:]
+            writes = index >= 0 if lengths is None else index < lengths[:, None] - window
+            evicted = Evicted(new.k[:, :left], new.k_rotated[:, :left], new.v[:, :left], index, writes, window)
+            return new.k_rotated, new.v, None, evicted
+
+        ring = memory.parts["window"]
+        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v}
+        writes = index >= 0
+        real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
+        writes = writes & real
+        if tokens == 1:
+            # The order of keys does not matter to softmax, so one slot is exchanged and nothing else moves.
+            slot = (query_index % window)[:, :, None, None]
+            held: Part = {}
+            for name, tensor in ring.items():
+                at = slot.expand(-1, 1, *tensor.shape[2:])
+                held[name] = tensor.gather(1, at)
+                incoming = arriving[name].detach().to(tensor.dtype)
+                tensor.scatter_(1, at, torch.where(real[:, :, None, None], incoming, held[name]))
+            exists = torch.arange(window, device=slot.device) <= query_index
+            # A later step writes into the ring, where a backward pass would still want to read.
+            span = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
+        else:
+            past = torch.arange(window, device=index.device)
+            order = (memory.counts[:, None] + past) % window  # oldest first
+            exists = past >= window - memory.counts[:, None]
+            whole = {n: torch.cat([_take(t, order), arriving[n].to(t.dtype)], 1) for n, t in ring.items()}
+            held = {name: tensor[:, :tokens] for name, tensor in whole.items()}
+            span = {name: whole[name][:, 1:] for name in ("k_rotated", "v")}
+            first_kept = tokens if lengths is None else lengths[:, None]
+            kept = (first_kept + past).expand(order.shape)
+            slots = (memory.counts[:, None] + kept) % window
+            for name, tensor in ring.items():
+                at = slots[:, :, None, None].expand_as(tensor)
+                tensor.scatter_(1, at, _take(whole[name], kept).detach())
+            exists = F.pad(exists[:, 1:], (0, tokens), value=True)
+        evicted = Evicted(held.get("k", held["k_rotated"]), held["k_rotated"], held["v"], index, writes, 0)
+        return span["k_rotated"], span["v"], exists, evicted
+
+    def _sinks(
+        self, evicted: Evicted | None, memory: LayerMemory | None, query_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keeps the first tokens of each row as they leave the window; the columns `window_attention` wants."""
+        sinks = self.config.sinks
+        if not sinks or evicted is None:
+            return None
+        number = torch.arange(sinks, device=query_index.device)
+        rows = evicted.v.shape[0]
+        place = (number - evicted.index[:, :1]).expand(rows, -1)  # where in `evicted` sink j is, if it leaves now
+        inside = place.clamp(0, evicted.index.shape[1] - 1)
+        arrives = (place == inside) & evicted.writes.expand(rows, -1).gather(1, inside)
+        k, v = _take(evicted.k_rotated, inside), _take(evicted.v, inside)
+        if memory is not None:
+            part = memory.parts["sinks"]
+            here = arrives[:, :, None, None]
+            k, v = torch.where(here, k, part["k_rotated"]), torch.where(here, v, part["v"])
+            part["k_rotated"].copy_(k.detach())
+            part["v"].copy_(v.detach())
+        visible = number <= (query_index - self.window)[:, :, None]
+        evicted.writes = evicted.writes & (evicted.index >= sinks)
+        return k, v, visible
+
+    def _recur(
+        self,
+        y: Tensor,
+        normaliser: Tensor,
+        new: Projections,
+        lengths: Tensor | None,
+        evicted: Evicted | None,
+        memory: LayerMemory | None,
+    ) -> Tensor:
+        """Joins the window's output `y` `[R, L, H, V]` with the recurrence's."""
+        assert self.recurrence is not None  # noqa: S101 - for the type checker; the caller has looked
+        state = memory.parts["state"] if memory else None
+        tokens, first = y.shape[1], 0
+        writes: Tensor | None
+        if self.config.covers == "evicted":
+            if evicted is None:
+                return y
+            first = evicted.first
+            k, v, writes = evicted.k, evicted.v, evicted.writes
+        else:
+            k, v = new.k, new.v
+            writes = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
+        numerator, mass = self.recurrence(new.q[:, first:], k, v, writes, state)
+        mixed = self._mix(y[:, first:], normaliser[:, first:], numerator, mass[..., None])
+        return torch.cat([y[:, :first], mixed], 1) if first else mixed
+
+    def _mix(self, y: Tensor, normaliser: Tensor, numerator: Tensor, mass: Tensor) -> Tensor:
+        if self.config.mix == "softmax":
+            # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
+            # either sign keeps the denominator positive and the derivative at 0 alive.
+            weight = self.mix_weight[:, None]
+            log_ratio = mass.clamp_min(_TINY).log() - normaliser[..., None]
+            ratio = log_ratio.clamp_max(_MOST_LOG_RATIO).exp()
+            share = torch.where(mass > 0, weight * ratio / (1 + weight.abs() * ratio), 0)
+            return y + share * (numerator / mass.clamp_min(_TINY) - y)
+        o = numerator / mass.clamp_min(_TINY) if self.config.normalize else numerator
+        weight = self.mix_weight.to(y.dtype).expand_as(y) if self.config.mix == "learned" else torch.full_like(y, 0.5)
+        # An empty state has no opinion: the window's output stays as it is.
+        return torch.where(mass > 0, torch.lerp(y, o, weight), y)
+
+
+_TINY = torch.finfo(torch.float32).tiny
+_MOST_LOG_RATIO = 60.0
+
+
+def empty_slots(
+    layer: AttentionLayer, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Room `[B, N, K, D or V]` for N keys or, with the name `v`, values."""
+    width = layer.value_width if name == "v" else layer.key_width
+    return torch.zeros(*shape, layer.key_value_heads, width, dtype=dtype, device=device)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` `[R, N]` along the token axis of `x` `[R, T, heads, width]`."""
+    return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
