@@ -49,6 +49,13 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def memory_words(constant: int, growth: int) -> str:
+    """A sequence's memory: `6.1 MB, whatever its length`, or `6.1 MB, and 1.5 kB per token`."""
+    return readable_bytes(constant) + (
+        f", and {readable_bytes(growth)} per token" if growth else ", whatever its length"
+    )
+
+
 def check_dtype(name: str) -> str:
     """Raises:
     BadParameter: no such dtype.

@@ -16,8 +16,8 @@ from linearize.cli.console import (
     SetOption,
     TrustOption,
     examples,
+    memory_words,
     print_json,
-    readable_bytes,
     status,
 )
 from linearize.cli.libraries import quiet_libraries
@@ -45,7 +45,7 @@ def convert(
     finetune` wakes the recurrence.
     """
     quiet_libraries()
-    from linearize.conversion.convert import check_convertible, state_nbytes
+    from linearize.conversion.convert import check_convertible, converted_layers, growth_nbytes, state_nbytes
     from linearize.conversion.convert import convert as convert_to
     from linearize.conversion.inspection import inspect_model
     from linearize.conversion.output import check_free, staged_folder
@@ -55,7 +55,7 @@ def convert(
     settings = load_recipe(recipe, overrides or ())
     source = find_source(model, trust_remote_code=trust_remote_code)
     check_free(output, overwrite=overwrite)
-    check_convertible(load_config(source), source)
+    check_convertible(load_config(source), source, settings.mixer)
     if dry_run:
         facts = inspect_model(source, settings.mixer)
         if as_json:
@@ -63,7 +63,7 @@ def convert(
         else:
             print(
                 f"would convert {facts['converted_layers']} of {facts['layers']} layers of {source.name} and write "
-                f"{output}; memory per sequence: {readable_bytes(facts['state_bytes'])}"
+                f"{output}; memory per sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}"
             )
         return
     started = time.monotonic()
@@ -73,9 +73,11 @@ def convert(
     facts = {
         "output": str(output),
         "written": True,
-        "layers": len({layer for mixer in converted.config.mixers or [] for layer in mixer["layers"]}),
+        "layers": converted.config.num_hidden_layers,
+        "converted_layers": converted_layers(converted),
         "parameters": converted.num_parameters(),
         "state_bytes": state_nbytes(converted),
+        "growth_bytes_per_token": growth_nbytes(converted),
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:
@@ -83,7 +85,7 @@ def convert(
         return
     print(output)
     status(
-        f"converted {facts['layers']} layers in {facts['seconds']} s; memory per sequence: "
-        f"{readable_bytes(facts['state_bytes'])}, whatever its length\n"
+        f"converted {facts['converted_layers']} of {facts['layers']} layers in {facts['seconds']} s; memory per "
+        f"sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}\n"
         f"next: linearize finetune default -o {output}-tuned --set model={output}"
     )

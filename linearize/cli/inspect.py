@@ -20,6 +20,7 @@ from linearize.cli.console import (
     readable_bytes,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.hub.card import ranges
 
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -61,6 +62,12 @@ def _show(facts: dict[str, Any]) -> None:
     out = Console(highlight=False, soft_wrap=True)
     mixer = facts["mixers"][0]
     group = facts["query_heads"] // facts["key_value_heads"]
+    kept = [
+        *([f"own window: layers {ranges(facts['own_window_layers'])}"] if facts["own_window_layers"] else []),
+        *([f"softmax: layers {ranges(facts['softmax_layers'])}"] if facts["softmax_layers"] else []),
+        *(f"softmax: key/value heads {ranges(heads)} of layer {i}" for i, heads in facts["softmax_heads"].items()),
+    ]
+    growth = facts["growth_bytes_per_token"]
     rows = {
         "model": facts["model"] + (" (converted)" if facts["converted"] else ""),
         "family": f"{facts['family']} ({facts['architecture']}), {facts['layers']} layers",
@@ -68,8 +75,10 @@ def _show(facts: dict[str, Any]) -> None:
         f"width {facts['key_width']}",
         "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {mixer['recurrence']}, window "
         f"{mixer['window']}, {mixer['sinks']} sinks, mix {mixer['mix']}, covers {mixer['covers']}",
+        **({"keeps": "; ".join(kept)} if kept else {}),
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
-        + f" = {readable_bytes(facts['state_bytes'])} per sequence ({facts['dtype']}, state in float32)",
+        + f" = {readable_bytes(facts['state_bytes'])} per sequence ({facts['dtype']}, state in float32)"
+        + (f", and {readable_bytes(growth)} per token" if growth else ""),
     }
     for name, text in rows.items():
         out.print(f"{name:9} {text}", markup=False)

@@ -45,7 +45,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     count = len(layers)
     for index in sorted({*spec.keep.layers, *spec.keep.heads}):
         if index not in range(count):
-            raise RecipeError(f"mixer.keep: there is no layer {index}; the model has layers 0 to {count - 1}")
+            raise RecipeError(f"mixer.keep: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
     kept = {*spec.keep.layers, *(set(range(count)) - set(full) if full else ())}
     common = MixerConfig(
@@ -75,29 +75,26 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 raise RecipeError(f"mixer.keep.heads.{index}: {error}") from error
         kinds.setdefault(heads, fresh).layers.append(index)
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
-    everything = len(sections) == 1 and sections[0].window is None
-    if everything or not any(_converts(section, layers[i]) for section in sections for i in section.layers):
+    if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
+        spec.keep.layers or spec.keep.heads
+    ):
         raise RecipeError("mixer.keep: nothing is left to convert")
     return sections
 
 
-def _converts(section: MixerConfig, layer: AttentionLayer) -> bool:
-    fitted = section.fitted(layer)
-    return fitted.window is not None and len(fitted.softmax_heads) < layer.key_value_heads
-
-
-def check_convertible(config: Any, source: Source) -> None:
+def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None) -> None:
     """Raises:
     ModelError: the model is converted already, or its architecture is not supported.
+    RecipeError: `spec` does not fit it.
     """
     if config.model_type == "linearized":
         raise ModelError(f"{source.name}: is a converted model already; finetune or eval it as it is")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{source.name}: is an encoder-decoder; only causal language models can be converted")
     try:
-        family_of(config)
+        family = family_of(config)
     except ValueError as error:
         raise ModelError(f"{source.name}: {error}") from error
+    if spec is not None:
+        mixers_for(spec, family.layers(config))
 
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
@@ -178,7 +175,9 @@ def write_checkpoint(
         "stages": list(stages),
         "versions": versions(),
     }
-    card = model_card(name or base["name"], provenance, model.config.mixers or [], state_nbytes(model))
+    card = model_card(
+        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model)
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
@@ -190,6 +189,20 @@ def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None)
     attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     held = dtype or model.dtype
     return sum(attention.memory(1, held, torch.device("meta")).nbytes for attention in attentions)
+
+
+def converted_layers(model: LinearizedForCausalLM) -> int:
+    """How many layers do something else than their pretrained attention did."""
+    config = model.config
+    layers = family_of(config.text_config).layers(config.text_config)
+    return sum(config.mixer_of(index).converts(layer) for index, layer in enumerate(layers))
+
+
+def growth_nbytes(model: LinearizedForCausalLM) -> int:
+    """Bytes of memory per token on top of that, in the layers and heads that keep softmax over the whole past."""
+    attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
+    memories = (attention.memory(1, model.dtype, torch.device("meta"), capacity=1) for attention in attentions)
+    return sum(x.numel() * x.element_size() for memory in memories for x in memory.past.values())
 
 
 def versions() -> dict[str, str]:

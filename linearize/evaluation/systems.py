@@ -14,6 +14,7 @@ from linearize.conversion.source import Source, load_config, load_model, load_to
 from linearize.errors import DataError
 from linearize.evaluation.heldout import score_rows
 from linearize.evaluation.report import SystemScores
+from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ tags: [linearize, gated-linear-attention, recurrent]
 # {name}
 
 {base}, with its attention replaced by a softmax window and a gated linear recurrence (made by `linearize` {version}).
-Its memory does not grow with the context: {state}.
+{memory}
 
 | | |
 |---|---|
@@ -34,21 +34,20 @@ quality is not written here; measure it: `linearize eval {name} --baseline teach
 """
 
 
-def model_card(name: str, provenance: dict[str, Any], mixers: list[dict[str, Any]], state_bytes: int) -> str:
+def model_card(
+    name: str, provenance: dict[str, Any], mixers: list[dict[str, Any]], state_bytes: int, growth_bytes: int
+) -> str:
     """The card's Markdown.
 
     Args:
         name: the checkpoint's name.
         provenance: what goes into `linearize.json`.
         mixers: the configuration's mixer sections.
-        state_bytes: bytes of memory per sequence.
+        state_bytes: bytes of memory per sequence that do not depend on its length.
+        growth_bytes: bytes per token on top, of what keeps softmax over the whole past.
     """
     base = provenance["base"]
-    rows = [
-        f"| layers {_ranges(m['layers'])} | {m['recurrence']}, window {m['window']}, sinks {m['sinks']}, "
-        f"mix {m['mix']}, covers {m['covers']} |"
-        for m in mixers
-    ]
+    rows = [f"| layers {ranges(m['layers'])} | {_words(m)} |" for m in mixers]
     stages = provenance.get("stages", [])
     training = "\n".join(
         f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages
@@ -58,13 +57,27 @@ def model_card(name: str, provenance: dict[str, Any], mixers: list[dict[str, Any
         base=base["model"] if base["kind"] == "hub" else base["name"],
         base_model=f"base_model: {base['model']}\n" if base["kind"] == "hub" else "",
         version=provenance["versions"]["linearize"],
-        state=f"{state_bytes:,} bytes per sequence, whatever its length",
+        memory=(
+            f"Its memory is {state_bytes:,} bytes per sequence and, where softmax is kept, {growth_bytes:,} per token."
+            if growth_bytes
+            else f"Its memory does not grow with the context: {state_bytes:,} bytes per sequence, whatever its length."
+        ),
         mixers="\n".join(rows),
         training=f"\n{training}\n" if training else "",
     )
 
 
-def _ranges(layers: list[int]) -> str:
+def _words(mixer: dict[str, Any]) -> str:
+    if mixer["window"] is None:
+        return "pretrained attention, kept"
+    heads = mixer.get("softmax_heads")
+    return (
+        f"{mixer['recurrence']}, window {mixer['window']}, sinks {mixer['sinks']}, mix {mixer['mix']}, covers "
+        f"{mixer['covers']}{f'; key/value heads {ranges(heads)} keep softmax' if heads else ''}"
+    )
+
+
+def ranges(layers: list[int]) -> str:
     """`[0, 1, 2, 5]` as `0-2, 5`."""
     runs: list[list[int]] = []
     for layer in sorted(layers):

@@ -82,17 +82,19 @@ class LinearizedAttention(nn.Module):
         if cache is not None:
             batch, device, dtype = hidden_states.shape[0], hidden_states.device, projected.k.dtype
             memory = memory_of(cache, self.layer_idx, lambda capacity: self.memory(batch, dtype, device, capacity))
+        lengths = None
         if attention_mask is None or attention_mask.numel() == 0:
             heads = self._mix(projected, None, memory)
         elif attention_mask.shape[-1] == 1:
             # One token a row is in place already, and nothing here waits for the device to say which are real.
-            heads = self._mix(projected, (attention_mask[:, 0, 0, 0] > 0).long(), memory)
+            lengths = (attention_mask[:, 0, 0, 0] > 0).long()
+            heads = self._mix(projected, lengths, memory)
         else:
             layout = layout_of(attention_mask)
-            rows = Projections(*(layout.gather(x) for x in projected))
-            heads = layout.scatter(self._mix(rows, layout.lengths, memory))
-            if memory is not None:
-                memory.seen += layout.tokens - rows.q.shape[1]  # columns count, also those without a real token
+            lengths = layout.lengths
+            heads = layout.scatter(self._mix(Projections(*(layout.gather(x) for x in projected)), lengths, memory))
+        if memory is not None:
+            memory.advance(hidden_states.shape[1], lengths)
         return self.family.output(self, heads.to(projected.v.dtype)), None
 
     def _project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projections:
@@ -105,22 +107,19 @@ class LinearizedAttention(nn.Module):
         return Projections(q, k, v, q_rotated, k_rotated)
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
-        """Rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` are the real tokens, None if all."""
-        if not self.softmax_heads:
-            assert self.mixer is not None  # noqa: S101 - for the type checker: a layer has heads
-            heads = self.mixer(new, lengths, memory)
-        elif self.mixer is None:
+        """Rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` are the real ones, None if all."""
+        heads: Tensor
+        if self.mixer is None:
             heads = self._attend(new, lengths, memory)
+        elif not self.softmax_heads:
+            heads = self.mixer(new, lengths, memory)
         else:
             kept = self._attend(self._select(new, self.softmax_heads), lengths, memory)
             mixed = self.mixer(self._select(new, self.mixed_heads), lengths, memory)
             groups = torch.cat([_by_group(kept, self.softmax_heads), _by_group(mixed, self.mixed_heads).to(kept)], 2)
             order = self.softmax_heads + self.mixed_heads
             heads = groups[:, :, [order.index(head) for head in range(len(order))]].flatten(2, 3)
-        if memory is not None:
-            memory.advance(new.q.shape[1], lengths)
-        tensor: Tensor = heads
-        return tensor
+        return heads
 
     def _attend(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Softmax attention over the whole past, for the heads that keep it."""
@@ -135,7 +134,8 @@ class LinearizedAttention(nn.Module):
         groups = self.layer.key_value_heads
 
         def queries(x: Tensor) -> Tensor:
-            return x.unflatten(2, (groups, -1))[:, :, heads].flatten(2, 3)
+            chosen: Tensor = x.unflatten(2, (groups, -1))[:, :, heads]
+            return chosen.flatten(2, 3)
 
         return Projections(
             queries(new.q), new.k[:, :, heads], new.v[:, :, heads], queries(new.q_rotated), new.k_rotated[:, :, heads]
@@ -160,7 +160,8 @@ def _part_of(layer: AttentionLayer, heads: list[int]) -> AttentionLayer:
 
 
 def _by_group(heads: Tensor, key_value_heads: list[int]) -> Tensor:
-    return heads.unflatten(2, (len(key_value_heads), -1))
+    groups: Tensor = heads.unflatten(2, (len(key_value_heads), -1))
+    return groups
 
 
 __all__ = ["LinearizedAttention", "layout_of"]

@@ -55,9 +55,9 @@ class MixerConfig:
         Raises:
             ValueError: heads to keep that are not there, or in a layer with a sliding window.
         """
-        wrong = [head for head in self.softmax_heads if head not in range(layer.key_value_heads)]
-        if wrong:
-            raise ValueError(f"the layer has key/value heads 0 to {layer.key_value_heads - 1}; {wrong} to keep")
+        for head in self.softmax_heads:
+            if head not in range(layer.key_value_heads):
+                raise ValueError(f"there is no key/value head {head}; the layer has 0 to {layer.key_value_heads - 1}")
         bare = replace(self, recurrence="none", sinks=0, covers="evicted", softmax_heads=[])
         if layer.window is None:
             return replace(bare, window=None) if self.window is None else self
@@ -66,6 +66,11 @@ class MixerConfig:
         if self.softmax_heads:
             raise ValueError("the layer has a sliding window of its own; keep the whole layer, not single heads")
         return self
+
+    def converts(self, layer: AttentionLayer) -> bool:
+        """Whether any head of `layer` gets to do something else than its pretrained attention did."""
+        fitted = self.fitted(layer)
+        return fitted.window not in (None, layer.window) and len(set(fitted.softmax_heads)) < layer.key_value_heads
 
 
 class LinearizedConfig(PreTrainedConfig):

@@ -48,7 +48,8 @@ class LayerMemory(CacheLayerMixin):
         self.parts, self.past, self.capacity = parts, past or {}, capacity
         self.ragged = False  # whether rows may have seen different numbers of tokens
         self.counts = torch.zeros(batch, dtype=torch.long, device=device)
-        self.seen = 0
+        # A number that compiled code would be built for again, so there it is a tensor.
+        self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
         self.is_initialized = True
 
     @property
@@ -68,10 +69,21 @@ class LayerMemory(CacheLayerMixin):
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
 
+    @property
+    def seen(self) -> int:
+        return int(self._seen)
+
+    @seen.setter
+    def seen(self, tokens: int) -> None:
+        if isinstance(self._seen, Tensor):
+            self._seen.fill_(tokens)
+        else:
+            self._seen = tokens
+
     def advance(self, tokens: int, lengths: Tensor | None) -> None:
         """Counts `tokens` columns as seen, of which row b had `lengths[b]` real ones (all, if None)."""
         self.counts.add_(tokens if lengths is None else lengths)
-        self.seen += tokens
+        self._seen += tokens
         self.ragged = self.ragged or lengths is not None
 
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
@@ -112,6 +124,24 @@ class LayerMemory(CacheLayerMixin):
                 tensors[name] = change(tensor)
         self.counts = change(self.counts)
 
+    def holding(self, tensors: dict[str, Tensor]) -> LayerMemory:
+        """A memory of the same parts that holds `tensors`, named as `tensors()` names them, and starts without pads."""
+        parts = {part: {name: tensors[f"{part}.{name}"] for name in held} for part, held in self.parts.items()}
+        past, counts = {name: tensors[f"softmax.{name}"] for name in self.past}, tensors["counts"]
+        memory = LayerMemory(parts, counts.shape[0], counts.device, past=past)
+        memory.counts, memory.seen = counts, int(counts.max())
+        memory.ragged = bool((counts < memory.seen).any())
+        return memory
+
+    def clone(self) -> LayerMemory:
+        """A copy that shares nothing with this one and keeps no room in `past` beyond the longest row."""
+        longest = int(self.counts.max())
+        tensors = {
+            name: (tensor[:, :longest] if name.startswith("softmax.") else tensor).detach().clone()
+            for name, tensor in self.tensors()
+        }
+        return self.holding(tensors)
+
     def reset(self) -> None:
         if self.capacity is None:
             self.past = {name: tensor[:, :0] for name, tensor in self.past.items()}
@@ -132,11 +162,11 @@ class LayerMemory(CacheLayerMixin):
         if tokens_to_remove != 0:
             raise ValueError("a recurrent state cannot forget its last tokens; start again from an earlier state")
 
-    def get_seq_length(self, *_: Any) -> int:
-        return self.seen
+    def get_seq_length(self, *_: Any) -> int | Tensor:
+        return self._seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int | Tensor, int]:
+        return self._seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -179,7 +209,7 @@ def memory_of(cache: Cache, layer: int, make: Callable[[int | None], LayerMemory
     static = held.is_compileable
     cache.layers[layer] = made = make(held.max_cache_len if static else None)
     if static and not torch.compiler.is_compiling():
-        for _, tensor in made.tensors():
+        for _, tensor in [*made.tensors(), ("seen", made._seen)]:
             torch._dynamo.mark_static_address(tensor)
     return made
 

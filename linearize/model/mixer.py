@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from linearize_kernels import window_attention
 from torch import Tensor, nn
 
-from linearize.families.base import AttentionLayer, Projections
-from linearize.model.memory import LayerMemory, Part
 from linearize.model.recurrence import build_recurrence
 
 if TYPE_CHECKING:
+    from linearize.families.base import AttentionLayer, Projections
     from linearize.model.configuration import MixerConfig
+    from linearize.model.memory import LayerMemory, Part
 
 
 @dataclass

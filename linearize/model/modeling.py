@@ -106,6 +106,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         config = LinearizedConfig(text_config=base, mixers=[asdict(mixer) for mixer in mixers], dtype=teacher.dtype)
         model: Any = teacher
         model.__class__ = derived_class(cls, config)
+        # How names in the teacher's files differ from the model's; a converted checkpoint is read under other rules.
+        model.__dict__.pop("_weight_conversions", None)
         model._install(config)
         for owner, name in family.attention_modules(model):
             attention = getattr(owner, name)
@@ -139,7 +141,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None and self.training:
             use_cache = False
         memory = _first_memory(past_key_values)
-        continued = memory is not None and memory.seen > 0
+        continued = tokens > 1 and memory is not None and memory.seen > 0
         segments = segments_of(attention_mask, position_ids, batch, tokens, continued)
         if position_ids is None and segments is not None:
             past = memory.counts[:, None] if memory else 0
@@ -218,7 +220,7 @@ def _unsupported(config: Any, model_type: str) -> str:
         *(getattr(config, "layers_block_type", None) or ()),
     }
     if any(part in str(kind) for kind in kinds for part in _LINEAR) or hasattr(config, "ssm_cfg"):
-        return f"{model_type!r} has linear layers already, and they stay as they are; it is not a softmax transformer"
+        return f"{model_type!r} has linear layers already; only softmax transformers are converted"
     return f"architecture {model_type!r} is not supported; there are: {', '.join(sorted(FAMILIES))}"
 
 

@@ -61,10 +61,18 @@ class GateSpec(Section):
 class KeepSpec(Section):
     """What keeps its softmax attention over the whole past, and so a cache that grows."""
 
-    layers: list[Annotated[int, Field(ge=0)]] = []
+    layers: list[int] = []
     """Whole layers, counted from 0."""
-    heads: dict[Annotated[int, Field(ge=0)], list[Annotated[int, Field(ge=0)]]] = {}
+    heads: dict[int, list[int]] = {}
     """Layer -> key/value heads in it, each with the query heads that share it."""
+
+    @field_validator("layers", "heads")
+    @classmethod
+    def _counts_from_0(cls, value: Any) -> Any:
+        numbers = [*value, *(head for heads in value.values() for head in heads)] if isinstance(value, dict) else value
+        if any(number < 0 for number in numbers):
+            raise _refusal(f"expected layers and heads counted from 0, got {min(numbers)}")
+        return value
 
 
 class MixerSpec(Section):

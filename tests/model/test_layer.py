@@ -1,16 +1,15 @@
-"""A converted model is one function, however it is called, and starts where it should."""
+"""A converted layer is one function, however it is called, and starts where it should."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linearize.model import LinearizedForCausalLM, MixerConfig, cache_nbytes
@@ -26,18 +25,10 @@ KINDS = {
         "sinks": 0, "mix": "fixed", "covers": "all", "normalize": False, "gate_scale": 1.0, "gate_bias": 0.0,
         "gate_divisor": 16.0, "gate_learned": False,
     },
+    "softmax head": {"softmax_heads": [1]},
+    "softmax heads, state of all": {"softmax_heads": [0, 3], "covers": "all", "mix": "softmax"},
+    "softmax layer": {"layers": [1]},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def ids(teacher: PreTrainedModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(5, teacher.config.vocab_size, (2, TOKENS), generator=generator)
 
 
 def converted(teacher: PreTrainedModel, *, awake: bool = True, **changes) -> LinearizedForCausalLM:
@@ -69,21 +60,32 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, sizes: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mix", ["learned", "softmax"])
-def test_a_window_over_everything_is_the_teacher(teacher, ids, mix):
-    close(converted(teacher, window=TOKENS, mix=mix)(ids).logits, teacher(ids).logits)
-    # The same with one token to spare: window and sinks together still hold everything.
-    close(converted(teacher, window=TOKENS - SINKS, mix=mix)(ids).logits, teacher(ids).logits)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].get("covers") != "all"])
+def test_a_window_over_everything_is_the_teacher(teacher, ids, kind):
+    if KINDS[kind].get("sinks", SINKS):
+        # Window and sinks together hold everything, with one token to spare.
+        close(converted(teacher, **{**KINDS[kind], "window": TOKENS - SINKS})(ids).logits, teacher(ids).logits)
+    close(converted(teacher, **{**KINDS[kind], "window": TOKENS})(ids).logits, teacher(ids).logits)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["window", "default", "softmax", "no sinks"])
+@pytest.mark.parametrize("kind", ["window", "default", "softmax", "no sinks", "softmax head", "softmax layer"])
 def test_starts_as_the_teacher_under_a_window_and_sinks(teacher, ids, kind):
-    sinks = KINDS[kind].get("sinks", SINKS)
+    """What keeps softmax keeps the teacher's own mask: per head, and per layer."""
+    sinks, config = KINDS[kind].get("sinks", SINKS), teacher.config
     token = torch.arange(TOKENS)
-    seen = (token <= token[:, None]) & ((token > token[:, None] - WINDOW) | (token < sinks))
-    masked = teacher(ids, attention_mask=seen.expand(2, 1, -1, -1)).logits
-    close(converted(teacher, awake=False, **KINDS[kind])(ids).logits, masked)
+    causal = (token <= token[:, None]).expand(2, config.num_attention_heads, -1, -1)
+    seen = causal & ((token > token[:, None] - WINDOW) | (token < sinks))
+    for head in KINDS[kind].get("softmax_heads", ()):
+        group = config.num_attention_heads // config.num_key_value_heads
+        seen[:, head * group : (head + 1) * group] = causal[:, :group]
+    masked = copy.deepcopy(teacher)
+    for index, layer in enumerate(masked.model.layers):
+        mask = seen if index in KINDS[kind].get("layers", range(config.num_hidden_layers)) else causal
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+    close(converted(teacher, awake=False, **KINDS[kind])(ids).logits, masked(ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["default", "softmax"])
@@ -217,47 +219,6 @@ def test_memory_has_the_same_size_after_100_and_20000_tokens(teacher, kind):
 
 
 @torch.no_grad()
-def test_generate_greedy_padded_chunked_and_sampled(teacher, ids):
-    model = converted(teacher)
-    rows = [ids[0, :40], ids[1, :23]]
-    alone = [
-        model.generate(
-            r[None], attention_mask=torch.ones(1, len(r)), max_new_tokens=30, do_sample=False, pad_token_id=0
-        )
-        for r in rows
-    ]
-    tokens, mask = torch.zeros(2, 40, dtype=torch.long), torch.zeros(2, 40, dtype=torch.long)
-    for row, prompt in enumerate(rows):
-        tokens[row, 40 - len(prompt) :], mask[row, 40 - len(prompt) :] = prompt, 1
-    together = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0)
-    for row in range(2):
-        new = alone[row][0, len(rows[row]) :]
-        assert torch.equal(together[row, 40 : 40 + len(new)], new)
-        whole = model(alone[row]).logits.argmax(-1)[0, len(rows[row]) - 1 : -1]
-        assert torch.equal(whole, new)
-    chunked = model.generate(
-        tokens, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, prefill_chunk_size=7
-    )
-    assert torch.equal(chunked, together)
-    torch.manual_seed(0)
-    sampled = model.generate(
-        tokens, attention_mask=mask, max_new_tokens=10, do_sample=True, num_return_sequences=2, pad_token_id=0
-    )
-    assert sampled.shape[0] == 4
-    beams = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0)
-    uncached = model.generate(
-        tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3, pad_token_id=0, use_cache=False
-    )
-    assert torch.equal(beams, uncached)
-
-
-@torch.no_grad()
-def test_assisted_decoding_is_refused(teacher, ids):
-    with pytest.raises(ValueError, match="stateful"):
-        converted(teacher).generate(ids[:1], assistant_model=teacher, max_new_tokens=4)
-
-
-@torch.no_grad()
 def test_a_cache_of_another_model_is_refused(teacher, ids):
     cache = DynamicCache()
     teacher(ids, past_key_values=cache, use_cache=True)
@@ -296,12 +257,9 @@ def test_gradient_checkpointing_keeps_gradients(teacher, ids):
 
 def test_masks_that_do_more_than_tell_pads_are_refused(teacher, ids):
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="not supported"):
-        converted(teacher)(ids, attention_mask=causal.expand(2, 1, -1, -1))
-    with pytest.raises(ValueError, match="not supported"):
-        padded = torch.ones_like(ids).index_fill(1, torch.arange(5), 0)
-        model = converted(teacher)
-        model.generate(ids, attention_mask=padded, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+    for mask in (causal.expand(2, 1, -1, -1), causal[None, None, -1:], {"full_attention": None}):
+        with pytest.raises(ValueError, match="and no other"):
+            converted(teacher)(ids, attention_mask=mask)
 
 
 def test_layers_that_are_not_there_are_refused(teacher):

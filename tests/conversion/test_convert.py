@@ -1,0 +1,101 @@
+"""Which layers and heads a recipe converts, and what stays as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from linearize.conversion.convert import (
+    convert,
+    convert_model,
+    growth_nbytes,
+    mixers_for,
+    state_nbytes,
+    window_baseline,
+)
+from linearize.conversion.inspection import inspect_model
+from linearize.conversion.source import find_source, load_model
+from linearize.errors import RecipeError
+from linearize.families import AttentionLayer
+from linearize.model import LinearizedForCausalLM, cache_nbytes
+from linearize.recipe import load_recipe
+
+FULL = AttentionLayer(8, 4, 16, 16, scale=0.25)
+SLIDING = AttentionLayer(8, 4, 16, 16, scale=0.25, window=100)
+
+
+def spec(*changes: str):
+    return load_recipe("default", changes).mixer
+
+
+def kinds(layers, *changes):
+    """Layer -> (window, recurrence, softmax heads) as its attention will have them."""
+    sections = mixers_for(spec(*changes), layers)
+    fitted = {i: section.fitted(layers[i]) for section in sections for i in section.layers}
+    assert sorted(fitted) == list(range(len(layers)))
+    return [(fitted[i].window, fitted[i].recurrence, fitted[i].softmax_heads) for i in sorted(fitted)]
+
+
+CONVERTED, KEPT, OWN = (64, "gla", []), (None, "none", []), (100, "none", [])
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "expected"),
+    [
+        ([FULL, FULL], [], [CONVERTED, CONVERTED]),
+        ([FULL, FULL, FULL], ["mixer.keep.layers=[1]"], [CONVERTED, KEPT, CONVERTED]),
+        ([FULL, FULL], ["mixer.keep.heads={1: [3, 0, 3]}"], [CONVERTED, (64, "gla", [0, 3])]),
+        ([SLIDING, FULL], [], [OWN, CONVERTED]),
+        ([SLIDING, SLIDING], [], [CONVERTED, CONVERTED]),
+        ([SLIDING, SLIDING], ["mixer.keep.layers=[0]"], [OWN, CONVERTED]),
+        ([SLIDING, SLIDING], ["mixer.window=100"], [OWN, OWN]),
+        ([SLIDING, FULL], ["mixer.window=1000"], [OWN, (1000, "gla", [])]),
+    ],
+)
+def test_what_becomes_of_each_layer(layers, changes, expected):
+    assert kinds(layers, *changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "told"),
+    [
+        ([FULL, FULL], ["mixer.keep.layers=[2]"], "there is no layer 2; the model has 0 to 1"),
+        ([FULL], ["mixer.keep.heads={0: [4]}"], "there is no key/value head 4; the layer has 0 to 3"),
+        ([FULL], ["mixer.keep.layers=[0]"], "nothing is left"),
+        ([FULL], ["mixer.keep.heads={0: [0, 1, 2, 3]}"], "nothing is left"),
+        ([SLIDING, FULL], ["mixer.keep.layers=[1]"], "nothing is left"),
+        ([SLIDING], ["mixer.keep.heads={0: [0]}"], "keep the whole layer"),
+    ],
+)
+def test_what_cannot_be_kept_is_told(layers, changes, told):
+    with pytest.raises(RecipeError, match=told):
+        mixers_for(spec(*changes), layers)
+
+
+@torch.no_grad()
+def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
+    recipe = load_recipe("default", ["mixer.keep={layers: [0], heads: {1: [2]}}", "mixer.window=16"])
+    source = find_source(str(tiny_folder))
+    model = convert(source, recipe, tmp_path)
+    ids = torch.arange(5, 105)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [section["window"] for section in config["mixers"]] == [16, None]
+    head = model.config.head_dim * 4 * 2  # key and value of one head and token, float32
+    assert growth_nbytes(model) == head * (model.config.num_key_value_heads + 1)
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache_nbytes(cache) == state_nbytes(model) + ids.shape[1] * growth_nbytes(model)
+    facts = inspect_model(find_source(str(tmp_path)), spec())
+    assert facts["growth_bytes_per_token"] == growth_nbytes(model)
+    assert (facts["converted_layers"], facts["softmax_layers"], facts["softmax_heads"]) == (1, [0], {1: [2]})
+    assert f"{growth_nbytes(model):,} per token" in (tmp_path / "README.md").read_text()
+    # The baseline differs by its recurrence alone, which is silent in a fresh conversion: what is kept, it keeps too.
+    baseline = window_baseline(load_model(source), model.config.mixers)
+    torch.testing.assert_close(baseline(ids).logits, model(ids).logits)
+    plain = convert_model(load_model(source), spec("mixer.window=16"))
+    assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-3)
+    assert isinstance(again, LinearizedForCausalLM)
