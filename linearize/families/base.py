@@ -55,14 +55,23 @@ class Family(ABC):
         model_types: the `model_type`s of transformers configurations that it covers.
         blocks: where in the model the list of layers is.
         attention: the name of the attention module in a layer.
-        projections: short names, as recipes use them, of the linear modules inside the attention.
+        projections: the short names that recipes use for linear modules, and what the modules' names end in. Where one
+            module makes queries, keys and values, all three stand for it.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     blocks: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
-    projections: ClassVar[dict[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+    projections: ClassVar[dict[str, str]] = {
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "o": "o_proj",
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+    }
 
     def refusal(self, config: Any) -> str | None:
         """Why a model of this configuration cannot be converted, in a few words; None where it can."""
@@ -99,10 +108,21 @@ class Family(ABC):
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (RoPE, arXiv 2104.09864) on the first R of the D channels of `x` `[B, T, heads, D]`, channel i
     paired with i + R/2; cos, sin `[B or 1, T, R]`."""
-    turned, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
-    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
+    first, second = x[..., : cos.shape[-1]].chunk(2, dim=-1)
+    return _rotate(x, torch.cat((-second, first), dim=-1), cos, sin)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate_halves`, channel 2i paired with 2i + 1; cos, sin `[B or 1, T, R]` say everything twice in a row."""
+    first, second = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+    return _rotate(x, torch.stack((-second, first), dim=-1).flatten(-2), cos, sin)
+
+
+def _rotate(x: Tensor, partner: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    # Some families keep the table in float32 for half-precision queries and keys.
+    turned = (x[..., :width] * cos.unsqueeze(2) + partner * sin.unsqueeze(2)).to(x.dtype)
+    return torch.cat((turned, x[..., width:]), dim=-1) if width < x.shape[-1] else turned
 
 
 def head_width(config: Any) -> int:

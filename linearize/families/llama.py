@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 class Llama(Family):
+    """Layers slide where `layer_types` says so."""
+
     name: ClassVar[str] = "llama"
-    model_types: ClassVar[tuple[str, ...]] = ("llama", "qwen2", "qwen3")
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "ministral", "qwen2", "qwen2_moe", "qwen3")
 
     def layer(self, config: Any, index: int) -> AttentionLayer:
         width = head_width(config)
@@ -44,3 +46,26 @@ class Mistral(Llama):
 
     def layer(self, config: Any, index: int) -> AttentionLayer:
         return replace(super().layer(config, index), window=config.sliding_window)
+
+
+class Starcoder2(Mistral):
+    name: ClassVar[str] = "starcoder2"
+    model_types: ClassVar[tuple[str, ...]] = ("starcoder2",)
+    projections: ClassVar[dict[str, str]] = {
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "o": "o_proj",
+        "up": "c_fc",
+        "down": "c_proj",
+    }
+
+
+class Granite(Llama):
+    """The scale is a number of the configuration."""
+
+    name: ClassVar[str] = "granite"
+    model_types: ClassVar[tuple[str, ...]] = ("granite", "granitemoe")
+
+    def layer(self, config: Any, index: int) -> AttentionLayer:
+        return replace(super().layer(config, index), scale=float(config.attention_multiplier))

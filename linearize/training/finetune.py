@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from linearize.conversion.convert import base_record, check_convertible, convert_model, write_checkpoint
 from linearize.conversion.source import (
@@ -25,6 +26,7 @@ from linearize.conversion.source import (
     teacher_of,
 )
 from linearize.errors import OutputError, RecipeError
+from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training.data import TrainingData, load_data
 from linearize.training.trainer import (
@@ -40,19 +42,12 @@ from linearize.training.trainer import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import nn
+
     from linearize.model import LinearizedForCausalLM
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
-_MODULES = {
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "o": "o_proj",
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-}
 
 
 @dataclass
@@ -224,13 +219,14 @@ def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:
     model.requires_grad_(False)
     student: Any = model
     if lora is not None:
-        targets = [_MODULES.get(target, target) for target in lora.targets]
-        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        for target, module in zip(lora.targets, targets, strict=True):
-            if module not in names:
-                raise RecipeError(f"lora.targets: the model has no module {target!r} ({module})")
+        modules = _target_modules(model, lora.targets)
         config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(modules),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+            task_type="CAUSAL_LM",
         )
         student = get_peft_model(model, config)
     for name, parameter in student.named_parameters():
@@ -239,6 +235,23 @@ def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
     return student
+
+
+def _target_modules(model: LinearizedForCausalLM, targets: list[str]) -> dict[str, nn.Module]:
+    """What the names of the modules that LoRA targets end in, with one module of each.
+
+    Raises:
+        RecipeError: a target is not there.
+    """
+    projections = family_of(model.config.text_config).projections
+    modules: dict[str, nn.Module] = {}
+    for target in targets:
+        ending = projections.get(target, target)
+        found = next((module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")), None)
+        if found is None:
+            raise RecipeError(f"lora.targets: the model has no module {target!r} ({ending})")
+        modules[ending] = found
+    return modules
 
 
 def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from linearize.conversion.convert import convert_model
 from linearize.conversion.output import staged_folder
 from linearize.errors import LinearizeError, OutputError, RecipeError
-from linearize.recipe import Recipe, load_recipe
+from linearize.recipe import LoraSpec, Recipe, load_recipe
 from linearize.training import finetune as module
 from linearize.training import trainer as trainer_module
 from linearize.training.finetune import finetune, is_resumable, work_folder, write_result
@@ -118,6 +119,38 @@ def test_nothing_to_train_and_wrong_targets_are_told(tiny_folder, text, tmp_path
         trained(recipe(tiny_folder, text, "lora=null", "mixer.recurrence=none"), tmp_path / "work")
     with pytest.raises(RecipeError, match="no module 'query'"):
         trained(recipe(tiny_folder, text, "lora.targets=[query]"), tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets", "adapted", "missing"),
+    [
+        ("phi3", ["q", "k", "v", "o", "up"], ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj"], "fc1"),
+        ("gpt2", ["q", "k", "v", "o"], ["attn.c_attn", "attn.c_proj"], "gate"),
+        ("falcon", ["k", "down"], ["self_attention.query_key_value", "mlp.dense_4h_to_h"], "gate"),
+    ],
+)
+def test_adapters_on_fused_projections_attach_train_and_merge(model_type, targets, adapted, missing):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ends))
+    model = convert_model(teacher.eval(), Recipe().mixer.model_copy(update={"window": 8}))
+    with pytest.raises(RecipeError, match=f"no module '{missing}'") as refused:
+        module.add_adapters(model, LoraSpec(targets=[missing]))
+    assert "\n" not in str(refused.value)
+    student = module.add_adapters(model, LoraSpec(targets=targets))
+    found = {name.split(".lora_A")[0] for name, _ in student.named_parameters() if "lora_A" in name}
+    assert len(found) == 2 * len(adapted) and all(name.endswith(tuple(adapted)) for name in found)
+    ids = torch.randint(97, (2, 40))
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0)
+    before = student(ids, labels=ids).loss
+    before.backward()
+    optimizer.step()
+    after = student(ids, labels=ids)
+    assert after.loss < before
+    merged = student.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(ids).logits, after.logits, rtol=0, atol=1e-5)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, text, tmp_path):
