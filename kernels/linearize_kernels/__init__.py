@@ -10,8 +10,32 @@ Layouts are `[B, T, heads, width]`; gates are natural logarithms (<= 0); states 
 head and never repeated per query head. Arithmetic is float32, or float64 where the inputs are float64.
 """
 
+from linearize_kernels.decay import Form
+from linearize_kernels.delta import delta_rule, delta_rule_chunkwise, delta_rule_parallel, delta_rule_recurrent
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent
+from linearize_kernels.slots import (
+    gated_values,
+    gated_values_chunkwise,
+    gated_values_parallel,
+    gated_values_recurrent,
+)
 from linearize_kernels.softmax import full_attention
 from linearize_kernels.window import window_attention
 
-__all__ = ["full_attention", "gla", "gla_chunkwise", "gla_parallel", "gla_recurrent", "window_attention"]
+__all__ = [
+    "Form",
+    "delta_rule",
+    "delta_rule_chunkwise",
+    "delta_rule_parallel",
+    "delta_rule_recurrent",
+    "full_attention",
+    "gated_values",
+    "gated_values_chunkwise",
+    "gated_values_parallel",
+    "gated_values_recurrent",
+    "gla",
+    "gla_chunkwise",
+    "gla_parallel",
+    "gla_recurrent",
+    "window_attention",
+]

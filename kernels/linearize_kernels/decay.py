@@ -1,0 +1,157 @@
+"""What the chunkwise forms share: chunks, running decays, and products of pairs of tokens under decay.
+
+A decay from token s to token t is exp(c_t - c_s), c being the running sum of log-gates. Its two factors exp(c_t) and
+exp(-c_s) make it a matrix product, but alone they leave the range of float32 as soon as gates are strong. So they are
+taken against a point between the two: half of the chunk's decay where that is safe, the border of a sub-chunk elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Form = Literal["parallel", "chunkwise", "recurrent"]
+
+CHUNK = 64
+SUB_CHUNK = 16
+
+# exp(±x) for x up to half of this stays far from float32's limits (about e^88), also after a product of two.
+_SAFE_LOG_DECAY = 60.0
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs in the computing dtype, queries grouped by key/value head `[B, T, K, G, D]`, a state in any case."""
+    batch, tokens, heads, width = q.shape
+    key_value_heads = k.shape[2]
+    if heads % key_value_heads:
+        raise ValueError(f"{heads} query heads cannot share {key_value_heads} key/value heads evenly")
+    dtype = computing_dtype(q)
+    q, k, v, log_gate = (x.to(dtype) for x in (q, k, v, log_gate))
+    q = q.reshape(batch, tokens, key_value_heads, heads // key_value_heads, width)
+    if initial_state is None:
+        state = q.new_zeros(batch, key_value_heads, width, v.shape[-1])
+    else:
+        state = initial_state.to(dtype)
+    return q, k, v, log_gate, state
+
+
+def running_sum(log_gate: Tensor, dim: int) -> Tensor:
+    """Running sum of log-gates, in float64: decays are differences of these sums, and after a few strong gates
+    float32 would have nothing left of the weak ones. (Apple's GPUs have no float64.)"""
+    return log_gate.cumsum(dim, dtype=torch.float32 if log_gate.device.type == "mps" else torch.float64)
+
+
+def exp_like(exponent: Tensor, like: Tensor) -> Tensor:
+    """exp in the dtype of `like`."""
+    return exponent.to(like.dtype).exp()
+
+
+def to_chunks(x: Tensor, chunk: int) -> Tensor:
+    """`[B, T, ...]` as `[B, N, C, ...]`; the last chunk is filled with zeros, which change no state."""
+    missing = -x.shape[1] % chunk
+    if missing:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    chunks: Tensor = x.unflatten(1, (-1, chunk))
+    return chunks
+
+
+def form_for(tokens: int) -> Form:
+    """The form that suits a length: `recurrent` for one token, `chunkwise` for more."""
+    return "recurrent" if tokens == 1 else "chunkwise"
+
+
+def chunk_size(tokens: int) -> int:
+    """Tokens per chunk: `CHUNK`, or less for a short text."""
+    return min(CHUNK, -(-tokens // SUB_CHUNK) * SUB_CHUNK)
+
+
+def pair_decay(later: Tensor, earlier: Tensor, dim: int, *, strict: bool = False) -> Tensor:
+    """exp(later_t - earlier_s) for s <= t (s < t if strict), 0 elsewhere; the token axis `dim` becomes two, (t, s)."""
+    tokens = earlier.shape[dim]
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=earlier.device).triu(0 if strict else 1)
+    hidden = hidden.reshape(tokens, tokens, *([1] * (earlier.dim() - dim - 1)))
+    difference = later.unsqueeze(dim + 1) - earlier.unsqueeze(dim)
+    decay: Tensor = difference.masked_fill(hidden, float("-inf")).exp()
+    return decay
+
+
+def splits(cumulative: Tensor) -> bool:
+    """Whether decays inside a chunk `[..., C, D]` are weak enough for one factor per query and one per key."""
+    return bool(cumulative[..., -1, :].amin() >= -_SAFE_LOG_DECAY)
+
+
+def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, strict: bool = False) -> Tensor:
+    """Σ_d q_td exp(later_td - earlier_sd) k_sd for each pair of a chunk, 0 where s > t (s >= t if strict).
+
+    Args:
+        q: `[..., G, C, D]`. k: `[..., C, D]`.
+        later, earlier: running decays `[..., C, D or 1]` of queries and of keys; `earlier` is the chunk's own, and
+            `later` is the same, or the one before it (for queries that read the state before their own token's decay).
+
+    Returns:
+        `[..., G, C, C]`.
+    """
+    diagonal = -1 if strict else 0
+    if earlier.shape[-1] == 1:
+        # One gate per head is one factor per pair.
+        decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
+        return (q @ k.unsqueeze(-3).transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
+    if splits(earlier):
+        # Both factors are taken against half of the chunk's decay, so neither exponent passes half of the limit.
+        middle = earlier[..., -1:, :] / 2
+        queries = q * exp_like(later - middle, q).unsqueeze(-3)
+        keys = (k * exp_like(middle - earlier, k)).unsqueeze(-3)
+        return (queries @ keys.transpose(-1, -2)).tril(diagonal)
+
+    chunk, rows = k.shape[-2], []
+    for start in range(0, chunk, SUB_CHUNK):
+        own = slice(start, min(start + SUB_CHUNK, chunk))
+        decay = pair_decay(later[..., own, :], earlier[..., own, :], dim=later.dim() - 2, strict=strict)
+        pairs = k[..., None, own, :] * decay.to(k.dtype)  # [..., c, c, D]
+        row = torch.einsum("...gtd,...tsd->...gts", q[..., own, :], pairs)
+        if start:
+            # Against the decay at the sub-chunk's border both exponents are <= 0 for every earlier key.
+            border = earlier[..., start - 1 : start, :]
+            queries = q[..., own, :] * exp_like(later[..., own, :] - border, q).unsqueeze(-3)
+            keys = k[..., :start, :] * exp_like(border - earlier[..., :start, :], k)
+            row = torch.cat([queries @ keys.unsqueeze(-3).transpose(-1, -2), row], -1)
+        rows.append(F.pad(row, (0, chunk - own.stop)))
+    return torch.cat(rows, -2)
+
+
+def decayed_sum(scores: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
+    """Σ_s scores_ts exp(c_tv - c_sv) v_sv: decay per value channel.
+
+    Args:
+        scores: `[..., G, C, C]`, 0 where s > t.
+        v, cumulative: `[..., C, V]`.
+
+    Returns:
+        `[..., G, C, V]`.
+    """
+    if splits(cumulative):
+        middle = cumulative[..., -1:, :] / 2
+        summed = scores @ (v * exp_like(middle - cumulative, v)).unsqueeze(-3)
+        return summed * exp_like(cumulative - middle, v).unsqueeze(-3)
+    rows = []
+    for start in range(0, v.shape[-2], SUB_CHUNK):
+        own = slice(start, min(start + SUB_CHUNK, v.shape[-2]))
+        block = cumulative[..., own, :]
+        pairs = v[..., None, own, :] * pair_decay(block, block, dim=block.dim() - 2).to(v.dtype)  # [..., c, c, V]
+        row = torch.einsum("...gts,...tsv->...gtv", scores[..., own, own], pairs)
+        if start:
+            border = cumulative[..., start - 1 : start, :]
+            values = (v[..., :start, :] * exp_like(border - cumulative[..., :start, :], v)).unsqueeze(-3)
+            row = row + (scores[..., own, :start] @ values) * exp_like(block - border, v).unsqueeze(-3)
+        rows.append(row)
+    return torch.cat(rows, -2)

@@ -1,0 +1,101 @@
+"""Recurrences that forget per value channel (or per slot) instead of per key channel:
+
+    S_t = S_{t-1} diag(g_t) + k_tᵀ v_t          o_t = q_t S_t
+
+With keys and queries of width 1 this is an elementwise gated average of the values, as in RG-LRU (Griffin, arXiv
+2402.19427) and minGRU (arXiv 2410.01201). Written twice, with slots as values and then as keys, it is gated slot attention
+(GSA, arXiv 2409.07146). Every form takes
+
+    q         [B, T, H, D]     log_gate       [B, T, K, V]  log g, <= 0
+    k         [B, T, K, D]     initial_state  [B, K, D, V] or None for zeros
+    v         [B, T, K, V]
+
+and returns the outputs `[B, T, H, V]` and the final state `[B, K, D, V]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.decay import (
+    Form,
+    chunk_size,
+    decayed_sum,
+    exp_like,
+    form_for,
+    pair_decay,
+    prepare,
+    running_sum,
+    to_chunks,
+)
+
+
+def gated_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    form: Form | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The form asked for, or the one that suits the length."""
+    run = _FORMS[form or form_for(q.shape[1])]
+    return run(q, k, v, log_gate, initial_state)
+
+
+def gated_values_parallel(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The reference: every pair of tokens at once, O(T² (D + V)) time and memory, safe for gates of any strength."""
+    q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
+    cumulative = running_sum(log_gate, 1)
+    scores = torch.einsum("btkgd,bskd->btskg", q, k)
+    outputs = torch.einsum("btskg,btskv,bskv->btkgv", scores, pair_decay(cumulative, cumulative, dim=1).to(q.dtype), v)
+    outputs = outputs + torch.einsum("btkgd,bkdv->btkgv", q, state) * cumulative.to(q.dtype).exp().unsqueeze(3)
+    total = cumulative[:, -1]
+    kept = v * (total[:, None] - cumulative).to(q.dtype).exp()
+    final = total.to(q.dtype).exp()[:, :, None] * state + torch.einsum("btkd,btkv->bkdv", k, kept)
+    return outputs.flatten(2, 3), final
+
+
+def gated_values_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token by token, O(T D V) time and constant memory beyond the outputs."""
+    q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
+    gate, outputs = log_gate.exp(), []
+    for t in range(q.shape[1]):
+        state = state * gate[:, t, :, None] + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(q[:, t] @ state)
+    return torch.stack(outputs, 1).flatten(2, 3), state
+
+
+def gated_values_chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk, O(T) time and memory, safe for gates of any strength."""
+    q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
+    tokens = q.shape[1]
+    q, k, v, log_gate = (to_chunks(x, chunk_size(tokens)) for x in (q, k, v, log_gate))
+    k, v, log_gate = (x.transpose(2, 3) for x in (k, v, log_gate))  # [B, N, K, C, ...]
+    q = q.permute(0, 1, 3, 4, 2, 5)  # [B, N, K, G, C, D]
+    cumulative = running_sum(log_gate, 3)
+    total = cumulative[..., -1:, :]
+
+    outputs = decayed_sum((q @ k.unsqueeze(3).transpose(-1, -2)).tril(), v, cumulative)
+
+    written = k.transpose(-1, -2) @ (v * exp_like(total - cumulative, v))  # [B, N, K, D, V]
+    chunk_decay = exp_like(total, v)  # [B, N, K, 1, V]
+    entering = []
+    for n in range(q.shape[1]):
+        entering.append(state)
+        state = chunk_decay[:, n] * state + written[:, n]
+    outputs = outputs + (q @ torch.stack(entering, 1).unsqueeze(3)) * exp_like(cumulative, v).unsqueeze(3)
+
+    outputs = outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+    return outputs[:, :tokens], state
+
+
+_FORMS = {"parallel": gated_values_parallel, "chunkwise": gated_values_chunkwise, "recurrent": gated_values_recurrent}
