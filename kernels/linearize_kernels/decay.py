@@ -2,7 +2,7 @@
 
 A decay from token s to token t is exp(c_t - c_s), c being the running sum of log-gates. Its two factors exp(c_t) and
 exp(-c_s) make it a matrix product, but alone they leave the range of float32 as soon as gates are strong. So they are
-taken against a point between the two: half of the chunk's decay where that is safe, the border of a sub-chunk elsewhere.
+taken against a point between the two: half of the chunk's decay where that is safe, else the border of a sub-chunk.
 """
 
 from __future__ import annotations

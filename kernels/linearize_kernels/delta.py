@@ -8,15 +8,15 @@ b = -β k, a = g ⊙ k and β k in the place of k it reads
     S_t = (I - β_t k_tᵀ k_t) diag(g_t) S_{t-1} + β_t k_tᵀ v_t
 
 which is gated DeltaNet (arXiv 2412.06464) with one gate per head and KDA (arXiv 2510.26692) with one per channel. The
-chunkwise form solves a triangular system per chunk for all corrections at once (the WY representation, arXiv 2406.06484).
+chunkwise form solves one triangular system per chunk for all corrections (the WY representation, arXiv 2406.06484).
 Every form takes
 
     q         [B, T, H, D]     log_gate       [B, T, K, D]  log g, <= 0; width 1 is one gate per head
     k, a, b   [B, T, K, D]     initial_state  [B, K, D, V] or None for zeros
     v         [B, T, K, V]
 
-and returns the outputs `[B, T, H, V]` and the final state `[B, K, D, V]`. A token with k = b = 0 and log_gate = 0 leaves
-the state as it was.
+and returns the outputs `[B, T, H, V]` and the final state `[B, K, D, V]`. A token with k = b = 0 and log_gate = 0
+leaves the state as it was.
 """
 
 from __future__ import annotations

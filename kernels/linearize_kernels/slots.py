@@ -3,8 +3,8 @@
     S_t = S_{t-1} diag(g_t) + k_tᵀ v_t          o_t = q_t S_t
 
 With keys and queries of width 1 this is an elementwise gated average of the values, as in RG-LRU (Griffin, arXiv
-2402.19427) and minGRU (arXiv 2410.01201). Written twice, with slots as values and then as keys, it is gated slot attention
-(GSA, arXiv 2409.07146). Every form takes
+2402.19427) and minGRU (arXiv 2410.01201). Written twice, with slots as values and then as keys, it is gated slot
+attention (GSA, arXiv 2409.07146). Every form takes
 
     q         [B, T, H, D]     log_gate       [B, T, K, V]  log g, <= 0
     k         [B, T, K, D]     initial_state  [B, K, D, V] or None for zeros

@@ -18,6 +18,7 @@ from linearize.hub.card import model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.attention import LinearizedAttention
+from linearize.model.mixer import Mixer
 from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
@@ -57,6 +58,12 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         covers=spec.covers,
         feature_map=spec.feature_map,
         normalize=spec.normalize,
+        rope=spec.rope,
+        qk_norm=spec.qk_norm,
+        slots=spec.slots,
+        negative_eigenvalues=spec.negative_eigenvalues,
+        gate_source=spec.gate.source,
+        lower_bound=spec.gate.lower_bound,
         gate_scale=spec.gate.scale,
         gate_bias=spec.gate.bias,
         gate_divisor=spec.gate.divisor,
@@ -70,9 +77,13 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         else:
             fresh = replace(common, layers=[], softmax_heads=list(heads))
             try:
-                fresh.fitted(layers[index])
+                fitted = fresh.fitted(layers[index])
             except ValueError as error:
                 raise RecipeError(f"mixer.keep.heads.{index}: {error}") from error
+            try:
+                Mixer.check(fitted, layers[index])
+            except ValueError as error:
+                raise RecipeError(f"mixer: {error}") from error
         kinds.setdefault(heads, fresh).layers.append(index)
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (

@@ -35,10 +35,17 @@ class LinearizedAttention(nn.Module):
         layer: its heads.
         config: the layer's mixer section.
         layer_idx: which layer of the model, and of its cache, this is.
+        depth: where it stands in the model, 0 for the first layer and 1 for the last.
     """
 
     def __init__(
-        self, attention: Any, family: Family, layer: AttentionLayer, config: MixerConfig, layer_idx: int
+        self,
+        attention: Any,
+        family: Family,
+        layer: AttentionLayer,
+        config: MixerConfig,
+        layer_idx: int,
+        depth: float = 0.0,
     ) -> None:
         super().__init__()
         for name, module in attention.named_children():
@@ -48,7 +55,7 @@ class LinearizedAttention(nn.Module):
         everything = range(layer.key_value_heads)
         self.softmax_heads = list(everything) if config.window is None else sorted(config.softmax_heads)
         self.mixed_heads = [head for head in everything if head not in self.softmax_heads]
-        self.mixer = Mixer(config, _part_of(layer, self.mixed_heads)) if self.mixed_heads else None
+        self.mixer = Mixer(config, _part_of(layer, self.mixed_heads), depth) if self.mixed_heads else None
 
     def memory(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int | None = None) -> LayerMemory:
         """An empty memory for `batch` rows.

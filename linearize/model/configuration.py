@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
+FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
+GateSource = Literal["k", "q", "v", "random"]
 
 
 @dataclass
@@ -27,10 +29,20 @@ class MixerConfig:
         mix: how window and recurrence join. `fixed` 0.5/0.5 (Liger); `learned` a weight per head and channel that
             starts at 0; `softmax` one shared normaliser with a weight per head that starts at 0.
         covers: which tokens the state holds: `all`, or those `evicted` from the window (and not kept as sinks).
-        feature_map: what keys and queries pass through before the state.
-        normalize: divide the recurrence's reading by the mass that was read.
-        gate_scale, gate_bias, gate_divisor: the log-gate is logsigmoid(scale * k + bias) / divisor.
-        gate_learned: whether scale and bias are parameters, one per key/value head and channel.
+        feature_map: what keys and queries pass through before the state: `softmax` over a head's channels, `exp`
+            (Hedgehog's [softmax(x), softmax(-x)]), `elu` (plus 1), `identity`, or `learned` (`exp` of a learned linear
+            map that starts as the identity).
+        rope: whether the recurrence gets queries and keys with the model's rotary positions.
+        qk_norm: scale queries and keys to length 1 before the feature map.
+        normalize: divide the recurrence's reading by the mass that was read, where it has one.
+        gate_source: what gates are built from: the token's key, query (averaged over the heads that share a key) or
+            value, or `random`, a random linear map of the key.
+        gate_scale, gate_bias, gate_divisor: the gate's input is scale * Pool(source) + bias, and its log-gate usually
+            logsigmoid(input) / divisor. None is the recurrence's own start.
+        gate_learned: whether scale and bias are parameters, one per gate.
+        lower_bound: least gate of the last layer; the first layer's is 0, and it grows evenly with depth.
+        slots: of `gsa`; 0 means as many as a head is wide.
+        negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
 
@@ -40,12 +52,18 @@ class MixerConfig:
     sinks: int = 4
     mix: Mix = "learned"
     covers: Covers = "evicted"
-    feature_map: str = "softmax"
+    feature_map: FeatureMap = "softmax"
+    rope: bool = False
+    qk_norm: bool = False
     normalize: bool = True
-    gate_scale: float = 0.1
-    gate_bias: float = 5.0
+    gate_source: GateSource = "k"
+    gate_scale: float | None = None
+    gate_bias: float | None = None
     gate_divisor: float = 1.0
     gate_learned: bool = True
+    lower_bound: float = 0.0
+    slots: int = 0
+    negative_eigenvalues: bool = False
     softmax_heads: list[int] = field(default_factory=list)
 
     def fitted(self, layer: AttentionLayer) -> MixerConfig:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from linearize_kernels import window_attention
 from torch import Tensor, nn
 
-from linearize.model.recurrence import build_recurrence
+from linearize.model.recurrences import build_recurrence, register
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer, Projections
@@ -32,6 +32,7 @@ class Evicted:
 
     Attributes:
         k, k_rotated, v: `[R, E, K, D or V]` keys without and with positions, and values.
+        source: `[R, E, K, D]` what their gates are built from.
         index: `[R or 1, E]` each token's number in its row; below 0 there is no such token.
         writes: `[R or 1, E]` False where there is nothing to evict.
     """
@@ -39,6 +40,7 @@ class Evicted:
     k: Tensor
     k_rotated: Tensor
     v: Tensor
+    source: Tensor
     index: Tensor
     writes: Tensor
     first: int
@@ -50,25 +52,47 @@ class Mixer(nn.Module):
     Args:
         config: the layer's mixer section, fitted to the layer.
         layer: the heads that it mixes.
+        depth: where it stands in the model, 0 for the first layer and 1 for the last.
+
+    Raises:
+        ValueError: options that do not go together.
     """
 
-    def __init__(self, config: MixerConfig, layer: AttentionLayer) -> None:
+    mix_weight: nn.Parameter
+
+    def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
         super().__init__()
         if config.window is None:
             raise ValueError("a mixer needs a window; a layer without one keeps its softmax attention")
         self.config, self.layer, self.window = config, layer, config.window
-        self.recurrence = build_recurrence(config, layer)
-        if self.recurrence is not None and config.mix == "learned":
-            self.mix_weight = nn.Parameter(torch.zeros(layer.query_heads, layer.value_width))
-        elif self.recurrence is not None and config.mix == "softmax":
-            self.mix_weight = nn.Parameter(torch.zeros(layer.query_heads))
+        self.recurrence = build_recurrence(config, layer, depth)
+        if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
+            raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
+        if (weight := self._mix_start()) is not None:
+            register(self, {"mix_weight": weight})
 
-    def initial_values(self) -> dict[str, float]:
-        """What each own parameter starts as; a mix weight of 0 is the window alone, with a gradient that is not 0."""
-        values = {"mix_weight": 0.0} if hasattr(self, "mix_weight") else {}
+    def _mix_start(self) -> Tensor | None:
+        """A mix weight of 0 is the window alone, with a gradient that is not 0."""
+        heads, width = self.layer.query_heads, self.layer.value_width
+        shape = {"learned": (heads, width), "softmax": (heads,)}.get(self.config.mix)
+        return None if self.recurrence is None or shape is None else torch.zeros(shape, device="cpu")
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """What each own parameter starts as."""
+        weight = self._mix_start()
+        values = {} if weight is None else {"mix_weight": weight}
         if self.recurrence is not None:
             values |= {f"recurrence.{name}": value for name, value in self.recurrence.initial_values().items()}
         return values
+
+    @staticmethod
+    def check(config: MixerConfig, layer: AttentionLayer) -> None:
+        """Raises:
+        ValueError: options that do not go together, told without making a tensor.
+        """
+        if config.window is not None:
+            with torch.device("meta"):
+                Mixer(config, layer)
 
     def parts(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
         """An empty memory for `batch` rows: tensors whose size depends on the configuration alone."""
@@ -76,9 +100,10 @@ class Mixer(nn.Module):
         def slots(count: int, *names: str) -> Part:
             return {name: empty_slots(self.layer, name, (batch, count), dtype, device) for name in names}
 
-        # Keys without positions are kept only where the state will ask for them once the window lets go.
-        keys = ("k_rotated", "k") if self.recurrence is not None and self.config.covers == "evicted" else ("k_rotated",)
-        parts = {"window": slots(self.window, *keys, "v")}
+        # What only the state needs of a token is kept where it will ask for it once the window lets go.
+        waits = self.recurrence is not None and self.config.covers == "evicted"
+        more = ("k", "source") if waits and self.config.gate_source == "q" else ("k",) if waits else ()
+        parts = {"window": slots(self.window, "k_rotated", *more, "v")}
         if self.config.sinks:
             parts["sinks"] = slots(self.config.sinks, "k_rotated", "v")
         if self.recurrence is not None:
@@ -124,11 +149,12 @@ class Mixer(nn.Module):
                 return new.k_rotated, new.v, None, None
             index = index[:, window:]
             writes = index >= 0 if lengths is None else index < lengths[:, None] - window
-            evicted = Evicted(new.k[:, :left], new.k_rotated[:, :left], new.v[:, :left], index, writes, window)
+            k, k_rotated, v, source = (x[:, :left] for x in (new.k, new.k_rotated, new.v, self._source(new)))
+            evicted = Evicted(k, k_rotated, v, source, index, writes, window)
             return new.k_rotated, new.v, None, evicted
 
         ring = memory.parts["window"]
-        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v}
+        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": self._source(new)}
         writes = index >= 0
         real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
         writes = writes & real
@@ -158,8 +184,18 @@ class Mixer(nn.Module):
                 at = slots[:, :, None, None].expand_as(tensor)
                 tensor.scatter_(1, at, _take(whole[name], kept).detach())
             exists = F.pad(exists[:, 1:], (0, tokens), value=True)
-        evicted = Evicted(held.get("k", held["k_rotated"]), held["k_rotated"], held["v"], index, writes, 0)
+        k = held.get("k", held["k_rotated"])
+        source = held.get("source", held["v"] if self.config.gate_source == "v" else k)
+        evicted = Evicted(k, held["k_rotated"], held["v"], source, index, writes, 0)
         return span["k_rotated"], span["v"], exists, evicted
+
+    def _source(self, new: Projections) -> Tensor:
+        """What the gates of new tokens are built from, `[R, L, K, D or V]`."""
+        kind = self.config.gate_source
+        if kind == "q":
+            grouped: Tensor = new.q.unflatten(2, (self.layer.key_value_heads, -1))
+            return grouped.mean(3)
+        return new.v if kind == "v" else new.k
 
     def _sinks(
         self, evicted: Evicted | None, memory: LayerMemory | None, query_index: Tensor
@@ -202,27 +238,35 @@ class Mixer(nn.Module):
             if evicted is None:
                 return y
             first = evicted.first
-            k, v, writes = evicted.k, evicted.v, evicted.writes
+            k, v, source, writes = evicted.k, evicted.v, evicted.source, evicted.writes
+            k = evicted.k_rotated if self.config.rope else k
+            empty = evicted.index < self.config.sinks  # nothing has been written yet for these queries
         else:
-            k, v = new.k, new.v
+            k, v, source = new.k_rotated if self.config.rope else new.k, new.v, self._source(new)
+            empty = None
             writes = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
-        numerator, mass = self.recurrence(new.q[:, first:], k, v, writes, state)
-        mixed = self._mix(y[:, first:], normaliser[:, first:], numerator, mass[..., None])
+        q = new.q_rotated if self.config.rope else new.q
+        read, mass = self.recurrence(q[:, first:], k, v, source, writes, state)
+        mixed = self._mix(y[:, first:], normaliser[:, first:], read, None if mass is None else mass[..., None])
+        if empty is not None:
+            # An empty state has no opinion: the window's output stays as it is.
+            mixed = torch.where(empty[:, :, None, None], y[:, first:], mixed)
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
 
-    def _mix(self, y: Tensor, normaliser: Tensor, numerator: Tensor, mass: Tensor) -> Tensor:
-        if self.config.mix == "softmax":
+    def _mix(self, y: Tensor, normaliser: Tensor, read: Tensor, mass: Tensor | None) -> Tensor:
+        if self.config.mix == "softmax" and mass is not None:
             # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
             # either sign keeps the denominator positive and the derivative at 0 alive.
             weight = self.mix_weight[:, None]
             log_ratio = mass.clamp_min(_TINY).log() - normaliser[..., None]
             ratio = log_ratio.clamp_max(_MOST_LOG_RATIO).exp()
             share = torch.where(mass > 0, weight * ratio / (1 + weight.abs() * ratio), 0)
-            return y + share * (numerator / mass.clamp_min(_TINY) - y)
-        o = numerator / mass.clamp_min(_TINY) if self.config.normalize else numerator
+            return y + share * (read / mass.clamp_min(_TINY) - y)
         weight = self.mix_weight.to(y.dtype).expand_as(y) if self.config.mix == "learned" else torch.full_like(y, 0.5)
-        # An empty state has no opinion: the window's output stays as it is.
-        return torch.where(mass > 0, torch.lerp(y, o, weight), y)
+        if mass is None or not self.config.normalize:
+            return torch.lerp(y, read, weight)
+        # A reading without mass has underflowed, and is no average of anything.
+        return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(_TINY), weight), y)
 
 
 _TINY = torch.finfo(torch.float32).tiny

@@ -57,7 +57,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         for index, (owner, name) in enumerate(family.attention_modules(self)):
             mixer = config.mixer_of(index)
             try:
-                attention = LinearizedAttention(getattr(owner, name), family, layers[index], mixer, index)
+                depth = index / max(len(layers) - 1, 1)
+                attention = LinearizedAttention(getattr(owner, name), family, layers[index], mixer, index, depth)
             except ValueError as error:
                 raise ValueError(f"layer {index}: {error}") from error
             setattr(owner, name, attention)
@@ -67,7 +68,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, Mixer):
             for name, value in module.initial_values().items():
-                init.constant_(module.get_parameter(name), value)
+                init.copy_(module.get_parameter(name), value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LinearizedForCausalLM:
@@ -102,7 +103,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             if any(index not in range(len(layers)) for index in mixer.layers):
                 raise ValueError(f"the model has layers 0 to {len(layers) - 1}; the mixer names {mixer.layers}")
             for index in mixer.layers:
-                mixer.fitted(layers[index])  # whatever is wrong must show before the teacher is touched
+                Mixer.check(mixer.fitted(layers[index]), layers[index])  # before the teacher is touched
         config = LinearizedConfig(text_config=base, mixers=[asdict(mixer) for mixer in mixers], dtype=teacher.dtype)
         model: Any = teacher
         model.__class__ = derived_class(cls, config)

@@ -15,6 +15,26 @@ from pydantic_core import PydanticCustomError
 Objective = Literal["sft", "distill"]
 OBJECTIVES: tuple[Objective, ...] = ("sft", "distill")
 
+RecurrenceName = Literal[
+    "gla",
+    "hgrn2",
+    "gsa",
+    "gated_retention",
+    "retention",
+    "mamba2",
+    "mlstm",
+    "rwkv6",
+    "rwkv7",
+    "gated_deltanet",
+    "kda",
+    "gateloop",
+    "lightnet",
+    "rg_lru",
+    "mingru",
+    "linear",
+    "none",
+]
+
 SELF = "self"
 SELF_TOKENS = 200_000
 """Tokens that the teacher writes for `source: self` when the recipe names no budget."""
@@ -50,12 +70,19 @@ class Section(BaseModel):
 
 
 class GateSpec(Section):
-    """The gate built from the pretrained keys: log g = logsigmoid(scale * k + bias) / divisor."""
+    """The gate built from pretrained projections. Its input is scale * Pool(source) + bias, and for most recurrences
+    log g = logsigmoid(input) / divisor."""
 
-    scale: float = 0.1
-    bias: float = 5.0
+    source: Literal["k", "q", "v", "random"] = "k"
+    """The token's key, query or value, or a random linear map of the key."""
+    scale: float | None = None
+    """Null is the recurrence's own start, which forgets slowly."""
+    bias: float | None = None
     divisor: float = Field(default=1.0, gt=0)
     learned: bool = True
+    """Whether scale and bias are trained, one per gate."""
+    lower_bound: float = Field(default=0.0, ge=0, lt=1)
+    """Least gate of the last layer; the first layer's is 0, and it grows evenly with depth."""
 
 
 class KeepSpec(Section):
@@ -78,15 +105,25 @@ class KeepSpec(Section):
 class MixerSpec(Section):
     """What replaces an attention block: a softmax window with sinks, beside a recurrence."""
 
-    recurrence: Literal["gla", "none"] = "gla"
+    recurrence: RecurrenceName = "gla"
     window: int = Field(default=64, ge=1)
     """Latest tokens under softmax attention."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the text that stay under softmax attention."""
     mix: Literal["fixed", "learned", "softmax"] = "learned"
     covers: Literal["all", "evicted"] = "evicted"
-    feature_map: Literal["softmax"] = "softmax"
+    feature_map: Literal["softmax", "exp", "elu", "identity", "learned"] = "softmax"
+    """What queries and keys pass through before the state; exp and learned are Hedgehog's pair of softmaxes."""
+    rope: bool = False
+    """Whether the recurrence sees rotary positions, as the window always does."""
+    qk_norm: bool = False
+    """Queries and keys scaled to length 1 before the feature map."""
     normalize: bool = True
+    """What is read is divided by the mass that was read, where the recurrence has one."""
+    slots: int = Field(default=0, ge=0)
+    """Of gsa; 0 means as many as a head is wide."""
+    negative_eigenvalues: bool = False
+    """Write strengths up to 2, for gated_deltanet and kda."""
     gate: GateSpec = GateSpec()
     landmarks: int = Field(default=0, ge=0)
     keep: KeepSpec = KeepSpec()

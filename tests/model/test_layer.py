@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linearize.model import LinearizedForCausalLM, MixerConfig, cache_nbytes
+from linearize.model.recurrences import RECURRENCES
 
 WINDOW, SINKS, TOKENS = 16, 4, 120
 KINDS = {
@@ -28,6 +29,23 @@ KINDS = {
     "softmax head": {"softmax_heads": [1]},
     "softmax heads, state of all": {"softmax_heads": [0, 3], "covers": "all", "mix": "softmax"},
     "softmax layer": {"layers": [1]},
+    "liger-hgrn2": {
+        "recurrence": "hgrn2", "sinks": 0, "mix": "fixed", "covers": "all", "normalize": False, "gate_scale": 1.0,
+        "gate_bias": 0.0, "gate_learned": False,
+    },
+    "liger-gsa": {
+        "recurrence": "gsa", "sinks": 0, "mix": "fixed", "covers": "all", "feature_map": "identity", "normalize": False,
+        "gate_scale": 1.0, "gate_bias": 0.0, "gate_divisor": 16.0, "gate_learned": False,
+    },
+    "hgrn2, bounded": {"recurrence": "hgrn2", "lower_bound": 0.9},
+    "gsa, 4 slots": {"recurrence": "gsa", "slots": 4, "feature_map": "identity", "mix": "softmax"},
+    "kda, reflecting": {"recurrence": "kda", "negative_eigenvalues": True, "feature_map": "identity", "covers": "all"},
+    "gates from queries": {"gate_source": "q", "feature_map": "exp"},
+    "gates from values": {"gate_source": "v", "feature_map": "elu", "rope": True},
+    "random gates": {"gate_source": "random", "feature_map": "learned", "qk_norm": True},
+    "rwkv6, wide features": {"recurrence": "rwkv6", "feature_map": "exp", "covers": "all", "rope": True},
+    "lightnet, wide features": {"recurrence": "lightnet", "feature_map": "learned"},
+    **{name: {"recurrence": name} for name in RECURRENCES if name != "gla"},
 }  # fmt: skip
 
 

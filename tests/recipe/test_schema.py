@@ -19,7 +19,7 @@ def test_defaults_are_the_contract() -> None:
     assert recipe.mixer == MixerSpec(
         recurrence="gla", window=64, sinks=4, mix="learned", covers="evicted", feature_map="softmax", normalize=True
     )
-    assert recipe.mixer.gate == GateSpec(scale=0.1, bias=5.0, divisor=1.0, learned=True)
+    assert recipe.mixer.gate == GateSpec(scale=None, bias=None, divisor=1.0, learned=True)
     assert recipe.lora == LoraSpec(rank=8, alpha=8, dropout=0.0, targets=["q", "k", "v"])
     assert (recipe.model, recipe.teacher, recipe.stages, recipe.seed, recipe.dtype) == (None, None, [], 0, "auto")
 

@@ -1,0 +1,199 @@
+"""What every recurrence shares: the gate built from pretrained projections, feature maps, and how a state is held.
+
+A recurrence is a module with the layer's few own parameters. It turns queries, keys and values into
+
+    outputs [R, L, H, V]   what the state answers to each query
+    mass    [R, L, H]      how much it summed up to say so (the same sum with every value 1), where that has a meaning
+
+so that outputs / mass is an average of values, as softmax attention's output is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from linearize_kernels import Form
+
+    from linearize.families.base import AttentionLayer
+    from linearize.model.configuration import MixerConfig
+    from linearize.model.memory import Part
+
+GateWidth = Literal["channel", "head", "slot", "value", "none"]
+
+
+class Recurrence(nn.Module, ABC):
+    """Base of all recurrences.
+
+    Args:
+        config: the layer's mixer section.
+        layer: the heads that it serves.
+        depth: where the layer stands in the model, 0 for the first and 1 for the last.
+
+    Attributes:
+        paper: where the recurrence comes from.
+        gates: what has a gate of its own.
+        gate_start: scale and bias of the gate where the recipe names none; they make it forget slowly.
+        has_mass: whether its outputs are sums of values with weights that cannot be negative.
+        form: pins a form of the kernels; None takes the one that suits the length.
+    """
+
+    paper: ClassVar[str]
+    gates: ClassVar[GateWidth] = "channel"
+    gate_start: ClassVar[tuple[float, float]] = (0.1, 5.0)
+    has_mass: ClassVar[bool] = True
+    gate_scale: nn.Parameter
+    gate_bias: nn.Parameter
+    gate_projection: nn.Parameter
+    feature_projection: nn.Parameter
+
+    def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
+        super().__init__()
+        self.config, self.layer, self.depth = config, layer, depth
+        self.key_value_heads, self.key_width, self.value_width = (
+            layer.key_value_heads,
+            layer.key_width,
+            layer.value_width,
+        )
+        self.form: Form | None = None
+        register(self, self.initial_values())
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """What each own parameter starts as."""
+        config, values = self.config, dict[str, Tensor]()
+        if config.gate_learned and self.gates != "none":
+            shape = (self.key_value_heads, self.gate_width)
+            values["gate_scale"] = torch.full(shape, self.gate_scale_start, device="cpu")
+            values["gate_bias"] = torch.full(shape, self.gate_bias_start, device="cpu")
+        if config.gate_source == "random" and self.gates != "none":
+            generator = torch.Generator("cpu").manual_seed(round(1000 * self.depth))
+            square = (self.key_value_heads, self.key_width, self.key_width)
+            drawn = torch.randn(square, generator=generator, device="cpu")
+            values["gate_projection"] = drawn * self.key_width**-0.5
+        if config.feature_map == "learned":
+            eye = torch.eye(self.key_width, device="cpu")
+            values["feature_projection"] = eye.expand(self.key_value_heads, -1, -1).clone()
+        return values
+
+    @property
+    def gate_scale_start(self) -> float:
+        return self.gate_start[0] if self.config.gate_scale is None else self.config.gate_scale
+
+    @property
+    def gate_bias_start(self) -> float:
+        return self.gate_start[1] if self.config.gate_bias is None else self.config.gate_bias
+
+    @property
+    def gate_width(self) -> int:
+        """Gates per key/value head."""
+        return {
+            "channel": self.key_width,
+            "head": 1,
+            "slot": self.slots,
+            "value": self.value_width,
+            "none": 0,
+        }[self.gates]
+
+    @property
+    def slots(self) -> int:
+        return self.config.slots or self.key_width
+
+    @property
+    def feature_width(self) -> int:
+        """Width of queries and keys after the feature map."""
+        return self.key_width * (2 if self.config.feature_map in ("exp", "learned") else 1)
+
+    @abstractmethod
+    def state(self, batch: int, device: torch.device) -> Part:
+        """An empty state for `batch` rows, float32."""
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads and updates the state, token after token.
+
+        Args:
+            q: `[R, L, H, D]`. k, v: `[R, L, K, D]`, `[R, L, K, V]`, aligned with q: k[:, t] is written, then read.
+            source: `[R, L, K, D]`, what the gate is built from.
+            writes: `[R, L]`, False where k[:, t] neither writes nor decays; None means all write.
+            state: as `state()` makes it, updated in place; None starts from nothing and keeps nothing.
+
+        Returns:
+            outputs and mass (None where it has no meaning), float32.
+        """
+
+    def gate_input(self, source: Tensor) -> Tensor:
+        """scale * Pool(source) + bias, `[R, L, K, gate_width]`; Pool averages neighbouring channels (Liger's)."""
+        if "gate_projection" in self._parameters:
+            source = torch.einsum("rlkd,kde->rlke", source, self.gate_projection)
+        if self.gate_width == 1:
+            source = source.mean(-1, keepdim=True)
+        elif self.gate_width != source.shape[-1]:
+            pooled = F.adaptive_avg_pool1d(source.flatten(2), self.key_value_heads * self.gate_width)
+            source = pooled.unflatten(-1, (self.key_value_heads, self.gate_width))
+        learned = "gate_scale" in self._parameters
+        scale, bias = (self.gate_scale, self.gate_bias) if learned else (self.gate_scale_start, self.gate_bias_start)
+        return scale * source + bias
+
+    def log_gate(self, source: Tensor) -> Tensor:
+        """log g = logsigmoid(x) / divisor, x the gate's input; with a lower bound γ, γ + (1 - γ) g takes its place."""
+        log_gate = F.logsigmoid(self.gate_input(source)) / self.config.gate_divisor
+        bound = self.config.lower_bound * self.depth
+        return torch.log(bound + (1 - bound) * log_gate.exp()) if bound else log_gate
+
+    def features(self, x: Tensor) -> Tensor:
+        """The feature map on queries `[R, L, H, D]` or keys `[R, L, K, D]`."""
+        if self.config.qk_norm:
+            x = F.normalize(x, dim=-1, eps=1e-6)
+        kind = self.config.feature_map
+        if kind == "learned":
+            heads = x.unflatten(2, (self.key_value_heads, -1))
+            x = torch.einsum("rlkgd,kde->rlkge", heads, self.feature_projection).flatten(2, 3)
+        if kind == "softmax":
+            return x.softmax(-1)
+        if kind in ("exp", "learned"):
+            return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+        return F.elu(x) + 1 if kind == "elu" else x
+
+
+def register(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Makes a parameter of each value. Under a meta device there is only its shape, and loading fills it in."""
+    for name, value in values.items():
+        parameter = torch.empty(value.shape)
+        if not parameter.is_meta:
+            parameter.copy_(value)
+        module.register_parameter(name, nn.Parameter(parameter))
+
+
+def as_computed(*tensors: Tensor) -> list[Tensor]:
+    """In float32, or float64 where they are."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def silenced(writes: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """0 where a token does not write."""
+    if writes is None:
+        return list(tensors)
+    silent = ~writes[:, :, None, None]
+    return [x.masked_fill(silent, 0) for x in tensors]
+
+
+def held(state: Part | None, name: str = "state") -> Tensor | None:
+    """A part of the state to start from."""
+    if state is None:
+        return None
+    # What is updated in place after this is still wanted by the backward pass.
+    return state[name].clone() if torch.is_grad_enabled() else state[name]
+
+
+def keep(into: Part | None, **final: Tensor) -> None:
+    """Writes what a call ended with back into the state."""
+    if into is not None:
+        for name, value in final.items():
+            into[name].copy_(value.detach())
