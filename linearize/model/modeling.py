@@ -149,6 +149,13 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (segments.cumsum(1) - 1).clamp_min(0) + past
         elif position_ids is None and memory is not None:
             position_ids = memory.counts[:, None] + torch.arange(tokens, device=memory.counts.device)
+        if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
+            # The balancing loss of experts counts tokens by this mask, so it has to be whole, and of 0 and 1 alone.
+            segments = (
+                torch.ones(batch, tokens, dtype=torch.long, device=given.device) if segments is None else segments
+            )
+            if bool((segments > 1).any()):
+                raise ValueError("output_router_logits does not go with packed rows; give one document per row")
         # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
         # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
         attention_mask = _layer_mask(segments, given.device)

@@ -249,3 +249,16 @@ def test_what_cannot_be_converted_says_why(model_type, changes, reason):
     with pytest.raises(ValueError, match=reason) as refused:
         family_of(AutoConfig.for_model(model_type, **changes))
     assert "\n" not in str(refused.value)
+
+
+def test_the_balancing_loss_of_experts_is_the_teachers():
+    teacher = build("qwen3_moe")
+    layers = list(range(teacher.config.num_hidden_layers))
+    model = LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), [MixerConfig(layers=layers, window=LENGTHS[0])])
+    ids, mask = padded(text(*LENGTHS), "left")
+    for more in ({"attention_mask": torch.ones_like(mask)}, {"attention_mask": mask}):
+        ours, theirs = (m(ids, labels=ids, output_router_logits=True, **more) for m in (model, teacher))
+        torch.testing.assert_close(ours.aux_loss, theirs.aux_loss)
+        torch.testing.assert_close(ours.loss, theirs.loss)
+    with pytest.raises(ValueError, match="packed rows"):
+        model(ids, position_ids=(torch.arange(ids.shape[1]) % 30)[None], output_router_logits=True)

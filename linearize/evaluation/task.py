@@ -1,0 +1,114 @@
+"""What a task is to the runner: items that a model is scored on one by one, so that systems can be paired item by item,
+results kept, and a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Item:
+    """A model's result on one item.
+
+    Attributes:
+        value: what is averaged, e.g. 1.0 or 0.0 for an answer that is right or wrong, or nats per token.
+        curve: a value per position or bucket of the item, for tasks that look along a text.
+    """
+
+    value: float
+    curve: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A model's result on one task.
+
+    Attributes:
+        task: the task's name.
+        metric: what `value` is: `acc`, `acc_norm`, `word_perplexity`, `loss`, ...
+        value: the metric over all items; accuracies are shares in [0, 1], losses and divergences nats per token.
+        stderr: the standard error of `value`; None with fewer than two items.
+        higher_is_better: how to read `value`.
+        items: per item its value, in the task's order: two models' lists pair up item by item.
+        suite: where the task belongs.
+        tags: per item what it is, e.g. `{"length": 1024, "depth": 0.5}`; empty where items are all alike.
+        curves: per item its curve; empty where there are none.
+        axis: what a curve runs along, one number per point.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    items: list[float] = field(repr=False)
+    suite: str = ""
+    tags: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    curves: list[tuple[float, ...]] = field(default_factory=list, repr=False)
+    axis: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def n(self) -> int:
+        """The number of items scored."""
+        return len(self.items)
+
+
+class Task(ABC):
+    """Items, and how a model is scored on them.
+
+    Attributes:
+        name: unique among all tasks.
+        suite: the suite that it belongs to.
+        metric: what its value is, see `TaskScore`.
+        higher_is_better: how to read it.
+        digest: SHA-256 over everything that the result depends on besides the model: texts, settings, scoring.
+        axis: what the items' curves run along; empty for tasks without.
+    """
+
+    name: str
+    suite: str
+    metric: str
+    higher_is_better: bool = True
+    digest: str
+    axis: Sequence[float] = ()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many items there are."""
+
+    def tags(self, index: int) -> Mapping[str, Any]:
+        """What item `index` is, for tables and plots; and, where items weigh differently, its `weight`."""
+        return {}
+
+    @abstractmethod
+    def score(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        indices: Sequence[int],
+        batch_size: int,
+    ) -> list[Item]:
+        """Scores a model, in eval mode and without gradients, on some items, in that order.
+
+        Raises:
+            ModelError: results that are not finite, or a text that is too long for the memory at hand.
+        """
+
+    def summary(self, values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+        """The metric over these items, and its standard error (None with fewer than two)."""
+        return mean_and_error(values)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean."""
+    n = len(values)
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None
