@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from linearize.state import State
+
+__all__ = ["State"]
+
 __version__ = "0.1.0"
 
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+    return getattr(importlib.import_module("linearize.state"), name)
 
 
 class _RegisteringLoader(importlib.abc.Loader):

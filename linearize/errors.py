@@ -22,3 +22,11 @@ class DataError(LinearizeError):
 
 class OutputError(LinearizeError):
     """A result cannot be written where the user asked for it."""
+
+
+class StateError(LinearizeError):
+    """A saved state cannot be read, or does not belong to the model at hand."""
+
+
+class VerificationError(LinearizeError):
+    """A model cannot be verified as asked, or it did not pass."""

@@ -11,12 +11,10 @@ from transformers import DynamicCache, TextStreamer
 
 from linearize.errors import DataError
 from linearize.model import LinearizedForCausalLM, cache_nbytes
+from linearize.state import PREFILL_CHUNK, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# A converted model reads a long prompt in pieces, so that its peak memory does not depend on the prompt either.
-PREFILL_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,11 @@ class Continuation:
 
     Attributes:
         text: the new text alone.
-        prefill_seconds: until the first new token was there.
+        prefill_seconds: until the first new token was there, or, where none was asked for, until the prompt was read.
         tokens_per_second: of the tokens after the first.
         memory_bytes: of the cache at the end.
         constant: whether that memory is of fixed size.
+        state: after everything read and written; None for a model that was not converted.
     """
 
     text: str
@@ -38,6 +37,7 @@ class Continuation:
     tokens_per_second: float
     memory_bytes: int
     constant: bool
+    state: State | None
 
 
 class _Streamer(TextStreamer):
@@ -61,6 +61,7 @@ def continue_text(
     tokenizer: Any,
     prompt: str,
     *,
+    state: State | None = None,
     chat: bool = False,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
@@ -71,50 +72,94 @@ def continue_text(
     """Continues `prompt`.
 
     Args:
+        state: of one text, which the prompt continues; it is not changed. The prompt may be empty then.
+        chat: the prompt is a turn of the user, to be put into the chat template.
+        max_new_tokens: 0 reads and writes nothing; for converted models only.
         temperature: 0 takes the most likely token, otherwise tokens are sampled.
         write: called with each piece of new text as soon as it is there.
 
     Raises:
-        DataError: the prompt has no tokens.
+        DataError: the prompt has no tokens, or the state holds several texts.
+        StateError: a state, or reading alone, is asked of a model that was not converted.
     """
-    if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    ids = encoded.input_ids.to(model.device)
-    if ids.shape[1] == 0:
+    if state is not None and state.last.shape[0] != 1:
+        raise DataError(f"the state holds {state.last.shape[0]} texts; continue them in Python with State.generate")
+    started = time.monotonic()
+    ids = _prompt_ids(tokenizer, prompt, chat, state).to(model.device)
+    if ids.shape[1] == 0 and state is None:
         raise DataError("the prompt is empty; give some text to continue")
-    constant = isinstance(model, LinearizedForCausalLM)
-    cache = DynamicCache(config=model.config.get_text_config())
+    converted = isinstance(model, LinearizedForCausalLM)
     streamer = _Streamer(tokenizer, write)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "streamer": streamer,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        "do_sample": temperature > 0,
+    }
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    if constant and ids.shape[1] > PREFILL_CHUNK:
-        options["prefill_chunk_size"] = PREFILL_CHUNK
     torch.manual_seed(seed)
     with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **options,
-        )
-    times = streamer.times  # the prompt's first, then one for each new token
-    new = output.shape[1] - ids.shape[1]
+        if state is None and max_new_tokens:
+            cache = DynamicCache(config=model.config.get_text_config())
+            if converted and ids.shape[1] > PREFILL_CHUNK:
+                options["prefill_chunk_size"] = PREFILL_CHUNK
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+            new = output[:, ids.shape[1] :]
+            after = State(cache, output[:, -1:]) if converted else None
+        else:
+            after, new = State.read(model, ids, state=state), ids[:, :0]
+            if max_new_tokens:
+                output = after.generate(model, return_dict_in_generate=True, **options)
+                new = output.sequences
+                after = State(output.past_key_values, new[:, -1:])
+            cache = after.cache
+    times, written = streamer.times, new.shape[1]  # the prompt's first, then one for each new token
     return Continuation(
-        text=tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
+        text=tokenizer.decode(new[0], skip_special_tokens=True),
         prompt_tokens=ids.shape[1],
-        new_tokens=new,
-        prefill_seconds=times[1] - times[0] if new else 0.0,
-        tokens_per_second=(new - 1) / (times[-1] - times[1]) if new > 1 else 0.0,
-        memory_bytes=cache_nbytes(cache) if constant else _nbytes(cache),
-        constant=constant,
+        new_tokens=written,
+        prefill_seconds=(times[1] if written else time.monotonic()) - started,
+        tokens_per_second=(written - 1) / (times[-1] - times[1]) if written > 1 else 0.0,
+        memory_bytes=cache_nbytes(cache) if converted else _nbytes(cache),
+        constant=after is not None and not any(layer.past for layer in after.layers),
+        state=after,
     )
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool, state: State | None) -> torch.Tensor:
+    """`[1, T]`; what continues a state is tokenized on its own, and no special token is put before it."""
+    if chat and (prompt or state is None):
+        prompt = _turn(tokenizer, prompt, state)
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat and state is None).input_ids
+    return ids.long()  # of an empty text they are floats
+
+
+_ANSWER = "<the answer so far>"
+
+
+def _turn(tokenizer: Any, prompt: str, state: State | None) -> str:
+    """The user's turn as the chat template has it, up to where the answer begins.
+
+    After a state it is what the template puts between an answer and the next one. Where a template writes earlier
+    turns anew once there are later ones, that cannot be told, and the turn is written as the first of a chat.
+    """
+
+    def render(*turns: tuple[str, str], answer: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        return text
+
+    turn = ("user", prompt)
+    if state is not None:
+        earlier = (("user", "?"), ("assistant", _ANSWER))
+        before, whole = render(*earlier, answer=False), render(*earlier, turn, answer=True)
+        if _ANSWER in before and whole.startswith(before):
+            closing = before.rpartition(_ANSWER)[2]
+            if int(state.last) in tokenizer.all_special_ids:
+                closing = closing.removeprefix(tokenizer.decode(state.last[0]))  # the answer has ended already
+            return closing + whole[len(before) :]
+    return render(turn, answer=True)
 
 
 def _nbytes(cache: DynamicCache) -> int:

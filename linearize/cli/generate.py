@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,42 +26,83 @@ EPILOG = examples(
     'linearize generate ./tuned "The capital of France is"',
     'linearize generate ./tuned "Why is the sky blue?" --chat --temperature 0.7',
     "linearize generate ./tuned - < long-document.txt",
+    "linearize generate ./tuned - -n 0 --save-state manual.state < manual.txt",
+    'linearize generate ./tuned "In short, the manual says:" --load-state manual.state',
 )
 
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.", show_default=False),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
+        int, typer.Option("--max-new-tokens", "-n", min=0, help="Stop after so many tokens; 0 only reads.")
     ] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the most likely, up to this mass.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    load_state: Annotated[
+        Path | None,
+        typer.Option(
+            "--load-state",
+            metavar="FILE",
+            help="Continue the text that FILE remembers; PROMPT, if any, comes after it.",
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option("--save-state", metavar="FILE", help="Keep the memory of all that was read and written in FILE."),
+    ] = None,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt. Text goes to stdout; speed and the memory held go to stderr."""
+    """Continue a prompt. Text goes to stdout; speed and the memory held go to stderr.
+
+    A state (--save-state) is what the model remembers of a text: read once,
+    continued any number of times, by the same model only. Its size does not
+    depend on the text's length. The PROMPT after --load-state is tokenized
+    on its own; with --chat it is the user's next turn, as the chat template
+    writes it after an answer.
+    """
     check_dtype(dtype)
+    if prompt is None and load_state is None:
+        raise typer.BadParameter("give a PROMPT, or a text to continue with --load-state")
+    if max_new_tokens == 0 and save_state is None:
+        raise typer.BadParameter("-n 0 reads and writes nothing; name a file to keep what was read with --save-state")
     quiet_libraries()
     from linearize.conversion.convert import open_model
     from linearize.errors import ModelError
     from linearize.generation import continue_text
+    from linearize.model import LinearizedForCausalLM
+    from linearize.state import State
+    from linearize.statefile import check_target, header
 
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    # What is wrong with the files should show before a model is loaded and a long text is read.
+    if load_state is not None:
+        header(load_state)
+    if save_state is not None:
+        check_target(save_state)
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
     loaded, tokenizer, source = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"{source.name}: its tokenizer has no chat template; leave --chat out")
+    if (load_state or save_state) and not isinstance(loaded, LinearizedForCausalLM):
+        raise ModelError(
+            f"{source.name}: is not a converted model, so it has no state to load or save; run linearize convert first"
+        )
     started = time.monotonic()
+    state = State.load(load_state, loaded) if load_state is not None else None
     result = continue_text(
         loaded,
         tokenizer,
-        prompt,
+        text,
+        state=state,
         chat=chat,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -78,15 +120,26 @@ def generate(
         "memory_is_constant": result.constant,
         "seconds": time.monotonic() - started,
     }
+    if state is not None:
+        facts["loaded_state"] = {"file": str(load_state), "tokens": int(state.tokens)}
+    if save_state is not None and result.state is not None:
+        size = result.state.save(save_state, loaded)
+        facts["saved_state"] = {"file": str(save_state), "tokens": int(result.state.tokens), "bytes": size}
     if as_json:
         print_json(facts)
         return
-    sys.stdout.write("\n")
+    if result.new_tokens:
+        sys.stdout.write("\n")
+    written = f"{result.new_tokens} written at {result.tokens_per_second:.1f} tok/s; " if result.new_tokens else ""
     kind = "constant" if result.constant else "and growing"
     status(
-        f"{result.prompt_tokens} tokens read in {result.prefill_seconds:.2f} s; {result.new_tokens} written at "
-        f"{result.tokens_per_second:.1f} tok/s; memory {readable_bytes(result.memory_bytes)}, {kind}"
+        f"{result.prompt_tokens} tokens read in {result.prefill_seconds:.2f} s; {written}"
+        f"memory {readable_bytes(result.memory_bytes)}, {kind}"
     )
+    for verb in ("loaded", "saved"):
+        if kept := facts.get(f"{verb}_state"):
+            nbytes = f", {readable_bytes(kept['bytes'])}" if "bytes" in kept else ""
+            status(f"state of {kept['tokens']:,} tokens{nbytes} {verb}: {kept['file']}")
 
 
 def _write(text: str) -> None:

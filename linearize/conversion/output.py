@@ -34,8 +34,38 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {_plain(error)}") from error
     try:
-        yield staging
-        _replace(staging, target)
+        with _told(target):
+            yield staging
+            _replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes the file `target` (instead of one that is there) when the block ends without
+    an error.
+
+    Raises:
+        OutputError: see `check_file`; or the disk is full.
+    """
+    target = Path(os.path.abspath(target.expanduser()))
+    check_file(target)
+    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        with _told(target):
+            yield staging
+            _flush(staging)
+            staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Turns what a disk can do wrong into one line."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             raise OutputError(f"{target}: cannot be written: {_plain(error)}; nothing was left there") from error
@@ -47,8 +77,21 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"{target}: cannot be written: no space left on the disk; nothing was left there"
             ) from error
         raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_file(target: Path) -> None:
+    """Refuses a place where no file can be written.
+
+    Raises:
+        OutputError: a folder is there, or its own folder is missing or closed.
+    """
+    parent = target.parent
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder; name a file")
+    if not parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {parent}; make it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{target}: the folder {parent} cannot be written to; name another")
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:
@@ -66,8 +109,7 @@ def _replace(staging: Path, target: Path) -> None:
     """Puts `staging` in the place of `target`; the old one goes only when the new one is there."""
     for path in staging.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush(path)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         target.rename(old)
@@ -78,6 +120,11 @@ def _replace(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:

@@ -212,6 +212,12 @@ def config(folder: Path, **values: object) -> Path:
         (lambda t, m: ["eval", m, "--tasks", "held_out"], "no held-out rows"),
         (lambda t, m: ["eval", m, "--baseline", "teecher"], "unknown baseline"),
         (lambda t, m: ["generate", t / "nowhere", "x"], "no such folder or file"),
+        (lambda t, m: ["generate", m, "x", "--load-state", t / "a.state"], "a.state: no such file"),
+        (lambda t, m: ["generate", m, "x", "--load-state", write(t / "a.state", "x" * 99)], "not a state"),
+        (lambda t, m: ["generate", m, "x", "--save-state", t / "none" / "a.state"], "there is no folder"),
+        (lambda t, m: ["generate", m, "x", "--save-state", write(t / "notes", "mine")], "will not be overwritten"),
+        (lambda t, m: ["generate", m, "x", "--save-state", t / "a.state"], "is not a converted model"),
+        (lambda t, m: ["generate", m, "x", "-n", "0", "--save-state", t / "a.state"], "is not a converted model"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(outcome, tiny_folder, tmp_path, make, told):

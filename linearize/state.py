@@ -1,0 +1,195 @@
+"""What a converted model remembers of a text, as a thing to keep: read once, then continued any number of times.
+
+    state = State.read(model, tokenizer(manual, return_tensors="pt").input_ids)
+    state.save("manual.state", model)
+    state = State.load("manual.state", model)  # in another process, on another day
+    answer = state.generate(model, question_ids, max_new_tokens=50)
+
+A state has the size of the model's memory, whatever the length of the text, unless layers or heads of the model keep
+softmax over the whole past: what these remember grows with the text, and the file with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from linearize import statefile
+from linearize.errors import DataError, StateError
+from linearize.model import LayerMemory, LinearizedForCausalLM
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+# A long text is read in pieces of so many tokens, so that peak memory does not depend on its length either.
+PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The memory of B texts and their last tokens.
+
+    Attributes:
+        cache: one `LayerMemory` per layer, with every token but the last of each text.
+        last: `[B, 1]` the last tokens, which the model has yet to read: what comes next depends on them.
+    """
+
+    cache: DynamicCache
+    last: Tensor
+
+    @property
+    def layers(self) -> list[LayerMemory]:
+        """The memory of each layer."""
+        held: list[LayerMemory] = self.cache.layers
+        return held
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[B]` how many tokens each text has, pads not counted."""
+        return self.layers[0].counts.to(self.last.device) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory, all layers and rows together."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @classmethod
+    def read(
+        cls, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, state: State | None = None
+    ) -> State:
+        """Reads texts, in pieces, so that memory does not depend on their length.
+
+        Args:
+            model: a converted model, also inside a `PeftModel`.
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, 0 at pads, which may stand anywhere; None where there are none.
+            state: of B rows, what came before; it is not changed. A row may have no new token then.
+
+        Raises:
+            DataError: a row has no tokens, or `state` another number of rows.
+            StateError: the model was not converted.
+        """
+        converted = _converted(model)
+        ids = input_ids.to(converted.device)
+        real = torch.ones_like(ids) if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
+        rows = ids.shape[0]
+        if state is None:
+            memories = statefile.empty_memories(converted, rows)
+        elif state.last.shape[0] == rows:
+            memories = [layer.clone() for layer in state.layers]
+            ids = torch.cat([state.last.to(ids), ids], 1)
+            real = torch.cat([real.new_ones(rows, 1), real], 1)
+        else:
+            raise DataError(
+                f"the state has {state.last.shape[0]} rows and input_ids {rows}; state.fork(copies) repeats rows"
+            )
+        if not bool(real.any(1).all()):
+            raise DataError(f"row {int(real.any(1).int().argmin())} of the prompt has no tokens; give each row some")
+        at = (real * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
+        last, real = ids.gather(1, at), real.scatter(1, at, 0)
+        cache, columns = _cache(memories), real.any(0)
+        if bool(columns.any()):
+            ids, real = ids[:, columns], real[:, columns]
+            with torch.no_grad():
+                for piece, mask in zip(ids.split(PREFILL_CHUNK, 1), real.split(PREFILL_CHUNK, 1), strict=True):
+                    model(piece, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cls(cache, last)
+
+    def fork(self, copies: int = 1) -> State:
+        """An independent copy. With `copies` above 1 each row comes so many times, its copies side by side: one prefix
+        for many continuations."""
+        memories = [layer.clone() for layer in self.layers]
+        for memory in memories:
+            memory.batch_repeat_interleave(copies)
+        return State(_cache(memories), self.last.repeat_interleave(copies, 0))
+
+    def generate(
+        self, model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Continues the texts with new tokens, or straight on, and leaves the state as it is.
+
+        Args:
+            input_ids, attention_mask: what to read first, see `read`.
+            options: of transformers' `generate`. What looks back over the text there (`repetition_penalty` and its
+                like) sees the last token of the prompt and what is written, for a state does not keep the tokens.
+
+        Returns:
+            the new tokens alone `[B, N]`, or B times `num_return_sequences` rows. With `return_dict_in_generate`,
+            transformers' output with these as its `sequences`; where no row ended early and there were no beams,
+            `State(output.past_key_values, output.sequences[:, -1:])` is the state after them.
+
+        Raises:
+            DataError, StateError: see `read`.
+        """
+        converted = _converted(model)
+        state = self if input_ids is None else State.read(model, input_ids, attention_mask, self)
+        settings = options.get("generation_config") or converted.generation_config
+        widths = [options.get(name, getattr(settings, name)) for name in ("num_beams", "num_return_sequences")]
+        # generate() repeats ids and positions for beams and samples, and leaves the cache to us.
+        cache = state.fork(max(width or 1 for width in widths)).cache
+        # Positions must be given: generate() would count them from a mask over the whole text, pads and all. And a
+        # mask longer than the ids is how it is told that the ids are new; how much longer does not matter.
+        output = model.generate(
+            state.last,
+            attention_mask=state.last.new_ones(state.last.shape[0], 2),
+            position_ids=state.tokens[:, None] - 1,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        if isinstance(output, Tensor):
+            return output[:, 1:]
+        output.sequences = output.sequences[:, 1:]
+        return output
+
+    def save(self, path: str | os.PathLike[str], model: Any) -> int:
+        """Writes a safetensors file, beside its place first, so that an interruption leaves an old file as it was.
+
+        Args:
+            model: the one that read the text; only with it can the file be loaded.
+
+        Returns:
+            bytes of the file: the same for a text of any length, see the head of this module.
+
+        Raises:
+            OutputError: the folder is missing or closed, something else than a state is there, or the disk is full.
+            StateError: the state is another model's, or has values that are not finite.
+        """
+        layers = [layer.clone() for layer in self.layers]
+        return statefile.write(_absolute(path), _converted(model), layers, self.last)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> State:
+        """Reads a file that `save` wrote, onto the devices of `model`. Everything is verified before it is used: names
+        and shapes from the file's head, before its data are read, then the data.
+
+        Raises:
+            StateError: no such file; not a state, cut off or damaged; another model's.
+        """
+        memories, last = statefile.read(_absolute(path), _converted(model))
+        return cls(_cache(memories), last)
+
+
+def _converted(model: Any) -> LinearizedForCausalLM:
+    converted = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(converted, LinearizedForCausalLM):
+        raise StateError(
+            f"{type(model).__name__} is not a converted model, so it has no state to keep; convert it first"
+        )
+    return converted
+
+
+def _cache(memories: Sequence[LayerMemory]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = list(memories)
+    return cache
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    return Path(path).expanduser().absolute()
