@@ -12,8 +12,9 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
 
+# Two processes of one thread each; the longest tests start first.
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(READY)
 	$(PYTEST) -m slow

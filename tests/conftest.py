@@ -14,6 +14,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _DATA = Path(os.environ.get("LINEARIZE_TEST_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the README's commands first and the tests of the real model next, each in one process: they take longest, and
+    the model is made ready once."""
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.xdist_group("readme" if "test_readme" in item.nodeid else "real"))
+    items.sort(key=lambda item: _GROUPS.index(getattr(item.get_closest_marker("xdist_group"), "args", ("",))[0]))
+
+
+_GROUPS = ("readme", "real", "")
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Public evaluation and training sets, beside the repository or where LINEARIZE_TEST_DATA says."""

@@ -107,8 +107,10 @@ def check_free(target: Path, *, overwrite: bool) -> None:
 
 def _replace(staging: Path, target: Path) -> None:
     """Puts `staging` in the place of `target`; the old one goes only when the new one is there."""
+    readers = staging.stat().st_mode & 0o444  # as the user's umask has it; safetensors lets only its owner read a file
     for path in staging.rglob("*"):
         if path.is_file():
+            path.chmod(path.stat().st_mode | readers)
             _flush(path)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():

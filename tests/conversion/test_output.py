@@ -69,3 +69,10 @@ def test_a_place_that_cannot_be_made_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"), staged_folder(tmp_path / "file" / "below" / "out"):
         pytest.fail("the block must not run")
+
+
+def test_a_result_can_be_read_by_whom_the_umask_lets(tmp_path):
+    with staged_folder(tmp_path / "out") as folder:
+        (folder / "weights").touch(mode=0o600)
+    expected = (tmp_path / "out").stat().st_mode & 0o444
+    assert (tmp_path / "out" / "weights").stat().st_mode & 0o444 == expected | 0o400
