@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
@@ -64,11 +64,15 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             setattr(owner, name, attention)
         self.config = config
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Mixer):
-            for name, value in module.initial_values().items():
-                init.copy_(module.get_parameter(name), value)
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Gives every parameter that nothing was loaded into the value it starts as."""
+        # Not in `_init_weights`: for what lies inside the base model transformers asks the base model's own.
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                for name, value in module.initial_values().items():
+                    init.copy_(module.get_parameter(name), value)
+        super().initialize_weights()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LinearizedForCausalLM:

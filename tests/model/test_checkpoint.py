@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from linearize.conversion.convert import convert, convert_model, state_nbytes
@@ -106,6 +106,18 @@ def test_random_weights_from_a_configuration(checkpoint):
     assert isinstance(model, LinearizedForCausalLM)
     mixer = model.model.layers[0].self_attn.mixer
     assert bool((mixer.mix_weight == 0).all()) and bool((mixer.recurrence.gate_bias == 5).all())
+
+
+def test_what_a_checkpoint_lacks_starts_as_in_a_conversion(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    names = [name for name, _ in model.named_parameters() if ".layers.0." in name and ".mixer." in name]
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k not in names}, tmp_path / "model.safetensors", {"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(names) == 3
+    for name in names:
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name)), name
 
 
 def test_own_parameters_stay_float32_in_half_precision(tiny_folder, tmp_path):

@@ -1,0 +1,141 @@
+"""`linearize verify`: whether a converted model is one function, however it is called."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from linearize.cli.console import (
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    check_dtype,
+    examples,
+    print_json,
+    status,
+    stderr,
+)
+from linearize.cli.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from linearize.verification import Check, Verification
+
+EPILOG = examples(
+    "linearize verify ./converted",
+    "linearize verify ./tuned --dtype bfloat16 --steps 1000",
+    "linearize verify ./tuned --steps 64 --json",
+)
+
+
+def verify(
+    model: ModelArgument,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            min=1,
+            help="Length of the rows, more than window and sinks. If left out: four of the widest window, but at "
+            "least 256, and at most 2,048 unless a window made by conversion needs more.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Single decode steps of the drift check.")] = 4096,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Prove on a converted model that it is one function, however it is called.
+
+    Whole, in chunks, token by token, padded, packed, in a batch, as beams, saved and loaded: the same logits, in a
+    memory that does not grow. Works on random tokens; the exit status is 1 when a check fails.
+    """
+    check_dtype(dtype)
+    quiet_libraries()
+    from linearize.conversion.source import find_source, load_config, load_model, load_tokenizer
+    from linearize.errors import ModelError, VerificationError
+    from linearize.verification import verify as run_checks
+
+    source = find_source(model)
+    if load_config(source).model_type != "linearized":
+        raise ModelError(
+            f"{source.name}: is not a converted model; convert it first: linearize convert {model} -o converted"
+        )
+    special = load_tokenizer(source).all_special_ids
+    loaded: Any = load_model(source, dtype=dtype)
+    with stderr.status("verifying") if stderr.is_terminal else nullcontext() as line:
+
+        def tick(name: str, done: int, total: int) -> None:
+            if line is not None:
+                line.update(f"{name} {done:,} of {total:,} steps" if done else name)
+
+        found = run_checks(loaded, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=tick)
+    if as_json:
+        print_json({"model": source.reference, **_data(found)})
+    else:
+        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(_table(found))
+    for words in _remarks(found):
+        status(words)
+    if found.failed:
+        raise VerificationError(
+            f"{source.name}: {len(found.failed)} of {len(found.checks)} checks failed: {', '.join(found.failed)}; "
+            "do not rely on being able to call it in these ways"
+        )
+
+
+def _data(found: Verification) -> dict[str, Any]:
+    return {
+        "passed": not found.failed,
+        "failed": found.failed,
+        "dtype": found.dtype,
+        "tokens": found.tokens,
+        "steps": found.steps,
+        "woken_layers": found.woken,
+        "recurrence_moves_logits_by": found.moved,
+        "distance_from_float32": found.half_distance,
+        "checks": [
+            {
+                "name": check.name,
+                "proves": check.proves,
+                "passed": check.passed,
+                "error": check.error,
+                "tolerance": check.tolerance,
+                "detail": check.detail,
+            }
+            for check in found.checks
+        ],
+    }
+
+
+def _table(found: Verification) -> Table:
+    table = Table("check", "what it proves")
+    for name in ("worst error", "allowed", ""):
+        table.add_column(name, justify="right")
+    for check in found.checks:
+        # Square brackets in an exception's words are not markup.
+        words = Text(check.proves + (f"\n{check.detail}" if check.detail else ""))
+        table.add_row(check.name, words, f"{check.error:.1e}", _allowed(check), "ok" if check.passed else "FAILED")
+    return table
+
+
+def _allowed(check: Check) -> str:
+    return f"{check.tolerance:.1e}" if check.tolerance else "exact"
+
+
+def _remarks(found: Verification) -> list[str]:
+    remarks = []
+    if found.woken:
+        remarks.append(
+            f"during the checks the mix weights were raised (layers: {found.woken}), so that the recurrence moves the "
+            f"logits by {100 * (found.moved or 0):.1f} %; now they are as before"
+        )
+    if found.half_distance is not None:
+        sharper = "; --dtype float32 checks more sharply" if found.half_distance > 0.05 else ""
+        remarks.append(
+            f"rounding to {found.dtype} alone moves the logits by {100 * found.half_distance:.1f} %, of which checks "
+            f"allow the double{sharper}"
+        )
+    return remarks

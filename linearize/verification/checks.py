@@ -1,0 +1,269 @@
+"""The checks: each calls a model in two ways that must agree and says how far apart they are.
+
+The tokens are random, so neither a file nor the network is needed, and more than window and sinks hold, so that every
+part of the memory has work to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
+
+from linearize.conversion.convert import growth_nbytes
+from linearize.conversion.source import DTYPES
+from linearize.model.memory import LayerMemory
+from linearize.state import State
+from linearize.verification.subject import ROWS, Subject, relative_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Pairs = Iterator[tuple[Tensor, Tensor]]
+
+_DRIFT_CHUNK = 128
+# Call sizes that add up to 100 tokens, and to 1,000 more: in parallel and one by one.
+_FIRST_100, _NEXT_1000 = (90, *[1] * 10), (970, *[1] * 30)
+
+
+def _decode(subject: Subject) -> Pairs:
+    yield subject.pieces(subject.ids[:1], [1])[0], subject.alone(0)
+
+
+def _chunks(subject: Subject) -> Pairs:
+    window = subject.window
+    for sizes in ([7], [window // 2 | 1], [window + 3], [window - 1, 2, 1, window, 5]):
+        yield subject.pieces(subject.ids[:1], sizes)[0], subject.alone(0)
+
+
+def _pads(subject: Subject) -> Pairs:
+    model, half = subject.model, subject.tokens // 2 - 1
+    first, then = (half, 3), (5, half)  # a window that is full, one that is not, and one that becomes so
+    for side in ("left", "right", "both"):
+        tokens, mask = subject.padded(side, (0, 0), first)
+        prompt = model(tokens, attention_mask=mask, use_cache=True)
+        tokens, more = subject.padded(side, first, then)
+        whole = torch.cat([mask, more], 1)
+        longer = model(tokens, attention_mask=whole, past_key_values=prompt.past_key_values, use_cache=True)
+        ends = [a + b for a, b in zip(first, then, strict=True)]
+        last = torch.stack([subject.ids[row, end] for row, end in enumerate(ends)])[:, None]
+        whole = torch.cat([whole, torch.ones_like(last)], 1)
+        step = model(last, attention_mask=whole, past_key_values=longer.past_key_values, use_cache=True)
+        for row, (start, end) in enumerate(zip(first, ends, strict=True)):
+            alone = subject.alone(row)
+            yield prompt.logits[row][mask[row] > 0], alone[:start]
+            yield longer.logits[row][more[row] > 0], alone[start:end]
+            yield step.logits[row], alone[end : end + 1]
+
+
+def _packing(subject: Subject) -> Pairs:
+    most = subject.tokens
+    documents = list(itertools.pairwise((0, most // 8, most // 8 + 1, most // 4, most)))
+    positions = torch.cat([torch.arange(stop - start) for start, stop in documents])[None].to(subject.ids.device)
+    rows = subject.ids[:2]
+    packed = subject.parallel(rows, position_ids=positions.expand(2, -1))
+    for start, stop in documents:
+        for row in range(2):
+            yield packed[row, start:stop], subject.parallel(rows[row : row + 1, start:stop])[0]
+
+
+def _batch(subject: Subject) -> Pairs:
+    sizes = [subject.tokens // 2, 1, 1, 1]
+    for order, forward in (
+        ([0, 1, 2], subject.parallel),
+        ([2, 2, 1], lambda rows: subject.pieces(rows, sizes)),
+    ):
+        logits = forward(subject.ids[order])
+        for place, row in enumerate(order):
+            yield logits[place], subject.alone(row)
+
+
+def _reorder(subject: Subject) -> Pairs:
+    most = subject.tokens
+    lengths, more = (most // 2, most // 3, 3), max(most // 8, 8)
+    tokens, mask = subject.padded("left", (0, 0, 0), lengths)
+    device = tokens.device
+
+    def reordered(held: Any) -> list[int]:
+        held.reorder_cache(torch.tensor([2, 0, 0], device=device))
+        return [2, 0, 0]
+
+    def repeated(held: Any) -> list[int]:
+        held.batch_repeat_interleave(2)
+        return [0, 0, 1, 1, 2, 2]
+
+    def selected(held: Any) -> list[int]:
+        held.batch_select_indices(torch.tensor([2, 0], device=device))
+        return [2, 0]
+
+    for change in (reordered, repeated, selected):
+        held = subject.model(tokens, attention_mask=mask, use_cache=True).past_key_values
+        rows = change(held)
+        copies = [rows[:place].count(row) for place, row in enumerate(rows)]
+        # Copies of a row go on differently, as beams do.
+        ways = [(row + copy) % ROWS for row, copy in zip(rows, copies, strict=True)]
+        starts = [lengths[row] for row in rows]
+        new = torch.stack([subject.ids[way, start : start + more] for way, start in zip(ways, starts, strict=True)])
+        got = subject.pieces(new, [more - 3, 1, 1, 1], held)
+        for place, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            if copies[place]:
+                beam = torch.cat([subject.ids[row, :start], new[place]])[None]
+                yield got[place], subject.parallel(beam)[0, start:]
+            else:
+                yield got[place], subject.alone(row)[start : start + more]
+
+
+def _state(subject: Subject) -> tuple[float, str]:
+    read = subject.tokens - 12  # more than window and sinks hold, so that no part of the memory is empty
+    ids, rest = subject.ids[:2, :read], subject.ids[:2, read:]
+    state = State.read(subject.model, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state"
+        state.save(path, subject.model)
+        loaded = State.load(path, subject.model)
+    unbroken, resumed = (
+        subject.pieces(torch.cat([held.last, rest], 1), [5, 1], held.cache) for held in (state.fork(), loaded)
+    )
+    whole = torch.stack([subject.alone(row)[read - 1 :] for row in range(len(ids))])
+    apart = relative_error(unbroken, whole)
+    # What was never saved may differ from one forward as any other way of calling may; what was must not differ.
+    error = max(relative_error(resumed, unbroken), apart if not apart <= subject.tolerance else 0.0)
+    return error, f"{apart:.1e} from one forward"
+
+
+def _held_bytes(value: Any) -> int:
+    """Bytes of every tensor that can be reached from a cache, whatever it says of itself."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_held_bytes, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return sum(map(_held_bytes, value))
+    return _held_bytes(vars(value)) if isinstance(value, (Cache, LayerMemory)) else 0
+
+
+def _memory(subject: Subject) -> tuple[float, str]:
+    held, seen, sizes = None, 0, []
+    for calls in (_FIRST_100, _NEXT_1000):
+        for tokens in calls:
+            ids, at = subject.random(1, tokens, seed=seen), subject.at(seen, tokens)
+            held = subject.model(ids, past_key_values=held, use_cache=True, logits_to_keep=1, **at).past_key_values
+            seen += tokens
+        sizes.append(_held_bytes(held))
+    growth = growth_nbytes(subject.model)
+    expected = sizes[0] + growth * sum(_NEXT_1000)
+    said = f"{sizes[0]:,} bytes after 100 tokens, {sizes[1]:,} after 1,100"
+    kept = f"; the layers and heads that keep softmax add {growth:,} a token" if growth else ""
+    return abs(sizes[1] - expected) / expected, said + kept
+
+
+def _reload(subject: Subject) -> tuple[float, str]:
+    reference, keywords = subject.source.arguments()
+    again, info = AutoModelForCausalLM.from_pretrained(
+        reference, dtype=DTYPES.get(subject.dtype, "auto"), output_loading_info=True, **keywords
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            return math.inf, f"{problem.replace('_', ' ')}: {', '.join(map(str, sorted(info[problem])[:3]))}"
+    ours = subject.model.state_dict()
+    others = again.eval().to(subject.model.device).state_dict()
+    if names := sorted(ours.keys() ^ others.keys()):
+        return math.inf, f"only one of two loads has {names[0]}"
+    stored = _differs_from_files(subject, ours)
+    if differing := stored or [name for name in ours if not torch.equal(ours[name], others[name])]:
+        where = "its file" if stored else "a second load"
+        return math.inf, f"{differing[0]} differs from {where}, as do {len(differing) - 1} more"
+    ids = subject.ids[:1]
+    return relative_error(again(ids, use_cache=False).logits, subject.parallel(ids)), f"{len(ours)} tensors are equal"
+
+
+def _differs_from_files(subject: Subject, ours: dict[str, Tensor]) -> list[str]:
+    """Names of tensors whose values are not what the folder's files hold under the same name: two loads that lose a
+    weight in the same way agree with each other. What is stored in another shape than it is used in, as the experts of
+    some mixtures are, has another name."""
+    folder, differing = Path(subject.source.reference), []
+    for file in sorted(folder.glob("*.safetensors")) if subject.source.kind == "folder" else []:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys() & ours.keys():
+                held = ours[name].cpu()
+                if not torch.equal(tensors.get_tensor(name).to(held.dtype), held):
+                    differing.append(name)
+    return sorted(differing)
+
+
+def _drift(subject: Subject) -> tuple[float, str]:
+    ids = subject.random(1, subject.steps, seed=2)
+    parallel, single = None, None
+    errors = []
+    for start in range(0, subject.steps, _DRIFT_CHUNK):
+        chunk, steps = ids[:, start : start + _DRIFT_CHUNK], []
+        at = subject.at(start, chunk.shape[1])
+        whole = subject.model(chunk, past_key_values=parallel, use_cache=True, **at)
+        parallel = whole.past_key_values
+        for place in range(chunk.shape[1]):
+            at = subject.at(start + place, 1)
+            step = subject.model(chunk[:, place : place + 1], past_key_values=single, use_cache=True, **at)
+            single = step.past_key_values
+            steps.append(step.logits)
+            subject.tick(start + place + 1, subject.steps)
+        expected = whole.logits[0].float()
+        errors.append((torch.cat(steps, 1)[0].float() - expected).abs().amax(-1) / expected.abs().max())
+    error = torch.cat(errors)
+    said = f"{float(error.median()):.1e} at half of the {subject.steps:,} steps, {float(error[-1]):.1e} at the last"
+    return float(error.max()) if bool(error.isfinite().all()) else math.inf, said
+
+
+def _worst(pairs: Callable[[Subject], Pairs]) -> Callable[[Subject], tuple[float, str]]:
+    return lambda subject: (max(relative_error(a, b) for a, b in pairs(subject)), "")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of check.
+
+    Attributes:
+        proves: one sentence.
+        measure: the worst relative error, and what else there is to say.
+        exact: whether only 0 will do.
+        least_tolerance: nothing tighter is asked.
+        as_loaded: whether it looks at the weights as they are on disk, before any is changed to be seen better; so it
+            must not ask for `Subject.alone`, which is kept.
+    """
+
+    proves: str
+    measure: Callable[[Subject], tuple[float, str]]
+    exact: bool = False
+    least_tolerance: float = 0.0
+    as_loaded: bool = False
+
+
+KINDS = {
+    "reload": Kind(
+        "Loaded again, it has the same weights, which are those of its files, and the same logits.",
+        _reload,
+        exact=True,
+        as_loaded=True,
+    ),
+    "decode": Kind("Token by token, it says what one parallel forward says.", _worst(_decode)),
+    "chunks": Kind("A text read in chunks of any sizes is the text read at once.", _worst(_chunks)),
+    "pads": Kind("Pads on either side, also where a cache goes on, change nothing.", _worst(_pads)),
+    "packing": Kind("Documents packed into a row do not see each other.", _worst(_packing)),
+    "batch": Kind("A row depends neither on its neighbours nor on its place in the batch.", _worst(_batch)),
+    "reorder": Kind("Rows of a cache that are reordered, copied or selected go on as they were.", _worst(_reorder)),
+    "state": Kind("A state saved to a file and loaded goes on as if nothing had happened.", _state, exact=True),
+    "memory": Kind("Memory does not grow with the text, save where softmax was kept.", _memory, exact=True),
+    # Among thousands of random tokens are a few that amplify rounding a hundredfold; one lost token does more.
+    "drift": Kind(
+        "Over a long text single steps do not drift away from the parallel form.", _drift, least_tolerance=1e-3
+    ),
+}
+"""Each check by its name, in the order in which they run."""

@@ -1,0 +1,145 @@
+"""The model that is verified, and the ways to call it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from linearize.errors import VerificationError
+from linearize.model.attention import LinearizedAttention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from transformers.cache_utils import Cache
+
+    from linearize.conversion.source import Source
+    from linearize.model import LinearizedForCausalLM
+
+ROWS = 3
+_LEAST_TOKENS, _MOST_TOKENS = 256, 2048
+_SLACK = 16
+
+
+class Subject:
+    """A model under test, with rows of random tokens.
+
+    Args:
+        model: loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
+        special: token ids that do not stand inside a text.
+        tokens: length of the rows; None for four of the widest window, at least 256.
+        steps: single decode steps of the drift check.
+        tick: called by long checks with how many of their steps are done, and of how many.
+
+    Attributes:
+        alone: logits `[T, V]` of a row of `ids` in one parallel forward without a cache, worked out once.
+        tolerance: the error that a check which is not exact allows; set once it is known.
+
+    Raises:
+        VerificationError: `tokens` do not fill a window and its sinks, or are more than the model has positions for.
+    """
+
+    def __init__(
+        self,
+        model: LinearizedForCausalLM,
+        source: Source,
+        *,
+        dtype: str,
+        special: Collection[int],
+        tokens: int | None,
+        steps: int,
+        tick: Callable[[int, int], None],
+    ) -> None:
+        self.model, self.source, self.dtype, self.steps, self.tick = model, source, dtype, steps, tick
+        self.tolerance = 0.0
+        vocabulary = torch.arange(model.config.vocab_size)
+        self._allowed = vocabulary[~torch.isin(vocabulary, torch.tensor(sorted(special), dtype=torch.long))]
+        widest, least, default = _lengths(model)
+        most = self._positions = _positions(model)
+        self.tokens = tokens or max(min(default, most or default), least)
+        if self.tokens < least:
+            raise VerificationError(
+                f"{source.name}: {self.tokens} tokens do not fill its window and sinks; give --tokens {least} or more"
+            )
+        if most is not None and self.tokens > most:
+            raise VerificationError(f"{source.name}: has no more than {most} positions; give --tokens {most} or fewer")
+        self.window = max(2, min(widest, self.tokens // 2))
+        self.ids = self.random(ROWS, self.tokens, seed=0)
+        self.alone: Callable[[int], Tensor] = cache(lambda row: self.parallel(self.ids[row : row + 1])[0])
+
+    def random(self, rows: int, tokens: int, seed: int) -> Tensor:
+        """Random tokens `[rows, tokens]`, none of them special."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(self._allowed), (rows, tokens), generator=generator)
+        return self._allowed[chosen].to(self.model.device)
+
+    def at(self, start: int, tokens: int) -> dict[str, Tensor]:
+        """The argument that tells a forward its positions where a text is longer than the model has any: they start
+        again, for neither memory nor drift depends on what they are."""
+        if self._positions is None:
+            return {}
+        positions = torch.arange(start, start + tokens, device=self.model.device) % self._positions
+        return {"position_ids": positions[None]}
+
+    def parallel(self, ids: Tensor, **options: Any) -> Tensor:
+        """Logits `[B, T, V]` of one forward without a cache."""
+        logits: Tensor = self.model(ids, use_cache=False, **options).logits
+        return logits
+
+    def pieces(self, ids: Tensor, sizes: Iterable[int], held: Cache | None = None) -> Tensor:
+        """Logits `[B, T, V]` of forwards of these sizes, again and again until all is read, that continue one cache."""
+        outputs, start, size = [], 0, itertools.cycle(sizes)
+        while start < ids.shape[1]:
+            piece = ids[:, start : start + next(size)]
+            result = self.model(piece, past_key_values=held, use_cache=True)
+            held, start = result.past_key_values, start + piece.shape[1]
+            outputs.append(result.logits)
+        return torch.cat(outputs, 1)
+
+    def padded(self, side: str, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`lengths[b]` tokens of row b from `starts[b]` on, padded on that side, and their mask. The pads are random
+        tokens, which would show if they were read."""
+        width = max(lengths) + 7
+        tokens = self.random(len(lengths), width, seed=1)
+        mask = torch.zeros_like(tokens)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            first = {"left": width - length, "right": 0, "both": (width - length) // 2}[side]
+            tokens[row, first : first + length] = self.ids[row, start : start + length]
+            mask[row, first : first + length] = 1
+        return tokens, mask
+
+
+def _attentions(model: LinearizedForCausalLM) -> list[LinearizedAttention]:
+    return [module for module in model.modules() if isinstance(module, LinearizedAttention)]
+
+
+def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
+    """The widest window; the fewest tokens that fill each window that conversion made and its sinks; and how many to
+    take by default: four windows, but no more than `_MOST_TOKENS` for the sake of a model's own sliding windows, which
+    count as the widest only where conversion made none."""
+    mixers = [attention.mixer for attention in _attentions(model) if attention.mixer is not None]
+    ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
+    widest = max((mixer.window for mixer in ours or mixers), default=0)
+    least = max((mixer.window + mixer.config.sinks for mixer in ours), default=0) + _SLACK
+    return widest, least, max(_LEAST_TOKENS, min(4 * widest, _MOST_TOKENS), least)
+
+
+def _positions(model: LinearizedForCausalLM) -> int | None:
+    """How many positions a model has that learned one embedding for each; None where positions have no end."""
+    if any(attention.layer.rotary for attention in _attentions(model)):
+        return None
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b| in float32; infinite where the shapes differ or anything is not finite."""
+    a, b = a.float(), b.float()
+    if a.shape != b.shape or not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return math.inf
+    apart, size = float((a - b).abs().max()), float(b.abs().max())
+    return apart / size if size else (0.0 if apart == 0 else math.inf)

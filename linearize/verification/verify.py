@@ -1,0 +1,204 @@
+"""Runs the checks: what a model is lent for them, and how far apart two ways of calling it may be."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from linearize.verification.checks import KINDS
+from linearize.verification.subject import Subject, relative_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from linearize.conversion.source import Source
+    from linearize.model import LinearizedForCausalLM
+
+FLOAT32_TOLERANCE = 1e-4
+"""One function in another order of sums: that is 1e-6 to 1e-5, while one token out of place is above 1e-3."""
+HALF_FLOOR = 1e-3
+"""Nothing tighter is asked in half precision, whose steps are 1e-3 (float16) and 8e-3 (bfloat16) of a value."""
+SEEN = 0.05
+"""A recurrence that moves the logits by so much is seen by every check. More is no better: too loud for weights that
+were never trained with it, it makes single tokens so sensitive that float32 itself is 3e-4 away from float64."""
+_MIX_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name, proves: what was checked, in a word and in a sentence.
+        error: the worst relative error, max |a - b| / max |b|; infinite where something was not finite or an
+            exception was raised.
+        tolerance: the largest error that passes; 0 where bits must agree.
+        detail: what else there is to say; of an exception its first line.
+    """
+
+    name: str
+    proves: str
+    error: float
+    tolerance: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        return math.isfinite(self.error) and self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The checks of one model.
+
+    Attributes:
+        checks: in the order in which they ran.
+        dtype: of the model's weights.
+        tokens, steps: length of the rows, and of the drift check.
+        woken: how many layers' mix weights were raised for the checks.
+        moved: relative change of the logits by the recurrence during the checks; None where no weight says how much.
+        half_distance: relative distance of the logits from those of the same weights in float32; None in float32.
+    """
+
+    checks: list[Check]
+    dtype: str
+    tokens: int
+    steps: int
+    woken: int
+    moved: float | None
+    half_distance: float | None
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that did not pass."""
+        return [check.name for check in self.checks if not check.passed]
+
+
+@torch.no_grad()
+def verify(
+    model: LinearizedForCausalLM,
+    source: Source,
+    *,
+    dtype: str = "auto",
+    special: Collection[int] = (),
+    tokens: int | None = None,
+    steps: int = 4096,
+    tick: Callable[[str, int, int], None] | None = None,
+) -> Verification:
+    """Runs every check. Weights that are changed meanwhile (see `awake`, `in_float32`) are put back bit for bit.
+
+    Args:
+        model: as loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
+        special: token ids that do not stand inside a text.
+        tokens: length of the rows; None for four of the widest window, at least 256.
+        steps: single decode steps of the drift check.
+        tick: called with a check's name, the steps it has done, and how many there are.
+
+    Raises:
+        VerificationError: `tokens` do not fill a window and its sinks, or are more than the model has positions for.
+    """
+    name = ""
+
+    def report(done: int, total: int) -> None:
+        if tick is not None:
+            tick(name, done, total)
+
+    subject = Subject(model, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=report)
+    checks = []
+    for name in (name for name, kind in KINDS.items() if kind.as_loaded):
+        report(0, 1)
+        checks.append(_check(subject, name))
+    with awake(subject) as (woken, moved):
+        distance = None if model.dtype not in (torch.bfloat16, torch.float16) else _distance_from_float32(subject)
+        subject.tolerance = FLOAT32_TOLERANCE if distance is None else _half_tolerance(distance)
+        for name in (name for name, kind in KINDS.items() if not kind.as_loaded):
+            report(0, 1)
+            checks.append(_check(subject, name))
+    kind = str(model.dtype).removeprefix("torch.")
+    return Verification(checks, kind, subject.tokens, steps, woken, moved, distance)
+
+
+def _check(subject: Subject, name: str) -> Check:
+    kind = KINDS[name]
+    try:
+        error, detail = kind.measure(subject)
+    except Exception as exception:
+        # Whatever breaks is what the user wants to know of, together with what the other checks find.
+        first = next(iter(str(exception).strip().splitlines()), "")
+        error, detail = math.inf, f"{type(exception).__name__}: {first}"
+    allowed = 0.0 if kind.exact else max(subject.tolerance, kind.least_tolerance)
+    return Check(name, kind.proves, error, allowed, detail)
+
+
+def _half_tolerance(distance: float) -> float:
+    # Each of two ways of calling may be that far from the exact logits, on opposite sides.
+    return max(HALF_FLOOR, 2 * distance) if math.isfinite(distance) else HALF_FLOOR
+
+
+def _distance_from_float32(subject: Subject) -> float:
+    """How far rounding alone moves the logits; infinite where that cannot be told."""
+    rows = range(len(subject.ids))
+    try:
+        half = [subject.alone(row) for row in rows]
+        with in_float32(subject.model):
+            return max(relative_error(half[row], subject.parallel(subject.ids[row : row + 1])[0]) for row in rows)
+    except Exception:
+        return math.inf  # the checks run into the same and report it
+
+
+@contextmanager
+def in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """The same weights in float32 for a while. Every value of half precision is one of float32, so the way back is
+    exact, and only one copy of the weights is held at a time."""
+    changed: list[tuple[torch.nn.Parameter | torch.Tensor, torch.dtype]] = []
+    try:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                changed.append((tensor, tensor.dtype))
+                tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in changed:
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def awake(subject: Subject) -> Iterator[tuple[int, float | None]]:
+    """Lets the recurrence be heard for a while, or no check could see it: a converted model starts with mix weights
+    of 0, and training may have left some close to it. Weights are raised until the logits move by `SEEN`.
+
+    Yields:
+        how many layers' weights were raised, and how far the recurrence moves the logits (None: no such weights).
+    """
+    weights = [weight for name, weight in subject.model.named_parameters() if name.endswith("mixer.mix_weight")]
+    own = [weight.detach().clone() for weight in weights]
+    try:
+        yield _wake(subject, weights, own)
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, own, strict=True):
+                weight.copy_(value)
+
+
+def _wake(subject: Subject, weights: list[torch.nn.Parameter], own: list[torch.Tensor]) -> tuple[int, float | None]:
+    if not weights:
+        return 0, None
+    ids, moved = subject.ids[:1], 0.0
+    try:
+        for weight in weights:
+            weight.zero_()
+        silent = subject.parallel(ids)
+        for least in _MIX_WEIGHTS:
+            for weight, value in zip(weights, own, strict=True):
+                weight.copy_(torch.where(value.abs() < least, torch.full_like(value, least).copysign(value), value))
+            moved = relative_error(subject.parallel(ids), silent)
+            if moved >= SEEN:
+                break
+    except Exception:
+        moved = math.inf  # the checks run into the same and report it
+    raised = sum(not torch.equal(weight, value) for weight, value in zip(weights, own, strict=True))
+    return raised, moved
