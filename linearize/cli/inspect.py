@@ -18,6 +18,7 @@ from linearize.cli.console import (
     examples,
     print_json,
     readable_bytes,
+    readable_count,
 )
 from linearize.cli.libraries import quiet_libraries
 from linearize.hub.card import ranges
@@ -25,6 +26,7 @@ from linearize.hub.card import ranges
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
     "linearize inspect ./model.gguf --set mixer.window=256",
+    "linearize inspect ./model.gguf --recurrence all",
     "linearize inspect ./converted --json",
 )
 
@@ -33,6 +35,12 @@ def inspect(
     model: ModelArgument,
     recipe: RecipeOption = "default",
     overrides: SetOption = None,
+    recurrence: Annotated[
+        str | None,
+        typer.Option(
+            "--recurrence", metavar="NAME", help="Short for --set mixer.recurrence=NAME; all compares every recurrence."
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
@@ -45,12 +53,21 @@ def inspect(
     """
     check_dtype(dtype)
     quiet_libraries()
-    from linearize.conversion.inspection import inspect_model
+    from linearize.conversion.inspection import compare_mixers, every_recurrence, inspect_model
     from linearize.conversion.source import DTYPES, find_source
     from linearize.recipe import load_recipe
 
-    spec = load_recipe(recipe, overrides or ()).mixer
+    chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
+    spec = load_recipe(recipe, [*(overrides or ()), *chosen]).mixer
     source = find_source(model, trust_remote_code=trust_remote_code)
+    if recurrence == "all":
+        facts, rows = compare_mixers(source, every_recurrence(spec), dtype=DTYPES.get(dtype))
+        facts = {**facts, "mixer": spec.model_dump(mode="json", exclude={"recurrence"}), "recurrences": rows}
+        if as_json:
+            print_json(facts)
+        else:
+            _show_all(facts)
+        return
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
     if as_json:
         print_json(facts)
@@ -61,7 +78,6 @@ def inspect(
 def _show(facts: dict[str, Any]) -> None:
     out = Console(highlight=False, soft_wrap=True)
     mixer = facts["mixers"][0]
-    group = facts["query_heads"] // facts["key_value_heads"]
     kept = [
         *([f"own window: layers {ranges(facts['own_window_layers'])}"] if facts["own_window_layers"] else []),
         *([f"softmax: layers {ranges(facts['softmax_layers'])}"] if facts["softmax_layers"] else []),
@@ -69,10 +85,7 @@ def _show(facts: dict[str, Any]) -> None:
     ]
     growth = facts["growth_bytes_per_token"]
     rows = {
-        "model": facts["model"] + (" (converted)" if facts["converted"] else ""),
-        "family": f"{facts['family']} ({facts['architecture']}), {facts['layers']} layers",
-        "heads": f"{facts['query_heads']} query, {facts['key_value_heads']} key/value ({group} queries share a state), "
-        f"width {facts['key_width']}",
+        **_head(facts),
         "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {mixer['recurrence']}, window "
         f"{mixer['window']}, {mixer['sinks']} sinks, mix {mixer['mix']}, covers {mixer['covers']}",
         **({"keeps": "; ".join(kept)} if kept else {}),
@@ -82,9 +95,7 @@ def _show(facts: dict[str, Any]) -> None:
     }
     for name, text in rows.items():
         out.print(f"{name:9} {text}", markup=False)
-    table = Table("tokens", "teacher's cache", "converted", "ratio")
-    for column in table.columns:
-        column.justify = "right"
+    table = _right_aligned("tokens", "teacher's cache", "converted", "ratio")
     for line in facts["lengths"]:
         table.add_row(
             f"{line['tokens']:,}",
@@ -93,3 +104,52 @@ def _show(facts: dict[str, Any]) -> None:
             f"{line['ratio']:,.1f}x",
         )
     out.print(table)
+
+
+def _show_all(facts: dict[str, Any]) -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    mixer = facts["mixer"]
+    fitting = [row for row in facts["recurrences"] if "refused" not in row]
+    rows = {
+        **_head(facts),
+        "mixer": f"window {mixer['window']}, {mixer['sinks']} sinks, covers {mixer['covers']}; caches in "
+        f"{facts['dtype']}, states in float32",
+        "FLOPs": "per token of decoding, of all token mixers; projections and feed-forward layers are not among them",
+    }
+    if more := fitting[0]["growth_flops_per_token"]:
+        growth = readable_bytes(fitting[0]["growth_bytes_per_token"])
+        rows["keeps"] = (
+            f"softmax, which adds {growth} and {readable_count(more)} FLOPs per token of context to each row"
+        )
+    for name, text in rows.items():
+        out.print(f"{name:9} {text}", markup=False)
+    table = _right_aligned("recurrence", "state", "with window and sinks", "FLOPs")
+    table.columns[0].justify = "left"
+    for row in fitting:
+        sizes = row["state_parts"].get("state", 0), row["state_bytes"]
+        table.add_row(row["name"], *map(readable_bytes, sizes), readable_count(row["flops"]))
+    out.print(table)
+    for row in facts["recurrences"]:
+        if "refused" in row:
+            out.print(f"{row['name']} does not fit: {row['refused']}", markup=False)
+    table = _right_aligned("teacher at", "cache", "FLOPs")
+    for line in facts["teacher"]:
+        table.add_row(f"{line['tokens']:,} tokens", readable_bytes(line["bytes"]), readable_count(line["flops"]))
+    out.print(table)
+
+
+def _head(facts: dict[str, Any]) -> dict[str, str]:
+    group = facts["query_heads"] // facts["key_value_heads"]
+    return {
+        "model": facts["model"] + (" (converted)" if facts["converted"] else ""),
+        "family": f"{facts['family']} ({facts['architecture']}), {facts['layers']} layers",
+        "heads": f"{facts['query_heads']} query, {facts['key_value_heads']} key/value ({group} queries share a state), "
+        f"width {facts['key_width']}",
+    }
+
+
+def _right_aligned(*names: str) -> Table:
+    table = Table(*names)
+    for column in table.columns:
+        column.justify = "right"
+    return table

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.console import JsonOption, SetOption, examples, print_json, status
+from linearize.cli.console import JsonOption, SetOption, examples, print_json, readable_bytes, readable_count, status
+from linearize.cli.libraries import quiet_libraries
 from linearize.errors import OutputError
 from linearize.recipe import Recipe, Stage, dump_recipe, load_recipe, recipe_path, shipped_recipes
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     epilog=examples(
         "linearize recipes ls",
         "linearize recipes show liger-gla",
+        "linearize recipes ls --model ./model.gguf",
         "linearize recipes cp default mine.yaml",
         "linearize recipes check mine.yaml --set mixer.window=128",
     ),
@@ -27,15 +29,45 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped rec
 
 
 @app.command("ls")
-def list_recipes(as_json: JsonOption = False) -> None:
+def list_recipes(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Show what each makes of this model: bytes of state, and FLOPs per token."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """List the shipped recipes."""
-    recipes = shipped_recipes()
+    rows: list[dict[str, Any]] = [{"name": one.name, "description": one.description} for one in shipped_recipes()]
+    if model is not None:
+        costs = _costs(model, [row["name"] for row in rows])
+        rows = [{**row, **cost} for row, cost in zip(rows, costs, strict=True)]
     if as_json:
-        print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
+        print_json(rows)
         return
-    width = max((len(recipe.name) for recipe in recipes), default=0)
-    for recipe in recipes:
-        print(f"{recipe.name:<{width}}  {recipe.description}")
+    lines = [(row["name"], *(() if model is None else _cost_words(row))) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row, line in zip(rows, lines, strict=True):
+        print("  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), row["description"])))
+
+
+def _costs(model: str, names: list[str]) -> list[dict[str, Any]]:
+    """What each recipe's mixer costs `model`, from its configuration alone."""
+    quiet_libraries()
+    from linearize.conversion.inspection import compare_mixers
+    from linearize.conversion.source import find_source
+
+    _, costs = compare_mixers(find_source(model), {name: load_recipe(name).mixer for name in names})
+    return costs
+
+
+def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
+    if "refused" in row:
+        return "does not fit:", row["refused"]
+    more = row["growth_flops_per_token"]
+    return (
+        readable_bytes(row["state_parts"].get("state", 0)),
+        f"{readable_count(row['flops'])}{f' + {readable_count(more)} x context' if more else ''} FLOPs",
+    )
 
 
 @app.command("show")

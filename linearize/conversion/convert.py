@@ -48,7 +48,8 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         if index not in range(count):
             raise RecipeError(f"mixer.keep: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
-    kept = {*spec.keep.layers, *(set(range(count)) - set(full) if full else ())}
+    named = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
+    kept = {*named, *(set(range(count)) - set(full) if full else ())}
     common = MixerConfig(
         layers=[],
         recurrence=spec.recurrence,
@@ -87,7 +88,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         kinds.setdefault(heads, fresh).layers.append(index)
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
-        spec.keep.layers or spec.keep.heads
+        named or spec.keep.heads
     ):
         raise RecipeError("mixer.keep: nothing is left to convert")
     return sections

@@ -1,27 +1,111 @@
-"""What `linearize inspect` tells: the architecture, what would be converted, and the memory before and after."""
+"""What `linearize inspect` tells, from a configuration alone: the architecture, what would be converted, and the memory
+and arithmetic before and after.
+
+FLOPs are those of one decoding step of the token mixers, all layers together: attention over what a layer keeps, and a
+state's update and reading (`Recurrence.flops`). Projections and feed-forward layers are the same before and after.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from linearize.conversion.convert import mixers_for
 from linearize.conversion.source import Source, load_config
-from linearize.errors import ModelError
+from linearize.errors import ModelError, RecipeError
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig
 from linearize.model.modeling import family_of
+from linearize.model.recurrences import RECURRENCES
 
 if TYPE_CHECKING:
-    from linearize.families import AttentionLayer
+    from linearize.families import AttentionLayer, Family
     from linearize.recipe import MixerSpec
 
 LENGTHS = (1_024, 8_192, 131_072, 1_048_576)
+FLOPS_LENGTHS = LENGTHS[:3]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model's configuration, read.
+
+    Attributes:
+        config: the base model's.
+        mixers: of a converted checkpoint, which has its own; None for any other model.
+        held: dtype of keys and values in a cache.
+    """
+
+    source: Source
+    config: Any
+    mixers: list[Any] | None
+    family: Family
+    layers: list[AttentionLayer]
+    held: torch.dtype
+
+    def head(self) -> dict[str, Any]:
+        """What is so whatever the mixer."""
+        first = self.layers[0]
+        return {
+            "model": self.source.reference,
+            "converted": self.mixers is not None,
+            "family": self.family.name,
+            "architecture": self.config.model_type,
+            "layers": len(self.layers),
+            "query_heads": first.query_heads,
+            "key_value_heads": first.key_value_heads,
+            "key_width": first.key_width,
+            "value_width": first.value_width,
+            "vocabulary": self.config.vocab_size,
+            "trained_length": getattr(self.config, "max_position_embeddings", None),
+            "dtype": str(self.held).removeprefix("torch."),
+        }
+
+    def bytes_per_token(self, layer: AttentionLayer, heads: int) -> int:
+        return heads * (layer.key_width + layer.value_width) * self.held.itemsize
+
+    def teacher_bytes(self, tokens: int) -> int:
+        """The pretrained model's cache after that many tokens."""
+        return sum(
+            min(tokens, layer.window or tokens) * self.bytes_per_token(layer, layer.key_value_heads)
+            for layer in self.layers
+        )
+
+    def teacher_flops(self, tokens: int) -> int:
+        """What attending over that many tokens takes in the pretrained model."""
+        return sum(min(tokens, layer.window or tokens) * layer.flops_per_key for layer in self.layers)
+
+    def attentions(self, config: LinearizedConfig) -> list[LinearizedAttention]:
+        """The converted layers, without weights."""
+        with torch.device("meta"):
+            return [
+                LinearizedAttention(torch.nn.Module(), self.family, layer, config.mixer_of(index), index)
+                for index, layer in enumerate(self.layers)
+            ]
+
+    def costs(self, attentions: list[LinearizedAttention]) -> dict[str, Any]:
+        """Bytes of a sequence and FLOPs of a step: what is constant, and what every token of context adds to it."""
+        parts: dict[str, int] = {}
+        for attention in attentions:
+            for name, tensors in attention.memory(1, self.held, torch.device("meta")).parts.items():
+                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                parts[name] = parts.get(name, 0) + size
+        growing = [(a.layer, len(a.softmax_heads)) for a in attentions]
+        return {
+            "state_bytes": sum(parts.values()),
+            "state_parts": parts,
+            "growth_bytes_per_token": sum(self.bytes_per_token(layer, heads) for layer, heads in growing),
+            "flops": sum(attention.mixer.flops for attention in attentions if attention.mixer),
+            "growth_flops_per_token": sum(
+                layer.flops_per_key * heads // layer.key_value_heads for layer, heads in growing
+            ),
+        }
 
 
 def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The facts about `source`, from its configuration alone.
+    """The facts about `source` and what `spec` makes of it.
 
     Args:
         spec: the mixer to convert with; ignored for a converted checkpoint, which has its own.
@@ -31,6 +115,80 @@ def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None 
         ModelError: the configuration cannot be read, or the architecture is not supported.
         RecipeError: the mixer does not fit the model.
     """
+    subject = _read(source, dtype)
+    layers = subject.layers
+    mixers = mixers_for(spec, layers) if subject.mixers is None else subject.mixers
+    asked = LinearizedConfig(text_config=subject.config, mixers=mixers)
+    attentions = subject.attentions(asked)
+    costs = subject.costs(attentions)
+    state, growth = costs["state_bytes"], costs["growth_bytes_per_token"]
+    return {
+        **subject.head(),
+        "converted_layers": sum(asked.mixer_of(i).converts(layer) for i, layer in enumerate(layers)),
+        "own_window_layers": [
+            i for i, layer in enumerate(layers) if layer.window is not None and not asked.mixer_of(i).converts(layer)
+        ],
+        "softmax_layers": [i for i, a in enumerate(attentions) if a.mixer is None],
+        "softmax_heads": {i: a.softmax_heads for i, a in enumerate(attentions) if a.mixer and a.softmax_heads},
+        "mixers": asked.mixers,
+        **costs,
+        "teacher_bytes_per_token": subject.teacher_bytes(1),
+        "lengths": [
+            {
+                "tokens": n,
+                "teacher_bytes": subject.teacher_bytes(n),
+                "converted_bytes": state + n * growth,
+                "ratio": subject.teacher_bytes(n) / (state + n * growth),
+                "teacher_flops": subject.teacher_flops(n),
+                "converted_flops": costs["flops"] + n * costs["growth_flops_per_token"],
+            }
+            for n in LENGTHS
+        ],
+    }
+
+
+def compare_mixers(
+    source: Source, specs: dict[str, MixerSpec], *, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What each of several mixers would cost `source`.
+
+    Args:
+        specs: name -> mixer.
+        dtype: of the caches; the checkpoint's own by default.
+
+    Returns:
+        the facts about the model with its own costs under `teacher`, and a row for each of `specs`, in their order:
+        its `name` with its costs, or with `refused`, why it does not fit the model.
+
+    Raises:
+        ModelError: as `inspect_model`, or the model is converted already.
+        RecipeError: none of `specs` fits.
+    """
+    subject = _read(source, dtype)
+    if subject.mixers is not None:
+        raise ModelError(f"{source.name}: is a converted model already; name its base model to compare recurrences")
+    rows: list[dict[str, Any]] = []
+    for name, spec in specs.items():
+        try:
+            config = LinearizedConfig(text_config=subject.config, mixers=mixers_for(spec, subject.layers))
+        except RecipeError as error:
+            rows.append({"name": name, "refused": str(error)})
+        else:
+            rows.append({"name": name, **subject.costs(subject.attentions(config))})
+    if rows and all("refused" in row for row in rows):
+        raise RecipeError(rows[0]["refused"])
+    teacher = [
+        {"tokens": n, "bytes": subject.teacher_bytes(n), "flops": subject.teacher_flops(n)} for n in FLOPS_LENGTHS
+    ]
+    return {**subject.head(), "teacher": teacher}, rows
+
+
+def every_recurrence(spec: MixerSpec) -> dict[str, MixerSpec]:
+    """`spec` with each recurrence that there is, and with none."""
+    return {name: spec.model_copy(update={"recurrence": name}) for name in ("none", *RECURRENCES)}
+
+
+def _read(source: Source, dtype: torch.dtype | None) -> _Subject:
     outer = load_config(source)
     converted = outer.model_type == "linearized"
     config = outer.text_config if converted else outer
@@ -38,61 +196,5 @@ def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None 
         family = family_of(config)
     except ValueError as error:
         raise ModelError(f"{source.name}: {error}") from error
-    layers = family.layers(config)
     held = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    asked = LinearizedConfig(text_config=config, mixers=outer.mixers if converted else mixers_for(spec, layers))
-    # What a layer would remember does not depend on its weights.
-    attentions = [
-        LinearizedAttention(torch.nn.Module(), family, layer, asked.mixer_of(index), index)
-        for index, layer in enumerate(layers)
-    ]
-    parts: dict[str, int] = {}
-    for attention in attentions:
-        for name, tensors in attention.memory(1, held, torch.device("meta")).parts.items():
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            parts[name] = parts.get(name, 0) + size
-
-    def per_token(layer: AttentionLayer, heads: int) -> int:
-        return heads * (layer.key_width + layer.value_width) * held.itemsize
-
-    def teacher_bytes(tokens: int) -> int:
-        seen = (min(tokens, layer.window or tokens) * per_token(layer, layer.key_value_heads) for layer in layers)
-        return sum(seen)
-
-    state = sum(parts.values())
-    growth = sum(per_token(attention.layer, len(attention.softmax_heads)) for attention in attentions)
-    first = layers[0]
-    return {
-        "model": source.reference,
-        "converted": converted,
-        "family": family.name,
-        "architecture": config.model_type,
-        "layers": len(layers),
-        "converted_layers": sum(asked.mixer_of(i).converts(layer) for i, layer in enumerate(layers)),
-        "own_window_layers": [
-            i for i, layer in enumerate(layers) if layer.window is not None and not asked.mixer_of(i).converts(layer)
-        ],
-        "softmax_layers": [i for i, a in enumerate(attentions) if a.mixer is None],
-        "softmax_heads": {i: a.softmax_heads for i, a in enumerate(attentions) if a.mixer and a.softmax_heads},
-        "query_heads": first.query_heads,
-        "key_value_heads": first.key_value_heads,
-        "key_width": first.key_width,
-        "value_width": first.value_width,
-        "vocabulary": config.vocab_size,
-        "trained_length": getattr(config, "max_position_embeddings", None),
-        "dtype": str(held).removeprefix("torch."),
-        "mixers": asked.mixers,
-        "state_bytes": state,
-        "state_parts": parts,
-        "growth_bytes_per_token": growth,
-        "teacher_bytes_per_token": teacher_bytes(1),
-        "lengths": [
-            {
-                "tokens": n,
-                "teacher_bytes": teacher_bytes(n),
-                "converted_bytes": state + n * growth,
-                "ratio": teacher_bytes(n) / (state + n * growth),
-            }
-            for n in LENGTHS
-        ],
-    }
+    return _Subject(source, config, outer.mixers if converted else None, family, family.layers(config), held)

@@ -32,6 +32,12 @@ class AttentionLayer:
     window: int | None = None
     rotary: bool = True
 
+    @property
+    def flops_per_key(self) -> int:
+        """Floating-point operations of softmax attention per token and key that it sees, all query heads together: a
+        multiply-add (2) for each channel of the key and of the value."""
+        return 2 * self.query_heads * (self.key_width + self.value_width)
+
 
 class Projections(NamedTuple):
     """What the pretrained weights make of T tokens, before any attention.

@@ -54,11 +54,16 @@ class Mixer(nn.Module):
         layer: the heads that it mixes.
         depth: where it stands in the model, 0 for the first layer and 1 for the last.
 
+    Attributes:
+        branches_off: which of `recurrence` and `window` (with its sinks) is silent, to see what the other does alone.
+            Not part of the configuration: a checkpoint has both.
+
     Raises:
         ValueError: options that do not go together.
     """
 
     mix_weight: nn.Parameter
+    branches_off: frozenset[str] = frozenset()
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
         super().__init__()
@@ -93,6 +98,15 @@ class Mixer(nn.Module):
         if config.window is not None:
             with torch.device("meta"):
                 Mixer(config, layer)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a decoding step once window and sinks are full; see `Recurrence.flops`."""
+        exact = self.layer.flops_per_key * (self.window + self.config.sinks)
+        if self.recurrence is None:
+            return exact
+        heads = self.layer.key_value_heads
+        return exact + heads * self.recurrence.flops(self.layer.query_heads // heads)
 
     def parts(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
         """An empty memory for `batch` rows: tensors whose size depends on the configuration alone."""
@@ -135,7 +149,11 @@ class Mixer(nn.Module):
             columns=columns,
             softcap=self.layer.softcap,
         )
-        return y if self.recurrence is None else self._recur(y, normaliser, new, lengths, evicted, memory)
+        if "window" in self.branches_off and (self.recurrence is None or "recurrence" in self.branches_off):
+            return torch.zeros_like(y)
+        if self.recurrence is None or "recurrence" in self.branches_off:
+            return y
+        return self._recur(y, normaliser, new, lengths, evicted, memory)
 
     def _slide(
         self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, query_index: Tensor
@@ -233,6 +251,8 @@ class Mixer(nn.Module):
         assert self.recurrence is not None  # noqa: S101 - for the type checker; the caller has looked
         state = memory.parts["state"] if memory else None
         tokens, first = y.shape[1], 0
+        if "window" in self.branches_off:
+            y = torch.zeros_like(y)  # all that is left where the state is empty
         writes: Tensor | None
         if self.config.covers == "evicted":
             if evicted is None:
@@ -246,7 +266,7 @@ class Mixer(nn.Module):
             empty = None
             writes = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
         q = new.q_rotated if self.config.rope else new.q
-        read, mass = self.recurrence(q[:, first:], k, v, source, writes, state)
+        read, mass = self.recurrence.in_segments(q[:, first:], k, v, source, writes, state)
         mixed = self._mix(y[:, first:], normaliser[:, first:], read, None if mass is None else mass[..., None])
         if empty is not None:
             # An empty state has no opinion: the window's output stays as it is.
@@ -254,6 +274,10 @@ class Mixer(nn.Module):
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
 
     def _mix(self, y: Tensor, normaliser: Tensor, read: Tensor, mass: Tensor | None) -> Tensor:
+        if "window" in self.branches_off:
+            if mass is None or not (self.config.normalize or self.config.mix == "softmax"):
+                return read
+            return torch.where(mass > 0, read / mass.clamp_min(_TINY), 0)
         if self.config.mix == "softmax" and mass is not None:
             # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
             # either sign keeps the denominator positive and the derivative at 0 alive.

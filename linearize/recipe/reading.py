@@ -1,8 +1,11 @@
-"""Read recipes from files, shipped names and `--set`, and say in one line what is wrong with them."""
+"""Read recipes from files, shipped names and `--set`, and say in one line what is wrong with them.
+
+A recipe may build on another: `base: NAME|FILE` takes everything from there but the description. Keys of a section are
+laid over it one by one; a list (`stages`) or a plain value replaces what was there.
+"""
 
 from __future__ import annotations
 
-import copy
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,6 @@ from linearize.resources import shipped_folder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from linearize.recipe.document import Document
     from linearize.recipe.document import Path as KeyPath
 
 LARGEST_FILE = 1_000_000
@@ -37,6 +39,14 @@ class ShippedRecipe:
     path: Path
 
 
+@dataclass
+class _Draft:
+    """A recipe before it is checked: its plain values with those of its base, and the `file:line` of every key."""
+
+    value: dict[Any, Any]
+    places: dict[KeyPath, str]
+
+
 @dataclass(frozen=True)
 class _Override:
     """One `--set`: where it writes, what, and how the user spelled it."""
@@ -49,22 +59,23 @@ class _Override:
 def shipped_recipes() -> list[ShippedRecipe]:
     """The recipes that come with the package, by name."""
     return [
-        ShippedRecipe(path.stem, parse_recipe(_read(path, path.name), path.name).description, path)
+        ShippedRecipe(path.stem, parse_recipe(_read(path, path.name), path.name, path=path).description, path)
         for path in sorted(shipped_folder("recipes").glob("*.yaml"))
     ]
 
 
-def recipe_path(name_or_path: str) -> Path:
-    """The file behind a shipped recipe's name or a path.
+def recipe_path(name_or_path: str, folder: Path | None = None) -> Path:
+    """The file behind a shipped recipe's name or a path, which is relative to `folder` (the working directory).
 
     A bare name means the shipped recipe; a name with a folder or a YAML suffix means a file.
     Raises `RecipeError` when there is neither.
     """
-    folder = shipped_folder("recipes")
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    beside = folder or Path()
+    shipped = shipped_folder("recipes")
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
     if name_or_path in names:
-        return folder / f"{name_or_path}.yaml"
-    path = Path(name_or_path)
+        return shipped / f"{name_or_path}.yaml"
+    path = beside / name_or_path
     shown = wording.one_line(name_or_path)
     try:
         if path.is_dir():
@@ -75,19 +86,45 @@ def recipe_path(name_or_path: str) -> Path:
         raise RecipeError(f"{shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     near = difflib.get_close_matches(path.stem if path.suffix in _SUFFIXES else name_or_path, names, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
-    what = f"{shown}: no such file" if len(path.parts) > 1 or path.suffix in _SUFFIXES else f"unknown recipe {shown!r}"
+    is_file = len(Path(name_or_path).parts) > 1 or path.suffix in _SUFFIXES
+    what = f"{shown}: no such file" if is_file else f"unknown recipe {shown!r}"
     raise RecipeError(f"{what}; {hint}run 'linearize recipes ls' to see the shipped recipes")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name, or a file, and lay `key=value` overrides over it; raises `RecipeError`."""
     path = recipe_path(name_or_path)
-    where = path.name if path.parent == shipped_folder("recipes") else name_or_path
-    return parse_recipe(_read(path, where), where, overrides)
+    where = _shown_path(path)
+    return parse_recipe(_read(path, where), where, overrides, path=path)
 
 
-def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Validate a recipe's text. `where` names it in errors; raises `RecipeError`, one line, with the line number."""
+def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: Path | None = None) -> Recipe:
+    """Validate a recipe's text with its base under it and `overrides` over it.
+
+    Args:
+        where: names the text in errors.
+        path: the file it came from; a base is looked for beside it, without one in the working directory.
+
+    Raises:
+        RecipeError: one line, with the file and line of the key.
+    """
+    draft = _draft(text, where, () if path is None else (path,))
+    parsed = [_parse_override(text) for text in overrides]
+    for override in parsed:
+        _apply(draft.value, override)
+    try:
+        return Recipe.model_validate(draft.value)
+    except ValidationError as error:
+        raise RecipeError(_first_error(error, draft, parsed)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe, every key written out, as YAML that `parse_recipe` reads back to an equal recipe."""
+    return write_document(recipe.model_dump())
+
+
+def _draft(text: str, where: str, chain: tuple[Path, ...]) -> _Draft:
+    """The values of a recipe's text over those of its base; `chain` is the files from the recipe asked for to here."""
     try:
         document = parse_document(text)
     except DocumentError as error:
@@ -95,19 +132,39 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
     if not isinstance(document.value, dict):
         got = "an empty document" if document.value is None else wording.shown(document.value)
         raise RecipeError(wording.one_line(f"{where}: expected a mapping of recipe keys, got {got}"))
-    value = copy.deepcopy(document.value)
-    parsed = [_parse_override(text) for text in overrides]
-    for override in parsed:
-        _apply(value, override)
+    own = _Draft(document.value, {key: _at(where, line) for key, line in document.lines.items()})
+    if "base" not in own.value:
+        return own
+    name, place = own.value.pop("base"), f"{own.places[('base',)]}: base"
+    if not isinstance(name, str) or not name:
+        raise RecipeError(wording.one_line(f"{place}: expected a recipe's name or file, got {wording.shown(name)}"))
     try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        raise RecipeError(_first_error(error, where, document, parsed)) from None
+        path = recipe_path(name, chain[-1].parent if chain else None)
+    except RecipeError as error:
+        raise RecipeError(wording.one_line(f"{place}: {error}")) from None
+    if path.resolve() in (earlier.resolve() for earlier in chain):
+        raise RecipeError(wording.one_line(f"{place}: {name} builds on this recipe in turn; name another base"))
+    below = _draft(_read(path, _shown_path(path)), _shown_path(path), (*chain, path))
+    below.value.pop("description", None)  # it would not be true of what builds on it
+    replaced: list[KeyPath] = []
+    _lay_over(below.value, own.value, (), replaced)
+    kept = {key: at for key, at in below.places.items() if not any(key[: len(new)] == new for new in replaced)}
+    return _Draft(below.value, kept | own.places)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe, every key written out, as YAML that `parse_recipe` reads back to an equal recipe."""
-    return write_document(recipe.model_dump())
+def _lay_over(base: dict[Any, Any], own: dict[Any, Any], parent: KeyPath, replaced: list[KeyPath]) -> None:
+    """Lays the keys of `own` over `base`, section by section; adds to `replaced` what nothing is left of."""
+    for key, value in own.items():
+        path: KeyPath = (*parent, key)
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and wording.section_at(path) is not None:
+            _lay_over(base[key], value, path, replaced)
+        else:
+            base[key] = value
+            replaced.append(path)
+
+
+def _shown_path(path: Path) -> str:
+    return path.name if path.parent == shipped_folder("recipes") else str(path)
 
 
 def _read(path: Path, where: str) -> str:
@@ -134,7 +191,7 @@ def _at(where: str, line: int | None) -> str:
     return where if line is None else f"{where}:{line}"
 
 
-def _first_error(error: ValidationError, where: str, document: Document, overrides: Sequence[_Override]) -> str:
+def _first_error(error: ValidationError, draft: _Draft, overrides: Sequence[_Override]) -> str:
     errors = error.errors(include_url=False)
     path = errors[0]["loc"]
     # The last --set that wrote this key, around it or inside it is to blame; else the line of the nearest key there is.
@@ -143,8 +200,8 @@ def _first_error(error: ValidationError, where: str, document: Document, overrid
         full = wording.dotted(path)
         place = f"--set {blamed[-1].text}" + (f": {full}" if len(path) > len(blamed[-1].path) else "")
     else:
-        line = next(document.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in document.lines)
-        place = f"{_at(where, line)}: {wording.dotted(path)}"
+        nearest = next(draft.places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in draft.places)
+        place = f"{nearest}: {wording.dotted(path)}"
     more = f" (+{len(errors) - 1} more)" if len(errors) > 1 else ""
     return wording.one_line(f"{place}: {wording.explain(errors[0])}{more}")
 
@@ -188,6 +245,8 @@ def _apply(recipe: dict[Any, Any], override: _Override) -> None:
 
 
 def _check_key(target: Any, part: str | int, override: _Override, parent: KeyPath) -> None:
+    if (*parent, part) == ("base",):
+        raise _override_error(override.text, "a base is not set on top of a recipe; name that recipe itself")
     section = wording.section_at(parent)
     if section is not None and part not in section.model_fields:
         raise _override_error(override.text, wording.unknown_key((*parent, part), full_path=True))

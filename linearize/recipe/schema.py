@@ -90,6 +90,8 @@ class KeepSpec(Section):
 
     layers: list[int] = []
     """Whole layers, counted from 0."""
+    every: int | None = Field(default=None, ge=2)
+    """N keeps every N-th layer whole: layers N - 1, 2N - 1 and so on, beside those that `layers` names."""
     heads: dict[int, list[int]] = {}
     """Layer -> key/value heads in it, each with the query heads that share it."""
 

@@ -69,6 +69,8 @@ def unknown_key(path: Path, full_path: bool = False) -> str:
     *parents, key = path
     section = section_at(tuple(parents))
     fields = list(section.model_fields) if section else []
+    if section is Recipe:
+        fields.insert(0, "base")  # taken out while reading, see `reading`
     # A key spelled right but put in the wrong section says more than one that merely looks alike.
     if elsewhere := [dotted(known) for known in _all_paths(Recipe, ()) if known[-1] == key]:
         return f"unknown key; did you mean {elsewhere[0]!r}?"

@@ -48,6 +48,9 @@ CONVERTED, KEPT, OWN = (64, "gla", []), (None, "none", []), (100, "none", [])
         ([FULL, FULL], [], [CONVERTED, CONVERTED]),
         ([FULL, FULL, FULL], ["mixer.keep.layers=[1]"], [CONVERTED, KEPT, CONVERTED]),
         ([FULL, FULL], ["mixer.keep.heads={1: [3, 0, 3]}"], [CONVERTED, (64, "gla", [0, 3])]),
+        ([FULL] * 7, ["mixer.keep.every=3"], [CONVERTED, CONVERTED, KEPT] * 2 + [CONVERTED]),
+        ([FULL] * 4, ["mixer.keep={every: 2, layers: [0, 1]}"], [KEPT, KEPT, CONVERTED, KEPT]),
+        ([FULL] * 2, ["mixer.keep.every=8"], [CONVERTED, CONVERTED]),
         ([SLIDING, FULL], [], [OWN, CONVERTED]),
         ([SLIDING, SLIDING], [], [CONVERTED, CONVERTED]),
         ([SLIDING, SLIDING], ["mixer.keep.layers=[0]"], [OWN, CONVERTED]),
@@ -67,6 +70,7 @@ def test_what_becomes_of_each_layer(layers, changes, expected):
         ([FULL], ["mixer.keep.layers=[0]"], "nothing is left"),
         ([FULL], ["mixer.keep.heads={0: [0, 1, 2, 3]}"], "nothing is left"),
         ([SLIDING, FULL], ["mixer.keep.layers=[1]"], "nothing is left"),
+        ([SLIDING, FULL], ["mixer.keep.every=2"], "nothing is left"),
         ([SLIDING], ["mixer.keep.heads={0: [0]}"], "keep the whole layer"),
     ],
 )

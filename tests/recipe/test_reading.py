@@ -48,6 +48,7 @@ def error_of(text: str, *overrides: str) -> str:
         ("mixer: {landmarks: 3}", "mixer.landmarks: landmarks are not available in this version; set 0"),
         ("mixer: {keep: {layers: [-1]}}", "mixer.keep.layers: expected layers and heads counted from 0, got -1"),
         ("mixer: {keep: {heads: {1: [-2]}}}", "mixer.keep.heads: expected layers and heads counted from 0, got -2"),
+        ("mixer: {keep: {every: 1}}", "x.yaml:1: mixer.keep.every: expected an integer >= 2 or null, got 1"),
         ("mixer: {keep: {layers: 3}}", "mixer.keep.layers: expected a list of integers, got 3"),
         ("mixer: {keep: {heads: [1]}}", "mixer.keep.heads: expected a mapping, got [1]"),
         ("stages:\n- data: {source: self}", "x.yaml:2: stages.0.objective: missing key; expected one of"),
@@ -195,8 +196,11 @@ def test_files_that_are_not_recipes(tmp_path: Path, content: bytes, message: str
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ligr-gla", "unknown recipe 'ligr-gla'; did you mean 'liger-gla'? run 'linearize recipes ls'"),
-        ("no/liger-gla.yml", "no/liger-gla.yml: no such file; did you mean 'liger-gla'?"),
+        (
+            "ligr-gla",
+            "unknown recipe 'ligr-gla'; did you mean 'liger-gla' or 'liger-gla-h'? run 'linearize recipes ls'",
+        ),
+        ("no/liger-gla.yml", "no/liger-gla.yml: no such file; did you mean 'liger-gla' or 'liger-gla-h'?"),
         ("zzz", "unknown recipe 'zzz'; run 'linearize recipes ls'"),
         (os.devnull, "not a regular file"),
         ("x" * 5000, "cannot be read"),

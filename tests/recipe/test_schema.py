@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from linearize.recipe import DataSpec, GateSpec, LoraSpec, MixerSpec, Recipe, Stage, load_recipe
+from linearize.recipe import DataSpec, GateSpec, KeepSpec, LoraSpec, MixerSpec, Recipe, Stage, load_recipe
 
 SELF = {"source": "self"}
 
@@ -40,6 +40,20 @@ def test_liger_gla_is_the_papers_configuration() -> None:
     assert (only.objective, only.length, only.epochs, only.lr, only.clip) == ("sft", 1024, 2, 1e-3, 1.0)
     assert only.batch_tokens == 8 * 1024
     assert (only.data.source, only.data.format) == ("yahma/alpaca-cleaned", "instruction")
+
+
+@pytest.mark.parametrize(
+    ("name", "mixer"),
+    [
+        ("liger-hgrn2", {"recurrence": "hgrn2", "gate": GateSpec(scale=1.0, bias=0.0, divisor=1.0, learned=False)}),
+        ("liger-gsa", {"recurrence": "gsa", "feature_map": "identity", "slots": 0}),
+        ("liger-gla-h", {"keep": KeepSpec(every=8)}),
+    ],
+)
+def test_the_papers_others_differ_from_liger_gla_in_the_mixer_alone(name: str, mixer: dict[str, object]) -> None:
+    paper, recipe = load_recipe("liger-gla"), load_recipe(name)
+    assert recipe.mixer == paper.mixer.model_copy(update=mixer)
+    assert recipe.model_copy(update={"mixer": paper.mixer, "description": paper.description}) == paper
 
 
 def test_text_that_the_teacher_writes_has_a_budget() -> None:

@@ -40,6 +40,8 @@ class Recurrence(nn.Module, ABC):
         gates: what has a gate of its own.
         gate_start: scale and bias of the gate where the recipe names none; they make it forget slowly.
         has_mass: whether its outputs are sums of values with weights that cannot be negative.
+        update_flops: floating-point operations that a step takes per entry of the state, reading aside; see `flops`.
+        mapped: what passes through the feature map: queries, keys, or both.
         form: pins a form of the kernels; None takes the one that suits the length.
     """
 
@@ -47,6 +49,8 @@ class Recurrence(nn.Module, ABC):
     gates: ClassVar[GateWidth] = "channel"
     gate_start: ClassVar[tuple[float, float]] = (0.1, 5.0)
     has_mass: ClassVar[bool] = True
+    update_flops: ClassVar[int] = 3
+    mapped: ClassVar[str] = "qk"
     gate_scale: nn.Parameter
     gate_bias: nn.Parameter
     gate_projection: nn.Parameter
@@ -128,10 +132,52 @@ class Recurrence(nn.Module, ABC):
             outputs and mass (None where it has no meaning), float32.
         """
 
+    def flops(self, group: int) -> int:
+        """Floating-point operations of one decoding step of one key/value head that `group` query heads share.
+
+        Per entry of the state's matrices (tensors `[B, K, rows, columns]`), a multiply-add counting 2:
+
+            3   gated: decay 1, write k_tᵀ v_t 2
+            2   without a gate: write 2
+            5   delta rule: decay 1, what the state answers 2, write k_tᵀ (v_t - answer) 2
+            7   delta rule that corrects along another vector than it writes: one write more
+            2   for each query head: read q_t S
+
+        and 2 per weight of a learned feature map or a random gate. What is done to vectors alone (gates, normalising,
+        bonuses) is left out: it is less by a factor of a head's width, except where the state is itself a vector.
+        """
+        matrices = (x for x in self.state(1, torch.device("meta")).values() if x.dim() == 4)
+        entries = sum(x.shape[2] * x.shape[3] for x in matrices)
+        projected = 0
+        if self.config.feature_map == "learned":
+            projected += self.mapped.count("q") * group + self.mapped.count("k")
+        if self.config.gate_source == "random" and self.gates != "none":
+            projected += 1
+        return entries * (self.update_flops + 2 * group) + 2 * projected * self.key_width**2
+
+    def in_segments(
+        self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward`, with a long text cut into segments where no gradient is wanted: what is computed on the way then
+        takes memory for one segment, and pieces that small are reused instead of asked for from the system anew."""
+        tokens = k.shape[1]
+        if tokens <= _SEGMENT or torch.is_grad_enabled():
+            result: tuple[Tensor, Tensor | None] = self(q, k, v, source, writes, state)
+            return result
+        state = self.state(k.shape[0], k.device) if state is None else state
+        reads, sums = [], []
+        for start in range(0, tokens, _SEGMENT):
+            own = slice(start, start + _SEGMENT)
+            written = None if writes is None else writes[:, own]
+            read, mass = self(q[:, own], k[:, own], v[:, own], source[:, own], written, state)
+            reads.append(read)
+            sums += [] if mass is None else [mass]
+        return torch.cat(reads, 1), torch.cat(sums, 1) if sums else None
+
     def gate_input(self, source: Tensor) -> Tensor:
         """scale * Pool(source) + bias, `[R, L, K, gate_width]`; Pool averages neighbouring channels (Liger's)."""
         if "gate_projection" in self._parameters:
-            source = torch.einsum("rlkd,kde->rlke", source, self.gate_projection)
+            source = torch.einsum("rlkd,kde->rlke", source, self.gate_projection.to(source.dtype))
         if self.gate_width == 1:
             source = source.mean(-1, keepdim=True)
         elif self.gate_width != source.shape[-1]:
@@ -145,7 +191,8 @@ class Recurrence(nn.Module, ABC):
         """log g = logsigmoid(x) / divisor, x the gate's input; with a lower bound γ, γ + (1 - γ) g takes its place."""
         log_gate = F.logsigmoid(self.gate_input(source)) / self.config.gate_divisor
         bound = self.config.lower_bound * self.depth
-        return torch.log(bound + (1 - bound) * log_gate.exp()) if bound else log_gate
+        # γ + (1 - γ) g = 1 + (1 - γ)(g - 1), which keeps what a gate near 1 lets go.
+        return torch.log1p((1 - bound) * torch.expm1(log_gate)) if bound else log_gate
 
     def features(self, x: Tensor) -> Tensor:
         """The feature map on queries `[R, L, H, D]` or keys `[R, L, K, D]`."""
@@ -154,7 +201,7 @@ class Recurrence(nn.Module, ABC):
         kind = self.config.feature_map
         if kind == "learned":
             heads = x.unflatten(2, (self.key_value_heads, -1))
-            x = torch.einsum("rlkgd,kde->rlkge", heads, self.feature_projection).flatten(2, 3)
+            x = torch.einsum("rlkgd,kde->rlkge", heads, self.feature_projection.to(x.dtype)).flatten(2, 3)
         if kind == "softmax":
             return x.softmax(-1)
         if kind in ("exp", "learned"):
@@ -197,3 +244,7 @@ def keep(into: Part | None, **final: Tensor) -> None:
     if into is not None:
         for name, value in final.items():
             into[name].copy_(value.detach())
+
+
+# Tokens. With the heads of a small model, every intermediate then stays below the 32 MB from which malloc stops reusing.
+_SEGMENT = 1024

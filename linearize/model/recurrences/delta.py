@@ -24,6 +24,7 @@ class Delta(Recurrence):
     """What they have in common: unit queries and keys, a state without a mass."""
 
     has_mass: ClassVar[bool] = False
+    update_flops: ClassVar[int] = 5
 
     def state(self, batch: int, device: torch.device) -> Part:
         shape = (batch, self.key_value_heads, self.feature_width, self.value_width)
@@ -86,12 +87,14 @@ class GatedDeltaNet(KimiDeltaAttention):
 class RWKV7(Delta):
     """S_t = diag(w_t) S_{t-1} - (a_t ⊙ k̂_t)ᵀ (k̂_t S_{t-1}) + k̃_tᵀ v_t ,  o_t = q̂_t S_t + (q̂_t · (ρ ⊙ k̃_t)) v_t
 
-    w = exp(-exp(-1/2) σ(x)) and a = σ(rate_scale * k + rate_bias) per channel; k̃ = k̂ ⊙ (1 + (a - 1) ⊙ replacement);
-    ρ is a learned bonus that starts at 0.
+    w = exp(-exp(-1/2) σ(x) / divisor) and a = σ(rate_scale * k + rate_bias) per channel;
+    k̃ = k̂ ⊙ (1 + (a - 1) ⊙ replacement), where the paper has the key as projected in the place of k̂; ρ is a learned
+    bonus that starts at 0.
     """
 
     paper: ClassVar[str] = "RWKV-7, arXiv 2503.14456"
     gate_start: ClassVar[tuple[float, float]] = (0.1, -5.0)
+    update_flops: ClassVar[int] = 7
     rate_scale: nn.Parameter
     rate_bias: nn.Parameter
     replacement: nn.Parameter

@@ -27,8 +27,10 @@ class Gated(Recurrence):
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
         super().__init__(config, layer, depth)
-        if config.normalize and self.has_mass and config.feature_map == "identity":
-            raise ValueError("normalize: true needs a feature map that is never negative, not identity")
+        divides = config.normalize or config.mix == "softmax"
+        if divides and self.has_mass and config.feature_map == "identity":
+            option = "normalize: true" if config.normalize else "mix: softmax"
+            raise ValueError(f"{option} needs a feature map that is never negative, not identity")
 
     def state(self, batch: int, device: torch.device) -> Part:
         # The last column holds the mass: it is the state of a value that is always 1.
@@ -66,6 +68,7 @@ class LinearAttention(Gated):
 
     paper: ClassVar[str] = "Linear attention, arXiv 2006.16236"
     gates: ClassVar[GateWidth] = "none"
+    update_flops: ClassVar[int] = 2
 
     def log_gate(self, source: Tensor) -> Tensor:
         return source.new_zeros(*source.shape[:-1], 1)
@@ -90,10 +93,11 @@ class GatedRetention(Gated):
 
 
 class HGRN2(Gated):
-    """g = γ + (1 - γ) σ(x) per channel, and 1 - g is written in the place of the key; γ is the recipe's lower bound in
-    the last layer, 0 in the first, and grows evenly in between. (Liger's released code has γ = 0 everywhere.)"""
+    """g = γ + (1 - γ) σ(x)^(1/divisor) per channel, and 1 - g is written in the place of the key; γ is the recipe's
+    lower bound in the last layer, 0 in the first, and grows evenly in between. (Liger's released code has γ = 0.)"""
 
     paper: ClassVar[str] = "HGRN2, arXiv 2404.07904"
+    mapped: ClassVar[str] = "q"
 
     def written(self, k: Tensor, log_gate: Tensor) -> Tensor:
         write = -torch.expm1(log_gate)
@@ -101,7 +105,7 @@ class HGRN2(Gated):
 
 
 class Mamba2(Gated):
-    """One gate per head: g = exp(-softplus(x))."""
+    """One gate per head: g = exp(-softplus(x) / divisor)."""
 
     paper: ClassVar[str] = "Mamba-2, arXiv 2405.21060"
     gates: ClassVar[GateWidth] = "head"
@@ -112,7 +116,7 @@ class Mamba2(Gated):
 
 
 class RWKV6(Gated):
-    """g = exp(-exp(x)) per channel; a token reads the state as it stood before it, and itself with a bonus u:
+    """g = exp(-exp(x) / divisor) per channel; a token reads the state as it stood before it, and itself with a bonus u:
 
     o_t = q_t (S_{t-1} + diag(u) k_tᵀ v_t)
     """
@@ -125,7 +129,8 @@ class RWKV6(Gated):
         return super().initial_values() | {"bonus": torch.ones(self.key_value_heads, self.feature_width, device="cpu")}
 
     def log_gate(self, source: Tensor) -> Tensor:
-        return -self.gate_input(source).exp() / self.config.gate_divisor
+        # exp(-exp(10)) is 0 in every dtype; exp of more would only leave float32's range.
+        return -self.gate_input(source).clamp_max(10).exp() / self.config.gate_divisor
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
@@ -184,17 +189,18 @@ class MLSTM(Gated):
             start = forgotten.new_zeros(forgotten[:, 0].shape) if start is None else start.double()
             highest = torch.cummax(torch.cat([start[:, None], write.double() - forgotten], 1), 1).values
             log_scale = highest + F.pad(forgotten, (0, 0, 0, 0, 1, 0))  # [R, 1 + L, K, 1]
-        before, after = log_scale[:, :-1].to(q.dtype), log_scale[:, 1:].to(q.dtype)
+            before, after = log_scale[:, :-1], log_scale[:, 1:]
+        # Differences of numbers that may be large: taken before they are rounded to float32.
         read, final = gla(
             self.features(q),
-            k * (write - after).exp(),
+            k * (write.double() - after).to(q.dtype).exp(),
             F.pad(v, (0, 1), value=1.0),
-            (log_gate + before - after).clamp_max(0),
+            (log_gate.double() + before - after).to(q.dtype),
             held(state),
             form=self.form,
         )
         keep(state, state=final, log_scale=log_scale[:, -1])
-        floor = (-after).exp().repeat_interleave(q.shape[2] // self.key_value_heads, 2)
+        floor = (-after).exp().to(q.dtype).repeat_interleave(q.shape[2] // self.key_value_heads, 2)
         return read[..., :-1] / torch.maximum(read[..., -1:].abs(), floor), None
 
 
@@ -203,6 +209,7 @@ class LightNet(Gated):
     exp(x_t - L_t) is written in the place of the key; L_t = log Σ_{s<=t} exp(x_s)."""
 
     paper: ClassVar[str] = "LightNet, arXiv 2405.21022"
+    mapped: ClassVar[str] = "q"
     gate_start: ClassVar[tuple[float, float]] = (1.0, 0.0)
 
     def state(self, batch: int, device: torch.device) -> Part:

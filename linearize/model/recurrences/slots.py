@@ -56,6 +56,7 @@ class Elementwise(Recurrence):
 
     gates: ClassVar[GateWidth] = "value"
     has_mass: ClassVar[bool] = False
+    mapped: ClassVar[str] = ""
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
         super().__init__(config, layer, depth)
@@ -116,9 +117,10 @@ class RGLRU(Elementwise):
         return -_SHARPNESS * F.softplus(self.decay) * reset / self.config.gate_divisor
 
     def admitted(self, v: Tensor, source: Tensor, log_gate: Tensor) -> Tensor:
-        # sqrt(1 - g²) has no finite slope where g is 1, which a weak gate rounds to.
+        # sqrt(1 - g²) has no finite slope where g is 1, which a weak gate rounds to: its last 1e-6 is a straight line.
         share = -torch.expm1(2 * log_gate)
-        return share.clamp_min(1e-12).sqrt() * (self.input_scale * source + self.input_bias).sigmoid() * v
+        root = torch.where(share < 1e-12, share * 1e6, share.clamp_min(1e-12).sqrt())
+        return root * (self.input_scale * source + self.input_bias).sigmoid() * v
 
 
 _SHARPNESS = 8.0

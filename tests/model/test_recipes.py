@@ -1,0 +1,54 @@
+"""Every shipped recipe converts a model, which then generates, and decodes as it prefills."""
+
+from __future__ import annotations
+
+import copy
+from typing import get_args
+
+import pytest
+import torch
+
+from linearize.conversion.convert import convert_model
+from linearize.model.recurrences import RECURRENCES
+from linearize.recipe import load_recipe, shipped_recipes
+from linearize.recipe.schema import RecurrenceName
+
+NAMES = [recipe.name for recipe in shipped_recipes()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_converts_generates_and_decodes_as_it_prefills(teacher, ids, name):
+    model = convert_model(copy.deepcopy(teacher), load_recipe(name).mixer).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter, value in model.named_parameters():
+        if parameter.endswith("mix_weight"):  # awake, as after training
+            value.copy_(0.3 + 0.2 * torch.randn(value.shape, generator=generator))
+    prompt, new = 96, 8
+    generated = model.generate(ids[:, :prompt], max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    whole = model(generated, use_cache=False).logits
+    assert bool(torch.isfinite(whole).all())
+    prefill = model(generated[:, :prompt], use_cache=True)
+    steps, cache = [prefill.logits], prefill.past_key_values
+    for t in range(prompt, prompt + new):
+        steps.append(model(generated[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_each_recurrence_has_a_name_in_recipes_and_a_recipe():
+    assert list(get_args(RecurrenceName)) == [*RECURRENCES, "none"]
+    assert {"default", *RECURRENCES} - {"gla"} <= set(NAMES)
+    assert all(load_recipe(name).mixer.recurrence == name for name in NAMES if name in RECURRENCES)
+
+
+def test_our_start_is_the_same_for_all():
+    """Recipes named after a recurrence differ from the default in the mixer's recurrence-specific keys alone."""
+    default = load_recipe("default")
+    specific = {"recurrence", "feature_map", "qk_norm", "slots", "negative_eigenvalues", "gate"}
+    for name in set(NAMES) & set(RECURRENCES):
+        recipe = load_recipe(name)
+        assert recipe.model_dump(exclude={"description", "mixer"}) == default.model_dump(
+            exclude={"description", "mixer"}
+        )
+        assert recipe.mixer.model_dump(exclude=specific) == default.mixer.model_dump(exclude=specific)
+        assert recipe.mixer.gate.learned
