@@ -48,12 +48,13 @@ def prepare(
 def running_sum(log_gate: Tensor, dim: int) -> Tensor:
     """Running sum of log-gates, in float64: decays are differences of these sums, and after a few strong gates
     float32 would have nothing left of the weak ones. (Apple's GPUs have no float64.)"""
-    return log_gate.cumsum(dim, dtype=torch.float32 if log_gate.device.type == "mps" else torch.float64)
+    # Converted first: `cumsum(dtype=...)` would run its backward pass, where large gradients cancel, in float32.
+    return log_gate.to(torch.float32 if log_gate.device.type == "mps" else torch.float64).cumsum(dim)
 
 
 def exp_like(exponent: Tensor, like: Tensor) -> Tensor:
     """exp in the dtype of `like`."""
-    return exponent.to(like.dtype).exp()
+    return exponent.exp().to(like.dtype)
 
 
 def to_chunks(x: Tensor, chunk: int) -> Tensor:

@@ -181,9 +181,10 @@ def test_gradients_do_not_depend_on_pads(teacher, ids):
 
 
 @torch.no_grad()
-def test_liger_equals_the_published_equations(teacher, ids):
+@pytest.mark.parametrize("kind", ["liger", "liger-hgrn2", "liger-gsa"])
+def test_liger_equals_the_published_equations(teacher, ids, kind):
     """The whole model again in plain torch, from the paper's released code: no function of ours is used."""
-    model = converted(teacher, **KINDS["liger"])
+    model = converted(teacher, **KINDS[kind])
     inner, config = teacher.model, teacher.config
     heads, width = config.num_attention_heads, inner.layers[0].self_attn.head_dim
     group = heads // config.num_key_value_heads
@@ -197,12 +198,22 @@ def test_liger_equals_the_published_equations(teacher, ids):
             project(normed).view(2, TOKENS, -1, width).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        # GSA pools all heads' keys to slots x heads channels, and has as many slots as a head is wide.
+        pooled = F.adaptive_avg_pool1d(k.transpose(1, 2).flatten(2), width * config.num_key_value_heads)
+        slots = pooled.unflatten(2, (-1, width)).transpose(1, 2).repeat_interleave(group, 1)
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        gate = torch.exp(F.logsigmoid(k) / 16)
-        state, outputs = torch.zeros(2, heads, width, width), []
+        log_gate = F.logsigmoid({"liger": k, "liger-hgrn2": k, "liger-gsa": slots}[kind])
+        gate = torch.exp(log_gate if kind == "liger-hgrn2" else log_gate / 16)
+        write = {"liger": k.softmax(-1), "liger-hgrn2": 1 - torch.sigmoid(k), "liger-gsa": 1 - gate}[kind]
+        state, slot_keys = torch.zeros(2, heads, width, width), torch.zeros(2, heads, width, width)
+        outputs = []
         for t in range(TOKENS):
-            state = gate[:, :, t, :, None] * state + k[:, :, t].softmax(-1)[..., None] * v[:, :, t, None, :]
-            outputs.append(torch.einsum("bhd,bhdv->bhv", q[:, :, t].softmax(-1), state))
+            read = q[:, :, t].softmax(-1)
+            if kind == "liger-gsa":
+                slot_keys = gate[:, :, t, :, None] * slot_keys + write[:, :, t, :, None] * k[:, :, t, None, :]
+                read = torch.einsum("bhd,bhmd->bhm", q[:, :, t], slot_keys).softmax(-1)
+            state = gate[:, :, t, :, None] * state + write[:, :, t, :, None] * v[:, :, t, None, :]
+            outputs.append(torch.einsum("bhd,bhdv->bhv", read, state))
         recurrent = torch.stack(outputs, 2)
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         scores = (q @ k.transpose(-1, -2) * width**-0.5).masked_fill(~seen, float("-inf"))

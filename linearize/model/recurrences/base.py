@@ -246,5 +246,5 @@ def keep(into: Part | None, **final: Tensor) -> None:
             into[name].copy_(value.detach())
 
 
-# Tokens. With the heads of a small model, every intermediate then stays below the 32 MB from which malloc stops reusing.
+# Tokens. In a small model every intermediate then stays below the 32 MB from which malloc stops reusing memory.
 _SEGMENT = 1024
