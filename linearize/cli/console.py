@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from linearize.evaluation.formatting import readable_bytes as readable_bytes
+
 stderr = Console(stderr=True, highlight=False)
 """For progress bars and tables that are not the command's data."""
 
@@ -40,13 +42,13 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def readable_bytes(count: float) -> str:
-    """`6105600` as `6.1 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
+def readable_count(count: float) -> str:
+    """`70778880` as `70.8 M`."""
+    for unit in ("", " k", " M", " G"):
         if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
         count /= 1000
-    return f"{count:.1f} TB"
+    return f"{count:.1f} T"
 
 
 def memory_words(constant: int, growth: int) -> str:

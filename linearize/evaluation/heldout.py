@@ -121,7 +121,7 @@ def score_rows(
         raise DataError(f"row {int((tokens == 0).nonzero()[0])} has no position to score: leave such rows out")
 
     parts = []
-    with _evaluating(model), _evaluating(teacher), torch.inference_mode():
+    with evaluating(model), evaluating(teacher), torch.inference_mode():
         for start in range(0, len(input_ids), batch_size):
             batch = slice(start, start + batch_size)
             positions = None if position_ids is None else position_ids[batch]
@@ -195,7 +195,7 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | No
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
     """Eval mode inside, the mode from before outside."""
     if model is None:
         yield

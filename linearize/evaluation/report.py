@@ -1,43 +1,43 @@
-"""The report of an evaluation: several systems side by side, as JSON and as a table for people."""
+"""The report of an evaluation: systems side by side, as data, as a table in a terminal, and as pages to keep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from linearize.errors import DataError
+from linearize.evaluation.comparison import TEACHER, compare_systems, comparison_data, percent_of_teacher
+from linearize.evaluation.formatting import heading, with_error
+from linearize.evaluation.page import write_pages
+from linearize.evaluation.results import FILE_NAME, HELDOUT, SystemScores
+from linearize.evaluation.telling import tell
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
+    from pathlib import Path
 
-    from linearize.evaluation.harness import TaskScore
-    from linearize.evaluation.heldout import RowScores
+    from linearize.evaluation.results import Results
 
-# The system that the others are measured by.
-TEACHER = "teacher"
-HELDOUT = "held-out"
-_SHARES = ("acc", "acc_norm", "agreement")
-# Metrics whose ratio to the teacher's says something. A divergence from the teacher is 0 for the teacher itself,
-# agreement is relative to it already, and losses are logarithms.
-_COMPARABLE = ("acc", "acc_norm", "word_perplexity", "perplexity")
+__all__ = ["HELDOUT", "TEACHER", "SystemScores", "report_data", "report_table", "write_report"]
 
 
-@dataclass(frozen=True)
-class SystemScores:
-    """What was measured of one system: benchmark tasks, held-out rows, or both."""
+def write_report(results: Results, folder: Path) -> None:
+    """Writes `results.json`, `report.md`, `report.html` (one page with everything in it), and each plot as `.svg`.
 
-    tasks: Sequence[TaskScore] = ()
-    rows: RowScores | None = None
+    Files of an earlier report in the folder are replaced.
 
-
-@dataclass(frozen=True)
-class _Value:
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    higher_is_better: bool
+    Raises:
+        DataError: a number that is not finite, or systems whose lists do not belong together.
+    """
+    document = results.to_json()
+    tables = compare_systems(results)
+    document["comparisons"] = comparison_data(tables)
+    page = tell(results, tables)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE_NAME).write_text(_dump(document) + "\n", encoding="utf-8")
+    write_pages(page, folder)
 
 
 def report_data(systems: Mapping[str, SystemScores]) -> dict[str, Any]:
@@ -55,20 +55,25 @@ def report_data(systems: Mapping[str, SystemScores]) -> dict[str, Any]:
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, scores in systems.items():
-        for value in _values(scores):
+        for score in scores.all_tasks():
             row = rows.setdefault(
-                (value.task, value.metric),
+                (score.task, score.metric),
                 {
-                    "task": value.task,
-                    "metric": value.metric,
-                    "higher_is_better": value.higher_is_better,
+                    "task": score.task,
+                    "metric": score.metric,
+                    "higher_is_better": score.higher_is_better,
                     "values": {},
                 },
             )
-            row["values"][name] = {"value": value.value, "stderr": value.stderr, "n": value.n}
+            row["values"][name] = {"value": score.value, "stderr": score.stderr, "n": score.n}
     for row in rows.values():
+        teacher = row["values"].get(TEACHER)
         for cell in row["values"].values():
-            cell["percent_of_teacher"] = _percent(row, cell["value"])
+            cell["percent_of_teacher"] = (
+                percent_of_teacher(row["metric"], row["higher_is_better"], cell["value"], teacher["value"])
+                if teacher is not None
+                else None
+            )
     return {"systems": list(systems), "metrics": list(rows.values())}
 
 
@@ -84,46 +89,36 @@ def report_table(systems: Mapping[str, SystemScores], title: str | None = None) 
     for name in data["systems"]:
         table.add_column(name, justify="right")
     for row in data["metrics"]:
-        arrow = "↑" if row["higher_is_better"] else "↓"
-        unit = " %" if row["metric"] in _SHARES else ""
         cells = (_cell(name, row) for name in data["systems"])
-        table.add_row(f"{row['task']} {row['metric'].replace('_', ' ')}{unit} {arrow}", *cells)
+        table.add_row(heading(row["task"], row["metric"], row["higher_is_better"]), *cells)
     return table
-
-
-def _values(scores: SystemScores) -> list[_Value]:
-    values = [_Value(s.task, s.metric, s.value, s.stderr, s.n, s.higher_is_better) for s in scores.tasks]
-    rows = scores.rows
-    if rows is None:
-        return values
-    n = len(rows.loss)
-    loss = rows.mean_loss
-    values.append(_Value(HELDOUT, "loss", loss.mean, loss.stderr, n, False))
-    # Its error is not given: the loss above it has one, of which this is the exponential.
-    values.append(_Value(HELDOUT, "perplexity", rows.perplexity, None, n, False))
-    for metric, estimate, higher in (("kl", rows.mean_kl, False), ("agreement", rows.mean_agreement, True)):
-        if estimate is not None:
-            values.append(_Value(HELDOUT, metric, estimate.mean, estimate.stderr, n, higher))
-    return values
-
-
-def _percent(row: Mapping[str, Any], value: float) -> float | None:
-    teacher = row["values"].get(TEACHER)
-    if teacher is None or row["metric"] not in _COMPARABLE:
-        return None
-    above, below = (value, teacher["value"]) if row["higher_is_better"] else (teacher["value"], value)
-    return 100.0 * above / below if below else None
 
 
 def _cell(name: str, row: Mapping[str, Any]) -> str:
     cell = row["values"].get(name)
     if cell is None:
         return "-"
-    # Shares in percent with one decimal, as papers print them; losses with enough digits to tell small ones.
-    scale, digits = (100.0, 1) if row["metric"] in _SHARES else (1.0, 2 if "perplexity" in row["metric"] else 4)
-    text = f"{scale * cell['value']:.{digits}f}"
-    if cell["stderr"] is not None:
-        text += f" ± {scale * cell['stderr']:.{digits}f}"
+    text = with_error(cell["value"], cell["stderr"], row["metric"])
     if name != TEACHER and cell["percent_of_teacher"] is not None:
         text += f"\n{cell['percent_of_teacher']:.1f} % of teacher"
     return text
+
+
+def _dump(value: Any, indent: str = "") -> str:
+    """JSON with an entry to a line, down to lists of items, which take one line each.
+
+    Raises:
+        DataError: a number that is not finite.
+    """
+    inner = indent + " "
+    if isinstance(value, dict) and any(isinstance(entry, (dict, list)) for entry in value.values()):
+        entries = (
+            f"{inner}{json.dumps(key, ensure_ascii=False)}: {_dump(entry, inner)}" for key, entry in value.items()
+        )
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(entry, dict) and "task" in entry for entry in value):
+        return "[\n" + ",\n".join(inner + _dump(entry, inner) for entry in value) + f"\n{indent}]"
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise DataError("the results have a tag that is not finite: nothing is written") from None

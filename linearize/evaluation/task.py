@@ -43,6 +43,8 @@ class TaskScore:
         tags: per item what it is, e.g. `{"length": 1024, "depth": 0.5}`; empty where items are all alike.
         curves: per item its curve; empty where there are none.
         axis: what a curve runs along, one number per point.
+        total: how many items the task has; None where it is not known.
+        seed: of the random subset that was scored; None where it was all of them. The tag `item` says which.
     """
 
     task: str
@@ -55,6 +57,8 @@ class TaskScore:
     tags: list[dict[str, Any]] = field(default_factory=list, repr=False)
     curves: list[tuple[float, ...]] = field(default_factory=list, repr=False)
     axis: list[float] = field(default_factory=list, repr=False)
+    total: int | None = None
+    seed: int | None = None
 
     @property
     def n(self) -> int:

@@ -62,6 +62,45 @@ def test_inspect_tells_the_same_to_people_and_programs(outcome, tiny_folder):
     assert line["converted_bytes"] == facts["state_bytes"]
 
 
+def test_inspect_compares_all_recurrences(outcome, tiny_folder):
+    status, text, _ = outcome("inspect", tiny_folder, "--recurrence", "all")
+    assert status == 0 and "gated_deltanet" in text and "131,072 tokens" in text
+    facts = json.loads(outcome("inspect", tiny_folder, "--recurrence", "all", "--json")[1])
+    rows = {row["name"]: row for row in facts["recurrences"]}
+    assert list(rows)[:2] == ["none", "gla"] and len(rows) == 17
+    for name in ("none", "kda", "rg_lru"):
+        one = json.loads(outcome("inspect", tiny_folder, "--recurrence", name, "--json")[1])
+        assert one["mixers"][0]["recurrence"] == name
+        assert rows[name] == {key: one[key] for key in rows[name] if key != "name"} | {"name": name}
+        assert [line["teacher_flops"] for line in one["lengths"]][:3] == [line["flops"] for line in facts["teacher"]]
+    queries, width, layers = facts["query_heads"], facts["key_width"] + facts["value_width"], facts["layers"]
+    assert facts["teacher"][1]["flops"] == 2 * layers * queries * width * 8_192
+    assert rows["none"]["flops"] == 2 * layers * queries * width * (64 + 4) < rows["gla"]["flops"]
+    assert rows["none"]["state_parts"].get("state", 0) == 0
+
+
+def test_inspect_tells_what_does_not_fit_and_what_grows(outcome, tiny_folder):
+    changes = ("--set", "mixer.mix=softmax", "--set", "mixer.keep.every=2", "--recurrence", "all")
+    status, text, _ = outcome("inspect", tiny_folder, *changes)
+    assert status == 0 and "kda does not fit: mixer: mix: softmax needs a recurrence with a normaliser" in text
+    assert "keeps     softmax, which adds " in text and "FLOPs per token of context to each row" in text
+    rows = json.loads(outcome("inspect", tiny_folder, *changes, "--json")[1])["recurrences"]
+    refused = {row["name"] for row in rows if "refused" in row}
+    assert refused == {"mlstm", "rwkv7", "gated_deltanet", "kda", "gateloop", "rg_lru", "mingru"}
+    kept = next(row for row in rows if row["name"] == "gla")
+    assert kept["growth_flops_per_token"] > 0 and kept["growth_bytes_per_token"] > 0
+
+
+def test_recipes_are_listed_with_what_they_cost_a_model(outcome, tiny_folder):
+    status, text, _ = outcome("recipes", "ls", "--model", tiny_folder)
+    assert status == 0
+    line = next(line for line in text.splitlines() if line.startswith("kda "))
+    assert " kB  " in line and " k FLOPs  KDA: " in line
+    rows = {row["name"]: row for row in json.loads(outcome("recipes", "ls", "--model", tiny_folder, "--json")[1])}
+    facts = json.loads(outcome("inspect", tiny_folder, "-r", "liger-gsa", "--json")[1])
+    assert rows["liger-gsa"]["state_parts"] == facts["state_parts"] and rows["liger-gsa"]["flops"] == facts["flops"]
+
+
 def test_inspect_of_a_converted_model_shows_its_own_mixer(outcome, converted):
     _, text, _ = outcome("inspect", converted, "--json")
     facts = json.loads(text)
@@ -189,6 +228,9 @@ def config(folder: Path, **values: object) -> Path:
         (lambda t, _: ["convert", write(t / "a.gguf", b"nothing"), "-o", t / "out"], "not a GGUF file"),
         (lambda t, m: ["convert", m, "-o", t / "out", "--set", "mixer.keep.layers=[9]"], "there is no layer 9"),
         (lambda t, m: ["inspect", m, "--set", "mixer.keep.heads={0: [9]}"], "there is no key/value head 9"),
+        (lambda t, m: ["inspect", m, "--recurrence", "all", "--set", "mixer.keep.layers=[9]"], "there is no layer 9"),
+        (lambda t, m: ["inspect", m, "--recurrence", "kdaa"], "did you mean 'kda'"),
+        (lambda t, _: ["recipes", "ls", "--model", t / "nowhere"], "no such folder or file"),
         (lambda t, m: ["convert", m, "-o", t / "out", "--set", "mixer.keep.layers=[0, 1]"], "nothing is left"),
         (lambda t, _: ["convert", config(t / "m", model_type="t5"), "-o", t / "out"], "encoder-decoder"),
         (lambda t, _: ["convert", config(t / "m", model_type="mamba"), "-o", t / "out"], "has linear layers already"),

@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.errors import DataError, ModelError
-from linearize.evaluation.harness import TaskScore, run_tasks
+from linearize.errors import ModelError
+from linearize.evaluation.harness import lm_eval_tasks
+from linearize.evaluation.runner import run
+from linearize.evaluation.task import TaskScore
 from linearize.evaluation.tasks import available_tasks, task_definitions
 
 from . import data_folder, tiny_model_folder
@@ -39,56 +41,62 @@ def wikitext_pages(folder: Path) -> Path:
     return path
 
 
-def stock_results(model: Any, names: list[str], limit: int, folder: Path) -> dict[str, Any]:
-    """What lm-eval's stock tasks give on a model, with only their data set pointed at a local file."""
+def stock_results(model: Any, name: str, indices: list[int], folder: Path) -> dict[str, Any]:
+    """What lm-eval's stock task gives on a model, with only its data set pointed at a local file."""
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    tasks = {}
-    for name in names:
-        config = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
-        split = config.get("test_split") or config["validation_split"]
-        file = wikitext_pages(folder) if name == "wikitext2" else data_folder() / task_definitions()[name].local.path
-        for key in ("tag", "dataset_name", "training_split"):
-            config.pop(key, None)
-        if config.get("test_split"):
-            config.pop("validation_split", None)
-        if name == "hellaswag":  # its file holds processed documents, under the name that lm-eval gives the answer
-            config.pop("process_docs")
-            config["doc_to_target"] = "{{gold}}"
-        config["dataset_path"] = "json"
-        config["dataset_kwargs"] = {"data_files": {split: str(file)}, "cache_dir": str(folder / "cache")}
-        config["num_fewshot"] = 0
-        tasks[name] = ConfigurableTask(config=config)
-        tasks[name].set_fewshot_seed(1234)
-    results: dict[str, Any] = evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=0)
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
+    split = config.get("test_split") or config["validation_split"]
+    file = wikitext_pages(folder) if name == "wikitext2" else data_folder() / task_definitions()[name].local.path
+    for key in ("tag", "dataset_name", "training_split"):
+        config.pop(key, None)
+    if config.get("test_split"):
+        config.pop("validation_split", None)
+    if name == "hellaswag":  # its file holds processed documents, under the name that lm-eval gives the answer
+        config.pop("process_docs")
+        config["doc_to_target"] = "{{gold}}"
+    config["dataset_path"] = "json"
+    config["dataset_kwargs"] = {"data_files": {split: str(file)}, "cache_dir": str(folder / "cache")}
+    config["num_fewshot"] = 0
+    task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(1234)
+    results: dict[str, Any] = evaluate(lm=model, task_dict={name: task}, samples={name: indices}, bootstrap_iters=0)
     return results
 
 
-def assert_equal_to_stock(scores: list[TaskScore], stock: dict[str, Any]) -> None:
-    assert {score.task for score in scores} == set(stock["results"])
-    for score in scores:
-        assert score.samples is not None
-        samples = stock["samples"][score.task]
-        for ours, theirs in zip(score.samples, samples, strict=True):
-            # The very prompts and continuations, and the model's log-likelihoods of them.
-            assert ours["arguments"] == theirs["arguments"], score.task
-            assert ours["filtered_resps"] == theirs["filtered_resps"], score.task
-        items = [sample[score.metric] for sample in samples]
-        assert score.items == [item[0] if isinstance(item, tuple) else item for item in items], score.task
-        assert score.value == pytest.approx(stock["results"][score.task][f"{score.metric},none"], rel=1e-9), score.task
+def assert_equal_to_stock(
+    reference: Any, model: Any, tokenizer: Any, names: list[str], indices: list[int], folder: Path
+) -> None:
+    for plain, shared in zip(
+        lm_eval_tasks(names, data_folder(), plain=True), lm_eval_tasks(names, data_folder()), strict=True
+    ):
+        stock = stock_results(reference, plain.name, indices, folder)
+        samples = stock["samples"][plain.name]
+        items = [sample[plain.metric] for sample in samples]
+        with torch.inference_mode():
+            for ours, theirs in zip(plain.answers(model, tokenizer, indices, 8), samples, strict=True):
+                # The very prompts and continuations, and the model's log-likelihoods of them.
+                assert ours.arguments == theirs["arguments"], plain.name
+                assert ours.responses == theirs["filtered_resps"], plain.name
+            for task in (plain, shared):
+                values = [item.value for item in task.score(model, tokenizer, indices, 8)]
+                assert values == [item[0] if isinstance(item, tuple) else item for item in items], task.name
+        value, _ = plain.summary(values, [plain.tags(index) for index in indices])
+        assert value == pytest.approx(stock["results"][plain.name][f"{plain.metric},none"], rel=1e-9), plain.name
 
 
 def test_items_equal_those_of_lm_eval(tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    names = ["piqa", "winogrande", "arc_challenge"]
     model, tokenizer = load(tiny_model_folder())
-    scores = run_tasks(model, tokenizer, names, data=data_folder(), limit=25, log_samples=True)
     reference = HFLM(pretrained=str(tiny_model_folder()), device="cpu", batch_size=8)
-    assert_equal_to_stock(scores, stock_results(reference, names, 25, tmp_path))
+    indices = [*range(20), 111, 500, 1001]
+    assert_equal_to_stock(
+        reference, model.eval(), tokenizer, ["piqa", "winogrande", "arc_challenge"], indices, tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -98,10 +106,16 @@ def test_items_equal_those_of_lm_eval_on_every_task(smollm2_path: Path, tmp_path
     model, tokenizer = load(smollm2_path)
     # The same float32 sums as ours: with bfloat16 weights lm-eval's own would be rounded.
     reference = HFLM(pretrained=str(smollm2_path), device="cpu", batch_size=8, softmax_dtype="float32")
+    core = sorted(available_tasks("core").keys() - {"wikitext2"})
     # A page of WikiText is as long as a hundred questions.
-    for names, limit in ((sorted(available_tasks().keys() - {"wikitext2"}), 200), (["wikitext2"], 5)):
-        scores = run_tasks(model, tokenizer, names, data=data_folder(), limit=limit, log_samples=True)
-        assert_equal_to_stock(scores, stock_results(reference, names, limit, tmp_path))
+    for names, count in ((core, 200), (["wikitext2"], 5)):
+        assert_equal_to_stock(reference, model.eval(), tokenizer, names, list(range(count)), tmp_path)
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str], limit: int, **options: Any
+) -> list[TaskScore]:
+    return run({"it": lambda: model}, lm_eval_tasks(names, data_folder(), **options), tokenizer, limit=limit)["it"]
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +125,18 @@ def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def test_scores_describe_themselves(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     names = ["hellaswag", "lambada", "wikitext2"]
-    hellaswag, lambada, wikitext2 = run_tasks(*tiny, names, data=data_folder(), limit=4, log_samples=True)
-    assert (hellaswag.metric, hellaswag.higher_is_better) == ("acc_norm", True)
+    hellaswag, lambada, wikitext2 = run_tasks(*tiny, names, limit=4)
+    assert (hellaswag.metric, hellaswag.higher_is_better, hellaswag.suite) == ("acc_norm", True, "core")
     assert (lambada.metric, lambada.n) == ("acc", 4)
     assert (wikitext2.metric, wikitext2.higher_is_better) == ("word_perplexity", False)
     mean = sum(hellaswag.items) / 4
     deviation = math.sqrt(sum((item - mean) ** 2 for item in hellaswag.items) / 3)
     assert hellaswag.value == mean
     assert hellaswag.stderr == pytest.approx(deviation / 2)
-    assert wikitext2.samples is not None
-    words = sum(len(re.split(r"\s+", sample["doc"]["page"])) for sample in wikitext2.samples)
+    (task,) = lm_eval_tasks(["wikitext2"], data_folder())
+    pages = [task._place(tag["item"])[2]["page"] for tag in wikitext2.tags]
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    assert words == sum(tag["weight"] for tag in wikitext2.tags)
     assert wikitext2.value == pytest.approx(math.exp(-sum(wikitext2.items) / words))
 
 
@@ -148,19 +164,19 @@ def test_leaves_everything_as_it_was(
     model, tokenizer = tiny
     model.train()
     before = (tokenizer.pad_token, random.getstate(), torch.get_rng_state(), logging.getLogger("lm_eval").level)
-    (score,) = run_tasks(model, tokenizer, ["arc_easy"], data=data_folder(), limit=1)
+    (score,) = run_tasks(model, tokenizer, ["arc_easy"], limit=1)
     assert model.training
     assert tokenizer.pad_token == before[0]
     assert random.getstate() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert logging.getLogger("lm_eval").level == before[3]
-    assert (score.n, score.stderr, score.samples) == (1, None, None)
+    assert (score.n, score.stderr, score.total, score.seed) == (1, None, 2376, 0)
     assert capfd.readouterr() == ("", "")
 
 
 def test_shorter_context_costs_perplexity(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
-    (short,) = run_tasks(*tiny, ["wikitext2"], data=data_folder(), limit=1, max_length=8)
-    (long,) = run_tasks(*tiny, ["wikitext2"], data=data_folder(), limit=1)
+    (short,) = run_tasks(*tiny, ["wikitext2"], limit=1, max_length=8)
+    (long,) = run_tasks(*tiny, ["wikitext2"], limit=1)
     assert short.value != long.value
 
 
@@ -168,10 +184,26 @@ def test_a_model_that_gives_nan() -> None:
     model, tokenizer = load(tiny_model_folder())
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="item 1 of piqa are not finite"):
-        run_tasks(model, tokenizer, ["piqa"], data=data_folder(), limit=2)
+    (task,) = lm_eval_tasks(["piqa"], data_folder())
+    for indices, told in (([0], "item 1 of piqa"), ([7], "item 8 of piqa")):
+        with pytest.raises(ModelError, match=f"{told} are not finite"):
+            task.score(model, tokenizer, indices, 2)
 
 
-def test_limit_below_one(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
-    with pytest.raises(DataError, match="limit is 0"):
-        run_tasks(*tiny, ["piqa"], data=data_folder(), limit=0)
+def test_a_digest_tells_tasks_apart() -> None:
+    def digest(name: str, **options: Any) -> str:
+        return lm_eval_tasks([name], data_folder(), **options)[0].digest
+
+    assert digest("piqa") == digest("piqa") == digest("piqa", plain=True)
+    assert len({digest("piqa"), digest("arc_easy"), digest("piqa", max_length=64)}) == 3
+
+
+def test_a_digest_is_of_the_documents(tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    digests = set()
+    for answer in (0, 1):
+        (tmp_path / "piqa" / "piqa.validation.jsonl").write_text(
+            f'{{"goal": "boil an egg", "sol1": "in water", "sol2": "in sand", "label": {answer}}}\n', encoding="utf-8"
+        )
+        digests.add(lm_eval_tasks(["piqa"], tmp_path)[0].digest)
+    assert len(digests) == 2

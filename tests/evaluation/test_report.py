@@ -9,17 +9,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from linearize.evaluation.harness import TaskScore
 from linearize.evaluation.heldout import RowScores
 from linearize.evaluation.report import SystemScores, report_data, report_table
+from linearize.evaluation.task import TaskScore
 
 
 def _accuracy(value: float) -> TaskScore:
-    return TaskScore("arc_easy", "acc", value, 0.01, 100, True, [])
+    return TaskScore("arc_easy", "acc", value, 0.01, True, [0.0] * 100)
 
 
 def _perplexity(value: float) -> TaskScore:
-    return TaskScore("wikitext2", "word_perplexity", value, 0.2, 62, False, [])
+    return TaskScore("wikitext2", "word_perplexity", value, 0.2, False, [0.0] * 62)
 
 
 def _rows(loss: float, kl: float | None) -> RowScores:

@@ -46,7 +46,8 @@ ITEMS = {
 
 
 def test_every_task_has_a_line_of_description() -> None:
-    assert set(available_tasks()) == set(STOCK)
+    assert set(available_tasks("core")) == set(STOCK)
+    assert set(available_tasks()) == {*STOCK, "mmlu"}
     assert all(about and "\n" not in about for about in available_tasks().values())
 
 
@@ -84,20 +85,20 @@ def test_definition_is_that_of_lm_eval(name: str) -> None:
 
 def test_all_local_files_are_read_whole() -> None:
     built = build_tasks(list(ITEMS), data_folder())
-    assert {name: len(task.eval_docs) for name, task in built.items()} == ITEMS
+    assert {name: len(groups[""].eval_docs) for name, groups in built.items()} == ITEMS
 
 
 def test_wikitext_aggregations_are_the_defaults() -> None:
     from lm_eval.api.registry import get_metric_aggregation, is_higher_better
 
-    task = build_tasks(["wikitext2"], data_folder())["wikitext2"]
+    task = build_tasks(["wikitext2"], data_folder())["wikitext2"][""]
     for metric, aggregation in task.aggregation().items():
         assert aggregation is get_metric_aggregation(metric)
         assert task.higher_is_better()[metric] == is_higher_better(metric)
 
 
 def test_wikitext_pages_lose_no_text() -> None:
-    task = build_tasks(["wikitext2"], data_folder())["wikitext2"]
+    task = build_tasks(["wikitext2"], data_folder())["wikitext2"][""]
     pages = task.eval_docs["page"]
     whole = (data_folder() / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
     # Only the blank line before the first title is dropped.
@@ -179,7 +180,7 @@ def test_hub_documents_go_through_process_docs(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_list([{**record, "label": "1"}])
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
-    task = build_tasks(["hellaswag"], None)["hellaswag"]
+    task = build_tasks(["hellaswag"], None)["hellaswag"][""]
     document = task.eval_docs[0]
     assert asked == [("Rowan/hellaswag", None, "validation")]
     assert task.doc_to_text(document) == "Roof: A man sits. He"
@@ -196,4 +197,48 @@ def test_local_data_touches_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(datasets, "load_dataset", forbidden)
     monkeypatch.setattr("socket.socket.connect", forbidden)
     shutil.copytree(data_folder() / "arc", tmp_path / "arc")
-    assert len(build_tasks(["arc_easy"], tmp_path)["arc_easy"].eval_docs) == ITEMS["arc_easy"]
+    assert len(build_tasks(["arc_easy"], tmp_path)["arc_easy"][""].eval_docs) == ITEMS["arc_easy"]
+
+
+def test_mmlu_is_that_of_lm_eval() -> None:
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    files = sorted(path for path in folder.glob("mmlu_*.yaml"))
+    built, definition = build_tasks(["mmlu"], data_folder())["mmlu"], task_definitions()["mmlu"]
+    assert len(files) == len(built) == 57
+    assert sum(len(task.eval_docs) for task in built.values()) == 14042
+    for number, path in enumerate(files):
+        stock = load_yaml(path)
+        subject = stock["dataset_name"]
+        task = built[subject]
+        for key in (stock.keys() | definition.config.keys()) - BESIDE_THE_SCORE:
+            if key not in ("description", "num_fewshot", "dataset_name", "task_alias"):
+                assert definition.config.get(key) == stock.get(key), key
+        if number % 10:
+            continue
+        splits = {"test": task.eval_docs, "dev": datasets.Dataset.from_list(list(task.fewshot_docs()))}
+        config = {key: value for key, value in stock.items() if key not in ("tag", "task_alias")}
+        theirs = ConfigurableTask(config={**config, "custom_dataset": lambda splits=splits, **_: splits})
+        for document in task.eval_docs.select(range(3)):
+            # Papers, and lm-eval's group of the 57, give five examples.
+            prompt = theirs.fewshot_context(document, num_fewshot=5)
+            assert task.fewshot_context(document, num_fewshot=task.config.num_fewshot) == prompt
+            asked, expected = (one.construct_requests(document, prompt) for one in (task, theirs))
+            assert [request.args for request in asked] == [request.args for request in expected]
+            assert task.doc_to_target(document) == theirs.doc_to_target(document)
+
+
+def test_mmlu_without_a_subject_in_one_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "mmlu").mkdir()
+    line = '{"subject": "SUBJECT", "question": "?", "choices": ["a", "b", "c", "d"], "answer": 1}\n'
+    (tmp_path / "mmlu" / "mmlu.test.jsonl").write_text(line.replace("SUBJECT", "anatomy"))
+    (tmp_path / "mmlu" / "mmlu.dev.jsonl").write_text(line.replace("SUBJECT", "virology"))
+    with pytest.raises(DataError, match="subject anatomy has no documents in the dev split"):
+        build_tasks(["mmlu"], tmp_path)
+    (tmp_path / "mmlu" / "mmlu.dev.jsonl").unlink()
+    with pytest.raises(DataError, match=r"mmlu needs mmlu/mmlu\.dev\.jsonl"):
+        build_tasks(["mmlu"], tmp_path)
