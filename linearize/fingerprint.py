@@ -1,4 +1,5 @@
-"""What tells one converted model from another: a memory means nothing to any model but the one that wrote it."""
+"""What tells one model from another: a memory means nothing to any model but the one that wrote it, and results of an
+evaluation are kept under the model that they are of."""
 
 from __future__ import annotations
 
@@ -13,16 +14,16 @@ from linearize.errors import StateError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from linearize.model import LinearizedForCausalLM
+    from transformers import PreTrainedModel
 
 _SAMPLES = 256
 # Settings of generation and training, on top of what any configuration has: none of them changes a memory.
 _NEUTRAL = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range"}
 
 
-def fingerprint(model: LinearizedForCausalLM) -> dict[str, str]:
-    """`configuration` and `weights`, SHA-256 in hexadecimal, and `dtype`, of a model with the adapters active on it.
+def fingerprint(model: PreTrainedModel) -> dict[str, str]:
+    """`configuration` and `weights`, SHA-256 in hexadecimal, and `dtype`, of a causal LM, converted or not, with the
+    adapters active on it.
 
     Weights count with their names, shapes and dtypes, the sum of all their bits (which any one change alters) and an
     evenly spaced sample of them. All of it is exact, so a CPU and a GPU agree; it takes one pass over the weights.
@@ -37,7 +38,7 @@ def fingerprint(model: LinearizedForCausalLM) -> dict[str, str]:
         if f"{name}.".startswith(unused):
             continue
         if tensor.is_meta:
-            raise StateError(f"{name} is offloaded; load the model without offloading to save or load a state")
+            raise StateError(f"{name} is offloaded; load the model without offloading")
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         weights.update(_bits(tensor))
@@ -49,12 +50,14 @@ def fingerprint(model: LinearizedForCausalLM) -> dict[str, str]:
     }
 
 
-def _configuration(model: LinearizedForCausalLM) -> str:
-    base: Any = model.config.text_config
+def _configuration(model: PreTrainedModel) -> str:
+    config: Any = model.config
+    converted = config.model_type == "linearized"
+    base = config.text_config if converted else config
     # Only what differs from the defaults: a later transformers may know more settings.
     neutral = _NEUTRAL | PreTrainedConfig().to_dict().keys()
     settings = {name: value for name, value in base.to_diff_dict().items() if name not in neutral}
-    described = {"model_type": base.model_type, "settings": settings, "mixers": model.config.mixers}
+    described = {"model_type": base.model_type, "settings": settings, "mixers": config.mixers if converted else None}
     return json.dumps(described, sort_keys=True, default=str)
 
 

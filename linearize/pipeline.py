@@ -17,7 +17,8 @@ from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.report import SystemScores, report_data, report_table
-from linearize.evaluation.systems import Loader, score_systems
+from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
+from linearize.evaluation.systems import score_systems
 from linearize.training.finetune import FinetuneResult, finetune, work_folder, write_result
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from linearize.evaluation.runner import Loader
     from linearize.recipe import Recipe
 
 
@@ -70,6 +72,7 @@ def run_recipe(
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     if source.is_converted:
         raise ModelError(f"{source.name}: is converted already; use `linearize finetune` and `linearize eval`")
+    chosen = choose_tasks([task for task in recipe.evaluate.tasks if task != HELD_OUT])
     check_free(target, overwrite=overwrite)
     seconds: dict[str, float] = {}
     with (
@@ -108,14 +111,15 @@ def run_recipe(
             if recipe.stages:
                 systems["finetuned"] = lambda: trained.model
             rows = trained.data.held_out if trained.data is not None and len(trained.data.held_out) else None
+            options = SuiteOptions(data=data, seed=recipe.seed, teacher=lambda: teacher)
             scores = score_systems(
                 systems,
                 trained.tokenizer,
-                recipe.evaluate.tasks,
+                build_suites(chosen, trained.tokenizer, options),
                 rows=rows,
                 teacher=teacher,
-                data=data,
                 limit=recipe.evaluate.limit,
+                seed=recipe.seed,
                 say=say,
             )
         gains = _gains(scores)

@@ -15,8 +15,8 @@ _DATA = Path(os.environ.get("LINEARIZE_TEST_DATA", Path(__file__).resolve().pare
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the README's commands first and the tests of the real model next, each in one process: they take longest, and
-    the model is made ready once."""
+    """Puts the README's commands first and the tests of the real model next, each in one process: they take longest,
+    and the model is made ready once."""
     for item in items:
         if item.get_closest_marker("real"):
             item.add_marker(pytest.mark.xdist_group("readme" if "test_readme" in item.nodeid else "real"))

@@ -1,10 +1,11 @@
-"""`linearize eval`: what a model scores, beside its teacher and the baseline that costs no training."""
+"""`linearize eval`: what a model scores, beside its teacher and baselines that cost no training."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,63 +22,136 @@ from linearize.cli.console import (
 )
 from linearize.cli.libraries import quiet_libraries
 
+if TYPE_CHECKING:
+    from linearize.evaluation.results import Results
+
 EPILOG = examples(
     "linearize eval ./tuned --baseline teacher,window",
-    "linearize eval ./tuned --tasks piqa,arc_easy,lambada --limit 200 --data ./data",
+    "linearize eval ./tuned --suite core --limit 200 --data ./data --baseline all --report ./report",
+    "linearize eval ./tuned --suite recall --lengths 256,1024,4096 --data ./data",
     "linearize eval HuggingFaceTB/SmolLM2-135M-Instruct --tasks wikitext2 --json",
 )
 
 
 def evaluate(
     model: ModelArgument,
+    suite: Annotated[
+        str,
+        typer.Option(
+            "--suite", metavar="NAME,...", help="Whole suites of tasks: core, mmlu, recall, generation, length."
+        ),
+    ] = "",
     tasks: Annotated[
         str,
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="piqa, arc_easy, arc_challenge, hellaswag, winogrande, lambada, wikitext2, held_out. If left out: the "
-            "rows that fine-tuning held out where the folder has some, otherwise every task.",
+            help="Single tasks of any suite, e.g. piqa, wikitext2, passkey; and held_out. Without --suite and --tasks: "
+            "the rows that fine-tuning held out where the folder has some, otherwise the suite core.",
         ),
     ] = "",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N items of each task.")] = None,
     baseline: Annotated[
         str,
-        typer.Option("--baseline", metavar="NAME,...", help="teacher, window (the teacher's window and sinks alone)."),
+        typer.Option(
+            "--baseline",
+            metavar="NAME,...",
+            help="teacher; window (the teacher with the model's window and sinks alone); window_bytes (the same with a "
+            "window of as many bytes as the model's whole memory); no_recurrence, no_window, neither (the model with "
+            "these off); all.",
+        ),
     ] = "",
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="N items of each task, drawn at random with --seed."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit, and of tasks that draw their items.")] = 0,
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,...", help="Tokens of the texts, for tasks that sweep lengths.")
+    ] = "",
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Items of each kind, for tasks that make their items.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of the tasks' files; the Hub if left out.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write the report as pages, plots and data.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Score everything again. Results of single items are kept otherwise.")
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")] = 8,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model, converted or not, with lm-eval and on held-out rows.
+    """Score a model, converted or not, on suites of tasks and on held-out rows.
 
-    Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's.
+    Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
+    evaluation that was interrupted goes on where it stopped.
     """
     check_dtype(dtype)
+    sweep = _lengths(lengths)
     quiet_libraries()
     from linearize.conversion.source import find_source
-    from linearize.evaluation.report import report_data, report_table
+    from linearize.evaluation.progress import ProgressLine
+    from linearize.evaluation.report import report_data, report_table, write_report
+    from linearize.evaluation.store import Store
+    from linearize.evaluation.suites import SuiteOptions
     from linearize.evaluation.systems import evaluate as score
 
     source = find_source(model, trust_remote_code=trust_remote_code)
-    scores = score(
-        source,
-        _names(tasks),
-        baselines=_names(baseline),
-        data=data,
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        say=status,
-    )
+    progress = ProgressLine()
+    try:
+        results = score(
+            source,
+            _names(tasks),
+            suites=_names(suite),
+            baselines=_names(baseline),
+            options=SuiteOptions(data=data, lengths=sweep, samples=samples, seed=seed),
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            store=Store(fresh=fresh),
+            progress=progress,
+            say=status,
+            command=shlex.join(["linearize", *sys.argv[1:]]),
+        )
+    finally:
+        progress.clear()
+    if report is not None:
+        write_report(results, report)
+        status(f"wrote {report / 'report.html'}")
+    subsets = _subsets(results)
     if as_json:
-        print_json({"model": source.reference, "limit": limit, **report_data(scores)})
-    else:
-        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(report_table(scores))
+        print_json(
+            {
+                "model": source.reference,
+                "limit": limit,
+                "seed": seed,
+                "items": {task: {"n": n, "of": total} for task, (n, total) in subsets.items()},
+                **report_data(results.scores),
+            }
+        )
+        return
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(report_table(results.scores))
+    drawn = [f"{n:,} of {total:,} in {task}" for task, (n, total) in subsets.items() if n < total]
+    if drawn:
+        status(f"items drawn with seed {seed}: {', '.join(drawn)}")
+
+
+def _subsets(results: Results) -> dict[str, tuple[int, int]]:
+    """Of each task how many items were scored, of how many."""
+    scores = [score for system in results.scores.values() for score in system.tasks]
+    return {score.task: (score.n, score.total) for score in scores if score.total is not None}
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    names = _names(text.replace("_", ""))
+    if not all(name.isascii() and name.isdigit() and int(name) > 0 for name in names):
+        raise typer.BadParameter(f"--lengths {text}: expected numbers of tokens, such as 256,1024")
+    return tuple(map(int, names))

@@ -1,176 +1,232 @@
-"""Runs benchmark tasks with lm-eval on a model that is already in memory."""
+"""lm-eval's tasks as `Task`, on a model that is already in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import logging
 import math
-import statistics
-import sys
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-from unittest import mock
+from weakref import WeakKeyDictionary
 
-import lm_eval.api.task
-from lm_eval.evaluator import evaluate
+import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from linearize.errors import DataError, ModelError
+from linearize.errors import ModelError
+from linearize.evaluation.prefix import Query, common_length, log_likelihoods
+from linearize.evaluation.task import Item, Task
 from linearize.evaluation.tasks import build_tasks, task_definitions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from linearize.evaluation.tasks import TaskDefinition
+
 
 @dataclass(frozen=True)
-class TaskScore:
-    """A model's result on one task.
+class Answer:
+    """What a model answered on one item.
 
     Attributes:
-        task: the task's name.
-        metric: the metric that papers report for it (`acc`, `acc_norm` or `word_perplexity`).
-        value: the metric over all items; accuracies are shares in [0, 1].
-        stderr: the standard error of `value`; None with fewer than two items.
-        n: the number of items scored.
-        higher_is_better: how to read `value`.
-        items: per item, in the task's order, 1.0 or 0.0 for an accuracy and the log-likelihood in nats of the whole
-            document for a perplexity. Two models' lists pair up item by item.
-        samples: lm-eval's own log of every item, where it was asked for.
+        arguments: what was asked, as lm-eval words it: (context, continuation) of each choice, or one whole document.
+        responses: (nats, whether greedy decoding gives it) of each, or the nats of the document.
+        metrics: lm-eval's metrics of the item.
     """
 
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    higher_is_better: bool
-    items: list[float] = field(repr=False)
-    samples: list[dict[str, Any]] | None = field(default=None, repr=False)
+    arguments: list[tuple[str, ...]]
+    responses: list[Any]
+    metrics: Mapping[str, Any]
 
 
-def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    log_samples: bool = False,
-    max_length: int | None = None,
-) -> list[TaskScore]:
-    """Scores a model zero-shot on tasks, in the order of the names.
+class LmEvalTask(Task):
+    """A task whose prompts and metrics are lm-eval's.
 
     Args:
-        model: a causal LM on its device. It is put into eval mode for the run and back afterwards.
-        tokenizer: its tokenizer; left as it is.
-        names: of `linearize.evaluation.tasks.available_tasks`.
-        data: the folder with the tasks' files; None reads them from the Hub.
-        limit: only the first so many items of each task.
-        batch_size: sequences per forward pass.
-        log_samples: keep lm-eval's log of each item in `TaskScore.samples`.
+        definition: its task file.
+        groups: lm-eval's task objects by group, see `build_tasks`.
+        plain: score every continuation by itself, as lm-eval does, instead of reading what they share once.
         max_length: tokens of context; None asks the model's configuration, as lm-eval does. Perplexities of two models
             can only be compared at the same length.
+    """
+
+    def __init__(
+        self,
+        definition: TaskDefinition,
+        groups: Mapping[str, Any],
+        *,
+        plain: bool = False,
+        max_length: int | None = None,
+    ) -> None:
+        self.definition, self.plain, self.max_length = definition, plain, max_length
+        self.name, self.suite, self.metric = definition.name, definition.suite, definition.headline
+        self._groups = list(groups.items())
+        self._ends = list(accumulate(len(task.task_docs) for _, task in self._groups))
+        self.higher_is_better = bool(self._groups[0][1].higher_is_better()[self.metric])
+        self.digest = self._digest()
+
+    def _digest(self) -> str:
+        # Prompts, metrics and the rule by which text becomes tokens are lm-eval's, so its version counts.
+        settings = {"lm_eval": lm_eval.__version__, "config": self.definition.config, "max_length": self.max_length}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for group, task in self._groups:
+            shots = list(task.fewshot_docs()) if task.config.num_fewshot else []
+            documents = [group, task.task_docs.to_list(), shots]
+            digest.update(json.dumps(documents, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[str, Any, Any]:
+        """The group of item `index`, its task object and its document."""
+        number = bisect_right(self._ends, index)
+        group, task = self._groups[number]
+        return group, task, task.task_docs[index - (self._ends[number - 1] if number else 0)]
+
+    def tags(self, index: int) -> Mapping[str, Any]:
+        """The document's words as `weight` for a perplexity; the group, e.g. the subject, where there are groups."""
+        group, task, document = self._place(index)
+        if self.metric == "word_perplexity":
+            # lm-eval's items for it: (log-likelihood of the document in nats, number of words).
+            return {"weight": int(task.process_results(document, (0.0,))[self.metric][1])}
+        return {self.definition.group: group} if self.definition.group else {}
+
+    def score(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], batch_size: int
+    ) -> list[Item]:
+        """As `Task.score`. An item's value is 1.0 or 0.0 for an accuracy, and for a perplexity the log-likelihood in
+        nats of the whole document."""
+        items = []
+        for answer in self.answers(model, tokenizer, indices, batch_size):
+            value = answer.metrics[self.metric]
+            items.append(Item(float(value[0] if isinstance(value, tuple) else value)))
+        return items
+
+    def answers(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], batch_size: int
+    ) -> list[Answer]:
+        """All that a model answers on some items, in that order.
+
+        Raises:
+            ModelError: the model gives log-likelihoods that are not finite.
+        """
+        places = [self._place(index) for index in indices]
+        asked = [_requests(task, document) for _, task, document in places]
+        kind = asked[0][0].request_type
+        with _quiet():
+            harness = _Harness(model, tokenizer, batch_size, self.max_length, self.plain)
+            flat = [request for requests in asked for request in requests]
+            responses = iter(getattr(harness, kind)(flat, disable_tqdm=True))
+        answers = []
+        for index, (_, task, document), requests in zip(indices, places, asked, strict=True):
+            found = [next(responses) for _ in requests]
+            if not all(math.isfinite(one[0] if isinstance(one, tuple) else one) for one in found):
+                raise ModelError(
+                    f"the model's log-likelihoods on item {index + 1} of {self.name} are not finite: nothing to score"
+                )
+            metrics = task.process_results(document, found)
+            answers.append(Answer([request.args for request in requests], found, metrics))
+        return answers
+
+    def summary(self, values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+        """As `Task.summary`."""
+        if self.metric == "word_perplexity":
+            return _perplexity(values, [int(tag["weight"]) for tag in tags])
+        return super().summary(values, tags)
+
+
+def lm_eval_tasks(names: Sequence[str], data: Path | None = None, **options: Any) -> list[LmEvalTask]:
+    """Tasks by name, in that order.
+
+    Args:
+        names: of `linearize.evaluation.tasks.available_tasks`.
+        data: the folder with the tasks' files; None reads them from the Hub.
+        options: of `LmEvalTask`.
 
     Raises:
-        DataError: an unknown task, data that cannot be read, or a limit below 1.
-        ModelError: the model gives log-likelihoods that are not finite.
+        DataError: an unknown task, or data that cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}: give 1 or more items per task, or no limit")
-    was_training = model.training
-    # lm-eval warns of every model that is handed over in memory, and of local data sets.
-    with _log_level(logging.ERROR):
-        tasks = build_tasks(names, data)
-        harness = _Harness(
+    with _quiet():
+        built = build_tasks(names, data)
+    return [LmEvalTask(task_definitions()[name], groups, **options) for name, groups in built.items()]
+
+
+def _requests(task: Any, document: Any) -> list[Any]:
+    """What lm-eval's `build_all_requests` asks about a document."""
+    context = task.fewshot_context(
+        document, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(document)
+    )
+    built = task.construct_requests(doc=document, ctx=context, metadata=(task.config.task, 0, 1))
+    return built if isinstance(built, list) else [built]
+
+
+# lm-eval gives tokenizers without a pad token one, so it gets a copy, which is costly to make for every few items.
+_copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+class _Harness(HFLM):
+    """lm-eval's Hugging Face model, which reads what continuations share once."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None, plain: bool) -> None:
+        if tokenizer not in _copies:
+            _copies[tokenizer] = copy.deepcopy(tokenizer)
+        super().__init__(
             pretrained=model,
-            # lm-eval gives tokenizers without a pad token one.
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=_copies[tokenizer],
             backend="causal",
             batch_size=batch_size,
             max_length=max_length,
             # Sums of log-probabilities in bfloat16 would lose more than the models differ by.
             softmax_dtype="float32",
         )
-    try:
-        # `simple_evaluate` would also look the model up on the Hub and list the machine's packages. Nothing here is
-        # drawn at random (no examples, no sampling, no bootstrap), so the caller's random state is left alone.
-        with _log_level(logging.WARNING), mock.patch.object(lm_eval.api.task, "tqdm", _no_bar):
-            results = evaluate(lm=harness, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
-    finally:
-        model.train(was_training)
-    return [_score(name, task, results["samples"][name], log_samples) for name, task in tasks.items()]
+        self._plain = plain
 
-
-class _Harness(HFLM):
-    """lm-eval's Hugging Face model, with progress bars on terminals only."""
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
-        return answers
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        nats: list[float] = super().loglikelihood_rolling(requests, disable_tqdm or not sys.stderr.isatty())
-        return nats
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        if pair[1]:
+            return pair
+        # The text as a whole takes no more tokens than its context: one of them spans both. lm-eval stops here; the
+        # continuation is then what follows the tokens that the two have in common.
+        whole = self.tok_encode(context + continuation)
+        common = common_length([tuple(pair[0]), tuple(whole)])
+        return whole[:common] or [self.prefix_token_id], whole[common:]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        # `override_bs` marks a single batch of a document, for which lm-eval would draw a bar of its own.
+        # `override_bs` marks the windows of a document, which share nothing.
+        if not self._plain and override_bs is None:
+            queries = [
+                Query(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation))
+                for _, context, continuation in requests
+            ]
+            shared = log_likelihoods(self.model, queries, batch_size=self.batch_size, max_length=self.max_length)
+            if shared is not None:
+                return shared
         answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-            requests, disable_tqdm=disable_tqdm or override_bs is not None, override_bs=override_bs
+            requests, disable_tqdm=True, override_bs=override_bs
         )
         return answers
 
 
-def _no_bar(iterable: Any, **_: object) -> Any:
-    """Stands in for the bar over building prompts, which takes no time."""
-    return iterable
-
-
 @contextlib.contextmanager
-def _log_level(level: int) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """lm-eval warns of every model that is handed over in memory, and of local data sets."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
-    logger.setLevel(level)
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _score(name: str, task: Any, samples: list[dict[str, Any]], keep_samples: bool) -> TaskScore:
-    metric = task_definitions()[name].headline
-    for number, sample in enumerate(samples, start=1):
-        if not all(math.isfinite(value) for value in _log_likelihoods(sample)):
-            raise ModelError(f"the model's log-likelihoods on item {number} of {name} are not finite: nothing to score")
-    if metric == "word_perplexity":
-        # lm-eval's items for it: (log-likelihood of the document in nats, number of words).
-        items = [float(sample[metric][0]) for sample in samples]
-        value, stderr = _perplexity(items, [int(sample[metric][1]) for sample in samples])
-    else:
-        items = [float(sample[metric]) for sample in samples]
-        value = statistics.fmean(items)
-        stderr = statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else None
-    return TaskScore(
-        task=name,
-        metric=metric,
-        value=value,
-        stderr=stderr,
-        n=len(items),
-        higher_is_better=bool(task.higher_is_better()[metric]),
-        items=items,
-        samples=samples if keep_samples else None,
-    )
-
-
-def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
-    """All log-likelihoods of an item: one per choice as (nats, is greedy), or one bare number for a document."""
-    return [answer[0] if isinstance(answer, tuple) else answer for answer in sample["filtered_resps"]]
 
 
 def _perplexity(nats: Sequence[float], words: Sequence[int]) -> tuple[float, float | None]:

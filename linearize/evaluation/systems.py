@@ -1,96 +1,135 @@
-"""Several systems on the same items: the teacher, the training-free baseline, the model itself."""
+"""Several systems on the same items: the teacher, baselines that cost no training, the model itself and parts of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors.torch import load_file
 
-from linearize.conversion.convert import check_convertible, mixers_for, window_baseline
-from linearize.conversion.source import Source, load_config, load_model, load_tokenizer, teacher_of
+from linearize.conversion.convert import BASELINE_SINKS, check_convertible, mixers_for, window_baseline
+from linearize.conversion.source import DTYPES, Source, load_config, load_model, load_tokenizer, teacher_of
 from linearize.errors import DataError
+from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
 from linearize.evaluation.heldout import score_rows
-from linearize.evaluation.report import SystemScores
+from linearize.evaluation.results import Results, SystemInfo, SystemScores
+from linearize.evaluation.runner import Loader, StampedLoader, run
+from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from transformers import PreTrainedModel
 
     from linearize.evaluation.heldout import Rows
+    from linearize.evaluation.runner import Progress
+    from linearize.evaluation.store import Store
+    from linearize.evaluation.task import Task
 
-HELD_OUT = "held_out"
-"""The task of scoring the rows that fine-tuning kept apart, which lie in the checkpoint's folder."""
-BASELINES = ("teacher", "window")
+BASELINES = {
+    "teacher": "the pretrained model",
+    "window": "the teacher with the model's window and sinks alone",
+    "window_bytes": "the same with as wide a window as the model's whole memory has room for",
+    "no_recurrence": "the model with its recurrence off",
+    "no_window": "the model with its window and sinks off",
+    "neither": "the model with its recurrence, window and sinks off",
+}
+"""What a model can be measured against, by name."""
+ALL = "all"
 
-Loader = Callable[[], "PreTrainedModel"]
+
+@dataclass(frozen=True)
+class System:
+    """A model to score: what it is, and how to load it."""
+
+    info: SystemInfo
+    load: Loader
 
 
 def evaluate(
     source: Source,
-    tasks: Sequence[str],
+    tasks: Sequence[str] = (),
     *,
+    suites: Sequence[str] = (),
     baselines: Sequence[str] = (),
-    data: Path | None = None,
+    options: SuiteOptions | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     dtype: str = "auto",
+    store: Store | None = None,
+    progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> dict[str, SystemScores]:
+    command: str = "",
+) -> Results:
     """Scores `source` and its baselines.
 
     Args:
         source: a converted checkpoint, or any other model, which then is its own teacher.
-        tasks: names of `available_tasks`, and `held_out`; empty for `default_tasks(source)`.
-        baselines: `teacher` and `window` (the teacher, with the model's window and sinks and nothing beyond).
+        tasks: names of any suite's tasks, and `held_out`; with no suites either, `default_tasks(source)`.
+        suites: names of `SUITES`: all their tasks.
+        baselines: of `BASELINES`, or `all` for those that the model has.
+        options: what tasks are built from; its seed also draws the items under a limit.
+        limit: score so many items of each task, drawn at random.
+        store: where results are kept; None keeps none.
 
     Raises:
-        DataError: an unknown task or baseline, or data that cannot be read.
-        ModelError: a model that cannot be read.
+        DataError: an unknown suite, task or baseline, or data that cannot be read.
+        ModelError: a model that cannot be read, or gives results that are not finite.
     """
-    for baseline in baselines:
-        if baseline not in BASELINES:
-            raise DataError(f"unknown baseline {baseline!r}; there are: {', '.join(BASELINES)}")
-    tasks = list(tasks) or default_tasks(source)
-    rows = held_out_rows(source) if HELD_OUT in tasks else None
-    _check_tasks(tasks, data)
+    options = options or SuiteOptions()
+    if not tasks and not suites:
+        tasks = default_tasks(source)
     teacher = teacher_of(source) if source.is_converted else source
-    systems: dict[str, Loader] = {}
-    if "teacher" in baselines and source.is_converted:
-        systems["teacher"] = lambda: load_model(teacher, dtype=dtype)
-    if "window" in baselines:
-        config = load_config(source)
-        check_convertible(load_config(teacher), teacher)
-        mixers = config.mixers if source.is_converted else _default_mixers(config)
-        systems["window"] = lambda: window_baseline(load_model(teacher, dtype=dtype), mixers)
-    systems["model" if source.is_converted else "teacher"] = lambda: load_model(source, dtype=dtype)
-    reference = load_model(teacher, dtype=dtype) if rows is not None else None
-    return score_systems(
-        systems,
-        load_tokenizer(source),
-        tasks,
+    systems = find_systems(source, teacher, baselines, dtype)
+    rows = held_out_rows(source) if HELD_OUT in tasks else None
+    # Names first, then data, then models: what is wrong is told before anything costs time.
+    chosen = choose_tasks([task for task in tasks if task != HELD_OUT], suites)
+    tokenizer = load_tokenizer(source)
+    if options.teacher is None:
+        options = replace(options, teacher=lambda: load_model(teacher, dtype=dtype))
+    built = build_suites(chosen, tokenizer, options)
+    scores = score_systems(
+        {system.info.name: system.load for system in systems},
+        tokenizer,
+        built,
         rows=rows,
-        teacher=reference,
-        data=data,
+        teacher=load_model(teacher, dtype=dtype) if rows is not None else None,
         limit=limit,
+        seed=options.seed,
         batch_size=batch_size,
+        store=store,
+        progress=progress,
         say=say,
+    )
+    return Results(
+        model=source.reference,
+        systems=[system.info for system in systems],
+        scores=scores,
+        command=command,
+        limit=limit,
+        digests={task.name: task.digest for task in built},
     )
 
 
 def score_systems(
     systems: Mapping[str, Loader],
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[Task],
     *,
     rows: Rows | Mapping[str, Any] | None,
     teacher: PreTrainedModel | None,
-    data: Path | None = None,
     limit: int | None = None,
+    seed: int = 0,
     batch_size: int = 8,
+    store: Store | None = None,
+    progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, SystemScores]:
     """Scores systems one after the other, so that one of them is in memory at a time (and `teacher`).
@@ -99,30 +138,40 @@ def score_systems(
         systems: name -> how to load it.
         rows: held-out rows, or None to leave them out.
         teacher: what the divergence on the rows is measured against.
+        limit, seed, store, progress: as `runner.run` takes them.
     """
-    names = [task for task in tasks if task != HELD_OUT]
     scores = {}
-    for system, load in systems.items():
-        say(f"evaluating {system}")
-        model = load()
-        held_out = score_rows(model, rows, teacher=teacher, batch_size=min(batch_size, 4)) if rows is not None else None
+    for name, load in systems.items():
+        say(f"evaluating {name}")
+        held_out = None
+        if rows is not None:
+            model = load()
+            held_out = score_rows(model, rows, teacher=teacher, batch_size=min(batch_size, 4))
+            load = partial(_given, model)
+            del model
         results = []
-        if names:
-            from linearize.evaluation.harness import run_tasks  # lm-eval takes seconds to import
-
-            results = run_tasks(model, tokenizer, names, data=data, limit=limit, batch_size=batch_size)
-        scores[system] = SystemScores(results, held_out)
-        del model
+        if tasks:
+            results = run(
+                {name: load},
+                tasks,
+                tokenizer,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                store=store,
+                progress=progress,
+            )[name]
+        scores[name] = SystemScores(results, held_out)
     return scores
 
 
 def default_tasks(source: Source) -> list[str]:
-    """What is measured if nobody says: the held-out rows where there are some, otherwise every task."""
+    """What is measured if nobody says: the held-out rows where there are some, otherwise the core suite."""
     if source.kind == "folder" and (Path(source.reference) / f"{HELD_OUT}.safetensors").is_file():
         return [HELD_OUT]
     from linearize.evaluation.tasks import available_tasks
 
-    return list(available_tasks())
+    return list(available_tasks("core"))
 
 
 def held_out_rows(source: Source) -> dict[str, Any]:
@@ -138,13 +187,102 @@ def held_out_rows(source: Source) -> dict[str, Any]:
     return rows
 
 
-def _check_tasks(tasks: Sequence[str], data: Path | None) -> None:
-    """Finds a wrong name, or missing data, before any model is loaded."""
-    names = [task for task in tasks if task != HELD_OUT]
-    if names:
-        from linearize.evaluation.tasks import build_tasks
+def find_systems(source: Source, teacher: Source, baselines: Sequence[str], dtype: str = "auto") -> list[System]:
+    """The baselines in the order of `BASELINES`, and the model last.
 
-        build_tasks(names, data)
+    Raises:
+        DataError: an unknown baseline, or one that needs a converted model where there is none.
+        ModelError: a model that cannot be read or converted.
+    """
+    for name in baselines:
+        if name not in BASELINES and name != ALL:
+            raise DataError(f"unknown baseline {name!r}; there are: {', '.join(BASELINES)}, {ALL}")
+        if name in BRANCHES_OFF and not source.is_converted:
+            raise DataError(f"baseline {name}: {source.name} is not converted, so it has no branches to turn off")
+    wanted = [
+        name
+        for name in BASELINES
+        if name in baselines or (ALL in baselines and (source.is_converted or name not in BRANCHES_OFF))
+    ]
+    maker = _Maker(source, teacher, dtype)
+    # A model that is not converted is the teacher itself.
+    found = [maker.system(name) for name in wanted if name != "teacher" or source.is_converted]
+    return [*found, maker.system("model" if source.is_converted else "teacher")]
+
+
+class _Maker:
+    """Makes the systems of one model."""
+
+    def __init__(self, source: Source, teacher: Source, dtype: str) -> None:
+        self.source, self.teacher, self.dtype = source, teacher, dtype
+        self.config = load_config(source)
+        self.base = self.config.text_config if source.is_converted else self.config
+        self.mixers: list[dict[str, Any]] = self.config.mixers if source.is_converted else []
+
+    def system(self, name: str) -> System:
+        if name == "teacher":
+            return self._whole(name, BASELINES[name], self.teacher, [])
+        if name == "model":
+            return self._whole(name, self.source.name, self.source, self.mixers)
+        if name in BRANCHES_OFF:
+            off = BRANCHES_OFF[name]
+            load = self._stamped(lambda: silence(cast("Any", self._load(self.source)), off), self.source, name)
+            return System(self._info(name, BASELINES[name], self.mixers), load)
+        check_convertible(self.base, self.teacher)
+        mixers = self.mixers or _default_mixers(self.base)
+        if name == "window_bytes":
+            mixers = equal_bytes(self.base, mixers, self._held())
+        bare = [
+            {**m, "recurrence": "none", "covers": "evicted", "sinks": max(m["sinks"], BASELINE_SINKS)}
+            if m["window"] is not None
+            else m
+            for m in mixers
+        ]
+        widths = sorted({m["window"] for m in mixers if m["window"] is not None})
+        about = f"{BASELINES[name]}: {' to '.join(dict.fromkeys((str(widths[0]), str(widths[-1]))))} tokens"
+        load = self._stamped(lambda: window_baseline(self._load(self.teacher), mixers), self.teacher, bare)
+        return System(self._info(name, about, bare), load)
+
+    def _whole(self, name: str, about: str, source: Source, mixers: list[dict[str, Any]]) -> System:
+        return System(self._info(name, about, mixers), self._stamped(lambda: self._load(source), source, None))
+
+    def _load(self, source: Source) -> PreTrainedModel:
+        return load_model(source, dtype=self.dtype)
+
+    def _stamped(self, load: Loader, source: Source, variant: Any) -> StampedLoader:
+        files = _files(source)
+        if files is None:
+            return StampedLoader(load, None)
+        stamp = json.dumps([files, self.dtype, variant], sort_keys=True)
+        return StampedLoader(load, hashlib.sha256(stamp.encode()).hexdigest())
+
+    def _held(self) -> torch.dtype:
+        """The dtype of keys and values."""
+        if self.dtype in DTYPES:
+            return DTYPES[self.dtype]
+        found = torch.float32 if self.source.kind == "gguf" else self.config.dtype
+        return found if isinstance(found, torch.dtype) else torch.float32
+
+    def _info(self, name: str, about: str, mixers: list[dict[str, Any]]) -> SystemInfo:
+        try:
+            layers = memory_bytes(self.base, mixers, self._held())
+        except ValueError:  # an architecture of which we do not know how it remembers
+            return SystemInfo(name, about)
+        return SystemInfo(name, about, sum(layer[0] for layer in layers), sum(layer[1] for layer in layers))
+
+
+def _given(model: PreTrainedModel) -> PreTrainedModel:
+    return model
+
+
+def _files(source: Source) -> list[Any] | None:
+    """What tells, without reading them, whether a model's files are those of an earlier time."""
+    path = Path(source.reference)
+    if source.kind == "hub":
+        commit = getattr(load_config(source), "_commit_hash", None)
+        return None if commit is None else [source.reference, commit]
+    files = [path] if source.kind == "gguf" else sorted(file for file in path.iterdir() if file.is_file())
+    return [[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
 
 
 def _default_mixers(config: Any) -> list[dict[str, Any]]:

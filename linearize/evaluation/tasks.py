@@ -34,22 +34,32 @@ class LocalFile:
         path: the file, relative to the data folder.
         reader: the name of the function in `_READERS` that turns the file into records.
         fields: for every field of a document the record's key that holds it.
+        fewshot_path: the file of the documents that solved examples are taken from, for tasks with examples.
     """
 
     path: str
     reader: str
     fields: Mapping[str, str]
+    fewshot_path: str | None = None
 
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """One task file: lm-eval's configuration, what to report of it, and its local form."""
+    """One task file: lm-eval's configuration, what to report of it, and its local form.
+
+    Attributes:
+        headline: the metric that papers report for it.
+        suite: where it belongs: `core`, or a suite of its own.
+        group: the field by which documents are kept apart, each group with its own solved examples; empty for none.
+    """
 
     name: str
     about: str
     headline: str
     config: Mapping[str, Any]
     local: LocalFile
+    suite: str = "core"
+    group: str = ""
 
     @property
     def split(self) -> str:
@@ -80,18 +90,20 @@ def task_definitions() -> dict[str, TaskDefinition]:
             about=config["metadata"]["about"],
             headline=config["metadata"]["headline"],
             config=config,
-            local=LocalFile(local["file"], local.get("reader", "jsonl"), local["fields"]),
+            local=LocalFile(local["file"], local.get("reader", "jsonl"), local["fields"], local.get("fewshot_file")),
+            suite=config["metadata"].get("suite", "core"),
+            group=local.get("group", ""),
         )
     return definitions
 
 
-def available_tasks() -> dict[str, str]:
-    """Task name -> a description of one line."""
-    return {name: definition.about for name, definition in task_definitions().items()}
+def available_tasks(suite: str | None = None) -> dict[str, str]:
+    """Task name -> a description of one line; of one suite, or of all."""
+    return {name: one.about for name, one in task_definitions().items() if suite in (None, one.suite)}
 
 
-def build_tasks(names: Sequence[str], data: Path | None) -> dict[str, Any]:
-    """lm-eval task objects by name, ready for `lm_eval.evaluator.evaluate`, zero-shot.
+def build_tasks(names: Sequence[str], data: Path | None) -> dict[str, dict[str, Any]]:
+    """lm-eval's task objects: by task, by group of its documents (`""` where a task has no groups).
 
     Args:
         names: of `available_tasks`; a repeated name counts once.
@@ -105,7 +117,7 @@ def build_tasks(names: Sequence[str], data: Path | None) -> dict[str, Any]:
         raise DataError(f"no tasks given: choose from {', '.join(task_definitions())}")
     # All the documents first: a missing file is told before seconds go into importing and building.
     documents = [_from_hub(task) if data is None else _from_folder(task, data) for task in chosen]
-    return {task.name: _build(task, docs, data is not None) for task, docs in zip(chosen, documents, strict=True)}
+    return {task.name: _groups(task, splits, data is not None) for task, splits in zip(chosen, documents, strict=True)}
 
 
 def _definition(name: str) -> TaskDefinition:
@@ -117,7 +129,23 @@ def _definition(name: str) -> TaskDefinition:
     raise DataError(f"no task called '{name}': {hint}")
 
 
-def _build(task: TaskDefinition, documents: Any, is_local: bool) -> Any:
+def _groups(task: TaskDefinition, splits: dict[str, Any], is_local: bool) -> dict[str, Any]:
+    if not task.group:
+        return {"": _build(task, splits, is_local)}
+    members: dict[str, dict[str, list[int]]] = {}
+    for split, documents in splits.items():
+        for index, group in enumerate(documents[task.group]):
+            members.setdefault(group, {name: [] for name in splits})[split].append(index)
+    built = {}
+    for group, indices in members.items():
+        if missing := [split for split, chosen in indices.items() if not chosen]:
+            raise DataError(f"task {task.name}: {task.group} {group} has no documents in the {missing[0]} split")
+        part = {split: documents.select(indices[split]) for split, documents in splits.items()}
+        built[group] = _build(task, part, is_local)
+    return built
+
+
+def _build(task: TaskDefinition, splits: dict[str, Any], is_local: bool) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     config = {
@@ -128,9 +156,9 @@ def _build(task: TaskDefinition, documents: Any, is_local: bool) -> Any:
         config.pop("process_docs", None)
 
     def custom_dataset(**_: object) -> dict[str, Any]:
-        return {task.split: documents}
+        return splits
 
-    built = ConfigurableTask(config={**config, "num_fewshot": 0, "custom_dataset": custom_dataset})
+    built = ConfigurableTask(config={"num_fewshot": 0, **config, "custom_dataset": custom_dataset})
     built.set_fewshot_seed(FEWSHOT_SEED)
     return built
 
@@ -140,12 +168,16 @@ def _imported(dotted: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
-def _from_hub(task: TaskDefinition) -> Any:
+def _from_hub(task: TaskDefinition) -> dict[str, Any]:
     import datasets
 
     path = task.config["dataset_path"]
     try:
-        return datasets.load_dataset(path, task.config.get("dataset_name"), split=task.split)
+        return {
+            split: datasets.load_dataset(path, task.config.get("dataset_name"), split=split)
+            for split in (task.split, task.config.get("fewshot_split"))
+            if split is not None
+        }
     except (OSError, ValueError) as error:
         raise DataError(
             f"task {task.name}: cannot load {path} from the Hub ({type(error).__name__}): "
@@ -153,15 +185,22 @@ def _from_hub(task: TaskDefinition) -> Any:
         ) from error
 
 
-def _from_folder(task: TaskDefinition, data: Path) -> Any:
-    import datasets
-
+def _from_folder(task: TaskDefinition, data: Path) -> dict[str, Any]:
     if not data.is_dir():
         raise DataError(f"no data folder {data}: give --data DIR a folder that holds {task.local.path}")
-    path = data / task.local.path
+    splits = {task.split: _from_file(task, data, task.local.path)}
+    if task.local.fewshot_path is not None:
+        splits[str(task.config["fewshot_split"])] = _from_file(task, data, task.local.fewshot_path)
+    return splits
+
+
+def _from_file(task: TaskDefinition, data: Path, name: str) -> Any:
+    import datasets
+
+    path = data / name
     if not path.is_file():
         raise DataError(
-            f"task {task.name} needs {task.local.path}, which is not in {data}: "
+            f"task {task.name} needs {name}, which is not in {data}: "
             f"put it there, or leave out --data to read {task.config['dataset_path']} from the Hub"
         )
     rows = []

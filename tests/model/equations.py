@@ -122,7 +122,7 @@ class RWKV6(Gla):
         return torch.exp(-torch.exp(t.x.clamp(max=10)) / t.divisor)
 
     def read(self, t: Token, before: State, after: State, wrote: Tensor) -> Tensor:
-        own = outer(t.p["bonus"] * t.k, with_mass(t.v))
+        own = outer(t.p["log_bonus"].exp() * t.k, with_mass(t.v))
         return answer(t.q, before["state"] + torch.where(wrote, own, 0))
 
 

@@ -165,14 +165,18 @@ class Recurrence(nn.Module, ABC):
             result: tuple[Tensor, Tensor | None] = self(q, k, v, source, writes, state)
             return result
         state = self.state(k.shape[0], k.device) if state is None else state
-        reads, sums = [], []
+        outputs: list[Tensor] = []
         for start in range(0, tokens, _SEGMENT):
             own = slice(start, start + _SEGMENT)
             written = None if writes is None else writes[:, own]
             read, mass = self(q[:, own], k[:, own], v[:, own], source[:, own], written, state)
-            reads.append(read)
-            sums += [] if mass is None else [mass]
-        return torch.cat(reads, 1), torch.cat(sums, 1) if sums else None
+            results = [read] if mass is None else [read, mass]
+            if not outputs:
+                # Filled in place: pieces that are kept to be joined later are memory that no segment can use again.
+                outputs = [x.new_empty(x.shape[0], tokens, *x.shape[2:]) for x in results]
+            for whole, piece in zip(outputs, results, strict=True):
+                whole[:, own] = piece
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
 
     def gate_input(self, source: Tensor) -> Tensor:
         """scale * Pool(source) + bias, `[R, L, K, gate_width]`; Pool averages neighbouring channels (Liger's)."""

@@ -119,14 +119,18 @@ class RWKV6(Gated):
     """g = exp(-exp(x) / divisor) per channel; a token reads the state as it stood before it, and itself with a bonus u:
 
     o_t = q_t (S_{t-1} + diag(u) k_tᵀ v_t)
+
+    u is exp(log_bonus), which keeps the mass positive whatever is learned; it starts at 1.
     """
 
     paper: ClassVar[str] = "RWKV-6, arXiv 2404.05892"
     gate_start: ClassVar[tuple[float, float]] = (0.1, -5.0)
-    bonus: nn.Parameter
+    log_bonus: nn.Parameter
 
     def initial_values(self) -> dict[str, Tensor]:
-        return super().initial_values() | {"bonus": torch.ones(self.key_value_heads, self.feature_width, device="cpu")}
+        return super().initial_values() | {
+            "log_bonus": torch.zeros(self.key_value_heads, self.feature_width, device="cpu")
+        }
 
     def log_gate(self, source: Tensor) -> Tensor:
         # exp(-exp(10)) is 0 in every dtype; exp of more would only leave float32's range.
@@ -145,7 +149,7 @@ class RWKV6(Gated):
         read, final = gla(torch.cat([q[:, 1:], q[:, :1]], 1), k, v, log_gate, before, form=self.form)
         grouped = q.unflatten(2, (self.key_value_heads, -1))  # [R, L, K, G, D]
         first = torch.zeros_like(read[:, :1]) if before is None else (grouped[:, 0] @ before).flatten(1, 2)[:, None]
-        own = (grouped * (self.bonus * k).unsqueeze(3)).sum(-1, keepdim=True) * v.unsqueeze(3)
+        own = (grouped * (self.log_bonus.exp() * k).unsqueeze(3)).sum(-1, keepdim=True) * v.unsqueeze(3)
         read = torch.cat([first, read[:, :-1]], 1) + own.flatten(2, 3)
         keep(state, state=final)
         return read[..., :-1], read[..., -1]

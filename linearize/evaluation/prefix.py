@@ -1,0 +1,223 @@
+"""Log-likelihoods of continuations, with one pass over what they share.
+
+The choices of a question share its text, and the questions of a few-shot task share their solved examples. The shared
+tokens are read once, and what follows them goes on from copies of the cache. A row's logits are those of reading it
+alone, up to the rounding of sums in another order.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from linearize.model.memory import LayerMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# Contexts that start with as many equal tokens are taken to have a beginning that is worth reading once.
+MIN_SHARED = 64
+_COPYABLE = (DynamicLayer, DynamicSlidingWindowLayer, LayerMemory)
+_T = TypeVar("_T")
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A continuation to score.
+
+    Attributes:
+        tokens: what the model reads: context and continuation without its last token.
+        targets: the continuation; its tokens are predicted at the last positions of `tokens`.
+    """
+
+    tokens: Tokens
+    targets: Tokens
+
+    @property
+    def context(self) -> Tokens:
+        """What is read before the first target is predicted."""
+        return self.tokens[: len(self.tokens) - len(self.targets) + 1]
+
+
+@dataclass
+class Group:
+    """Queries with one beginning.
+
+    Attributes:
+        prefix: the tokens that all of them start with, at least one.
+        rests: what follows it -> the numbers of the queries that read just that.
+    """
+
+    prefix: Tokens
+    rests: dict[Tokens, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prefix: Tokens, queries: Sequence[Query], members: Sequence[int]) -> Group:
+        group = cls(prefix)
+        for number in members:
+            group.rests.setdefault(queries[number].tokens[len(prefix) :], []).append(number)
+        return group
+
+    @property
+    def cost(self) -> int:
+        """Tokens to read."""
+        return len(self.prefix) + sum(map(len, self.rests))
+
+    def tail(self, queries: Sequence[Query]) -> int:
+        """How many of the prefix's last positions predict a target."""
+        return max(len(queries[n].targets) - len(rest) for rest, members in self.rests.items() for n in members)
+
+
+def common_length(rows: Sequence[Tokens]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(rows), max(rows)  # in the order of their tokens, where all others are between them
+    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
+def plan(queries: Sequence[Query]) -> list[Group]:
+    """Groups that together read few tokens."""
+    contexts: dict[Tokens, list[int]] = {}
+    for number, query in enumerate(queries):
+        contexts.setdefault(query.context, []).append(number)
+    clusters: dict[Tokens, list[Tokens]] = {}
+    for context in contexts:
+        clusters.setdefault(context[:MIN_SHARED], []).append(context)
+    groups: list[Group] = []
+    for cluster in clusters.values():
+        apart = []
+        for context in cluster:
+            group = Group.of(context, queries, contexts[context])
+            if len(group.rests) == 1:  # one pass then reads all of it
+                group = Group.of(queries[contexts[context][0]].tokens, queries, contexts[context])
+            apart.append(group)
+        beginning = cluster[0][: common_length(cluster)]
+        together = Group.of(beginning, queries, [number for context in cluster for number in contexts[context]])
+        groups += [together] if together.cost < sum(group.cost for group in apart) else apart
+    return groups
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, queries: Sequence[Query], *, batch_size: int, max_length: int
+) -> list[tuple[float, bool]] | None:
+    """Of each query the summed log-probability of its targets in nats, and whether each is the most likely token.
+
+    Args:
+        model: a causal LM on its device, in eval mode.
+        batch_size: rows per forward pass.
+        max_length: the model's context; no position beyond it is asked for.
+
+    Returns:
+        None if the model's cache is of a kind that cannot be copied row by row.
+    """
+    answers: list[tuple[float, bool]] = [(0.0, False)] * len(queries)
+    groups = sorted(plan(queries), key=lambda group: -len(group.prefix))
+    for batch in _batched(groups, batch_size):
+        keep = max(1, *(group.tail(queries) for group in batch))
+        ids, mask = _left_padded([group.prefix for group in batch], model.device)
+        lengths = mask.sum(1)
+        rows = [(index, rest) for index, group in enumerate(batch) for rest in group.rests if rest]
+        width = ids.shape[1]
+        end, cache = _forward(
+            model,
+            list(range(width - keep, width)),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=bool(rows),
+        )
+        if rows and not _is_copyable(cache):
+            return None
+        for index, group in enumerate(batch):
+            for number in group.rests.get((), ()):
+                answers[number] = _score(end[index], queries[number].targets)
+        for piece in _batched(sorted(rows, key=lambda row: -len(row[1])), batch_size):
+            chosen = torch.tensor([index for index, _ in piece], device=ids.device)
+            longest = len(piece[0][1])
+            new = torch.tensor([[*rest, *[0] * (longest - len(rest))] for _, rest in piece], device=ids.device)
+            asked = [[queries[n] for n in batch[index].rests[rest]] for index, rest in piece]
+            columns = sorted(
+                {
+                    column
+                    for (_, rest), members in zip(piece, asked, strict=True)
+                    for query in members
+                    for column in range(max(0, len(rest) - len(query.targets)), len(rest))
+                }
+            )
+            # What is filled in on the right can reach nothing before it, so it needs no mask.
+            after, _ = _forward(
+                model,
+                columns,
+                input_ids=new,
+                attention_mask=torch.cat([mask[chosen], torch.ones_like(new)], 1),
+                position_ids=(lengths[chosen, None] + torch.arange(longest, device=ids.device)).clamp_max(
+                    max_length - 1
+                ),
+                past_key_values=_rows(cache, chosen),
+                use_cache=True,
+            )
+            place = {column: number for number, column in enumerate(columns)}
+            for row, (index, rest) in enumerate(piece):
+                for number in batch[index].rests[rest]:
+                    targets = queries[number].targets
+                    first = max(0, len(rest) - len(targets))
+                    found = after[row, [place[column] for column in range(first, len(rest))]]
+                    if len(targets) > len(rest):
+                        found = torch.cat([end[index, -1:], found])
+                    answers[number] = _score(found, targets)
+    return answers
+
+
+def _score(log_probabilities: Tensor, targets: Tokens) -> tuple[float, bool]:
+    """Of `[>= T, V]` float32, whose last T rows predict the T targets."""
+    wanted = torch.tensor(targets, device=log_probabilities.device)
+    rows = log_probabilities[-len(targets) :]
+    return float(rows.gather(1, wanted[:, None]).sum()), bool((rows.argmax(-1) == wanted).all())
+
+
+def _forward(model: Any, columns: list[int], **inputs: Any) -> tuple[Tensor, Any]:
+    """Float32 log-probabilities `[B, columns, V]` at some of the positions, and the cache."""
+    wanted = torch.tensor(columns, device=model.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        out = model(**inputs, logits_to_keep=wanted)
+        logits = out.logits
+    else:
+        out = model(**inputs)
+        logits = out.logits[:, wanted]
+    return F.log_softmax(logits, dim=-1, dtype=torch.float32), out.past_key_values
+
+
+def _left_padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[B, L]`. On this side of a text a sliding window counts the same tokens as without pads."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (longest - len(row)), *row] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+    return ids, mask.long()
+
+
+def _is_copyable(cache: Any) -> bool:
+    return isinstance(cache, Cache) and all(type(layer) in _COPYABLE for layer in cache.layers)
+
+
+def _rows(cache: Cache, indices: Tensor) -> Cache:
+    """A copy of some rows, which may repeat; the cache itself stays as it is."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        if isinstance(layer, LayerMemory):
+            layer.parts, layer.past = {name: dict(part) for name, part in layer.parts.items()}, dict(layer.past)
+        layer.batch_select_indices(indices)
+    return copied
+
+
+def _batched(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,204 @@
+"""Scores systems on tasks item by item, and keeps each result."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.store import Store, model_key, whole_stamp
+from linearize.evaluation.task import Item, Task, TaskScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Loader = Callable[[], "PreTrainedModel"]
+"""Loads a model. One with an attribute `stamp`, see `StampedLoader`, is not called where all results are kept."""
+Progress = Callable[[str, str, int, int], None]
+"""Told system, task, items that are done and items in all: before the first item, and after every chunk."""
+
+# Items between two writes; fewer where that takes long, since they are what an interruption costs.
+CHUNK = 32
+CHUNK_SECONDS = 30.0
+
+
+class StampedLoader:
+    """A loader that can tell what it would load.
+
+    Args:
+        load: loads the model.
+        stamp: equal only where the model is; None if nothing but loading it can tell.
+    """
+
+    def __init__(self, load: Loader, stamp: str | None) -> None:
+        self.load, self.stamp = load, stamp
+
+    def __call__(self) -> PreTrainedModel:
+        return self.load()
+
+
+def run(
+    systems: Mapping[str, Loader],
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[TaskScore]]:
+    """Scores systems one after the other, so that one of them is in memory at a time.
+
+    Args:
+        systems: name -> how to load it. A model is loaded once, and put back into the mode it was in.
+        tasks: with different names.
+        tokenizer: of all systems.
+        limit: score a random subset of so many items of each task, the same for every system; a larger one with the
+            same seed contains it.
+        seed: of that subset.
+        batch_size: sequences per forward pass.
+        store: where results are kept, and looked for before anything is scored; None keeps none.
+        progress: told how far it is.
+
+    Returns:
+        by system a score for each task, in the order given.
+
+    Raises:
+        DataError: a limit below 1, or no tasks.
+        ModelError: a result that is not finite, or more memory than there is.
+        OutputError: results cannot be kept.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}: give 1 or more items per task, or no limit")
+    chosen = {task.name: subset(task, limit, seed) for task in tasks}
+    if not chosen or len(chosen) < len(tasks):
+        raise DataError("give one or more tasks, each once")
+    scores = {}
+    for name, load in systems.items():
+        system = _System(name, load, tokenizer, store, batch_size, progress)
+        found = system.results(tasks, chosen)
+        scores[name] = [_score(task, chosen[task.name], found[task.name], limit, seed) for task in tasks]
+        del system
+        gc.collect()  # a model is full of cycles, and the next one wants its memory
+    return scores
+
+
+def subset(task: Task, limit: int | None, seed: int) -> list[int]:
+    """The items to score, in the task's order: all, or `limit` of them at random."""
+    everything = list(range(len(task)))
+    if limit is None or limit >= len(task):
+        return everything
+    # The first of a shuffled list: a larger subset contains a smaller one, and finds its results in the store.
+    random.Random(f"{seed} {task.name}").shuffle(everything)  # noqa: S311
+    return sorted(everything[:limit])
+
+
+class _System:
+    """One system in a run; its model is loaded when it is first needed."""
+
+    def __init__(
+        self,
+        name: str,
+        load: Loader,
+        tokenizer: PreTrainedTokenizerBase,
+        store: Store | None,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> None:
+        self.name, self.load, self.tokenizer, self.store = name, load, tokenizer, store
+        self.batch_size, self.progress = batch_size, progress
+        stamp: str | None = getattr(load, "stamp", None)
+        self.stamp = None if stamp is None else whole_stamp(stamp, tokenizer)
+        self.key = store.model_of(self.stamp) if store is not None and self.stamp is not None else None
+        self.model: PreTrainedModel | None = None
+
+    def results(self, tasks: Sequence[Task], chosen: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Item]]:
+        """By task the result of each chosen item."""
+        found = {task.name: self._kept(task) for task in tasks}
+        if all(index in found[task.name] for task in tasks for index in chosen[task.name]):
+            return found
+        self.model = self.load()
+        if self.store is not None:
+            self.key = model_key(self.model, self.tokenizer)
+            if self.stamp is not None:
+                self.store.remember(self.stamp, self.key)
+            found = {task.name: self._kept(task) for task in tasks}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for task in tasks:
+                    self._score(task, chosen[task.name], found[task.name])
+        finally:
+            self.model.train(was_training)
+        return found
+
+    def _kept(self, task: Task) -> dict[int, Item]:
+        return self.store.read(self.key, task.digest) if self.store is not None and self.key is not None else {}
+
+    def _score(self, task: Task, chosen: Sequence[int], found: dict[int, Item]) -> None:
+        """Scores what `found` lacks, and adds it there."""
+        missing = [index for index in chosen if index not in found]
+        self._tell(task, len(chosen) - len(missing), len(chosen))
+        size = CHUNK
+        while missing:
+            chunk, missing = missing[:size], missing[size:]
+            started = time.monotonic()
+            new = dict(zip(chunk, self._items(task, chunk), strict=True))
+            if self.store is not None and self.key is not None:
+                self.store.write(self.key, task.digest, new)
+            found |= new
+            self._tell(task, len(chosen) - len(missing), len(chosen))
+            if time.monotonic() - started > CHUNK_SECONDS:
+                size = max(1, size // 2)
+
+    def _items(self, task: Task, indices: Sequence[int]) -> list[Item]:
+        assert self.model is not None  # noqa: S101 - for the type checker
+        try:
+            items = task.score(self.model, self.tokenizer, indices, self.batch_size)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{self.name}: out of memory on {task.name} with --batch-size {self.batch_size}; use a smaller one"
+            ) from error
+        for index, item in zip(indices, items, strict=True):
+            if not all(map(math.isfinite, (item.value, *item.curve))):
+                raise ModelError(
+                    f"{self.name}: the result on item {index + 1} of {task.name} is not finite; check its weights"
+                )
+        return items
+
+    def _tell(self, task: Task, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(self.name, task.name, done, total)
+
+
+def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], limit: int | None, seed: int) -> TaskScore:
+    items = [found[index] for index in chosen]
+    tags = [dict(task.tags(index)) for index in chosen]
+    values = [item.value for item in items]
+    value, stderr = task.summary(values, tags)
+    drawn = len(chosen) < len(task)
+    if drawn:
+        # Results of two runs pair up only where they are of the same items.
+        tags = [{**tag, "item": index} for tag, index in zip(tags, chosen, strict=True)]
+    return TaskScore(
+        task=task.name,
+        metric=task.metric,
+        value=value,
+        stderr=stderr,
+        higher_is_better=task.higher_is_better,
+        items=values,
+        suite=task.suite,
+        tags=tags if any(tags) else [],
+        curves=[item.curve for item in items] if any(item.curve for item in items) else [],
+        axis=list(task.axis),
+        total=len(task),
+        seed=seed if drawn else None,
+    )

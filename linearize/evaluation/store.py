@@ -1,0 +1,138 @@
+"""Results of single items, kept: what was scored once is not scored again, and a run that was interrupted goes on.
+
+A folder of JSON lines, one file for each model and task. Lines are only ever added, each in one write with its chunk,
+so two processes can share a folder; a line that was torn by a kill is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from linearize import __version__
+from linearize.errors import OutputError
+from linearize.evaluation.task import Item
+from linearize.fingerprint import fingerprint
+from linearize.model.attention import LinearizedAttention
+from linearize.resources import cache_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DIGITS = 32  # of a SHA-256 in a file's name: enough that no two are ever equal
+
+
+class Store:
+    """Results of items by model and task.
+
+    Args:
+        folder: where they lie; made when the first result is written. None is `evaluation` in the cache folder.
+        fresh: read nothing that is there, and only add.
+    """
+
+    def __init__(self, folder: Path | None = None, *, fresh: bool = False) -> None:
+        self.folder, self.fresh = folder or cache_folder() / "evaluation", fresh
+
+    def read(self, model: str, task: str) -> dict[int, Item]:
+        """The results of a model on a task, by item.
+
+        Args:
+            model: its `model_key`.
+            task: its `Task.digest`.
+        """
+        if self.fresh:
+            return {}
+        found = {}
+        for line in _lines(self._file(model, task)):
+            if isinstance(line.get("item"), int) and isinstance(line.get("value"), float):
+                found[line["item"]] = Item(line["value"], tuple(line.get("curve", ())))
+        return found
+
+    def write(self, model: str, task: str, items: Mapping[int, Item]) -> None:
+        """Adds results.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        _append(
+            self._file(model, task),
+            [
+                {"item": index, "value": float(item.value), **({"curve": list(item.curve)} if item.curve else {})}
+                for index, item in items.items()
+            ],
+        )
+
+    def model_of(self, stamp: str) -> str | None:
+        """The `model_key` of the files that have this stamp, where they were loaded before."""
+        keys = [line["model"] for line in _lines(self.folder / "models.jsonl") if line.get("stamp") == stamp]
+        return keys[-1] if keys else None
+
+    def remember(self, stamp: str, model: str) -> None:
+        """Keeps the key of the model in the files that have this stamp."""
+        if self.model_of(stamp) != model:
+            _append(self.folder / "models.jsonl", [{"stamp": stamp, "model": model}])
+
+    def _file(self, model: str, task: str) -> Path:
+        return self.folder / model[:_DIGITS] / f"{task[:_DIGITS]}.jsonl"
+
+
+def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over all that a result depends on besides the task: configuration, weights, dtype, tokenizer, branches
+    that are off, and this package's version."""
+    off = {
+        name: sorted(module.mixer.branches_off)
+        for name, module in model.named_modules()
+        if isinstance(module, LinearizedAttention) and module.mixer is not None and module.mixer.branches_off
+    }
+    parts = [__version__, fingerprint(model), _tokenizer(tokenizer), off]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def whole_stamp(stamp: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A loader's stamp with what else `model_key` depends on."""
+    return hashlib.sha256(json.dumps([__version__, stamp, _tokenizer(tokenizer)]).encode()).hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        for passing in ("padding", "truncation"):  # what the last call asked for
+            rules.pop(passing, None)
+    settings = [rules, tokenizer.special_tokens_map, tokenizer.model_max_length, getattr(tokenizer, "add_bos_token", 0)]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    # It starts a line of its own, in case the last one is torn.
+    data = ("\n" + "".join(json.dumps(record) + "\n" for record in records)).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(file, data) < len(data):
+                raise OSError("the disk is full")
+        finally:
+            os.close(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{path.parent}: results cannot be kept there: {reason}; set LINEARIZE_CACHE") from error
