@@ -20,6 +20,7 @@ from linearize.conversion.source import find_source, load_model
 from linearize.errors import VerificationError
 from linearize.model import LayerMemory, LinearizedForCausalLM, modeling
 from linearize.model.mixer import Mixer
+from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe
 from linearize.state import State
 from linearize.verification import Verification, in_float32, verify
@@ -80,6 +81,17 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
         assert found.half_distance < 0.05
     growing = "keep softmax add" in errors["memory"].detail
     assert growing == (kind == "kept")
+
+
+RECIPES = [*(name for name in RECURRENCES if name != "gla"), "liger-gla", "liger-hgrn2", "liger-gsa", "liger-gla-h"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recurrence_passes(tiny_folder, tmp_path, name):
+    changes = ["mixer.window=16", *(["mixer.keep.every=2"] if name == "liger-gla-h" else [])]
+    convert(find_source(str(tiny_folder)), load_recipe(name, changes), tmp_path)
+    found = verified(tmp_path)
+    assert found.failed == [], found
 
 
 def without_effect(*_: object, **__: object) -> None:
@@ -366,3 +378,13 @@ def test_smollm2_passes_and_does_not_drift_over_4096_steps(smollm2_gguf, tmp_pat
     found = verify(load(tmp_path), find_source(str(tmp_path)))
     assert found.failed == [] and found.steps == 4096, found
     assert found.moved >= 0.05
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recurrence_passes_on_smollm2(smollm2_path, tmp_path, name):
+    source = find_source(str(smollm2_path))
+    convert(source, load_recipe(name), tmp_path)
+    found = verify(load(tmp_path), find_source(str(tmp_path)), tokens=128, steps=128)
+    assert found.failed == [], found
