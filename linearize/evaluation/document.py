@@ -26,6 +26,8 @@ class _Score(_Part):
     value: float
     stderr: float | None
     n: int
+    total: int | None = None
+    seed: int | None = None
     items: list[float]
     tags: list[dict[str, JsonValue]]
     curves: list[list[float]]

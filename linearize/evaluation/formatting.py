@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from linearize.evaluation.pairing import Closed, Difference
 
 # Metrics that are shares in [0, 1]. They are written in percent, as papers print them.
-_SHARES = {"acc", "acc_norm", "accuracy", "agreement", "recall", "exact_match", "f1", "repetition"}
+_SHARES = {"acc", "acc_norm", "agreement", "common_prefix", "exact_match", "repetition"}
 
 
 def is_share(metric: str) -> bool:

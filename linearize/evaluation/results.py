@@ -11,7 +11,7 @@ The document, schema `linearize.results/1`::
       "tasks": [
         {
           "task", "suite", "metric", "higher_is_better", "axis", "digest",
-          "systems": {name: {"value", "stderr", "n", "items", "tags", "curves"}, ...}
+          "systems": {name: {"value", "stderr", "n", "total", "seed", "items", "tags", "curves"}, ...}
         }, ...
       ]
     }
@@ -157,6 +157,8 @@ class Results:
                     "value": score.value,
                     "stderr": score.stderr,
                     "n": score.n,
+                    "total": score.total,
+                    "seed": score.seed,
                     "items": score.items,
                     "tags": score.tags,
                     "curves": [list(curve) for curve in score.curves],
@@ -247,6 +249,8 @@ def _of_system(document: Document, name: str) -> list[TaskScore]:
             tags=score.tags,
             curves=[tuple(curve) for curve in score.curves],
             axis=task.axis,
+            total=score.total,
+            seed=score.seed,
         )
         for task in document.tasks
         if (score := task.systems.get(name)) is not None
