@@ -4,12 +4,18 @@ What a converted layer runs in prefill: the module over a whole text from an emp
 SmolLM2's heads (9 query, 3 key/value, width 64). Times are CPU seconds of one thread, so that other load on the
 machine counts less; lengths take turns, and the median over the turns is kept.
 
+Everything is measured as it is, and the shortest and the longest again with a C library that keeps freed memory: it
+otherwise gives blocks of more than 32 MB back to the system, which hands them out anew page by page. At 16k tokens the
+output alone is such a block.
+
     python -m evals.recurrences.linear_time
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -44,6 +50,15 @@ def microseconds_per_token(name: str, lengths: tuple[int, ...] = LENGTHS, turns:
     return {length: median(times) for length, times in taken.items()}
 
 
+def keep_freed_memory() -> bool:
+    """Tells glibc not to give large blocks back to the system; whether there is one to tell."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mmap_threshold, trim_threshold, bound = -3, -1, 1 << 30
+    library = ctypes.CDLL(None)
+    return bool(library.mallopt(mmap_threshold, bound) and library.mallopt(trim_threshold, bound))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time per token by length.")
     parser.add_argument("--only", help="comma-separated; by default all")
@@ -52,15 +67,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
+    names = arguments.only.split(",") if arguments.only else list(RECURRENCES)
+    ends = (LENGTHS[0], LENGTHS[-1])
     results, rows = [], []
-    for name in arguments.only.split(",") if arguments.only else RECURRENCES:
+    for name in names:
         taken = microseconds_per_token(name, turns=arguments.turns)
-        ratio = taken[LENGTHS[-1]] / taken[LENGTHS[0]]
+        ratio = taken[ends[1]] / taken[ends[0]]
         rounded = {length: round(value, 2) for length, value in taken.items()}
         results.append({"recurrence": name, "microseconds_per_token": rounded, "longest_to_shortest": round(ratio, 3)})
         lengths = {f"{length // 1024}k": f"{value:.1f}" for length, value in taken.items()}
         rows.append({"recurrence": name, **lengths, "16k / 1k": f"{ratio:.2f}"})
         print(results[-1], flush=True)
+    for result, row in zip(results, rows, strict=True) if keep_freed_memory() else ():
+        taken = microseconds_per_token(result["recurrence"], ends, arguments.turns)
+        ratio = taken[ends[1]] / taken[ends[0]]
+        result["longest_to_shortest_with_memory_kept"] = round(ratio, 3)
+        row["with memory kept"] = f"{ratio:.2f}"
+        print(row, flush=True)
     write(arguments.out, {**surroundings(), "turns": arguments.turns, "results": results})
     print(markdown(rows))
 

@@ -108,12 +108,16 @@ def line_plot(title: str, x: Axis, y: Axis, series: Sequence[Series], x_ticks: S
     return _svg(parts, bottom + 54, title)
 
 
+_LEAST_MAP_WIDTH = 170
+
+
 def heat_maps(title: str, row_title: str, column_title: str, rows: Axis, columns: Axis, maps: Sequence[HeatMap]) -> str:
     """Heat maps of one size beside each other, as many to a line as fit, with the share in percent in every cell."""
     at_rows = sorted({key[0] for one in maps for key in one.cells})
     at_columns = sorted({key[1] for one in maps for key in one.cells})
     cell_width, cell_height, left, above, gap = 46, 26, 54, 24, 26
-    block = left + cell_width * len(at_columns)
+    # A map of one length still has to hold its name and the title of its columns.
+    block = left + max(cell_width * len(at_columns), _LEAST_MAP_WIDTH)
     across = max(1, (WIDTH + gap) // (block + gap))
     tall = above + cell_height * len(at_rows) + 44
     parts = [_text(0, 16, title, "title"), *_scale(WIDTH - 200, 8)]
@@ -131,7 +135,7 @@ def heat_maps(title: str, row_title: str, column_title: str, rows: Axis, columns
         under = y0 + cell_height * len(at_rows)
         for j, column in enumerate(at_columns):
             parts.append(_text(x0 + cell_width * (j + 0.5), under + 16, columns.write(column), "soft", "middle"))
-        parts.append(_text(x0 + cell_width * len(at_columns) / 2, under + 34, column_title, "soft", "middle"))
+        parts.append(_text(x0, under + 34, column_title, "soft"))
     lines = math.ceil(len(maps) / across)
     return _svg(parts, 40 + lines * (tall + 14), title, max(WIDTH, block))
 

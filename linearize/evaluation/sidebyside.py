@@ -232,4 +232,4 @@ def _merged(found: SideBySide) -> Results:
 
 
 def _limit(one: Results) -> str:
-    return "" if one.limit is None else f", the first {one.limit:,} items of each task"
+    return "" if one.limit is None else f", at most {one.limit:,} items of each task"

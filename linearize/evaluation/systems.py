@@ -109,7 +109,7 @@ def evaluate(
         say=say,
     )
     return Results(
-        model=source.reference,
+        model=source.name,
         systems=[system.info for system in systems],
         scores=scores,
         command=command,

@@ -63,10 +63,17 @@ def facts(results: Results) -> list[tuple[str, str]]:
     found = [
         ("command", results.command),
         ("date", results.date),
-        ("items", "all" if results.limit is None else f"the first {results.limit:,} of each task"),
+        ("items", "all" if results.limit is None else _drawn(results)),
         ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
     ]
     return [(name, text) for name, text in found if text]
+
+
+def _drawn(results: Results) -> str:
+    """How many items of each task were scored, and how they were chosen."""
+    seeds = sorted({score.seed for one in results.scores.values() for score in one.tasks if score.seed is not None})
+    how = f", drawn at random with seed {', '.join(map(str, seeds))}" if seeds else ""
+    return f"at most {results.limit:,} of each task{how}"
 
 
 def suite_title(suite: str) -> str:
@@ -171,13 +178,14 @@ def _significant(name: str, other: str, tables: Sequence[SuiteTable]) -> tuple[l
         for row in table.rows:
             cell = row.cells.get(name)
             found = None if cell is None else cell.to_teacher if other == TEACHER else cell.to_window
-            # A mean, and the perplexity of a loss, say the same again.
-            again = row.mean_of or (table.suite == HELDOUT and row.metric == "perplexity")
+            # The perplexity of a loss says the same again; a mean may tell what no single task has items enough for.
+            again = table.suite == HELDOUT and row.metric == "perplexity"
             if name == other or found is None or found.p_corrected is None or again:
                 continue
             tested += 1
             if found.significant:
                 label = f"{row.task} {row.metric}" if table.suite == HELDOUT else row.task
+                label = f"the mean of {suite_title(table.suite).lower()}" if row.mean_of else label
                 (better if (found.value > 0) == row.higher_is_better else worse).append(label)
     return worse, better, tested
 

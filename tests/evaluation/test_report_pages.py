@@ -160,7 +160,7 @@ def test_all_answers_wrong(tmp_path: Path) -> None:
     write_report(found, tmp_path)
     shown = check_page(tmp_path)
     assert "0.0 ± 0.0" in shown
-    assert "Significantly worse than the teacher on 2 of 2 measures (piqa, arc_easy)" in shown
+    assert "Significantly worse than the teacher on 3 of 3 measures (piqa, arc_easy, the mean of core)" in shown
     assert "Nothing here shows it to be better than the window baseline" in shown
 
 
