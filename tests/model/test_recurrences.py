@@ -268,3 +268,9 @@ def test_a_mass_that_could_be_negative_is_refused():
 
 def test_every_recurrence_has_an_equation():
     assert EQUATIONS.keys() == RECURRENCES.keys()
+
+
+def test_gates_from_values_of_another_width_are_refused():
+    layer = AttentionLayer(query_heads=2, key_value_heads=2, key_width=8, value_width=12, scale=1.0)
+    with pytest.raises(ValueError, match="as wide as keys"):
+        build_recurrence(MixerConfig(layers=[0], gate_source="v"), layer)

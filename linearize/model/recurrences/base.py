@@ -65,6 +65,8 @@ class Recurrence(nn.Module, ABC):
             layer.value_width,
         )
         self.form: Form | None = None
+        if config.gate_source == "v" and layer.value_width != layer.key_width:
+            raise ValueError("gates from values need values as wide as keys; choose another gate source")
         register(self, self.initial_values())
 
     def initial_values(self) -> dict[str, Tensor]:
