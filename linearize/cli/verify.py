@@ -95,7 +95,7 @@ def _data(found: Verification) -> dict[str, Any]:
         "steps": found.steps,
         "woken_layers": found.woken,
         "recurrence_moves_logits_by": found.moved,
-        "distance_from_float32": found.half_distance,
+        "distance_from_wider_type": found.distance,
         "checks": [
             {
                 "name": check.name,
@@ -132,10 +132,10 @@ def _remarks(found: Verification) -> list[str]:
             f"during the checks the mix weights were raised (layers: {found.woken}), so that the recurrence moves the "
             f"logits by {100 * (found.moved or 0):.1f} %; now they are as before"
         )
-    if found.half_distance is not None:
-        sharper = "; --dtype float32 checks more sharply" if found.half_distance > 0.05 else ""
+    if found.distance is not None:
+        sharper = "; --dtype float32 checks more sharply" if found.distance > 0.05 else ""
         remarks.append(
-            f"rounding to {found.dtype} alone moves the logits by {100 * found.half_distance:.1f} %, of which checks "
+            f"rounding to {found.dtype} alone moves the logits by {100 * found.distance:.2g} %, of which checks "
             f"allow the double{sharper}"
         )
     return remarks
