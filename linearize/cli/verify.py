@@ -136,6 +136,6 @@ def _remarks(found: Verification) -> list[str]:
         sharper = "; --dtype float32 checks more sharply" if found.distance > 0.05 else ""
         remarks.append(
             f"rounding to {found.dtype} alone moves the logits by {100 * found.distance:.2g} %, of which checks "
-            f"allow the double{sharper}"
+            f"allow {'the double' if found.dtype != 'float32' else 'four times as much'}{sharper}"
         )
     return remarks

@@ -123,7 +123,8 @@ def verify(
         if not half and any(FLOAT32_TOLERANCE < check.error < math.inf for check in checks):
             # Some models amplify rounding; how much, only a run in float64 can tell, so it is made where it is needed.
             distance = _distance_from(subject, torch.float64)
-            subject.tolerance = _tolerance(distance, FLOAT32_TOLERANCE)
+            # Which token it is that amplifies most is chance, and the checks see more of them than these rows have.
+            subject.tolerance = _tolerance(2 * distance, FLOAT32_TOLERANCE)
             for place, check in enumerate(checks):
                 if not check.passed and not KINDS[name := check.name].as_loaded:
                     report(0, 1)
