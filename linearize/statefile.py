@@ -19,7 +19,6 @@ from linearize import __version__
 from linearize.conversion.output import check_file, staged_file
 from linearize.errors import OutputError, StateError
 from linearize.fingerprint import fingerprint
-from linearize.model.attention import LinearizedAttention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +34,7 @@ _Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def empty_memories(model: LinearizedForCausalLM, rows: int) -> list[LayerMemory]:
     """A memory of nothing for each layer, where the layer is."""
-    layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
-    return [layer.memory(rows, model.dtype, next(layer.parameters()).device) for layer in layers]
+    return [layer.memory(rows, model.dtype, next(layer.parameters()).device) for layer in model.attention_layers]
 
 
 def write(path: Path, model: LinearizedForCausalLM, layers: Sequence[LayerMemory], last: Tensor) -> int:

@@ -57,23 +57,27 @@ def exp_like(exponent: Tensor, like: Tensor) -> Tensor:
     return exponent.exp().to(like.dtype)
 
 
-def to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """`[B, T, ...]` as `[B, N, C, ...]`; the last chunk is filled with zeros, which change no state."""
-    missing = -x.shape[1] % chunk
-    if missing:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-    chunks: Tensor = x.unflatten(1, (-1, chunk))
-    return chunks
+def to_chunks(q: Tensor, *others: Tensor) -> list[Tensor]:
+    """Queries `[B, T, K, G, D]` as `[B, N, K, G, C, D]`, and all others `[B, T, K, ...]` as `[B, N, K, C, ...]`: heads
+    before tokens, so that every product is a plain batched matmul. The last chunk is filled with zeros, which change
+    no state."""
+    tokens = q.shape[1]
+    chunk = min(CHUNK, -(-tokens // SUB_CHUNK) * SUB_CHUNK)
+    missing = -tokens % chunk
+    # Asked first: padding by nothing would copy.
+    filled = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x for x in (q, *others))
+    q, *in_chunks = (x.unflatten(1, (-1, chunk)) for x in filled)
+    return [q.permute(0, 1, 3, 4, 2, 5), *(x.transpose(2, 3) for x in in_chunks)]
+
+
+def from_chunks(outputs: Tensor, tokens: int) -> Tensor:
+    """The way back: `[B, N, K, G, C, V]` to `[B, T, H, V]`."""
+    return outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :tokens]
 
 
 def form_for(tokens: int) -> Form:
     """The form that suits a length: `recurrent` for one token, `chunkwise` for more."""
     return "recurrent" if tokens == 1 else "chunkwise"
-
-
-def chunk_size(tokens: int) -> int:
-    """Tokens per chunk: `CHUNK`, or less for a short text."""
-    return min(CHUNK, -(-tokens // SUB_CHUNK) * SUB_CHUNK)
 
 
 def pair_decay(later: Tensor, earlier: Tensor, dim: int, *, strict: bool = False) -> Tensor:

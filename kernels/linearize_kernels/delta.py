@@ -26,10 +26,10 @@ from torch import Tensor
 
 from linearize_kernels.decay import (
     Form,
-    chunk_size,
     decayed_scores,
     exp_like,
     form_for,
+    from_chunks,
     pair_decay,
     prepare,
     running_sum,
@@ -104,9 +104,7 @@ def delta_rule_chunkwise(
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     tokens = q.shape[1]
     a, b = a.to(q.dtype), b.to(q.dtype)
-    q, k, v, log_gate, a, b = (to_chunks(x, chunk_size(tokens)) for x in (q, k, v, log_gate, a, b))
-    k, v, log_gate, a, b = (x.transpose(2, 3) for x in (k, v, log_gate, a, b))  # [B, N, K, C, ...]
-    q = q.permute(0, 1, 3, 4, 2, 5)  # [B, N, K, G, C, D]
+    q, k, v, log_gate, a, b = to_chunks(q, k, v, log_gate, a, b)
     cumulative = running_sum(log_gate, 3)
     before = cumulative - log_gate
     total = cumulative[..., -1:, :]
@@ -134,8 +132,7 @@ def delta_rule_chunkwise(
     outputs = decayed_scores(q, k, cumulative, cumulative) @ v.unsqueeze(3)
     outputs = outputs + decayed_scores(q, b, cumulative, cumulative) @ torch.stack(corrections, 1).unsqueeze(3)
     outputs = outputs + (q * exp_like(cumulative, q).unsqueeze(3)) @ torch.stack(states, 1).unsqueeze(3)
-    outputs = outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
-    return outputs[:, :tokens], state
+    return from_chunks(outputs, tokens), state
 
 
 _FORMS = {"parallel": delta_rule_parallel, "chunkwise": delta_rule_chunkwise, "recurrent": delta_rule_recurrent}

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from linearize_kernels.decay import (
     Form,
-    chunk_size,
     decayed_scores,
     exp_like,
     form_for,
+    from_chunks,
     pair_decay,
     prepare,
     running_sum,
@@ -84,11 +84,7 @@ def gla_chunkwise(
     """
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     tokens = q.shape[1]
-    q, k, v, log_gate = (to_chunks(x, chunk_size(tokens)) for x in (q, k, v, log_gate))
-
-    # Heads before tokens, so that every product below is a plain batched matmul: [B, N, K, C, ...].
-    k, v, log_gate = (x.transpose(2, 3) for x in (k, v, log_gate))
-    q = q.permute(0, 1, 3, 4, 2, 5)  # [B, N, K, G, C, D]
+    q, k, v, log_gate = to_chunks(q, k, v, log_gate)
     cumulative = running_sum(log_gate, 3)
     total = cumulative[..., -1:, :]
 
@@ -103,8 +99,7 @@ def gla_chunkwise(
     read = q * exp_like(cumulative, q).unsqueeze(3)
     outputs = outputs + read @ torch.stack(entering, 1).unsqueeze(3)
 
-    outputs = outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
-    return outputs[:, :tokens], state
+    return from_chunks(outputs, tokens), state
 
 
 _FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}

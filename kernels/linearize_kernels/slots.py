@@ -20,10 +20,10 @@ from torch import Tensor
 
 from linearize_kernels.decay import (
     Form,
-    chunk_size,
     decayed_sum,
     exp_like,
     form_for,
+    from_chunks,
     pair_decay,
     prepare,
     running_sum,
@@ -78,9 +78,7 @@ def gated_values_chunkwise(
     """Chunk by chunk, O(T) time and memory, safe for gates of any strength."""
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     tokens = q.shape[1]
-    q, k, v, log_gate = (to_chunks(x, chunk_size(tokens)) for x in (q, k, v, log_gate))
-    k, v, log_gate = (x.transpose(2, 3) for x in (k, v, log_gate))  # [B, N, K, C, ...]
-    q = q.permute(0, 1, 3, 4, 2, 5)  # [B, N, K, G, C, D]
+    q, k, v, log_gate = to_chunks(q, k, v, log_gate)
     cumulative = running_sum(log_gate, 3)
     total = cumulative[..., -1:, :]
 
@@ -94,8 +92,7 @@ def gated_values_chunkwise(
         state = chunk_decay[:, n] * state + written[:, n]
     outputs = outputs + (q @ torch.stack(entering, 1).unsqueeze(3)) * exp_like(cumulative, v).unsqueeze(3)
 
-    outputs = outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
-    return outputs[:, :tokens], state
+    return from_chunks(outputs, tokens), state
 
 
 _FORMS = {"parallel": gated_values_parallel, "chunkwise": gated_values_chunkwise, "recurrent": gated_values_recurrent}

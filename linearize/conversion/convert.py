@@ -8,8 +8,6 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from linearize import __version__
 from linearize.conversion.output import sha256
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
@@ -17,7 +15,6 @@ from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
-from linearize.model.attention import LinearizedAttention
 from linearize.model.mixer import Mixer
 from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
@@ -26,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedModel
 
     from linearize.families import AttentionLayer
@@ -198,9 +196,7 @@ def write_checkpoint(
 def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:
     """Bytes of memory that one sequence takes in all layers before its first token: all that it ever takes, unless
     layers or heads keep softmax over the whole past."""
-    attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
-    held = dtype or model.dtype
-    return sum(attention.memory(1, held, torch.device("meta")).nbytes for attention in attentions)
+    return sum(layer.memory_nbytes(dtype or model.dtype)[0] for layer in model.attention_layers)
 
 
 def converted_layers(model: LinearizedForCausalLM) -> int:
@@ -212,9 +208,7 @@ def converted_layers(model: LinearizedForCausalLM) -> int:
 
 def growth_nbytes(model: LinearizedForCausalLM) -> int:
     """Bytes of memory per token on top of that, in the layers and heads that keep softmax over the whole past."""
-    attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
-    memories = (attention.memory(1, model.dtype, torch.device("meta"), capacity=1) for attention in attentions)
-    return sum(x.numel() * x.element_size() for memory in memories for x in memory.past.values())
+    return sum(layer.memory_nbytes(model.dtype)[1] for layer in model.attention_layers)
 
 
 def versions() -> dict[str, str]:

@@ -77,14 +77,6 @@ class _Subject:
         """What attending over that many tokens takes in the pretrained model."""
         return sum(min(tokens, layer.window or tokens) * layer.flops_per_key for layer in self.layers)
 
-    def attentions(self, config: LinearizedConfig) -> list[LinearizedAttention]:
-        """The converted layers, without weights."""
-        with torch.device("meta"):
-            return [
-                LinearizedAttention(torch.nn.Module(), self.family, layer, config.mixer_of(index), index)
-                for index, layer in enumerate(self.layers)
-            ]
-
     def costs(self, attentions: list[LinearizedAttention]) -> dict[str, Any]:
         """Bytes of a sequence and FLOPs of a step: what is constant, and what every token of context adds to it."""
         parts: dict[str, int] = {}
@@ -104,6 +96,18 @@ class _Subject:
         }
 
 
+def weightless_layers(config: LinearizedConfig) -> list[LinearizedAttention]:
+    """The layers that a converted model of this configuration has, without weights: what they remember and what a step
+    takes does not depend on these."""
+    base: Any = config.text_config
+    family = family_of(base)
+    with torch.device("meta"):
+        return [
+            LinearizedAttention(torch.nn.Module(), family, layer, config.mixer_of(index), index)
+            for index, layer in enumerate(family.layers(base))
+        ]
+
+
 def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The facts about `source` and what `spec` makes of it.
 
@@ -119,7 +123,7 @@ def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None 
     layers = subject.layers
     mixers = mixers_for(spec, layers) if subject.mixers is None else subject.mixers
     asked = LinearizedConfig(text_config=subject.config, mixers=mixers)
-    attentions = subject.attentions(asked)
+    attentions = weightless_layers(asked)
     costs = subject.costs(attentions)
     state, growth = costs["state_bytes"], costs["growth_bytes_per_token"]
     return {
@@ -174,7 +178,7 @@ def compare_mixers(
         except RecipeError as error:
             rows.append({"name": name, "refused": str(error)})
         else:
-            rows.append({"name": name, **subject.costs(subject.attentions(config))})
+            rows.append({"name": name, **subject.costs(weightless_layers(config))})
     if rows and all("refused" in row for row in rows):
         raise RecipeError(rows[0]["refused"])
     teacher = [

@@ -6,15 +6,14 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from linearize.conversion.convert import BASELINE_SINKS
-from linearize.model.attention import LinearizedAttention
+from linearize.conversion.inspection import weightless_layers
 from linearize.model.configuration import LinearizedConfig, MixerConfig
-from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from linearize.model import LinearizedForCausalLM
 
@@ -33,11 +32,9 @@ def silence(model: LinearizedForCausalLM, branches: Sequence[str]) -> Linearized
     `window` it is the recurrence's reading alone, and zero while the state is empty. Without both it is zero. Layers
     and heads that keep their softmax attention keep it here.
     """
-    layers = family_of(model.config.text_config).layers(model.config.text_config)
-    for module in model.modules():
-        if isinstance(module, LinearizedAttention) and module.mixer is not None:
-            index = module.layer_idx
-            converts = model.config.mixer_of(index).converts(layers[index])
+    for module in model.attention_layers:
+        if module.mixer is not None:
+            converts = model.config.mixer_of(module.layer_idx).converts(module.layer)
             module.mixer.branches_off = frozenset(branches) if converts else frozenset()
     return model
 
@@ -50,16 +47,10 @@ def memory_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list
         mixers: the sections of a converted model; none for the pretrained one.
         dtype: of keys and values.
     """
-    found = []
-    for attention in _attentions(config, mixers):
-        # A transformer's cache does not count its tokens; a memory does, in 8 bytes.
-        constant = attention.memory(1, dtype, torch.device("meta")).nbytes - (0 if mixers else 8)
-        per_token = sum(
-            x.numel() * x.element_size()
-            for x in attention.memory(1, dtype, torch.device("meta"), capacity=1).past.values()
-        )
-        found.append((constant, per_token))
-    return found
+    layers = weightless_layers(LinearizedConfig(text_config=config, mixers=list(mixers)))
+    # A transformer's cache does not count its tokens; a memory does, in 8 bytes.
+    uncounted = 0 if mixers else 8
+    return [(constant - uncounted, per_token) for constant, per_token in (x.memory_nbytes(dtype) for x in layers)]
 
 
 def equal_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -68,27 +59,14 @@ def equal_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[
     down to whole tokens."""
     sections = [MixerConfig(**mixer) if isinstance(mixer, dict) else mixer for mixer in mixers]
     widest: list[dict[str, Any]] = []
-    layers = family_of(config).layers(config)
-    for index, (attention, (held, _)) in enumerate(
-        zip(_attentions(config, sections), memory_bytes(config, sections, dtype), strict=True)
-    ):
-        section = next((one for one in sections if index in one.layers), None)
+    for index, attention in enumerate(weightless_layers(LinearizedConfig(text_config=config, mixers=list(sections)))):
+        section, layer = next((one for one in sections if index in one.layers), None), attention.layer
         if section is None:
             continue
-        if section.converts(layers[index]):
-            layer = layers[index]
+        if section.converts(layer):
+            held, _ = attention.memory_nbytes(dtype)
             token = len(attention.mixed_heads) * (layer.key_width + layer.value_width) * dtype.itemsize
             sinks = max(section.sinks, BASELINE_SINKS)
             section = replace(section, window=max(1, (held - 8) // token - sinks))
         widest.append(asdict(replace(section, layers=[index])))
     return widest
-
-
-def _attentions(config: Any, mixers: Sequence[Any]) -> list[LinearizedAttention]:
-    """The layers, without weights."""
-    family, whole = family_of(config), LinearizedConfig(text_config=config, mixers=list(mixers))
-    with torch.device("meta"):
-        return [
-            LinearizedAttention(torch.nn.Module(), family, layer, whole.mixer_of(index), index)
-            for index, layer in enumerate(family.layers(config))
-        ]

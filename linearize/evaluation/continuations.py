@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from linearize.errors import ModelError
-from linearize.evaluation.heldout import evaluating
 from linearize.evaluation.reading import Kept, greedy, sampled, write
 from linearize.evaluation.recall.running import is_out_of_memory, learned_positions
-from linearize.evaluation.task import Item, Task
+from linearize.evaluation.task import Item, Task, evaluating
 from linearize.training.selftext import fingerprint
 
 if TYPE_CHECKING:

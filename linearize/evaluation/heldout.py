@@ -6,8 +6,7 @@ Dimensions: N rows, L tokens a row, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.errors import DataError, ModelError
+from linearize.evaluation.task import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -192,20 +192,6 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | No
     positions = None if position_ids is None else position_ids.to(device)
     logits: Tensor = model(input_ids=input_ids.to(device), position_ids=positions, use_cache=False).logits
     return logits
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
-    """Eval mode inside, the mode from before outside."""
-    if model is None:
-        yield
-        return
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _column(rows: Mapping[str, Tensor] | Rows, name: str) -> Tensor | None:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.excerpts import book_rows
-from linearize.evaluation.heldout import evaluating
 from linearize.evaluation.reading import Kept, losses
 from linearize.evaluation.recall.running import is_out_of_memory, learned_positions
-from linearize.evaluation.task import Item, Task
+from linearize.evaluation.task import Item, Task, evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

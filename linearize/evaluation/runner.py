@@ -13,7 +13,7 @@ import torch
 
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.store import Store, model_key, whole_stamp
-from linearize.evaluation.task import Item, Task, TaskScore
+from linearize.evaluation.task import Item, Task, TaskScore, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,14 +130,9 @@ class _System:
             if self.stamp is not None:
                 self.store.remember(self.stamp, self.key)
             found = {task.name: self._kept(task) for task in tasks}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                for task in tasks:
-                    self._score(task, chosen[task.name], found[task.name])
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), torch.inference_mode():
+            for task in tasks:
+                self._score(task, chosen[task.name], found[task.name])
         return found
 
     def _kept(self, task: Task) -> dict[int, Item]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,6 +111,20 @@ class Task(ABC):
     def summary(self, values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
         """The metric over these items, and its standard error (None with fewer than two)."""
         return mean_and_error(values)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+    """Eval mode inside, the mode from before outside."""
+    if model is None:
+        yield
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

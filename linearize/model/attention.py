@@ -71,6 +71,12 @@ class LinearizedAttention(nn.Module):
             past = {name: empty_slots(kept, name, slots, dtype, device) for name in ("k_rotated", "v")}
         return LayerMemory(parts, batch, device, past=past, capacity=capacity)
 
+    def memory_nbytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of one sequence's memory that do not depend on its length, and those of each token."""
+        meta = torch.device("meta")
+        past = self.memory(1, dtype, meta, capacity=1).past.values()
+        return self.memory(1, dtype, meta).nbytes, sum(x.numel() * x.element_size() for x in past)
+
     def forward(
         self,
         hidden_states: Tensor,

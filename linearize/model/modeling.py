@@ -64,6 +64,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             setattr(owner, name, attention)
         self.config = config
 
+    @property
+    def attention_layers(self) -> list[LinearizedAttention]:
+        """What stands in the place of each layer's attention, first layer first."""
+        return [module for module in self.modules() if isinstance(module, LinearizedAttention)]
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Gives every parameter that nothing was loaded into the value it starts as."""

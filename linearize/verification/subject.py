@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from linearize.errors import VerificationError
-from linearize.model.attention import LinearizedAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -114,15 +113,11 @@ class Subject:
         return tokens, mask
 
 
-def _attentions(model: LinearizedForCausalLM) -> list[LinearizedAttention]:
-    return [module for module in model.modules() if isinstance(module, LinearizedAttention)]
-
-
 def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
     """The widest window; the fewest tokens that fill each window that conversion made and its sinks; and how many to
     take by default: four windows, but no more than `_MOST_TOKENS` for the sake of a model's own sliding windows, which
     count as the widest only where conversion made none."""
-    mixers = [attention.mixer for attention in _attentions(model) if attention.mixer is not None]
+    mixers = [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
     ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
     widest = max((mixer.window for mixer in ours or mixers), default=0)
     least = max((mixer.window + mixer.config.sinks for mixer in ours), default=0) + _SLACK
@@ -131,7 +126,7 @@ def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
 
 def _positions(model: LinearizedForCausalLM) -> int | None:
     """How many positions a model has that learned one embedding for each; None where positions have no end."""
-    if any(attention.layer.rotary for attention in _attentions(model)):
+    if any(attention.layer.rotary for attention in model.attention_layers):
         return None
     return getattr(model.config, "max_position_embeddings", None)
 

@@ -9,32 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from linearize.cli.app import run
 from tests.conftest import random_llama
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def outcome(capfd: pytest.CaptureFixture[str]):
-    """Runs a command line; gives its status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = run([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("converted") / "model"
-    assert run(["convert", str(tiny_folder), "-o", str(target), "--set", "mixer.window=16"]) == 0
-    return target
 
 
 NO_DATA = "stages.0.data.source=no.txt"

@@ -8,33 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from linearize.cli.app import run
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture
-def outcome(capfd: pytest.CaptureFixture[str]):
-    """Runs a command line; gives its status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = run([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("converted") / "model"
-    assert run(["convert", str(tiny_folder), "-o", str(target), "--set", "mixer.window=16"]) == 0
-    return target
 
 
 def test_suites_tasks_baselines_and_report(outcome, converted, data_folder, tmp_path):

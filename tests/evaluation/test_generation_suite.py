@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from linearize.conversion.convert import convert_model
 from linearize.errors import DataError, ModelError
@@ -22,16 +22,6 @@ from linearize.evaluation.task import Item
 from linearize.recipe import MixerSpec
 
 BESIDE_TEACHER = ["agreement", "common_prefix", "kl_teacher_text", "kl_own_text", "repetition"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="module")

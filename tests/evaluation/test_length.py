@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from linearize.conversion.convert import convert_model
 from linearize.errors import DataError, ModelError
@@ -20,16 +20,6 @@ from linearize.recipe import MixerSpec
 
 NAMES = ["loss_by_position", "loss_rise"]
 TOKENS = 200
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_folder)
-
-
 @pytest.fixture
 def model(tiny_folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import ModelError
 from linearize.evaluation.recall.running import expected, is_out_of_memory, learned_positions, written
-from linearize.evaluation.task import Item, Task
+from linearize.evaluation.task import Item, Task, evaluating
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,7 +95,7 @@ class RecallTask(Task):
         wanted = sorted({self._items[index][0] for index in indices}, key=lambda row: (self.rows[row].length, row))
         self._check_positions(model, wanted)
         values: dict[int, list[bool]] = {}
-        with _evaluating(model):
+        with evaluating(model):
             while wanted:
                 length = self.rows[wanted[0]].length
                 batch = [row for row in wanted if self.rows[row].length == length][:batch_size]
@@ -205,13 +204,3 @@ class ExpectedRecall(RecallTask):
 def pad_of(tokenizer: Any) -> int:
     """A token to fill rows with."""
     return int(next((pad for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id) if pad is not None), 0))
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

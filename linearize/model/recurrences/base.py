@@ -214,6 +214,10 @@ class Recurrence(nn.Module, ABC):
             return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
         return F.elu(x) + 1 if kind == "elu" else x
 
+    def per_feature(self, x: Tensor) -> Tensor:
+        """What belongs to channels of the key `[..., D]`, as wide as the features; what belongs to the head stays."""
+        return torch.cat([x, x], -1) if x.shape[-1] > 1 and self.feature_width != self.key_width else x
+
 
 def register(module: nn.Module, values: dict[str, Tensor]) -> None:
     """Makes a parameter of each value. Under a meta device there is only its shape, and loading fills it in."""

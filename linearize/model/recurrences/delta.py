@@ -34,11 +34,6 @@ class Delta(Recurrence):
         """The feature map, scaled to length 1."""
         return F.normalize(self.features(x), dim=-1, eps=1e-6)
 
-    def channel_gate(self, source: Tensor) -> Tensor:
-        """The log-gate, as wide as the features (or 1 wide)."""
-        log_gate = self.log_gate(source)
-        return log_gate if log_gate.shape[-1] in (1, self.feature_width) else torch.cat([log_gate, log_gate], -1)
-
 
 class KimiDeltaAttention(Delta):
     """S_t = (I - β_t k̂_tᵀ k̂_t) diag(g_t) S_{t-1} + β_t k̂_tᵀ v_t ,  o_t = q̂_t S_t
@@ -68,7 +63,7 @@ class KimiDeltaAttention(Delta):
         if self.config.negative_eigenvalues:
             strength = 2 * strength
         k = self.unit_features(k)
-        log_gate, strength = silenced(writes, self.channel_gate(source), strength)
+        log_gate, strength = silenced(writes, self.per_feature(self.log_gate(source)), strength)
         written = strength * k
         read, final = delta_rule(
             self.unit_features(q), written, v, log_gate, log_gate.exp() * k, -written, held(state), form=self.form
@@ -117,10 +112,8 @@ class RWKV7(Delta):
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, source = as_computed(q, k, v, source)
         q, k = self.unit_features(q), self.unit_features(k)
-        rate = torch.sigmoid(self.rate_scale * source + self.rate_bias)
-        if self.feature_width != self.key_width:
-            rate = torch.cat([rate, rate], -1)
-        k, log_gate = silenced(writes, k, self.channel_gate(source))
+        rate = self.per_feature(torch.sigmoid(self.rate_scale * source + self.rate_bias))
+        k, log_gate = silenced(writes, k, self.per_feature(self.log_gate(source)))
         written = k * (1 + (rate - 1) * self.replacement)
         read, final = delta_rule(q, written, v, log_gate, k, -rate * k, held(state), form=self.form)
         keep(state, state=final)

@@ -46,9 +46,7 @@ class Gated(Recurrence):
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, source = as_computed(q, k, v, source)
         log_gate = self.log_gate(source)
-        k, log_gate = silenced(writes, self.written(k, log_gate), log_gate)
-        if log_gate.shape[-1] not in (1, k.shape[-1]):  # a feature map that doubles the width
-            log_gate = torch.cat([log_gate, log_gate], -1)
+        k, log_gate = silenced(writes, self.written(k, log_gate), self.per_feature(log_gate))
         read, final = gla(self.features(q), k, F.pad(v, (0, 1), value=1.0), log_gate, held(state), form=self.form)
         keep(state, state=final)
         return read[..., :-1], read[..., -1]
@@ -100,8 +98,7 @@ class HGRN2(Gated):
     mapped: ClassVar[str] = "q"
 
     def written(self, k: Tensor, log_gate: Tensor) -> Tensor:
-        write = -torch.expm1(log_gate)
-        return torch.cat([write, write], -1) if self.feature_width != self.key_width else write
+        return self.per_feature(-torch.expm1(log_gate))
 
 
 class Mamba2(Gated):
@@ -140,9 +137,7 @@ class RWKV6(Gated):
         self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, source = as_computed(q, k, v, source)
-        k, log_gate = silenced(writes, self.features(k), self.log_gate(source))
-        if log_gate.shape[-1] != k.shape[-1]:
-            log_gate = torch.cat([log_gate, log_gate], -1)
+        k, log_gate = silenced(writes, self.features(k), self.per_feature(self.log_gate(source)))
         q, v = self.features(q), F.pad(v, (0, 1), value=1.0)
         before = held(state)
         # Query t + 1 reads what stands after token t, so the queries move one place to the left and the answers back.
@@ -239,9 +234,7 @@ class LightNet(Gated):
         before, after = log_sums[:, :-1], log_sums[:, 1:]
         write = (logits - after).exp().to(q.dtype)
         log_gate = torch.where(before > _NOTHING / 2, before - after, 0).to(q.dtype)  # an empty state has no decay
-        write, log_gate = silenced(writes, write, log_gate)
-        if self.feature_width != self.key_width:
-            write, log_gate = torch.cat([write, write], -1), torch.cat([log_gate, log_gate], -1)
+        write, log_gate = silenced(writes, self.per_feature(write), self.per_feature(log_gate))
         read, final = gla(self.features(q), write, F.pad(v, (0, 1), value=1.0), log_gate, held(state), form=self.form)
         if state is not None:
             wrote = torch.ones_like(state["started"]) if writes is None else writes.any(1).to(state["started"])
@@ -283,9 +276,7 @@ class GateLoop(Gated):
         if (start := held(state, "angle")) is not None:
             angle = angle + start[:, None].double()
         angle = torch.remainder(angle, 2 * math.pi)
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-        if self.feature_width != self.key_width:
-            cos, sin, log_gate = (torch.cat([x, x], -1) for x in (cos, sin, log_gate))
+        cos, sin, log_gate = (self.per_feature(x.to(q.dtype)) for x in (angle.cos(), angle.sin(), log_gate))
         group = q.shape[2] // self.key_value_heads
         q, k = self.features(q), torch.cat([k * cos, k * sin], -1)
         q = torch.cat([q * cos.repeat_interleave(group, 2), q * sin.repeat_interleave(group, 2)], -1)
