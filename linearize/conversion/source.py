@@ -171,7 +171,10 @@ def _reason(error: Exception, source: Source) -> str:
     if source.kind == "hub" and isinstance(error, OSError):
         if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
             return "no local folder or file of this name, and the Hub has no such model (or wants you to log in)"
-        return "no local folder or file of this name, and the Hub cannot be reached to look for it there"
+        return (
+            "no local folder or file of this name, and the Hub cannot be reached to look for it there; check the name, "
+            "or the network"
+        )
     if source.kind == "hub" and "Repo id" in text:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"
     return f"cannot be read as a model: {type(error).__name__}: {lines[0][:300]}"
