@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from linearize.conversion.convert import convert, convert_model, window_baseline
+from linearize.conversion.convert import convert, convert_model, window_baseline, window_sections
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
 from linearize.evaluation.heldout import paired_difference
-from linearize.evaluation.report import SystemScores, report_data, report_table
+from linearize.evaluation.report import SystemScores, report_data, report_table, write_report
+from linearize.evaluation.results import Results
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
-from linearize.evaluation.systems import score_systems
+from linearize.evaluation.systems import BASELINES, describe, score_systems
 from linearize.training.finetune import FinetuneResult, finetune, work_folder, write_result
 
 if TYPE_CHECKING:
@@ -57,12 +55,15 @@ def run_recipe(
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
+    command: str = "",
 ) -> RunResult:
-    """Runs `recipe` and writes `target`: the folders `converted` and `finetuned`, `report.json` and `report.md`.
+    """Runs `recipe` and writes `target`: the folders `converted` and `finetuned`, `report.json` with the figures of all
+    parts, and the evaluation's own report (`report.html`, `report.md`, `results.json`).
 
     Args:
         data: the folder of the evaluation tasks' files; None reads them from the Hub.
         resume: go on with the training of an earlier run that was interrupted.
+        command: the command line, for the report.
 
     Raises:
         LinearizeError: whatever stands in the way, before anything is written to `target`.
@@ -86,7 +87,7 @@ def run_recipe(
             converted = convert(
                 source, recipe, folder / "converted", teacher=copy.deepcopy(teacher), tokenizer=tokenizer
             )
-            mixers = converted.config.mixers or []
+            mixers, base = converted.config.mixers or [], converted.config.text_config
             del converted
         with _timed(seconds, "finetune"):
             trained = finetune(
@@ -112,10 +113,11 @@ def run_recipe(
                 systems["finetuned"] = lambda: trained.model
             rows = trained.data.held_out if trained.data is not None and len(trained.data.held_out) else None
             options = SuiteOptions(data=data, seed=recipe.seed, teacher=lambda: teacher)
+            tasks = build_suites(chosen, trained.tokenizer, options)
             scores = score_systems(
                 systems,
                 trained.tokenizer,
-                build_suites(chosen, trained.tokenizer, options),
+                tasks,
                 rows=rows,
                 teacher=teacher,
                 limit=recipe.evaluate.limit,
@@ -126,8 +128,24 @@ def run_recipe(
         figures = {**report_data(scores), "gains": gains, "stages": trained.stages, "seconds": seconds}
         table = report_table(scores)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(_markdown(source.name, table, gains), encoding="utf-8")
+        sections = {"teacher": [], "window": window_sections(mixers)}
+        results = Results(
+            model=source.name,
+            systems=[describe(name, _ABOUT[name], base, sections.get(name, mixers), teacher.dtype) for name in scores],
+            scores=scores,
+            command=command,
+            limit=recipe.evaluate.limit,
+            digests={task.name: task.digest for task in tasks},
+        )
+        write_report(results, folder)
     return RunResult(scores, table, figures, trained)
+
+
+_ABOUT = {
+    **BASELINES,
+    "converted": "the model as converted, before any training",
+    "finetuned": "the converted model after fine-tuning",
+}
 
 
 def _gains(scores: dict[str, SystemScores]) -> dict[str, dict[str, float | None]]:
@@ -146,12 +164,6 @@ def gains_line(gains: dict[str, dict[str, float | None]]) -> str:
         return ""
     parts = (f"{name} {d['mean']:+.4f} ± {d['stderr'] or 0:.4f}" for name, d in gains.items())
     return f"fine-tuning changed, row by row: {', '.join(parts)} nats per token"
-
-
-def _markdown(name: str, table: Table, gains: dict[str, dict[str, float | None]]) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table)
-    return f"# {name}\n\n```\n{console.export_text()}{gains_line(gains)}\n```\n"
 
 
 class _timed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,9 @@ def demo(
     status(f"model: {recipe.model}")
     started = time.monotonic()
     resume = is_resumable(output, recipe)  # an interrupted demo goes on by itself
-    result = run_recipe(recipe, output, say=status, overwrite=overwrite, resume=resume)
+    result = run_recipe(
+        recipe, output, say=status, overwrite=overwrite, resume=resume, command=shlex.join(["linearize", *sys.argv[1:]])
+    )
     status(f'the fine-tuned model answers "{_PROMPT}":')
     trained = result.trained
     text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write)
@@ -50,7 +53,7 @@ def demo(
     minutes = (time.monotonic() - started) / 60
     status(
         f"done in {minutes:.1f} minutes; the model is in {output / 'finetuned'} and holds {text.memory_bytes:,} "
-        "bytes of memory for a text of any length\n"
+        f"bytes of memory for a text of any length; the report is {output / 'report.html'}\n"
         f'next: linearize generate {output / "finetuned"} "What is a needle in a haystack?" --chat'
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,7 @@ def run(
 ) -> None:
     """Convert, fine-tune, evaluate and report in one go.
 
-    DIR gets the folders `converted` and `finetuned`, report.json and report.md.
+    DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data.
     """
     quiet_libraries()
     from linearize.pipeline import gains_line, run_recipe
@@ -49,6 +50,7 @@ def run(
         overwrite=overwrite,
         resume=resume,
         trust_remote_code=trust_remote_code,
+        command=shlex.join(["linearize", *sys.argv[1:]]),
     )
     if as_json:
         print_json({"output": str(output), **result.data})

@@ -114,18 +114,20 @@ def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCau
     )
 
 
-def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
-    """`teacher`, which is used up, with the window and sinks of `mixers` alone: what costs no training at all. What
-    they keep as softmax is kept here too."""
+def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`mixers` with window and sinks alone; what they keep as softmax is kept."""
     # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
-    changes = {"recurrence": "none", "covers": "evicted"}
-    bare = [
-        MixerConfig(**{**mixer, **changes, "sinks": max(mixer["sinks"], BASELINE_SINKS)})
+    return [
+        {**mixer, "recurrence": "none", "covers": "evicted", "sinks": max(mixer["sinks"], BASELINE_SINKS)}
         if mixer["window"] is not None
-        else MixerConfig(**mixer)
+        else mixer
         for mixer in mixers
     ]
-    return LinearizedForCausalLM.from_teacher(teacher, bare)
+
+
+def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
+    """`teacher`, which is used up, with `window_sections(mixers)`: what costs no training at all."""
+    return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
 def convert(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file
 
-from linearize.conversion.convert import BASELINE_SINKS, check_convertible, mixers_for, window_baseline
+from linearize.conversion.convert import check_convertible, mixers_for, window_baseline, window_sections
 from linearize.conversion.source import DTYPES, Source, load_config, load_model, load_tokenizer, teacher_of
 from linearize.errors import DataError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
@@ -232,12 +232,7 @@ class _Maker:
         mixers = self.mixers or _default_mixers(self.base)
         if name == "window_bytes":
             mixers = equal_bytes(self.base, mixers, self._held())
-        bare = [
-            {**m, "recurrence": "none", "covers": "evicted", "sinks": max(m["sinks"], BASELINE_SINKS)}
-            if m["window"] is not None
-            else m
-            for m in mixers
-        ]
+        bare = window_sections(mixers)
         widths = sorted({m["window"] for m in mixers if m["window"] is not None})
         about = f"{BASELINES[name]}: {' to '.join(dict.fromkeys((str(widths[0]), str(widths[-1]))))} tokens"
         load = self._stamped(lambda: window_baseline(self._load(self.teacher), mixers), self.teacher, bare)
@@ -264,11 +259,22 @@ class _Maker:
         return found if isinstance(found, torch.dtype) else torch.float32
 
     def _info(self, name: str, about: str, mixers: list[dict[str, Any]]) -> SystemInfo:
-        try:
-            layers = memory_bytes(self.base, mixers, self._held())
-        except ValueError:  # an architecture of which we do not know how it remembers
-            return SystemInfo(name, about)
-        return SystemInfo(name, about, sum(layer[0] for layer in layers), sum(layer[1] for layer in layers))
+        return describe(name, about, self.base, mixers, self._held())
+
+
+def describe(name: str, about: str, base: Any, mixers: Sequence[Any], dtype: torch.dtype) -> SystemInfo:
+    """A system with the bytes that it remembers a sequence in.
+
+    Args:
+        base: the pretrained model's configuration.
+        mixers: its mixer sections; none for the pretrained model itself.
+        dtype: of keys and values.
+    """
+    try:
+        layers = memory_bytes(base, mixers, dtype)
+    except ValueError:  # an architecture of which we do not know how it remembers
+        return SystemInfo(name, about)
+    return SystemInfo(name, about, sum(layer[0] for layer in layers), sum(layer[1] for layer in layers))
 
 
 def _given(model: PreTrainedModel) -> PreTrainedModel:

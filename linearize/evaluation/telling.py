@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from linearize.evaluation.branches import MODEL, branch_sentences
 from linearize.evaluation.comparison import TEACHER, WINDOW, SuiteTable, compare_systems
 from linearize.evaluation.formatting import (
     closed_text,
@@ -106,6 +107,7 @@ def summary(results: Results, tables: Sequence[SuiteTable]) -> list[tuple[str, l
             *_means(name, tables),
             *_held_out(name, tables),
             *_verdicts(name, tables),
+            *(branch_sentences(results) if name == MODEL else []),
             *_memory(name, results.systems),
         ]
         told.append((name, sentences or ["Nothing was measured that the teacher was measured on."]))

@@ -160,8 +160,12 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     assert status == 0, words
     assert json.loads(text)["systems"] == ["teacher", "window", "converted", "finetuned"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "converted", "finetuned", "report.json", "report.md",
+        "converted", "finetuned", "report.json", "report.md", "report.html", "results.json", "memory.svg",
     }  # fmt: skip
+    told = json.loads((tmp_path / "run" / "results.json").read_text())
+    sizes = {system["name"]: system["state_bytes"] for system in told["systems"]}
+    assert sizes["teacher"] == 0 < sizes["window"] < sizes["converted"] == sizes["finetuned"]
+    assert {task["suite"] for task in told["tasks"]} == {"held-out"}
     rows = {
         row["metric"]: row["values"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]
     }
