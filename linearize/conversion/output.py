@@ -101,7 +101,7 @@ def check_free(target: Path, *, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{target}: exists and is not empty; pass --overwrite to replace it")
-        if not any((target / name).is_file() for name in ("config.json", "linearize.json", "report.json")):
+        if not any((target / name).is_file() for name in ("config.json", "linearize.json", "report.json", "probe.json")):
             raise OutputError(f"{target}: does not look like a result of linearize; it will not be overwritten")
 
 
