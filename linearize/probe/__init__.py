@@ -6,9 +6,10 @@ layers or heads are worth their cache.
     damage.py       loss and recall with one layer, or one key/value head, that sees its window alone
     selection.py    what to keep within a budget of bytes, as a recipe
     probing.py      all of it in order
-    telling.py      the figures as a page and pictures
+    telling.py      the figures in words and tables; pictures.py draws them, report.py writes the files
 """
 
 from linearize.probe.probing import Probe, ProbeOptions, run_probe
+from linearize.probe.selection import Budget
 
-__all__ = ["Probe", "ProbeOptions", "run_probe"]
+__all__ = ["Budget", "Probe", "ProbeOptions", "run_probe"]

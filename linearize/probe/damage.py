@@ -107,7 +107,7 @@ def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec) -> lis
     found = sorted(index for section in sections for index in section.layers if section.converts(layers[index]))
     if not found:
         raise RecipeError(
-            f"mixer.window {spec.window}: no layer sees farther than that, so there is nothing to probe; set a lower one"
+            f"mixer.window {spec.window}: no layer sees farther than that, so there is nothing to probe; lower it"
         )
     return found
 

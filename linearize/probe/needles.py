@@ -79,9 +79,7 @@ def make_needles(
     return found
 
 
-def _needle(
-    tokenizer: Any, writer: Writer, essay: Essay, rng: random.Random, depth: float, length: int
-) -> Needle:
+def _needle(tokenizer: Any, writer: Writer, essay: Essay, rng: random.Random, depth: float, length: int) -> Needle:
     draft = niah_essay(rng, depth, essay, length)
     value = draft.answers[0]
     draft = replace(draft, prefix=f"{draft.prefix}: {value}")

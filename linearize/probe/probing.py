@@ -37,7 +37,9 @@ from linearize.training.data import load_data
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from linearize.families import AttentionLayer
+    from torch import Tensor
+
+    from linearize.families import AttentionLayer, Projections
     from linearize.recipe import Recipe
     from linearize.training.data import Rows
 
@@ -158,8 +160,8 @@ def run_probe(
     convertible = convertible_layers(layers, spec)
     if options.length <= spec.window + spec.sinks:
         raise DataError(
-            f"rows of {options.length:,} tokens have nothing beyond a window of {spec.window:,} and {spec.sinks} sinks: "
-            "raise --length"
+            f"rows of {options.length:,} tokens have nothing beyond a window of {spec.window:,} and {spec.sinks} "
+            "sinks: raise --length"
         )
     tokenizer, teacher = load_tokenizer(source), load_model(source, dtype=recipe.dtype)
     limit = learned_positions(teacher)
@@ -167,8 +169,9 @@ def run_probe(
         raise DataError(f"--length {options.length:,}: the model has learned {limit:,} positions; choose up to that")
     context = options.context or getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     parts = [] if options.damage == "none" else parts_of(layers, convertible, options.damage)
-    sizes = {part: part_bytes(part, layers, teacher.dtype.itemsize, context) for part in parts}
-    cache = sum(part_bytes(Part(index), layers, teacher.dtype.itemsize, context) for index in range(len(layers)))
+    itemsize = teacher.dtype.itemsize
+    sizes = {part: part_bytes(part, layers, itemsize, context) for part in parts}
+    cache = sum(part_bytes(Part(index), layers, itemsize, context) for index in range(len(layers)))
     budget = budget_bytes(options.budget, sizes, cache, context) if parts else 0
 
     text = load_data(
@@ -179,84 +182,106 @@ def run_probe(
         teacher=lambda: teacher,
         progress=say,
     )
-    rows = text.train
     needles = make_needles(
         tokenizer,
-        tokenizer.batch_decode(rows.input_ids.tolist(), skip_special_tokens=True),
-        count=max(2, len(rows)),
+        tokenizer.batch_decode(text.train.input_ids.tolist(), skip_special_tokens=True),
+        count=max(2, len(text.train)),
         length=options.length,
         window=spec.window,
         sinks=spec.sinks,
         seed=options.seed,
     )
     # Converted with nothing to convert: the pretrained model, whose attention can be watched and exchanged.
-    model = LinearizedForCausalLM.from_teacher(teacher, [])
+    bench = _Bench(
+        LinearizedForCausalLM.from_teacher(teacher, []), layers, text.train, needles, spec.window, spec.sinks
+    )
     started = time.monotonic()
-    heads, queries, base = _attend(model, layers, rows, needles, spec.window, spec.sinks)
+    heads, queries = bench.attend()
+    seconds = time.monotonic() - started
     found = Probe(
-        source.reference, options, spec.window, spec.sinks, layers, convertible, heads, queries, len(rows), len(needles),
-        text.source, base, sizes=sizes, command=command, versions=versions(),
+        model=source.reference,
+        options=options,
+        window=spec.window,
+        sinks=spec.sinks,
+        layers=layers,
+        convertible=convertible,
+        heads=heads,
+        queries=queries,
+        rows=len(text.train),
+        needles=len(needles),
+        source=text.source,
+        teacher=bench.base,
+        sizes=sizes,
+        command=command,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )  # fmt: skip
+        versions=versions(),
+    )
     if not parts:
         return found
+
     passes = len(parts) + 2
-    seconds = time.monotonic() - started
     say(f"damage: {passes} passes over text and needles, about {duration(passes * seconds)}")
-
-    def windowed_reading(kept: dict[int, list[int]], done: int) -> Damage:
-        with windowed(model, kept, window=spec.window, sinks=spec.sinks):
-            result = damage(base, read(model, rows, needles))
-        progress("damage", f"by {options.damage}", done, passes)
-        return result
-
-    progress("damage", f"by {options.damage}", 0, passes)
-    found.windowed = windowed_reading(everything_but([], layers, convertible), 1)
+    costs: list[Damage] = []
+    for kept in (everything_but([], layers, convertible), *(all_but(part, layers) for part in parts)):
+        progress("damage", f"by {options.damage}", len(costs), passes)
+        costs.append(bench.damage(kept))
+    found.windowed, found.parts = costs[0], dict(zip(parts, costs[1:], strict=True))
     lost = found.windowed.recall
     found.recall_counts = lost.mean > SURE * (lost.stderr or 0.0)
-    for done, part in enumerate(parts, 2):
-        found.parts[part] = windowed_reading(all_but(part, layers), done)
     totals = {part: one.total(found.recall_counts) for part, one in found.parts.items()}
     chosen = choose(totals, sizes, budget)
-    left = windowed_reading(everything_but(chosen, layers, convertible), passes) if chosen else None
-    found.kept = Kept(
-        chosen, keep_section(chosen, layers), sum(sizes[part] for part in chosen), budget, context, left
-    )
+    progress("damage", f"by {options.damage}", passes - 1, passes)
+    left = bench.damage(everything_but(chosen, layers, convertible)) if chosen else None
+    nbytes = sum(sizes[part] for part in chosen)
+    found.kept = Kept(chosen, keep_section(chosen, layers), nbytes, budget, context, left)
     return found
 
 
-def _attend(
-    model: LinearizedForCausalLM,
-    layers: Sequence[AttentionLayer],
-    rows: Rows,
-    needles: Sequence[Needle],
-    window: int,
-    sinks: int,
-) -> tuple[list[list[HeadStatistics]], int, Reading]:
-    """One pass over everything: each head's statistics, over how many queries, and the model's own loss and recall.
+@dataclass
+class _Bench:
+    """A model with what it is to read; `base` is what it makes of that when nothing is windowed."""
 
-    Raises:
-        DataError: no document of the text is long enough.
-    """
-    tallies = [Tally(layer, window, sinks) for layer in layers]
-    with observed(model, lambda index: tallies[index]):
-        loss = read(model, rows, []).loss
-    if not tallies[0].queries:
-        raise DataError(
-            f"no document of the text has more than {window + sinks:,} tokens, so nothing lies beyond window and sinks: "
-            "use longer texts or a narrower window"
-        )
-    retrieval = [torch.zeros(layer.query_heads, dtype=torch.float64) for layer in layers]
-    recall = []
-    for needle in needles:
+    model: LinearizedForCausalLM
+    layers: Sequence[AttentionLayer]
+    rows: Rows
+    needles: Sequence[Needle]
+    window: int
+    sinks: int
+    base: Reading = field(init=False)
 
-        def look(index: int, needle: Needle = needle) -> Callable[..., None]:
-            def observer(new: Any, lengths: Any) -> None:
-                retrieval[index] += mass_on(layers[index], new, needle.asking, needle.value) / len(needles)
+    def attend(self) -> tuple[list[list[HeadStatistics]], int]:
+        """One pass over everything, which sets `base`: each head's statistics, and over how many queries.
 
-            return observer
+        Raises:
+            DataError: no document of the text is long enough.
+        """
+        tallies = [Tally(layer, self.window, self.sinks) for layer in self.layers]
+        with observed(self.model, lambda index: tallies[index]):
+            loss = read(self.model, self.rows, []).loss
+        queries = tallies[0].queries
+        if not queries:
+            raise DataError(
+                f"no document of the text has more than {self.window + self.sinks:,} tokens, so nothing lies beyond "
+                "window and sinks: use longer texts or a narrower window"
+            )
+        masses = [torch.zeros(layer.query_heads, dtype=torch.float64) for layer in self.layers]
+        recall = [self._look(needle, masses) for needle in self.needles]
+        self.base = Reading(loss, torch.tensor(recall, dtype=torch.float64))
+        return [one.heads(mass / len(recall)) for one, mass in zip(tallies, masses, strict=True)], queries
 
-        with observed(model, look), torch.inference_mode():
-            recall.append(answer_log_probability(model, needle))
-    heads = [tally.heads(found) for tally, found in zip(tallies, retrieval, strict=True)]
-    return heads, tallies[0].queries, Reading(loss, torch.tensor(recall, dtype=torch.float64))
+    def _look(self, needle: Needle, masses: list[Tensor]) -> float:
+        """Adds to each layer's `masses` what its heads have on this needle; the log-probability of its answer."""
+
+        def observer(index: int) -> Callable[[Projections, Tensor | None], None]:
+            def look(new: Projections, lengths: Tensor | None) -> None:
+                masses[index] += mass_on(self.layers[index], new, needle.asking, needle.value)
+
+            return look
+
+        with observed(self.model, observer), torch.inference_mode():
+            return answer_log_probability(self.model, needle)
+
+    def damage(self, kept: dict[int, list[int]]) -> Damage:
+        """What windowing costs; see `windowed`."""
+        with windowed(self.model, kept, window=self.window, sinks=self.sinks):
+            return damage(self.base, read(self.model, self.rows, self.needles))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import RecipeError
 from linearize.evaluation.formatting import readable_bytes
-from linearize.probe.damage import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from linearize.evaluation.heldout import Estimate
     from linearize.families import AttentionLayer
+    from linearize.probe.damage import Part
 
 DEFAULT_SHARE = 0.1
 SURE = 2.0
 """Standard errors above zero from where on a damage counts as one."""
 
+_COMMENT_WIDTH = 110
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -106,7 +108,8 @@ def keep_section(parts: Sequence[Part], layers: Sequence[AttentionLayer]) -> dic
 
 def fragment(keep: Mapping[str, Any], comments: Sequence[str]) -> str:
     """A recipe that says nothing but what to keep, with comments before it."""
-    lines = [*(f"# {line}" for line in comments), "mixer:", "  keep:", *(f"    {k}: {v}" for k, v in keep.items())]
+    wrapped = [part for line in comments for part in textwrap.wrap(line, _COMMENT_WIDTH, break_long_words=False)]
+    lines = [*(f"# {line}" for line in wrapped), "mixer:", "  keep:", *(f"    {k}: {v}" for k, v in keep.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -139,7 +139,8 @@ def attention_weights(layer: AttentionLayer, q: Tensor, k: Tensor, first: int) -
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
     back = torch.arange(first, first + q.shape[1], device=q.device)[:, None] - torch.arange(k.shape[1], device=q.device)
     seen = back >= 0 if layer.window is None else (back >= 0) & (back < layer.window)
-    return scores.masked_fill(~seen, -math.inf).softmax(-1).flatten(1, 2)
+    weights: Tensor = scores.masked_fill(~seen, -math.inf).softmax(-1).flatten(1, 2)
+    return weights
 
 
 def mass_on(layer: AttentionLayer, new: Projections, queries: range, keys: range) -> Tensor:

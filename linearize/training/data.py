@@ -149,7 +149,8 @@ def load_data(
             f"{told} {spec.held_out} held-out rows and a training row of {length} tokens that share no document (at "
             f"least {needed:,}): lower data.held_out or the length, or use more text"
         )
-    progress(f"data: {train_rows.tokens:,} tokens to train on, {held_out.tokens:,} held out, from {source}")
+    split = f" to train on, {held_out.tokens:,} held out," if spec.held_out else ""
+    progress(f"data: {train_rows.tokens:,} tokens{split} from {source}")
     if rows is not None and len(train_rows) < rows:
         progress(f"data: {spec.tokens:,} tokens were asked for; {source} has no more")
     return TrainingData(train_rows, held_out, source, len(held) + len(train), time.monotonic() - started)
