@@ -57,8 +57,8 @@ def basis(probe: Probe) -> list[str]:
     else:
         measure += "; not on needles, which are no harder with all layers windowed"
     lines = [
-        f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s, by damage per byte of cache. Damage is {measure}, when "
-        f"that {kind} alone sees a window of {probe.window} and {probe.sinks} sinks. Nothing was trained; seed "
+        f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s, by damage per byte of cache. Damage is {measure}, "
+        f"when that {kind} alone sees a window of {probe.window} and {probe.sinks} sinks. Nothing was trained; seed "
         f"{probe.options.seed}. What is within {SURE:g} standard errors of 0 is not kept.",
         f"Their caches at {kept.context:,} tokens: {readable_bytes(kept.nbytes)} of the {readable_bytes(kept.budget)} "
         "allowed.",
