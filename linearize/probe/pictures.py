@@ -19,17 +19,19 @@ _SHARES = {
     "beyond": "beyond both",
     "retrieval": "on needles (retrieval)",
 }
-_DAMAGES = {"loss": "rise of loss on the text", "recall": "fall of the needles' log-probability"}
+_DAMAGES = {"loss": "rise of loss on the text", "recall": "fall of the answers' log-probability"}
 _MOST_TICKS = 16
 _COUNTING = Axis("", lambda number: f"{number:.0f}")
 
 
 def draw(probe: Probe) -> list[Plot]:
-    """`probe`, the heads' attention, and `damage-loss` and `damage-recall` where damage was measured."""
+    """`probe`, the heads' attention; and where damage was measured that of layers, as `damage-loss` and
+    `damage-recall`, or of key/value heads, as `damage`."""
     plots = [Plot("probe", None, _heads(probe))]
-    if probe.windowed is not None:
-        plot = _damage_of_layers if probe.options.damage == "layers" else _damage_of_heads
-        plots += [Plot(f"damage-{name}", None, plot(probe, name)) for name in _DAMAGES]
+    if probe.windowed is not None and probe.options.damage == "layers":
+        plots += [Plot(f"damage-{name}", None, _damage_of_layers(probe, name)) for name in _DAMAGES]
+    elif probe.windowed is not None:
+        plots.append(Plot("damage", None, _damage_of_heads(probe)))
     return plots
 
 
@@ -58,16 +60,19 @@ def _damage_of_layers(probe: Probe, name: str) -> str:
     return line_plot(f"One layer windowed: {_DAMAGES[name]}", layer, nats, series, range(lowest, highest + 1, step))
 
 
-def _damage_of_heads(probe: Probe, name: str) -> str:
-    found = {part: _estimate(probe, part, name).mean for part in probe.parts}
-    most = max(max(found.values()), 0.0)
-    count = probe.rows if name == "loss" else probe.needles
-    cells = {
-        (float(part.layer), float(part.head or 0)): (max(value, 0.0) / most if most else 0.0, count)
-        for part, value in found.items()
-    }
-    title = f"One key/value head windowed: {_DAMAGES[name]}; 100 % is {most:.4g} nats per token"
-    return heat_maps(title, "layer", "key/value head", _COUNTING, _COUNTING, [HeatMap("", cells)], _CELL)
+def _damage_of_heads(probe: Probe) -> str:
+    """Two maps, each in shares of its own largest damage."""
+    maps = []
+    for name, count in (("loss", probe.rows), ("recall", probe.needles)):
+        found = {part: max(_estimate(probe, part, name).mean, 0.0) for part in probe.parts}
+        most = max(found.values())
+        cells = {
+            (float(part.layer), float(part.head or 0)): (value / most if most else 0.0, count)
+            for part, value in found.items()
+        }
+        maps.append(HeatMap(f"{name}: 100 % = {most:.3g}", cells))
+    title = "Damage of windowing one key/value head alone, nats per token"
+    return heat_maps(title, "layer", "key/value head", _COUNTING, _COUNTING, maps, _CELL)
 
 
 def _estimate(probe: Probe, part: object, name: str) -> Estimate:

@@ -33,7 +33,7 @@ def write_probe(probe: Probe, folder: Path) -> None:
     recipe = recipe_text(probe)
     if recipe is not None:
         (folder / RECIPE_NAME).write_text(recipe, encoding="utf-8")
-    write_pages(tell(probe, recipe), folder)
+    write_pages(tell(probe), folder)
 
 
 def probe_data(probe: Probe) -> dict[str, Any]:

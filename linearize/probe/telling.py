@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from linearize.evaluation.formatting import readable_bytes, with_error
+from linearize.evaluation.formatting import number, readable_bytes, with_error
 from linearize.evaluation.page import Grid, Page, Section
 from linearize.probe.pictures import draw
 from linearize.probe.selection import SURE, set_option
@@ -30,16 +30,17 @@ _READING = (
 )
 
 
-def tell(probe: Probe, recipe: str | None) -> Page:
-    """The report of one probe; `recipe` is what it says to keep."""
+def tell(probe: Probe) -> Page:
+    """The report of one probe."""
     plots = {plot.name: plot for plot in draw(probe)}
     grids = [_layers_grid(probe), _heads_grid(probe)]
     sections = [Section("What the heads attend to", _attention(probe), grids, [plots.pop("probe")])]
     if probe.windowed is not None:
         told = [("The whole model", _whole(probe))]
         sections.append(Section("What a window costs", told, [_damage_grid(probe)], list(plots.values())))
-        said = recipe.splitlines() if recipe is not None else basis(probe)
-        sections.append(Section("What to keep as softmax", [("A recipe", said)]))
+        kept = [str(part.layer) + ("" if part.head is None else f".{part.head}") for part in _kept(probe)]
+        named = f"Best first: {', '.join(kept)}" if kept else "Nothing"
+        sections.append(Section("What to keep as softmax", [(named, basis(probe))]))
     sections.append(Section("How to read this", [("In the tables", _READING)]))
     return Page(f"Probe of {probe.model}", _facts(probe), sections)
 
@@ -49,31 +50,30 @@ def basis(probe: Probe) -> list[str]:
     kept, all_windowed = probe.kept, probe.windowed
     if kept is None or all_windowed is None:
         return ["No damage was measured, so there is nothing to choose by (--damage layers or heads)."]
-    kind = "layer" if probe.options.damage == "layers" else "key/value head"
-    text = f"{probe.rows} rows of {probe.options.length:,} tokens ({probe.source})"
-    measure = f"the rise of loss on {text}"
-    if probe.recall_counts:
-        measure += f", plus the fall of the log-probability of {probe.needles} needles' answers"
-    else:
-        measure += "; not on needles, which are no harder with all layers windowed"
-    lines = [
-        f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s, by damage per byte of cache. Damage is {measure}, "
-        f"when that {kind} alone sees a window of {probe.window} and {probe.sinks} sinks. Nothing was trained; seed "
-        f"{probe.options.seed}. What is within {SURE:g} standard errors of 0 is not kept.",
-        f"Their caches at {kept.context:,} tokens: {readable_bytes(kept.nbytes)} of the {readable_bytes(kept.budget)} "
-        "allowed.",
-    ]
     if kept.damage is None:
         return [f"Nothing to keep: no damage is more than {SURE:g} standard errors above 0. More --tokens tell more."]
+    kind = "layer" if probe.options.damage == "layers" else "key/value head"
+    rise = f"rise of loss on {probe.rows} rows of {probe.options.length:,} tokens ({probe.source})"
+    if probe.recall_counts:
+        measure = f"{rise} plus fall of the log-probability of the answers to {probe.needles} needles, per token"
+    else:
+        measure = f"{rise}; needles do not count, since windowing all layers does not make them harder"
     with_all, with_kept = _words(probe, all_windowed), _words(probe, kept.damage)
-    lines.append(f"All windowed: {with_all}. All but these: {with_kept} (nats per token).")
-    lines.append(f"As an option: --set '{set_option(kept.section)}'")
-    return lines
+    return [
+        f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s, by damage per byte of cache; only damage of more than "
+        f"{SURE:g} standard errors counts.",
+        f"Damage: {measure}, when that {kind} alone sees {probe.window} tokens and {probe.sinks} sinks. Nothing was "
+        f"trained, and training may mend some of it. Seed {probe.options.seed}.",
+        f"All windowed: {with_all}. All but these: {with_kept} (nats per token).",
+        f"Caches of these at {kept.context:,} tokens: {readable_bytes(kept.nbytes)}, of {readable_bytes(kept.budget)} "
+        "allowed.",
+        f"As an option: --set '{set_option(kept.section)}'",
+    ]
 
 
 def hardest(probe: Probe, most: int) -> list[dict[str, str]]:
     """The parts that suffer most, as rows for a table: texts by column."""
-    kept = set(probe.kept.parts) if probe.kept is not None else set()
+    kept = set(_kept(probe))
     return [
         {
             **part_name(part),
@@ -142,13 +142,17 @@ def _whole(probe: Probe) -> list[str]:
     assert probe.windowed is not None  # noqa: S101 - for the type checker; the caller has looked
     base = probe.teacher
     sentences = [
-        f"The pretrained model: loss {float(base.loss.mean()):.4f}, log-probability of the needles' answers "
-        f"{float(base.recall.mean()):.4f} nats per token.",
+        f"The pretrained model: loss {number(float(base.loss.mean()), 'loss')}, log-probability of the answers to "
+        f"needles {number(float(base.recall.mean()), 'loss')}, in nats per token.",
         f"With all {len(probe.convertible)} layers windowed: {_words(probe, probe.windowed)}.",
     ]
     if not probe.recall_counts:
         sentences.append("Windowing everything does not make the needles any harder, so recall says nothing here.")
     return sentences
+
+
+def _kept(probe: Probe) -> list[Part]:
+    return [] if probe.kept is None else probe.kept.parts
 
 
 def _layers_grid(probe: Probe) -> Grid:
