@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from linearize.training.data import Rows
 
 DEFAULT_CONTEXT = 8192
+LEAST_ROWS = 2
+"""With fewer there is no standard error."""
 Kind = Literal["layers", "heads", "none"]
 
 
@@ -53,7 +55,7 @@ class ProbeOptions:
 
     Attributes:
         text: `self` (the teacher writes it), a file, or a data set of the Hub, as in recipes.
-        tokens: of text; as many again are read in texts with needles.
+        tokens: of text, at least two rows of it; as many again are read in texts with needles.
         length: tokens of a row, and of a text with a needle.
         damage: what is windowed in turn: `layers`, `heads` (key/value heads), or `none`.
         budget: of the kept caches; None is a tenth of the teacher's cache, or one part if that is more.
@@ -175,17 +177,22 @@ def run_probe(
     budget = budget_bytes(options.budget, sizes, cache, context) if parts else 0
 
     text = load_data(
-        DataSpec(source=options.text, tokens=options.tokens, held_out=0),
+        DataSpec(source=options.text, tokens=max(options.tokens, LEAST_ROWS * options.length), held_out=0),
         tokenizer=tokenizer,
         length=options.length,
         seed=options.seed,
         teacher=lambda: teacher,
         progress=say,
     )
+    if len(text.train) < LEAST_ROWS:
+        raise DataError(
+            f"{text.source}: a single row of {options.length:,} tokens does not tell how sure its figures are: lower "
+            "--length, or use more text"
+        )
     needles = make_needles(
         tokenizer,
         tokenizer.batch_decode(text.train.input_ids.tolist(), skip_special_tokens=True),
-        count=max(2, len(text.train)),
+        count=len(text.train),
         length=options.length,
         window=spec.window,
         sinks=spec.sinks,

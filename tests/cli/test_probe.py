@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import T5Config
+from transformers import AutoTokenizer, T5Config
 
 SMALL = ("--tokens", "896", "--length", "448", "--set", "mixer.window=24")
 
@@ -75,12 +75,17 @@ def test_what_cannot_be_probed_is_told_in_one_line(outcome, tiny_folder, convert
     T5Config().save_pretrained(tmp_path / "t5")
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
+    single = tmp_path / "single.txt"
+    sentence = "It was a cat. "
+    tokens = len(AutoTokenizer.from_pretrained(tiny_folder)(sentence, add_special_tokens=False).input_ids)
+    single.write_text(sentence * (600 // tokens))
     jokes = tmp_path / "jokes.jsonl"
     jokes.write_text('{"text": "No."}\n' * 900)
     wrong = [
         ((tmp_path / "t5",), "encoder-decoder"),
         ((converted,), "is a converted model already; probe its base model"),
         ((tiny_folder, *SMALL, "--text", short), "are too few for a row of 448 tokens: lower the length"),
+        ((tiny_folder, *SMALL, "--text", single), "a single row of 448 tokens"),
         ((tiny_folder, *SMALL, "--text", jokes), "no document of the text has more than 28 tokens"),
         ((tiny_folder, *SMALL, "--text", tmp_path / "none.txt"), "none.txt"),
         ((tiny_folder, *SMALL, "--text", text, "--budget", "10B"), "a budget of 10 B keeps nothing: at "),

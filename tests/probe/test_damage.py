@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source
 from linearize.evaluation.recall.words import NOUNS
 from linearize.model import LinearizedForCausalLM
 from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
-from linearize.probe.damage import Part, all_but, damage, everything_but, parts_of, read, windowed
+from linearize.probe.damage import Part, all_but, convertible_layers, damage, everything_but, parts_of, read, windowed
 from linearize.probe.needles import Needle, make_needles
-from linearize.recipe import load_recipe
+from linearize.recipe import KeepSpec, MixerSpec, load_recipe
 from linearize.training.data import Document, pack
+from tests.model.test_families import build, text
 from tests.probe.planted import BEFORE, COPIES, planted_folder
 
 LENGTH, WINDOW, SINKS = 90, 16, 3
@@ -84,6 +87,25 @@ def test_damage_is_that_of_a_mask_on_the_teacher(model, ids, tiny_folder, part):
     assert torch.equal(again.loss, base.loss) and torch.equal(again.recall, base.recall)
 
 
+@pytest.mark.parametrize("row", ["mistral, sliding", "gemma2", "smollm3, mixed", "gpt2", "falcon, grouped"])
+def test_all_windowed_is_the_conversion_without_a_recurrence(row):
+    (tokens,) = text(60)
+    spec = MixerSpec(recurrence="none", window=12, sinks=3)
+    layers = family_of(build(row).config).layers(build(row).config)
+    convertible = convertible_layers(layers, spec)
+    assert len(convertible) == (1 if len({layer.window for layer in layers}) > 1 else len(layers))
+    plain = LinearizedForCausalLM.from_teacher(copy.deepcopy(build(row)), [])
+    with torch.no_grad():
+        whole, expected = plain(tokens).logits, convert_model(copy.deepcopy(build(row)), spec)(tokens).logits
+        with windowed(plain, everything_but([], layers, convertible), window=12, sinks=3):
+            assert torch.equal(plain(tokens).logits, expected)
+        with windowed(plain, everything_but([Part(convertible[0])], layers, convertible), window=12, sinks=3):
+            kept = spec.model_copy(update={"keep": KeepSpec(layers=convertible[:1])})
+            if len(convertible) > 1:
+                assert torch.equal(plain(tokens).logits, convert_model(copy.deepcopy(build(row)), kept)(tokens).logits)
+        assert torch.equal(plain(tokens).logits, whole) and not torch.equal(whole, expected)
+
+
 def test_everything_but_some_parts(model):
     layers = family_of(model.config.text_config).layers(model.config)
     assert everything_but([], layers, [0, 1]) == {0: [], 1: []}
@@ -111,10 +133,10 @@ def test_needles_stand_where_they_say(tiny_folder):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Probe:
     folder = planted_folder(tmp_path_factory.mktemp("planted"))
-    text = folder / "text.txt"
+    file = folder / "text.txt"
     rng = random.Random(0)  # noqa: S311
-    text.write_text(" ".join(rng.choices(NOUNS, k=600)))
-    options = ProbeOptions(text=str(text), tokens=1280, length=640, damage="heads", budget=Budget(share=0.2))
+    file.write_text(" ".join(rng.choices(NOUNS, k=600)))
+    options = ProbeOptions(text=str(file), tokens=1280, length=640, damage="heads", budget=Budget(share=0.2))
     return run_probe(find_source(str(folder)), load_recipe("default", ["mixer.window=48"]), options)
 
 
