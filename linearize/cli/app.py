@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "inspect": "inspect",
+    "probe": "probe",
     "convert": "convert",
     "finetune": "finetune",
     "eval": "evaluate",

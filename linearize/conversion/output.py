@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_RESULTS = ("config.json", "linearize.json", "report.json", "probe.json")
+"""Of these every folder that linearize writes has one."""
+
+
 @contextmanager
 def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes `target` when the block ends without an error.
@@ -101,7 +105,7 @@ def check_free(target: Path, *, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{target}: exists and is not empty; pass --overwrite to replace it")
-        if not any((target / name).is_file() for name in ("config.json", "linearize.json", "report.json")):
+        if not any((target / name).is_file() for name in _RESULTS):
             raise OutputError(f"{target}: does not look like a result of linearize; it will not be overwritten")
 
 

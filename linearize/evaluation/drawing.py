@@ -111,11 +111,23 @@ def line_plot(title: str, x: Axis, y: Axis, series: Sequence[Series], x_ticks: S
 _LEAST_MAP_WIDTH = 170
 
 
-def heat_maps(title: str, row_title: str, column_title: str, rows: Axis, columns: Axis, maps: Sequence[HeatMap]) -> str:
-    """Heat maps of one size beside each other, as many to a line as fit, with the share in percent in every cell."""
+_LEAST_WRITTEN_WIDTH = 30
+
+
+def heat_maps(
+    title: str,
+    row_title: str,
+    column_title: str,
+    rows: Axis,
+    columns: Axis,
+    maps: Sequence[HeatMap],
+    cell: tuple[int, int] = (46, 26),
+) -> str:
+    """Heat maps of one size beside each other, as many to a line as fit, with the share in percent in every cell that
+    is wide enough; `cell` is a cell's width and height in pixels."""
     at_rows = sorted({key[0] for one in maps for key in one.cells})
     at_columns = sorted({key[1] for one in maps for key in one.cells})
-    cell_width, cell_height, left, above, gap = 46, 26, 54, 24, 26
+    (cell_width, cell_height), left, above, gap = cell, 54, 24, 26
     # A map of one length still has to hold its name and the title of its columns.
     block = left + max(cell_width * len(at_columns), _LEAST_MAP_WIDTH)
     across = max(1, (WIDTH + gap) // (block + gap))
@@ -209,11 +221,13 @@ def _cell(x: float, y: float, width: float, height: float, one: HeatMap, row: fl
         return f'<rect class="mark grid" {box}/>'
     share, n = found
     ink = "#ffffff" if share < 0.55 else "#1f2328"
-    return (
-        f'<g><title>{100 * share:.1f} % of {n}</title><rect {box} fill="{_cividis(share)}"/>'
+    written = (
         f'<text x="{x + (width - 1) / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" style="fill:{ink}">'
-        f"{100 * share:.0f}</text></g>"
+        f"{100 * share:.0f}</text>"
+        if width >= _LEAST_WRITTEN_WIDTH
+        else ""
     )
+    return f'<g><title>{100 * share:.1f} % of {n}</title><rect {box} fill="{_cividis(share)}"/>{written}</g>'
 
 
 def _scale(x: float, y: float) -> list[str]:

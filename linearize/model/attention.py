@@ -21,6 +21,8 @@ from linearize.model.memory import LayerMemory, memory_of
 from linearize.model.mixer import Mixer, empty_slots
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers.cache_utils import Cache
 
     from linearize.model.configuration import MixerConfig
@@ -36,7 +38,13 @@ class LinearizedAttention(nn.Module):
         config: the layer's mixer section.
         layer_idx: which layer of the model, and of its cache, this is.
         depth: where it stands in the model, 0 for the first layer and 1 for the last.
+
+    Attributes:
+        observer: is shown the projections of every call, as rows of real tokens with their lengths (None: all), before
+            they are mixed; to see what a model attends to. Not part of the configuration.
     """
+
+    observer: Callable[[Projections, Tensor | None], None] | None = None
 
     def __init__(
         self,
@@ -121,6 +129,8 @@ class LinearizedAttention(nn.Module):
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` are the real ones, None if all."""
+        if self.observer is not None:
+            self.observer(new, lengths)
         heads: Tensor
         if self.mixer is None:
             heads = self._attend(new, lengths, memory)

@@ -142,12 +142,15 @@ def load_data(
     held_out, train_rows = pack(held, length)[: spec.held_out], pack(train, length)[:rows]
     if len(held_out) < spec.held_out or not len(train_rows):
         found, needed = sum(len(d.ids) for d in held + train), (spec.held_out + 1) * length
+        told = f"{source}: {found:,} tokens in {len(held + train):,} documents are too few for"
+        if not spec.held_out:
+            raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
         raise DataError(
-            f"{source}: {found:,} tokens in {len(held + train):,} documents are too few for {spec.held_out} held-out "
-            f"rows and a training row of {length} tokens that share no document (at least {needed:,}): "
-            "lower data.held_out or the length, or use more text"
+            f"{told} {spec.held_out} held-out rows and a training row of {length} tokens that share no document (at "
+            f"least {needed:,}): lower data.held_out or the length, or use more text"
         )
-    progress(f"data: {train_rows.tokens:,} tokens to train on, {held_out.tokens:,} held out, from {source}")
+    split = f" to train on, {held_out.tokens:,} held out," if spec.held_out else ""
+    progress(f"data: {train_rows.tokens:,} tokens{split} from {source}")
     if rows is not None and len(train_rows) < rows:
         progress(f"data: {spec.tokens:,} tokens were asked for; {source} has no more")
     return TrainingData(train_rows, held_out, source, len(held) + len(train), time.monotonic() - started)

@@ -304,7 +304,7 @@ def test_data_that_is_too_small_says_the_numbers(stories, tokenizer):
     text = error(stories, tokenizer, held_out=100)
     assert "in 60 documents are too few for 100 held-out rows and a training row of 16 tokens" in text
     assert "(at least 1,616)" in text
-    assert "a training row of 5000 tokens" in error(stories, tokenizer, length=5000)
+    assert "are too few for a row of 5000 tokens: lower the length" in error(stories, tokenizer, length=5000)
 
 
 class FakeHub:

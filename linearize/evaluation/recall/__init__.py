@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["DEPTHS", "LENGTHS", "RECALL", "SAMPLES", "TWICE", "RecallTask", "recall_tasks"]
+__all__ = ["DEPTHS", "LENGTHS", "RECALL", "SAMPLES", "TWICE", "RecallTask", "Writer", "recall_tasks"]
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = 5
@@ -111,7 +111,7 @@ def recall_tasks(
         if twice:
             chosen[base, True] = None
     grid = sorted(set(lengths)), [index / (depths - 1) if depths > 1 else 0.5 for index in range(depths)], samples
-    writer = _Writer(tokenizer, chat)
+    writer = Writer(tokenizer, chat)
     essay = next((Essay.read(data, name) for name, _ in chosen if name in _ESSAY_TASKS), None)
     variants: dict[str, list[bool]] = {}
     for base, again in chosen:
@@ -121,7 +121,7 @@ def recall_tasks(
 
 
 def _build(
-    writer: _Writer,
+    writer: Writer,
     base: str,
     essay: Essay | None,
     seed: int,
@@ -153,7 +153,7 @@ def _build(
     return tasks
 
 
-class _Writer:
+class Writer:
     """Drafts as tokens: filled to a length, plain or as a chat, once or twice."""
 
     def __init__(self, tokenizer: Any, chat: bool) -> None:

@@ -110,6 +110,11 @@ class Essay:
         words = " ".join(line for line in lines if not line.isupper()).split()
         if not words:
             raise DataError(f"{path} is empty: task {task} needs a long text there")
+        return cls.of(words)
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Essay:
+        """These words, with sentences told by their punctuation."""
         ends = [index + 1 for index, word in enumerate(words[:-1]) if _SENTENCE_END.search(word)]
         return cls(words, [0, *ends])
 

@@ -1,0 +1,135 @@
+"""`linearize probe`: what each head attends to, what windowing it costs, and what to keep as softmax."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from linearize.cli.console import (
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    RecipeOption,
+    SetOption,
+    TrustOption,
+    examples,
+    print_json,
+    status,
+)
+from linearize.cli.libraries import quiet_libraries
+
+EPILOG = examples(
+    "linearize probe HuggingFaceTB/SmolLM2-135M-Instruct -o probe",
+    "linearize probe ./model.gguf --text book.txt --length 2048 --set mixer.window=128",
+    "linearize probe ./model.gguf --damage heads --budget 2MB --context 8192 -o probe",
+    "linearize convert ./model.gguf -o out --recipe probe/keep.yaml",
+)
+_ROWS = 10
+
+
+def probe(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The folder to write figures and report into.")
+    ] = None,
+    text: Annotated[
+        str,
+        typer.Option("--text", metavar="FILE", help="A file, a Hub data set, or self: the teacher writes the text."),
+    ] = "self",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of text; as many again with needles.")] = 4096,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a row of text.")] = 512,
+    damage: Annotated[
+        str,
+        typer.Option(
+            "--damage",
+            metavar="KIND",
+            help="What is windowed in turn: layers, heads (key/value heads: that many times slower), or none.",
+        ),
+    ] = "layers",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE",
+            help="Of the kept caches, as a share of the teacher's or in bytes: 10%, 2MB. A tenth if left out, or one "
+            "layer (or head) if that is more.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            help="Tokens of a sequence at which the budget holds; the model's length if left out.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the text and the needles.")] = 0,
+    recipe: RecipeOption = "default",
+    overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at a pretrained model before converting it: where each head's attention lies, and what a window costs.
+
+    Every layer (or key/value head) sees its window and sinks alone in turn, while the rest stays as it is. Those that
+    lose most per byte of cache are named as a recipe's mixer.keep. Nothing is trained.
+    """
+    if damage not in ("layers", "heads", "none"):
+        raise typer.BadParameter(f"--damage {damage}: expected layers, heads or none")
+    quiet_libraries()
+    from linearize.conversion.output import staged_folder
+    from linearize.conversion.source import find_source
+    from linearize.evaluation.progress import ProgressLine
+    from linearize.probe import Budget, ProbeOptions, run_probe
+    from linearize.probe.report import probe_data, recipe_text, write_probe
+    from linearize.probe.telling import basis, far_heads, hardest
+    from linearize.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+    source = find_source(model, trust_remote_code=trust_remote_code)
+    options = ProbeOptions(
+        text=text,
+        tokens=tokens,
+        length=length,
+        damage=damage,  # type: ignore[arg-type]
+        budget=None if budget is None else Budget.parse(budget),
+        context=context,
+        seed=seed,
+    )
+    progress = ProgressLine()
+    with nullcontext() if output is None else staged_folder(output, overwrite=overwrite) as folder:
+        try:
+            found = run_probe(
+                source,
+                settings,
+                options,
+                progress=progress,
+                say=status,
+                command=shlex.join(["linearize", *sys.argv[1:]]),
+            )
+        finally:
+            progress.clear()
+        if folder is not None:
+            write_probe(found, folder)
+    if output is not None:
+        status(f"wrote {output / 'report.html'}")
+    if as_json:
+        print_json(probe_data(found))
+        return
+    rows = hardest(found, _ROWS) if found.parts else far_heads(found, _ROWS)
+    table = Table(*rows[0])
+    for column in table.columns:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    fragment = recipe_text(found)
+    print("".join(f"# {line}\n" for line in basis(found)) if fragment is None else fragment, end="")

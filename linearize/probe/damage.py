@@ -1,0 +1,167 @@
+"""What it costs to take the far past away from a part of the model: one layer, or one key/value head with its queries.
+
+Everything is measured on one model in memory: the pretrained model with its attention made replaceable, of which one
+layer at a time is exchanged. No weight is copied or loaded again.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize.conversion.convert import mixers_for
+from linearize.errors import RecipeError
+from linearize.evaluation.heldout import Estimate, score_rows
+from linearize.evaluation.task import evaluating, mean_and_error
+from linearize.model import MixerConfig
+from linearize.model.attention import LinearizedAttention
+from linearize.probe.needles import answer_log_probability
+from linearize.recipe.schema import KeepSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from linearize.families import AttentionLayer
+    from linearize.model import LinearizedForCausalLM
+    from linearize.probe.needles import Needle
+    from linearize.recipe import MixerSpec
+    from linearize.training.data import Rows
+
+# Tokens of a forward pass: what keeps its logits small.
+_BATCH_TOKENS = 2048
+
+
+class Part(NamedTuple):
+    """A layer, or one of its key/value heads with the query heads that share it."""
+
+    layer: int
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of the text and the needles, in nats per token.
+
+    Attributes:
+        loss: `[rows]` float64, cross entropy of each row.
+        recall: `[needles]` float64, log-probability of each answer.
+    """
+
+    loss: Tensor
+    recall: Tensor
+
+
+@dataclass(frozen=True)
+class Damage:
+    """How much worse a model does than the pretrained one, in nats per token; means and standard errors of differences
+    that are paired over rows and over needles.
+
+    Attributes:
+        loss: rise of the loss on the text.
+        recall: fall of the log-probability of the needles' answers.
+    """
+
+    loss: Estimate
+    recall: Estimate
+
+    def total(self, with_recall: bool) -> Estimate:
+        """Both together; without `recall` the loss alone."""
+        if not with_recall:
+            return self.loss
+        errors = [error for error in (self.loss.stderr, self.recall.stderr) if error is not None]
+        return Estimate(self.loss.mean + self.recall.mean, math.hypot(*errors) if len(errors) == 2 else None)
+
+
+def read(model: LinearizedForCausalLM, rows: Rows, needles: Sequence[Needle]) -> Reading:
+    """Reads all rows and needles.
+
+    Raises:
+        ModelError: logits that are not finite.
+    """
+    batch = max(1, _BATCH_TOKENS // rows.input_ids.shape[1])
+    loss = score_rows(model, rows, batch_size=batch).loss
+    with evaluating(model), torch.inference_mode():
+        recall = [answer_log_probability(model, needle) for needle in needles]
+    return Reading(loss, torch.tensor(recall, dtype=torch.float64))
+
+
+def damage(base: Reading, other: Reading) -> Damage:
+    """How much worse `other` is than `base`."""
+    rise, fall = (other.loss - base.loss).tolist(), (base.recall - other.recall).tolist()
+    return Damage(Estimate(*mean_and_error(rise)), Estimate(*mean_and_error(fall)))
+
+
+def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec) -> list[int]:
+    """The layers that a conversion with this window changes, were it to keep none.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    bare = spec.model_copy(update={"keep": KeepSpec(), "recurrence": "none", "covers": "evicted"})
+    sections = mixers_for(bare, layers)
+    found = sorted(index for section in sections for index in section.layers if section.converts(layers[index]))
+    if not found:
+        raise RecipeError(
+            f"mixer.window {spec.window}: no layer sees farther than that, so there is nothing to probe; lower it"
+        )
+    return found
+
+
+def parts_of(layers: Sequence[AttentionLayer], convertible: Sequence[int], kind: str) -> list[Part]:
+    """What is windowed in turn: `layers` or `heads`.
+
+    Raises:
+        RecipeError: single heads of layers with a sliding window, which no recipe can keep.
+    """
+    if kind == "layers":
+        return [Part(index) for index in convertible]
+    if any(layers[index].window is not None for index in convertible):
+        raise RecipeError("the layers have sliding windows of their own, so single heads cannot be kept; probe layers")
+    return [Part(index, head) for index in convertible for head in range(layers[index].key_value_heads)]
+
+
+@contextmanager
+def windowed(
+    model: LinearizedForCausalLM, kept: Mapping[int, Sequence[int]], *, window: int, sinks: int
+) -> Iterator[None]:
+    """Inside, some layers see their last `window` tokens and the first `sinks` alone.
+
+    Args:
+        kept: layer -> its key/value heads that go on seeing everything.
+    """
+    owners = model.attention_layers
+    places = {index: owners[index].family.attention_modules(model)[index] for index in kept}
+    try:
+        for index, heads in kept.items():
+            (owner, name), whole = places[index], owners[index]
+            config = MixerConfig(
+                layers=[index], recurrence="none", window=window, sinks=sinks, softmax_heads=list(heads)
+            )
+            setattr(owner, name, LinearizedAttention(whole, whole.family, whole.layer, config, index).eval())
+        yield
+    finally:
+        for index, (owner, name) in places.items():
+            setattr(owner, name, owners[index])
+
+
+def all_but(part: Part, layers: Sequence[AttentionLayer]) -> dict[int, list[int]]:
+    """What `windowed` takes to window this part alone."""
+    every = range(layers[part.layer].key_value_heads)
+    return {part.layer: [] if part.head is None else [head for head in every if head != part.head]}
+
+
+def everything_but(
+    parts: Sequence[Part], layers: Sequence[AttentionLayer], convertible: Sequence[int]
+) -> dict[int, list[int]]:
+    """What `windowed` takes to window all convertible layers but for these parts."""
+    whole = {part.layer for part in parts if part.head is None}
+    kept: dict[int, list[int]] = {index: [] for index in convertible if index not in whole}
+    for part in parts:
+        if part.head is not None:
+            kept[part.layer].append(part.head)
+    return kept

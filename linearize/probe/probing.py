@@ -1,0 +1,294 @@
+"""A probe from beginning to end: text and needles, what each head attends to, what windowing costs, what to keep."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from linearize.conversion.convert import check_convertible, versions
+from linearize.conversion.source import Source, load_config, load_model, load_tokenizer
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.progress import duration
+from linearize.evaluation.recall.running import learned_positions
+from linearize.model import LinearizedForCausalLM
+from linearize.model.modeling import family_of
+from linearize.probe.damage import (
+    Damage,
+    Part,
+    Reading,
+    all_but,
+    convertible_layers,
+    damage,
+    everything_but,
+    parts_of,
+    read,
+    windowed,
+)
+from linearize.probe.needles import Needle, answer_log_probability, make_needles
+from linearize.probe.selection import SURE, Budget, budget_bytes, choose, keep_section, part_bytes
+from linearize.probe.statistics import HeadStatistics, Tally, mass_on, observed
+from linearize.recipe import SELF, DataSpec
+from linearize.training.data import load_data
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from linearize.families import AttentionLayer, Projections
+    from linearize.recipe import Recipe
+    from linearize.training.data import Rows
+
+DEFAULT_CONTEXT = 8192
+LEAST_ROWS = 2
+"""With fewer there is no standard error."""
+Kind = Literal["layers", "heads", "none"]
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What a probe reads and measures.
+
+    Attributes:
+        text: `self` (the teacher writes it), a file, or a data set of the Hub, as in recipes.
+        tokens: of text, at least two rows of it; as many again are read in texts with needles.
+        length: tokens of a row, and of a text with a needle.
+        damage: what is windowed in turn: `layers`, `heads` (key/value heads), or `none`.
+        budget: of the kept caches; None is a tenth of the teacher's cache, or one part if that is more.
+        context: tokens of a sequence at which the budget holds; None is the length that the model was trained on.
+        seed: of the text, and of the needles.
+    """
+
+    text: str = SELF
+    tokens: int = 4096
+    length: int = 512
+    damage: Kind = "layers"
+    budget: Budget | None = None
+    context: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What to keep.
+
+    Attributes:
+        parts: best first; empty where no damage stands out from its error.
+        section: the recipe's `mixer.keep`.
+        nbytes: of their caches at `context` tokens, and `budget` the most they may have.
+        damage: what is left of the damage when all but these parts are windowed; None where nothing is kept.
+    """
+
+    parts: list[Part]
+    section: dict[str, Any]
+    nbytes: int
+    budget: int
+    context: int
+    damage: Damage | None
+
+
+@dataclass
+class Probe:
+    """What a probe found.
+
+    Attributes:
+        layers: the attention of each layer; `convertible` are those that a conversion would change.
+        heads: for each layer, the statistics of its query heads.
+        queries: how many queries these are means over.
+        source: where the text came from, for a person.
+        teacher: loss and recall of the pretrained model.
+        parts: damage of each part that was windowed alone.
+        windowed: damage of windowing all of them; None where no damage was measured.
+        recall_counts: whether the needles tell anything: the model finds them, and windowed as a whole it does not.
+        sizes: bytes of each part's cache at `kept.context` tokens.
+    """
+
+    model: str
+    options: ProbeOptions
+    window: int
+    sinks: int
+    layers: list[AttentionLayer]
+    convertible: list[int]
+    heads: list[list[HeadStatistics]]
+    queries: int
+    rows: int
+    needles: int
+    source: str
+    teacher: Reading
+    parts: dict[Part, Damage] = field(default_factory=dict)
+    sizes: dict[Part, int] = field(default_factory=dict)
+    windowed: Damage | None = None
+    recall_counts: bool = False
+    kept: Kept | None = None
+    command: str = ""
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def ranked(self) -> list[Part]:
+        """The parts by their damage, worst first."""
+        return sorted(self.parts, key=lambda part: self.parts[part].total(self.recall_counts).mean, reverse=True)
+
+
+def run_probe(
+    source: Source,
+    recipe: Recipe,
+    options: ProbeOptions,
+    *,
+    progress: Callable[[str, str, int, int], None] = lambda system, task, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+    command: str = "",
+) -> Probe:
+    """Probes a pretrained model.
+
+    Args:
+        recipe: its mixer's window and sinks are what the model is probed for, its dtype is the model's; `mixer.keep`
+            is left out of account, since it is what a probe is to find.
+        progress: see `runner.Progress`.
+
+    Raises:
+        ModelError: the model cannot be read or converted, or gives logits that are not finite.
+        RecipeError: the window leaves nothing to convert, or the budget nothing to keep.
+        DataError: the text cannot be read, or is too short for the window.
+    """
+    config = load_config(source)
+    if config.model_type == "linearized":
+        raise ModelError(f"{source.name}: is a converted model already; probe its base model")
+    check_convertible(config, source)
+    spec, layers = recipe.mixer, family_of(config).layers(config)
+    convertible = convertible_layers(layers, spec)
+    if options.length <= spec.window + spec.sinks:
+        raise DataError(
+            f"rows of {options.length:,} tokens have nothing beyond a window of {spec.window:,} and {spec.sinks} "
+            "sinks: raise --length"
+        )
+    tokenizer, teacher = load_tokenizer(source), load_model(source, dtype=recipe.dtype)
+    limit = learned_positions(teacher)
+    if limit is not None and options.length > limit:
+        raise DataError(f"--length {options.length:,}: the model has learned {limit:,} positions; choose up to that")
+    context = options.context or getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    parts = [] if options.damage == "none" else parts_of(layers, convertible, options.damage)
+    itemsize = teacher.dtype.itemsize
+    sizes = {part: part_bytes(part, layers, itemsize, context) for part in parts}
+    cache = sum(part_bytes(Part(index), layers, itemsize, context) for index in range(len(layers)))
+    budget = budget_bytes(options.budget, sizes, cache, context) if parts else 0
+
+    text = load_data(
+        DataSpec(source=options.text, tokens=max(options.tokens, LEAST_ROWS * options.length), held_out=0),
+        tokenizer=tokenizer,
+        length=options.length,
+        seed=options.seed,
+        teacher=lambda: teacher,
+        progress=say,
+    )
+    if len(text.train) < LEAST_ROWS:
+        raise DataError(
+            f"{text.source}: a single row of {options.length:,} tokens does not tell how sure its figures are: lower "
+            "--length, or use more text"
+        )
+    needles = make_needles(
+        tokenizer,
+        tokenizer.batch_decode(text.train.input_ids.tolist(), skip_special_tokens=True),
+        count=len(text.train),
+        length=options.length,
+        window=spec.window,
+        sinks=spec.sinks,
+        seed=options.seed,
+    )
+    # Converted with nothing to convert: the pretrained model, whose attention can be watched and exchanged.
+    bench = _Bench(
+        LinearizedForCausalLM.from_teacher(teacher, []), layers, text.train, needles, spec.window, spec.sinks
+    )
+    started = time.monotonic()
+    heads, queries = bench.attend()
+    seconds = time.monotonic() - started
+    found = Probe(
+        model=source.reference,
+        options=options,
+        window=spec.window,
+        sinks=spec.sinks,
+        layers=layers,
+        convertible=convertible,
+        heads=heads,
+        queries=queries,
+        rows=len(text.train),
+        needles=len(needles),
+        source=text.source,
+        teacher=bench.base,
+        sizes=sizes,
+        command=command,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+    if not parts:
+        return found
+
+    passes = len(parts) + 2
+    say(f"damage: {passes} passes over text and needles, about {duration(passes * seconds)}")
+    costs: list[Damage] = []
+    for kept in (everything_but([], layers, convertible), *(all_but(part, layers) for part in parts)):
+        progress("damage", f"by {options.damage}", len(costs), passes)
+        costs.append(bench.damage(kept))
+    found.windowed, found.parts = costs[0], dict(zip(parts, costs[1:], strict=True))
+    lost = found.windowed.recall
+    found.recall_counts = lost.mean > SURE * (lost.stderr or 0.0)
+    totals = {part: one.total(found.recall_counts) for part, one in found.parts.items()}
+    chosen = choose(totals, sizes, budget)
+    progress("damage", f"by {options.damage}", passes - 1, passes)
+    left = bench.damage(everything_but(chosen, layers, convertible)) if chosen else None
+    nbytes = sum(sizes[part] for part in chosen)
+    found.kept = Kept(chosen, keep_section(chosen, layers), nbytes, budget, context, left)
+    return found
+
+
+@dataclass
+class _Bench:
+    """A model with what it is to read; `base` is what it makes of that when nothing is windowed."""
+
+    model: LinearizedForCausalLM
+    layers: Sequence[AttentionLayer]
+    rows: Rows
+    needles: Sequence[Needle]
+    window: int
+    sinks: int
+    base: Reading = field(init=False)
+
+    def attend(self) -> tuple[list[list[HeadStatistics]], int]:
+        """One pass over everything, which sets `base`: each head's statistics, and over how many queries.
+
+        Raises:
+            DataError: no document of the text is long enough.
+        """
+        tallies = [Tally(layer, self.window, self.sinks) for layer in self.layers]
+        with observed(self.model, lambda index: tallies[index]):
+            loss = read(self.model, self.rows, []).loss
+        queries = tallies[0].queries
+        if not queries:
+            raise DataError(
+                f"no document of the text has more than {self.window + self.sinks:,} tokens, so nothing lies beyond "
+                "window and sinks: use longer texts or a narrower window"
+            )
+        masses = [torch.zeros(layer.query_heads, dtype=torch.float64) for layer in self.layers]
+        recall = [self._look(needle, masses) for needle in self.needles]
+        self.base = Reading(loss, torch.tensor(recall, dtype=torch.float64))
+        return [one.heads(mass / len(recall)) for one, mass in zip(tallies, masses, strict=True)], queries
+
+    def _look(self, needle: Needle, masses: list[Tensor]) -> float:
+        """Adds to each layer's `masses` what its heads have on this needle; the log-probability of its answer."""
+
+        def observer(index: int) -> Callable[[Projections, Tensor | None], None]:
+            def look(new: Projections, lengths: Tensor | None) -> None:
+                masses[index] += mass_on(self.layers[index], new, needle.asking, needle.value)
+
+            return look
+
+        with observed(self.model, observer), torch.inference_mode():
+            return answer_log_probability(self.model, needle)
+
+    def damage(self, kept: dict[int, list[int]]) -> Damage:
+        """What windowing costs; see `windowed`."""
+        with windowed(self.model, kept, window=self.window, sinks=self.sinks):
+            return damage(self.base, read(self.model, self.rows, self.needles))

@@ -1,0 +1,118 @@
+"""Which layers or key/value heads to keep as softmax: those whose loss hurts most for the bytes of their cache."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import RecipeError
+from linearize.evaluation.formatting import readable_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from linearize.evaluation.heldout import Estimate
+    from linearize.families import AttentionLayer
+    from linearize.probe.damage import Part
+
+DEFAULT_SHARE = 0.1
+SURE = 2.0
+"""Standard errors above zero from where on a damage counts as one."""
+
+_COMMENT_WIDTH = 110
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the kept caches of one sequence may be: a share of the pretrained model's cache, or bytes."""
+
+    share: float | None = None
+    nbytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`10%`, `500000`, `1.5MB`, `2 GiB`.
+
+        Raises:
+            RecipeError: anything else.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", text, re.IGNORECASE)
+        number, unit = (float(match[1]), (match[2] or "").lower()) if match else (0.0, "")
+        if match and unit == "%" and 0 < number <= 100:
+            return cls(share=number / 100)
+        if match and unit in _UNITS and number > 0:
+            return cls(nbytes=int(number * _UNITS[unit]))
+        raise RecipeError(f"budget {text}: expected a share of the teacher's cache or bytes, such as 10% or 2MB")
+
+    def at(self, cache_bytes: int) -> int:
+        """In bytes, where the pretrained model's cache has `cache_bytes`."""
+        return self.nbytes if self.nbytes is not None else int((self.share or 0.0) * cache_bytes)
+
+
+def part_bytes(part: Part, layers: Sequence[AttentionLayer], itemsize: int, context: int) -> int:
+    """Bytes that keeping `part` adds to one sequence's cache of `context` tokens."""
+    layer = layers[part.layer]
+    heads = layer.key_value_heads if part.head is None else 1
+    tokens = context if layer.window is None else min(context, layer.window)
+    return tokens * heads * (layer.key_width + layer.value_width) * itemsize
+
+
+def budget_bytes(budget: Budget | None, sizes: Mapping[Part, int], cache_bytes: int, context: int) -> int:
+    """The budget in bytes. Without one it is a tenth of the pretrained model's cache, or the smallest part.
+
+    Raises:
+        RecipeError: it holds no part at all.
+    """
+    smallest = min(sizes.values())
+    if budget is None:
+        return max(Budget(share=DEFAULT_SHARE).at(cache_bytes), smallest)
+    found = budget.at(cache_bytes)
+    if found < smallest:
+        part = next(part for part in sizes if sizes[part] == smallest)
+        what = "a layer" if part.head is None else "a key/value head"
+        raise RecipeError(
+            f"a budget of {readable_bytes(found)} keeps nothing: at {context:,} tokens {what} takes "
+            f"{readable_bytes(smallest)}; raise the budget, or lower the context"
+        )
+    return found
+
+
+def choose(totals: Mapping[Part, Estimate], sizes: Mapping[Part, int], budget: int) -> list[Part]:
+    """The parts to keep, best first: by damage per byte, as long as they fit.
+
+    A damage within `SURE` standard errors of zero is none, and a conversion that converts nothing is none either, so
+    that not all parts are ever kept.
+    """
+    real = [part for part, total in totals.items() if total.mean > SURE * (total.stderr or 0.0)]
+    chosen: list[Part] = []
+    for part in sorted(real, key=lambda part: totals[part].mean / sizes[part], reverse=True):
+        if sizes[part] <= budget and len(chosen) < len(totals) - 1:
+            chosen.append(part)
+            budget -= sizes[part]
+    return chosen
+
+
+def keep_section(parts: Sequence[Part], layers: Sequence[AttentionLayer]) -> dict[str, Any]:
+    """The recipe's `mixer.keep` for these parts; a layer of which all heads are kept is kept whole."""
+    whole = {part.layer for part in parts if part.head is None}
+    heads: dict[int, list[int]] = {}
+    for part in sorted(part for part in parts if part.head is not None):
+        heads.setdefault(part.layer, []).append(int(part.head or 0))
+    whole |= {index for index, kept in heads.items() if len(kept) == layers[index].key_value_heads}
+    heads = {index: kept for index, kept in heads.items() if index not in whole}
+    return {**({"layers": sorted(whole)} if whole else {}), **({"heads": heads} if heads else {})}
+
+
+def fragment(keep: Mapping[str, Any], comments: Sequence[str]) -> str:
+    """A recipe that says nothing but what to keep, with comments before it."""
+    wrapped = [part for line in comments for part in textwrap.wrap(line, _COMMENT_WIDTH, break_long_words=False)]
+    lines = [*(f"# {line}" for line in wrapped), "mixer:", "  keep:", *(f"    {k}: {v}" for k, v in keep.items())]
+    return "\n".join(lines) + "\n"
+
+
+def set_option(keep: Mapping[str, Any]) -> str:
+    """The same for `--set`."""
+    return f"mixer.keep={{{', '.join(f'{key}: {value}' for key, value in keep.items())}}}"
