@@ -19,6 +19,7 @@ from linearize_kernels import window_attention
 from torch import Tensor, nn
 
 from linearize.model.recurrences import build_recurrence, register
+from linearize.model.step import step, steps
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer, Projections
@@ -134,6 +135,8 @@ class Mixer(nn.Module):
         Returns:
             `[R, L, H, V]` float32; meaningless past a row's length.
         """
+        if memory is not None and steps(self, new, lengths, memory):
+            return step(self, new, memory)
         tokens = new.q.shape[1]
         count = memory.counts[:, None] if memory else new.q.new_zeros(1, 1, dtype=torch.long)
         query_index = count + torch.arange(tokens, device=new.q.device)  # [R or 1, L]
@@ -148,6 +151,7 @@ class Mixer(nn.Module):
             key_exists=exists,
             columns=columns,
             softcap=self.layer.softcap,
+            normaliser=self.config.mix == "softmax",
         )
         if "window" in self.branches_off and (self.recurrence is None or "recurrence" in self.branches_off):
             return torch.zeros_like(y)
@@ -167,12 +171,12 @@ class Mixer(nn.Module):
                 return new.k_rotated, new.v, None, None
             index = index[:, window:]
             writes = index >= 0 if lengths is None else index < lengths[:, None] - window
-            k, k_rotated, v, source = (x[:, :left] for x in (new.k, new.k_rotated, new.v, self._source(new)))
+            k, k_rotated, v, source = (x[:, :left] for x in (new.k, new.k_rotated, new.v, self.source(new)))
             evicted = Evicted(k, k_rotated, v, source, index, writes, window)
             return new.k_rotated, new.v, None, evicted
 
         ring = memory.parts["window"]
-        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": self._source(new)}
+        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": self.source(new)}
         writes = index >= 0
         real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
         writes = writes & real
@@ -207,7 +211,7 @@ class Mixer(nn.Module):
         evicted = Evicted(k, held["k_rotated"], held["v"], source, index, writes, 0)
         return span["k_rotated"], span["v"], exists, evicted
 
-    def _source(self, new: Projections) -> Tensor:
+    def source(self, new: Projections) -> Tensor:
         """What the gates of new tokens are built from, `[R, L, K, D or V]`."""
         kind = self.config.gate_source
         if kind == "q":
@@ -241,7 +245,7 @@ class Mixer(nn.Module):
     def _recur(
         self,
         y: Tensor,
-        normaliser: Tensor,
+        normaliser: Tensor | None,
         new: Projections,
         lengths: Tensor | None,
         evicted: Evicted | None,
@@ -262,23 +266,25 @@ class Mixer(nn.Module):
             k = evicted.k_rotated if self.config.rope else k
             empty = evicted.index < self.config.sinks  # nothing has been written yet for these queries
         else:
-            k, v, source = new.k_rotated if self.config.rope else new.k, new.v, self._source(new)
+            k, v, source = new.k_rotated if self.config.rope else new.k, new.v, self.source(new)
             empty = None
             writes = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
         q = new.q_rotated if self.config.rope else new.q
         read, mass = self.recurrence.in_segments(q[:, first:], k, v, source, writes, state)
-        mixed = self._mix(y[:, first:], normaliser[:, first:], read, None if mass is None else mass[..., None])
+        logs = None if normaliser is None else normaliser[:, first:]
+        mixed = self.mix(y[:, first:], logs, read, None if mass is None else mass[..., None])
         if empty is not None:
             # An empty state has no opinion: the window's output stays as it is.
             mixed = torch.where(empty[:, :, None, None], y[:, first:], mixed)
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
 
-    def _mix(self, y: Tensor, normaliser: Tensor, read: Tensor, mass: Tensor | None) -> Tensor:
+    def mix(self, y: Tensor, normaliser: Tensor | None, read: Tensor, mass: Tensor | None) -> Tensor:
+        """Joins window and recurrence; `normaliser` `[R, L, H]` is the window's, where `mix: softmax` wants it."""
         if "window" in self.branches_off:
             if mass is None or not (self.config.normalize or self.config.mix == "softmax"):
                 return read
             return torch.where(mass > 0, read / mass.clamp_min(_TINY), 0)
-        if self.config.mix == "softmax" and mass is not None:
+        if mass is not None and normaliser is not None:
             # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
             # either sign keeps the denominator positive and the derivative at 0 alive.
             weight = self.mix_weight[:, None]
