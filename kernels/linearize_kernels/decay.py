@@ -100,10 +100,15 @@ def splits(cumulative: Tensor) -> bool:
     return bool(cumulative[..., -1, :].amin() >= -_SAFE_LOG_DECAY)
 
 
-def folded(queries: Tensor, keys: Tensor) -> Tensor:
+def folded(queries: Tensor, keys: Tensor, onto: Tensor | None = None) -> Tensor:
     """q kᵀ, or any product of queries `[..., G, C, D]` with matrices `[..., D, X]`: `[..., G, C, X]`. The queries of a
-    group are rows of one matrix, so that nothing is repeated for them."""
-    return (queries.flatten(-3, -2) @ keys).unflatten(-2, queries.shape[-3:-1])
+    group are rows of one matrix, so that nothing is repeated for them. `onto` is a sum to add it to, where that lies."""
+    rows = queries.flatten(-3, -2)
+    if onto is None:
+        return (rows @ keys).unflatten(-2, queries.shape[-3:-1])
+    rows, keys = rows.flatten(0, -3), keys.flatten(0, -3)
+    onto.view(*rows.shape[:2], -1).baddbmm_(rows, keys)
+    return onto
 
 
 def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, strict: bool = False) -> Tensor:

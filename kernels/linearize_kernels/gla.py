@@ -99,12 +99,12 @@ def gla_chunkwise(
         q, k = q * exp_like(cumulative - middle, q).unsqueeze(3), k * exp_like(middle - cumulative, k)
         scores = folded(q, k.transpose(-1, -2)).mul_(lower_triangle(k.shape[-2], k))
         entering, state = _states(half * (k.transpose(-1, -2) @ v), half.square(), state)
-        outputs = folded(scores, v) + folded(q, half * entering)
+        outputs = folded(scores, v, onto=folded(q, half * entering))
     else:
-        outputs = folded(decayed_scores(q, k, cumulative, cumulative), v)
+        scores = decayed_scores(q, k, cumulative, cumulative)
         written = (k * exp_like(total - cumulative, k)).transpose(-1, -2) @ v  # [B, N, K, D, V]
         entering, state = _states(written, exp_like(total, k).transpose(-1, -2), state)
-        outputs = outputs + folded(q * exp_like(cumulative, q).unsqueeze(3), entering)
+        outputs = folded(scores, v, onto=folded(q * exp_like(cumulative, q).unsqueeze(3), entering))
     return from_chunks(outputs, tokens), state
 
 
@@ -129,8 +129,9 @@ def gla_step(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor) -
     """
     state.mul_(log_gate[:, 0].exp().unsqueeze(-1))
     state.addcmul_(k[:, 0].unsqueeze(-1), v[:, 0].unsqueeze(-2))
-    read: Tensor = q[:, 0].unflatten(1, (k.shape[2], -1)) @ state
-    return read.flatten(1, 2).unsqueeze(1)
+    queries = q[:, 0].unflatten(1, (k.shape[2], -1))
+    read = torch.bmm(queries.flatten(0, 1), state.flatten(0, 1))  # [B*K, G, V]
+    return read.view(q.shape[0], 1, q.shape[2], -1)
 
 
 _FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}

@@ -68,32 +68,27 @@ def window_attention(
 
 
 def step_attention(
-    q: Tensor, pieces: list[tuple[Tensor, Tensor]], *, scale: float, softcap: float | None = None, normaliser: bool
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, normaliser: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one query to all keys of all `pieces`, none of which is copied into another's place.
+    """Attention of one query to every key that is given.
 
     Args:
-        q: `[B, K, G, D]`, grouped by key/value head, positions already encoded.
-        pieces: keys `[B, N, K, D]` and values `[B, N, K, V]`, N of each piece its own.
+        q: `[B, H, D]`, positions already encoded.
+        k, v: `[B, N, K, D]` and `[B, N, K, V]`, in any order.
         scale: multiplies the scores.
-        softcap: as of `window_attention`.
-        normaliser: whether the log of the softmax's denominator is wanted.
+        softcap, normaliser: as of `window_attention`.
 
     Returns:
-        outputs `[B, K, G, V]` and that logarithm `[B, K, G]`, both float32 (or float64).
+        outputs `[B, H, V]` and the log of the softmax's denominator `[B, H]`, both float32 (or float64).
     """
     dtype = _computing(q)
-    q = q.to(dtype) * scale
-    scores = [q @ k.to(dtype).permute(0, 2, 3, 1) for k, _ in pieces]
-    joined = _cap(torch.cat(scores, -1) if len(scores) > 1 else scores[0], softcap)
-    weights = joined.softmax(-1)
-    outputs, start = None, 0
-    for _, v in pieces:
-        read = weights[..., start : start + v.shape[1]] @ v.to(dtype).transpose(1, 2)
-        outputs = read if outputs is None else outputs.add_(read)
-        start += v.shape[1]
-    assert outputs is not None  # noqa: S101 - for the type checker
-    return outputs, joined.logsumexp(-1) if normaliser else None
+    grouped = q.to(dtype).unflatten(1, (k.shape[2], -1))  # the query heads of a group are so many queries of one head
+    k, v = k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
+    if softcap is None and not normaliser:
+        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2), None
+    scores = _cap(grouped @ k.transpose(-1, -2) * scale, softcap)
+    outputs: Tensor = scores.softmax(-1) @ v
+    return outputs.flatten(1, 2), scores.logsumexp(-1).flatten(1) if normaliser else None
 
 
 def _attend(

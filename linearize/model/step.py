@@ -32,24 +32,24 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
     leaving = count - window  # the number of the token that the new one pushes out; below 0 there is none
     held = _exchange(mixer, new, memory.parts["window"], count % window, leaving >= 0)
-    filled = min(count + 1, window)
-    pieces = [(memory.parts["window"]["k_rotated"][:, :filled], memory.parts["window"]["v"][:, :filled])]
+    window_part, filled = memory.parts["window"], min(count + 1, window)
+    keys = {name: window_part[name][:, :filled] for name in ("k_rotated", "v")}
     if config.sinks and leaving >= 0:
         sinks = memory.parts["sinks"]
         if leaving < config.sinks:
             for name, tensor in sinks.items():
                 tensor[:, leaving] = held[name][:, 0]
         visible = min(leaving + 1, config.sinks)
-        pieces.append((sinks["k_rotated"][:, :visible], sinks["v"][:, :visible]))
-    heads = mixer.layer.key_value_heads
+        keys = {name: torch.cat([tensor, sinks[name][:, :visible]], 1) for name, tensor in keys.items()}
     y, normaliser = step_attention(
-        new.q_rotated[:, 0].unflatten(1, (heads, -1)),
-        pieces,
+        new.q_rotated[:, 0],
+        keys["k_rotated"],
+        keys["v"],
         scale=mixer.layer.scale,
         softcap=mixer.layer.softcap,
         normaliser=config.mix == "softmax",
     )
-    y = y.flatten(1, 2).unsqueeze(1)  # [B, 1, H, V]
+    y = y.unsqueeze(1)
     evicts = config.covers == "evicted"
     if mixer.recurrence is None or (evicts and leaving < config.sinks):
         return y
@@ -61,7 +61,7 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
         k, v, source = new.k_rotated if config.rope else new.k, new.v, mixer.source(new)
     q = new.q_rotated if config.rope else new.q
     read, mass = mixer.recurrence(q, k, v, source, None, memory.parts["state"])
-    logs = None if normaliser is None else normaliser.flatten(1).unsqueeze(1)
+    logs = None if normaliser is None else normaliser.unsqueeze(1)
     return mixer.mix(y, logs, read, None if mass is None else mass.unsqueeze(-1))
 
 
