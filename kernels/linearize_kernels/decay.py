@@ -102,10 +102,11 @@ def splits(cumulative: Tensor) -> bool:
 
 def folded(queries: Tensor, keys: Tensor, onto: Tensor | None = None) -> Tensor:
     """q kᵀ, or any product of queries `[..., G, C, D]` with matrices `[..., D, X]`: `[..., G, C, X]`. The queries of a
-    group are rows of one matrix, so that nothing is repeated for them. `onto` is a sum to add it to, where that lies."""
+    group are rows of one matrix, so that nothing is repeated for them. `onto` is a sum that it is added to in place."""
     rows = queries.flatten(-3, -2)
     if onto is None:
-        return (rows @ keys).unflatten(-2, queries.shape[-3:-1])
+        product: Tensor = (rows @ keys).unflatten(-2, queries.shape[-3:-1])
+        return product
     rows, keys = rows.flatten(0, -3), keys.flatten(0, -3)
     onto.view(*rows.shape[:2], -1).baddbmm_(rows, keys)
     return onto

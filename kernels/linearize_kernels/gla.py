@@ -109,7 +109,7 @@ def gla_chunkwise(
 
 
 def _states(written: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state that enters each chunk `[B, N, K, D, V]`, and the one after the last; `decay` `[B, N, K, D or 1, 1]`."""
+    """The state that enters each chunk `[B, N, K, D, V]`, and the last one; `decay` `[B, N, K, D or 1, 1]`."""
     entering = []
     for n in range(written.shape[1]):
         entering.append(state)

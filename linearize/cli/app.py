@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "verify": "verify",
+    "bench": "bench",
     "recipes": "recipes",
     "run": "run",
     "demo": "demo",

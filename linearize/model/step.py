@@ -66,7 +66,7 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
 
 
 def _exchange(mixer: Mixer, new: Projections, ring: Part, slot: int, evicts: bool) -> Part:
-    """Puts the new token into a slot of the window; what the slot held, `[B, 1, K, D or V]`, where that is asked for."""
+    """Puts the new token into a slot of the window; what the slot held, `[B, 1, K, D or V]`, where it is asked for."""
     held: Part = {}
     for name, tensor in ring.items():
         place = tensor[:, slot : slot + 1]

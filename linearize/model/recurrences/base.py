@@ -189,9 +189,9 @@ class Recurrence(nn.Module, ABC):
         elif self.gate_width != source.shape[-1]:
             pooled = F.adaptive_avg_pool1d(source.flatten(2), self.key_value_heads * self.gate_width)
             source = pooled.unflatten(-1, (self.key_value_heads, self.gate_width))
-        learned = "gate_scale" in self._parameters
-        scale, bias = (self.gate_scale, self.gate_bias) if learned else (self.gate_scale_start, self.gate_bias_start)
-        return torch.addcmul(bias, scale, source) if learned else scale * source + bias
+        if "gate_scale" in self._parameters:
+            return torch.addcmul(self.gate_bias, self.gate_scale, source)
+        return self.gate_scale_start * source + self.gate_bias_start
 
     def log_gate(self, source: Tensor) -> Tensor:
         """log g = logsigmoid(x) / divisor, x the gate's input; with a lower bound γ, γ + (1 - γ) g takes its place."""
