@@ -67,7 +67,7 @@ def to_chunks(q: Tensor, *others: Tensor) -> list[Tensor]:
     # Asked first: padding by nothing would copy.
     filled = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x for x in (q, *others))
     q, *in_chunks = (x.unflatten(1, (-1, chunk)) for x in filled)
-    return [q.permute(0, 1, 3, 4, 2, 5), *(x.transpose(2, 3) for x in in_chunks)]
+    return [q.permute(0, 1, 3, 4, 2, 5).contiguous(), *(x.transpose(2, 3).contiguous() for x in in_chunks)]
 
 
 def from_chunks(outputs: Tensor, tokens: int) -> Tensor:
@@ -90,9 +90,26 @@ def pair_decay(later: Tensor, earlier: Tensor, dim: int, *, strict: bool = False
     return decay
 
 
+def lower_triangle(tokens: int, like: Tensor) -> Tensor:
+    """1 where s <= t, 0 elsewhere, `[C, C]` (t, s). A product with it is faster than `tril` of many small matrices."""
+    return torch.ones(tokens, tokens, dtype=like.dtype, device=like.device).tril()
+
+
 def splits(cumulative: Tensor) -> bool:
     """Whether decays inside a chunk `[..., C, D]` are weak enough for one factor per query and one per key."""
     return bool(cumulative[..., -1, :].amin() >= -_SAFE_LOG_DECAY)
+
+
+def folded(queries: Tensor, keys: Tensor, onto: Tensor | None = None) -> Tensor:
+    """q kᵀ, or any product of queries `[..., G, C, D]` with matrices `[..., D, X]`: `[..., G, C, X]`. The queries of a
+    group are rows of one matrix, so that nothing is repeated for them. `onto` is a sum that it is added to in place."""
+    rows = queries.flatten(-3, -2)
+    if onto is None:
+        product: Tensor = (rows @ keys).unflatten(-2, queries.shape[-3:-1])
+        return product
+    rows, keys = rows.flatten(0, -3), keys.flatten(0, -3)
+    onto.view(*rows.shape[:2], -1).baddbmm_(rows, keys)
+    return onto
 
 
 def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, strict: bool = False) -> Tensor:
@@ -110,13 +127,13 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
     if earlier.shape[-1] == 1:
         # One gate per head is one factor per pair.
         decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
-        return (q @ k.unsqueeze(-3).transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
+        return folded(q, k.transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
     if splits(earlier):
         # Both factors are taken against half of the chunk's decay, so neither exponent passes half of the limit.
         middle = earlier[..., -1:, :] / 2
         queries = q * exp_like(later - middle, q).unsqueeze(-3)
-        keys = (k * exp_like(middle - earlier, k)).unsqueeze(-3)
-        return (queries @ keys.transpose(-1, -2)).tril(diagonal)
+        keys = k * exp_like(middle - earlier, k)
+        return folded(queries, keys.transpose(-1, -2)).tril(diagonal)
 
     chunk, rows = k.shape[-2], []
     for start in range(0, chunk, SUB_CHUNK):
@@ -129,7 +146,7 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
             border = earlier[..., start - 1 : start, :]
             queries = q[..., own, :] * exp_like(later[..., own, :] - border, q).unsqueeze(-3)
             keys = k[..., :start, :] * exp_like(border - earlier[..., :start, :], k)
-            row = torch.cat([queries @ keys.unsqueeze(-3).transpose(-1, -2), row], -1)
+            row = torch.cat([folded(queries, keys.transpose(-1, -2)), row], -1)
         rows.append(F.pad(row, (0, chunk - own.stop)))
     return torch.cat(rows, -2)
 
@@ -146,7 +163,7 @@ def decayed_sum(scores: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
     """
     if splits(cumulative):
         middle = cumulative[..., -1:, :] / 2
-        summed = scores @ (v * exp_like(middle - cumulative, v)).unsqueeze(-3)
+        summed = folded(scores, v * exp_like(middle - cumulative, v))
         return summed * exp_like(cumulative - middle, v).unsqueeze(-3)
     rows = []
     for start in range(0, v.shape[-2], SUB_CHUNK):
@@ -156,7 +173,7 @@ def decayed_sum(scores: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
         row = torch.einsum("...gts,...tsv->...gtv", scores[..., own, own], pairs)
         if start:
             border = cumulative[..., start - 1 : start, :]
-            values = (v[..., :start, :] * exp_like(border - cumulative[..., :start, :], v)).unsqueeze(-3)
-            row = row + (scores[..., own, :start] @ values) * exp_like(block - border, v).unsqueeze(-3)
+            values = v[..., :start, :] * exp_like(border - cumulative[..., :start, :], v)
+            row = row + folded(scores[..., own, :start], values) * exp_like(block - border, v).unsqueeze(-3)
         rows.append(row)
     return torch.cat(rows, -2)

@@ -22,11 +22,14 @@ from linearize_kernels.decay import (
     Form,
     decayed_scores,
     exp_like,
+    folded,
     form_for,
     from_chunks,
+    lower_triangle,
     pair_decay,
     prepare,
     running_sum,
+    splits,
     to_chunks,
 )
 
@@ -88,18 +91,47 @@ def gla_chunkwise(
     cumulative = running_sum(log_gate, 3)
     total = cumulative[..., -1:, :]
 
-    outputs = decayed_scores(q, k, cumulative, cumulative) @ v.unsqueeze(3)
-
-    written = (k * exp_like(total - cumulative, k)).transpose(-1, -2) @ v  # [B, N, K, D, V]
-    chunk_decay = exp_like(total, k).transpose(-1, -2)  # [B, N, K, D or 1, 1]
-    entering = []
-    for n in range(q.shape[1]):
-        entering.append(state)
-        state = chunk_decay[:, n] * state + written[:, n]
-    read = q * exp_like(cumulative, q).unsqueeze(3)
-    outputs = outputs + read @ torch.stack(entering, 1).unsqueeze(3)
-
+    if log_gate.shape[-1] > 1 and splits(cumulative):
+        # Queries and keys are taken against half of the chunk's decay once; the other half goes to the states, which
+        # are smaller than either.
+        middle = total / 2
+        half = exp_like(middle, k).transpose(-1, -2)  # [B, N, K, D, 1]
+        q, k = q * exp_like(cumulative - middle, q).unsqueeze(3), k * exp_like(middle - cumulative, k)
+        scores = folded(q, k.transpose(-1, -2)).mul_(lower_triangle(k.shape[-2], k))
+        entering, state = _states(half * (k.transpose(-1, -2) @ v), half.square(), state)
+        outputs = folded(scores, v, onto=folded(q, half * entering))
+    else:
+        scores = decayed_scores(q, k, cumulative, cumulative)
+        written = (k * exp_like(total - cumulative, k)).transpose(-1, -2) @ v  # [B, N, K, D, V]
+        entering, state = _states(written, exp_like(total, k).transpose(-1, -2), state)
+        outputs = folded(scores, v, onto=folded(q * exp_like(cumulative, q).unsqueeze(3), entering))
     return from_chunks(outputs, tokens), state
+
+
+def _states(written: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state that enters each chunk `[B, N, K, D, V]`, and the last one; `decay` `[B, N, K, D or 1, 1]`."""
+    entering = []
+    for n in range(written.shape[1]):
+        entering.append(state)
+        state = torch.addcmul(written[:, n], decay[:, n], state)
+    return torch.stack(entering, 1), state
+
+
+def gla_step(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor) -> Tensor:
+    """One token, for decoding: `state` is updated where it lies, and no gradient goes through.
+
+    Args:
+        q: `[B, 1, H, D]`. k: `[B, 1, K, D]`. v: `[B, 1, K, V]`. log_gate: `[B, 1, K, D or 1]`.
+        state: `[B, K, D, V]` float32.
+
+    Returns:
+        `[B, 1, H, V]`.
+    """
+    state.mul_(log_gate[:, 0].exp().unsqueeze(-1))
+    state.addcmul_(k[:, 0].unsqueeze(-1), v[:, 0].unsqueeze(-2))
+    queries = q[:, 0].unflatten(1, (k.shape[2], -1))
+    read = torch.bmm(queries.flatten(0, 1), state.flatten(0, 1))  # [B*K, G, V]
+    return read.view(q.shape[0], 1, q.shape[2], -1)
 
 
 _FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Queries are cut into blocks of the window's width, but no narrower than this: thinner ones waste launches.
 _NARROWEST_BLOCK = 32
+# Tokens that are taken at once where no gradient is wanted, so that scores stay in the processor's cache.
+_SEGMENT = 512
 
 
 def window_attention(
@@ -25,7 +27,8 @@ def window_attention(
     key_exists: Tensor | None = None,
     columns: tuple[Tensor, Tensor, Tensor] | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    normaliser: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of each query to the last `window` tokens and to the `columns`, in O(T · window).
 
     Args:
@@ -37,18 +40,74 @@ def window_attention(
         key_exists: `[B, P + T]`, which of the keys are real; None means all. Each query's own must be.
         columns: keys `[B, M, K, D]`, values `[B, M, K, V]` and visibility `[B or 1, T, M]` of exact columns.
         softcap: scores become `softcap * tanh(scores / softcap)`.
+        normaliser: whether the log of the softmax's denominator is wanted too.
 
     Returns:
-        outputs `[B, T, H, V]` and the log of the softmax's denominator `[B, T, H]`, both float32 (or float64).
+        outputs `[B, T, H, V]` and that logarithm `[B, T, H]`, both float32 (or float64).
     """
-    batch, tokens, heads, width = q.shape
-    key_value_heads, past = k.shape[2], k.shape[1] - tokens
+    tokens, past = q.shape[1], k.shape[1] - q.shape[1]
     if 0 < past < window - 1:
         raise ValueError(f"{past} earlier tokens were given; a window of {window} needs none or {window - 1}")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    q = q.reshape(batch, tokens, key_value_heads, heads // key_value_heads, width) * scale
+    segment = max(_SEGMENT // window, 1) * window
+    if tokens <= segment or torch.is_grad_enabled():
+        return _attend(q, k, v, window, scale, key_exists, columns, softcap, normaliser)
+    dtype = _computing(q)
+    outputs = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
+    logs = q.new_empty(q.shape[:3], dtype=dtype) if normaliser else None
+    for start in range(0, tokens, segment):
+        own = slice(start, start + segment)
+        seen = slice(max(past + start - window + 1, 0), past + start + segment)
+        exists = None if key_exists is None else key_exists[:, seen]
+        exact = None if columns is None else (columns[0], columns[1], columns[2][:, own])
+        outputs[:, own], log = _attend(
+            q[:, own], k[:, seen], v[:, seen], window, scale, exists, exact, softcap, normaliser
+        )
+        if logs is not None and log is not None:
+            logs[:, own] = log
+    return outputs, logs
 
+
+def step_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, normaliser: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one query to every key that is given.
+
+    Args:
+        q: `[B, H, D]`, positions already encoded.
+        k, v: `[B, N, K, D]` and `[B, N, K, V]`, in any order.
+        scale: multiplies the scores.
+        softcap, normaliser: as of `window_attention`.
+
+    Returns:
+        outputs `[B, H, V]` and the log of the softmax's denominator `[B, H]`, both float32 (or float64).
+    """
+    dtype = _computing(q)
+    grouped = q.to(dtype).unflatten(1, (k.shape[2], -1))  # the query heads of a group are so many queries of one head
+    k, v = k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
+    if softcap is None and not normaliser:
+        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2), None
+    scores = _cap(grouped @ k.transpose(-1, -2) * scale, softcap)
+    outputs: Tensor = scores.softmax(-1) @ v
+    return outputs.flatten(1, 2), scores.logsumexp(-1).flatten(1) if normaliser else None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    key_exists: Tensor | None,
+    columns: tuple[Tensor, Tensor, Tensor] | None,
+    softcap: float | None,
+    normaliser: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`window_attention` in one go. The query heads of a group are rows of one matrix, so that nothing is repeated for
+    them, and columns are keys of every block, so that there is one softmax."""
+    batch, tokens, heads, _ = q.shape
+    key_value_heads, past = k.shape[2], k.shape[1] - tokens
+    dtype = _computing(q)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     block = max(window, _NARROWEST_BLOCK)
     if tokens <= block:
         block, before = tokens, past
@@ -63,46 +122,50 @@ def window_attention(
     blocks = -(-tokens // block)
     fill = blocks * block - tokens
     if fill:
-        q = F.pad(q, (0, 0) * 3 + (0, fill))
+        q = F.pad(q, (0, 0, 0, 0, 0, fill))
         k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)) for x in (k, v))
 
-    q = q.reshape(batch, blocks, block, *q.shape[2:]).permute(0, 1, 3, 4, 2, 5)  # [B, N, K, G, C, D]
-    k, v = (x.unfold(1, before + block, block) for x in (k, v))  # [B, N, K, D, before + C]
-    scores = _cap(q @ k.unsqueeze(3), softcap)
-    scores = scores + _window_bias(scores, window, before, key_exists)
-    values = v.unsqueeze(3).transpose(-1, -2)
+    q = q.unflatten(2, (key_value_heads, -1)).unflatten(1, (blocks, block)).permute(0, 1, 3, 4, 2, 5)
+    k, v = (x.unfold(1, before + block, block).transpose(-1, -2) for x in (k, v))  # [B, N, K, before + C, D]
+    seen = _in_window(block, window, before, blocks, key_exists, q.device)  # [1 or B, 1 or N, C, before + C]
+    if columns is not None:
+        visible = F.pad(columns[2], (0, 0, 0, fill)).unflatten(1, (blocks, block))
+        shape = (max(seen.shape[0], visible.shape[0]), blocks, block, -1)
+        seen = torch.cat([seen.expand(shape), visible.expand(shape)], -1)
+        exact = (x.to(dtype).transpose(1, 2)[:, None].expand(*k.shape[:3], -1, -1) for x in columns[:2])
+        k, v = (torch.cat(pair, -2) for pair in zip((k, v), exact, strict=True))
+    queries, keys, values = (x.flatten(0, 2).flatten(1, -2) for x in (q, k, v))  # [B*N*K, G*C or keys, width]
 
-    if columns is None:
-        normaliser = scores.logsumexp(-1)
-        outputs = (scores - normaliser[..., None]).exp() @ values
-    else:
-        column_k, column_v, visible = (
-            columns[0].to(dtype).permute(0, 2, 3, 1)[:, None, :, None],  # [B, 1, K, 1, D, M]
-            columns[1].to(dtype).transpose(1, 2)[:, None, :, None],  # [B, 1, K, 1, M, V]
-            F.pad(columns[2], (0, 0, 0, fill)).unflatten(1, (blocks, block))[:, :, None, None],
-        )
-        extra = _cap(q @ column_k, softcap).masked_fill(~visible, -math.inf)
-        normaliser = torch.cat([scores, extra], -1).logsumexp(-1)
-        outputs = (scores - normaliser[..., None]).exp() @ values
-        outputs = outputs + (extra - normaliser[..., None]).exp() @ column_v
+    scores = torch.baddbmm(queries.new_zeros(1), queries, keys.transpose(1, 2), beta=0, alpha=scale)
+    scores = _cap(scores, softcap).unflatten(0, q.shape[:3]).unflatten(3, q.shape[3:5])  # [B, N, K, G, C, keys]
+    bias = torch.zeros(seen.shape, dtype=dtype, device=q.device).masked_fill(~seen, -math.inf)
+    scores = scores.add_(bias[:, :, None, None])
+    outputs = scores.flatten(0, 2).flatten(1, 2).softmax(-1) @ values
 
-    outputs = outputs.permute(0, 1, 4, 2, 3, 5).reshape(batch, blocks * block, heads, -1)
-    normaliser = normaliser.permute(0, 1, 4, 2, 3).reshape(batch, blocks * block, heads)
-    return outputs[:, :tokens], normaliser[:, :tokens]
+    outputs = outputs.unflatten(0, q.shape[:3]).unflatten(3, q.shape[3:5]).permute(0, 1, 4, 2, 3, 5)
+    outputs = outputs.reshape(batch, blocks * block, heads, -1)[:, :tokens]
+    if not normaliser:
+        return outputs, None
+    return outputs, scores.logsumexp(-1).permute(0, 1, 4, 2, 3).reshape(batch, blocks * block, heads)[:, :tokens]
+
+
+def _computing(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _cap(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def _window_bias(scores: Tensor, window: int, before: int, key_exists: Tensor | None) -> Tensor:
-    """0 where a query may read a key of its block, -inf elsewhere; `[1 or B, 1 or N, 1, 1, C, before + C]`."""
-    blocks, block, span = scores.shape[1], scores.shape[-2], scores.shape[-1]
-    query = torch.arange(block, device=scores.device)[:, None] + before
-    key = torch.arange(span, device=scores.device)[None]
+def _in_window(
+    block: int, window: int, before: int, blocks: int, key_exists: Tensor | None, device: torch.device
+) -> Tensor:
+    """Whether a query may read a key of its block, `[1 or B, 1 or N, C, before + C]`."""
+    span = before + block
+    query = torch.arange(block, device=device)[:, None] + before
+    key = torch.arange(span, device=device)[None]
     seen = ((key <= query) & (key > query - window))[None, None]
     if key_exists is not None:
         flags = F.pad(key_exists, (0, before + blocks * block - key_exists.shape[1]), value=True)
         seen = seen & flags.unfold(1, span, block)[:, :, None]
-    bias = torch.zeros(seen.shape, dtype=scores.dtype, device=scores.device).masked_fill(~seen, -math.inf)
-    return bias[:, :, None, None]
+    return seen

@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "verify": "verify",
+    "bench": "bench",
     "recipes": "recipes",
     "run": "run",
     "demo": "demo",

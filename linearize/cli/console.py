@@ -58,12 +58,21 @@ def memory_words(constant: int, growth: int) -> str:
     )
 
 
-def check_dtype(name: str) -> str:
+Int8Option = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto, float32, bfloat16 or float16; or int8, which keeps linear layers as int8 (on a CPU)."
+    ),
+]
+
+
+def check_dtype(name: str, *, int8: bool = False) -> str:
     """Raises:
-    BadParameter: no such dtype.
+    BadParameter: no such dtype, or int8 where that is not offered.
     """
-    if name not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"--dtype {name}: expected auto, float32, bfloat16 or float16")
+    names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
+    if name not in names:
+        raise typer.BadParameter(f"--dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}")
     return name
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from linearize.cli.console import (
-    DtypeOption,
+    Int8Option,
     JsonOption,
     ModelArgument,
     TrustOption,
@@ -81,7 +81,7 @@ def evaluate(
         bool, typer.Option("--fresh", help="Score everything again. Results of single items are kept otherwise.")
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")] = 8,
-    dtype: DtypeOption = "auto",
+    dtype: Int8Option = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,7 +90,7 @@ def evaluate(
     Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
     evaluation that was interrupted goes on where it stopped.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
     quiet_libraries()
     from linearize.conversion.source import find_source

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli.console import (
-    DtypeOption,
+    Int8Option,
     JsonOption,
     ModelArgument,
     TrustOption,
@@ -58,7 +58,7 @@ def generate(
         Path | None,
         typer.Option("--save-state", metavar="FILE", help="Keep the memory of all that was read and written in FILE."),
     ] = None,
-    dtype: DtypeOption = "auto",
+    dtype: Int8Option = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,7 +70,7 @@ def generate(
     on its own; with --chat it is the user's next turn, as the chat template
     writes it after an answer.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, int8=True)
     if prompt is None and load_state is None:
         raise typer.BadParameter("give a PROMPT, or a text to continue with --load-state")
     if max_new_tokens == 0 and save_state is None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
 from linearize.errors import ModelError
+from linearize.int8 import to_int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,12 +98,15 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
     """The model, ready to be evaluated or converted.
 
     Args:
-        dtype: a key of `DTYPES`, or `auto` for the checkpoint's own (float32 for GGUF, whose weights are unpacked).
+        dtype: a key of `DTYPES`, or `auto` for the checkpoint's own (float32 for GGUF, whose weights are unpacked); or
+            `int8`: the checkpoint's own with int8 in the place of linear layers' weights, for decoding on a CPU.
         device: where it goes; the first GPU if there is one, by default.
 
     Raises:
         ModelError: the model cannot be read.
     """
+    if dtype == "int8":
+        return to_int8(load_model(source, device=device))
     reference, keywords = source.arguments()
     if source.kind == "gguf":
         # Without this the weights would stay marked as quantized, and saving them would fail.

@@ -71,6 +71,15 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def readable_length(tokens: float) -> str:
+    """`512`, `4k`, `1M` where these are exact, otherwise `1,000`."""
+    whole = round(tokens)
+    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
+        if whole >= size and whole % size == 0:
+            return f"{whole // size}{unit}"
+    return f"{whole:,}"
+
+
 def _written(value: float, digits: int) -> str:
     text = f"{value:,.{digits}f}"
     # No minus before what is rounded to nothing.

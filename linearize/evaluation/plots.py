@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from linearize.evaluation.drawing import Axis, HeatMap, Series, heat_maps, line_plot, log_ticks
-from linearize.evaluation.formatting import is_share, readable_bytes
+from linearize.evaluation.formatting import is_share, readable_bytes, readable_length
 from linearize.evaluation.task import mean_and_error
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _by_position(title: str, scores: dict[str, TaskScore], looks: dict[str, int]
         return None
     positions = [point[0] for one in series for point in one.points]
     metric = next(iter(scores.values())).metric
-    x = Axis("position in the text (tokens)", _length, log=True)
+    x = Axis("position in the text (tokens)", readable_length, log=True)
     return line_plot(title, x, _measure(metric), series, log_ticks(min(positions), max(positions)))
 
 
@@ -79,7 +79,9 @@ def _by_length(title: str, metric: str, scores: dict[str, TaskScore], looks: dic
     if len(lengths) < 2:
         return None
     ticks = lengths if len(lengths) <= 8 else log_ticks(lengths[0], lengths[-1])
-    return line_plot(title, Axis("length of the text (tokens)", _length, log=True), _measure(metric), series, ticks)
+    return line_plot(
+        title, Axis("length of the text (tokens)", readable_length, log=True), _measure(metric), series, ticks
+    )
 
 
 def _by_depth(title: str, metric: str, scores: dict[str, TaskScore]) -> str | None:
@@ -98,7 +100,7 @@ def _by_depth(title: str, metric: str, scores: dict[str, TaskScore]) -> str | No
     # Depths are shares of the text, or already percent where a benchmark writes them so.
     percent = max(depth for one in maps for depth, _ in one.cells) > 1
     rows = Axis("depth", lambda depth: f"{depth if percent else 100 * depth:.0f} %")
-    return heat_maps(title, "depth", "length of the text (tokens)", rows, Axis("length", _length), maps)
+    return heat_maps(title, "depth", "length of the text (tokens)", rows, Axis("length", readable_length), maps)
 
 
 def _memory(results: Results, looks: dict[str, int]) -> str | None:
@@ -112,7 +114,7 @@ def _memory(results: Results, looks: dict[str, int]) -> str | None:
             series.append(Series(system.name, points, looks[system.name]))
     if not series:
         return None
-    x = Axis("context (tokens)", _length, log=True)
+    x = Axis("context (tokens)", readable_length, log=True)
     y = Axis("memory of one sequence", lambda size: readable_bytes(size).replace(".0 ", " "), log=True)
     return line_plot("Memory by context length", x, y, series, [float(n) for n in _LENGTHS[::2]])
 
@@ -133,15 +135,6 @@ def _grouped(score: TaskScore, keys: Sequence[str]) -> dict[tuple[float, ...], l
         if all(isinstance(part, (int, float)) for part in place):
             groups[place].append(item)  # type: ignore[index]
     return dict(groups)
-
-
-def _length(tokens: float) -> str:
-    """`512`, `4k`, `1M` where these are exact, otherwise `1,000`."""
-    whole = round(tokens)
-    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
-        if whole >= size and whole % size == 0:
-            return f"{whole // size}{unit}"
-    return f"{whole:,}"
 
 
 def _words(metric: str) -> str:

@@ -221,6 +221,7 @@ class _Maker:
 
     def system(self, name: str) -> System:
         if name == "teacher":
+            # The teacher is never in int8 beside a converted model, so that what int8 costs is part of the difference.
             return self._whole(name, BASELINES[name], self.teacher, [])
         if name == "model":
             return self._whole(name, self.source.name, self.source, self.mixers)
@@ -242,7 +243,8 @@ class _Maker:
         return System(self._info(name, about, mixers), self._stamped(lambda: self._load(source), source, None))
 
     def _load(self, source: Source) -> PreTrainedModel:
-        return load_model(source, dtype=self.dtype)
+        aside = self.dtype == "int8" and source != self.source
+        return load_model(source, dtype="auto" if aside else self.dtype)
 
     def _stamped(self, load: Loader, source: Source, variant: Any) -> StampedLoader:
         files = _files(source)

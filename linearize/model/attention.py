@@ -124,7 +124,12 @@ class LinearizedAttention(nn.Module):
             return Projections(q, k, v, q, k)
         if position_embeddings is None:
             raise ValueError("the model passed no rotary positions to its attention")
-        q_rotated, k_rotated = (self.family.rotate(x, *position_embeddings) for x in (q, k))
+        if hidden_states.shape[1] == 1:
+            # Heads are turned alike: as one tensor it takes half of the launches.
+            turned = self.family.rotate(torch.cat([q, k], 2), *position_embeddings)
+            q_rotated, k_rotated = turned.split([q.shape[2], k.shape[2]], 2)
+        else:
+            q_rotated, k_rotated = (self.family.rotate(x, *position_embeddings) for x in (q, k))
         return Projections(q, k, v, q_rotated, k_rotated)
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:

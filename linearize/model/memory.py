@@ -57,6 +57,11 @@ class LayerMemory(CacheLayerMixin):
         """Whether no tensor ever changes its shape or address, and generate() asked for that."""
         return self.capacity is not None
 
+    @property
+    def uniform(self) -> int | None:
+        """How many tokens every row has seen, where that is a plain number: not with pads, and not in compiled code."""
+        return self._seen if isinstance(self._seen, int) and not self.ragged else None
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, `part.tensor`; the row counts come last."""
         for part, tensors in [*self.parts.items(), ("softmax", self.past)]:

@@ -19,6 +19,7 @@ from linearize_kernels import window_attention
 from torch import Tensor, nn
 
 from linearize.model.recurrences import build_recurrence, register
+from linearize.model.step import step, steps
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer, Projections
@@ -34,7 +35,7 @@ class Evicted:
         k, k_rotated, v: `[R, E, K, D or V]` keys without and with positions, and values.
         source: `[R, E, K, D]` what their gates are built from.
         index: `[R or 1, E]` each token's number in its row; below 0 there is no such token.
-        writes: `[R or 1, E]` False where there is nothing to evict.
+        writes: `[R or 1, E]` False where there is nothing to evict; None where each of them is to be written.
     """
 
     k: Tensor
@@ -42,8 +43,13 @@ class Evicted:
     v: Tensor
     source: Tensor
     index: Tensor
-    writes: Tensor
+    writes: Tensor | None
     first: int
+
+    def without(self, tokens: int) -> Evicted:
+        """All but the first `tokens`."""
+        k, k_rotated, v, source = (x[:, tokens:] for x in (self.k, self.k_rotated, self.v, self.source))
+        return Evicted(k, k_rotated, v, source, self.index[:, tokens:], self.writes, self.first + tokens)
 
 
 class Mixer(nn.Module):
@@ -134,11 +140,13 @@ class Mixer(nn.Module):
         Returns:
             `[R, L, H, V]` float32; meaningless past a row's length.
         """
+        if memory is not None and steps(self, new, lengths, memory):
+            return step(self, new, memory)
         tokens = new.q.shape[1]
         count = memory.counts[:, None] if memory else new.q.new_zeros(1, 1, dtype=torch.long)
         query_index = count + torch.arange(tokens, device=new.q.device)  # [R or 1, L]
         k, v, exists, evicted = self._slide(new, lengths, memory, query_index)
-        columns = self._sinks(evicted, memory, query_index)
+        columns, evicted = self._sinks(evicted, memory, query_index)
         y, normaliser = window_attention(
             new.q_rotated,
             k,
@@ -148,6 +156,7 @@ class Mixer(nn.Module):
             key_exists=exists,
             columns=columns,
             softcap=self.layer.softcap,
+            normaliser=self.config.mix == "softmax",
         )
         if "window" in self.branches_off and (self.recurrence is None or "recurrence" in self.branches_off):
             return torch.zeros_like(y)
@@ -161,21 +170,24 @@ class Mixer(nn.Module):
         """Moves the window over the new tokens: keys, values and existence of what it holds, and what it lets go."""
         window, tokens = self.window, new.q.shape[1]
         index = query_index - window  # of the token that query t pushes out
-        if memory is None:
+        count = None if memory is None or lengths is not None else memory.uniform
+        writes: Tensor | None
+        if memory is None or count == 0:
+            if memory is not None:
+                self._fill(new, memory.parts["window"])
             left = tokens - window
             if left <= 0:
                 return new.k_rotated, new.v, None, None
             index = index[:, window:]
-            writes = index >= 0 if lengths is None else index < lengths[:, None] - window
-            k, k_rotated, v, source = (x[:, :left] for x in (new.k, new.k_rotated, new.v, self._source(new)))
+            writes = None if lengths is None else index < lengths[:, None] - window
+            k, k_rotated, v, source = (x[:, :left] for x in (new.k, new.k_rotated, new.v, self.source(new)))
             evicted = Evicted(k, k_rotated, v, source, index, writes, window)
             return new.k_rotated, new.v, None, evicted
 
         ring = memory.parts["window"]
-        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": self._source(new)}
-        writes = index >= 0
+        arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": self.source(new)}
         real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
-        writes = writes & real
+        writes = None if count is not None and count >= window else (index >= 0) & real
         if tokens == 1:
             # The order of keys does not matter to softmax, so one slot is exchanged and nothing else moves.
             slot = (query_index % window)[:, :, None, None]
@@ -207,7 +219,7 @@ class Mixer(nn.Module):
         evicted = Evicted(k, held["k_rotated"], held["v"], source, index, writes, 0)
         return span["k_rotated"], span["v"], exists, evicted
 
-    def _source(self, new: Projections) -> Tensor:
+    def source(self, new: Projections) -> Tensor:
         """What the gates of new tokens are built from, `[R, L, K, D or V]`."""
         kind = self.config.gate_source
         if kind == "q":
@@ -217,16 +229,23 @@ class Mixer(nn.Module):
 
     def _sinks(
         self, evicted: Evicted | None, memory: LayerMemory | None, query_index: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Keeps the first tokens of each row as they leave the window; the columns `window_attention` wants."""
+    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Evicted | None]:
+        """Keeps the first tokens of each row as they leave the window: the columns `window_attention` wants, and what
+        goes into the state."""
         sinks = self.config.sinks
         if not sinks or evicted is None:
-            return None
+            return None, evicted
         number = torch.arange(sinks, device=query_index.device)
+        visible = number <= (query_index - self.window)[:, :, None]
+        count = memory.uniform if memory is not None and evicted.writes is None else 0
+        if memory is not None and count is not None and count >= self.window + sinks:
+            return (memory.parts["sinks"]["k_rotated"], memory.parts["sinks"]["v"], visible), evicted
         rows = evicted.v.shape[0]
         place = (number - evicted.index[:, :1]).expand(rows, -1)  # where in `evicted` sink j is, if it leaves now
         inside = place.clamp(0, evicted.index.shape[1] - 1)
-        arrives = (place == inside) & evicted.writes.expand(rows, -1).gather(1, inside)
+        arrives = place == inside
+        if evicted.writes is not None:
+            arrives = arrives & evicted.writes.expand(rows, -1).gather(1, inside)
         k, v = _take(evicted.k_rotated, inside), _take(evicted.v, inside)
         if memory is not None:
             part = memory.parts["sinks"]
@@ -234,14 +253,27 @@ class Mixer(nn.Module):
             k, v = torch.where(here, k, part["k_rotated"]), torch.where(here, v, part["v"])
             part["k_rotated"].copy_(k.detach())
             part["v"].copy_(v.detach())
-        visible = number <= (query_index - self.window)[:, :, None]
+        if evicted.writes is None:
+            # The rows are of one length, so the sinks are the same few columns in each.
+            return (k, v, visible), evicted.without(max(sinks - max((count or 0) - self.window, 0), 0))
         evicted.writes = evicted.writes & (evicted.index >= sinks)
-        return k, v, visible
+        return (k, v, visible), evicted
+
+    def _fill(self, new: Projections, ring: Part) -> None:
+        """The first tokens of all into an empty window, the latest of them where there are more than it holds."""
+        tokens = new.q.shape[1]
+        for name, tensor in ring.items():
+            arriving = self.source(new) if name == "source" else getattr(new, name)
+            latest = arriving[:, -self.window :].detach()
+            if tokens < self.window:
+                tensor[:, :tokens] = latest
+            else:
+                tensor.copy_(latest.roll(tokens % self.window, 1))  # token i stands in slot i mod W
 
     def _recur(
         self,
         y: Tensor,
-        normaliser: Tensor,
+        normaliser: Tensor | None,
         new: Projections,
         lengths: Tensor | None,
         evicted: Evicted | None,
@@ -255,30 +287,33 @@ class Mixer(nn.Module):
             y = torch.zeros_like(y)  # all that is left where the state is empty
         writes: Tensor | None
         if self.config.covers == "evicted":
-            if evicted is None:
+            if evicted is None or evicted.v.shape[1] == 0:
                 return y
             first = evicted.first
             k, v, source, writes = evicted.k, evicted.v, evicted.source, evicted.writes
             k = evicted.k_rotated if self.config.rope else k
-            empty = evicted.index < self.config.sinks  # nothing has been written yet for these queries
+            # Nothing has been written yet for these queries.
+            empty = None if writes is None else evicted.index < self.config.sinks
         else:
-            k, v, source = new.k_rotated if self.config.rope else new.k, new.v, self._source(new)
+            k, v, source = new.k_rotated if self.config.rope else new.k, new.v, self.source(new)
             empty = None
             writes = None if lengths is None else torch.arange(tokens, device=y.device) < lengths[:, None]
         q = new.q_rotated if self.config.rope else new.q
         read, mass = self.recurrence.in_segments(q[:, first:], k, v, source, writes, state)
-        mixed = self._mix(y[:, first:], normaliser[:, first:], read, None if mass is None else mass[..., None])
+        logs = None if normaliser is None else normaliser[:, first:]
+        mixed = self.mix(y[:, first:], logs, read, None if mass is None else mass[..., None])
         if empty is not None:
             # An empty state has no opinion: the window's output stays as it is.
             mixed = torch.where(empty[:, :, None, None], y[:, first:], mixed)
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
 
-    def _mix(self, y: Tensor, normaliser: Tensor, read: Tensor, mass: Tensor | None) -> Tensor:
+    def mix(self, y: Tensor, normaliser: Tensor | None, read: Tensor, mass: Tensor | None) -> Tensor:
+        """Joins window and recurrence; `normaliser` `[R, L, H]` is the window's, where `mix: softmax` wants it."""
         if "window" in self.branches_off:
             if mass is None or not (self.config.normalize or self.config.mix == "softmax"):
                 return read
             return torch.where(mass > 0, read / mass.clamp_min(_TINY), 0)
-        if self.config.mix == "softmax" and mass is not None:
+        if mass is not None and normaliser is not None:
             # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
             # either sign keeps the denominator positive and the derivative at 0 alive.
             weight = self.mix_weight[:, None]

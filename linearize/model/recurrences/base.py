@@ -189,13 +189,15 @@ class Recurrence(nn.Module, ABC):
         elif self.gate_width != source.shape[-1]:
             pooled = F.adaptive_avg_pool1d(source.flatten(2), self.key_value_heads * self.gate_width)
             source = pooled.unflatten(-1, (self.key_value_heads, self.gate_width))
-        learned = "gate_scale" in self._parameters
-        scale, bias = (self.gate_scale, self.gate_bias) if learned else (self.gate_scale_start, self.gate_bias_start)
-        return scale * source + bias
+        if "gate_scale" in self._parameters:
+            return torch.addcmul(self.gate_bias, self.gate_scale, source)
+        return self.gate_scale_start * source + self.gate_bias_start
 
     def log_gate(self, source: Tensor) -> Tensor:
         """log g = logsigmoid(x) / divisor, x the gate's input; with a lower bound γ, γ + (1 - γ) g takes its place."""
-        log_gate = F.logsigmoid(self.gate_input(source)) / self.config.gate_divisor
+        log_gate = F.logsigmoid(self.gate_input(source))
+        if self.config.gate_divisor != 1:
+            log_gate = log_gate / self.config.gate_divisor
         bound = self.config.lower_bound * self.depth
         # γ + (1 - γ) g = 1 + (1 - γ)(g - 1), which keeps what a gate near 1 lets go.
         return torch.log1p((1 - bound) * torch.expm1(log_gate)) if bound else log_gate
@@ -257,4 +259,4 @@ def keep(into: Part | None, **final: Tensor) -> None:
 
 
 # Tokens. In a small model every intermediate then stays below the 32 MB from which malloc stops reusing memory.
-_SEGMENT = 1024
+_SEGMENT = 512

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from linearize_kernels import gla
+from linearize_kernels import gla, gla_step
 from torch import Tensor, nn
 
 from linearize.model.recurrences.base import GateWidth, Recurrence, as_computed, held, keep, silenced
@@ -47,8 +47,12 @@ class Gated(Recurrence):
         q, k, v, source = as_computed(q, k, v, source)
         log_gate = self.log_gate(source)
         k, log_gate = silenced(writes, self.written(k, log_gate), self.per_feature(log_gate))
-        read, final = gla(self.features(q), k, F.pad(v, (0, 1), value=1.0), log_gate, held(state), form=self.form)
-        keep(state, state=final)
+        q, v = self.features(q), F.pad(v, (0, 1), value=1.0)
+        if state is not None and q.shape[1] == 1 and self.form is None and not torch.is_grad_enabled():
+            read = gla_step(q, k, v, log_gate, state["state"])
+        else:
+            read, final = gla(q, k, v, log_gate, held(state), form=self.form)
+            keep(state, state=final)
         return read[..., :-1], read[..., -1]
 
 

@@ -1,0 +1,194 @@
+"""`linearize bench` as a function: which models, which lengths, and what comes out as data."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from linearize.benchmark.memory import free_bytes
+from linearize.benchmark.running import ahead_from, decode, prefill
+from linearize.benchmark.shapes import fewer_layers, named_config
+from linearize.benchmark.subjects import Subject, converted_from, cut, random_teacher, sharing, teacher_beside
+from linearize.conversion.convert import check_convertible, versions
+from linearize.conversion.source import DTYPES, Source, default_device, find_source, load_model
+from linearize.errors import ModelError
+from linearize.evaluation.formatting import readable_bytes
+from linearize.int8 import to_int8
+from linearize.model import LinearizedForCausalLM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+    from linearize.recipe import MixerSpec
+
+DECODE_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+# Reading a long text takes as long as it takes; these are the longest read unless the user says otherwise.
+PREFILL_UP_TO = {"cpu": 4096, "cuda": 65_536}
+STEPS = {"cpu": 8, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        lengths: tokens of context, for decoding.
+        prefill_up_to: the longest of `lengths` that is also read; None takes what suits the device.
+        steps: tokens that a run writes; None takes what suits the device.
+        repeats: runs of each model at each length, of which the median counts.
+        teacher: whether the teacher takes part.
+        int8: whether the converted model takes part again with int8 weights.
+    """
+
+    lengths: tuple[int, ...] = DECODE_LENGTHS
+    batches: tuple[int, ...] = (1,)
+    prefill_up_to: int | None = None
+    steps: int | None = None
+    repeats: int = 5
+    teacher: bool = True
+    int8: bool = False
+
+
+def bench(
+    reference: str | None,
+    spec: MixerSpec,
+    plan: Plan,
+    *,
+    config: str | None = None,
+    layers: int | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measures and returns the facts: the setting, a row for each model, kind, batch and length, and from which length
+    the converted model is ahead.
+
+    Args:
+        reference: a converted checkpoint, or a pretrained model, which is converted in memory; None with `config`.
+        spec: the mixer to convert with; ignored for a converted checkpoint.
+        config: the name of a configuration for random weights.
+        layers: how many of the model's layers to keep; None keeps all.
+        dtype: of weights and caches; `auto` is the checkpoint's own, or for random weights what suits the device.
+        say: told of each length when it is done.
+
+    Raises:
+        ModelError: the model cannot be read, is not supported, or does not fit into memory.
+    """
+    device = default_device()
+    teacher, model, setting = _models(reference, spec, config, layers, dtype, device, trust_remote_code)
+    subjects = [Subject.of("teacher", teacher)] if plan.teacher else []
+    subjects.append(Subject.of("model", model))
+    if plan.int8:
+        subjects.append(Subject.of("int8", to_int8(sharing(model))))
+    limit = PREFILL_UP_TO[device] if plan.prefill_up_to is None else plan.prefill_up_to
+    steps = plan.steps or STEPS[device]
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for batch in plan.batches:
+            for tokens in plan.lengths:
+                rows += decode(subjects, batch, tokens, steps=steps, repeats=plan.repeats, say=say)
+            for tokens in plan.lengths:
+                if tokens <= limit:
+                    rows += prefill(subjects, batch, tokens, repeats=plan.repeats, say=say)
+    return {
+        **setting,
+        "mixers": model.config.mixers,
+        "attention": "sdpa",
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "repeats": plan.repeats,
+        "prefill_up_to": limit,
+        "weights_bytes": {subject.name: subject.weights_bytes for subject in subjects},
+        "rows": rows,
+        "ahead_from": {
+            subject.name: {
+                kind: {str(batch): ahead_from(rows, kind, batch, subject.name) for batch in plan.batches}
+                for kind in ("decode", "prefill")
+            }
+            for subject in subjects
+            if subject.converted and plan.teacher
+        },
+    }
+
+
+def _models(
+    reference: str | None,
+    spec: MixerSpec,
+    config: str | None,
+    layers: int | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, LinearizedForCausalLM, dict[str, Any]]:
+    """The teacher, the converted model on the same weights, and what the facts say of them."""
+    if config is not None:
+        shape = named_config(config)
+        whole = shape.num_hidden_layers
+        shape = named_config(config, layers)
+        chosen = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+        check_convertible(shape, Source(config, "hub"), spec)
+        _check_weights(shape, chosen, device)
+        teacher = random_teacher(shape, chosen, device)
+        model = converted_from(teacher, spec)
+    else:
+        source = find_source(str(reference), trust_remote_code=trust_remote_code)
+        loaded: Any = load_model(source, dtype=dtype)
+        if isinstance(loaded, LinearizedForCausalLM):
+            model, whole = loaded, len(loaded.attention_layers)
+            if layers is not None and layers != whole:
+                raise ModelError(
+                    "--layers cuts pretrained models and configurations; a converted checkpoint stays whole"
+                )
+            teacher = teacher_beside(model)
+        else:
+            check_convertible(loaded.config, source, spec)
+            teacher, whole = loaded, loaded.config.num_hidden_layers
+            if layers is not None:
+                cut(teacher, fewer_layers(layers, whole))
+            model = converted_from(teacher, spec)
+    setting = {
+        "model": config or reference,
+        "weights": "random" if config else "the model's",
+        "layers": len(model.attention_layers),
+        "layers_of_the_whole": whole,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return teacher, model, setting
+
+
+def _check_weights(config: Any, dtype: torch.dtype, device: str) -> None:
+    """Raises:
+    ModelError: the weights do not fit into memory; says how many layers would.
+    """
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for name, p in model.named_parameters() if ".layers.0." in name)
+    free = 0.85 * free_bytes(torch.device(device))
+    if parameters * dtype.itemsize <= free:
+        return
+    rest = parameters - block * config.num_hidden_layers
+    fits = math.floor((free / dtype.itemsize - rest) / block)
+    hint = f"--layers {fits} would fit" if fits >= 1 else "not even one layer would fit; choose a smaller --config"
+    raise ModelError(
+        f"{config.num_hidden_layers} layers take {readable_bytes(parameters * dtype.itemsize)} in "
+        f"{str(dtype).removeprefix('torch.')} and {readable_bytes(free)} are free; {hint}"
+    )
+
+
+def sequence_of(rows: Sequence[dict[str, Any]], kind: str, system: str, batch: int) -> list[dict[str, Any]]:
+    """The rows of one line of a plot, those that did not fit left out."""
+    return [
+        row
+        for row in rows
+        if (row["kind"], row["system"], row["batch"]) == (kind, system, batch) and "skipped" not in row
+    ]

@@ -1,0 +1,74 @@
+"""How much memory is free, and how much a piece of work takes at its peak."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be asked for on that device."""
+    if device.type == "cuda":
+        # What the allocator holds without using it is free as well.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class PeakMemory:
+    """A context that measures by how many bytes memory in use grew at most, or None where that cannot be told.
+
+    On a GPU it is what torch allocated. On a CPU it is the process's resident memory, as Linux keeps its peak.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._before = device, 0
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            _give_back()
+            self._before = _resident("VmRSS") if _forget_peak() else -1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = max(torch.cuda.max_memory_allocated(self.device) - self._before, 0)
+        elif self._before >= 0:
+            self.bytes = max(_resident("VmHWM") - self._before, 0)
+
+
+def _give_back() -> None:
+    """Freed memory goes back to the system, so that what is resident is in use (glibc only)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
+
+
+def _forget_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return _resident("VmHWM") > 0
+
+
+def _resident(name: str) -> int:
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return 0

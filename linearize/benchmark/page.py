@@ -1,0 +1,63 @@
+"""What `linearize bench` shows people: plots of speed and memory by length, and a folder with them and the facts."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from linearize.benchmark.bench import sequence_of
+from linearize.evaluation.drawing import Axis, Series, line_plot, standing_alone
+from linearize.evaluation.formatting import readable_bytes, readable_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_TITLES = {"decode": "Writing: tokens per second by context length", "prefill": "Reading: tokens per second by length"}
+_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "tokens_per_second": ("tokens per second", lambda value: f"{value:g}"),
+    "cache_bytes": ("cache, all sequences", lambda value: readable_bytes(value).replace(".0 ", " ")),
+}
+
+
+def draw(facts: dict[str, Any]) -> dict[str, str]:
+    """File name without `.svg` -> plot, for everything that was measured at two lengths or more."""
+    plots = {}
+    for kind, figure, title in (
+        ("decode", "tokens_per_second", _TITLES["decode"]),
+        ("prefill", "tokens_per_second", _TITLES["prefill"]),
+        ("decode", "cache_bytes", "Memory by context length"),
+    ):
+        series = _series(facts, kind, figure)
+        lengths = sorted({x for one in series for x, _, _ in one.points})
+        if len(lengths) > 1:
+            words, write = _FIGURES[figure]
+            x = Axis("context (tokens)", readable_length, log=True)
+            name = f"{kind}-{figure.replace('_', '-')}"
+            plots[name] = line_plot(
+                f"{title} ({facts['model']}, {facts['dtype']})", x, Axis(words, write, log=True), series, lengths[:10]
+            )
+    return plots
+
+
+def write_report(facts: dict[str, Any], folder: Path) -> None:
+    """`bench.json` and the plots as SVG files."""
+    (folder / "bench.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for name, svg in draw(facts).items():
+        (folder / f"{name}.svg").write_text(standing_alone(svg), encoding="utf-8")
+
+
+def _series(facts: dict[str, Any], kind: str, figure: str) -> list[Series]:
+    systems = list(facts["weights_bytes"])
+    batches = sorted({row["batch"] for row in facts["rows"]})
+    series: list[Series] = []
+    for system in systems:
+        for batch in batches:
+            points = [
+                (float(row["tokens"]), float(row[figure]), None)
+                for row in sequence_of(facts["rows"], kind, system, batch)
+            ]
+            if points:
+                name = system if len(batches) == 1 else f"{system}, batch {batch}"
+                series.append(Series(name, points, len(series)))
+    return series

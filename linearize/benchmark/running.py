@@ -1,0 +1,199 @@
+"""The measurement: models take turns at every length, so that what slows the machine down slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from linearize.benchmark.memory import PeakMemory, free_bytes
+from linearize.evaluation.formatting import readable_bytes
+from linearize.state import PREFILL_CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from linearize.benchmark.subjects import Subject
+
+# Share of the free memory that a cache may take.
+_SAFE = 0.9
+# A run of decoding steps takes no longer than this, but for two steps.
+_LONGEST_RUN = 3.0
+
+
+def decode(
+    subjects: Sequence[Subject],
+    batch: int,
+    tokens: int,
+    *,
+    steps: int,
+    repeats: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """A row for each subject: tokens per second of writing one token after another after `tokens` of context."""
+    runs: dict[str, _Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for subject in subjects:
+        row: dict[str, Any] = {"kind": "decode", "system": subject.name, "batch": batch, "tokens": tokens}
+        if (reason := _refusal(subject, batch, tokens)) is not None:
+            rows[subject.name] = {**row, "skipped": reason}
+            continue
+        cache = subject.filled_cache(batch, tokens)
+        decoding = _Decoding(subject, cache, batch, steps)
+        row |= {"cache_bytes": subject.cache_bytes(cache)}
+        with PeakMemory(subject.model.device) as peak:
+            decoding.warm_up()
+        row |= {"peak_bytes": _peak(subject, peak, row["cache_bytes"]), "steps": decoding.steps}
+        rows[subject.name], runs[subject.name] = row, decoding
+    _in_turns(runs, rows, repeats, batch)
+    say(_told(rows, tokens, batch))
+    return list(rows.values())
+
+
+def prefill(
+    subjects: Sequence[Subject], batch: int, tokens: int, *, repeats: int, say: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """A row for each subject: tokens per second of reading `tokens`, and how long the first new token takes. The
+    teacher reads in one go, a converted model in pieces, as `generate` has them do."""
+    runs: dict[str, _Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for subject in subjects:
+        row: dict[str, Any] = {"kind": "prefill", "system": subject.name, "batch": batch, "tokens": tokens}
+        if (reason := _refusal(subject, batch, tokens)) is not None:
+            rows[subject.name] = {**row, "skipped": reason}
+            continue
+        reading = _Reading(subject, batch, tokens)
+        with PeakMemory(subject.model.device) as peak:
+            reading()
+        row |= {"cache_bytes": reading.cache_bytes, "peak_bytes": _peak(subject, peak, 0)}
+        rows[subject.name], runs[subject.name] = row, reading
+    _in_turns(runs, rows, repeats, batch)
+    for row in rows.values():
+        if "seconds" in row:
+            row["first_token_seconds"] = statistics.median(row["seconds"])
+    say(_told(rows, tokens, batch))
+    return list(rows.values())
+
+
+def ahead_from(rows: Sequence[dict[str, Any]], kind: str, batch: int, system: str = "model") -> int | None:
+    """The shortest length measured from which on the model is faster than its teacher, at that length and at all longer
+    ones; where the teacher did not fit, the model is ahead. None if it is not, or there is nothing to compare."""
+    speeds: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == kind and row["batch"] == batch:
+            speeds.setdefault(row["tokens"], {})[row["system"]] = row.get("tokens_per_second", 0.0)
+    found = None
+    for tokens in sorted(speeds, reverse=True):
+        here = speeds[tokens]
+        if system not in here or "teacher" not in here or here[system] <= here["teacher"]:
+            break
+        found = tokens
+    return found
+
+
+class _Run(ABC):
+    """A piece of work of one model that is timed; called, it returns how many tokens of each sequence it took."""
+
+    subject: Subject
+
+    @abstractmethod
+    def __call__(self) -> int: ...
+
+
+class _Decoding(_Run):
+    """Writes so many tokens, each the most likely one, and forgets them again."""
+
+    def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
+        self.subject, self.cache, self.steps = subject, cache, steps
+        self.first = torch.zeros(batch, 1, dtype=torch.long, device=subject.model.device)
+
+    def warm_up(self) -> None:
+        self._run(1)
+        began = time.perf_counter()
+        self._run(1)
+        _wait(self.subject.model.device)
+        self.steps = max(2, min(self.steps, int(_LONGEST_RUN / (time.perf_counter() - began))))
+
+    def __call__(self) -> int:
+        return self._run(self.steps)
+
+    def _run(self, steps: int) -> int:
+        token = self.first
+        for _ in range(steps):
+            logits = self.subject.model(token, past_key_values=self.cache, use_cache=True).logits
+            token = logits[:, -1:].argmax(-1)
+        if not self.subject.converted:
+            for layer in self.cache.layers:
+                if not layer.is_sliding:
+                    layer.crop(-steps)
+        return steps
+
+
+class _Reading(_Run):
+    """Reads a text from an empty cache and picks the first new token."""
+
+    def __init__(self, subject: Subject, batch: int, tokens: int) -> None:
+        self.subject = subject
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(0, subject.base.vocab_size, (batch, tokens), generator=generator)
+        self.text = drawn.to(subject.model.device)
+        self.cache_bytes = 0
+
+    def __call__(self) -> int:
+        cache = DynamicCache(config=self.subject.base)
+        piece = PREFILL_CHUNK if self.subject.converted else self.text.shape[1]
+        for ids in self.text.split(piece, 1):
+            logits = self.subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits[:, -1:].argmax(-1)
+        self.cache_bytes = self.subject.cache_bytes(cache)
+        return self.text.shape[1]
+
+
+def _in_turns(runs: dict[str, _Run], rows: dict[str, dict[str, Any]], repeats: int, batch: int) -> None:
+    """Times every run `repeats` times, one after the other in each round, and adds the medians to the rows."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    counts: dict[str, int] = {}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            device = run.subject.model.device
+            _wait(device)
+            began = time.perf_counter()
+            counts[name] = run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - began)
+    for name, times in seconds.items():
+        rows[name] |= {"seconds": times, "tokens_per_second": batch * counts[name] / statistics.median(times)}
+
+
+def _refusal(subject: Subject, batch: int, tokens: int) -> str | None:
+    """Why a length is not measured, with what would fit; None where it is."""
+    needs, free = subject.needs(batch, tokens), free_bytes(subject.model.device)
+    if needs <= _SAFE * free:
+        return None
+    fits = int(_SAFE * free / (needs / tokens))
+    return (
+        f"its cache needs about {readable_bytes(needs)} and {readable_bytes(free)} are free; "
+        f"{fits:,} tokens would fit, or more with fewer --layers or a smaller --batches"
+    )
+
+
+def _peak(subject: Subject, peak: PeakMemory, cache_bytes: int) -> int | None:
+    return None if peak.bytes is None else subject.weights_bytes + cache_bytes + peak.bytes
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _told(rows: dict[str, dict[str, Any]], tokens: int, batch: int) -> str:
+    found = next(iter(rows.values()))["kind"]
+    speeds = ", ".join(
+        f"{name} {row['tokens_per_second']:,.1f} tok/s" if "seconds" in row else f"{name} does not fit"
+        for name, row in rows.items()
+    )
+    return f"{found} at {tokens:,} tokens, batch {batch}: {speeds}"

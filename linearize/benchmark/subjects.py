@@ -1,0 +1,165 @@
+"""What is timed: a converted model and its teacher on the same weights, and memories as they are after a long text."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from linearize.conversion.convert import convert_model
+from linearize.model import LinearizedForCausalLM, cache_nbytes
+from linearize.model.modeling import family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from linearize.recipe import MixerSpec
+
+# Keys and values of a long past are one drawn block over and over: drawing them all would take longer than decoding.
+_DRAWN = 4096
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the models that take turns.
+
+    Attributes:
+        name: `teacher`, `model` or `int8`.
+        weights_bytes: of its parameters and buffers; what several models share counts for each.
+    """
+
+    name: str
+    model: Any
+    converted: bool
+    weights_bytes: int
+
+    @classmethod
+    def of(cls, name: str, model: Any) -> Subject:
+        return cls(name, model, isinstance(model, LinearizedForCausalLM), _nbytes(model))
+
+    @property
+    def base(self) -> Any:
+        """The base model's configuration."""
+        return self.model.config.text_config if self.converted else self.model.config
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token takes in the cache of one sequence."""
+        if self.converted:
+            return sum(layer.memory_nbytes(self.model.dtype)[1] for layer in self.model.attention_layers)
+        layers = family_of(self.base).layers(self.base)
+        return sum(
+            layer.key_value_heads * (layer.key_width + layer.value_width) * self.model.dtype.itemsize
+            for layer in layers
+            if layer.window is None
+        )
+
+    def needs(self, batch: int, tokens: int) -> int:
+        """About how many bytes decoding after so many tokens takes beside the weights: the cache, and copies of one
+        layer of it, which a step makes to append to it and to give each query head its keys."""
+        layers = family_of(self.base).layers(self.base)
+        group = layers[0].query_heads // layers[0].key_value_heads
+        whole = batch * tokens * self.bytes_per_token()
+        return whole + whole * (1 + 2 * group) // len(layers)
+
+    def filled_cache(self, batch: int, tokens: int) -> DynamicCache:
+        """A cache as it is after so many tokens, of random contents: a teacher's keys and values one by one, a
+        converted model's parts of fixed size with the counts set."""
+        return _filled_memory(self, batch, tokens) if self.converted else _filled_keys(self, batch, tokens)
+
+    def cache_bytes(self, cache: DynamicCache) -> int:
+        """Bytes of the whole cache."""
+        if self.converted:
+            return cache_nbytes(cache)
+        return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def random_teacher(config: Any, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model of that configuration with small random weights."""
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def converted_from(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
+    """The conversion of `teacher`, which stays as it is; both have the same weights in memory."""
+    return convert_model(sharing(teacher), spec)
+
+
+def teacher_beside(model: LinearizedForCausalLM) -> PreTrainedModel:
+    """The softmax transformer that `model` was made from, on the weights of `model` itself."""
+    with torch.device("meta"):
+        teacher: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model.config.text_config, dtype=model.dtype, attn_implementation="sdpa"
+        )
+    for path, module in teacher.named_modules():
+        own = model.get_submodule(path)
+        for name in module._parameters:
+            module._parameters[name] = own._parameters[name]
+        for name in module._buffers:
+            module._buffers[name] = own._buffers[name]
+    return teacher.eval()
+
+
+def sharing(model: Any) -> Any:
+    """A copy of the modules on the same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def cut(model: Any, layers: int) -> None:
+    """Leaves only the first layers of a pretrained model."""
+    config = model.config
+    owner, _, name = family_of(config).blocks.rpartition(".")
+    blocks = model.get_submodule(family_of(config).blocks)
+    setattr(model.get_submodule(owner), name, nn.ModuleList(blocks[:layers]))
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def _filled_keys(subject: Subject, batch: int, tokens: int) -> DynamicCache:
+    cache = DynamicCache(config=subject.base)
+    model = subject.model
+    for index, layer in enumerate(family_of(subject.base).layers(subject.base)):
+        keys, values = (
+            _past((batch, layer.key_value_heads, tokens, width), 2, model.dtype, model.device)
+            for width in (layer.key_width, layer.value_width)
+        )
+        cache.update(keys, values, index)
+    return cache
+
+
+def _filled_memory(subject: Subject, batch: int, tokens: int) -> DynamicCache:
+    cache = DynamicCache(config=subject.base)
+    model = subject.model
+    for index, attention in enumerate(model.attention_layers):
+        memory = attention.memory(batch, model.dtype, model.device)
+        for tensors in memory.parts.values():
+            for tensor in tensors.values():
+                tensor.uniform_(0.1, 1)  # no state of sums is negative
+        for name, tensor in memory.past.items():
+            memory.past[name] = _past((batch, tokens, *tensor.shape[2:]), 1, tensor.dtype, model.device)
+        memory.counts.fill_(tokens)
+        memory.seen = tokens
+        cache.layers[index] = memory
+    return cache
+
+
+def _past(shape: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random numbers of that shape that repeat along the axis of tokens."""
+    tokens = shape[axis]
+    drawn = torch.randn(*shape[:axis], min(tokens, _DRAWN), *shape[axis + 1 :], dtype=dtype, device=device)
+    if tokens <= _DRAWN:
+        return drawn
+    repeats = [1] * len(shape)
+    repeats[axis] = -(-tokens // _DRAWN)
+    return drawn.repeat(repeats).narrow(axis, 0, tokens)
+
+
+def _nbytes(model: Any) -> int:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

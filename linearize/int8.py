@@ -1,0 +1,77 @@
+"""Weights as int8, for decoding on a CPU: there every token reads all weights once, so a quarter of the
+bytes is close to a quarter of the time.
+
+Each output channel has one scale, its largest weight / 127, and no zero point (symmetric, per channel). Products run in
+torch's own kernel on bfloat16 activations. Many tokens at once (a prompt) are limited by arithmetic instead, and their
+weights are unpacked on the way. Embeddings and norms stay as they are; the output head is a linear layer like others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linearize.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# From so many tokens on, unpacking the weights costs less than the kernel, which multiplies them row by row.
+_MANY = 32
+# The kernel reads so many inputs at a time and looks at no end.
+_ALIGNED = 32
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of int8 weights `[out, in]` with a scale per output channel."""
+
+    weight: Tensor
+    scale: Tensor
+    _ones: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        # The kernel wants scales in the activations' dtype; applied to its sums they lose nothing to bfloat16.
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.register_buffer("_ones", torch.ones(linear.out_features, dtype=torch.bfloat16), persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if rows.shape[0] < _MANY:
+            sums = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self._ones).to(x.dtype)
+        else:
+            sums = F.linear(rows, self.weight.to(x.dtype))
+        outputs = sums * self.scale
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs.view(*x.shape[:-1], self.out_features)
+
+
+def to_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """Replaces the linear layers of `model`, where it stands; those of a width that the kernel cannot read stay.
+
+    Raises:
+        ModelError: the model is not on a CPU, or none of its layers can be replaced.
+    """
+    if model.device.type != "cpu":
+        raise ModelError("--dtype int8 is for decoding on a CPU; on a GPU use bfloat16")
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.in_features % _ALIGNED == 0
+    ]
+    if not found:
+        raise ModelError(f"no linear layer has a width that is a multiple of {_ALIGNED}, which int8 weights need")
+    for parent, name, child in found:
+        setattr(parent, name, Int8Linear(child))
+    return model

@@ -1,0 +1,112 @@
+"""`linearize bench`: what it measures, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+QUICK = ("--steps", "2", "--repeats", "2", "--prefill-up-to", "64")
+
+
+def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_path):
+    report = tmp_path / "report"
+    status, text, words = outcome(
+        "bench", converted, "--lengths", "32,64,1k", "--batches", "1,3", *QUICK, "--int8", "--json", "-o", report
+    )
+    assert status == 0 and "decode at 1,024 tokens, batch 3" in words
+    facts = json.loads(text)
+    places = {(row["kind"], row["system"], row["batch"], row["tokens"]) for row in facts["rows"]}
+    systems, batches = ("teacher", "model", "int8"), (1, 3)
+    read = {("prefill", s, b, n) for s in systems for b in batches for n in (32, 64)}
+    assert places == read | {("decode", s, b, n) for s in systems for b in batches for n in (32, 64, 1024)}
+    for row in facts["rows"]:
+        assert len(row["seconds"]) == 2 and row["tokens_per_second"] > 0 and row["cache_bytes"] > 0
+    decoded = {(r["system"], r["batch"], r["tokens"]): r for r in facts["rows"] if r["kind"] == "decode"}
+    assert decoded["model", 1, 32]["cache_bytes"] == decoded["model", 1, 1024]["cache_bytes"]
+    assert decoded["teacher", 3, 1024]["cache_bytes"] == 3 * 32 * decoded["teacher", 1, 32]["cache_bytes"]
+    assert facts["weights_bytes"]["int8"] < facts["weights_bytes"]["model"]
+    assert set(facts["ahead_from"]) == {"model", "int8"}
+    assert json.loads((report / "bench.json").read_text()) == facts
+    plots = sorted(path.name for path in report.glob("*.svg"))
+    assert plots == ["decode-cache-bytes.svg", "decode-tokens-per-second.svg", "prefill-tokens-per-second.svg"]
+    assert outcome("bench", converted, "--lengths", "32", *QUICK, "-o", report)[0] == 1  # it exists
+
+
+def test_a_pretrained_model_and_a_configuration_are_converted_in_memory(outcome, tiny_folder):
+    status, text, _ = outcome(
+        "bench", tiny_folder, "--lengths", "32", *QUICK, "--layers", "1", "--set", "mixer.window=8"
+    )
+    assert status == 0 and "1 of its" in text and "window 8" in text and "x teacher" in text
+    status, text, _ = outcome(
+        "bench", "--config", "smollm2-135m", "--layers", "1", "--lengths", "16", "--against", "none",
+        "--recipe", "gated_deltanet", *QUICK, "--json",
+    )  # fmt: skip
+    facts = json.loads(text)
+    assert status == 0 and facts["weights"] == "random" and facts["layers"] == 1 and facts["layers_of_the_whole"] == 30
+    assert {row["system"] for row in facts["rows"]} == {"model"} and facts["ahead_from"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give a MODEL"),
+        (("--config", "lama-3-8b"), "did you mean llama-3-8b?"),
+        (("--config", "smollm2-135m", "--layers", "31"), "give 1 to 30"),
+        (("--config", "smollm2-135m", "--lengths", "8q"), "expected a number"),
+        (("--config", "smollm2-135m", "--against", "me"), "expected teacher or none"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(outcome, arguments, said):
+    status, _, words = outcome("bench", *arguments)
+    assert status != 0 and said in words and len(words.splitlines()) == 1
+
+
+def test_what_does_not_fit_is_left_out_with_what_would(outcome, converted, monkeypatch):
+    monkeypatch.setattr("linearize.benchmark.running.free_bytes", lambda _: 1_000_000)
+    status, text, _ = outcome("bench", converted, "--lengths", "32,1M", "--prefill-up-to", "0", *QUICK[:4])
+    assert status == 0 and "no room" in text and "tokens would fit" in text
+    monkeypatch.setattr("linearize.benchmark.bench.free_bytes", lambda _: 3_000_000_000)
+    status, _, words = outcome("bench", "--config", "llama-3.2-1b")
+    assert status == 1 and "--layers 6 would fit" in words
+
+
+def test_the_models_compared_are_the_model_and_its_teacher(converted, tiny_folder):
+    from linearize.benchmark.subjects import Subject, converted_from, teacher_beside
+    from linearize.conversion.source import find_source, load_model
+    from linearize.recipe import load_recipe
+
+    model, teacher = load_model(find_source(str(converted))), load_model(find_source(str(tiny_folder)))
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        want = teacher(ids).logits
+        torch.testing.assert_close(teacher_beside(model)(ids).logits, want)
+        again = converted_from(teacher, load_recipe("default", ["mixer.window=16"]).mixer)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+        torch.testing.assert_close(teacher(ids).logits, want)  # it was left as it was
+    subject = Subject.of("model", model)
+    with torch.inference_mode():
+        cache = subject.filled_cache(2, 300)
+        assert cache.layers[0].counts.tolist() == [300, 300] and cache.layers[0].uniform == 300
+        step = model(torch.zeros(2, 1, dtype=torch.long), past_key_values=cache)
+    assert step.logits.isfinite().all() and cache.layers[0].counts.tolist() == [301, 301]
+
+
+def test_from_where_on_the_model_is_ahead():
+    from linearize.benchmark.running import ahead_from
+
+    def rows(**speeds: tuple[float, ...]) -> list[dict[str, object]]:
+        return [
+            {"kind": "decode", "batch": 1, "tokens": 10**i, "system": name, "tokens_per_second": speed}
+            for name, all_speeds in speeds.items()
+            for i, speed in enumerate(all_speeds)
+        ]
+
+    assert ahead_from(rows(teacher=(9, 5, 9, 1), model=(1, 6, 6, 6)), "decode", 1) == 1000
+    assert ahead_from(rows(teacher=(9, 5, 2), model=(1, 6, 6)), "decode", 1) == 10
+    assert ahead_from(rows(teacher=(9, 9), model=(1, 8)), "decode", 1) is None
+    short = rows(teacher=(9,), model=(1, 8))
+    assert ahead_from([*short, {"kind": "decode", "batch": 1, "tokens": 10, "system": "teacher", "skipped": "-"}],
+                      "decode", 1) == 10  # fmt: skip
+    assert ahead_from(rows(model=(1, 8)), "decode", 1) is None
