@@ -20,10 +20,13 @@ from linearize_kernels.slots import (
     gated_values_recurrent,
 )
 from linearize_kernels.softmax import full_attention
+from linearize_kernels.step import Step, StepWeights
 from linearize_kernels.window import window_attention
 
 __all__ = [
     "Form",
+    "Step",
+    "StepWeights",
     "delta_rule",
     "delta_rule_chunkwise",
     "delta_rule_parallel",
