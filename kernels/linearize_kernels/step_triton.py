@@ -16,8 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("the fused step needs triton: pip install triton") from error
 
-# Entries of the largest product that a program holds: 64 registers of a thread in 8 warps.
-_TILE = 16_384
+# Entries that a thread holds of the largest product of its program; twice as many no longer fit its registers.
+_ENTRIES = 32
 
 
 @triton.jit
@@ -69,12 +69,13 @@ def _attend(scores, values, top, total, y):
 
 
 @triton.jit
-def _projected(x, at, there, weights, d, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr):
+def _projected(
+    x, at, there, weights, d, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, D: tl.constexpr
+):
     """Rows x[at] `[R, D]` times weights `[D, D]`, at columns `d` `[F]`."""
-    STEP: tl.constexpr = 16
     result = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
-    for first in range(0, D, STEP):
-        i = first + tl.arange(0, STEP)
+    for first in range(0, D, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
         part = tl.load(x + at[:, None] + i[None, :], mask=there[:, None] & (i < D)[None, :], other=0.0).to(tl.float32)
         block = tl.load(weights + i[:, None] * D + d[None, :], mask=(i < D)[:, None] & (d < D)[None, :], other=0.0)
         result += tl.sum(part[:, :, None] * block[None, :, :], 1)
@@ -91,6 +92,7 @@ def _features(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     D: tl.constexpr,
     FEATURES: tl.constexpr,
     QK_NORM: tl.constexpr,
@@ -102,7 +104,7 @@ def _features(
     rows = tl.load(x + at[:, None] + d[None, :], mask=there[:, None] & inside, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(tl.where(first, rows * rows, 0.0), 1))
     if FEATURES == "learned":
-        rows = _projected(x, at, there, weights, d, BLOCK_R, BLOCK_F, D)
+        rows = _projected(x, at, there, weights, d, BLOCK_R, BLOCK_F, BLOCK_I, D)
     if QK_NORM:
         rows = rows / tl.maximum(length, 1e-6)[:, None]
     if FEATURES == "elu":
@@ -183,6 +185,7 @@ def _step(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -266,7 +269,7 @@ def _step(
         if SOURCE == "q" and COVERS_ALL:
             if HAS_PROJECTION:
                 # The mean of projections is the projection of the mean.
-                several = _projected(q, q_at, everyone, gate_weights, channel, BLOCK_G, BLOCK_F, D)
+                several = _projected(q, q_at, everyone, gate_weights, channel, BLOCK_G, BLOCK_F, BLOCK_I, D)
             else:
                 several = tl.load(q + q_at[:, None] + channel[None, :], mask=everyone[:, None] & inside[None, :], other=0.0)
             source = tl.sum(several.to(tl.float32), 0) / G
@@ -280,7 +283,7 @@ def _step(
             else:
                 origin = (k + k_at) if COVERS_ALL else (ring_k + held * D)
             if HAS_PROJECTION:
-                source = tl.sum(_projected(origin, one, one < tl.where(real, 1, 0), gate_weights, channel, 1, BLOCK_F, D), 0)
+                source = tl.sum(_projected(origin, one, one < tl.where(real, 1, 0), gate_weights, channel, 1, BLOCK_F, BLOCK_I, D), 0)
             else:
                 source = tl.load(origin + channel, mask=channel < real_d, other=0.0).to(tl.float32)
         log_gate = tl.zeros([BLOCK_F], tl.float32)
@@ -308,7 +311,7 @@ def _step(
                 key = (k + k_at) if COVERS_ALL else (ring_k + held * D)
             key_weights = feature_projection + head * D * D
             written = tl.sum(
-                _features(key, one, one < tl.where(real, 1, 0), key_weights, f, 1, BLOCK_D, BLOCK_F, D, FEATURES, QK_NORM), 0
+                _features(key, one, one < tl.where(real, 1, 0), key_weights, f, 1, BLOCK_D, BLOCK_F, BLOCK_I, D, FEATURES, QK_NORM), 0
             )
         written = tl.where(channel < real_d, written, 0.0)
         gate = tl.where(real, tl.exp(log_gate), 1.0)
@@ -316,10 +319,10 @@ def _step(
         query_weights = feature_projection + head * D * D
         if ROPE:
             mapped = _features(
-                q_rotated, q_rotated_at, everyone, query_weights, f, BLOCK_G, BLOCK_D, BLOCK_F, D, FEATURES, QK_NORM
+                q_rotated, q_rotated_at, everyone, query_weights, f, BLOCK_G, BLOCK_D, BLOCK_F, BLOCK_I, D, FEATURES, QK_NORM
             )
         else:
-            mapped = _features(q, q_at, everyone, query_weights, f, BLOCK_G, BLOCK_D, BLOCK_F, D, FEATURES, QK_NORM)
+            mapped = _features(q, q_at, everyone, query_weights, f, BLOCK_G, BLOCK_D, BLOCK_F, BLOCK_I, D, FEATURES, QK_NORM)
         mapped = tl.where(inside[None, :], mapped, 0.0)
 
         # The mass, and from it how much the state's answer counts.
@@ -414,6 +417,8 @@ def step_triton(
     block_g, block_d, block_e = (triton.next_power_of_2(x) for x in (group, width, value_width))
     block_f = block_d * (2 if step.features in ("exp", "learned") else 1)
     wide = max(block_d, block_e)
+    warps = 4 if wide <= 64 else 8
+    most = warps * 32 * _ENTRIES
     strides = [s for x in (q, k, v, q_rotated, k_rotated) for s in (x.stride(0), x.stride(2))]
     absent = q  # a pointer that is not read
     _step[(batch, key_value_heads)](
@@ -473,11 +478,12 @@ def step_triton(
         BLOCK_G=block_g,
         BLOCK_D=block_d,
         BLOCK_F=block_f,
+        BLOCK_I=_block(width, most // (block_g * block_f)),
         BLOCK_E=block_e,
-        BLOCK_W=_block(step.window, _TILE // (block_g * wide)),
+        BLOCK_W=_block(step.window, most // (block_g * wide)),
         BLOCK_M=triton.next_power_of_2(max(step.sinks, 1)),
-        BLOCK_V=_block(value_width, _TILE // (2 * block_f)),
-        num_warps=4 if wide <= 64 else 8,
+        BLOCK_V=_block(value_width, most // (2 * block_f)),
+        num_warps=warps,
     )
     return out
 
