@@ -212,24 +212,24 @@ def read_window(
     outputs = tl.zeros((q.shape[0], BV), tl.float32)
     if COLUMNS > 0:
         m = tl.arange(0, BM)
-        at = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
-        keys = tl.load(column_k + at * D + d[None, :], mask=(m < COLUMNS)[:, None] & (d < D)[None, :], other=0.0)
-        values = tl.load(column_v + at * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
-        scores = tl.dot(q.to(OPERAND), tl.trans(keys.to(OPERAND)), input_precision=PRECISION) * scale
-        scores = capped(scores, softcap, CAPPED)
-        seen = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
+        column = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
+        exact_k = tl.load(column_k + column * D + d[None, :], mask=(m < COLUMNS)[:, None] & (d < D)[None, :], other=0.0)
+        exact_v = tl.load(column_v + column * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
+        exact = tl.dot(q.to(OPERAND), tl.trans(exact_k.to(OPERAND)), input_precision=PRECISION) * scale
+        exact = capped(exact, softcap, CAPPED)
+        visible = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
         if EXISTS:
             others = tl.load(
                 column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0
             )
-            seen = seen | (others != 0)[None, :]
+            visible = visible | (others != 0)[None, :]
         else:
-            seen = seen | ((m >= SINKS) & (m < COLUMNS))[None, :]
-        scores = tl.where(seen, scores, -float("inf"))
-        most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp(scores - most[:, None])
-        total = tl.sum(weights, 1)
-        outputs = tl.dot(weights.to(OPERAND), values.to(OPERAND), input_precision=PRECISION)
+            visible = visible | ((m >= SINKS) & (m < COLUMNS))[None, :]
+        exact = tl.where(visible, exact, -float("inf"))
+        most = tl.maximum(most, tl.max(exact, 1))
+        chances = tl.exp(exact - most[:, None])
+        total = tl.sum(chances, 1)
+        outputs = tl.dot(chances.to(OPERAND), exact_v.to(OPERAND), input_precision=PRECISION)
     for block in range(low, high, KEYS):
         s = block + tl.arange(0, KEYS)
         there = s < high
@@ -337,9 +337,9 @@ def read_recurrence(
         )
         own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
         key = key * decay(tl.cumsum(follow, 0, reverse=True), EXACT)
-        values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0)
+        values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0).to(tl.float32)
         scores = tl.dot(fading, tl.trans(key), input_precision=PRECISION)
-        outputs += tl.dot(scores, values.to(tl.float32), input_precision=PRECISION)
+        outputs += tl.dot(scores, values, input_precision=PRECISION)
         mass += tl.sum(scores, 1)
         fading = fading * decay(tl.sum(own, 0)[None, :], EXACT)
 
