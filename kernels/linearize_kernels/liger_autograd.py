@@ -185,24 +185,36 @@ class Operands:
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
 
     @property
+    def widest(self) -> int:
+        return max(block(self.features), block(self.width), block(self.values))
+
+    @property
     def group(self) -> int:
-        """Query heads of a tile, a power of 2."""
-        return 1 << (self.heads // self.groups - 1).bit_length()
+        """Query heads of a tile, a power of 2: the whole group, or what registers and shared memory hold."""
+        return min(block_of(self.heads // self.groups), 4 if self.widest <= 128 else 2)
+
+    @property
+    def parts(self) -> int:
+        """Tiles that the query heads of a key/value head make."""
+        return triton.cdiv(self.heads // self.groups, self.group)
 
     @property
     def value_block(self) -> int:
-        """Value channels of a tile: as many as leave room for its sums in registers."""
-        rows = self.group * SUB
-        return min(block(self.values), 128 if rows <= 64 and self.features <= 128 else 64)
+        """Value channels of a tile."""
+        return min(block(self.values), 128 if block(self.features) <= 128 else 64)
 
     @property
     def warps(self) -> int:
-        return 8 if self.group * SUB * max(block(self.features), block(self.width)) > 64 * 64 else 4
+        return 8 if self.group * SUB * self.widest > 64 * 64 else 4
 
 
 def block(width: int) -> int:
     """The power of 2 that holds a width; tensor cores want 16 or more."""
-    return max(16, 1 << (max(width, 1) - 1).bit_length())
+    return max(16, block_of(width))
+
+
+def block_of(count: int) -> int:
+    return 1 << (max(count, 1) - 1).bit_length()
 
 
 def fused(
@@ -245,7 +257,7 @@ class _Fused(torch.autograd.Function):
         operands = Operands(problem, *tensors)  # type: ignore[arg-type]
         with on_device(operands.q):
             states, masses, _, final = enter_states(operands)
-            outputs, _ = write_outputs(operands, states, masses)
+            outputs = write_outputs(operands, states, masses)
         return outputs, final
 
 
@@ -281,15 +293,15 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return states, masses, totals, final
 
 
-def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs `[N, H, V]` and the logs of the windows' denominators `[N, H]`."""
+def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
+    """Outputs `[N, H, V]`."""
     o, problem = operands, operands.problem
-    outputs, normalisers = o.q.new_empty(o.tokens, o.heads, o.values), o.float32(o.tokens, o.heads)
-    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block))
+    outputs = o.q.new_empty(o.tokens, o.heads, o.values)
+    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * o.parts)
     forwards.write_outputs[grid](
         o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns,
         mix_weight=o.q if o.mix_weight is None else o.mix_weight, **o.rows, states=states, masses=masses,
-        outputs=outputs, normalisers=normalisers, **o.numbers, **o.window, **o.recurrence, BV=o.value_block,
-        GROUP=o.group, SUB=SUB, KEYS=32, PRECISION=o.precision, num_warps=o.warps,
+        outputs=outputs, **o.numbers, **o.window, **o.recurrence, BV=o.value_block, GROUP=o.group, SUB=SUB, KEYS=32,
+        PRECISION=o.precision, num_warps=o.warps,
     )
-    return outputs, normalisers
+    return outputs
