@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from linearize_kernels import liger_forward as forwards
+from linearize_kernels import liger_key_gradients as by_key
+from linearize_kernels import liger_query_gradients as by_query
 from linearize_kernels.liger import Columns, Gate, LigerOptions, longest_row, row_starts
 from linearize_kernels.liger_tiles import tl, triton
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
 CHUNK, SUB = 64, 16
+# Queries whose gradients for a row's columns are summed in one program.
+SEGMENT = 1024
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -114,7 +118,8 @@ class Operands:
     ) -> None:
         options = problem.options
         self.problem, self.q_rotated, self.k_rotated, self.v, self.q, self.k = problem, q_rotated, k_rotated, v, q, k
-        self.mix_weight, self.initial_state = mix_weight, initial_state
+        self.mix_weight, self.initial_state, self.given_gate, self.gate_bias = mix_weight, initial_state, gate, gate_bias
+        self.column_k, self.column_v = column_k, column_v
         (self.tokens, self.heads, width), (self.keys, self.groups, features), values = q_rotated.shape, k.shape, v.shape[2]
         self.width, self.features, self.values = width, features, values
         columns = 0 if column_k is None else column_k.shape[1]
@@ -185,24 +190,36 @@ class Operands:
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
 
     @property
+    def widest(self) -> int:
+        return max(block(self.features), block(self.width), block(self.values))
+
+    @property
     def group(self) -> int:
-        """Query heads of a tile, a power of 2."""
-        return 1 << (self.heads // self.groups - 1).bit_length()
+        """Query heads of a tile, a power of 2: the whole group, or what registers and shared memory hold."""
+        return min(block_of(self.heads // self.groups), 4 if self.widest <= 128 else 2)
+
+    @property
+    def parts(self) -> int:
+        """Tiles that the query heads of a key/value head make."""
+        return triton.cdiv(self.heads // self.groups, self.group)
 
     @property
     def value_block(self) -> int:
-        """Value channels of a tile: as many as leave room for its sums in registers."""
-        rows = self.group * SUB
-        return min(block(self.values), 128 if rows <= 64 and self.features <= 128 else 64)
+        """Value channels of a tile."""
+        return min(block(self.values), 128 if block(self.features) <= 128 else 64)
 
     @property
     def warps(self) -> int:
-        return 8 if self.group * SUB * max(block(self.features), block(self.width)) > 64 * 64 else 4
+        return 8 if self.group * SUB * self.widest > 64 * 64 else 4
 
 
 def block(width: int) -> int:
     """The power of 2 that holds a width; tensor cores want 16 or more."""
-    return max(16, 1 << (max(width, 1) - 1).bit_length())
+    return max(16, block_of(width))
+
+
+def block_of(count: int) -> int:
+    return 1 << (max(count, 1) - 1).bit_length()
 
 
 def fused(
@@ -245,8 +262,18 @@ class _Fused(torch.autograd.Function):
         operands = Operands(problem, *tensors)  # type: ignore[arg-type]
         with on_device(operands.q):
             states, masses, _, final = enter_states(operands)
-            outputs, _ = write_outputs(operands, states, masses)
+            outputs = write_outputs(operands, states, masses)
+        ctx.problem = problem  # type: ignore[attr-defined]
+        ctx.save_for_backward(*tensors)
         return outputs, final
+
+    @staticmethod
+    def backward(ctx: Any, doutputs: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        operands = Operands(ctx.problem, *ctx.saved_tensors)
+        with on_device(operands.q):
+            gradients = take_gradients(operands, doutputs.contiguous(), dfinal.contiguous())
+        wanted = zip(gradients, ctx.needs_input_grad[1:], strict=True)
+        return None, *(gradient if needed else None for gradient, needed in wanted)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -281,15 +308,109 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return states, masses, totals, final
 
 
-def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs `[N, H, V]` and the logs of the windows' denominators `[N, H]`."""
+def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
+    """Outputs `[N, H, V]`."""
     o, problem = operands, operands.problem
-    outputs, normalisers = o.q.new_empty(o.tokens, o.heads, o.values), o.float32(o.tokens, o.heads)
-    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block))
+    outputs = o.q.new_empty(o.tokens, o.heads, o.values)
+    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * o.parts)
     forwards.write_outputs[grid](
         o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns,
         mix_weight=o.q if o.mix_weight is None else o.mix_weight, **o.rows, states=states, masses=masses,
-        outputs=outputs, normalisers=normalisers, **o.numbers, **o.window, **o.recurrence, BV=o.value_block,
-        GROUP=o.group, SUB=SUB, KEYS=32, PRECISION=o.precision, num_warps=o.warps,
+        outputs=outputs, **o.numbers, **o.window, **o.recurrence, BV=o.value_block, GROUP=o.group, SUB=SUB, KEYS=32,
+        PRECISION=o.precision, num_warps=o.warps,
     )
-    return outputs, normalisers
+    return outputs
+
+
+def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list[Tensor | None]:
+    """The gradients of the tensors that `Operands` takes, in their order. Nothing of the forward pass was kept."""
+    o, problem = operands, operands.problem
+    entries, whole, learned = o.tokens * o.heads, problem.rows * o.groups, problem.options.mix == "learned"
+    states, masses, totals, _ = enter_states(o)
+    mix_weight = o.q if o.mix_weight is None else o.mix_weight
+    mixed = {"mix_weight": mix_weight, "MIX": problem.options.mix, "entries": entries, "H": o.heads}
+    values = block(o.values)
+
+    rows = o.float32(5, o.tokens, o.heads)
+    dq_rotated, dq = torch.empty_like(o.q_rotated), torch.empty_like(o.q)
+    dlog = o.float32(o.parts, o.keys, o.groups, o.features)
+    dweight = None
+    if o.mix_weight is not None:
+        # Tiles that no query is in stay 0.
+        tiles = o.tokens // SUB + 3 * problem.rows
+        dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
+    by_query.query_gradients[problem.tiles, whole, o.parts](
+        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns, **o.rows, states=states,
+        masses=masses, doutputs=doutputs, dq_rotated=dq_rotated, dq=dq, dweight=o.q if dweight is None else dweight,
+        dlog=dlog, rows=rows, **(o.numbers | o.window | o.recurrence | mixed), BV=values, GROUP=o.group, SUB=SUB,
+        KEYS=32, PRECISION=o.precision, num_warps=o.warps,
+    )
+    dcolumn_k, dcolumn_v = column_gradients(o, doutputs, rows, mixed)
+
+    dstates, dmasses, dinitial = torch.empty_like(states), torch.empty_like(masses), torch.empty_like(dfinal)
+    width = min(values, 64)
+    if problem.chunks:
+        by_key.read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
+            o.q, o.k, **o.gate, **o.rows, doutputs=doutputs, rows=rows, dstates=dstates, dmasses=dmasses,
+            **(without(o.numbers, "keys") | o.recurrence | mixed), BV=width, PRECISION=o.precision,
+            num_warps=8 if block(o.features) > 64 else 4,
+        )
+    for carried, wide, column in ((dstates, o.values, 0), (dmasses, 1, o.values)):
+        size = min(512, triton.next_power_of_2(o.features * wide))
+        by_key.carry_gradients[triton.cdiv(o.features * wide, size), whole](
+            carried, totals, dinitial, dfinal, problem.starts, problem.slots, problem.lag, o.groups, o.features,
+            wide, column, o.values + 1, CHUNK, size, EXACT=o.recurrence["EXACT"], num_warps=4,
+        )
+
+    dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
+    dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
+    tiles = -(-(problem.past - problem.ahead) // SUB) + -(-(problem.longest + problem.ahead) // SUB)
+    shapes = without(o.window, "BM", "COLUMNS", "SINKS", "EXISTS", "NORMALIZE", "EVICTED")
+    by_key.key_gradients[tiles, whole](
+        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.rows, doutputs=doutputs, rows=rows,
+        dstates=dstates, dmasses=dmasses, dk_rotated=dk_rotated, dv=dv, dk=dk, dlog=dlog,
+        **(o.numbers | shapes | o.recurrence | mixed), BV=values, GROUP=o.group, PARTS=o.parts, SUB=SUB,
+        PRECISION=o.precision, num_warps=o.warps,
+    )
+
+    of_key = problem.divisor is not None
+    dgate = torch.zeros_like(o.given_gate) if not of_key else None
+    dscale, dbias = (torch.zeros_like(masses) if of_key else None for _ in range(2))
+    if problem.chunks:
+        by_key.gate_gradients[problem.chunks, whole](
+            o.k, **without(o.gate, "gate"), **o.rows, states=states, masses=masses, dstates=dstates, dmasses=dmasses,
+            dlog=dlog, dk=dk, dgate=dk if dgate is None else dgate, dscale=masses if dscale is None else dscale,
+            dbias=masses if dbias is None else dbias, **without(o.numbers, "keys"),
+            **without(o.recurrence, "SOFTMAX", "EXACT"), BV=32, num_warps=8 if block(o.features) > 64 else 4,
+        )
+    if dscale is not None and dbias is not None and o.gate_bias is not None:
+        dgate, dbias = dscale.sum(0).to(o.given_gate.dtype), dbias.sum(0).to(o.gate_bias.dtype)
+    if dweight is not None and o.mix_weight is not None:
+        dweight = dweight.sum(0).to(o.mix_weight.dtype)
+    if o.initial_state is not None:
+        dinitial = dinitial.to(o.initial_state.dtype)
+    return [
+        dq_rotated, dk_rotated, dv, dq, dk.to(o.k.dtype), dgate, dbias, dweight, dcolumn_k, dcolumn_v, dinitial,
+    ]
+
+
+def column_gradients(
+    operands: Operands, doutputs: Tensor, rows: Tensor, mixed: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the exact columns, summed over segments of each row."""
+    o, problem = operands, operands.problem
+    if o.column_k is None or o.column_v is None:
+        return None, None
+    segments = -(-problem.longest // SEGMENT)
+    dk, dv = (o.float32(segments, *x.shape) for x in (o.column_k, o.column_v))
+    shapes = without(o.window, "NORMALIZE", "EVICTED")
+    by_query.column_gradients[segments, problem.rows * o.groups](
+        o.q_rotated, **o.columns, **without(o.rows, "slots"), doutputs=doutputs, rows=rows, dcolumn_k=dk,
+        dcolumn_v=dv, K=o.groups, V=o.values, BV=block(o.values), SEGMENT=SEGMENT, QUERIES=32,
+        COUNTED=problem.counts is not None, **(shapes | mixed), PRECISION=o.precision, num_warps=o.warps,
+    )
+    return dk.sum(0).to(o.column_k.dtype), dv.sum(0).to(o.column_v.dtype)
+
+
+def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in names}

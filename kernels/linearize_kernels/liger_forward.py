@@ -393,7 +393,6 @@ def write_outputs(
     states,
     masses,
     outputs,
-    normalisers,
     keys,
     window,
     past,
@@ -442,9 +441,12 @@ def write_outputs(
     first_key = start + (row + 1) * past
     x = tl.arange(0, GROUP * SUB)
     t = i + lag + x % SUB
-    real = (t >= 0) & (t < length) & (x // SUB < H // K)
-    query = tl.where(real, (start + t) * H + head * (H // K) + x // SUB, 0)[:, None]
-    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.program_id(2) * BV + tl.arange(0, BV)
+    # The heads of a group may be too many for one tile, and so may the channels of a value.
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    member = tl.program_id(2) // blocks * GROUP + x // SUB
+    real = (t >= 0) & (t < length) & (member < H // K)
+    query = tl.where(real, (start + t) * H + head * (H // K) + member, 0)[:, None]
+    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.program_id(2) % blocks * BV + tl.arange(0, BV)
 
     low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
     high = tl.minimum(i + lag + SUB, length)
@@ -481,10 +483,6 @@ def write_outputs(
         OPERAND,
         PRECISION,
     )
-    here = query + tl.zeros((GROUP * SUB, 1), tl.int64)
-    if tl.program_id(2) == 0:
-        tl.store(normalisers + here, normaliser[:, None], mask=real[:, None])
-
     if i >= 0:
         reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
         if SOFTMAX:
@@ -530,11 +528,11 @@ def write_outputs(
             live = real & (count + t - window >= least)
         weight = mass * 0.0
         if MIX == "softmax":
-            weight = tl.load(mix_weight + head * (H // K) + x // SUB, mask=real, other=0.0).to(tl.float32)
+            weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
         share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
         share = share[:, None]
         if MIX == "learned":
-            channel = (head * (H // K) + x // SUB)[:, None] * V + u[None, :]
+            channel = (head * (H // K) + member)[:, None] * V + u[None, :]
             learned = tl.load(mix_weight + channel, mask=real[:, None] & (u < V)[None, :], other=0.0)
             share = share * learned.to(tl.float32)
         y = y + share * (read / divides[:, None] - y)
