@@ -45,7 +45,7 @@ def step_triton(
     key_value_heads, value_width = v.shape[2], v.shape[3]
     group = heads // key_value_heads
     ring, sinks, state = parts["window"], parts.get("sinks", {}), parts.get("state", {}).get("state")
-    if not all(x.is_contiguous() for part in parts.values() for x in part.values()):
+    if not (counts.is_contiguous() and all(x.is_contiguous() for part in parts.values() for x in part.values())):
         raise ValueError("the fused step writes into the memory where it lies, which has to be contiguous")
     out = torch.empty(batch, 1, heads, value_width, dtype=torch.float32, device=q.device)
     block_g, block_d, block_e = (_power(x) for x in (group, width, value_width))
@@ -71,7 +71,7 @@ def step_triton(
             sinks.get("v", absent),
             absent if state is None else state,
             counts,
-            counts if lengths is None else lengths,
+            counts if lengths is None else lengths.contiguous(),
             *(
                 absent if x is None else x
                 for x in (

@@ -98,7 +98,7 @@ def fused_attention(
         whole: with a memory, what its window held, oldest first, and the new tokens behind: `[R, W + L, K, D or V]`.
         columns: the sinks, as `window_attention` wants them.
     """
-    if new.q.shape[1] == 1 or torch.is_grad_enabled() or not _takes("attention", mixer, new):
+    if new.q.shape[1] == 1 or not _takes("attention", mixer, new):
         return None
     config, recurrence, past = mixer.config, mixer.recurrence, 0 if whole is None else mixer.window
     assert recurrence is not None  # noqa: S101 - for the type checker; `refusal` has looked
