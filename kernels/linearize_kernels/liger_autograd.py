@@ -364,11 +364,19 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
 
     dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
     dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
+    state_dv = o.float32(*o.v.shape)
+    if problem.chunks:
+        size = 64
+        pieces = triton.cdiv(o.values, size) + triton.cdiv(o.features, size)
+        by_key.keys_of_states[problem.chunks, whole, pieces](
+            o.k, o.v, o.stats, **o.gate, **o.rows, dstates=dstates, dmasses=dmasses, dk=dk, dv=state_dv, **o.numbers,
+            **o.recurrence, BV=values, BLOCK=size, PRECISION=o.precision, num_warps=8 if o.widest > 64 else 4,
+        )
     tiles = -(-(problem.past - problem.ahead) // SUB) + -(-(problem.longest + problem.ahead) // SUB)
     shapes = without(o.window, "BM", "COLUMNS", "SINKS", "EXISTS", "NORMALIZE", "EVICTED")
     by_key.key_gradients[tiles, whole](
-        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.rows, doutputs=doutputs, rows=rows,
-        dstates=dstates, dmasses=dmasses, dk_rotated=dk_rotated, dv=dv, dk=dk, dlog=dlog,
+        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **without(o.rows, "slots"), doutputs=doutputs,
+        rows=rows, dk_rotated=dk_rotated, dv=dv, dk=dk, state_dv=state_dv, dlog=dlog,
         **(o.numbers | shapes | o.recurrence | mixed), BV=values, GROUP=o.group, PARTS=o.parts, SUB=SUB,
         PRECISION=o.precision, num_warps=o.warps,
     )

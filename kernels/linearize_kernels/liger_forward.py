@@ -15,6 +15,7 @@ from linearize_kernels.liger_tiles import (
     capped,
     decay,
     features,
+    halves,
     log_gates,
     per_row,
     softmax_rows,
@@ -344,10 +345,18 @@ def read_recurrence(
         fading = fading * decay(tl.sum(own, 0)[None, :], EXACT)
 
     f_column = tl.arange(0, BF)[:, None]
-    state = tl.load(
-        states + (slot * F + f_column) * V + u[None, :], mask=(f_column < F) & (u < V)[None, :], other=0.0
-    )
-    outputs += tl.dot(fading, state, input_precision=PRECISION)
+    inside = (u < V)[None, :]
+    if BF * BV > 128 * 128:
+        # The state in two halves of its rows: whole it would not fit into shared memory.
+        upper, lower = halves(fading)
+        f_column = tl.arange(0, BF // 2)[:, None]
+        at = states + (slot * F + f_column) * V + u[None, :]
+        outputs += tl.dot(upper, tl.load(at, mask=(f_column < F) & inside, other=0.0), input_precision=PRECISION)
+        state = tl.load(at + BF // 2 * V, mask=(f_column + BF // 2 < F) & inside, other=0.0)
+        outputs += tl.dot(lower, state, input_precision=PRECISION)
+    else:
+        state = tl.load(states + (slot * F + f_column) * V + u[None, :], mask=(f_column < F) & inside, other=0.0)
+        outputs += tl.dot(fading, state, input_precision=PRECISION)
     mass += tl.sum(fading * tl.load(masses + slot * F + f, mask=f < F, other=0.0), 1)
     return outputs, mass
 

@@ -138,6 +138,107 @@ def carry_gradients(
 
 
 @triton.jit
+def keys_of_states(
+    k,
+    v,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    starts,
+    counts,
+    slots,
+    dstates,
+    dmasses,
+    dk,
+    dv,
+    keys,
+    past,
+    lag,
+    ahead,
+    least,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32: some programs
+    take channels of the values, the others channels of the keys."""
+    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    stream = length - lag
+    if chunk * CHUNK >= stream:
+        return
+    first_key = start + (row + 1) * past - ahead
+    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    writes = (i < stream) & (count + i - ahead >= least)
+    offset = (tl.where(writes, first_key + i, 0) * K + head)[:, None]
+    follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
+    next_offset = (tl.where(follows, first_key + i + 1, 0) * K + head)[:, None]
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    part = tl.program_id(2)
+    if part < blocks:
+        f = tl.arange(0, BF)[None, :]
+        u = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+        key = features(k, stats, offset, f, writes[:, None] & (f < F), keys * K, F, SOFTMAX)
+        follow = log_gates(
+            gate,
+            k,
+            gate_scale,
+            gate_bias,
+            divisor,
+            next_offset,
+            head,
+            f,
+            follows[:, None] & (f < F),
+            F,
+            FROM_KEY,
+            PER_CHANNEL,
+        )
+        key = key * decay(tl.cumsum(follow, 0, reverse=True), EXACT)
+        f_column = tl.arange(0, BF)[:, None]
+        dstate = tl.load(dstates + (slot * F + f_column) * V + u, mask=(f_column < F) & (u < V), other=0.0)
+        dvalues = tl.dot(key, dstate, input_precision=PRECISION)
+        tl.store(dv + offset * V + u, dvalues, mask=writes[:, None] & (u < V))
+    else:
+        g = (part - blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        w = tl.arange(0, BV)
+        values = tl.load(v + offset * V + w[None, :], mask=writes[:, None] & (w < V)[None, :], other=0.0)
+        later = log_gates(
+            gate,
+            k,
+            gate_scale,
+            gate_bias,
+            divisor,
+            next_offset,
+            head,
+            g,
+            follows[:, None] & (g < F),
+            F,
+            FROM_KEY,
+            PER_CHANNEL,
+        )
+        turned = tl.load(dstates + (slot * F + g) * V + w[:, None], mask=(g < F) & (w < V)[:, None], other=0.0)
+        dkey = tl.dot(values.to(tl.float32), turned, input_precision=PRECISION)
+        dkey += tl.load(dmasses + slot * F + g, mask=g < F, other=0.0)
+        dkey = dkey * decay(tl.cumsum(later, 0, reverse=True), EXACT)
+        tl.store(dk + offset * F + g, dkey, mask=writes[:, None] & (g < F))
+
+
+@triton.jit
 def load_dread(
     doutputs,
     mix_weight,
@@ -177,14 +278,12 @@ def key_gradients(
     mix_weight,
     starts,
     counts,
-    slots,
     doutputs,
     rows,
-    dstates,
-    dmasses,
     dk_rotated,
     dv,
     dk,
+    state_dv,
     dlog,
     entries,
     keys,
@@ -217,8 +316,8 @@ def key_gradients(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of the keys and values of one sub-chunk, `dk` `[P, K, F]` in float32; the first part of `dlog` becomes the
-    gradient of the running decay."""
+    """Gradients of the keys and values of one sub-chunk. `dk` and `state_dv` have what came from states, and `dk`, float32,
+    becomes the gradient of the recurrence's keys; the first part of `dlog` becomes that of the running decay."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -280,7 +379,8 @@ def key_gradients(
         mask = writes[:, None] & (f < F)
         written = tl.where(writes[:, None], values.to(tl.float32), 0.0)
         key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
-        dkey = tl.zeros((SUB, BF), tl.float32)
+        dkey = tl.load(dk + offset * F + f, mask=mask, other=0.0)
+        dvalues += tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
         itself = tl.zeros((SUB, BF), tl.float32)
 
         # From the queries of the own sub-chunk, as in `read_recurrence`.
@@ -354,14 +454,6 @@ def key_gradients(
                 pairs_l = tl.dot(dread_l, tl.trans(written), input_precision=PRECISION) + dm_l[:, None]
                 dkey += fade * tl.dot(tl.trans(pairs_l), reads_l, input_precision=PRECISION)
             fade = fade * decay(tl.sum(own, 0)[None, :], EXACT)
-
-        # From the state that leaves the chunk.
-        slot = (tl.load(slots + row).to(tl.int64) + i // CHUNK) * K + head
-        f_column = tl.arange(0, BF)[:, None]
-        dstate = tl.load(dstates + (slot * F + f_column) * V + u, mask=(f_column < F) & (u < V), other=0.0)
-        dmass = tl.load(dmasses + slot * F + f, mask=f < F, other=0.0)
-        dvalues += tl.dot(key * fade, dstate, input_precision=PRECISION)
-        dkey += fade * (tl.dot(written, tl.trans(dstate), input_precision=PRECISION) + dmass)
 
         of_decay = tl.load(dlog + offset * F + f, mask=mask, other=0.0)
         for part in range(1, PARTS):

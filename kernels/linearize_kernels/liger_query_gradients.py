@@ -18,6 +18,7 @@ from linearize_kernels.liger_tiles import (
     capped,
     decay,
     features,
+    halves,
     log_gates,
     per_row,
     softmax_rows,
@@ -296,7 +297,7 @@ def query_gradients(
         exact_k = tl.load(column_k + column * D + d, mask=(m < COLUMNS)[:, None] & (d < D), other=0.0)
         exact_v = tl.load(column_v + column * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
         visible = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
-        _, dexact = attention_gradients(
+        exact_p, dexact = attention_gradients(
             rotated, exact_k, exact_v, dy, normaliser, delta, visible, scale, softcap, CAPPED, OPERAND, PRECISION
         )
         drotated = tl.dot(dexact.to(OPERAND), exact_k.to(OPERAND), input_precision=PRECISION)
@@ -306,7 +307,7 @@ def query_gradients(
         window_k = tl.load(k_rotated + at * D + d, mask=(s < high)[:, None] & (d < D), other=0.0)
         window_v = tl.load(v + at * V + u[None, :], mask=(s < high)[:, None] & (u < V)[None, :], other=0.0)
         seen = (s < high)[None, :] & (s[None, :] <= t[:, None]) & (s[None, :] > t[:, None] - window)
-        _, dscores = attention_gradients(
+        window_p, dscores = attention_gradients(
             rotated, window_k, window_v, dy, normaliser, delta, seen, scale, softcap, CAPPED, OPERAND, PRECISION
         )
         drotated += tl.dot(dscores.to(OPERAND), window_k.to(OPERAND), input_precision=PRECISION)
@@ -319,10 +320,18 @@ def query_gradients(
     if i >= 0:
         dread = pull[:, None] * through
         f_column = tl.arange(0, BF)[:, None]
-        state = tl.load(
-            states + (slot * F + f_column) * V + u[None, :], mask=(f_column < F) & (u < V)[None, :], other=0.0
-        )
-        before = tl.dot(dread, tl.trans(state), input_precision=PRECISION)
+        if BF * BV > 128 * 128:
+            left, right = halves(dread)
+            w = tl.arange(0, BV // 2)[None, :]
+            origin = states + (slot * F + f_column) * V + w
+            state = tl.load(origin, mask=(f_column < F) & (w < V), other=0.0)
+            before = tl.dot(left, tl.trans(state), input_precision=PRECISION)
+            state = tl.load(origin + BV // 2, mask=(f_column < F) & (w + BV // 2 < V), other=0.0)
+            before += tl.dot(right, tl.trans(state), input_precision=PRECISION)
+        else:
+            origin = states + (slot * F + f_column) * V + u[None, :]
+            state = tl.load(origin, mask=(f_column < F) & (u < V)[None, :], other=0.0)
+            before = tl.dot(dread, tl.trans(state), input_precision=PRECISION)
         before += dm[:, None] * tl.load(masses + slot * F + f, mask=f < F, other=0.0)
         number = count - ahead
         for near in range((i % CHUNK) // SUB):

@@ -116,3 +116,10 @@ def capped(scores, softcap, CAPPED: tl.constexpr):
 def per_row(x, G: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """A tile of tokens `[TOKENS, WIDTH]` as rows of query heads `[G * TOKENS, WIDTH]`, heads outermost."""
     return tl.reshape(tl.broadcast_to(x[None, :, :], (G, TOKENS, WIDTH)), (G * TOKENS, WIDTH))
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile `[X, WIDTH]`."""
+    width: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, width)), (0, 2, 1)))
