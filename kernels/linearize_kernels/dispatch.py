@@ -143,6 +143,11 @@ def choose(operation: Operation, device: torch.device, dtype: torch.dtype, *, re
     return decision.kernels
 
 
+def through_fla(operation: Operation, q: torch.Tensor) -> bool:
+    """Whether a recurrence on these queries is flash-linear-attention's to run."""
+    return not torch.compiler.is_compiling() and choose(operation, q.device, q.dtype) == "fla"
+
+
 @cache
 def say_once(message: str) -> None:
     """Not a warning of Python's: commands hide those of the libraries they use."""
