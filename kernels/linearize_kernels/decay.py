@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize_kernels.dispatch import pinned
+
 Form = Literal["parallel", "chunkwise", "recurrent"]
 
 CHUNK = 64
@@ -76,8 +78,11 @@ def from_chunks(outputs: Tensor, tokens: int) -> Tensor:
 
 
 def form_for(tokens: int) -> Form:
-    """The form that suits a length: `recurrent` for one token, `chunkwise` for more."""
-    return "recurrent" if tokens == 1 else "chunkwise"
+    """The form that suits a length: `recurrent` for one token, `chunkwise` for more; `LINEARIZE_KERNELS=reference` has
+    these in the parallel form."""
+    if tokens == 1:
+        return "recurrent"
+    return "parallel" if not torch.compiler.is_compiling() and pinned() == "reference" else "chunkwise"
 
 
 def pair_decay(later: Tensor, earlier: Tensor, dim: int, *, strict: bool = False) -> Tensor:

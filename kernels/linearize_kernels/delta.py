@@ -35,6 +35,7 @@ from linearize_kernels.decay import (
     running_sum,
     to_chunks,
 )
+from linearize_kernels.dispatch import through_fla
 
 
 def delta_rule(
@@ -48,7 +49,11 @@ def delta_rule(
     *,
     form: Form | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form asked for, or the one that suits the length."""
+    """The form asked for, or what the dispatch picks: by default the form that suits the length."""
+    if form is None and through_fla("delta_rule", q):
+        from linearize_kernels.fla_ops import delta_rule_fla
+
+        return delta_rule_fla(q, k, v, log_gate, a, b, initial_state)
     run = _FORMS[form or form_for(q.shape[1])]
     return run(q, k, v, log_gate, a, b, initial_state)
 

@@ -32,6 +32,7 @@ from linearize_kernels.decay import (
     splits,
     to_chunks,
 )
+from linearize_kernels.dispatch import through_fla
 
 
 def gla(
@@ -43,7 +44,11 @@ def gla(
     *,
     form: Form | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form asked for, or the one that suits the length."""
+    """The form asked for, or what the dispatch picks: by default the form that suits the length."""
+    if form is None and through_fla("gla", q):
+        from linearize_kernels.fla_ops import gla_fla
+
+        return gla_fla(q, k, v, log_gate, initial_state)
     run = _FORMS[form or form_for(q.shape[1])]
     return run(q, k, v, log_gate, initial_state)
 

@@ -29,6 +29,7 @@ from linearize_kernels.decay import (
     running_sum,
     to_chunks,
 )
+from linearize_kernels.dispatch import through_fla
 
 
 def gated_values(
@@ -40,7 +41,11 @@ def gated_values(
     *,
     form: Form | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form asked for, or the one that suits the length."""
+    """The form asked for, or what the dispatch picks: by default the form that suits the length."""
+    if form is None and through_fla("gated_values", q):
+        from linearize_kernels.fla_ops import gated_values_fla
+
+        return gated_values_fla(q, k, v, log_gate, initial_state)
     run = _FORMS[form or form_for(q.shape[1])]
     return run(q, k, v, log_gate, initial_state)
 

@@ -137,7 +137,8 @@ def _report(error: Exception) -> int:
         return 130 if isinstance(error.__cause__, KeyboardInterrupt) else 1
     if isinstance(error, _CommandLineError):
         return _report_usage(error)
-    if isinstance(error, LinearizeError):
+    # The kernels stand below the package and cannot use its errors; theirs that a user causes are one line, too.
+    if isinstance(error, LinearizeError) or type(error).__name__ == "UnknownKernelsError":
         _say(str(error))
     elif isinstance(error, OSError) and error.errno in _DISK_HINTS:
         where = f"{error.filename}: " if error.filename else ""

@@ -92,6 +92,7 @@ def _show(facts: dict[str, Any]) -> None:
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
         + f" = {readable_bytes(facts['state_bytes'])} per sequence ({facts['dtype']}, state in float32)"
         + (f", and {readable_bytes(growth)} per token" if growth else ""),
+        **({"kernels": _kernels(facts["kernels"])} if facts["kernels"] else {}),
     }
     for name, text in rows.items():
         out.print(f"{name:9} {text}", markup=False)
@@ -104,6 +105,21 @@ def _show(facts: dict[str, Any]) -> None:
             f"{line['ratio']:,.1f}x",
         )
     out.print(table)
+
+
+def _kernels(devices: dict[str, dict[str, dict[str, str]]]) -> str:
+    """For each device what runs, with the parts of the work that share it and its reason named together."""
+    told = []
+    for device, parts in devices.items():
+        groups: dict[tuple[str, str], list[str]] = {}
+        for part, decision in parts.items():
+            groups.setdefault((decision["kernels"], decision["why"]), []).append(part)
+        if len(groups) == 1:
+            told.append(f"{device}: " + "".join(f"{kernels} ({why})" for kernels, why in groups))
+        else:
+            named = (f"{', '.join(names)} {kernels} ({why})" for (kernels, why), names in groups.items())
+            told.append(f"{device}: " + ", ".join(named))
+    return "; ".join(told)
 
 
 def _show_all(facts: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from linearize.conversion.source import Source, load_config
 from linearize.errors import ModelError, RecipeError
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig
+from linearize.model.fused import decide_mixer
 from linearize.model.modeling import family_of
 from linearize.model.recurrences import RECURRENCES
 
@@ -135,6 +136,7 @@ def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None 
         "softmax_layers": [i for i, a in enumerate(attentions) if a.mixer is None],
         "softmax_heads": {i: a.softmax_heads for i, a in enumerate(attentions) if a.mixer and a.softmax_heads},
         "mixers": asked.mixers,
+        "kernels": _kernels(attentions, subject.held),
         **costs,
         "teacher_bytes_per_token": subject.teacher_bytes(1),
         "lengths": [
@@ -148,6 +150,21 @@ def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None 
             }
             for n in LENGTHS
         ],
+    }
+
+
+def _kernels(attentions: list[LinearizedAttention], dtype: torch.dtype) -> dict[str, dict[str, dict[str, str]]]:
+    """What runs the first converted layer on this machine's devices, and why: device -> part of the work -> kernels."""
+    mixer = next((attention.mixer for attention in attentions if attention.mixer is not None), None)
+    if mixer is None:
+        return {}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        device: {
+            part: {"kernels": decision.kernels, "why": decision.why}
+            for part, decision in decide_mixer(mixer.config, mixer.layer, device, dtype).items()
+        }
+        for device in devices
     }
 
 

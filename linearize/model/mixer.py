@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from linearize_kernels import window_attention
 from torch import Tensor, nn
 
+from linearize.model.fused import fused_attention, fused_step
 from linearize.model.recurrences import build_recurrence, register
 from linearize.model.step import step, steps
 
@@ -50,6 +51,24 @@ class Evicted:
         """All but the first `tokens`."""
         k, k_rotated, v, source = (x[:, tokens:] for x in (self.k, self.k_rotated, self.v, self.source))
         return Evicted(k, k_rotated, v, source, self.index[:, tokens:], self.writes, self.first + tokens)
+
+
+@dataclass
+class Span:
+    """What the window reads, and what passes through it.
+
+    Attributes:
+        k_rotated, v: `[R, P + L, K, D or V]`, the P tokens before the first query, then those of the queries.
+        exists: `[R, P + L]`, which of them are real; None means all.
+        evicted: the tokens that leave; None where none can.
+        whole: with a memory and several queries, W tokens of it and the new ones, by name; otherwise None.
+    """
+
+    k_rotated: Tensor
+    v: Tensor
+    exists: Tensor | None
+    evicted: Evicted | None
+    whole: Part | None = None
 
 
 class Mixer(nn.Module):
@@ -140,20 +159,24 @@ class Mixer(nn.Module):
         Returns:
             `[R, L, H, V]` float32; meaningless past a row's length.
         """
+        if (mixed := fused_step(self, new, lengths, memory)) is not None:
+            return mixed
         if memory is not None and steps(self, new, lengths, memory):
             return step(self, new, memory)
         tokens = new.q.shape[1]
         count = memory.counts[:, None] if memory else new.q.new_zeros(1, 1, dtype=torch.long)
         query_index = count + torch.arange(tokens, device=new.q.device)  # [R or 1, L]
-        k, v, exists, evicted = self._slide(new, lengths, memory, query_index)
-        columns, evicted = self._sinks(evicted, memory, query_index)
+        span = self._slide(new, lengths, memory, query_index)
+        columns, evicted = self._sinks(span.evicted, memory, query_index)
+        if (mixed := fused_attention(self, new, lengths, memory, span.whole, columns)) is not None:
+            return mixed
         y, normaliser = window_attention(
             new.q_rotated,
-            k,
-            v,
+            span.k_rotated,
+            span.v,
             window=self.window,
             scale=self.layer.scale,
-            key_exists=exists,
+            key_exists=span.exists,
             columns=columns,
             softcap=self.layer.softcap,
             normaliser=self.config.mix == "softmax",
@@ -164,10 +187,8 @@ class Mixer(nn.Module):
             return y
         return self._recur(y, normaliser, new, lengths, evicted, memory)
 
-    def _slide(
-        self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, query_index: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Evicted | None]:
-        """Moves the window over the new tokens: keys, values and existence of what it holds, and what it lets go."""
+    def _slide(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, query_index: Tensor) -> Span:
+        """Moves the window over the new tokens."""
         window, tokens = self.window, new.q.shape[1]
         index = query_index - window  # of the token that query t pushes out
         count = None if memory is None or lengths is not None else memory.uniform
@@ -177,17 +198,18 @@ class Mixer(nn.Module):
                 self._fill(new, memory.parts["window"])
             left = tokens - window
             if left <= 0:
-                return new.k_rotated, new.v, None, None
+                return Span(new.k_rotated, new.v, None, None)
             index = index[:, window:]
             writes = None if lengths is None else index < lengths[:, None] - window
             k, k_rotated, v, source = (x[:, :left] for x in (new.k, new.k_rotated, new.v, self.source(new)))
             evicted = Evicted(k, k_rotated, v, source, index, writes, window)
-            return new.k_rotated, new.v, None, evicted
+            return Span(new.k_rotated, new.v, None, evicted)
 
         ring = memory.parts["window"]
         arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": self.source(new)}
         real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
         writes = None if count is not None and count >= window else (index >= 0) & real
+        whole: Part | None = None
         if tokens == 1:
             # The order of keys does not matter to softmax, so one slot is exchanged and nothing else moves.
             slot = (query_index % window)[:, :, None, None]
@@ -199,14 +221,14 @@ class Mixer(nn.Module):
                 tensor.scatter_(1, at, torch.where(real[:, :, None, None], incoming, held[name]))
             exists = torch.arange(window, device=slot.device) <= query_index
             # A later step writes into the ring, where a backward pass would still want to read.
-            span = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
+            seen = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
         else:
             past = torch.arange(window, device=index.device)
             order = (memory.counts[:, None] + past) % window  # oldest first
             exists = past >= window - memory.counts[:, None]
             whole = {n: torch.cat([_take(t, order), arriving[n].to(t.dtype)], 1) for n, t in ring.items()}
             held = {name: tensor[:, :tokens] for name, tensor in whole.items()}
-            span = {name: whole[name][:, 1:] for name in ("k_rotated", "v")}
+            seen = {name: whole[name][:, 1:] for name in ("k_rotated", "v")}
             first_kept = tokens if lengths is None else lengths[:, None]
             kept = (first_kept + past).expand(order.shape)
             slots = (memory.counts[:, None] + kept) % window
@@ -217,7 +239,7 @@ class Mixer(nn.Module):
         k = held.get("k", held["k_rotated"])
         source = held.get("source", held["v"] if self.config.gate_source == "v" else k)
         evicted = Evicted(k, held["k_rotated"], held["v"], source, index, writes, 0)
-        return span["k_rotated"], span["v"], exists, evicted
+        return Span(seen["k_rotated"], seen["v"], exists, evicted, whole)
 
     def source(self, new: Projections) -> Tensor:
         """What the gates of new tokens are built from, `[R, L, K, D or V]`."""

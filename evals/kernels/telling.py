@@ -1,0 +1,61 @@
+"""The benchmark's table and plot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from evals.recurrences import toy
+from linearize.evaluation.drawing import Axis, Series, line_plot, standing_alone
+
+_CONTENDERS = ("fused", "composed", "causal")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row for each case: milliseconds of every contender, and what share of the roof the fused kernels reach."""
+    roof = result["roof"]
+    rows = []
+    for (shape, kind, length, count), found in _cases(result).items():
+        rows.append(
+            {
+                "heads": shape,
+                "what": kind,
+                "tokens": f"{count} x {length}" if kind != "step" else f"{count} after {length}",
+                **{name: f"{found[name]['seconds'] * 1e3:.3g} ms" for name in _CONTENDERS},
+                "of the roof": f"{found['fused']['percent_of_roof']:.0f} %",
+                "peak of training": _bytes(found["fused"]["peak_bytes"]),
+            }
+        )
+    measured = f"{roof['bytes_per_second'] / 1e12:.3g} TB/s and {roof['flops_per_second'] / 1e12:.3g} TFLOP/s"
+    return f"{result['device']}, {result['dtype']}; roof as measured: {measured}\n\n{toy.markdown(rows)}"
+
+
+def plot(result: dict[str, Any]) -> str:
+    """Forward and backward together by length, of the first shape; one line for each contender."""
+    cases = _cases(result)
+    shape = next(iter(cases))[0]
+    points: dict[str, list[tuple[float, float, float | None]]] = defaultdict(list)
+    for (name, kind, length, count), found in cases.items():
+        if name == shape and kind == "forward":
+            back = cases[name, "backward", length, count]
+            for contender in _CONTENDERS:
+                seconds = found[contender]["seconds"] + back[contender]["seconds"]
+                points[contender].append((length, seconds * 1e3, None))
+    lines = [Series(name, points[name], look) for look, name in enumerate(_CONTENDERS)]
+    title = f"Forward and backward, {shape}, {result['device']}"
+    if result.get("dry_run"):
+        title += " (dry run: not measurements)"
+    x = Axis("tokens per text, the same number in all", lambda value: f"{value:,.0f}", log=True)
+    y = Axis("milliseconds", lambda value: f"{value:.3g}", log=True)
+    return standing_alone(line_plot(title, x, y, lines, sorted({p[0] for p in points["fused"]})))
+
+
+def _cases(result: dict[str, Any]) -> dict[tuple[str, str, int, int], dict[str, dict[str, Any]]]:
+    cases: dict[tuple[str, str, int, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in result["results"]:
+        cases[row["shape"], row["kind"], row["length"], row["rows"]][row["contender"]] = row
+    return dict(cases)
+
+
+def _bytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,381 @@
+"""Liger attention in one operation: softmax over a window and exact columns, a gated recurrence, and their mix.
+
+    y_t   softmax over the last W tokens and the columns that t may see, queries and keys with positions
+    S_t = diag(g_t) S_{t-1} + φ(k_t)ᵀ [v_t, 1]        [o_t, m_t] = φ(q_t) S_t        without positions
+    out   mix(y_t, o_t / m_t)
+
+Rows of tokens lie one after the other, so packed documents are nothing special. In the shapes below N is all tokens
+of the R rows, and P all keys: P = N where rows start from nothing; where they continue a cache each row has the W
+keys before its first token in front of its own (P = N + R W), oldest first. F is the width of the recurrence's
+queries and keys, M the number of columns.
+
+`liger_attention` runs the Triton kernels, `liger_attention_composed` the same in plain torch, on any device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize_kernels.gla import gla_chunkwise
+from linearize_kernels.window import window_attention
+
+Mix = Literal["fixed", "learned", "softmax"]
+Covers = Literal["all", "evicted"]
+FeatureMap = Literal["softmax", "identity"]
+
+# A mass that is this small is not divided by, and a recurrence outweighs a window by e^60 at most.
+TINY = torch.finfo(torch.float32).tiny
+MOST_LOG_RATIO = 60.0
+
+
+class Gate(NamedTuple):
+    """A gate built from the recurrence's key: log g = logsigmoid(scale * k + bias) / divisor.
+
+    Attributes:
+        scale, bias: `[K, F]`.
+    """
+
+    scale: Tensor
+    bias: Tensor
+    divisor: float = 1.0
+
+
+class Columns(NamedTuple):
+    """Keys and values that are read exactly beside the window.
+
+    Attributes:
+        k, v: `[R, M, K, D]` with positions, and `[R, M, K, V]`.
+        sinks: how many of them, from the first on, are sinks: number j is token j of its row, which a query sees once
+            token j has left its window. With `covers: evicted` sinks are not written into the state.
+        exists: `[R, M - sinks]`, which of the others every query of the row sees; None means all.
+    """
+
+    k: Tensor
+    v: Tensor
+    sinks: int
+    exists: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LigerOptions:
+    """What is the same for all tokens.
+
+    Attributes:
+        window: W, tokens in the window, the query's own included.
+        scale: multiplies the window's scores.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        mix: `fixed` 0.5/0.5, `learned` a weight per head and channel, `softmax` one normaliser with a weight per head.
+        covers: whether query t reads the recurrence after `all` tokens to its own, or after those `evicted` from its
+            window, to t - W.
+        normalize: divide what is read by its mass; `mix: softmax` always does.
+        feature_map: φ, the softmax over the channels of a head, or nothing (features are given).
+    """
+
+    window: int
+    scale: float
+    softcap: float | None = None
+    mix: Mix = "learned"
+    covers: Covers = "evicted"
+    normalize: bool = True
+    feature_map: FeatureMap = "softmax"
+
+
+def liger_attention(
+    q_rotated: Tensor,
+    k_rotated: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor | Gate,
+    options: LigerOptions,
+    *,
+    mix_weight: Tensor | None = None,
+    columns: Columns | None = None,
+    rows: Tensor | int = 1,
+    longest: int | None = None,
+    counts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The fused kernels, with gradients for every tensor of floating point.
+
+    Args:
+        q_rotated: `[N, H, D]`, positions already encoded. k_rotated: `[P, K, D]`. v: `[P, K, V]`.
+        q: `[N, H, F]`, what the recurrence reads with. k: `[P, K, F]`, what it writes, both before the feature map.
+        gate: log-gates `[P, K, F or 1]` (<= 0), or how to build them from `k`.
+        mix_weight: `[H, V]` for `mix: learned`, `[H]` for `mix: softmax`.
+        columns: sinks and other exact columns.
+        rows: `cu_seqlens`, int32 `[R + 1]`, where each row of queries starts and the last one ends; or a number of
+            rows of the same length.
+        longest: tokens of the longest row or more; without it and with `cu_seqlens` the device is waited for.
+        counts: `[R]` tokens of each row before its first query; given exactly where rows continue a cache (P > N).
+            Of the W keys in front of a row those that would be before its token 0 do not exist.
+        initial_state: `[R, K, F, V + 1]`, the last column the mass; None is zeros.
+
+    Returns:
+        outputs `[N, H, V]` in the dtype of the inputs, and the state `[R, K, F, V + 1]`, float32, after the last
+        query's reading: with `covers: evicted` the row's last W tokens are not in it.
+
+    Raises:
+        ValueError: what the kernels do not take (see `unsupported`), or shapes that do not go together.
+    """
+    arguments = (q_rotated, k_rotated, v, q, k, gate, options)
+    more = (mix_weight, columns, rows, counts, initial_state)
+    if (reason := unsupported(*arguments, mix_weight=mix_weight, columns=columns)) is not None:
+        raise ValueError(f"the Triton kernels do not take {reason}; use liger_attention_composed")
+    _check(*arguments, *more)
+    from linearize_kernels.liger_autograd import fused
+
+    return fused(*arguments, *more, longest)
+
+
+def unsupported(
+    q_rotated: Tensor,
+    k_rotated: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor | Gate,
+    options: LigerOptions,
+    *,
+    mix_weight: Tensor | None = None,
+    columns: Columns | None = None,
+) -> str | None:
+    """Why the kernels cannot run this, in a few words that follow "do not take"; None where they can.
+
+    Triton is looked for last, and not imported.
+    """
+    dtype, device = q.dtype, q.device
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{str(dtype).removeprefix('torch.')} inputs"
+    if any(x.dtype != dtype for x in (q_rotated, k_rotated, v, k)):
+        return "queries, keys and values of different dtypes"
+    if max(q_rotated.shape[-1], q.shape[-1], v.shape[-1]) > 256:
+        return "heads wider than 256"
+    if q.shape[1] // max(k.shape[1], 1) > 16:
+        return "more than 16 query heads per key/value head"
+    if columns is not None and columns.k.shape[1] > 128:
+        return "more than 128 exact columns"
+    if device.type != "cuda" and not _interpreted():
+        return f"tensors on {device.type}"
+    tensors = [q_rotated, k_rotated, v, k, *(gate[:2] if isinstance(gate, Gate) else [gate])]
+    tensors += [x for x in (mix_weight, *(columns[:2] if columns is not None else ())) if x is not None]
+    if any(x.device != device for x in tensors):
+        return "tensors on different devices"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "GPUs older than Ampere"
+    return None if _has_triton() else "a machine without triton"
+
+
+def _interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, which is decided when triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def liger_attention_composed(
+    q_rotated: Tensor,
+    k_rotated: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor | Gate,
+    options: LigerOptions,
+    *,
+    mix_weight: Tensor | None = None,
+    columns: Columns | None = None,
+    rows: Tensor | int = 1,
+    longest: int | None = None,
+    counts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`liger_attention` in plain torch, the reference and the way without triton: computes in float32, or in float64
+    where the inputs are float64 (then the state is, too)."""
+    _check(q_rotated, k_rotated, v, q, k, gate, options, mix_weight, columns, rows, counts, initial_state)
+    window, dtype = options.window, torch.float64 if q.dtype == torch.float64 else torch.float32
+    starts = row_starts(rows, q.shape[0], q.device)
+    lengths, past = starts.diff(), 0 if counts is None else window
+    tokens = longest_row(rows, q.shape[0], longest)
+    row = torch.arange(len(lengths), device=q.device)[:, None]
+    place = torch.arange(past + tokens, device=q.device)
+    real = place[:tokens] < lengths[:, None]
+    number = place[:tokens] + (torch.zeros_like(lengths) if counts is None else counts)[:, None]
+    of_query = (starts[:-1, None] + place[:tokens]).clamp_max(max(q.shape[0] - 1, 0))
+    of_key = (starts[:-1, None] + row * past + place).clamp_max(max(k.shape[0] - 1, 0))
+
+    q_rotated, q = (x[of_query] for x in (q_rotated, q))
+    log_gate = gate if isinstance(gate, Tensor) else build_log_gate(k, gate)
+    keys = (k_rotated, v, _features(k.to(dtype), options), log_gate.to(dtype))
+    k_rotated, values, features, log_gate = (x[of_key] for x in keys)
+    reads = _features(q.to(dtype), options)
+
+    exists = None if counts is None else place >= (window - counts)[:, None]
+    seen = None if columns is None else (columns.k, columns.v, _visible(columns, number, window))
+    y, normaliser = window_attention(
+        q_rotated,
+        k_rotated,
+        values,
+        window=window,
+        scale=options.scale,
+        key_exists=exists,
+        columns=seen,
+        softcap=options.softcap,
+    )
+
+    sinks = columns.sinks if columns is not None else 0
+    if options.covers == "evicted":
+        lag, stream, least = window - past, slice(0, max(past + tokens - window, 0)), sinks
+        read_after = number - window
+    else:
+        lag, stream, least, read_after = 0, slice(past, None), 0, number
+    state = initial_state
+    if state is None:
+        state = values.new_zeros(len(lengths), k.shape[1], k.shape[2], v.shape[-1] + 1, dtype=dtype)
+    if lag >= tokens:
+        return _flat(y, real).to(v.dtype), state.to(dtype)
+    live = read_after[:, lag:] >= least
+    silent = ~(live & real[:, lag:])[:, :, None, None]
+    features, log_gate = (x[:, stream].masked_fill(silent, 0) for x in (features, log_gate))
+    written = F.pad(values[:, stream], (0, 1), value=1.0)
+    read, final = gla_chunkwise(reads[:, lag:], features, written, log_gate, state)
+    mixed = mix_outputs(y[:, lag:], normaliser[:, lag:], read[..., :-1], read[..., -1:], options, mix_weight)
+    mixed = torch.where(live[:, :, None, None], mixed, y[:, lag:])
+    return _flat(torch.cat([y[:, :lag], mixed], 1), real).to(v.dtype), final
+
+
+def mix_outputs(
+    y: Tensor, normaliser: Tensor, read: Tensor, mass: Tensor, options: LigerOptions, weight: Tensor | None
+) -> Tensor:
+    """The window's outputs `y` `[..., H, V]` (`normaliser` `[..., H]` the log of their denominator) with what the
+    recurrence read and its mass `[..., H, 1]`. Where there is no mass the window's output stays."""
+    held = mass > 0
+    average = read / mass.clamp_min(TINY)
+    if options.mix == "softmax":
+        assert weight is not None  # noqa: S101 - for the type checker; `_check` has looked
+        weight = weight[:, None].to(y.dtype)
+        ratio = (mass.clamp_min(TINY).log() - normaliser[..., None]).clamp_max(MOST_LOG_RATIO).exp()
+        share = torch.where(held, weight * ratio / (1 + weight.abs() * ratio), 0)
+        return y + share * (average - y)
+    share = torch.full_like(y, 0.5) if weight is None else weight.to(y.dtype).expand_as(y)
+    if not options.normalize:
+        return torch.lerp(y, read, share)
+    return torch.where(held, torch.lerp(y, average, share), y)
+
+
+def build_log_gate(k: Tensor, gate: Gate) -> Tensor:
+    """Log-gates `[P, K, F]` of keys `[P, K, F]`."""
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    inputs = gate.scale.to(dtype) * k.to(dtype) + gate.bias.to(dtype)
+    return F.logsigmoid(inputs) / gate.divisor
+
+
+def row_starts(rows: Tensor | int, tokens: int, device: torch.device) -> Tensor:
+    """`cu_seqlens`, int64 `[R + 1]`."""
+    if isinstance(rows, Tensor):
+        return rows.long()
+    return torch.arange(rows + 1, device=device) * (tokens // rows)
+
+
+def longest_row(rows: Tensor | int, tokens: int, longest: int | None) -> int:
+    """Tokens of the longest row or more."""
+    if isinstance(rows, int):
+        return tokens // rows
+    return int(rows.diff().max()) if longest is None else longest
+
+
+def _features(x: Tensor, options: LigerOptions) -> Tensor:
+    return x.softmax(-1) if options.feature_map == "softmax" else x
+
+
+def _visible(columns: Columns, number: Tensor, window: int) -> Tensor:
+    """`[R, L, M]`: which columns the queries of these numbers `[R, L]` see."""
+    sink = torch.arange(columns.sinks, device=number.device)
+    others = columns.k.shape[1] - columns.sinks
+    exists = columns.exists
+    if exists is None:
+        exists = number.new_ones(number.shape[0], others, dtype=torch.bool)
+    gone = sink <= (number - window)[:, :, None]
+    return torch.cat([gone, exists[:, None].expand(-1, number.shape[1], -1)], -1)
+
+
+def _flat(x: Tensor, real: Tensor) -> Tensor:
+    """The real tokens of `x` `[R, L, ...]`, row after row."""
+    return x[real]
+
+
+def _check(
+    q_rotated: Tensor,
+    k_rotated: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor | Gate,
+    options: LigerOptions,
+    mix_weight: Tensor | None,
+    columns: Columns | None,
+    rows: Tensor | int,
+    counts: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    """Raises:
+    ValueError: shapes or options that do not go together.
+    """
+    (tokens, heads, width), (keys, groups, value_width) = q_rotated.shape, v.shape
+    features, rotated = k.shape[-1], k_rotated.shape[-1]
+    count = rows if isinstance(rows, int) else rows.shape[0] - 1
+    past = 0 if counts is None else options.window
+    if options.window < 1:
+        raise ValueError(f"a window of {options.window} tokens is none; it needs 1 or more")
+    if heads % groups:
+        raise ValueError(f"{heads} query heads cannot share {groups} key/value heads evenly")
+    if isinstance(rows, int) and tokens % rows:
+        raise ValueError(f"{tokens} tokens do not make {rows} rows of the same length")
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("q", q, (tokens, heads, features)),
+        ("k", k, (tokens + count * past, groups, features)),
+        ("k_rotated", k_rotated, (keys, groups, width)),
+        ("v", v, (tokens + count * past, groups, value_width)),
+        ("counts", counts, (count,)),
+        ("initial_state", initial_state, (count, groups, features, value_width + 1)),
+    ]
+    if isinstance(gate, Gate):
+        expected += [("gate.scale", gate.scale, (groups, features)), ("gate.bias", gate.bias, (groups, features))]
+    else:
+        expected += [("gate", gate, (keys, groups, 1 if gate.shape[-1] == 1 else features))]
+    if columns is not None:
+        extra = columns.k.shape[1]
+        if not 0 <= columns.sinks <= extra:
+            raise ValueError(f"{columns.sinks} sinks cannot be among {extra} columns")
+        expected += [
+            ("columns.k", columns.k, (count, extra, groups, rotated)),
+            ("columns.v", columns.v, (count, extra, groups, value_width)),
+            ("columns.exists", columns.exists, (count, extra - columns.sinks)),
+        ]
+    weights = {"fixed": None, "learned": (heads, value_width), "softmax": (heads,)}[options.mix]
+    if (mix_weight is None) != (weights is None):
+        needs = "no mix_weight" if weights is None else f"a mix_weight {list(weights)}"
+        raise ValueError(f"mix: {options.mix} takes {needs}")
+    if weights is not None:
+        expected.append(("mix_weight", mix_weight, weights))
+    for name, tensor, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
+
+
+__all__ = [
+    "Columns",
+    "Gate",
+    "LigerOptions",
+    "liger_attention",
+    "liger_attention_composed",
+    "unsupported",
+]

@@ -1,0 +1,424 @@
+"""Launches the Triton kernels of Liger attention, forwards and backwards."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from linearize_kernels import liger_forward as forwards
+from linearize_kernels import liger_key_gradients as by_key
+from linearize_kernels import liger_query_gradients as by_query
+from linearize_kernels.liger import Columns, Gate, LigerOptions, longest_row, row_starts
+from linearize_kernels.liger_tiles import tl, triton
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+
+CHUNK, SUB = 64, 16
+# Queries whose gradients for a row's columns are summed in one program.
+SEGMENT = 1024
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass
+class Problem:
+    """Everything about a call but its differentiable tensors.
+
+    Attributes:
+        starts: `[R + 1]` int32. counts: `[R]` int32 or None. exists: `[R, M - sinks]` uint8 or None.
+        longest: tokens of the longest row or more.
+        sinks: how many of the columns are sinks.
+        divisor: of gates built from keys; None where log-gates are given.
+    """
+
+    options: LigerOptions
+    starts: Tensor
+    counts: Tensor | None
+    exists: Tensor | None
+    longest: int
+    sinks: int
+    divisor: float | None
+
+    @property
+    def rows(self) -> int:
+        return self.starts.shape[0] - 1
+
+    @property
+    def past(self) -> int:
+        return 0 if self.counts is None else self.options.window
+
+    @property
+    def evicted(self) -> bool:
+        return self.options.covers == "evicted"
+
+    @property
+    def lag(self) -> int:
+        return self.options.window - self.past if self.evicted else 0
+
+    @property
+    def ahead(self) -> int:
+        return self.past if self.evicted else 0
+
+    @property
+    def least(self) -> int:
+        """The number of the first token of a row that is written."""
+        return self.sinks if self.evicted else 0
+
+    @property
+    def stream(self) -> int:
+        """Tokens that the longest row's recurrence reads."""
+        return max(self.longest - self.lag, 0)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.stream // CHUNK)
+
+    @property
+    def tiles(self) -> int:
+        """Sub-chunks of the longest row's queries, those before the stream included."""
+        return -(-self.lag // SUB) + -(-self.stream // SUB)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """`[R]` int32, the first slot of each row."""
+        chunks = (self.starts.diff() - self.lag).clamp_min(0).add(CHUNK - 1).div(CHUNK, rounding_mode="floor")
+        return ((chunks + 1).cumsum(0) - (chunks + 1)).int()
+
+    def slot_count(self, tokens: int) -> int:
+        """Slots of all rows or more, told without asking the device."""
+        return tokens // CHUNK + 2 * self.rows
+
+
+class Operands:
+    """The tensors of a call, and what kernels are told of them.
+
+    Args:
+        gate: log-gates, or a scale with its `gate_bias`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        q_rotated: Tensor,
+        k_rotated: Tensor,
+        v: Tensor,
+        q: Tensor,
+        k: Tensor,
+        gate: Tensor,
+        gate_bias: Tensor | None,
+        mix_weight: Tensor | None,
+        column_k: Tensor | None,
+        column_v: Tensor | None,
+        initial_state: Tensor | None,
+    ) -> None:
+        options = problem.options
+        self.problem, self.q_rotated, self.k_rotated, self.v, self.q, self.k = problem, q_rotated, k_rotated, v, q, k
+        self.mix_weight, self.initial_state, self.given_gate, self.gate_bias = mix_weight, initial_state, gate, gate_bias
+        self.column_k, self.column_v = column_k, column_v
+        (self.tokens, self.heads, width), (self.keys, self.groups, features), values = q_rotated.shape, k.shape, v.shape[2]
+        self.width, self.features, self.values = width, features, values
+        columns = 0 if column_k is None else column_k.shape[1]
+        interpreted = q.device.type != "cuda"
+        exact = q.dtype == torch.float32
+        # bfloat16 is added up as float32 by tensor cores, which the interpreter has not.
+        operand = tl.float32 if interpreted else _OPERANDS[q.dtype]
+        self.stats = q
+        of_key = problem.divisor is not None
+        self.gate: dict[str, Any] = {
+            "gate": q if of_key else gate,
+            "gate_scale": gate if of_key else q,
+            "gate_bias": q if gate_bias is None else gate_bias,
+            "divisor": problem.divisor or 1.0,
+        }
+        self.columns: dict[str, Any] = {
+            "column_k": q if column_k is None else column_k,
+            "column_v": q if column_v is None else column_v,
+            "column_exists": q if problem.exists is None else problem.exists,
+        }
+        self.rows: dict[str, Any] = {
+            "starts": problem.starts,
+            "counts": problem.starts if problem.counts is None else problem.counts,
+            "slots": problem.slots,
+        }
+        self.numbers: dict[str, Any] = {
+            "keys": self.keys,
+            "past": problem.past,
+            "lag": problem.lag,
+            "ahead": problem.ahead,
+            "least": problem.least,
+        }
+        self.window: dict[str, Any] = {
+            "window": options.window,
+            "scale": options.scale,
+            "softcap": options.softcap or 1.0,
+            "H": self.heads,
+            "D": width,
+            "BD": block(width),
+            "BM": block(columns),
+            "COLUMNS": columns,
+            "SINKS": problem.sinks,
+            "EXISTS": problem.exists is not None,
+            "CAPPED": options.softcap is not None,
+            "MIX": options.mix,
+            "NORMALIZE": options.normalize,
+            "EVICTED": problem.evicted,
+            "OPERAND": operand,
+        }
+        self.recurrence: dict[str, Any] = {
+            "K": self.groups,
+            "F": features,
+            "V": values,
+            "BF": block(features),
+            "CHUNK": CHUNK,
+            "SOFTMAX": options.feature_map == "softmax",
+            "FROM_KEY": of_key,
+            "PER_CHANNEL": of_key or gate.shape[-1] > 1,
+            "COUNTED": problem.counts is not None,
+            "EXACT": exact,
+        }
+        # How products of float32 tiles are taken: as such, or of tensor cores what leaves the result's rounding
+        # the larger error.
+        self.precision = "ieee" if exact else "tf32" if q.dtype == torch.bfloat16 else "tf32x3"
+        self.state_precision = "ieee" if exact else "tf32x3"
+
+    def float32(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    @property
+    def widest(self) -> int:
+        return max(block(self.features), block(self.width), block(self.values))
+
+    @property
+    def group(self) -> int:
+        """Query heads of a tile, a power of 2: the whole group, or what registers and shared memory hold."""
+        return min(block_of(self.heads // self.groups), 4 if self.widest <= 128 else 2)
+
+    @property
+    def parts(self) -> int:
+        """Tiles that the query heads of a key/value head make."""
+        return triton.cdiv(self.heads // self.groups, self.group)
+
+    @property
+    def value_block(self) -> int:
+        """Value channels of a tile."""
+        return min(block(self.values), 128 if block(self.features) <= 128 else 64)
+
+    @property
+    def warps(self) -> int:
+        return 8 if self.group * SUB * self.widest > 64 * 64 else 4
+
+
+def block(width: int) -> int:
+    """The power of 2 that holds a width; tensor cores want 16 or more."""
+    return max(16, block_of(width))
+
+
+def block_of(count: int) -> int:
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
+def fused(
+    q_rotated: Tensor,
+    k_rotated: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor | Gate,
+    options: LigerOptions,
+    mix_weight: Tensor | None,
+    columns: Columns | None,
+    rows: Tensor | int,
+    counts: Tensor | None,
+    initial_state: Tensor | None,
+    longest: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`liger_attention` on checked arguments."""
+    exists = columns.exists if columns is not None else None
+    problem = Problem(
+        options=options,
+        starts=row_starts(rows, q.shape[0], q.device).int(),
+        counts=None if counts is None else counts.int(),
+        exists=None if exists is None else exists.to(torch.uint8).contiguous(),
+        longest=longest_row(rows, q.shape[0], longest),
+        sinks=columns.sinks if columns is not None else 0,
+        divisor=gate.divisor if isinstance(gate, Gate) else None,
+    )
+    tensors = [q_rotated, k_rotated, v, q, k, *(gate[:2] if isinstance(gate, Gate) else (gate, None)), mix_weight]
+    # No columns are none: a tensor without elements has no address to pass.
+    tensors += columns[:2] if columns is not None and columns.k.shape[1] else (None, None)
+    tensors.append(initial_state)
+    outputs, state = _Fused.apply(problem, *(None if x is None else x.contiguous() for x in tensors))
+    return outputs, state
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        operands = Operands(problem, *tensors)  # type: ignore[arg-type]
+        with on_device(operands.q):
+            states, masses, _, final = enter_states(operands)
+            outputs = write_outputs(operands, states, masses)
+        ctx.problem = problem  # type: ignore[attr-defined]
+        ctx.save_for_backward(*tensors)
+        return outputs, final
+
+    @staticmethod
+    def backward(ctx: Any, doutputs: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        operands = Operands(ctx.problem, *ctx.saved_tensors)
+        with on_device(operands.q):
+            gradients = take_gradients(operands, doutputs.contiguous(), dfinal.contiguous())
+        wanted = zip(gradients, ctx.needs_input_grad[1:], strict=True)
+        return None, *(gradient if needed else None for gradient, needed in wanted)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The states, masses and log decays of all chunks (see `liger_forward`), and the final state."""
+    o, problem = operands, operands.problem
+    slots, wide = problem.slot_count(o.tokens), (problem.rows, o.groups)
+    if problem.options.feature_map == "softmax" and o.stats is o.q:
+        o.stats, rows = o.float32(2, o.keys, o.groups), 16
+        grid = (triton.cdiv(o.keys * o.groups, rows),)
+        forwards.key_statistics[grid](o.k, o.stats, o.keys * o.groups, o.features, block(o.features), rows)
+    states, masses = o.float32(slots, o.groups, o.features, o.values), o.float32(slots, o.groups, o.features)
+    totals, final = torch.empty_like(masses), o.float32(*wide, o.features, o.values + 1)
+    width = min(block(o.values), 64)
+    if problem.chunks:
+        grid = (problem.chunks, problem.rows * o.groups, triton.cdiv(o.values, width))
+        forwards.write_chunks[grid](
+            o.k, o.v, o.stats, **o.gate, **o.rows, states=states, masses=masses, totals=totals, **o.numbers,
+            **o.recurrence, BV=width, PRECISION=o.state_precision, num_warps=8 if block(o.features) > 64 else 4,
+        )
+    for carried, values, column in ((states, o.values, 0), (masses, 1, o.values)):
+        size = min(512, triton.next_power_of_2(o.features * values))
+        forwards.carry_states[triton.cdiv(o.features * values, size), problem.rows * o.groups](
+            carried, totals, totals if o.initial_state is None else o.initial_state, final, problem.starts,
+            problem.slots, problem.lag, o.groups, o.features, values, column, o.values + 1, CHUNK, size,
+            FROM_STATE=o.initial_state is not None, EXACT=o.recurrence["EXACT"], num_warps=4,
+        )
+    return states, masses, totals, final
+
+
+def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
+    """Outputs `[N, H, V]`."""
+    o, problem = operands, operands.problem
+    outputs = o.q.new_empty(o.tokens, o.heads, o.values)
+    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * o.parts)
+    forwards.write_outputs[grid](
+        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns,
+        mix_weight=o.q if o.mix_weight is None else o.mix_weight, **o.rows, states=states, masses=masses,
+        outputs=outputs, **o.numbers, **o.window, **o.recurrence, BV=o.value_block, GROUP=o.group, SUB=SUB, KEYS=32,
+        PRECISION=o.precision, num_warps=o.warps,
+    )
+    return outputs
+
+
+def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list[Tensor | None]:
+    """The gradients of the tensors that `Operands` takes, in their order. Nothing of the forward pass was kept."""
+    o, problem = operands, operands.problem
+    entries, whole, learned = o.tokens * o.heads, problem.rows * o.groups, problem.options.mix == "learned"
+    states, masses, totals, _ = enter_states(o)
+    mix_weight = o.q if o.mix_weight is None else o.mix_weight
+    mixed = {"mix_weight": mix_weight, "MIX": problem.options.mix, "entries": entries, "H": o.heads}
+    values = block(o.values)
+
+    rows = o.float32(5, o.tokens, o.heads)
+    dq_rotated, dq = torch.empty_like(o.q_rotated), torch.empty_like(o.q)
+    dlog = o.float32(o.parts, o.keys, o.groups, o.features)
+    dweight = None
+    if o.mix_weight is not None:
+        # Tiles that no query is in stay 0.
+        tiles = o.tokens // SUB + 3 * problem.rows
+        dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
+    by_query.query_gradients[problem.tiles, whole, o.parts](
+        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns, **o.rows, states=states,
+        masses=masses, doutputs=doutputs, dq_rotated=dq_rotated, dq=dq, dweight=o.q if dweight is None else dweight,
+        dlog=dlog, rows=rows, **(o.numbers | o.window | o.recurrence | mixed), BV=values, GROUP=o.group, SUB=SUB,
+        KEYS=32, PRECISION=o.precision, num_warps=o.warps,
+    )
+    dcolumn_k, dcolumn_v = column_gradients(o, doutputs, rows, mixed)
+
+    dstates, dmasses, dinitial = torch.empty_like(states), torch.empty_like(masses), torch.empty_like(dfinal)
+    width = min(values, 64)
+    if problem.chunks:
+        by_key.read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
+            o.q, o.k, **o.gate, **o.rows, doutputs=doutputs, rows=rows, dstates=dstates, dmasses=dmasses,
+            **(without(o.numbers, "keys") | o.recurrence | mixed), BV=width, PRECISION=o.precision,
+            num_warps=8 if block(o.features) > 64 else 4,
+        )
+    for carried, wide, column in ((dstates, o.values, 0), (dmasses, 1, o.values)):
+        size = min(512, triton.next_power_of_2(o.features * wide))
+        by_key.carry_gradients[triton.cdiv(o.features * wide, size), whole](
+            carried, totals, dinitial, dfinal, problem.starts, problem.slots, problem.lag, o.groups, o.features,
+            wide, column, o.values + 1, CHUNK, size, EXACT=o.recurrence["EXACT"], num_warps=4,
+        )
+
+    dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
+    dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
+    state_dv = o.float32(*o.v.shape)
+    if problem.chunks:
+        size = 64
+        pieces = triton.cdiv(o.values, size) + triton.cdiv(o.features, size)
+        by_key.keys_of_states[problem.chunks, whole, pieces](
+            o.k, o.v, o.stats, **o.gate, **o.rows, dstates=dstates, dmasses=dmasses, dk=dk, dv=state_dv, **o.numbers,
+            **o.recurrence, BV=values, BLOCK=size, PRECISION=o.precision, num_warps=8 if o.widest > 64 else 4,
+        )
+    tiles = -(-(problem.past - problem.ahead) // SUB) + -(-(problem.longest + problem.ahead) // SUB)
+    shapes = without(o.window, "BM", "COLUMNS", "SINKS", "EXISTS", "NORMALIZE", "EVICTED")
+    by_key.key_gradients[tiles, whole](
+        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **without(o.rows, "slots"), doutputs=doutputs,
+        rows=rows, dk_rotated=dk_rotated, dv=dv, dk=dk, state_dv=state_dv, dlog=dlog,
+        **(o.numbers | shapes | o.recurrence | mixed), BV=values, GROUP=o.group, PARTS=o.parts, SUB=SUB,
+        PRECISION=o.precision, num_warps=o.warps,
+    )
+
+    of_key = problem.divisor is not None
+    dgate = torch.zeros_like(o.given_gate) if not of_key else None
+    dscale, dbias = (torch.zeros_like(masses) if of_key else None for _ in range(2))
+    if problem.chunks:
+        by_key.gate_gradients[problem.chunks, whole](
+            o.k, **without(o.gate, "gate"), **o.rows, states=states, masses=masses, dstates=dstates, dmasses=dmasses,
+            dlog=dlog, dk=dk, dgate=dk if dgate is None else dgate, dscale=masses if dscale is None else dscale,
+            dbias=masses if dbias is None else dbias, **without(o.numbers, "keys"),
+            **without(o.recurrence, "SOFTMAX", "EXACT"), BV=32, num_warps=8 if block(o.features) > 64 else 4,
+        )
+    if dscale is not None and dbias is not None and o.gate_bias is not None:
+        dgate, dbias = dscale.sum(0).to(o.given_gate.dtype), dbias.sum(0).to(o.gate_bias.dtype)
+    if dweight is not None and o.mix_weight is not None:
+        dweight = dweight.sum(0).to(o.mix_weight.dtype)
+    if o.initial_state is not None:
+        dinitial = dinitial.to(o.initial_state.dtype)
+    return [
+        dq_rotated, dk_rotated, dv, dq, dk.to(o.k.dtype), dgate, dbias, dweight, dcolumn_k, dcolumn_v, dinitial,
+    ]
+
+
+def column_gradients(
+    operands: Operands, doutputs: Tensor, rows: Tensor, mixed: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the exact columns, summed over segments of each row."""
+    o, problem = operands, operands.problem
+    if o.column_k is None or o.column_v is None:
+        return None, None
+    segments = -(-problem.longest // SEGMENT)
+    dk, dv = (o.float32(segments, *x.shape) for x in (o.column_k, o.column_v))
+    shapes = without(o.window, "NORMALIZE", "EVICTED")
+    by_query.column_gradients[segments, problem.rows * o.groups](
+        o.q_rotated, **o.columns, **without(o.rows, "slots"), doutputs=doutputs, rows=rows, dcolumn_k=dk,
+        dcolumn_v=dv, K=o.groups, V=o.values, BV=block(o.values), SEGMENT=SEGMENT, QUERIES=32,
+        COUNTED=problem.counts is not None, **(shapes | mixed), PRECISION=o.precision, num_warps=o.warps,
+    )
+    return dk.sum(0).to(o.column_k.dtype), dv.sum(0).to(o.column_v.dtype)
+
+
+def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in names}

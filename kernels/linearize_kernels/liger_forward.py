@@ -1,0 +1,550 @@
+"""The forward kernels of Liger attention: what each chunk writes, the states between chunks, and the outputs.
+
+A row's stream is the tokens that its recurrence is to read: with `covers: all` the row's own, with `evicted` the W keys
+in front of it (where it continues a cache) and then its own. Query t reads after token i = t - lag of the stream,
+whose place among the row's own keys is i - ahead. Chunks are cut from the stream, so the keys of a query's chunk are
+those that its window has just let go.
+
+Between kernels lie, for each row, one slot per chunk for the state that enters it and one for the last state:
+states `[slots, K, F, V]`, masses `[slots, K, F]` and the chunk's decay, totals `[slots, K, F]` as logarithms.
+"""
+
+from __future__ import annotations
+
+from linearize_kernels.liger_tiles import (
+    capped,
+    decay,
+    features,
+    halves,
+    log_gates,
+    per_row,
+    softmax_rows,
+    tl,
+    triton,
+)
+
+
+@triton.jit
+def key_statistics(k, stats, keys, F: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr):
+    """Largest channel and inverse sum of exponentials of each key `[keys, F]`, for the softmax over its channels."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.arange(0, BF)
+    inside = (row < keys)[:, None] & (f < F)[None, :]
+    x = tl.load(k + row[:, None] * F + f[None, :], mask=inside, other=-float("inf")).to(tl.float32)
+    x = tl.where((row < keys)[:, None], x, 0.0)
+    largest = tl.max(x, 1)
+    total = tl.sum(tl.exp(x - largest[:, None]), 1)
+    tl.store(stats + row, largest, mask=row < keys)
+    tl.store(stats + keys + row, 1.0 / total, mask=row < keys)
+
+
+@triton.jit
+def write_chunks(
+    k,
+    v,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    starts,
+    counts,
+    slots,
+    states,
+    masses,
+    totals,
+    keys,
+    past,
+    lag,
+    ahead,
+    least,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Σ_s exp(decay from s to the chunk's end) φ(k_s)ᵀ [v_s, 1], into the slot of the chunk; and the chunk's decay."""
+    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    stream = length - lag
+    if chunk * CHUNK >= stream:
+        return
+    first_key = start + (row + 1) * past
+    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    f = tl.arange(0, BF)[None, :]
+    u = tl.program_id(2) * BV + tl.arange(0, BV)[None, :]
+
+    writes = (i < stream) & (count + i - ahead >= least)
+    offset = (tl.where(writes, first_key + i - ahead, 0) * K + head)[:, None]
+    mask = writes[:, None] & (f < F)
+    written = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
+    log_gate = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+    # What follows a token inside the chunk is the sum over the tokens from the next one on.
+    follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
+    next_offset = (tl.where(follows, first_key + i + 1 - ahead, 0) * K + head)[:, None]
+    next_mask = follows[:, None] & (f < F)
+    next_gate = log_gates(
+        gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
+    )
+    written = written * decay(tl.cumsum(next_gate, 0, reverse=True), EXACT)
+    values = tl.load(v + offset * V + u, mask=writes[:, None] & (u < V), other=0.0).to(tl.float32)
+
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    f_column = tl.arange(0, BF)[:, None]
+    product = tl.dot(tl.trans(written), values, input_precision=PRECISION)
+    tl.store(states + (slot * F + f_column) * V + u, product, mask=(f_column < F) & (u < V))
+    if tl.program_id(2) == 0:
+        f_row = tl.arange(0, BF)
+        tl.store(masses + slot * F + f_row, tl.sum(written, 0), mask=f_row < F)
+        tl.store(totals + slot * F + f_row, tl.sum(log_gate, 0), mask=f_row < F)
+
+
+@triton.jit
+def carry_states(
+    states,
+    totals,
+    initial,
+    final,
+    starts,
+    slots,
+    lag,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FROM_STATE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What each chunk writes becomes the state that enters it, in place: S_{n+1} = exp(total_n) S_n + written_n.
+
+    Of `initial` and `final` `[R, K, F, COLUMNS]` these are the V columns from COLUMN on.
+    """
+    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    length = tl.load(starts + row + 1) - tl.load(starts + row)
+    chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < F * V
+    f = entry // V
+    edge = ((row * K + head).to(tl.int64) * F + f) * COLUMNS + COLUMN + entry % V
+    if FROM_STATE:
+        state = tl.load(initial + edge, mask=inside, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros((BLOCK,), tl.float32)
+    slot = tl.load(slots + row).to(tl.int64) * K + head
+    # Four chunks are asked for at once: nothing but the arithmetic waits for the one before.
+    for n in range(0, chunks, 4):
+        at = slot + n * K
+        one = entry < tl.where(n + 1 < chunks, F * V, 0)
+        two = entry < tl.where(n + 2 < chunks, F * V, 0)
+        three = entry < tl.where(n + 3 < chunks, F * V, 0)
+        w0 = tl.load(states + at * F * V + entry, mask=inside, other=0.0)
+        w1 = tl.load(states + (at + K) * F * V + entry, mask=one, other=0.0)
+        w2 = tl.load(states + (at + 2 * K) * F * V + entry, mask=two, other=0.0)
+        w3 = tl.load(states + (at + 3 * K) * F * V + entry, mask=three, other=0.0)
+        g0 = tl.load(totals + at * F + f, mask=inside, other=0.0)
+        g1 = tl.load(totals + (at + K) * F + f, mask=one, other=0.0)
+        g2 = tl.load(totals + (at + 2 * K) * F + f, mask=two, other=0.0)
+        g3 = tl.load(totals + (at + 3 * K) * F + f, mask=three, other=0.0)
+        tl.store(states + at * F * V + entry, state, mask=inside)
+        state = state * decay(g0, EXACT) + w0
+        tl.store(states + (at + K) * F * V + entry, state, mask=one)
+        state = state * decay(g1, EXACT) + w1
+        tl.store(states + (at + 2 * K) * F * V + entry, state, mask=two)
+        state = state * decay(g2, EXACT) + w2
+        tl.store(states + (at + 3 * K) * F * V + entry, state, mask=three)
+        state = state * decay(g3, EXACT) + w3
+    tl.store(states + (slot + chunks * K) * F * V + entry, state, mask=inside)
+    tl.store(final + edge, state, mask=inside)
+
+
+@triton.jit
+def read_window(
+    q,
+    k_rotated,
+    v,
+    column_k,
+    column_v,
+    column_exists,
+    t,
+    count,
+    row,
+    head,
+    first_key,
+    low,
+    high,
+    u,
+    window,
+    scale,
+    softcap,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BM: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXISTS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax of query rows `q` `[X, BD]`, at places `t` `[X]` of their row, over columns and the keys low .. high.
+
+    Returns the outputs `[X, BV]` of value channels `u`, and the log of the denominator `[X]`.
+    """
+    d = tl.arange(0, BD)
+    most = tl.full(t.shape, -1.0e30, tl.float32)
+    total = tl.zeros(t.shape, tl.float32)
+    outputs = tl.zeros((q.shape[0], BV), tl.float32)
+    if COLUMNS > 0:
+        m = tl.arange(0, BM)
+        column = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
+        exact_k = tl.load(column_k + column * D + d[None, :], mask=(m < COLUMNS)[:, None] & (d < D)[None, :], other=0.0)
+        exact_v = tl.load(column_v + column * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
+        exact = tl.dot(q.to(OPERAND), tl.trans(exact_k.to(OPERAND)), input_precision=PRECISION) * scale
+        exact = capped(exact, softcap, CAPPED)
+        visible = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
+        if EXISTS:
+            others = tl.load(
+                column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0
+            )
+            visible = visible | (others != 0)[None, :]
+        else:
+            visible = visible | ((m >= SINKS) & (m < COLUMNS))[None, :]
+        exact = tl.where(visible, exact, -float("inf"))
+        most = tl.maximum(most, tl.max(exact, 1))
+        chances = tl.exp(exact - most[:, None])
+        total = tl.sum(chances, 1)
+        outputs = tl.dot(chances.to(OPERAND), exact_v.to(OPERAND), input_precision=PRECISION)
+    for block in range(low, high, KEYS):
+        s = block + tl.arange(0, KEYS)
+        there = s < high
+        at = (tl.where(there, first_key + s, 0) * K + head)[:, None]
+        keys = tl.load(k_rotated + at * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+        values = tl.load(v + at * V + u[None, :], mask=there[:, None] & (u < V)[None, :], other=0.0)
+        scores = tl.dot(q.to(OPERAND), tl.trans(keys.to(OPERAND)), input_precision=PRECISION) * scale
+        scores = capped(scores, softcap, CAPPED)
+        seen = there[None, :] & (s[None, :] <= t[:, None]) & (s[None, :] > t[:, None] - window)
+        scores = tl.where(seen, scores, -float("inf"))
+        before = most
+        most = tl.maximum(most, tl.max(scores, 1))
+        shrink = tl.exp(before - most)
+        weights = tl.exp(scores - most[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        outputs = outputs * shrink[:, None]
+        outputs += tl.dot(weights.to(OPERAND), values.to(OPERAND), input_precision=PRECISION)
+    total = tl.where(total > 0.0, total, 1.0)
+    return outputs / total[:, None], most + tl.log(total)
+
+
+@triton.jit
+def read_recurrence(
+    reads,
+    k,
+    v,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    states,
+    masses,
+    slot,
+    i,
+    stream,
+    number,
+    least,
+    first_key,
+    ahead,
+    head,
+    u,
+    keys,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What the query features `reads` `[GROUP * SUB, BF]` of one sub-chunk, which starts at token `i` of the stream, read
+    after their own tokens: outputs `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`.
+
+    `number` is that of token 0 of the stream; `slot` is the row of the chunk in arrays `[slots * K, ...]`.
+    """
+    f = tl.arange(0, BF)[None, :]
+    token = tl.arange(0, SUB)
+    turn = tl.arange(0, GROUP * SUB) % SUB  # of a row's query within the sub-chunk
+    # The sub-chunk's own keys, the last first: the reads wait at their own token, then fade once per token.
+    fading = tl.zeros((GROUP * SUB, BF), tl.float32)
+    scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
+    gates = tl.zeros((1, BF), tl.float32)
+    for back in range(SUB):
+        s = SUB - 1 - back
+        place = i + s
+        writes = (place < stream) & (number + place >= least)
+        offset = tl.where(writes, first_key + place - ahead, 0) * K + head
+        mask = f < tl.where(writes, F, 0)
+        key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
+        fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
+        score = tl.sum(fading * key, 1)
+        scores = tl.where((token == s)[None, :], score[:, None], scores)
+        gates = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+
+    place = i + token
+    writes = (place < stream) & (number + place >= least)
+    offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
+    mask = writes[:, None] & (f < F)
+    values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0).to(tl.float32)
+    outputs = tl.dot(scores, values, input_precision=PRECISION)
+    mass = tl.sum(scores, 1)
+
+    # Earlier sub-chunks, the nearest first: reads decay back to the border behind it, keys forward to it.
+    own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+    fading = reads * decay(per_row(tl.cumsum(own, 0), GROUP, SUB, BF), EXACT)
+    before = (i % CHUNK) // SUB
+    for back in range(before):
+        place = i - (back + 1) * SUB + token
+        writes = number + place >= least
+        offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
+        mask = writes[:, None] & (f < F)
+        next_writes = (token < SUB - 1) & (number + place + 1 >= least)
+        next_offset = (tl.where(next_writes, first_key + place + 1 - ahead, 0) * K + head)[:, None]
+        next_mask = next_writes[:, None] & (f < F)
+        key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
+        follow = log_gates(
+            gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
+        )
+        own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+        key = key * decay(tl.cumsum(follow, 0, reverse=True), EXACT)
+        values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0).to(tl.float32)
+        scores = tl.dot(fading, tl.trans(key), input_precision=PRECISION)
+        outputs += tl.dot(scores, values, input_precision=PRECISION)
+        mass += tl.sum(scores, 1)
+        fading = fading * decay(tl.sum(own, 0)[None, :], EXACT)
+
+    f_column = tl.arange(0, BF)[:, None]
+    inside = (u < V)[None, :]
+    if BF * BV > 128 * 128:
+        # The state in two halves of its rows: whole it would not fit into shared memory.
+        upper, lower = halves(fading)
+        f_column = tl.arange(0, BF // 2)[:, None]
+        at = states + (slot * F + f_column) * V + u[None, :]
+        outputs += tl.dot(upper, tl.load(at, mask=(f_column < F) & inside, other=0.0), input_precision=PRECISION)
+        state = tl.load(at + BF // 2 * V, mask=(f_column + BF // 2 < F) & inside, other=0.0)
+        outputs += tl.dot(lower, state, input_precision=PRECISION)
+    else:
+        state = tl.load(states + (slot * F + f_column) * V + u[None, :], mask=(f_column < F) & inside, other=0.0)
+        outputs += tl.dot(fading, state, input_precision=PRECISION)
+    mass += tl.sum(fading * tl.load(masses + slot * F + f, mask=f < F, other=0.0), 1)
+    return outputs, mass
+
+
+@triton.jit
+def shares(mass, normaliser, weight, live, MIX: tl.constexpr, NORMALIZE: tl.constexpr):
+    """For each query row: how much of the recurrence goes into the output (before a learned weight), and what its
+    reading is divided by."""
+    if NORMALIZE or MIX == "softmax":
+        held = live & (mass > 0.0)
+        divisor = tl.where(held, tl.maximum(mass, 1.1754943508222875e-38), 1.0)
+    else:
+        held = live
+        divisor = mass * 0.0 + 1.0
+    share = tl.where(held, 1.0, 0.0)
+    if MIX == "fixed":
+        share = share * 0.5
+    if MIX == "softmax":
+        ratio = tl.exp(tl.minimum(tl.log(divisor) - normaliser, 60.0))
+        share = share * weight * ratio / (1.0 + tl.abs(weight) * ratio)
+    return share, divisor
+
+
+@triton.jit
+def write_outputs(
+    q_rotated,
+    k_rotated,
+    v,
+    q,
+    k,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    column_k,
+    column_v,
+    column_exists,
+    mix_weight,
+    starts,
+    counts,
+    slots,
+    states,
+    masses,
+    outputs,
+    keys,
+    window,
+    past,
+    lag,
+    ahead,
+    least,
+    scale,
+    softcap,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    BM: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXISTS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MIX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EVICTED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Window, recurrence and mix of the query heads that share a key/value head, for one sub-chunk of tokens."""
+    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    # Tiles are aligned with the stream; the first of them are of queries that have nothing to read there yet.
+    i = (tl.program_id(0).to(tl.int64) - (lag + SUB - 1) // SUB) * SUB
+    if i + lag >= length:
+        return
+    first_key = start + (row + 1) * past
+    x = tl.arange(0, GROUP * SUB)
+    t = i + lag + x % SUB
+    # The heads of a group may be too many for one tile, and so may the channels of a value.
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    member = tl.program_id(2) // blocks * GROUP + x // SUB
+    real = (t >= 0) & (t < length) & (member < H // K)
+    query = tl.where(real, (start + t) * H + head * (H // K) + member, 0)[:, None]
+    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.program_id(2) % blocks * BV + tl.arange(0, BV)
+
+    low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
+    high = tl.minimum(i + lag + SUB, length)
+    rotated = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
+    y, normaliser = read_window(
+        rotated,
+        k_rotated,
+        v,
+        column_k,
+        column_v,
+        column_exists,
+        t,
+        count,
+        row,
+        head,
+        first_key,
+        low,
+        high,
+        u,
+        window,
+        scale,
+        softcap,
+        K,
+        D,
+        V,
+        BD,
+        BV,
+        BM,
+        KEYS,
+        COLUMNS,
+        SINKS,
+        EXISTS,
+        CAPPED,
+        OPERAND,
+        PRECISION,
+    )
+    if i >= 0:
+        reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
+        if SOFTMAX:
+            reads = softmax_rows(reads, f < F)
+        slot = (tl.load(slots + row).to(tl.int64) + i // CHUNK) * K + head
+        read, mass = read_recurrence(
+            reads,
+            k,
+            v,
+            stats,
+            gate,
+            gate_scale,
+            gate_bias,
+            divisor,
+            states,
+            masses,
+            slot,
+            i,
+            length - lag,
+            count - ahead,
+            least,
+            first_key,
+            ahead,
+            head,
+            u,
+            keys,
+            K,
+            F,
+            V,
+            BF,
+            BV,
+            GROUP,
+            CHUNK,
+            SUB,
+            SOFTMAX,
+            FROM_KEY,
+            PER_CHANNEL,
+            PRECISION,
+            EXACT,
+        )
+        live = real
+        if EVICTED:
+            live = real & (count + t - window >= least)
+        weight = mass * 0.0
+        if MIX == "softmax":
+            weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
+        share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
+        share = share[:, None]
+        if MIX == "learned":
+            channel = (head * (H // K) + member)[:, None] * V + u[None, :]
+            learned = tl.load(mix_weight + channel, mask=real[:, None] & (u < V)[None, :], other=0.0)
+            share = share * learned.to(tl.float32)
+        y = y + share * (read / divides[:, None] - y)
+    tl.store(
+        outputs + query * V + u[None, :], y.to(outputs.dtype.element_ty), mask=real[:, None] & (u < V)[None, :]
+    )

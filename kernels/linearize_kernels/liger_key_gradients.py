@@ -1,0 +1,540 @@
+"""The backward kernels of Liger attention that go by chunks and by keys; see `liger_query_gradients` for the letters.
+
+The gradient of the state that leaves a chunk lies in the chunk's slot, `[slots, K, F, V]` and `[slots, K, F]` of the
+mass, as the states that enter do.
+"""
+
+from __future__ import annotations
+
+from linearize_kernels.liger_query_gradients import attention_gradients
+from linearize_kernels.liger_tiles import decay, features, log_gates, per_row, softmax_rows, tl, triton
+
+
+@triton.jit
+def read_chunks(
+    q,
+    k,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    mix_weight,
+    starts,
+    counts,
+    slots,
+    doutputs,
+    rows,
+    dstates,
+    dmasses,
+    entries,
+    past,
+    lag,
+    ahead,
+    least,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MIX: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The gradient that a chunk's queries have for the state that enters it, into the chunk's slot."""
+    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    stream = length - lag
+    if chunk * CHUNK >= stream:
+        return
+    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    f = tl.arange(0, BF)[None, :]
+    u = tl.program_id(2) * BV + tl.arange(0, BV)[None, :]
+    writes = (i < stream) & (count + i - ahead >= least)
+    offset = (tl.where(writes, start + (row + 1) * past + i - ahead, 0) * K + head)[:, None]
+    mask = writes[:, None] & (f < F)
+    log_gate = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+    fade = decay(tl.cumsum(log_gate, 0), EXACT)
+    dstate, dmass = tl.zeros((BF, BV), tl.float32), tl.zeros((BF,), tl.float32)
+    real = (i < stream)[:, None]
+    for member in range(H // K):
+        of_head = head * (H // K) + member
+        entry = tl.where(i < stream, (start + i + lag) * H + of_head, 0)
+        reads = tl.load(q + entry[:, None] * F + f, mask=real & (f < F), other=0.0).to(tl.float32)
+        if SOFTMAX:
+            reads = softmax_rows(reads, f < F)
+        reads = tl.where(real, reads * fade, 0.0)
+        dread = tl.load(doutputs + entry[:, None] * V + u, mask=real & (u < V), other=0.0).to(tl.float32)
+        dread = dread * tl.load(rows + 3 * entries + entry)[:, None]
+        if MIX == "learned":
+            dread = dread * tl.load(mix_weight + of_head * V + u, mask=u < V, other=0.0).to(tl.float32)
+        dstate += tl.dot(tl.trans(reads), dread, input_precision=PRECISION)
+        dmass += tl.sum(reads * tl.load(rows + 4 * entries + entry)[:, None], 0)
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    f_column = tl.arange(0, BF)[:, None]
+    tl.store(dstates + (slot * F + f_column) * V + u, dstate, mask=(f_column < F) & (u < V))
+    if tl.program_id(2) == 0:
+        f_row = tl.arange(0, BF)
+        tl.store(dmasses + slot * F + f_row, dmass, mask=f_row < F)
+
+
+@triton.jit
+def carry_gradients(
+    dstates,
+    totals,
+    dinitial,
+    dfinal,
+    starts,
+    slots,
+    lag,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What each chunk reads becomes the gradient of the state that leaves it, in place; the reverse of `carry_states`."""
+    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    length = tl.load(starts + row + 1) - tl.load(starts + row)
+    chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < F * V
+    f = entry // V
+    edge = ((row * K + head).to(tl.int64) * F + f) * COLUMNS + COLUMN + entry % V
+    gradient = tl.load(dfinal + edge, mask=inside, other=0.0).to(tl.float32)
+    last = (tl.load(slots + row).to(tl.int64) + chunks - 1) * K + head
+    for n in range(0, chunks, 4):
+        at = last - n * K
+        one = entry < tl.where(n + 1 < chunks, F * V, 0)
+        two = entry < tl.where(n + 2 < chunks, F * V, 0)
+        three = entry < tl.where(n + 3 < chunks, F * V, 0)
+        r0 = tl.load(dstates + at * F * V + entry, mask=inside, other=0.0)
+        r1 = tl.load(dstates + (at - K) * F * V + entry, mask=one, other=0.0)
+        r2 = tl.load(dstates + (at - 2 * K) * F * V + entry, mask=two, other=0.0)
+        r3 = tl.load(dstates + (at - 3 * K) * F * V + entry, mask=three, other=0.0)
+        g0 = tl.load(totals + at * F + f, mask=inside, other=0.0)
+        g1 = tl.load(totals + (at - K) * F + f, mask=one, other=0.0)
+        g2 = tl.load(totals + (at - 2 * K) * F + f, mask=two, other=0.0)
+        g3 = tl.load(totals + (at - 3 * K) * F + f, mask=three, other=0.0)
+        tl.store(dstates + at * F * V + entry, gradient, mask=inside)
+        gradient = gradient * decay(g0, EXACT) + r0
+        tl.store(dstates + (at - K) * F * V + entry, gradient, mask=one)
+        gradient = gradient * decay(g1, EXACT) + r1
+        tl.store(dstates + (at - 2 * K) * F * V + entry, gradient, mask=two)
+        gradient = gradient * decay(g2, EXACT) + r2
+        tl.store(dstates + (at - 3 * K) * F * V + entry, gradient, mask=three)
+        gradient = gradient * decay(g3, EXACT) + r3
+    tl.store(dinitial + edge, gradient, mask=inside)
+
+
+@triton.jit
+def keys_of_states(
+    k,
+    v,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    starts,
+    counts,
+    slots,
+    dstates,
+    dmasses,
+    dk,
+    dv,
+    keys,
+    past,
+    lag,
+    ahead,
+    least,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32: some programs
+    take channels of the values, the others channels of the keys."""
+    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    stream = length - lag
+    if chunk * CHUNK >= stream:
+        return
+    first_key = start + (row + 1) * past - ahead
+    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    writes = (i < stream) & (count + i - ahead >= least)
+    offset = (tl.where(writes, first_key + i, 0) * K + head)[:, None]
+    follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
+    next_offset = (tl.where(follows, first_key + i + 1, 0) * K + head)[:, None]
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    part = tl.program_id(2)
+    if part < blocks:
+        f = tl.arange(0, BF)[None, :]
+        u = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+        key = features(k, stats, offset, f, writes[:, None] & (f < F), keys * K, F, SOFTMAX)
+        follow = log_gates(
+            gate,
+            k,
+            gate_scale,
+            gate_bias,
+            divisor,
+            next_offset,
+            head,
+            f,
+            follows[:, None] & (f < F),
+            F,
+            FROM_KEY,
+            PER_CHANNEL,
+        )
+        key = key * decay(tl.cumsum(follow, 0, reverse=True), EXACT)
+        f_column = tl.arange(0, BF)[:, None]
+        dstate = tl.load(dstates + (slot * F + f_column) * V + u, mask=(f_column < F) & (u < V), other=0.0)
+        dvalues = tl.dot(key, dstate, input_precision=PRECISION)
+        tl.store(dv + offset * V + u, dvalues, mask=writes[:, None] & (u < V))
+    else:
+        g = (part - blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        w = tl.arange(0, BV)
+        values = tl.load(v + offset * V + w[None, :], mask=writes[:, None] & (w < V)[None, :], other=0.0)
+        later = log_gates(
+            gate,
+            k,
+            gate_scale,
+            gate_bias,
+            divisor,
+            next_offset,
+            head,
+            g,
+            follows[:, None] & (g < F),
+            F,
+            FROM_KEY,
+            PER_CHANNEL,
+        )
+        turned = tl.load(dstates + (slot * F + g) * V + w[:, None], mask=(g < F) & (w < V)[:, None], other=0.0)
+        dkey = tl.dot(values.to(tl.float32), turned, input_precision=PRECISION)
+        dkey += tl.load(dmasses + slot * F + g, mask=g < F, other=0.0)
+        dkey = dkey * decay(tl.cumsum(later, 0, reverse=True), EXACT)
+        tl.store(dk + offset * F + g, dkey, mask=writes[:, None] & (g < F))
+
+
+@triton.jit
+def load_dread(
+    doutputs,
+    mix_weight,
+    rows,
+    entry,
+    member,
+    u,
+    real,
+    entries,
+    of_head,
+    V: tl.constexpr,
+    MIX: tl.constexpr,
+):
+    """For query rows: the gradient of the window's outputs and that of what the recurrence reads, `[X, BV]`."""
+    there = real[:, None] & (u < V)
+    dout = tl.load(doutputs + entry[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
+    through = dout
+    if MIX == "learned":
+        through = dout * tl.load(mix_weight + of_head[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
+    share = tl.load(rows + 2 * entries + entry, mask=real, other=0.0)
+    pull = tl.load(rows + 3 * entries + entry, mask=real, other=0.0)
+    return dout - share[:, None] * through, pull[:, None] * through
+
+
+@triton.jit
+def key_gradients(
+    q_rotated,
+    k_rotated,
+    v,
+    q,
+    k,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    mix_weight,
+    starts,
+    counts,
+    doutputs,
+    rows,
+    dk_rotated,
+    dv,
+    dk,
+    state_dv,
+    dlog,
+    entries,
+    keys,
+    window,
+    past,
+    lag,
+    ahead,
+    least,
+    scale,
+    softcap,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MIX: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Gradients of the keys and values of one sub-chunk. `dk` and `state_dv` have what came from states, and `dk`, float32,
+    becomes the gradient of the recurrence's keys; the first part of `dlog` becomes that of the running decay."""
+    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    # Aligned with the stream, which keys in front of the row need not be part of.
+    i = (tl.program_id(0).to(tl.int64) - (past - ahead + SUB - 1) // SUB) * SUB
+    if i - ahead >= length:
+        return
+    first_key = start + (row + 1) * past
+    token = tl.arange(0, SUB)
+    x = tl.arange(0, GROUP * SUB)
+    turn = x % SUB
+    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.arange(0, BV)[None, :]
+    place = i - ahead + token
+    there = (place >= -past) & (place < length)
+    exists = there & (count + place >= 0)
+    at = (tl.where(there, first_key + place, 0) * K + head)[:, None]
+    rotated_k = tl.load(k_rotated + at * D + d, mask=exists[:, None] & (d < D), other=0.0)
+    values = tl.load(v + at * V + u, mask=exists[:, None] & (u < V), other=0.0)
+    drotated = tl.zeros((SUB, BD), tl.float32)
+    dvalues = tl.zeros((SUB, BV), tl.float32)
+
+    # From the windows that the keys are in.
+    low, high = tl.maximum(i - ahead, 0), tl.minimum(i - ahead + SUB - 1 + window, length)
+    for block in range(low, high, SUB):
+        t = block + turn
+        for part in range(PARTS):
+            member = part * GROUP + x // SUB
+            real = (t < high) & (member < H // K)
+            of_head = head * (H // K) + member
+            entry = tl.where(real, (start + t) * H + of_head, 0)
+            rotated = tl.load(q_rotated + entry[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0)
+            dy, _ = load_dread(doutputs, mix_weight, rows, entry, member, u, real, entries, of_head, V, MIX)
+            seen = real[:, None] & exists[None, :]
+            seen = seen & (place[None, :] <= t[:, None]) & (place[None, :] > t[:, None] - window)
+            weights, dscores = attention_gradients(
+                rotated,
+                rotated_k,
+                values,
+                dy,
+                tl.load(rows + entry),
+                tl.load(rows + entries + entry),
+                seen,
+                scale,
+                softcap,
+                CAPPED,
+                OPERAND,
+                PRECISION,
+            )
+            drotated += tl.dot(tl.trans(dscores.to(OPERAND)), rotated.to(OPERAND), input_precision=PRECISION)
+            dvalues += tl.dot(tl.trans(weights.to(OPERAND)), dy.to(OPERAND), input_precision=PRECISION)
+    tl.store(dk_rotated + at * D + d, drotated.to(dk_rotated.dtype.element_ty), mask=there[:, None] & (d < D))
+
+    stream = length - lag
+    number = count - ahead
+    if (i >= 0) & (i < stream):
+        writes = (i + token < stream) & (number + i + token >= least)
+        offset = (tl.where(writes, first_key + i + token - ahead, 0) * K + head)[:, None]
+        mask = writes[:, None] & (f < F)
+        written = tl.where(writes[:, None], values.to(tl.float32), 0.0)
+        key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
+        dkey = tl.load(dk + offset * F + f, mask=mask, other=0.0)
+        dvalues += tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
+        itself = tl.zeros((SUB, BF), tl.float32)
+
+        # From the queries of the own sub-chunk, as in `read_recurrence`.
+        for part in range(PARTS):
+            t = i + lag + turn
+            member = part * GROUP + x // SUB
+            real = (t < length) & (member < H // K)
+            of_head = head * (H // K) + member
+            entry = tl.where(real, (start + t) * H + of_head, 0)
+            reads = tl.load(q + entry[:, None] * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
+            if SOFTMAX:
+                reads = softmax_rows(reads, f < F)
+            reads = tl.where(real[:, None], reads, 0.0)
+            _, dread = load_dread(doutputs, mix_weight, rows, entry, member, u, real, entries, of_head, V, MIX)
+            dm = tl.load(rows + 4 * entries + entry, mask=real, other=0.0)
+            pairs = tl.dot(dread, tl.trans(written), input_precision=PRECISION) + dm[:, None]
+            fading = tl.zeros((GROUP * SUB, BF), tl.float32)
+            scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
+            gates = tl.zeros((1, BF), tl.float32)
+            for back in range(SUB):
+                s = SUB - 1 - back
+                writes_s = (i + s < stream) & (number + i + s >= least)
+                offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
+                mask_s = f < tl.where(writes_s, F, 0)
+                key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
+                fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
+                scores = tl.where((token == s)[None, :], tl.sum(fading * key_s, 1)[:, None], scores)
+                pair = tl.sum(tl.where((token == s)[None, :] & (turn > s)[:, None], pairs, 0.0), 1)
+                of_key = tl.sum(fading * pair[:, None], 0)
+                dkey += tl.where((token == s)[:, None], of_key[None, :], 0.0)
+                gates = log_gates(
+                    gate, k, gate_scale, gate_bias, divisor, offset_s, head, f, mask_s, F, FROM_KEY, PER_CHANNEL
+                )
+            dvalues += tl.dot(tl.trans(scores), dread, input_precision=PRECISION)
+            own_pair = tl.sum(tl.where(token[None, :] == turn[:, None], pairs, 0.0), 1)
+            itself += tl.sum(tl.reshape(reads * own_pair[:, None], (GROUP, SUB, BF)), 0)
+
+        # From the later sub-chunks of the chunk, the nearest first: the keys decay to where each of them starts.
+        follows = (i + token + 1 < stream) & (token < SUB - 1) & (number + i + token + 1 >= least)
+        next_offset = (tl.where(follows, first_key + i + token + 1 - ahead, 0) * K + head)[:, None]
+        next_mask = follows[:, None] & (f < F)
+        follow = log_gates(
+            gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
+        )
+        fade = decay(tl.cumsum(follow, 0, reverse=True), EXACT)
+        end = tl.minimum((i // CHUNK + 1) * CHUNK, stream)
+        for later in range(i + SUB, end, SUB):
+            writes_l = (later + token < stream) & (number + later + token >= least)
+            offset_l = (tl.where(writes_l, first_key + later + token - ahead, 0) * K + head)[:, None]
+            mask_l = writes_l[:, None] & (f < F)
+            own = log_gates(
+                gate, k, gate_scale, gate_bias, divisor, offset_l, head, f, mask_l, F, FROM_KEY, PER_CHANNEL
+            )
+            reach = decay(per_row(tl.cumsum(own, 0), GROUP, SUB, BF), EXACT)
+            for part in range(PARTS):
+                member_l = part * GROUP + x // SUB
+                real_l = (later + turn < stream) & (member_l < H // K)
+                of_head_l = head * (H // K) + member_l
+                entry_l = tl.where(real_l, (start + later + lag + turn) * H + of_head_l, 0)
+                reads_l = tl.load(q + entry_l[:, None] * F + f, mask=real_l[:, None] & (f < F), other=0.0)
+                reads_l = reads_l.to(tl.float32)
+                if SOFTMAX:
+                    reads_l = softmax_rows(reads_l, f < F)
+                reads_l = tl.where(real_l[:, None], reads_l * reach, 0.0)
+                _, dread_l = load_dread(
+                    doutputs, mix_weight, rows, entry_l, member_l, u, real_l, entries, of_head_l, V, MIX
+                )
+                dm_l = tl.load(rows + 4 * entries + entry_l, mask=real_l, other=0.0)
+                scores_l = tl.dot(reads_l, tl.trans(key * fade), input_precision=PRECISION)
+                dvalues += tl.dot(tl.trans(scores_l), dread_l, input_precision=PRECISION)
+                pairs_l = tl.dot(dread_l, tl.trans(written), input_precision=PRECISION) + dm_l[:, None]
+                dkey += fade * tl.dot(tl.trans(pairs_l), reads_l, input_precision=PRECISION)
+            fade = fade * decay(tl.sum(own, 0)[None, :], EXACT)
+
+        of_decay = tl.load(dlog + offset * F + f, mask=mask, other=0.0)
+        for part in range(1, PARTS):
+            of_decay += tl.load(dlog + (part * keys * K + offset) * F + f, mask=mask, other=0.0)
+        tl.store(dlog + offset * F + f, of_decay - key * dkey, mask=mask)
+        dkey += itself
+        if SOFTMAX:
+            dkey = key * (dkey - tl.sum(key * dkey, 1)[:, None])
+        tl.store(dk + offset * F + f, dkey, mask=mask)
+    tl.store(dv + at * V + u, dvalues.to(dv.dtype.element_ty), mask=there[:, None] & (u < V))
+
+
+@triton.jit
+def gate_gradients(
+    k,
+    gate_scale,
+    gate_bias,
+    divisor,
+    starts,
+    counts,
+    slots,
+    states,
+    masses,
+    dstates,
+    dmasses,
+    dlog,
+    dk,
+    dgate,
+    dscale,
+    dbias,
+    past,
+    lag,
+    ahead,
+    least,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """From gradients of running decays to those of log-gates, `dgate`, or of what builds them: `dk`, which is added to,
+    and each chunk's part of `dscale` and `dbias`, `[slots, K, F]`."""
+    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    stream = length - lag
+    if chunk * CHUNK >= stream:
+        return
+    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    f = tl.arange(0, BF)[None, :]
+    writes = (i < stream) & (count + i - ahead >= least)
+    offset = (tl.where(writes, start + (row + 1) * past + i - ahead, 0) * K + head)[:, None]
+    mask = writes[:, None] & (f < F)
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    # All that leaves a chunk has decayed by the gates of its end.
+    f_row = tl.arange(0, BF)
+    mass = tl.load(masses + (slot + K) * F + f_row, mask=f_row < F, other=0.0)
+    leaves = mass * tl.load(dmasses + slot * F + f_row, mask=f_row < F, other=0.0)
+    for block in range(0, V, BV):
+        u = block + tl.arange(0, BV)[None, :]
+        inside = (f_row < F)[:, None] & (u < V)
+        state = tl.load(states + ((slot + K) * F + f_row[:, None]) * V + u, mask=inside, other=0.0)
+        leaves += tl.sum(state * tl.load(dstates + (slot * F + f_row[:, None]) * V + u, mask=inside, other=0.0), 1)
+    of_decay = tl.load(dlog + offset * F + f, mask=mask, other=0.0)
+    gradient = tl.where(mask, tl.cumsum(of_decay, 0, reverse=True) + leaves[None, :], 0.0)
+    if FROM_KEY:
+        raw = tl.load(k + offset * F + f, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(gate_scale + head * F + f, mask=f < F, other=0.0).to(tl.float32)
+        bias = tl.load(gate_bias + head * F + f, mask=f < F, other=0.0).to(tl.float32)
+        gradient = gradient / (1.0 + tl.exp(scale * raw + bias)) / divisor
+        before = tl.load(dk + offset * F + f, mask=mask, other=0.0)
+        tl.store(dk + offset * F + f, before + gradient * scale, mask=mask)
+        tl.store(dscale + slot * F + f_row, tl.sum(gradient * raw, 0), mask=f_row < F)
+        tl.store(dbias + slot * F + f_row, tl.sum(gradient, 0), mask=f_row < F)
+    elif PER_CHANNEL:
+        tl.store(dgate + offset * F + f, gradient.to(dgate.dtype.element_ty), mask=mask)
+    else:
+        total = tl.sum(gradient, 1)[:, None]
+        tl.store(dgate + offset, total.to(dgate.dtype.element_ty), mask=writes[:, None])

@@ -1,0 +1,463 @@
+"""The backward kernels of Liger attention that go by queries.
+
+With A_ts = φ(q_t)·(decay from s to t ⊙ φ(k_s)) and the outputs y + w (o / m - y), each query row gets
+
+    delta    Σ_v dy_v y_v less the gradient of the log of the window's denominator, as in flash attention
+    share    what of the recurrence went into the output, before a learned weight
+    pull     share / m: the gradient of o is pull * dout (times a learned weight)
+    dm       the gradient of its mass m
+
+which the kernels that go by keys read. A gradient for the running decay is kept as φ(q_t) dφ(q_t) from pairs s < t,
+less φ(k_s) dφ(k_s) from the same pairs: a token's own pair has no decay, and would only cancel.
+"""
+
+from __future__ import annotations
+
+from linearize_kernels.liger_forward import read_recurrence, read_window, shares
+from linearize_kernels.liger_tiles import (
+    capped,
+    decay,
+    features,
+    halves,
+    log_gates,
+    per_row,
+    softmax_rows,
+    tl,
+    triton,
+)
+
+
+@triton.jit
+def attention_gradients(
+    q,
+    keys,
+    values,
+    dy,
+    normaliser,
+    delta,
+    seen,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The weights of query rows over a tile of keys, and the gradient of the products of queries and keys."""
+    scores = tl.dot(q.to(OPERAND), tl.trans(keys.to(OPERAND)), input_precision=PRECISION) * scale
+    scores = capped(scores, softcap, CAPPED)
+    weights = tl.where(seen, tl.exp(scores - normaliser[:, None]), 0.0)
+    pulls = tl.dot(dy.to(OPERAND), tl.trans(values.to(OPERAND)), input_precision=PRECISION)
+    gradients = weights * (pulls - delta[:, None]) * scale
+    if CAPPED:
+        slope = scores / softcap
+        gradients = gradients * (1.0 - slope * slope)
+    return weights, gradients
+
+
+@triton.jit
+def columns_seen(
+    column_exists,
+    t,
+    count,
+    row,
+    window,
+    BM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXISTS: tl.constexpr,
+):
+    """`[X, BM]`: which columns the queries at places `t` of their row see."""
+    m = tl.arange(0, BM)
+    seen = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
+    if EXISTS:
+        others = tl.load(column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0)
+        seen = seen | (others != 0)[None, :]
+    else:
+        seen = seen | ((m >= SINKS) & (m < COLUMNS))[None, :]
+    return seen
+
+
+@triton.jit
+def query_gradients(
+    q_rotated,
+    k_rotated,
+    v,
+    q,
+    k,
+    stats,
+    gate,
+    gate_scale,
+    gate_bias,
+    divisor,
+    column_k,
+    column_v,
+    column_exists,
+    mix_weight,
+    starts,
+    counts,
+    slots,
+    states,
+    masses,
+    doutputs,
+    dq_rotated,
+    dq,
+    dweight,
+    dlog,
+    rows,
+    entries,
+    keys,
+    window,
+    past,
+    lag,
+    ahead,
+    least,
+    scale,
+    softcap,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    BM: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXISTS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MIX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EVICTED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Gradients of queries and, per tile, of mix weights; `rows` `[5, N, H]` gets normaliser, delta, share, pull, dm.
+
+    `dlog` is `[parts, P, K, F]` and `dweight` `[tiles, H, V or 1]`; `entries` is N * H.
+    """
+    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    i = (tl.program_id(0).to(tl.int64) - (lag + SUB - 1) // SUB) * SUB
+    if i + lag >= length:
+        return
+    first_key = start + (row + 1) * past
+    x = tl.arange(0, GROUP * SUB)
+    t = i + lag + x % SUB
+    turn, token = x % SUB, tl.arange(0, SUB)
+    part = tl.program_id(2)
+    member = part * GROUP + x // SUB
+    real = (t >= 0) & (t < length) & (member < H // K)
+    entry = tl.where(real, (start + t) * H + head * (H // K) + member, 0)
+    query = entry[:, None]
+    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.arange(0, BV)
+    low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
+    high = tl.minimum(i + lag + SUB, length)
+    rotated = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
+    there = real[:, None] & (u < V)[None, :]
+    dout = tl.load(doutputs + query * V + u[None, :], mask=there, other=0.0).to(tl.float32)
+    reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
+    if SOFTMAX:
+        reads = softmax_rows(reads, f < F)
+    slot = (tl.load(slots + row).to(tl.int64) + tl.maximum(i, 0) // CHUNK) * K + head
+
+    # Once more forwards.
+    y, normaliser = read_window(
+        rotated,
+        k_rotated,
+        v,
+        column_k,
+        column_v,
+        column_exists,
+        t,
+        count,
+        row,
+        head,
+        first_key,
+        low,
+        high,
+        u,
+        window,
+        scale,
+        softcap,
+        K,
+        D,
+        V,
+        BD,
+        BV,
+        BM,
+        KEYS,
+        COLUMNS,
+        SINKS,
+        EXISTS,
+        CAPPED,
+        OPERAND,
+        PRECISION,
+    )
+    read = tl.zeros((GROUP * SUB, BV), tl.float32)
+    mass = tl.zeros((GROUP * SUB,), tl.float32)
+    live = real & (i >= 0)
+    if i >= 0:
+        read, mass = read_recurrence(
+            reads,
+            k,
+            v,
+            stats,
+            gate,
+            gate_scale,
+            gate_bias,
+            divisor,
+            states,
+            masses,
+            slot,
+            i,
+            length - lag,
+            count - ahead,
+            least,
+            first_key,
+            ahead,
+            head,
+            u,
+            keys,
+            K,
+            F,
+            V,
+            BF,
+            BV,
+            GROUP,
+            CHUNK,
+            SUB,
+            SOFTMAX,
+            FROM_KEY,
+            PER_CHANNEL,
+            PRECISION,
+            EXACT,
+        )
+    if EVICTED:
+        live = live & (count + t - window >= least)
+
+    # Through the mix.
+    weight = mass * 0.0
+    if MIX == "softmax":
+        weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
+    share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
+    pull = share / divides
+    through = dout
+    if MIX == "learned":
+        channel = (head * (H // K) + member)[:, None] * V + u[None, :]
+        through = dout * tl.load(mix_weight + channel, mask=there, other=0.0).to(tl.float32)
+    of_y, of_read = tl.sum(through * y, 1), tl.sum(through * read, 1)
+    delta = tl.sum(dout * y, 1) - share * of_y
+    dm = mass * 0.0
+    # Tiles of all rows one after the other, with room for those that a row's end leaves half empty.
+    tile = (start // SUB + 3 * row + tl.program_id(0)) * H + head * (H // K) + part * GROUP
+    if NORMALIZE or MIX == "softmax":
+        dm = -pull * of_read / divides
+    if MIX == "learned":
+        of_weight = tl.where((share > 0.0)[:, None], dout * (read / divides[:, None] - y), 0.0)
+        of_weight = tl.sum(tl.reshape(of_weight, (GROUP, SUB, BV)), 1)
+        g = tl.arange(0, GROUP)
+        to = (tile + g)[:, None] * V + u[None, :]
+        tl.store(dweight + to, of_weight, mask=(part * GROUP + g < H // K)[:, None] & (u < V)[None, :])
+    if MIX == "softmax":
+        held = live & (mass > 0.0)
+        log_ratio = tl.log(divides) - normaliser
+        ratio = tl.exp(tl.minimum(log_ratio, 60.0))
+        rest = 1.0 + tl.abs(weight) * ratio
+        of_share = tl.where(held, of_read / divides - of_y, 0.0)
+        of_ratio = tl.where(log_ratio <= 60.0, of_share * share / rest, 0.0)
+        dm += of_ratio / divides
+        delta += of_ratio
+        of_weight = tl.sum(tl.reshape(of_share * (ratio / rest) / rest, (GROUP, SUB)), 1)
+        g = tl.arange(0, GROUP)
+        tl.store(dweight + tile + g, of_weight, mask=part * GROUP + g < H // K)
+    tl.store(rows + entry, normaliser, mask=real)
+    tl.store(rows + entries + entry, delta, mask=real)
+    tl.store(rows + 2 * entries + entry, share, mask=real)
+    tl.store(rows + 3 * entries + entry, pull, mask=real)
+    tl.store(rows + 4 * entries + entry, dm, mask=real)
+
+    # Through the window.
+    dy = dout - share[:, None] * through
+    drotated = tl.zeros((GROUP * SUB, BD), tl.float32)
+    if COLUMNS > 0:
+        m = tl.arange(0, BM)
+        column = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
+        exact_k = tl.load(column_k + column * D + d, mask=(m < COLUMNS)[:, None] & (d < D), other=0.0)
+        exact_v = tl.load(column_v + column * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
+        visible = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
+        exact_p, dexact = attention_gradients(
+            rotated, exact_k, exact_v, dy, normaliser, delta, visible, scale, softcap, CAPPED, OPERAND, PRECISION
+        )
+        drotated = tl.dot(dexact.to(OPERAND), exact_k.to(OPERAND), input_precision=PRECISION)
+    for block in range(low, high, KEYS):
+        s = block + tl.arange(0, KEYS)
+        at = (tl.where(s < high, first_key + s, 0) * K + head)[:, None]
+        window_k = tl.load(k_rotated + at * D + d, mask=(s < high)[:, None] & (d < D), other=0.0)
+        window_v = tl.load(v + at * V + u[None, :], mask=(s < high)[:, None] & (u < V)[None, :], other=0.0)
+        seen = (s < high)[None, :] & (s[None, :] <= t[:, None]) & (s[None, :] > t[:, None] - window)
+        window_p, dscores = attention_gradients(
+            rotated, window_k, window_v, dy, normaliser, delta, seen, scale, softcap, CAPPED, OPERAND, PRECISION
+        )
+        drotated += tl.dot(dscores.to(OPERAND), window_k.to(OPERAND), input_precision=PRECISION)
+    tl.store(
+        dq_rotated + query * D + d, drotated.to(dq_rotated.dtype.element_ty), mask=real[:, None] & (d < D)
+    )
+
+    # Through the recurrence: what came from the state decays over the chunk, and each key adds to it.
+    dreads = tl.zeros((GROUP * SUB, BF), tl.float32)
+    if i >= 0:
+        dread = pull[:, None] * through
+        f_column = tl.arange(0, BF)[:, None]
+        if BF * BV > 128 * 128:
+            left, right = halves(dread)
+            w = tl.arange(0, BV // 2)[None, :]
+            origin = states + (slot * F + f_column) * V + w
+            state = tl.load(origin, mask=(f_column < F) & (w < V), other=0.0)
+            before = tl.dot(left, tl.trans(state), input_precision=PRECISION)
+            state = tl.load(origin + BV // 2, mask=(f_column < F) & (w + BV // 2 < V), other=0.0)
+            before += tl.dot(right, tl.trans(state), input_precision=PRECISION)
+        else:
+            origin = states + (slot * F + f_column) * V + u[None, :]
+            state = tl.load(origin, mask=(f_column < F) & (u < V)[None, :], other=0.0)
+            before = tl.dot(dread, tl.trans(state), input_precision=PRECISION)
+        before += dm[:, None] * tl.load(masses + slot * F + f, mask=f < F, other=0.0)
+        number = count - ahead
+        for near in range((i % CHUNK) // SUB):
+            place = i // CHUNK * CHUNK + near * SUB + token
+            writes = number + place >= least
+            offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
+            mask = writes[:, None] & (f < F)
+            follows = (token < SUB - 1) & (number + place + 1 >= least)
+            next_offset = (tl.where(follows, first_key + place + 1 - ahead, 0) * K + head)[:, None]
+            next_mask = follows[:, None] & (f < F)
+            key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
+            follow = log_gates(
+                gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
+            )
+            own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+            key = key * decay(tl.cumsum(follow, 0, reverse=True), EXACT)
+            values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0)
+            pairs = tl.dot(dread, tl.trans(values.to(tl.float32)), input_precision=PRECISION) + dm[:, None]
+            before = before * decay(tl.sum(own, 0)[None, :], EXACT)
+            before += tl.dot(pairs, key, input_precision=PRECISION)
+
+        place = i + token
+        writes = (place < length - lag) & (number + place >= least)
+        offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
+        mask = writes[:, None] & (f < F)
+        own_values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0)
+        own_pairs = tl.dot(dread, tl.trans(own_values.to(tl.float32)), input_precision=PRECISION) + dm[:, None]
+        for s in range(SUB):
+            writes_s = (i + s < length - lag) & (number + i + s >= least)
+            offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
+            mask_s = f < tl.where(writes_s, F, 0)
+            key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
+            gate_s = log_gates(
+                gate, k, gate_scale, gate_bias, divisor, offset_s, head, f, mask_s, F, FROM_KEY, PER_CHANNEL
+            )
+            pair = tl.sum(tl.where((token == s)[None, :], own_pairs, 0.0), 1)[:, None]
+            faded = before * decay(gate_s, EXACT)
+            later = (turn >= s)[:, None]
+            before = tl.where(later, faded + tl.where((turn > s)[:, None], pair * key_s, 0.0), before)
+        of_decay = tl.sum(tl.reshape(reads * before, (GROUP, SUB, BF)), 0)
+        tl.store(dlog + part.to(tl.int64) * keys * K * F + offset * F + f, of_decay, mask=mask)
+        own_key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
+        own_pair = tl.sum(tl.where(token[None, :] == turn[:, None], own_pairs, 0.0), 1)
+        dreads = before + own_pair[:, None] * per_row(own_key, GROUP, SUB, BF)
+        if SOFTMAX:
+            dreads = reads * (dreads - tl.sum(reads * dreads, 1)[:, None])
+    tl.store(dq + query * F + f, dreads.to(dq.dtype.element_ty), mask=real[:, None] & (f < F))
+
+
+@triton.jit
+def column_gradients(
+    q_rotated,
+    column_k,
+    column_v,
+    column_exists,
+    mix_weight,
+    starts,
+    counts,
+    doutputs,
+    rows,
+    dcolumn_k,
+    dcolumn_v,
+    entries,
+    window,
+    scale,
+    softcap,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BM: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXISTS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MIX: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of exact columns from a segment of a row's queries, `[segments, R, M, K, D or V]`."""
+    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(starts + row + 1).to(tl.int64) - start
+    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    d, u, m = tl.arange(0, BD)[None, :], tl.arange(0, BV)[None, :], tl.arange(0, BM)
+    column = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
+    keys = tl.load(column_k + column * D + d, mask=(m < COLUMNS)[:, None] & (d < D), other=0.0)
+    values = tl.load(column_v + column * V + u, mask=(m < COLUMNS)[:, None] & (u < V), other=0.0)
+    dk, dv = tl.zeros((BM, BD), tl.float32), tl.zeros((BM, BV), tl.float32)
+    first = tl.program_id(0) * SEGMENT
+    last = tl.minimum(first + SEGMENT, length)
+    for block in range(first, last, QUERIES):
+        t = block + tl.arange(0, QUERIES)
+        seen = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
+        seen = seen & (t < last)[:, None]
+        for member in range(H // K):
+            of_head = head * (H // K) + member
+            entry = tl.where(t < last, (start + t) * H + of_head, 0)
+            rotated = tl.load(q_rotated + entry[:, None] * D + d, mask=(t < last)[:, None] & (d < D), other=0.0)
+            dout = tl.load(doutputs + entry[:, None] * V + u, mask=(t < last)[:, None] & (u < V), other=0.0)
+            dy = dout.to(tl.float32)
+            share = tl.load(rows + 2 * entries + entry)[:, None]
+            if MIX == "learned":
+                share = share * tl.load(mix_weight + of_head * V + u, mask=u < V, other=0.0).to(tl.float32)
+            dy = dy - share * dy
+            weights, dscores = attention_gradients(
+                rotated,
+                keys,
+                values,
+                dy,
+                tl.load(rows + entry),
+                tl.load(rows + entries + entry),
+                seen,
+                scale,
+                softcap,
+                CAPPED,
+                OPERAND,
+                PRECISION,
+            )
+            dk += tl.dot(tl.trans(dscores.to(OPERAND)), rotated.to(OPERAND), input_precision=PRECISION)
+            dv += tl.dot(tl.trans(weights.to(OPERAND)), dy.to(OPERAND), input_precision=PRECISION)
+    at = column + tl.program_id(0).to(tl.int64) * (tl.num_programs(1) // K) * COLUMNS * K
+    tl.store(dcolumn_k + at * D + d, dk, mask=(m < COLUMNS)[:, None] & (d < D))
+    tl.store(dcolumn_v + at * V + u, dv, mask=(m < COLUMNS)[:, None] & (u < V))

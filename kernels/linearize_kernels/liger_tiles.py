@@ -1,0 +1,125 @@
+"""What the Triton kernels of Liger attention share: gates, features, decays and scores of tiles.
+
+Decays are exponentials of sums of log-gates over the very tokens that they span, never of differences of longer sums.
+So gates of any strength stay finite, and a strong gate costs the weak ones beside it no digits.
+
+A key's place is `offset = key * K + head`, its row in arrays `[P, K, width]`; a mask that is False leaves 0, which is
+what a token that does not write has for its feature and its log-gate.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the Triton kernels need triton: pip install triton") from error
+
+
+@triton.jit
+def log_gates(
+    gate,
+    k,
+    gate_scale,
+    gate_bias,
+    divisor,
+    offset,
+    head,
+    f,
+    mask,
+    F: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    """Log-gates of the keys at `offset`, channels `f`; given, or -softplus(-(scale k + bias)) / divisor."""
+    if FROM_KEY:
+        raw = tl.load(k + offset * F + f, mask=mask, other=0.0).to(tl.float32)
+        inside = f < F
+        scale = tl.load(gate_scale + head * F + f, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(gate_bias + head * F + f, mask=inside, other=0.0).to(tl.float32)
+        result = log_sigmoid(scale * raw + bias) / divisor
+    elif PER_CHANNEL:
+        result = tl.load(gate + offset * F + f, mask=mask, other=0.0).to(tl.float32)
+    else:
+        result = tl.load(gate + offset + f * 0, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, result, 0.0)
+
+
+@triton.jit
+def log_sigmoid(x):
+    # log(1 + e) as 2 artanh(e / (2 + e)): a gate near 1 keeps its digits, which log(1 + e) would round away.
+    e = tl.exp(-tl.abs(x))
+    z = e / (2.0 + e)
+    y = z * z
+    series = 1.0 / 13.0 + y * (1.0 / 15.0)
+    series = 1.0 / 9.0 + y * (1.0 / 11.0 + y * series)
+    series = 1.0 / 5.0 + y * (1.0 / 7.0 + y * series)
+    series = 1.0 + y * (1.0 / 3.0 + y * series)
+    return tl.minimum(x, 0.0) - 2.0 * z * series
+
+
+@triton.jit
+def features(x, stats, offset, f, mask, keys, F: tl.constexpr, SOFTMAX: tl.constexpr):
+    """φ of the keys at `offset`, channels `f`; `stats` are the largest channel and the inverse sum of each key."""
+    raw = tl.load(x + offset * F + f, mask=mask, other=0.0).to(tl.float32)
+    if SOFTMAX:
+        largest = tl.load(stats + offset)
+        inverse = tl.load(stats + keys + offset)
+        raw = tl.exp(raw - largest) * inverse
+    return tl.where(mask, raw, 0.0)
+
+
+@triton.jit
+def softmax_rows(x, inside):
+    """Softmax along the last axis of a tile, 0 outside."""
+    x = tl.where(inside, x, -float("inf"))
+    x = tl.exp(x - tl.max(x, 1)[:, None])
+    return x / tl.sum(x, 1)[:, None]
+
+
+@triton.jit
+def decay(log, EXACT: tl.constexpr):
+    """exp(log) for log <= 0. The hardware's exponential is good to 2^-22; EXACT is to float32's last digit."""
+    if EXACT:
+        log = tl.maximum(log, -200.0)
+        whole = tl.floor(log * 1.4426950408889634 + 0.5)
+        rest = log - whole * 0.693145751953125
+        rest = rest - whole * 1.4286068203094172e-06
+        result = 1.0 / 120.0 + rest * (1.0 / 720.0 + rest * (1.0 / 5040.0))
+        result = 1.0 / 6.0 + rest * (1.0 / 24.0 + rest * result)
+        result = 1.0 + rest * (1.0 + rest * (0.5 + rest * result))
+        # In two steps: 2^whole alone may be below the least float32 where the product is not.
+        half = tl.floor(whole * 0.5)
+        result = result * tl.exp2(half) * tl.exp2(whole - half)
+    else:
+        result = tl.exp(log)
+    return result
+
+
+@triton.jit
+def tanh(x):
+    # The quotient loses its digits near 0, where a series has them.
+    y = x * x
+    series = 62.0 / 2835.0 - y * (1382.0 / 155925.0)
+    series = -1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * series))
+    return tl.where(tl.abs(x) < 0.4, x + x * y * series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def capped(scores, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        scores = softcap * tanh(scores / softcap)
+    return scores
+
+
+@triton.jit
+def per_row(x, G: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of tokens `[TOKENS, WIDTH]` as rows of query heads `[G * TOKENS, WIDTH]`, heads outermost."""
+    return tl.reshape(tl.broadcast_to(x[None, :, :], (G, TOKENS, WIDTH)), (G * TOKENS, WIDTH))
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile `[X, WIDTH]`."""
+    width: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, width)), (0, 2, 1)))

@@ -1,0 +1,242 @@
+"""A mixer on the fused kernels: what it is in their terms, which of them takes it, and the call.
+
+    fused_step        one token a row, no gradient: everything in one launch, in place
+    fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
+
+Both return None where plain torch is to run, which is what `Mixer` then does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from linearize_kernels import Decision, Operation, Step, StepWeights, choose, decide
+from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from linearize.families.base import AttentionLayer, Projections
+    from linearize.model.configuration import MixerConfig
+    from linearize.model.memory import LayerMemory, Part
+    from linearize.model.mixer import Mixer
+
+# The recurrences that the kernels know, with what has a gate of its own and the sign of the gate's input.
+_GATES: dict[str, tuple[Any, float]] = {
+    "gla": ("channel", 1.0),
+    "hgrn2": ("channel", 1.0),
+    "gated_retention": ("head", 1.0),
+    "mamba2": ("head", -1.0),
+    "retention": ("retention", 1.0),
+    "linear": ("none", 1.0),
+}
+_BOUNDED = ("gla", "hgrn2", "gated_retention")
+_MOST_QUERIES = 16
+_WIDEST = 256
+
+
+def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
+    """Why no fused kernel takes a mixer of this configuration; None if one does."""
+    if config.recurrence not in _GATES and (operation == "attention" or config.recurrence != "none"):
+        return (
+            "no fused kernel for the window alone"
+            if config.recurrence == "none"
+            else (f"no fused kernel for {config.recurrence}")
+        )
+    if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:
+        return f"more than {_MOST_QUERIES} query heads share a key/value head"
+    doubled = operation == "attention" and config.feature_map in ("exp", "learned")
+    if max(layer.key_width * (2 if doubled else 1), layer.value_width) > _WIDEST:
+        return f"heads wider than {_WIDEST}" + (f" under {config.feature_map}" if doubled else "")
+    return None
+
+
+def decide_mixer(
+    config: MixerConfig, layer: AttentionLayer, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Decision]:
+    """What runs a mixer of this configuration on a device and in a dtype, and why: `prefill` and training, a decoding
+    `step`, and the `recurrence` alone where it is not part of a fused kernel.
+
+    Raises:
+        UnknownKernelsError: `LINEARIZE_KERNELS` is none of its choices.
+    """
+    operations: dict[str, Operation] = {"prefill": "attention", "step": "step"}
+    found = {name: decide(o, device, dtype, refusal=refusal(o, config, layer)) for name, o in operations.items()}
+    if config.recurrence != "none" and any(decision.kernels != "triton" for decision in found.values()):
+        kind: Operation = (
+            "gated_values"
+            if config.recurrence in ("gsa", "rg_lru", "mingru")
+            else "delta_rule"
+            if config.recurrence in ("gated_deltanet", "kda", "rwkv7")
+            else "gla"
+        )
+        found["recurrence"] = decide(kind, device, torch.float32 if dtype != torch.float64 else dtype)
+    return found
+
+
+def fused_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor | None:
+    """`Mixer.forward` for one token a row, where the kernel takes it."""
+    if memory is None or new.q.shape[1] != 1 or torch.is_grad_enabled() or not _takes("step", mixer, new):
+        return None
+    from linearize_kernels.step_triton import step_triton
+
+    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, memory.counts, lengths)
+
+
+def fused_attention(
+    mixer: Mixer,
+    new: Projections,
+    lengths: Tensor | None,
+    memory: LayerMemory | None,
+    whole: Part | None,
+    columns: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor | None:
+    """`Mixer.forward` for several tokens a row, where the kernel takes it.
+
+    Args:
+        whole: with a memory, what its window held, oldest first, and the new tokens behind: `[R, W + L, K, D or V]`.
+        columns: the sinks, as `window_attention` wants them.
+    """
+    if new.q.shape[1] == 1 or not _takes("attention", mixer, new):
+        return None
+    config, recurrence, past = mixer.config, mixer.recurrence, 0 if whole is None else mixer.window
+    assert recurrence is not None  # noqa: S101 - for the type checker; `refusal` has looked
+    source = mixer.source(new)
+    given = {"k": new.k, "k_rotated": new.k_rotated, "v": new.v, "source": source}
+    if whole is not None:
+        # A state of all tokens asks nothing of those that are in the window already.
+        given = {name: whole[name] if name in whole else F.pad(x, (0, 0, 0, 0, past, 0)) for name, x in given.items()}
+        if config.covers == "evicted" and config.gate_source != "q":
+            given["source"] = given["v" if config.gate_source == "v" else "k"]
+    q, k = (new.q_rotated, given["k_rotated"]) if config.rope else (new.q, given["k"])
+    gate: Tensor | Gate
+    plain = config.recurrence != "hgrn2" and config.feature_map == "softmax" and not config.qk_norm
+    if (
+        plain
+        and config.recurrence == "gla"
+        and config.gate_source == "k"
+        and not config.rope
+        and not config.lower_bound
+    ):
+        gate = Gate(*_gate_weights(mixer, new.q.device), config.gate_divisor)
+    else:
+        log_gate = recurrence.log_gate(given["source"].float())
+        gate = recurrence.per_feature(log_gate)
+        if not plain:
+            q, k = recurrence.features(q.float()), recurrence.written(k.float(), log_gate)  # type: ignore[operator]
+    dtype = new.v.dtype
+    operands = (new.q_rotated, given["k_rotated"], given["v"], q, k)
+    options = LigerOptions(
+        window=mixer.window,
+        scale=mixer.layer.scale,
+        softcap=mixer.layer.softcap,
+        mix=config.mix,
+        covers=config.covers,
+        normalize=config.normalize,
+        feature_map="softmax" if plain else "identity",
+    )
+    sinks = None if columns is None else Columns(columns[0].to(dtype), columns[1].to(dtype), config.sinks)
+    rows, tokens = new.q.shape[:2]
+    starts: Tensor | int = rows
+    of_query = of_keys = None
+    if lengths is not None:
+        # Rows one after the other, without what fills them up.
+        real = torch.arange(tokens, device=new.q.device) < lengths[:, None]
+        of_query, of_keys = (x.flatten().nonzero()[:, 0] for x in (real, F.pad(real, (past, 0), value=True)))
+        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+    choices = (of_query, of_keys, of_keys, of_query, of_keys)
+    q_rotated, k_rotated, v, q, k = (_chosen(x.to(dtype), at) for x, at in zip(operands, choices, strict=True))
+    state = memory.parts["state"]["state"] if memory is not None else None
+    outputs, final = liger_attention(
+        q_rotated,
+        k_rotated,
+        v,
+        q,
+        k,
+        gate if isinstance(gate, Gate) else _chosen(gate, of_keys),
+        options,
+        mix_weight=mixer._parameters.get("mix_weight"),
+        columns=sinks,
+        rows=starts,
+        longest=tokens,
+        counts=memory.counts.clone() if memory is not None and whole is not None else None,
+        # A backward pass may want what is written over below.
+        initial_state=state.clone() if state is not None else None,
+    )
+    if state is not None:
+        state.copy_(final.detach())
+    if of_query is not None:
+        outputs = outputs.new_zeros(rows * tokens, *outputs.shape[1:]).index_copy(0, of_query, outputs)
+    mixed: Tensor = outputs.unflatten(0, (rows, tokens))
+    return mixed
+
+
+def _chosen(x: Tensor, at: Tensor | None) -> Tensor:
+    """The tokens of all rows of `x` `[R, L, ...]`, or those numbered `at`."""
+    flat = x.flatten(0, 1)
+    return flat if at is None else flat[at]
+
+
+def _takes(operation: Operation, mixer: Mixer, new: Projections) -> bool:
+    """Whether the Triton kernel is to run, as the dispatch says, and can."""
+    # Compiled code fuses on its own, and the kernels' launches have not been tried in it.
+    if mixer.branches_off or torch.compiler.is_compiling():
+        return False
+    reason = refusal(operation, mixer.config, mixer.layer)
+    return choose(operation, new.v.device, new.v.dtype, refusal=reason) == "triton"
+
+
+def _gate_weights(mixer: Mixer, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and bias of a gate per channel, `[K, D]`."""
+    recurrence = mixer.recurrence
+    assert recurrence is not None  # noqa: S101 - for the type checker
+    if "gate_scale" in recurrence._parameters:
+        return recurrence.gate_scale, recurrence.gate_bias
+    shape = (recurrence.key_value_heads, recurrence.key_width)
+    starts = recurrence.gate_scale_start, recurrence.gate_bias_start
+    scale, bias = (torch.full(shape, start, device=device) for start in starts)
+    return scale, bias
+
+
+def _step_of(mixer: Mixer) -> Step:
+    """What a decoding step of `mixer` is."""
+    config, recurrence = mixer.config, mixer.recurrence
+    window: dict[str, Any] = {
+        "window": mixer.window,
+        "sinks": config.sinks,
+        "scale": mixer.layer.scale,
+        "softcap": mixer.layer.softcap,
+    }
+    if recurrence is None:
+        return Step(**window)
+    gate, sign = _GATES[config.recurrence]
+    return Step(
+        **window,
+        gate=gate,
+        gate_sign=sign,
+        gate_scale=recurrence.gate_scale_start,
+        gate_bias=recurrence.gate_bias_start,
+        gate_divisor=config.gate_divisor,
+        gate_bound=config.lower_bound * recurrence.depth if config.recurrence in _BOUNDED else 0.0,
+        source="k" if config.gate_source == "random" else config.gate_source,
+        features=config.feature_map,
+        qk_norm=config.qk_norm,
+        writes_gate=config.recurrence == "hgrn2",
+        covers_all=config.covers == "all",
+        rope=config.rope,
+        normalize=config.normalize,
+        mix=config.mix,
+    )
+
+
+def _weights_of(mixer: Mixer) -> StepWeights:
+    """The parameters that go with `_step_of`."""
+    own = {} if mixer.recurrence is None else mixer.recurrence._parameters
+    return StepWeights(
+        gate_scale=own.get("gate_scale"),
+        gate_bias=own.get("gate_bias"),
+        gate_projection=own.get("gate_projection"),
+        feature_projection=own.get("feature_projection"),
+        mix=mixer._parameters.get("mix_weight"),
+    )
