@@ -79,8 +79,8 @@ def hardest(probe: Probe, most: int) -> list[dict[str, str]]:
             **part_name(part),
             "loss rise": with_error(*probe.parts[part].loss, "loss"),
             "recall fall": with_error(*probe.parts[part].recall, "loss"),
-            "beyond": f"{100 * statistics.fmean(one.beyond for one in queries_of(probe, part)):.1f} %",
-            "retrieval": f"{100 * max(one.retrieval for one in queries_of(probe, part)):.1f} %",
+            "beyond": f"{100 * statistics.fmean(one.beyond for one in heads_of(probe, part)):.1f} %",
+            "retrieval": f"{100 * max(one.retrieval for one in heads_of(probe, part)):.1f} %",
             "cache": readable_bytes(probe.sizes[part]),
             "keep": "yes" if part in kept else "",
         }
@@ -93,7 +93,7 @@ def part_name(part: Part) -> dict[str, str]:
     return {"layer": str(part.layer), **({} if part.head is None else {"key/value head": str(part.head)})}
 
 
-def queries_of(probe: Probe, part: Part) -> list[HeadStatistics]:
+def heads_of(probe: Probe, part: Part) -> list[HeadStatistics]:
     """The query heads that belong to a part."""
     heads, layer = probe.heads[part.layer], probe.layers[part.layer]
     group = layer.query_heads // layer.key_value_heads
@@ -170,7 +170,10 @@ def _heads_grid(probe: Probe) -> Grid:
 def _damage_grid(probe: Probe) -> Grid:
     rows = hardest(probe, len(probe.parts))
     kind = "layer" if probe.options.damage == "layers" else "key/value head"
-    return Grid(f"Damage of windowing one {kind} alone, worst first", [*rows[0]], [[*row.values()] for row in rows])
+    sum_of = "loss rise and recall fall together" if probe.recall_counts else "loss rise"
+    note = f"Sorted by {sum_of}. Beyond is the mean and retrieval the highest of the query heads that are windowed."
+    caption = f"Damage of windowing one {kind} alone, worst first"
+    return Grid(caption, [*rows[0]], [[*row.values()] for row in rows], notes=[note])
 
 
 def _shares(heads: Sequence[HeadStatistics]) -> dict[str, str]:

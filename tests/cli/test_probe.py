@@ -76,9 +76,9 @@ def test_what_cannot_be_probed_is_told_in_one_line(outcome, tiny_folder, convert
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     single = tmp_path / "single.txt"
-    sentence = "It was a cat. "
-    tokens = len(AutoTokenizer.from_pretrained(tiny_folder)(sentence, add_special_tokens=False).input_ids)
-    single.write_text(sentence * (600 // tokens))
+    sentences = "It was a cat. " * 100
+    tokens = len(AutoTokenizer.from_pretrained(tiny_folder)(sentences).input_ids)
+    single.write_text("It was a cat. " * (600 * 100 // tokens))
     jokes = tmp_path / "jokes.jsonl"
     jokes.write_text('{"text": "No."}\n' * 900)
     wrong = [

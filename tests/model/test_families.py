@@ -200,6 +200,16 @@ def test_a_short_window_is_the_teacher_under_a_mask(row):
     assert (expected - teacher(ids).logits).abs().max() > 1e-3 * expected.abs().max()
 
 
+@torch.no_grad()
+@every_row
+def test_packed_documents_of_a_model_that_keeps_its_attention(row):
+    model, documents = convert(row, [MixerConfig(layers=[], window=None)]), text(*LENGTHS)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    found = model(torch.cat(documents, 1), position_ids=positions, use_cache=False).logits
+    for logits, ids in zip(found.split(LENGTHS, dim=1), documents, strict=True):
+        close(logits, build(row)(ids).logits)
+
+
 @every_row
 def test_it_saves_reloads_and_learns(row, tmp_path):
     build(row).save_pretrained(tmp_path / "teacher")
