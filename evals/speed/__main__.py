@@ -42,7 +42,9 @@ def main() -> None:
     facts["model"] = teacher_of(find_source(arguments.model)).name
     facts["long_text"] = _long_text(arguments.model, read)
     facts["bars"] = _bars(facts)
-    print(markdown([{"": bar["what"], "asked": f"{bar['asked']}", "seen": f"{bar['seen']:.3g}"} for bar in facts["bars"]]))
+    print(
+        markdown([{"": bar["what"], "asked": f"{bar['asked']}", "seen": f"{bar['seen']:.3g}"} for bar in facts["bars"]])
+    )
     if not arguments.short:
         write(FOLDER / "smollm2-cpu.json", {**surroundings(), **facts})
 

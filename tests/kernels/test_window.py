@@ -78,7 +78,9 @@ def test_segments_change_nothing(window, past):
     generator = torch.Generator().manual_seed(window)
     tokens = 1100
     q = torch.randn(2, tokens, 4, 8, dtype=torch.float64, generator=generator)
-    k, v, sinks = (torch.randn(2, n, 2, 8, dtype=torch.float64, generator=generator) for n in (past + tokens,) * 2 + (3,))
+    k, v, sinks = (
+        torch.randn(2, n, 2, 8, dtype=torch.float64, generator=generator) for n in (past + tokens,) * 2 + (3,)
+    )
     exists = torch.cat([torch.rand(2, past, generator=generator) > 0.5, torch.ones(2, tokens, dtype=torch.bool)], 1)
     columns = (sinks, 2 * sinks, torch.rand(1, tokens, 3, generator=generator) > 0.5)
     reference = dense(q, k, v, window, 0.3, exists, columns)
