@@ -31,26 +31,24 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
-    _ones: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        # The kernel wants scales in the activations' dtype. Weights are rounded to multiples of what it will read.
+        scale = (weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127).bfloat16()
+        steps = (weight / scale[:, None].float()).round().clamp(-127, 127)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        # The kernel wants scales in the activations' dtype; applied to its sums they lose nothing to bfloat16.
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
-        self.register_buffer("_ones", torch.ones(linear.out_features, dtype=torch.bfloat16), persistent=False)
+        self.register_buffer("weight", steps.to(torch.int8))
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.view(-1, self.in_features) if x.is_contiguous() else x.reshape(-1, self.in_features)
         if rows.shape[0] < _MANY:
-            sums = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self._ones).to(x.dtype)
+            outputs = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(x.dtype)
         else:
-            sums = F.linear(rows, self.weight.to(x.dtype))
-        outputs = sums * self.scale
+            outputs = F.linear(rows, self.weight.to(x.dtype)) * self.scale
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.view(*x.shape[:-1], self.out_features)

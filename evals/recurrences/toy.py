@@ -141,8 +141,9 @@ def surroundings() -> dict[str, Any]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
+    module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-3:])
     return {
-        "command": " ".join(["python -m", f"evals.recurrences.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", module.removesuffix(".__main__"), *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu,

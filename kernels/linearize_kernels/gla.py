@@ -132,11 +132,13 @@ def gla_step(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor) -
     Returns:
         `[B, 1, H, V]`.
     """
-    state.mul_(log_gate[:, 0].exp().unsqueeze(-1))
-    state.addcmul_(k[:, 0].unsqueeze(-1), v[:, 0].unsqueeze(-2))
-    queries = q[:, 0].unflatten(1, (k.shape[2], -1))
-    read = torch.bmm(queries.flatten(0, 1), state.flatten(0, 1))  # [B*K, G, V]
-    return read.view(q.shape[0], 1, q.shape[2], -1)
+    batch, key_value_heads, width, _ = state.shape
+    # Views of three dimensions, which is what a batched product takes as it is.
+    matrices = state.view(batch * key_value_heads, width, -1)
+    matrices.mul_(log_gate.reshape(batch * key_value_heads, -1, 1).exp())
+    matrices.baddbmm_(k.reshape(-1, width, 1), v.reshape(-1, 1, v.shape[-1]))
+    read = torch.bmm(q.reshape(batch * key_value_heads, -1, width), matrices)  # [B*K, G, V]
+    return read.view(batch, 1, -1, v.shape[-1])
 
 
 _FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}

@@ -25,6 +25,11 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def resident_bytes() -> int:
+    """What the process has resident now, or 0 where that cannot be told (it is read from Linux's /proc)."""
+    return _resident("VmRSS")
+
+
 class PeakMemory:
     """A context that measures by how many bytes memory in use grew at most, or None where that cannot be told.
 
@@ -68,7 +73,8 @@ def _forget_peak() -> bool:
 
 
 def _resident(name: str) -> int:
-    for line in _STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)

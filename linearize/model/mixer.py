@@ -343,7 +343,7 @@ class Mixer(nn.Module):
             ratio = log_ratio.clamp_max(_MOST_LOG_RATIO).exp()
             share = torch.where(mass > 0, weight * ratio / (1 + weight.abs() * ratio), 0)
             return y + share * (read / mass.clamp_min(_TINY) - y)
-        weight = self.mix_weight.to(y.dtype).expand_as(y) if self.config.mix == "learned" else torch.full_like(y, 0.5)
+        weight: Tensor | float = self.mix_weight.to(y.dtype) if self.config.mix == "learned" else 0.5
         if mass is None or not self.config.normalize:
             return torch.lerp(y, read, weight)
         # A reading without mass has underflowed, and is no average of anything.

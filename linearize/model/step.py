@@ -13,6 +13,8 @@ import torch
 from linearize_kernels import step_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from torch import Tensor
 
     from linearize.families.base import Projections
@@ -31,9 +33,10 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     config, window, count = mixer.config, mixer.window, memory.uniform
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
     leaving = count - window  # the number of the token that the new one pushes out; below 0 there is none
-    held = _exchange(mixer, new, memory.parts["window"], count % window, leaving >= 0)
-    window_part, filled = memory.parts["window"], min(count + 1, window)
-    keys = {name: window_part[name][:, :filled] for name in ("k_rotated", "v")}
+    ring = memory.parts["window"]
+    wanted = ring if 0 <= leaving < config.sinks or config.rope or "k" not in ring else ring.keys() - {"k_rotated"}
+    held = _exchange(mixer, new, ring, count % window, wanted if leaving >= 0 else ())
+    keys = {name: ring[name] if leaving >= -1 else ring[name][:, : count + 1] for name in ("k_rotated", "v")}
     if config.sinks and leaving >= 0:
         sinks = memory.parts["sinks"]
         if leaving < config.sinks:
@@ -54,9 +57,8 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     if mixer.recurrence is None or (evicts and leaving < config.sinks):
         return y
     if evicts:
-        k = held["k_rotated"] if config.rope else held.get("k", held["k_rotated"])
-        v = held["v"]
-        source = held.get("source", v if config.gate_source == "v" else held.get("k", held["k_rotated"]))
+        k, v = held["k_rotated" if config.rope or "k" not in held else "k"], held["v"]
+        source = held.get("source", v if config.gate_source == "v" else held.get("k", k))
     else:
         k, v, source = new.k_rotated if config.rope else new.k, new.v, mixer.source(new)
     q = new.q_rotated if config.rope else new.q
@@ -65,12 +67,12 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     return mixer.mix(y, logs, read, None if mass is None else mass.unsqueeze(-1))
 
 
-def _exchange(mixer: Mixer, new: Projections, ring: Part, slot: int, evicts: bool) -> Part:
-    """Puts the new token into a slot of the window; what the slot held, `[B, 1, K, D or V]`, where it is asked for."""
+def _exchange(mixer: Mixer, new: Projections, ring: Part, slot: int, wanted: Container[str]) -> Part:
+    """Puts the new token into a slot of the window; what the slot held, `[B, 1, K, D or V]`, of the tensors wanted."""
     held: Part = {}
     for name, tensor in ring.items():
         place = tensor[:, slot : slot + 1]
-        if evicts:
+        if name in wanted:
             held[name] = place.clone()
         place.copy_(mixer.source(new) if name == "source" else getattr(new, name))
     return held

@@ -21,6 +21,7 @@ from linearize_kernels import (
     gla_chunkwise,
     gla_parallel,
     gla_recurrent,
+    gla_step,
 )
 from torch import Tensor
 
@@ -226,6 +227,16 @@ def test_a_silent_token_changes_nothing(name):
         answers, with_them = form(*arguments, state)
         torch.testing.assert_close(with_them, final)
         torch.testing.assert_close(answers[:, others], outputs)
+
+
+@pytest.mark.parametrize("name", ["gla", "gla, gate per head"])
+def test_a_step_updates_the_state_where_it_lies(name):
+    q, k, v, gate, state = inputs(KERNELS[name], 3, "channels" if name == "gla" else 1.0)
+    outputs, final = gla_recurrent(q, k, v, gate, state)
+    for t in range(3):
+        one = slice(t, t + 1)
+        torch.testing.assert_close(gla_step(q[:, one], k[:, one], v[:, one], gate[:, one], state), outputs[:, one])
+    torch.testing.assert_close(state, final)
 
 
 @pytest.mark.parametrize("name", KERNELS)

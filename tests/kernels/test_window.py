@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from linearize_kernels import window_attention
+from linearize_kernels import step_attention, window_attention
 from torch import Tensor
 
 
@@ -70,3 +70,43 @@ def test_a_past_shorter_than_the_window_is_refused():
     q, k = torch.randn(1, 2, 2, 8), torch.randn(1, 5, 2, 8)
     with pytest.raises(ValueError, match="a window of 8 needs none or 7"):
         window_attention(q, k, k, window=8, scale=1.0)
+
+
+@pytest.mark.parametrize(("window", "past"), [(64, 0), (64, 63), (33, 0), (700, 0)])
+def test_segments_change_nothing(window, past):
+    """Without gradients a long text is taken segment by segment."""
+    generator = torch.Generator().manual_seed(window)
+    tokens = 1100
+    q = torch.randn(2, tokens, 4, 8, dtype=torch.float64, generator=generator)
+    k, v, sinks = (
+        torch.randn(2, n, 2, 8, dtype=torch.float64, generator=generator) for n in (past + tokens,) * 2 + (3,)
+    )
+    exists = torch.cat([torch.rand(2, past, generator=generator) > 0.5, torch.ones(2, tokens, dtype=torch.bool)], 1)
+    columns = (sinks, 2 * sinks, torch.rand(1, tokens, 3, generator=generator) > 0.5)
+    reference = dense(q, k, v, window, 0.3, exists, columns)
+    for normaliser in (True, False):
+        with torch.no_grad():
+            outputs, log = window_attention(
+                q, k, v, window=window, scale=0.3, key_exists=exists if past else None, columns=columns,
+                normaliser=normaliser,
+            )  # fmt: skip
+        torch.testing.assert_close(outputs, reference[0])
+        if normaliser:
+            torch.testing.assert_close(log, reference[1])
+        else:
+            assert log is None
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_one_query_equals_the_window_that_ends_with_it(softcap):
+    q = torch.randn(3, 1, 6, 8, dtype=torch.float64)
+    k, v = torch.randn(3, 17, 2, 8, dtype=torch.float64), torch.randn(3, 17, 2, 5, dtype=torch.float64)
+    outputs, log = window_attention(q, k, v, window=17, scale=0.3, softcap=softcap)
+    order = torch.randperm(17)
+    ours = step_attention(q[:, 0], k[:, order], v[:, order], scale=0.3, softcap=softcap)
+    torch.testing.assert_close(ours, (outputs[:, 0], log[:, 0]))
+    bare = step_attention(q[:, 0], k, v, scale=0.3, softcap=softcap, normaliser=False)
+    torch.testing.assert_close(bare[0], outputs[:, 0])
+    assert bare[1] is None
+    half = step_attention(*(x.bfloat16() for x in (q[:, 0], k, v)), scale=0.3, softcap=softcap, normaliser=False)
+    assert half[0].dtype == torch.float32

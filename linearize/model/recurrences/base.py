@@ -207,11 +207,11 @@ class Recurrence(nn.Module, ABC):
         if self.config.qk_norm:
             x = F.normalize(x, dim=-1, eps=1e-6)
         kind = self.config.feature_map
+        if kind == "softmax":
+            return x.softmax(-1)
         if kind == "learned":
             heads = x.unflatten(2, (self.key_value_heads, -1))
             x = torch.einsum("rlkgd,kde->rlkge", heads, self.feature_projection.to(x.dtype)).flatten(2, 3)
-        if kind == "softmax":
-            return x.softmax(-1)
         if kind in ("exp", "learned"):
             return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
         return F.elu(x) + 1 if kind == "elu" else x
@@ -232,7 +232,7 @@ def register(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def as_computed(*tensors: Tensor) -> list[Tensor]:
     """In float32, or float64 where they are."""
-    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+    return [x if x.dtype in (torch.float32, torch.float64) else x.float() for x in tensors]
 
 
 def silenced(writes: Tensor | None, *tensors: Tensor) -> list[Tensor]:

@@ -47,7 +47,7 @@ class Gated(Recurrence):
         q, k, v, source = as_computed(q, k, v, source)
         log_gate = self.log_gate(source)
         k, log_gate = silenced(writes, self.written(k, log_gate), self.per_feature(log_gate))
-        q, v = self.features(q), F.pad(v, (0, 1), value=1.0)
+        q, v = self.features(q), torch.constant_pad_nd(v, (0, 1), 1.0)
         if state is not None and q.shape[1] == 1 and self.form is None and not torch.is_grad_enabled():
             read = gla_step(q, k, v, log_gate, state["state"])
         else:
