@@ -155,7 +155,14 @@ def choose(operation: Operation, device: torch.device, dtype: torch.dtype, *, re
 
 def through_fla(operation: Operation, q: torch.Tensor) -> bool:
     """Whether a recurrence on these queries is flash-linear-attention's to run."""
-    return not torch.compiler.is_compiling() and choose(operation, q.device, q.dtype) == "fla"
+    if torch.compiler.is_compiling() or settled(q.device):
+        return False
+    return choose(operation, q.device, q.dtype) == "fla"
+
+
+def settled(device: torch.device) -> bool:
+    """Whether it is plain torch without looking further: a CPU, and nothing pinned."""
+    return device.type == "cpu" and not os.environ.get(VARIABLE)
 
 
 @cache
