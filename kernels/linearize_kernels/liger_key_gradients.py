@@ -103,7 +103,7 @@ def carry_gradients(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What each chunk reads becomes the gradient of the state that leaves it, in place; the reverse of `carry_states`."""
+    """What each chunk reads becomes the gradient of the state that leaves it, in place: `carry_states` backwards."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
@@ -172,8 +172,10 @@ def keys_of_states(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32: some programs
-    take channels of the values, the others channels of the keys."""
+    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32.
+
+    Some programs take channels of the values, the others channels of the keys.
+    """
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -316,8 +318,11 @@ def key_gradients(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of the keys and values of one sub-chunk. `dk` and `state_dv` have what came from states, and `dk`, float32,
-    becomes the gradient of the recurrence's keys; the first part of `dlog` becomes that of the running decay."""
+    """Gradients of the keys and values of one sub-chunk.
+
+    `dk` and `state_dv` hold what came from states, in float32; `dk` becomes the gradient of the recurrence's keys, and
+    the first part of `dlog` that of the running decay.
+    """
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
