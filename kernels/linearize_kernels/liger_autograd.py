@@ -459,7 +459,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
 
     dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
     dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
-    state_dv = o.float32(*o.v.shape)
+    state_dv, flow = o.float32(*o.v.shape), torch.empty_like(dk)
     if problem.chunks:
         size = 64
         pieces = triton.cdiv(o.values, size) + triton.cdiv(o.features, size)
@@ -473,6 +473,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             dmasses=dmasses,
             dk=dk,
             dv=state_dv,
+            flow=flow,
             **o.numbers,
             **o.recurrence,
             BV=values,
@@ -517,15 +518,17 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             **o.rows,
             states=states,
             masses=masses,
+            totals=totals,
             dstates=dstates,
             dmasses=dmasses,
             dlog=dlog,
+            flow=flow,
             dk=dk,
             dgate=dk if dgate is None else dgate,
             dscale=masses if dscale is None else dscale,
             dbias=masses if dbias is None else dbias,
             **without(o.numbers, "keys"),
-            **without(o.recurrence, "SOFTMAX", "EXACT"),
+            **without(o.recurrence, "SOFTMAX"),
             BV=32,
             num_warps=8 if block(o.features) > 64 else 4,
         )

@@ -288,8 +288,8 @@ def read_recurrence(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What the query features `reads` `[GROUP * SUB, BF]` of the sub-chunk at token `i` of the stream read after their own
-    tokens: outputs `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`.
+    """What the query features `reads` `[GROUP * SUB, BF]` of a sub-chunk read after their own tokens: outputs
+    `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. Its first token is `i` of the stream.
 
     `number` is that of token 0 of the stream; `slot` is the row of the chunk in arrays `[slots * K, ...]`.
     """
