@@ -15,7 +15,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -25,18 +25,23 @@ Operation = Literal["attention", "step", "gla", "gated_values", "delta_rule"]
 CHOICES: tuple[Kernels, ...] = get_args(Kernels)
 VARIABLE = "LINEARIZE_KERNELS"
 
-# What a GPU runs where nothing is pinned. NOTHING HERE IS MEASURED YET: `python -m evals.kernels` measures, and its
-# figures belong beside each row. Until then the choice is by reasoning, and careful:
-#   attention   window, recurrence and mix share their reads of q, k and v, and no score leaves the chip
-#   step        one launch instead of some forty, at a size where launches are what takes the time
-#   the others  torch: flash-linear-attention multiplies float32 in TF32, which float32 models would notice. A program
-#               that allows TF32 itself, torch.set_float32_matmul_precision("high"), gets it where it is installed.
-_ON_GPU: dict[Operation, Kernels] = {
-    "attention": "triton",
-    "step": "triton",
-    "gla": "fla",
-    "gated_values": "fla",
-    "delta_rule": "fla",
+
+class _Row(NamedTuple):
+    """Kernels of an operation on a GPU, whether they run unless another choice is pinned, and why."""
+
+    kernels: Kernels
+    unasked: bool
+    why: str
+
+
+# NOTHING HERE IS MEASURED YET: `python -m evals.kernels` measures, and its figures belong beside each row. Until then
+# the choice is by reasoning, and careful.
+_ON_GPU: dict[Operation, _Row] = {
+    "attention": _Row("triton", True, "window, recurrence and mix share what they read, and no score leaves the chip"),
+    "step": _Row("triton", True, "one launch where the plain way has some forty"),
+    "gla": _Row("fla", True, "chunks in a few launches, in TF32"),
+    "delta_rule": _Row("fla", True, "chunks in a few launches, in TF32"),
+    "gated_values": _Row("fla", False, "fla's takes one token after the other"),
 }
 _PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}
 _OLDEST = (8, 0)  # Ampere: bfloat16 in tensor cores
@@ -107,7 +112,7 @@ def _decide(
         return Decision(wanted, f"{VARIABLE}={wanted}")
     if wanted is None and device.type != "cuda":
         return Decision("torch", f"{device.type} has no other kernels")
-    kernels = _ON_GPU[operation]
+    kernels, unasked, why = _ON_GPU[operation]
     pin = f"{VARIABLE}={wanted}"
     if wanted is not None and wanted != kernels:
         # Pinning one of the two leaves what the other one is for to torch.
@@ -116,9 +121,14 @@ def _decide(
     if reason is not None:
         # Nobody who left the choice open misses an optional package, except the one for which the GPU was made.
         return Decision("torch", reason, lost=wanted is not None or kernels == "triton")
-    if wanted is None and kernels == "fla" and precise:
-        return Decision("torch", "float32 products are to be exact (torch.get_float32_matmul_precision)")
-    return Decision(kernels, pin if wanted else f"the faster on {device.type}, by reasoning; not yet measured")
+    if wanted is not None:
+        return Decision(kernels, pin)
+    if not unasked:
+        return Decision("torch", why)
+    if kernels == "fla" and precise:
+        # It multiplies float32 in TF32, which float32 models would notice, unless the program allows that itself.
+        return Decision("torch", "float32 products are to be exact (torch.set_float32_matmul_precision)")
+    return Decision(kernels, f"{why}; not yet measured")
 
 
 def _missing(kernels: Kernels, device: torch.device, dtype: torch.dtype, interpreting: bool) -> str | None:
@@ -145,7 +155,14 @@ def choose(operation: Operation, device: torch.device, dtype: torch.dtype, *, re
 
 def through_fla(operation: Operation, q: torch.Tensor) -> bool:
     """Whether a recurrence on these queries is flash-linear-attention's to run."""
-    return not torch.compiler.is_compiling() and choose(operation, q.device, q.dtype) == "fla"
+    if torch.compiler.is_compiling() or settled(q.device):
+        return False
+    return choose(operation, q.device, q.dtype) == "fla"
+
+
+def settled(device: torch.device) -> bool:
+    """Whether it is plain torch without looking further: a CPU, and nothing pinned."""
+    return device.type == "cpu" and not os.environ.get(VARIABLE)
 
 
 @cache

@@ -118,9 +118,18 @@ class Operands:
     ) -> None:
         options = problem.options
         self.problem, self.q_rotated, self.k_rotated, self.v, self.q, self.k = problem, q_rotated, k_rotated, v, q, k
-        self.mix_weight, self.initial_state, self.given_gate, self.gate_bias = mix_weight, initial_state, gate, gate_bias
+        self.mix_weight, self.initial_state, self.given_gate, self.gate_bias = (
+            mix_weight,
+            initial_state,
+            gate,
+            gate_bias,
+        )
         self.column_k, self.column_v = column_k, column_v
-        (self.tokens, self.heads, width), (self.keys, self.groups, features), values = q_rotated.shape, k.shape, v.shape[2]
+        (self.tokens, self.heads, width), (self.keys, self.groups, features), values = (
+            q_rotated.shape,
+            k.shape,
+            v.shape[2],
+        )
         self.width, self.features, self.values = width, features, values
         columns = 0 if column_k is None else column_k.shape[1]
         interpreted = q.device.type != "cuda"
@@ -295,15 +304,40 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if problem.chunks:
         grid = (problem.chunks, problem.rows * o.groups, triton.cdiv(o.values, width))
         forwards.write_chunks[grid](
-            o.k, o.v, o.stats, **o.gate, **o.rows, states=states, masses=masses, totals=totals, **o.numbers,
-            **o.recurrence, BV=width, PRECISION=o.state_precision, num_warps=8 if block(o.features) > 64 else 4,
+            o.k,
+            o.v,
+            o.stats,
+            **o.gate,
+            **o.rows,
+            states=states,
+            masses=masses,
+            totals=totals,
+            **o.numbers,
+            **o.recurrence,
+            BV=width,
+            PRECISION=o.state_precision,
+            num_warps=8 if block(o.features) > 64 else 4,
         )
     for carried, values, column in ((states, o.values, 0), (masses, 1, o.values)):
         size = min(512, triton.next_power_of_2(o.features * values))
         forwards.carry_states[triton.cdiv(o.features * values, size), problem.rows * o.groups](
-            carried, totals, totals if o.initial_state is None else o.initial_state, final, problem.starts,
-            problem.slots, problem.lag, o.groups, o.features, values, column, o.values + 1, CHUNK, size,
-            FROM_STATE=o.initial_state is not None, EXACT=o.recurrence["EXACT"], num_warps=4,
+            carried,
+            totals,
+            totals if o.initial_state is None else o.initial_state,
+            final,
+            problem.starts,
+            problem.slots,
+            problem.lag,
+            o.groups,
+            o.features,
+            values,
+            column,
+            o.values + 1,
+            CHUNK,
+            size,
+            FROM_STATE=o.initial_state is not None,
+            EXACT=o.recurrence["EXACT"],
+            num_warps=4,
         )
     return states, masses, totals, final
 
@@ -314,10 +348,28 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
     outputs = o.q.new_empty(o.tokens, o.heads, o.values)
     grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * o.parts)
     forwards.write_outputs[grid](
-        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns,
-        mix_weight=o.q if o.mix_weight is None else o.mix_weight, **o.rows, states=states, masses=masses,
-        outputs=outputs, **o.numbers, **o.window, **o.recurrence, BV=o.value_block, GROUP=o.group, SUB=SUB, KEYS=32,
-        PRECISION=o.precision, num_warps=o.warps,
+        o.q_rotated,
+        o.k_rotated,
+        o.v,
+        o.q,
+        o.k,
+        o.stats,
+        **o.gate,
+        **o.columns,
+        mix_weight=o.q if o.mix_weight is None else o.mix_weight,
+        **o.rows,
+        states=states,
+        masses=masses,
+        outputs=outputs,
+        **o.numbers,
+        **o.window,
+        **o.recurrence,
+        BV=o.value_block,
+        GROUP=o.group,
+        SUB=SUB,
+        KEYS=32,
+        PRECISION=o.precision,
+        num_warps=o.warps,
     )
     return outputs
 
@@ -325,7 +377,7 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
 def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list[Tensor | None]:
     """The gradients of the tensors that `Operands` takes, in their order. Nothing of the forward pass was kept."""
     o, problem = operands, operands.problem
-    entries, whole, learned = o.tokens * o.heads, problem.rows * o.groups, problem.options.mix == "learned"
+    entries, whole = o.tokens * o.heads, problem.rows * o.groups
     states, masses, totals, _ = enter_states(o)
     mix_weight = o.q if o.mix_weight is None else o.mix_weight
     mixed = {"mix_weight": mix_weight, "MIX": problem.options.mix, "entries": entries, "H": o.heads}
@@ -340,10 +392,30 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         tiles = o.tokens // SUB + 3 * problem.rows
         dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
     by_query.query_gradients[problem.tiles, whole, o.parts](
-        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **o.columns, **o.rows, states=states,
-        masses=masses, doutputs=doutputs, dq_rotated=dq_rotated, dq=dq, dweight=o.q if dweight is None else dweight,
-        dlog=dlog, rows=rows, **(o.numbers | o.window | o.recurrence | mixed), BV=values, GROUP=o.group, SUB=SUB,
-        KEYS=32, PRECISION=o.precision, num_warps=o.warps,
+        o.q_rotated,
+        o.k_rotated,
+        o.v,
+        o.q,
+        o.k,
+        o.stats,
+        **o.gate,
+        **o.columns,
+        **o.rows,
+        states=states,
+        masses=masses,
+        doutputs=doutputs,
+        dq_rotated=dq_rotated,
+        dq=dq,
+        dweight=o.q if dweight is None else dweight,
+        dlog=dlog,
+        rows=rows,
+        **(o.numbers | o.window | o.recurrence | mixed),
+        BV=values,
+        GROUP=o.group,
+        SUB=SUB,
+        KEYS=32,
+        PRECISION=o.precision,
+        num_warps=o.warps,
     )
     dcolumn_k, dcolumn_v = column_gradients(o, doutputs, rows, mixed)
 
@@ -351,34 +423,89 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     width = min(values, 64)
     if problem.chunks:
         by_key.read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
-            o.q, o.k, **o.gate, **o.rows, doutputs=doutputs, rows=rows, dstates=dstates, dmasses=dmasses,
-            **(without(o.numbers, "keys") | o.recurrence | mixed), BV=width, PRECISION=o.precision,
+            o.q,
+            o.k,
+            **o.gate,
+            **o.rows,
+            doutputs=doutputs,
+            rows=rows,
+            dstates=dstates,
+            dmasses=dmasses,
+            **(without(o.numbers, "keys") | o.recurrence | mixed),
+            BV=width,
+            PRECISION=o.precision,
             num_warps=8 if block(o.features) > 64 else 4,
         )
     for carried, wide, column in ((dstates, o.values, 0), (dmasses, 1, o.values)):
         size = min(512, triton.next_power_of_2(o.features * wide))
         by_key.carry_gradients[triton.cdiv(o.features * wide, size), whole](
-            carried, totals, dinitial, dfinal, problem.starts, problem.slots, problem.lag, o.groups, o.features,
-            wide, column, o.values + 1, CHUNK, size, EXACT=o.recurrence["EXACT"], num_warps=4,
+            carried,
+            totals,
+            dinitial,
+            dfinal,
+            problem.starts,
+            problem.slots,
+            problem.lag,
+            o.groups,
+            o.features,
+            wide,
+            column,
+            o.values + 1,
+            CHUNK,
+            size,
+            EXACT=o.recurrence["EXACT"],
+            num_warps=4,
         )
 
     dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
     dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
-    state_dv = o.float32(*o.v.shape)
+    state_dv, flow = o.float32(*o.v.shape), torch.empty_like(dk)
     if problem.chunks:
         size = 64
         pieces = triton.cdiv(o.values, size) + triton.cdiv(o.features, size)
         by_key.keys_of_states[problem.chunks, whole, pieces](
-            o.k, o.v, o.stats, **o.gate, **o.rows, dstates=dstates, dmasses=dmasses, dk=dk, dv=state_dv, **o.numbers,
-            **o.recurrence, BV=values, BLOCK=size, PRECISION=o.precision, num_warps=8 if o.widest > 64 else 4,
+            o.k,
+            o.v,
+            o.stats,
+            **o.gate,
+            **o.rows,
+            dstates=dstates,
+            dmasses=dmasses,
+            dk=dk,
+            dv=state_dv,
+            flow=flow,
+            **o.numbers,
+            **o.recurrence,
+            BV=values,
+            BLOCK=size,
+            PRECISION=o.precision,
+            num_warps=8 if o.widest > 64 else 4,
         )
     tiles = -(-(problem.past - problem.ahead) // SUB) + -(-(problem.longest + problem.ahead) // SUB)
     shapes = without(o.window, "BM", "COLUMNS", "SINKS", "EXISTS", "NORMALIZE", "EVICTED")
     by_key.key_gradients[tiles, whole](
-        o.q_rotated, o.k_rotated, o.v, o.q, o.k, o.stats, **o.gate, **without(o.rows, "slots"), doutputs=doutputs,
-        rows=rows, dk_rotated=dk_rotated, dv=dv, dk=dk, state_dv=state_dv, dlog=dlog,
-        **(o.numbers | shapes | o.recurrence | mixed), BV=values, GROUP=o.group, PARTS=o.parts, SUB=SUB,
-        PRECISION=o.precision, num_warps=o.warps,
+        o.q_rotated,
+        o.k_rotated,
+        o.v,
+        o.q,
+        o.k,
+        o.stats,
+        **o.gate,
+        **without(o.rows, "slots"),
+        doutputs=doutputs,
+        rows=rows,
+        dk_rotated=dk_rotated,
+        dv=dv,
+        dk=dk,
+        state_dv=state_dv,
+        dlog=dlog,
+        **(o.numbers | shapes | o.recurrence | mixed),
+        BV=values,
+        GROUP=o.group,
+        PARTS=o.parts,
+        SUB=SUB,
+        PRECISION=o.precision,
+        num_warps=o.warps,
     )
 
     of_key = problem.divisor is not None
@@ -386,10 +513,24 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     dscale, dbias = (torch.zeros_like(masses) if of_key else None for _ in range(2))
     if problem.chunks:
         by_key.gate_gradients[problem.chunks, whole](
-            o.k, **without(o.gate, "gate"), **o.rows, states=states, masses=masses, dstates=dstates, dmasses=dmasses,
-            dlog=dlog, dk=dk, dgate=dk if dgate is None else dgate, dscale=masses if dscale is None else dscale,
-            dbias=masses if dbias is None else dbias, **without(o.numbers, "keys"),
-            **without(o.recurrence, "SOFTMAX", "EXACT"), BV=32, num_warps=8 if block(o.features) > 64 else 4,
+            o.k,
+            **without(o.gate, "gate"),
+            **o.rows,
+            states=states,
+            masses=masses,
+            totals=totals,
+            dstates=dstates,
+            dmasses=dmasses,
+            dlog=dlog,
+            flow=flow,
+            dk=dk,
+            dgate=dk if dgate is None else dgate,
+            dscale=masses if dscale is None else dscale,
+            dbias=masses if dbias is None else dbias,
+            **without(o.numbers, "keys"),
+            **without(o.recurrence, "SOFTMAX"),
+            BV=32,
+            num_warps=8 if block(o.features) > 64 else 4,
         )
     if dscale is not None and dbias is not None and o.gate_bias is not None:
         dgate, dbias = dscale.sum(0).to(o.given_gate.dtype), dbias.sum(0).to(o.gate_bias.dtype)
@@ -398,7 +539,17 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     if o.initial_state is not None:
         dinitial = dinitial.to(o.initial_state.dtype)
     return [
-        dq_rotated, dk_rotated, dv, dq, dk.to(o.k.dtype), dgate, dbias, dweight, dcolumn_k, dcolumn_v, dinitial,
+        dq_rotated,
+        dk_rotated,
+        dv,
+        dq,
+        dk.to(o.k.dtype),
+        dgate,
+        dbias,
+        dweight,
+        dcolumn_k,
+        dcolumn_v,
+        dinitial,
     ]
 
 
@@ -413,9 +564,22 @@ def column_gradients(
     dk, dv = (o.float32(segments, *x.shape) for x in (o.column_k, o.column_v))
     shapes = without(o.window, "NORMALIZE", "EVICTED")
     by_query.column_gradients[segments, problem.rows * o.groups](
-        o.q_rotated, **o.columns, **without(o.rows, "slots"), doutputs=doutputs, rows=rows, dcolumn_k=dk,
-        dcolumn_v=dv, K=o.groups, V=o.values, BV=block(o.values), SEGMENT=SEGMENT, QUERIES=32,
-        COUNTED=problem.counts is not None, **(shapes | mixed), PRECISION=o.precision, num_warps=o.warps,
+        o.q_rotated,
+        **o.columns,
+        **without(o.rows, "slots"),
+        doutputs=doutputs,
+        rows=rows,
+        dcolumn_k=dk,
+        dcolumn_v=dv,
+        K=o.groups,
+        V=o.values,
+        BV=block(o.values),
+        SEGMENT=SEGMENT,
+        QUERIES=32,
+        COUNTED=problem.counts is not None,
+        **(shapes | mixed),
+        PRECISION=o.precision,
+        num_warps=o.warps,
     )
     return dk.sum(0).to(o.column_k.dtype), dv.sum(0).to(o.column_v.dtype)
 

@@ -288,8 +288,8 @@ def read_recurrence(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What the query features `reads` `[GROUP * SUB, BF]` of one sub-chunk, which starts at token `i` of the stream, read
-    after their own tokens: outputs `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`.
+    """What the query features `reads` `[GROUP * SUB, BF]` of a sub-chunk read after their own tokens: outputs
+    `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. Its first token is `i` of the stream.
 
     `number` is that of token 0 of the stream; `slot` is the row of the chunk in arrays `[slots * K, ...]`.
     """
@@ -545,6 +545,4 @@ def write_outputs(
             learned = tl.load(mix_weight + channel, mask=real[:, None] & (u < V)[None, :], other=0.0)
             share = share * learned.to(tl.float32)
         y = y + share * (read / divides[:, None] - y)
-    tl.store(
-        outputs + query * V + u[None, :], y.to(outputs.dtype.element_ty), mask=real[:, None] & (u < V)[None, :]
-    )
+    tl.store(outputs + query * V + u[None, :], y.to(outputs.dtype.element_ty), mask=real[:, None] & (u < V)[None, :])

@@ -103,7 +103,7 @@ def carry_gradients(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What each chunk reads becomes the gradient of the state that leaves it, in place; the reverse of `carry_states`."""
+    """What each chunk reads becomes the gradient of the state that leaves it, in place: `carry_states` backwards."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
@@ -153,6 +153,7 @@ def keys_of_states(
     dmasses,
     dk,
     dv,
+    flow,
     keys,
     past,
     lag,
@@ -172,8 +173,11 @@ def keys_of_states(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32: some programs
-    take channels of the values, the others channels of the keys."""
+    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32; and
+    `flow`, φ(k) dk, what of the state's gradient goes through each key.
+
+    Some programs take channels of the values, the others channels of the keys.
+    """
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -235,7 +239,9 @@ def keys_of_states(
         dkey = tl.dot(values.to(tl.float32), turned, input_precision=PRECISION)
         dkey += tl.load(dmasses + slot * F + g, mask=g < F, other=0.0)
         dkey = dkey * decay(tl.cumsum(later, 0, reverse=True), EXACT)
-        tl.store(dk + offset * F + g, dkey, mask=writes[:, None] & (g < F))
+        inside = writes[:, None] & (g < F)
+        tl.store(dk + offset * F + g, dkey, mask=inside)
+        tl.store(flow + offset * F + g, dkey * features(k, stats, offset, g, inside, keys * K, F, SOFTMAX), mask=inside)
 
 
 @triton.jit
@@ -316,8 +322,11 @@ def key_gradients(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of the keys and values of one sub-chunk. `dk` and `state_dv` have what came from states, and `dk`, float32,
-    becomes the gradient of the recurrence's keys; the first part of `dlog` becomes that of the running decay."""
+    """Gradients of the keys and values of one sub-chunk.
+
+    `dk` and `state_dv` hold what came from states, in float32; `dk` becomes the gradient of the recurrence's keys, and
+    the first part of `dlog` that of the running decay.
+    """
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -379,7 +388,7 @@ def key_gradients(
         mask = writes[:, None] & (f < F)
         written = tl.where(writes[:, None], values.to(tl.float32), 0.0)
         key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
-        dkey = tl.load(dk + offset * F + f, mask=mask, other=0.0)
+        dkey = tl.zeros((SUB, BF), tl.float32)
         dvalues += tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
         itself = tl.zeros((SUB, BF), tl.float32)
 
@@ -459,7 +468,7 @@ def key_gradients(
         for part in range(1, PARTS):
             of_decay += tl.load(dlog + (part * keys * K + offset) * F + f, mask=mask, other=0.0)
         tl.store(dlog + offset * F + f, of_decay - key * dkey, mask=mask)
-        dkey += itself
+        dkey += itself + tl.load(dk + offset * F + f, mask=mask, other=0.0)
         if SOFTMAX:
             dkey = key * (dkey - tl.sum(key * dkey, 1)[:, None])
         tl.store(dk + offset * F + f, dkey, mask=mask)
@@ -477,9 +486,11 @@ def gate_gradients(
     slots,
     states,
     masses,
+    totals,
     dstates,
     dmasses,
     dlog,
+    flow,
     dk,
     dgate,
     dscale,
@@ -497,6 +508,7 @@ def gate_gradients(
     FROM_KEY: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     COUNTED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """From gradients of running decays to those of log-gates, `dgate`, or of what builds them: `dk`, which is added to,
     and each chunk's part of `dscale` and `dbias`, `[slots, K, F]`."""
@@ -513,17 +525,25 @@ def gate_gradients(
     offset = (tl.where(writes, start + (row + 1) * past + i - ahead, 0) * K + head)[:, None]
     mask = writes[:, None] & (f < F)
     slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
-    # All that leaves a chunk has decayed by the gates of its end.
+    # A log-gate scales what passes it: pairs of a key before it and a query from it on, and of what the chunk hands on,
+    # the state that entered and the keys before it. None of these sums takes away what another added, so that where
+    # gates let nothing pass nothing is left of large numbers but 0.
     f_row = tl.arange(0, BF)
-    mass = tl.load(masses + (slot + K) * F + f_row, mask=f_row < F, other=0.0)
-    leaves = mass * tl.load(dmasses + slot * F + f_row, mask=f_row < F, other=0.0)
+    mass = tl.load(masses + slot * F + f_row, mask=f_row < F, other=0.0)
+    enters = mass * tl.load(dmasses + slot * F + f_row, mask=f_row < F, other=0.0)
     for block in range(0, V, BV):
         u = block + tl.arange(0, BV)[None, :]
         inside = (f_row < F)[:, None] & (u < V)
-        state = tl.load(states + ((slot + K) * F + f_row[:, None]) * V + u, mask=inside, other=0.0)
-        leaves += tl.sum(state * tl.load(dstates + (slot * F + f_row[:, None]) * V + u, mask=inside, other=0.0), 1)
+        at = (slot * F + f_row[:, None]) * V + u
+        state = tl.load(states + at, mask=inside, other=0.0)
+        enters += tl.sum(state * tl.load(dstates + at, mask=inside, other=0.0), 1)
+    enters = enters * decay(tl.load(totals + slot * F + f_row, mask=f_row < F, other=0.0), EXACT)
+    follows = (i > chunk * CHUNK) & (i < stream + 1) & (count + i - 1 - ahead >= least)
+    previous = (tl.where(follows, start + (row + 1) * past + i - 1 - ahead, 0) * K + head)[:, None]
+    through = tl.load(flow + previous * F + f, mask=follows[:, None] & (f < F), other=0.0)
     of_decay = tl.load(dlog + offset * F + f, mask=mask, other=0.0)
-    gradient = tl.where(mask, tl.cumsum(of_decay, 0, reverse=True) + leaves[None, :], 0.0)
+    gradient = tl.cumsum(of_decay, 0, reverse=True) + tl.cumsum(through, 0) + enters[None, :]
+    gradient = tl.where(mask, gradient, 0.0)
     if FROM_KEY:
         raw = tl.load(k + offset * F + f, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(gate_scale + head * F + f, mask=f < F, other=0.0).to(tl.float32)

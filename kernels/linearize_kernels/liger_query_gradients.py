@@ -70,7 +70,9 @@ def columns_seen(
     m = tl.arange(0, BM)
     seen = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
     if EXISTS:
-        others = tl.load(column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0)
+        others = tl.load(
+            column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0
+        )
         seen = seen | (others != 0)[None, :]
     else:
         seen = seen | ((m >= SINKS) & (m < COLUMNS))[None, :]
@@ -297,7 +299,7 @@ def query_gradients(
         exact_k = tl.load(column_k + column * D + d, mask=(m < COLUMNS)[:, None] & (d < D), other=0.0)
         exact_v = tl.load(column_v + column * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
         visible = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
-        exact_p, dexact = attention_gradients(
+        _exact, dexact = attention_gradients(
             rotated, exact_k, exact_v, dy, normaliser, delta, visible, scale, softcap, CAPPED, OPERAND, PRECISION
         )
         drotated = tl.dot(dexact.to(OPERAND), exact_k.to(OPERAND), input_precision=PRECISION)
@@ -307,13 +309,11 @@ def query_gradients(
         window_k = tl.load(k_rotated + at * D + d, mask=(s < high)[:, None] & (d < D), other=0.0)
         window_v = tl.load(v + at * V + u[None, :], mask=(s < high)[:, None] & (u < V)[None, :], other=0.0)
         seen = (s < high)[None, :] & (s[None, :] <= t[:, None]) & (s[None, :] > t[:, None] - window)
-        window_p, dscores = attention_gradients(
+        _weights, dscores = attention_gradients(
             rotated, window_k, window_v, dy, normaliser, delta, seen, scale, softcap, CAPPED, OPERAND, PRECISION
         )
         drotated += tl.dot(dscores.to(OPERAND), window_k.to(OPERAND), input_precision=PRECISION)
-    tl.store(
-        dq_rotated + query * D + d, drotated.to(dq_rotated.dtype.element_ty), mask=real[:, None] & (d < D)
-    )
+    tl.store(dq_rotated + query * D + d, drotated.to(dq_rotated.dtype.element_ty), mask=real[:, None] & (d < D))
 
     # Through the recurrence: what came from the state decays over the chunk, and each key adds to it.
     dreads = tl.zeros((GROUP * SUB, BF), tl.float32)

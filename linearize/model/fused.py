@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from linearize_kernels import Decision, Operation, Step, StepWeights, choose, decide
+from linearize_kernels.dispatch import settled
 from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
 from torch import Tensor
 
@@ -39,11 +40,7 @@ _WIDEST = 256
 def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
     """Why no fused kernel takes a mixer of this configuration; None if one does."""
     if config.recurrence not in _GATES and (operation == "attention" or config.recurrence != "none"):
-        return (
-            "no fused kernel for the window alone"
-            if config.recurrence == "none"
-            else (f"no fused kernel for {config.recurrence}")
-        )
+        return f"no fused kernel for {'the window alone' if config.recurrence == 'none' else config.recurrence}"
     if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:
         return f"more than {_MOST_QUERIES} query heads share a key/value head"
     doubled = operation == "attention" and config.feature_map in ("exp", "learned")
@@ -181,7 +178,7 @@ def _chosen(x: Tensor, at: Tensor | None) -> Tensor:
 def _takes(operation: Operation, mixer: Mixer, new: Projections) -> bool:
     """Whether the Triton kernel is to run, as the dispatch says, and can."""
     # Compiled code fuses on its own, and the kernels' launches have not been tried in it.
-    if mixer.branches_off or torch.compiler.is_compiling():
+    if mixer.branches_off or torch.compiler.is_compiling() or settled(new.v.device):
         return False
     reason = refusal(operation, mixer.config, mixer.layer)
     return choose(operation, new.v.device, new.v.dtype, refusal=reason) == "triton"

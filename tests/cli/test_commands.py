@@ -42,6 +42,20 @@ def test_inspect_tells_the_same_to_people_and_programs(outcome, tiny_folder):
     assert line["converted_bytes"] == facts["state_bytes"]
 
 
+def test_inspect_tells_which_kernels_run(outcome, tiny_folder, monkeypatch):
+    monkeypatch.setenv("LINEARIZE_KERNELS", "torch")
+    _, text, _ = outcome("inspect", tiny_folder)
+    assert "kernels   cpu: torch (LINEARIZE_KERNELS=torch)" in text
+    facts = json.loads(outcome("inspect", tiny_folder, "--json")[1])
+    assert facts["kernels"]["cpu"]["step"] == {"kernels": "torch", "why": "LINEARIZE_KERNELS=torch"}
+    monkeypatch.setenv("LINEARIZE_KERNELS", "cuda")
+    status, text, errors = outcome("inspect", tiny_folder)
+    assert status == 1 and not text
+    assert errors == (
+        "error: LINEARIZE_KERNELS=cuda: there is no such choice; take reference, torch, triton, fla, or leave it out\n"
+    )
+
+
 def test_inspect_compares_all_recurrences(outcome, tiny_folder):
     status, text, _ = outcome("inspect", tiny_folder, "--recurrence", "all")
     assert status == 0 and "gated_deltanet" in text and "131,072 tokens" in text

@@ -111,7 +111,7 @@ def assert_no_worse_than_twice_plain_torch(found: list[dict[str, Tensor]]) -> No
 
 @pytest.mark.parametrize("kind", STEPPING)
 def test_steps_equal_plain_torch(kind, monkeypatch):
-    layer = make_layer()
+    layer = make_layer(heads=1)
     mixer = make_mixer(layer, **{**STEPPING[kind], "window": WINDOW, "softmax_heads": []} | _sinks(STEPPING[kind]))
     new = tokens_of(layer, 3, STEPS, torch.float32)
     assert_no_worse_than_twice_plain_torch(three_ways(mixer, new, LENGTHS, monkeypatch))
@@ -145,14 +145,14 @@ def test_widths_and_options(shape, options, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, monkeypatch):
-    layer = make_layer()
+    layer = make_layer(heads=1)
     new = tokens_of(layer, 2, STEPS, dtype)
     assert_no_worse_than_twice_plain_torch(three_ways(make_mixer(layer, mix="softmax"), new, None, monkeypatch))
 
 
 @pytest.mark.parametrize(("strength", "source"), [(1e-3, 1.0), (100.0, 30.0)])
 def test_gates_at_the_ends_of_their_range(strength, source, monkeypatch):
-    layer = make_layer()
+    layer = make_layer(heads=1)
     mixer = make_mixer(layer, gate_learned=False, gate_scale=strength, gate_bias=0.0 if source > 1 else 15.0)
     new = tokens_of(layer, 2, STEPS, torch.float32)
     new = new._replace(k=new.k * source)
@@ -163,7 +163,7 @@ def test_gates_at_the_ends_of_their_range(strength, source, monkeypatch):
 def test_what_was_never_written_is_never_read(kind, monkeypatch):
     """Ring and sinks full of NaN, and so are new tensors."""
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
-    layer = make_layer()
+    layer = make_layer(heads=1)
     mixer, new = make_mixer(layer, **{**KINDS[kind], "window": WINDOW}), tokens_of(layer, 2, STEPS, torch.float32)
     clean, poisoned = empty(mixer, 2, torch.float32), empty(mixer, 2, torch.float32)
     expected = run(mixer, new, LENGTHS[1:], clean)
@@ -178,7 +178,7 @@ def test_what_was_never_written_is_never_read(kind, monkeypatch):
 
 def test_a_pad_changes_no_bit_and_two_runs_are_the_same(monkeypatch):
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
-    layer = make_layer()
+    layer = make_layer(heads=1)
     mixer, new = make_mixer(layer, mix="softmax"), tokens_of(layer, 2, STEPS, torch.float32)
     memories = [empty(mixer, 2, torch.float32) for _ in range(2)]
     first, second = (run(mixer, new, None, memory) for memory in memories)
