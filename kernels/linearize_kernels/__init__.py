@@ -12,7 +12,7 @@ head and never repeated per query head. Arithmetic is float32, or float64 where 
 
 from linearize_kernels.decay import Form
 from linearize_kernels.delta import delta_rule, delta_rule_chunkwise, delta_rule_parallel, delta_rule_recurrent
-from linearize_kernels.dispatch import CHOICES, Decision, Kernels, Operation, choose, decide
+from linearize_kernels.dispatch import CHOICES, Decision, Kernels, Operation, choose, decide, say_once
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent, gla_step
 from linearize_kernels.slots import (
     gated_values,
@@ -48,6 +48,7 @@ __all__ = [
     "gla_parallel",
     "gla_recurrent",
     "gla_step",
+    "say_once",
     "step_attention",
     "window_attention",
 ]

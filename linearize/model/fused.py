@@ -3,7 +3,7 @@
     fused_step        one token a row, no gradient: everything in one launch, in place
     fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
 
-Both return None where plain torch is to run, which is what `Mixer` then does.
+`fuses` says whether they are to run; otherwise `Mixer` does the same in plain torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from linearize_kernels import Decision, Operation, Step, StepWeights, choose, de
 from linearize_kernels.dispatch import settled
 from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
 from torch import Tensor
+
+from linearize.model.trial import passes
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer, Projections
@@ -72,10 +74,21 @@ def decide_mixer(
     return found
 
 
-def fused_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor | None:
-    """`Mixer.forward` for one token a row, where the kernel takes it."""
-    if memory is None or new.q.shape[1] != 1 or torch.is_grad_enabled() or not _takes("step", mixer, new):
-        return None
+def fuses(mixer: Mixer, new: Projections, memory: LayerMemory | None) -> bool:
+    """Whether a fused kernel is to run `Mixer.forward` on these arguments."""
+    # Compiled code fuses on its own, and the kernels' launches have not been tried in it.
+    if mixer.branches_off or torch.compiler.is_compiling() or settled(new.v.device):
+        return False
+    operation: Operation = "step" if new.q.shape[1] == 1 else "attention"
+    if operation == "step" and (memory is None or torch.is_grad_enabled()):
+        return False
+    device, dtype = new.v.device, new.v.dtype
+    reason = refusal(operation, mixer.config, mixer.layer)
+    return choose(operation, device, dtype, refusal=reason) == "triton" and passes(operation, mixer, device, dtype)
+
+
+def fused_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
+    """`Mixer.forward` for one token a row, without a gradient."""
     from linearize_kernels.step_triton import step_triton
 
     return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, memory.counts, lengths)
@@ -88,15 +101,13 @@ def fused_attention(
     memory: LayerMemory | None,
     whole: Part | None,
     columns: tuple[Tensor, Tensor, Tensor] | None,
-) -> Tensor | None:
-    """`Mixer.forward` for several tokens a row, where the kernel takes it.
+) -> Tensor:
+    """`Mixer.forward` for several tokens a row.
 
     Args:
         whole: with a memory, what its window held, oldest first, and the new tokens behind: `[R, W + L, K, D or V]`.
         columns: the sinks, as `window_attention` wants them.
     """
-    if new.q.shape[1] == 1 or not _takes("attention", mixer, new):
-        return None
     config, recurrence, past = mixer.config, mixer.recurrence, 0 if whole is None else mixer.window
     assert recurrence is not None  # noqa: S101 - for the type checker; `refusal` has looked
     source = mixer.source(new)
@@ -173,15 +184,6 @@ def _chosen(x: Tensor, at: Tensor | None) -> Tensor:
     """The tokens of all rows of `x` `[R, L, ...]`, or those numbered `at`."""
     flat = x.flatten(0, 1)
     return flat if at is None else flat[at]
-
-
-def _takes(operation: Operation, mixer: Mixer, new: Projections) -> bool:
-    """Whether the Triton kernel is to run, as the dispatch says, and can."""
-    # Compiled code fuses on its own, and the kernels' launches have not been tried in it.
-    if mixer.branches_off or torch.compiler.is_compiling() or settled(new.v.device):
-        return False
-    reason = refusal(operation, mixer.config, mixer.layer)
-    return choose(operation, new.v.device, new.v.dtype, refusal=reason) == "triton"
 
 
 def _gate_weights(mixer: Mixer, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ after token t - W, so window, sinks and state share the past without counting an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from linearize_kernels import window_attention
 from torch import Tensor, nn
 
-from linearize.model.fused import fused_attention, fused_step
+from linearize.model.fused import fused_attention, fused_step, fuses
 from linearize.model.recurrences import build_recurrence, register
 from linearize.model.step import step, steps
 
@@ -80,6 +80,7 @@ class Mixer(nn.Module):
         depth: where it stands in the model, 0 for the first layer and 1 for the last.
 
     Attributes:
+        kind: what tells it from mixers that compute something else with the same weights.
         branches_off: which of `recurrence` and `window` (with its sinks) is silent, to see what the other does alone.
             Not part of the configuration: a checkpoint has both.
 
@@ -95,6 +96,7 @@ class Mixer(nn.Module):
         if config.window is None:
             raise ValueError("a mixer needs a window; a layer without one keeps its softmax attention")
         self.config, self.layer, self.window = config, layer, config.window
+        self.kind = repr((replace(config, layers=[], softmax_heads=[]), layer))
         self.recurrence = build_recurrence(config, layer, depth)
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
@@ -159,17 +161,21 @@ class Mixer(nn.Module):
         Returns:
             `[R, L, H, V]` float32; meaningless past a row's length.
         """
-        if (mixed := fused_step(self, new, lengths, memory)) is not None:
-            return mixed
-        if memory is not None and steps(self, new, lengths, memory):
+        return self.run(new, lengths, memory, fused=fuses(self, new, memory))
+
+    def run(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, *, fused: bool) -> Tensor:
+        """`forward` on the fused kernels, or in plain torch."""
+        if memory is not None and fused and new.q.shape[1] == 1:
+            return fused_step(self, new, lengths, memory)
+        if memory is not None and not fused and steps(self, new, lengths, memory):
             return step(self, new, memory)
         tokens = new.q.shape[1]
         count = memory.counts[:, None] if memory else new.q.new_zeros(1, 1, dtype=torch.long)
         query_index = count + torch.arange(tokens, device=new.q.device)  # [R or 1, L]
         span = self._slide(new, lengths, memory, query_index)
         columns, evicted = self._sinks(span.evicted, memory, query_index)
-        if (mixed := fused_attention(self, new, lengths, memory, span.whole, columns)) is not None:
-            return mixed
+        if fused:
+            return fused_attention(self, new, lengths, memory, span.whole, columns)
         y, normaliser = window_attention(
             new.q_rotated,
             span.k_rotated,

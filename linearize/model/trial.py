@@ -1,0 +1,110 @@
+"""Fused kernels on trial: what a compiler or a driver does to a kernel, no test on another machine can know.
+
+Before a GPU's first call of a kind, the mixer runs on made-up tokens with the kernel and in plain torch, and the kernel
+is used only if outputs, memory and gradients agree.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from linearize_kernels import Operation, say_once
+from torch import Tensor, nn
+
+from linearize.families.base import Projections
+from linearize.model.memory import LayerMemory
+
+if TYPE_CHECKING:
+    from linearize.model.mixer import Mixer
+
+# In Triton's interpreter there is no compiler to doubt.
+ON_TRIAL = {"cuda"}
+_VERDICTS: dict[tuple[Any, ...], bool] = {}
+_ROWS = 2
+# Of the largest value: far above what rounding does, far below what a fault does.
+_TOLERANCE = {torch.float32: 2e-3}
+_HALF_TOLERANCE = 4e-2
+
+
+def passes(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel for `operation` agrees with plain torch on this device; tried once for each kind of mixer."""
+    if device.type not in ON_TRIAL:
+        return True
+    kind = (operation, mixer.kind, device, dtype)
+    if kind not in _VERDICTS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be tried inside a graph
+        _VERDICTS[kind] = _agrees(operation, mixer, device, dtype)
+    return _VERDICTS[kind]
+
+
+def _agrees(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.dtype) -> bool:
+    weight = mixer._parameters.get("mix_weight")
+    try:
+        if weight is not None:
+            # A recurrence that still sleeps would hide what is read from it.
+            mixer._parameters["mix_weight"] = nn.Parameter(torch.full_like(weight, 0.5), requires_grad=False)
+        plain = _run(operation, mixer, device, dtype, fused=False)
+        try:
+            ours = _run(operation, mixer, device, dtype, fused=True)
+        except Exception as error:
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            say_once(f"{operation} runs in plain torch, which is slower: its kernel fails on this GPU: {told}")
+            return False
+    finally:
+        if weight is not None:
+            mixer._parameters["mix_weight"] = weight
+    allowed = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    worst = max(_distance(a, b) for a, b in zip(ours, plain, strict=True))
+    if not worst <= allowed:
+        say_once(
+            f"{operation} runs in plain torch, which is slower: its kernel is off by {worst:.1e} on this GPU, where "
+            f"{allowed:.0e} is allowed; please report it with the versions of torch and triton"
+        )
+        return False
+    return True
+
+
+def _run(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.dtype, *, fused: bool) -> list[Tensor]:
+    """Outputs, memory and, of a prompt, gradients of a mixer on tokens that are the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> Projections:
+        layer = mixer.layer
+        q, k = (layer.query_heads, layer.key_width), (layer.key_value_heads, layer.key_width)
+        shapes = (q, k, (layer.key_value_heads, layer.value_width), q, k)
+        drawn = (torch.randn(_ROWS, count, *shape, generator=generator) for shape in shapes)
+        return Projections(*(x.to(device, dtype) for x in drawn))
+
+    prompt, more = mixer.window + 96, 1 if operation == "step" else 70
+    found: list[Tensor] = []
+    with torch.inference_mode(mode=False):
+        with torch.no_grad():
+            memory = LayerMemory(mixer.parts(_ROWS, dtype, device), _ROWS, device)
+            for count, lengths in ((prompt, None), (more, None), (more, [more, more // 2]), (more, None)):
+                real = None if lengths is None else torch.tensor(lengths, device=device)
+                mixed = mixer.run(
+                    tokens(count), real, memory, fused=fused and (operation == "attention") == (count > 1)
+                )
+                memory.advance(count, real)
+                if real is not None:
+                    mixed = mixed[torch.arange(count, device=device) < real[:, None]]
+                found.append(mixed)
+            found += [x for part in memory.parts.values() for x in part.values()]
+        if operation == "attention":
+            with torch.enable_grad():
+                given = Projections(*(x.requires_grad_() for x in tokens(prompt)))
+                mixed = mixer.run(given, None, None, fused=fused)
+                weights = torch.randn(mixed.shape, generator=generator).to(mixed)
+                grads = torch.autograd.grad(mixed, given, weights, allow_unused=True)
+            found += [mixed, *(x for x in grads if x is not None)]
+    return [x.detach().float() for x in found]
+
+
+def _distance(ours: Tensor, plain: Tensor) -> float:
+    """The largest difference, as a share of the largest value; infinite where it is not a number."""
+    if plain.numel() == 0:
+        return 0.0
+    worst = float((ours - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
+    return worst if worst == worst else float("inf")
