@@ -344,10 +344,10 @@ class Mixer(nn.Module):
         if mass is not None and normaliser is not None:
             # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
             # either sign keeps the denominator positive and the derivative at 0 alive.
-            weight = self.mix_weight[:, None]
+            by_head = self.mix_weight[:, None]
             log_ratio = mass.clamp_min(_TINY).log() - normaliser[..., None]
             ratio = log_ratio.clamp_max(_MOST_LOG_RATIO).exp()
-            share = torch.where(mass > 0, weight * ratio / (1 + weight.abs() * ratio), 0)
+            share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
             return y + share * (read / mass.clamp_min(_TINY) - y)
         weight: Tensor | float = self.mix_weight.to(y.dtype) if self.config.mix == "learned" else 0.5
         if mass is None or not self.config.normalize:
