@@ -202,12 +202,13 @@ def test_a_short_window_is_the_teacher_under_a_mask(row):
 
 @torch.no_grad()
 @every_row
-def test_packed_documents_of_a_model_that_keeps_its_attention(row):
-    model, documents = convert(row, [MixerConfig(layers=[], window=None)]), text(*LENGTHS)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    found = model(torch.cat(documents, 1), position_ids=positions, use_cache=False).logits
-    for logits, ids in zip(found.split(LENGTHS, dim=1), documents, strict=True):
-        close(logits, build(row)(ids).logits)
+def test_kept_heads_beside_a_window_over_everything_are_the_teacher(row):
+    layers = range(build(row).config.num_hidden_layers)
+    whole = family_of(build(row).config).layers(build(row).config)
+    kept = [MixerConfig(layers=[i], window=max(LENGTHS), softmax_heads=[0]) for i in layers if whole[i].window is None]
+    sliding = [MixerConfig(layers=[i], window=None) for i in layers if whole[i].window is not None]
+    ids = torch.cat(text(LENGTHS[0], LENGTHS[0]))
+    close(convert(row, [*kept, *sliding])(ids).logits, build(row)(ids).logits)
 
 
 @every_row
