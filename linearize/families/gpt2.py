@@ -40,6 +40,6 @@ class GPT2(Family):
         return q, k, v
 
     def output(self, attention: Any, heads: Tensor) -> Tensor:
-        # GPT-2's own linear module makes a view of its input, which rows of several documents do not allow.
+        # GPT-2's own linear module makes a view of its input, which heads that were cut to length do not allow.
         projected: Tensor = attention.resid_dropout(attention.c_proj(heads.flatten(2).contiguous()))
         return projected

@@ -202,12 +202,11 @@ def test_a_short_window_is_the_teacher_under_a_mask(row):
 
 @torch.no_grad()
 @every_row
-def test_packed_documents_of_a_model_that_keeps_its_attention(row):
-    model, documents = convert(row, [MixerConfig(layers=[], window=None)]), text(*LENGTHS)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    found = model(torch.cat(documents, 1), position_ids=positions, use_cache=False).logits
-    for logits, ids in zip(found.split(LENGTHS, dim=1), documents, strict=True):
-        close(logits, build(row)(ids).logits)
+def test_a_batch_of_whole_rows_is_its_rows_one_by_one(row):
+    layers = family_of(build(row).config).layers(build(row).config)
+    model = convert(row, mixers_for(MixerSpec(recurrence="none", window=WINDOW, sinks=SINKS), layers))
+    ids = torch.cat(text(LENGTHS[0], LENGTHS[0]))
+    close(model(ids).logits, torch.cat([model(one).logits for one in ids[:, None]]))
 
 
 @every_row
