@@ -410,8 +410,9 @@ def key_gradients(
             fading = tl.zeros((GROUP * SUB, BF), tl.float32)
             scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
             gates = tl.zeros((1, BF), tl.float32)
-            for back in range(SUB):
-                s = SUB - 1 - back
+            last = tl.minimum(stream - i, SUB)
+            for back in range(last):
+                s = last - 1 - back
                 writes_s = (i + s < stream) & (number + i + s >= least)
                 offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
                 mask_s = f < tl.where(writes_s, F, 0)
