@@ -199,7 +199,7 @@ def surroundings(device: Any, dtype: Any) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m evals.kernels", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-        "driver": torch.version.cuda if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
         "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("linearize", "torch", "triton", "flash-linear-attention")},

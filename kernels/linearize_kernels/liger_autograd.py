@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize_kernels import liger_forward as forwards
-from linearize_kernels import liger_key_gradients as by_key
-from linearize_kernels import liger_query_gradients as by_query
 from linearize_kernels.liger import Columns, Gate, LigerOptions, longest_row, row_starts
+from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks
+from linearize_kernels.liger_forward import write_outputs as write_outputs_kernel
+from linearize_kernels.liger_key_gradients import (
+    carry_gradients,
+    gate_gradients,
+    key_gradients,
+    keys_of_states,
+    read_chunks,
+)
+from linearize_kernels.liger_query_gradients import column_gradients as column_gradients_kernel
+from linearize_kernels.liger_query_gradients import query_gradients
 from linearize_kernels.liger_tiles import tl, triton
 
 if TYPE_CHECKING:
@@ -202,33 +211,37 @@ class Operands:
     def widest(self) -> int:
         return max(block(self.features), block(self.width), block(self.values))
 
-    @property
-    def group(self) -> int:
-        """Query heads of a tile, a power of 2: the whole group, or what registers and shared memory hold."""
-        return min(block_of(self.heads // self.groups), 4 if self.widest <= 128 else 2)
+    def tile(self, most: int) -> tuple[int, int]:
+        """Query heads of a tile, a power of 2, and the tiles that the heads of a group make.
 
-    @property
-    def parts(self) -> int:
-        """Tiles that the query heads of a key/value head make."""
-        return triton.cdiv(self.heads // self.groups, self.group)
+        Args:
+            most: query heads that registers and shared memory hold where heads are 128 wide, in two bytes.
+        """
+        group, bytes_wide = self.heads // self.groups, self.widest * self.q.element_size()
+        heads = min(power_of_2(group), max(1, most * 256 // max(bytes_wide, 256)))
+        return heads, triton.cdiv(group, heads)
 
     @property
     def value_block(self) -> int:
-        """Value channels of a tile."""
+        """Value channels of a tile of outputs."""
         return min(block(self.values), 128 if block(self.features) <= 128 else 64)
 
-    @property
-    def warps(self) -> int:
-        return 8 if self.group * SUB * self.widest > 64 * 64 else 4
+    def warps(self, heads: int = 4) -> int:
+        return 8 if heads * SUB * self.widest > 64 * 64 else 4
+
+
+# Query heads of a tile in the kernels that go by 16 queries, or by 16 keys, and their queries.
+OUTPUT_HEADS, QUERY_HEADS, KEY_HEADS = 4, 4, int(os.environ.get("KH", "4"))
 
 
 def block(width: int) -> int:
     """The power of 2 that holds a width; tensor cores want 16 or more."""
-    return max(16, block_of(width))
+    return max(16, power_of_2(width))
 
 
-def block_of(count: int) -> int:
-    return 1 << (max(count, 1) - 1).bit_length()
+def power_of_2(count: int) -> int:
+    power: int = 1 << (max(count, 1) - 1).bit_length()
+    return power
 
 
 def fused(
@@ -261,7 +274,9 @@ def fused(
     # No columns are none: a tensor without elements has no address to pass.
     tensors += columns[:2] if columns is not None and columns.k.shape[1] else (None, None)
     tensors.append(initial_state)
-    outputs, state = _Fused.apply(problem, *(None if x is None else x.contiguous() for x in tensors))
+    outputs, state = _Fused.apply(  # type: ignore[no-untyped-call]
+        problem, *(None if x is None else x.contiguous() for x in tensors)
+    )
     return outputs, state
 
 
@@ -273,7 +288,7 @@ class _Fused(torch.autograd.Function):
             states, masses, _, final = enter_states(operands)
             outputs = write_outputs(operands, states, masses)
         ctx.problem = problem  # type: ignore[attr-defined]
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors)  # type: ignore[arg-type]
         return outputs, final
 
     @staticmethod
@@ -296,14 +311,15 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slots, wide = problem.slot_count(o.tokens), (problem.rows, o.groups)
     if problem.options.feature_map == "softmax" and o.stats is o.q:
         o.stats, rows = o.float32(2, o.keys, o.groups), 16
-        grid = (triton.cdiv(o.keys * o.groups, rows),)
-        forwards.key_statistics[grid](o.k, o.stats, o.keys * o.groups, o.features, block(o.features), rows)
+        key_statistics[(triton.cdiv(o.keys * o.groups, rows),)](
+            o.k, o.stats, o.keys * o.groups, o.features, block(o.features), rows
+        )
     states, masses = o.float32(slots, o.groups, o.features, o.values), o.float32(slots, o.groups, o.features)
     totals, final = torch.empty_like(masses), o.float32(*wide, o.features, o.values + 1)
     width = min(block(o.values), 64)
     if problem.chunks:
         grid = (problem.chunks, problem.rows * o.groups, triton.cdiv(o.values, width))
-        forwards.write_chunks[grid](
+        write_chunks[grid](
             o.k,
             o.v,
             o.stats,
@@ -320,7 +336,7 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         )
     for carried, values, column in ((states, o.values, 0), (masses, 1, o.values)):
         size = min(512, triton.next_power_of_2(o.features * values))
-        forwards.carry_states[triton.cdiv(o.features * values, size), problem.rows * o.groups](
+        carry_states[triton.cdiv(o.features * values, size), problem.rows * o.groups](
             carried,
             totals,
             totals if o.initial_state is None else o.initial_state,
@@ -346,8 +362,9 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
     """Outputs `[N, H, V]`."""
     o, problem = operands, operands.problem
     outputs = o.q.new_empty(o.tokens, o.heads, o.values)
-    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * o.parts)
-    forwards.write_outputs[grid](
+    heads, parts = o.tile(OUTPUT_HEADS)
+    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * parts)
+    write_outputs_kernel[grid](
         o.q_rotated,
         o.k_rotated,
         o.v,
@@ -365,11 +382,11 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
         **o.window,
         **o.recurrence,
         BV=o.value_block,
-        GROUP=o.group,
+        GROUP=heads,
         SUB=SUB,
         KEYS=32,
         PRECISION=o.precision,
-        num_warps=o.warps,
+        num_warps=o.warps(heads),
     )
     return outputs
 
@@ -385,13 +402,14 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
 
     rows = o.float32(5, o.tokens, o.heads)
     dq_rotated, dq = torch.empty_like(o.q_rotated), torch.empty_like(o.q)
-    dlog = o.float32(o.parts, o.keys, o.groups, o.features)
+    heads, parts = o.tile(QUERY_HEADS)
+    dlog = o.float32(parts, o.keys, o.groups, o.features)
     dweight = None
     if o.mix_weight is not None:
         # Tiles that no query is in stay 0.
         tiles = o.tokens // SUB + 3 * problem.rows
         dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
-    by_query.query_gradients[problem.tiles, whole, o.parts](
+    query_gradients[problem.tiles, whole, parts](
         o.q_rotated,
         o.k_rotated,
         o.v,
@@ -411,18 +429,18 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         rows=rows,
         **(o.numbers | o.window | o.recurrence | mixed),
         BV=values,
-        GROUP=o.group,
+        GROUP=heads,
         SUB=SUB,
         KEYS=32,
         PRECISION=o.precision,
-        num_warps=o.warps,
+        num_warps=o.warps(heads),
     )
     dcolumn_k, dcolumn_v = column_gradients(o, doutputs, rows, mixed)
 
     dstates, dmasses, dinitial = torch.empty_like(states), torch.empty_like(masses), torch.empty_like(dfinal)
     width = min(values, 64)
     if problem.chunks:
-        by_key.read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
+        read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
             o.q,
             o.k,
             **o.gate,
@@ -438,7 +456,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         )
     for carried, wide, column in ((dstates, o.values, 0), (dmasses, 1, o.values)):
         size = min(512, triton.next_power_of_2(o.features * wide))
-        by_key.carry_gradients[triton.cdiv(o.features * wide, size), whole](
+        carry_gradients[triton.cdiv(o.features * wide, size), whole](
             carried,
             totals,
             dinitial,
@@ -463,7 +481,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     if problem.chunks:
         size = 64
         pieces = triton.cdiv(o.values, size) + triton.cdiv(o.features, size)
-        by_key.keys_of_states[problem.chunks, whole, pieces](
+        keys_of_states[problem.chunks, whole, pieces](
             o.k,
             o.v,
             o.stats,
@@ -481,9 +499,10 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             PRECISION=o.precision,
             num_warps=8 if o.widest > 64 else 4,
         )
+    heads, members = o.tile(KEY_HEADS)
     tiles = -(-(problem.past - problem.ahead) // SUB) + -(-(problem.longest + problem.ahead) // SUB)
     shapes = without(o.window, "BM", "COLUMNS", "SINKS", "EXISTS", "NORMALIZE", "EVICTED")
-    by_key.key_gradients[tiles, whole](
+    key_gradients[tiles, whole](
         o.q_rotated,
         o.k_rotated,
         o.v,
@@ -501,18 +520,19 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         dlog=dlog,
         **(o.numbers | shapes | o.recurrence | mixed),
         BV=values,
-        GROUP=o.group,
-        PARTS=o.parts,
+        GROUP=heads,
+        PARTS=members,
+        LOGS=parts,
         SUB=SUB,
         PRECISION=o.precision,
-        num_warps=o.warps,
+        num_warps=o.warps(heads),
     )
 
     of_key = problem.divisor is not None
     dgate = torch.zeros_like(o.given_gate) if not of_key else None
     dscale, dbias = (torch.zeros_like(masses) if of_key else None for _ in range(2))
     if problem.chunks:
-        by_key.gate_gradients[problem.chunks, whole](
+        gate_gradients[problem.chunks, whole](
             o.k,
             **without(o.gate, "gate"),
             **o.rows,
@@ -563,7 +583,7 @@ def column_gradients(
     segments = -(-problem.longest // SEGMENT)
     dk, dv = (o.float32(segments, *x.shape) for x in (o.column_k, o.column_v))
     shapes = without(o.window, "NORMALIZE", "EVICTED")
-    by_query.column_gradients[segments, problem.rows * o.groups](
+    column_gradients_kernel[segments, problem.rows * o.groups](
         o.q_rotated,
         **o.columns,
         **without(o.rows, "slots"),
@@ -579,7 +599,7 @@ def column_gradients(
         COUNTED=problem.counts is not None,
         **(shapes | mixed),
         PRECISION=o.precision,
-        num_warps=o.warps,
+        num_warps=o.warps(),
     )
     return dk.sum(0).to(o.column_k.dtype), dv.sum(0).to(o.column_v.dtype)
 

@@ -300,8 +300,9 @@ def read_recurrence(
     fading = tl.zeros((GROUP * SUB, BF), tl.float32)
     scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
     gates = tl.zeros((1, BF), tl.float32)
-    for back in range(SUB):
-        s = SUB - 1 - back
+    last = tl.minimum(stream - i, SUB)
+    for back in range(last):
+        s = last - 1 - back
         place = i + s
         writes = (place < stream) & (number + place >= least)
         offset = tl.where(writes, first_key + place - ahead, 0) * K + head

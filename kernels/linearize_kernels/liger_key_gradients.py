@@ -310,6 +310,7 @@ def key_gradients(
     BV: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    LOGS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUB: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -325,7 +326,7 @@ def key_gradients(
     """Gradients of the keys and values of one sub-chunk.
 
     `dk` and `state_dv` hold what came from states, in float32; `dk` becomes the gradient of the recurrence's keys, and
-    the first part of `dlog` that of the running decay.
+    the first of the LOGS parts of `dlog` that of the running decay.
     """
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
@@ -409,8 +410,9 @@ def key_gradients(
             fading = tl.zeros((GROUP * SUB, BF), tl.float32)
             scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
             gates = tl.zeros((1, BF), tl.float32)
-            for back in range(SUB):
-                s = SUB - 1 - back
+            last = tl.minimum(stream - i, SUB)
+            for back in range(last):
+                s = last - 1 - back
                 writes_s = (i + s < stream) & (number + i + s >= least)
                 offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
                 mask_s = f < tl.where(writes_s, F, 0)
@@ -465,7 +467,7 @@ def key_gradients(
             fade = fade * decay(tl.sum(own, 0)[None, :], EXACT)
 
         of_decay = tl.load(dlog + offset * F + f, mask=mask, other=0.0)
-        for part in range(1, PARTS):
+        for part in range(1, LOGS):
             of_decay += tl.load(dlog + (part * keys * K + offset) * F + f, mask=mask, other=0.0)
         tl.store(dlog + offset * F + f, of_decay - key * dkey, mask=mask)
         dkey += itself + tl.load(dk + offset * F + f, mask=mask, other=0.0)
@@ -526,8 +528,8 @@ def gate_gradients(
     mask = writes[:, None] & (f < F)
     slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
     # A log-gate scales what passes it: pairs of a key before it and a query from it on, and of what the chunk hands on,
-    # the state that entered and the keys before it. None of these sums takes away what another added, so that where
-    # gates let nothing pass nothing is left of large numbers but 0.
+    # the state that entered and the keys before it. What is handed on is summed from what passes, not as all less what
+    # does not: behind a gate that lets nothing through large numbers would cancel and leave their rounding.
     f_row = tl.arange(0, BF)
     mass = tl.load(masses + slot * F + f_row, mask=f_row < F, other=0.0)
     enters = mass * tl.load(dmasses + slot * F + f_row, mask=f_row < F, other=0.0)

@@ -359,7 +359,7 @@ def query_gradients(
         mask = writes[:, None] & (f < F)
         own_values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0)
         own_pairs = tl.dot(dread, tl.trans(own_values.to(tl.float32)), input_precision=PRECISION) + dm[:, None]
-        for s in range(SUB):
+        for s in range(tl.minimum(length - lag - i, SUB)):
             writes_s = (i + s < length - lag) & (number + i + s >= least)
             offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
             mask_s = f < tl.where(writes_s, F, 0)

@@ -123,3 +123,18 @@ def halves(x):
     """The left and the right half of a tile `[X, WIDTH]`."""
     width: tl.constexpr = x.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, width)), (0, 2, 1)))
+
+
+__all__ = [
+    "capped",
+    "decay",
+    "features",
+    "halves",
+    "log_gates",
+    "log_sigmoid",
+    "per_row",
+    "softmax_rows",
+    "tanh",
+    "tl",
+    "triton",
+]

@@ -149,10 +149,7 @@ def fused_attention(
     starts: Tensor | int = rows
     of_query = of_keys = None
     if lengths is not None:
-        # Rows one after the other, without what fills them up.
-        real = torch.arange(tokens, device=new.q.device) < lengths[:, None]
-        of_query, of_keys = (x.flatten().nonzero()[:, 0] for x in (real, F.pad(real, (past, 0), value=True)))
-        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+        starts, of_query, of_keys = _packing(lengths, tokens, past)
     choices = (of_query, of_keys, of_keys, of_query, of_keys)
     q_rotated, k_rotated, v, q, k = (_chosen(x.to(dtype), at) for x, at in zip(operands, choices, strict=True))
     state = memory.parts["state"]["state"] if memory is not None else None
@@ -178,6 +175,19 @@ def fused_attention(
         outputs = outputs.new_zeros(rows * tokens, *outputs.shape[1:]).index_copy(0, of_query, outputs)
     mixed: Tensor = outputs.unflatten(0, (rows, tokens))
     return mixed
+
+
+def _packing(lengths: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of unequal lengths one after the other, without what fills them up: where each starts `[R + 1]`, and which
+    queries of `[R, tokens]` and keys of `[R, past + tokens]` are real. Worked out once and kept on `lengths`, for the
+    layers of a model share it, and how many there are has to be asked of the device."""
+    kept = lengths.__dict__.setdefault("_packings", {})
+    if (tokens, past) not in kept:
+        real = torch.arange(tokens, device=lengths.device) < lengths[:, None]
+        of_query, of_keys = (x.flatten().nonzero()[:, 0] for x in (real, F.pad(real, (past, 0), value=True)))
+        kept[tokens, past] = F.pad(lengths.cumsum(0), (1, 0)).int(), of_query, of_keys
+    found: tuple[Tensor, Tensor, Tensor] = kept[tokens, past]
+    return found
 
 
 def _chosen(x: Tensor, at: Tensor | None) -> Tensor:

@@ -85,6 +85,7 @@ CASES = [
         for covers, mix, normalize in itertools.product(
             ("evicted", "all"), ("fixed", "learned", "softmax"), (True, False)
         )
+        if normalize or mix != "softmax"  # which always divides
     ),
     Case((1,), covers="all", group=1),
     Case((5,), gates="key", group=3),
@@ -210,7 +211,8 @@ def error(result: Tensor, reference: Tensor) -> float:
 def test_kernels_are_no_worse_than_twice_plain_torch(case):
     values = tensors(case)
     reference = run(liger_attention_composed, case, values, torch.float64)
-    plain = run(liger_attention_composed, case, values, case.dtype)
+    truncates = INTERPRETED and case.dtype == torch.bfloat16
+    plain = run(liger_attention_composed, case, values, torch.float32 if truncates else case.dtype)
     ours = run(liger_attention, case, values, case.dtype)
     for name, expected in reference.items():
         # Plain torch answers in float32 where a tensor is a parameter; what counts is the precision of the inputs.
@@ -295,9 +297,9 @@ def test_rows_without_a_state_start_from_zeros():
 class Layer(nn.Module):
     """Liger attention between projections, two query heads on one key/value head, with a residual."""
 
-    def __init__(self, operation: Operation, width: int = 16) -> None:
+    def __init__(self, operation: Operation, covers: str, width: int = 16) -> None:
         super().__init__()
-        self.operation, self.width = operation, width
+        self.operation, self.covers = operation, covers
         self.project, self.output = nn.Linear(width, 7 * width), nn.Linear(2 * width, width)
         self.mix_weight = nn.Parameter(torch.full((2, width), 0.3))
         self.scale, self.bias = nn.Parameter(torch.ones(1, width)), nn.Parameter(torch.full((1, width), 2.0))
@@ -306,7 +308,7 @@ class Layer(nn.Module):
         width = x.shape[1]
         projected = self.project(x).unflatten(-1, (7, width))
         q_rotated, q, k_rotated, k, v = projected.split([2, 2, 1, 1, 1], 1)
-        options = LigerOptions(window=4, scale=width**-0.5)
+        options = LigerOptions(window=4, scale=width**-0.5, covers=self.covers)
         columns = Columns(k_rotated[None, :1], v[None, :1], 1)
         gate = Gate(self.scale, self.bias)
         arguments = (x.contiguous() for x in (q_rotated, k_rotated, v, q, k))
@@ -315,14 +317,15 @@ class Layer(nn.Module):
 
 
 def train(operation: Operation, steps: int) -> list[float]:
-    """Learns to repeat what stood eight tokens earlier, which is out of the window."""
+    """Learns to repeat what stood five tokens earlier, which is out of the window."""
     torch.manual_seed(0)
-    model = nn.Sequential(Layer(operation), Layer(operation)).to(DEVICE)
+    covers = ("evicted",) if INTERPRETED else ("evicted", "all", "evicted")
+    model = nn.Sequential(*(Layer(operation, c) for c in covers)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     losses = []
     for _ in range(steps):
-        loss = (model(x)[8:] - x[:-8]).square().mean()
+        loss = (model(x)[5:] - x[:-5]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
