@@ -34,6 +34,9 @@ FeatureMap = Literal["softmax", "identity"]
 TINY = torch.finfo(torch.float32).tiny
 MOST_LOG_RATIO = 60.0
 
+# Bytes that the largest kernel takes for heads of 256 channels in two bytes, or of 128 in four; others take 99328.
+_WIDE_SHARED_MEMORY = 164864
+
 
 class Gate(NamedTuple):
     """A gate built from the recurrence's key: log g = logsigmoid(scale * k + bias) / divisor.
@@ -168,8 +171,13 @@ def unsupported(
     tensors += [x for x in (mix_weight, *(columns[:2] if columns is not None else ())) if x is not None]
     if any(x.device != device for x in tensors):
         return "tensors on different devices"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "GPUs older than Ampere"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            return "GPUs older than Ampere"
+        wide = max(q_rotated.shape[-1], q.shape[-1], v.shape[-1]) * q.element_size() > 256
+        if wide and getattr(properties, "shared_memory_per_block_optin", _WIDE_SHARED_MEMORY) < _WIDE_SHARED_MEMORY:
+            return "heads of more than 256 bytes on a GPU with this little shared memory"
     return None if _has_triton() else "a machine without triton"
 
 

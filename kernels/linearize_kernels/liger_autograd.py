@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -230,8 +229,8 @@ class Operands:
         return 8 if heads * SUB * self.widest > 64 * 64 else 4
 
 
-# Query heads of a tile in the kernels that go by 16 queries, or by 16 keys, and their queries.
-OUTPUT_HEADS, QUERY_HEADS, KEY_HEADS = 4, 4, int(os.environ.get("KH", "4"))
+# Query heads of a tile in the kernels that go by 16 queries, and in the one that goes by 16 keys.
+OUTPUT_HEADS, QUERY_HEADS, KEY_HEADS = 4, 4, 2
 
 
 def block(width: int) -> int:

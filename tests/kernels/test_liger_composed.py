@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention_composed
+from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention, liger_attention_composed, unsupported
 from torch import Tensor
 
 from linearize.families.base import AttentionLayer, Projections
@@ -107,3 +107,45 @@ def test_composed_continues_a_cache_as_the_mixer_does(covers, cut):
         mixer(Projections(*(x[:, cut:] for x in new)), None, memory)
     torch.testing.assert_close(outputs.unflatten(0, (3, -1)), expected[:, cut:])
     torch.testing.assert_close(final, memory.parts["state"]["state"])
+
+
+def operands(dtype: torch.dtype = torch.float32, width: int = 8, heads: int = 2) -> list:
+    rn = [torch.zeros(4, n, width, dtype=dtype) for n in (heads, 1, 1, heads, 1)]
+    return [*rn, torch.zeros(4, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (operands(torch.float64), "float64 inputs"),
+        (operands(width=272), "heads wider than 256"),
+        (operands(heads=17), "more than 16 query heads per key/value head"),
+        ([operands()[0].half(), *operands()[1:]], "queries, keys and values of different dtypes"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_told_beforehand(arguments, reason):
+    options = LigerOptions(4, 1.0, mix="fixed")
+    assert unsupported(*arguments, options) == reason
+    with pytest.raises(ValueError, match=f"do not take {reason}"):
+        liger_attention(*arguments, options)
+
+
+def test_tensors_on_the_cpu_are_for_the_composed_form(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert unsupported(*operands(), LigerOptions(4, 1.0, mix="fixed")) == "tensors on cpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": LigerOptions(0, 1.0, mix="fixed")}, "window of 0"),
+        ({"options": LigerOptions(4, 1.0, mix="learned")}, r"mix: learned takes a mix_weight \[2, 8\]"),
+        ({"rows": 3}, "4 tokens do not make 3 rows"),
+        ({"counts": torch.zeros(1)}, r"k is \[4, 1, 8\]; expected \[8, 1, 8\]"),
+        ({"initial_state": torch.zeros(1, 1, 8, 8)}, "initial_state"),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_refused(change, message):
+    arguments = {"options": LigerOptions(4, 1.0, mix="fixed")} | change
+    with pytest.raises(ValueError, match=message):
+        liger_attention_composed(*operands(), **arguments)
