@@ -46,7 +46,9 @@ def main() -> None:
         markdown([{"": bar["what"], "asked": f"{bar['asked']}", "seen": f"{bar['seen']:.3g}"} for bar in facts["bars"]])
     )
     if not arguments.short:
-        write(FOLDER / "smollm2-cpu.json", {**surroundings(), **facts})
+        around = surroundings()
+        command = around["command"].replace(arguments.model, "CONVERTED")
+        write(FOLDER / "smollm2-cpu.json", {**around, "command": command, **facts})
 
 
 def _bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
