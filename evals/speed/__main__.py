@@ -1,8 +1,8 @@
 """The CPU's bars for SmolLM2-135M, measured in one run: the converted model, the same with int8 weights and the teacher
 take turns, and medians of five count. Writes `smollm2-cpu.json` and prints what was asked and what was seen.
 
-Memory is measured on the model's first layers, which read 100,000 tokens piece by piece, as all layers would: the cache,
-and what the process has resident when a tenth of them is read.
+Memory is measured on the model's first layers, which read 100,000 tokens piece by piece, as all layers would: the
+cache, and what the process has resident, at the end against when a tenth was read.
 
     python -m evals.speed CONVERTED            # about six minutes on two cores
     python -m evals.speed CONVERTED --short    # a minute or two, to see that it runs
@@ -46,7 +46,9 @@ def main() -> None:
         markdown([{"": bar["what"], "asked": f"{bar['asked']}", "seen": f"{bar['seen']:.3g}"} for bar in facts["bars"]])
     )
     if not arguments.short:
-        write(FOLDER / "smollm2-cpu.json", {**surroundings(), **facts})
+        around = surroundings()
+        command = around["command"].replace(arguments.model, "CONVERTED")
+        write(FOLDER / "smollm2-cpu.json", {**around, "command": command, **facts})
 
 
 def _bars(facts: dict[str, Any]) -> list[dict[str, Any]]:

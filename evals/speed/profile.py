@@ -39,9 +39,11 @@ def main() -> None:
     models = {"model": load_model(source, dtype="float32")}
     models["teacher"] = _teacher(models["model"])
     with torch.inference_mode():
+        around = surroundings()
         facts = {
+            **around,
+            "command": around["command"].replace(arguments.model, "CONVERTED"),
             "model": teacher_of(source).name,
-            **surroundings(),
             "decode": _measured(models, lambda model: _decoding(model), STEPS),
             **{f"prefill_{n}": _measured(models, lambda model, n=n: _reading(model, n), 1) for n in PROMPTS},
         }

@@ -101,7 +101,8 @@ def gla_chunkwise(
         # are smaller than either.
         middle = total / 2
         half = exp_like(middle, k).transpose(-1, -2)  # [B, N, K, D, 1]
-        q, k = q * exp_like(cumulative - middle, q).unsqueeze(3), k * exp_like(middle - cumulative, k)
+        decay = exp_like(cumulative - middle, k)
+        q, k = q * decay.unsqueeze(3), k / decay
         scores = folded(q, k.transpose(-1, -2)).mul_(lower_triangle(k.shape[-2], k))
         entering, state = _states(half * (k.transpose(-1, -2) @ v), half.square(), state)
         outputs = folded(scores, v, onto=folded(q, half * entering))

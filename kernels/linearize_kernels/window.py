@@ -138,7 +138,7 @@ def _attend(
 
     scores = torch.baddbmm(queries.new_zeros(1), queries, keys.transpose(1, 2), beta=0, alpha=scale)
     scores = _cap(scores, softcap).unflatten(0, q.shape[:3]).unflatten(3, q.shape[3:5])  # [B, N, K, G, C, keys]
-    bias = torch.zeros(seen.shape, dtype=dtype, device=q.device).masked_fill(~seen, -math.inf)
+    bias = torch.where(seen, 0.0, q.new_full((), -math.inf))
     scores = scores.add_(bias[:, :, None, None])
     outputs = scores.flatten(0, 2).flatten(1, 2).softmax(-1) @ values
 

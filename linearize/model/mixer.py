@@ -349,11 +349,11 @@ class Mixer(nn.Module):
             ratio = log_ratio.clamp_max(_MOST_LOG_RATIO).exp()
             share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
             return y + share * (read / mass.clamp_min(_TINY) - y)
-        weight: Tensor | float = self.mix_weight.to(y.dtype) if self.config.mix == "learned" else 0.5
+        part: Tensor | float = self.mix_weight.to(y.dtype) if self.config.mix == "learned" else 0.5
         if mass is None or not self.config.normalize:
-            return torch.lerp(y, read, weight)
+            return torch.lerp(y, read, part)
         # A reading without mass has underflowed, and is no average of anything.
-        return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(_TINY), weight), y)
+        return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(_TINY), part), y)
 
 
 _TINY = torch.finfo(torch.float32).tiny

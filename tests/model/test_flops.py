@@ -30,8 +30,10 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        name = op.overloadpacket.__name__
-        if name in ("mm", "bmm"):
+        name = op.overloadpacket.__name__.removesuffix("_")  # what is done in place is the same arithmetic
+        if name == "baddbmm":
+            self.flops += 2 * args[1].numel() * args[2].shape[-1]
+        elif name in ("mm", "bmm"):
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif name in ("mul", "add", "sub", "addcmul") and out.numel() >= self.smallest:
             self.flops += out.numel()
