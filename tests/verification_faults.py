@@ -79,13 +79,13 @@ def sinks_that_drift(patch: pytest.MonkeyPatch) -> None:
 
 def rows_that_leak(patch: pytest.MonkeyPatch) -> None:
     """A tenth of what the recurrence adds."""
-    own = Mixer._recur
+    own = Mixer.mix
 
-    def recur(self, y, *rest):
+    def mix(self, y, *rest):
         mixed = own(self, y, *rest)
         return mixed + 0.1 * (mixed - y).roll(1, 0)
 
-    patch.setattr(Mixer, "_recur", recur)
+    patch.setattr(Mixer, "mix", mix)
 
 
 def memory_that_grows(patch: pytest.MonkeyPatch) -> None:
