@@ -115,10 +115,17 @@ def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCau
 
 
 def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`mixers` with window and sinks alone; what they keep as softmax is kept."""
+    """`mixers` with window and sinks alone; what they keep as softmax is kept. Nothing else of them is left, so two
+    models of the same window have the same baseline."""
     # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
+    kept = ("layers", "window", "softmax_heads")
     return [
-        {**mixer, "recurrence": "none", "covers": "evicted", "sinks": max(mixer["sinks"], BASELINE_SINKS)}
+        {
+            **{name: mixer[name] for name in kept if name in mixer},
+            "recurrence": "none",
+            "covers": "evicted",
+            "sinks": max(mixer["sinks"], BASELINE_SINKS),
+        }
         if mixer["window"] is not None
         else mixer
         for mixer in mixers
