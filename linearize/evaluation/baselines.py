@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.convert import BASELINE_SINKS
 from linearize.conversion.inspection import weightless_layers
+from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ def silence(model: LinearizedForCausalLM, branches: Sequence[str]) -> Linearized
             converts = model.config.mixer_of(module.layer_idx).converts(module.layer)
             module.mixer.branches_off = frozenset(branches) if converts else frozenset()
     return model
+
+
+def branches_off(model: Any) -> dict[str, list[str]]:
+    """By layer which branches of `model` are off: a model of the same weights without them is another one."""
+    return {
+        name: sorted(module.mixer.branches_off)
+        for name, module in model.named_modules()
+        if isinstance(module, LinearizedAttention) and module.mixer is not None and module.mixer.branches_off
+    }
 
 
 def memory_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[tuple[int, int]]:

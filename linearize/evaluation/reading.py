@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from linearize.errors import ModelError
+from linearize.evaluation.baselines import branches_off
 from linearize.training.selftext import fingerprint
 
 if TYPE_CHECKING:
@@ -144,17 +145,18 @@ def sampled(seed: int, items: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
 
 
 class Kept:
-    """What was made for items of the last model, so that tasks share it. A model is told by its weights: one that was
-    trained in between is another one."""
+    """What was made for items of the last model, so that tasks share it. A model is told by its weights and by the
+    branches that are off: one that was trained in between is another one, and so is one that lacks its recurrence."""
 
     def __init__(self) -> None:
-        self._whose, self._made = "", dict[int, Tensor]()
+        self._whose: object = None
+        self._made: dict[int, Tensor] = {}
 
     def get(
         self, model: Any, items: Sequence[int], batch_size: int, make: Callable[[Sequence[int]], Iterable[Tensor]]
     ) -> list[Tensor]:
         """Per item what `make` gives for it, called on `batch_size` items at a time, and only on those not yet made."""
-        whose = fingerprint(model)
+        whose = fingerprint(model), branches_off(model)
         if whose != self._whose:
             self._whose, self._made = whose, {}
         missing = [item for item in dict.fromkeys(items) if item not in self._made]

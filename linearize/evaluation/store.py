@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
 from linearize.errors import OutputError
+from linearize.evaluation.baselines import branches_off
 from linearize.evaluation.task import Item
 from linearize.fingerprint import fingerprint
-from linearize.model.attention import LinearizedAttention
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -84,12 +84,7 @@ class Store:
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all that a result depends on besides the task: configuration, weights, dtype, tokenizer, branches
     that are off, and this package's version."""
-    off = {
-        name: sorted(module.mixer.branches_off)
-        for name, module in model.named_modules()
-        if isinstance(module, LinearizedAttention) and module.mixer is not None and module.mixer.branches_off
-    }
-    parts = [__version__, fingerprint(model), _tokenizer(tokenizer), off]
+    parts = [__version__, fingerprint(model), _tokenizer(tokenizer), branches_off(model)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

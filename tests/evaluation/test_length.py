@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from linearize.conversion.convert import convert_model
 from linearize.errors import DataError, ModelError
 from linearize.evaluation import reading
+from linearize.evaluation.baselines import silence
 from linearize.evaluation.excerpts import BOOK, book_rows
 from linearize.evaluation.length import bucket_edges, length_tasks
 from linearize.recipe import MixerSpec
@@ -78,6 +79,17 @@ def test_each_text_is_read_once_per_model(tokenizer: Any, data: Path, tiny: Any)
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert tasks[0].score(model, tokenizer, [0], 1) != before
+
+
+def test_a_branch_that_is_off_makes_another_model(tokenizer: Any, data: Path, tiny: Any) -> None:
+    """Of the same weights, and loaded one after the other by an evaluation with `--baseline no_recurrence`."""
+    model = convert_model(copy.deepcopy(tiny), MixerSpec(window=16))
+    for attention in model.attention_layers:
+        torch.nn.init.constant_(attention.mixer.mix_weight, 0.5)  # type: ignore[union-attr]
+    task = build(tokenizer, data)[0]
+    whole = task.score(model, tokenizer, [0], 1)
+    assert task.score(silence(model, ["recurrence"]), tokenizer, [0], 1) != whole
+    assert task.score(silence(model, []), tokenizer, [0], 1) == whole
 
 
 def test_texts_and_digests(tokenizer: Any, data: Path) -> None:

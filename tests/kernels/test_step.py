@@ -218,7 +218,8 @@ def test_gradients_and_silent_branches_take_plain_torch(monkeypatch):
     layer = make_layer()
     mixer = make_mixer(layer)
     new = tokens_of(layer, 1, 1, torch.float32)
-    assert mixer(new, None, empty(mixer, 1, torch.float32)).requires_grad
+    wanted = type(new)(*(x.clone().requires_grad_() for x in new))
+    assert mixer(wanted, None, empty(mixer, 1, torch.float32)).requires_grad
     mixer.branches_off = frozenset({"recurrence"})
     run(mixer, new, None, empty(mixer, 1, torch.float32))
 
