@@ -1,0 +1,45 @@
+"""The tables in the READMEs are what the committed figures say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from evals.smollm2.__main__ import table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_what_smollm2_loses():
+    assert table() in (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
+
+
+def test_how_fast_it_is_on_a_cpu():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (writing after|reading) ([\d,]+) tokens \|(.*)\|$", readme, re.MULTILINE)
+    shown = {
+        ({"reading": "prefill"}.get(kind, "decode"), int(tokens.replace(",", "")), system): float(cell.replace(",", ""))
+        for kind, tokens, cells in rows
+        for system, cell in zip(("teacher", "model", "int8"), cells.split("|"), strict=True)
+    }
+    figures = json.loads((ROOT / "evals" / "speed" / "smollm2-cpu.json").read_text(encoding="utf-8"))
+    measured = {
+        (row["kind"], row["tokens"], row["system"]): round(
+            row["tokens_per_second"], 1 if row["tokens_per_second"] < 100 else 0
+        )
+        for row in figures["rows"]
+    }
+    assert shown == measured
+
+
+def test_what_the_probe_says_of_it():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    kept = (ROOT / "evals" / "smollm2" / "probe" / "keep.yaml").read_text(encoding="utf-8")
+    layers = re.search(r"layers: \[(\d+), (\d+), (\d+)\]$", kept, re.MULTILINE)
+    falls = re.search(r"All windowed: .*answers −(\S+)\. All but these: .*answers −(\S+) \(", kept)
+    assert layers is not None and falls is not None
+    before, after = (f"{float(fall):.2f}" for fall in falls.groups())
+    said = " ".join(readme.split())
+    assert "keeping layers {}, {} and {}, a tenth of the cache".format(*layers.groups()) in said
+    assert f"from {before} to {after} nats per token" in said
