@@ -92,15 +92,17 @@ def evaluate(
     # Names first, then data, then models: what is wrong is told before anything costs time.
     chosen = choose_tasks([task for task in tasks if task != HELD_OUT], suites)
     tokenizer = load_tokenizer(source)
+    # What others are compared with is never in int8, so that what int8 costs is part of the difference.
+    reference = "auto" if dtype == "int8" else dtype
     if options.teacher is None:
-        options = replace(options, teacher=lambda: load_model(teacher, dtype=dtype))
+        options = replace(options, teacher=lambda: load_model(teacher, dtype=reference))
     built = build_suites(chosen, tokenizer, options)
     scores = score_systems(
         {system.info.name: system.load for system in systems},
         tokenizer,
         built,
         rows=rows,
-        teacher=load_model(teacher, dtype=dtype) if rows is not None else None,
+        teacher=load_model(teacher, dtype=reference) if rows is not None else None,
         limit=limit,
         seed=options.seed,
         batch_size=batch_size,
@@ -221,7 +223,6 @@ class _Maker:
 
     def system(self, name: str) -> System:
         if name == "teacher":
-            # The teacher is never in int8 beside a converted model, so that what int8 costs is part of the difference.
             return self._whole(name, BASELINES[name], self.teacher, [])
         if name == "model":
             return self._whole(name, self.source.name, self.source, self.mixers)

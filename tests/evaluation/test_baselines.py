@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from linearize.conversion.convert import convert_model, growth_nbytes, state_nbytes, window_baseline
@@ -189,6 +191,24 @@ def test_a_branch_that_is_off_shows_in_scores(folder: Path) -> None:
     assert loss["model"] not in (loss["window"], loss["no_window"])
     assert set(results.digests) == {"wikitext2"}
     assert results.limit == 1
+
+
+def test_what_int8_costs_is_measured_against_the_teacher_as_it_is(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    tokens = torch.arange(2 * 48).reshape(2, 48) % 500
+    save_file({"input_ids": tokens, "labels": tokens.clone()}, model / "held_out.safetensors")
+    source = find_source(str(model))
+    rows = {
+        dtype: {name: one.rows for name, one in evaluate(source, baselines=["teacher"], dtype=dtype).scores.items()}
+        for dtype in ("auto", "int8")
+    }
+    plain, int8 = rows["auto"], rows["int8"]
+    assert torch.equal(plain["teacher"].loss, int8["teacher"].loss)
+    assert float(int8["teacher"].kl.abs().max()) < 1e-6
+    assert not torch.equal(plain["model"].loss, int8["model"].loss)
+    # The divergence is from the teacher in float, whatever the model is in.
+    torch.testing.assert_close(int8["model"].kl, plain["model"].kl, rtol=0.2, atol=0.02)
 
 
 def _options() -> Any:
