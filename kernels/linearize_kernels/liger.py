@@ -256,28 +256,51 @@ def liger_attention_composed(
     features, log_gate = (x[:, stream].masked_fill(silent, 0) for x in (features, log_gate))
     written = F.pad(values[:, stream], (0, 1), value=1.0)
     read, final = gla_chunkwise(reads[:, lag:], features, written, log_gate, state)
-    mixed = mix_outputs(y[:, lag:], normaliser[:, lag:], read[..., :-1], read[..., -1:], options, mix_weight)
+    mixed = mix_outputs(
+        y[:, lag:],
+        normaliser[:, lag:],
+        read[..., :-1],
+        read[..., -1:],
+        mix=options.mix,
+        normalize=options.normalize,
+        weight=mix_weight,
+    )
     mixed = torch.where(live[:, :, None, None], mixed, y[:, lag:])
     return _flat(torch.cat([y[:, :lag], mixed], 1), real).to(v.dtype), final
 
 
 def mix_outputs(
-    y: Tensor, normaliser: Tensor, read: Tensor, mass: Tensor, options: LigerOptions, weight: Tensor | None
+    y: Tensor,
+    normaliser: Tensor | None,
+    read: Tensor,
+    mass: Tensor | None,
+    *,
+    mix: Mix,
+    normalize: bool,
+    weight: Tensor | None,
 ) -> Tensor:
-    """The window's outputs `y` `[..., H, V]` (`normaliser` `[..., H]` the log of their denominator) with what the
-    recurrence read and its mass `[..., H, 1]`. Where there is no mass the window's output stays."""
-    held = mass > 0
-    average = read / mass.clamp_min(TINY)
-    if options.mix == "softmax":
-        assert weight is not None  # noqa: S101 - for the type checker; `_check` has looked
-        weight = weight[:, None].to(y.dtype)
-        ratio = (mass.clamp_min(TINY).log() - normaliser[..., None]).clamp_max(MOST_LOG_RATIO).exp()
-        share = torch.where(held, weight * ratio / (1 + weight.abs() * ratio), 0)
-        return y + share * (average - y)
-    share = torch.full_like(y, 0.5) if weight is None else weight.to(y.dtype).expand_as(y)
-    if not options.normalize:
-        return torch.lerp(y, read, share)
-    return torch.where(held, torch.lerp(y, average, share), y)
+    """Joins window and recurrence. Where there is no mass the window's output stays.
+
+    Args:
+        y: the window's outputs `[..., H, V]`. normaliser: `[..., H]`, the log of their denominator, for `mix: softmax`.
+        read: what the recurrence read `[..., H, V]`. mass: its mass `[..., H, 1]`; None where that has no meaning.
+        mix, normalize: see `LigerOptions`.
+        weight: `[H, V]` for `mix: learned`, `[H]` for `mix: softmax`.
+    """
+    if mix == "softmax" and mass is not None:
+        assert weight is not None and normaliser is not None  # noqa: S101 - for the type checker
+        # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of either
+        # sign keeps the denominator positive and the derivative at 0 alive.
+        by_head = weight[:, None].to(y.dtype)
+        log_ratio = mass.clamp_min(TINY).log() - normaliser[..., None]
+        ratio = log_ratio.clamp_max(MOST_LOG_RATIO).exp()
+        share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
+        return y + share * (read / mass.clamp_min(TINY) - y)
+    part: Tensor | float = 0.5 if weight is None else weight.to(y.dtype)
+    if mass is None or not normalize:
+        return torch.lerp(y, read, part)
+    # A reading without mass has underflowed, and is no average of anything.
+    return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(TINY), part), y)
 
 
 def build_log_gate(k: Tensor, gate: Gate) -> Tensor:

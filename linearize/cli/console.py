@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -64,6 +65,11 @@ Int8Option = Annotated[
         "--dtype", help="auto, float32, bfloat16 or float16; or int8, which keeps linear layers as int8 (on a CPU)."
     ),
 ]
+
+
+def command_line() -> str:
+    """This call, as it could be typed again; reports keep it."""
+    return shlex.join(["linearize", *sys.argv[1:]])
 
 
 def check_dtype(name: str, *, int8: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from linearize.cli.console import OverwriteOption, SetOption, examples, status
+from linearize.cli.console import (
+    OverwriteOption,
+    SetOption,
+    command_line,
+    examples,
+    status,
+)
 from linearize.cli.libraries import quiet_libraries
 
 EPILOG = examples("linearize demo", "linearize demo -o out --set stages.0.data.tokens=100000")
@@ -41,9 +46,7 @@ def demo(
     status(f"model: {recipe.model}")
     started = time.monotonic()
     resume = is_resumable(output, recipe)  # an interrupted demo goes on by itself
-    result = run_recipe(
-        recipe, output, say=status, overwrite=overwrite, resume=resume, command=shlex.join(["linearize", *sys.argv[1:]])
-    )
+    result = run_recipe(recipe, output, say=status, overwrite=overwrite, resume=resume, command=command_line())
     status(f'the fine-tuned model answers "{_PROMPT}":')
     trained = result.trained
     text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write)

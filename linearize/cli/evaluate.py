@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from linearize.cli.console import (
     ModelArgument,
     TrustOption,
     check_dtype,
+    command_line,
     examples,
     print_json,
     status,
@@ -115,7 +115,7 @@ def evaluate(
             store=Store(fresh=fresh),
             progress=progress,
             say=status,
-            command=shlex.join(["linearize", *sys.argv[1:]]),
+            command=command_line(),
         )
     finally:
         progress.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    command_line,
     examples,
     print_json,
     status,
@@ -113,7 +113,7 @@ def probe(
                 options,
                 progress=progress,
                 say=status,
-                command=shlex.join(["linearize", *sys.argv[1:]]),
+                command=command_line(),
             )
         finally:
             progress.clear()

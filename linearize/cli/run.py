@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from linearize.cli.console import JsonOption, OverwriteOption, SetOption, TrustOption, examples, print_json, status
+from linearize.cli.console import (
+    JsonOption,
+    OverwriteOption,
+    SetOption,
+    TrustOption,
+    command_line,
+    examples,
+    print_json,
+    status,
+)
 from linearize.cli.libraries import quiet_libraries
 
 EPILOG = examples(
@@ -50,7 +58,7 @@ def run(
         overwrite=overwrite,
         resume=resume,
         trust_remote_code=trust_remote_code,
-        command=shlex.join(["linearize", *sys.argv[1:]]),
+        command=command_line(),
     )
     if as_json:
         print_json({"output": str(output), **result.data})

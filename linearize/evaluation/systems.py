@@ -92,8 +92,7 @@ def evaluate(
     # Names first, then data, then models: what is wrong is told before anything costs time.
     chosen = choose_tasks([task for task in tasks if task != HELD_OUT], suites)
     tokenizer = load_tokenizer(source)
-    # What others are compared with is never in int8, so that what int8 costs is part of the difference.
-    reference = "auto" if dtype == "int8" else dtype
+    reference = _reference_dtype(dtype)
     if options.teacher is None:
         options = replace(options, teacher=lambda: load_model(teacher, dtype=reference))
     built = build_suites(chosen, tokenizer, options)
@@ -244,8 +243,7 @@ class _Maker:
         return System(self._info(name, about, mixers), self._stamped(lambda: self._load(source), source, None))
 
     def _load(self, source: Source) -> PreTrainedModel:
-        aside = self.dtype == "int8" and source != self.source
-        return load_model(source, dtype="auto" if aside else self.dtype)
+        return load_model(source, dtype=self.dtype if source == self.source else _reference_dtype(self.dtype))
 
     def _stamped(self, load: Loader, source: Source, variant: Any) -> StampedLoader:
         files = _files(source)
@@ -263,6 +261,11 @@ class _Maker:
 
     def _info(self, name: str, about: str, mixers: list[dict[str, Any]]) -> SystemInfo:
         return describe(name, about, self.base, mixers, self._held())
+
+
+def _reference_dtype(dtype: str) -> str:
+    """What others are compared with is never in int8, so that what int8 costs is part of the difference."""
+    return "auto" if dtype == "int8" else dtype
 
 
 def describe(name: str, about: str, base: Any, mixers: Sequence[Any], dtype: torch.dtype) -> SystemInfo:

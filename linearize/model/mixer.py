@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from linearize_kernels import window_attention
+from linearize_kernels.liger import TINY, mix_outputs
 from torch import Tensor, nn
 
 from linearize.model.fused import fused_attention, fused_step, fuses
@@ -340,24 +341,16 @@ class Mixer(nn.Module):
         if "window" in self.branches_off:
             if mass is None or not (self.config.normalize or self.config.mix == "softmax"):
                 return read
-            return torch.where(mass > 0, read / mass.clamp_min(_TINY), 0)
-        if mass is not None and normaliser is not None:
-            # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of
-            # either sign keeps the denominator positive and the derivative at 0 alive.
-            by_head = self.mix_weight[:, None]
-            log_ratio = mass.clamp_min(_TINY).log() - normaliser[..., None]
-            ratio = log_ratio.clamp_max(_MOST_LOG_RATIO).exp()
-            share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
-            return y + share * (read / mass.clamp_min(_TINY) - y)
-        part: Tensor | float = self.mix_weight.to(y.dtype) if self.config.mix == "learned" else 0.5
-        if mass is None or not self.config.normalize:
-            return torch.lerp(y, read, part)
-        # A reading without mass has underflowed, and is no average of anything.
-        return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(_TINY), part), y)
-
-
-_TINY = torch.finfo(torch.float32).tiny
-_MOST_LOG_RATIO = 60.0
+            return torch.where(mass > 0, read / mass.clamp_min(TINY), 0)
+        return mix_outputs(
+            y,
+            normaliser,
+            read,
+            mass,
+            mix=self.config.mix,
+            normalize=self.config.normalize,
+            weight=self._parameters.get("mix_weight"),
+        )
 
 
 def empty_slots(
