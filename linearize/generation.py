@@ -89,6 +89,12 @@ def continue_text(
     if ids.shape[1] == 0 and state is None:
         raise DataError("the prompt is empty; give some text to continue")
     converted = isinstance(model, LinearizedForCausalLM)
+    reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not converted and reads is not None and ids.shape[1] > reads:
+        # It has never seen such positions, and its attention takes time with the square of the length.
+        raise DataError(
+            f"the prompt has {ids.shape[1]:,} tokens, and the model reads {reads:,}; shorten it, or convert the model"
+        )
     streamer = _Streamer(tokenizer, write)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -31,6 +31,7 @@ COMMANDS = {
     "recipes": "recipes",
     "run": "run",
     "demo": "demo",
+    "doctor": "doctor",
 }
 """Each command and its module in this package.
 
@@ -96,6 +97,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted.
     """
+    if sys.stdout is None or sys.stderr is None:
+        return _closed_streams()
     try:
         status = build_app()(
             args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
@@ -120,6 +123,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _status(returned: object) -> int:
     # Outside standalone mode Typer returns a raised Exit's status, or else what the command returned.
     return returned if isinstance(returned, int) else 0
+
+
+def _closed_streams() -> int:
+    # Started with `>&-`: the next file opened would get the stream's number, and what is printed would go into it.
+    if sys.stderr is not None:
+        _say("stdout is closed, so there is nowhere to print to; leave it open, or pass > /dev/null")
+    return 1
 
 
 def _closed_pipe() -> int:
@@ -163,4 +173,6 @@ def _report_usage(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # Names of files can hold escape sequences, which a terminal would obey.
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shlex
 from typing import Any
 
 _TEMPLATE = """---
@@ -25,12 +29,12 @@ tags: [linearize, gated-linear-attention, recurrent]
 import linearize  # or pass trust_remote_code=True and do without the package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
 `linearize.json` says how this checkpoint was made and holds the SHA-256 of each file. What the conversion cost in
-quality is not written here; measure it: `linearize eval {name} --baseline teacher,window`.
+quality is not written here; measure it: {evaluate}.
 """
 
 
@@ -50,12 +54,14 @@ def model_card(
     rows = [f"| layers {ranges(m['layers'])} | {_words(m)} |" for m in mixers]
     stages = provenance.get("stages", [])
     training = "\n".join(
-        f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages
+        f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {_text(stage['data'])}." for stage in stages
     )
     return _TEMPLATE.format(
-        name=name,
-        base=base["model"] if base["kind"] == "hub" else base["name"],
-        base_model=f"base_model: {base['model']}\n" if base["kind"] == "hub" else "",
+        name=_text(name),
+        quoted=json.dumps(name),
+        evaluate=_code(f"linearize eval {shlex.quote(name)} --baseline teacher,window"),
+        base=_text(base["model"] if base["kind"] == "hub" else base["name"]),
+        base_model=f"base_model: {_yaml(base['model'])}\n" if base["kind"] == "hub" else "",
         version=provenance["versions"]["linearize"],
         memory=(
             f"Its memory is {state_bytes:,} bytes per sequence and, where softmax is kept, {growth_bytes:,} per token."
@@ -65,6 +71,25 @@ def model_card(
         mixers="\n".join(rows),
         training=f"\n{training}\n" if training else "",
     )
+
+
+def _text(value: str) -> str:
+    """A name that somebody else chose, on one line and without a meaning in Markdown or HTML."""
+    line = html.escape(" ".join(value.split()), quote=False)
+    return re.sub(r"([\\`*\[\]|~#$]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def _code(value: str) -> str:
+    """A code span, whatever backticks are in it."""
+    line = " ".join(value.split())
+    if "`" not in line:
+        return f"`{line}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", line))))
+    return f"{fence} {line} {fence}"
+
+
+def _yaml(value: str) -> str:
+    return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value)
 
 
 def _words(mixer: dict[str, Any]) -> str:
