@@ -14,6 +14,7 @@ import typer
 from linearize import __version__
 from linearize.cli.console import examples
 from linearize.errors import LinearizeError
+from linearize.interruption import Interrupted, unwinding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,14 +96,15 @@ def _options(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status.
 
-    0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted.
+    0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted, 143 terminated.
     """
     if sys.stdout is None or sys.stderr is None:
         return _closed_streams()
     try:
-        status = build_app()(
-            args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
-        )
+        with unwinding():
+            status = build_app()(
+                args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
+            )
         # Here, so that a reader who left early is noticed while it can still be handled.
         sys.stdout.flush()
     except SystemExit as exit_:
@@ -115,6 +117,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _closed_pipe()
     except KeyboardInterrupt:
         return 130
+    except Interrupted as stop:
+        if str(stop):
+            print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.status
     except Exception as error:
         return _report(error)
     return _status(status)

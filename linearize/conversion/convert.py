@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
-from linearize.conversion.output import sha256
+from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import model_card
@@ -178,7 +178,11 @@ def write_checkpoint(
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
+
+    Raises:
+        OutputError: the disk has no room for it.
     """
+    check_space(folder, nbytes(model))
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
@@ -200,6 +204,11 @@ def write_checkpoint(
     (folder / "README.md").write_text(card, encoding="utf-8")
     provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def nbytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from linearize.errors import LinearizeError
+from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import IGNORE, token_losses
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from linearize.training.data import Rows
 
 _TRAINED = "trained.safetensors"
-_KEPT_CHECKPOINTS = 2
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -47,7 +46,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         }
 
 
-class StageTrainer(Trainer):
+class StageTrainer(GuardedTrainer):
     """Trains one stage of a recipe.
 
     Args:
@@ -57,6 +56,7 @@ class StageTrainer(Trainer):
         rows: what to train on.
         folder: where checkpoints go.
         log: called after every optimizer step with its figures.
+        say: told what a person should know.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class StageTrainer(Trainer):
         folder: Path,
         seed: int,
         log: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.stage, self.teacher = stage, teacher
         if stage.gradient_checkpointing:
@@ -78,6 +79,8 @@ class StageTrainer(Trainer):
             args=stage_arguments(stage, len(rows), folder, seed),
             train_dataset=RowDataset(rows),
             callbacks=[_Reporter(stage, log)],
+            may_skip=stage.skip_bad_batches,
+            say=say,
         )
         # transformers prints its own log lines through this one.
         from transformers.trainer_callback import PrinterCallback
@@ -101,11 +104,7 @@ class StageTrainer(Trainer):
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
         total = token_losses(outputs.logits, labels, teacher_logits, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
-        loss = total / counted
-        if not bool(torch.isfinite(loss)):
-            raise LinearizeError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr"
-            )
+        loss = self.checked(total / counted)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
@@ -122,24 +121,6 @@ class StageTrainer(Trainer):
             ]
             self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
         return self.optimizer
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Whole or not at all: written under another name, then renamed."""
-        final = Path(self.args.output_dir)
-        staging = final / ".partial"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.args.output_dir = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(final)
-        for checkpoint in staging.iterdir():
-            target = final / checkpoint.name
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(checkpoint, target)
-        shutil.rmtree(staging, ignore_errors=True)
-        for old in checkpoints(final)[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -210,17 +191,11 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """
     saved = load_file(folder / _TRAINED)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if saved.keys() != trained.keys():
+    if {n: x.shape for n, x in saved.items()} != {n: p.shape for n, p in trained.items()}:
         raise LinearizeError(f"{folder}: the checkpoint is of another recipe; start again without --resume")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a stage's folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 class _Reporter(TrainerCallback):
@@ -249,6 +224,7 @@ class _Reporter(TrainerCallback):
                 "tokens": state.global_step * self.stage.batch_tokens,
                 "tokens_per_second": speed,
                 "seconds": seconds,
+                **({"skipped": logs["skipped"]} if "skipped" in logs else {}),
                 "seconds_left": seconds / max(done, 1) * (state.max_steps - state.global_step),
             }
         )

@@ -378,7 +378,7 @@ PROMPTS = [
     (
         "a million tokens for softmax attention",
         lambda kit: ["generate", kit.plain, "x" * 10**6, "-n", "1"],
-        "the prompt has 1,000,000 tokens, and the model reads 512",
+        "the prompt has 1,000,000 tokens, and the model reads 512; shorten it, or convert it",
     ),
 ]
 
