@@ -144,7 +144,7 @@ def telling(target: Path, left: str = "nothing was left there", *, inside: Path 
         elif any(words in str(error) for words in _FULL):
             why = "no space left on device"
         elif not (inside or target).exists():
-            why = "the folder is gone; somebody removed it meanwhile"
+            why, left = "the folder is gone", "somebody removed it meanwhile"
         else:
             raise
         raise OutputError(f"{target}: cannot be written: {why}; {left}") from error
