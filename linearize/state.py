@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from linearize import statefile
 from linearize.errors import DataError, StateError
@@ -61,7 +62,12 @@ class State:
 
     @classmethod
     def read(
-        cls, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, state: State | None = None
+        cls,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+        into: Sequence[LayerMemory] | None = None,
     ) -> State:
         """Reads texts, in pieces, so that memory does not depend on their length.
 
@@ -70,6 +76,7 @@ class State:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, 0 at pads, which may stand anywhere; None where there are none.
             state: of B rows, what came before; it is not changed. A row may have no new token then.
+            into: memories of B rows to write over, which are the new state's; by default new ones.
 
         Raises:
             DataError: a row has no tokens, or `state` another number of rows.
@@ -80,9 +87,13 @@ class State:
         real = torch.ones_like(ids) if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
         rows = ids.shape[0]
         if state is None:
-            memories = statefile.empty_memories(converted, rows)
+            memories = statefile.empty_memories(converted, rows) if into is None else list(into)
+            for memory in into or ():
+                memory.reset()
         elif state.last.shape[0] == rows:
-            memories = [layer.clone() for layer in state.layers]
+            memories = [layer.clone() for layer in state.layers] if into is None else list(into)
+            for memory, earlier in zip(into or (), state.layers, strict=False):
+                memory.take(earlier)
             ids = torch.cat([state.last.to(ids), ids], 1)
             real = torch.cat([real.new_ones(rows, 1), real], 1)
         else:
@@ -121,13 +132,38 @@ class State:
 
         Returns:
             the new tokens alone `[B, N]`, or B times `num_return_sequences` rows. With `return_dict_in_generate`,
-            transformers' output with these as its `sequences`; where no row ended early and there were no beams,
-            `State(output.past_key_values, output.sequences[:, -1:])` is the state after them.
+            transformers' output with these as its `sequences`; where there were no beams,
+            `State(output.past_key_values, output.sequences[:, -1:])` is the state after them, of rows that did not
+            end early.
+
+        What `linearize.sampling` follows is written by `linearize.decoding`; the rest, such as beams, by transformers.
 
         Raises:
             DataError, StateError: see `read`.
         """
+        from linearize.decoding import Engine
+        from linearize.sampling import Sampling
+
         converted = _converted(model)
+        streamer, asked = options.get("streamer"), {n: x for n, x in options.items() if n != "streamer"}
+        sampling = Sampling.of(asked.pop("generation_config", None) or converted.generation_config, asked)
+        if sampling is not None:
+            whole = bool(options.get("return_dict_in_generate"))
+            if streamer is not None:
+                streamer.put(self.last.cpu())
+            written = Engine(model).generate(
+                sampling,
+                input_ids,
+                attention_mask,
+                state=self,
+                write=None if streamer is None else streamer.put,
+                keep=whole,
+            )
+            if streamer is not None:
+                streamer.end()
+            if written.state is None:
+                return written.tokens
+            return GenerateDecoderOnlyOutput(sequences=written.tokens, past_key_values=written.state.cache)
         state = self if input_ids is None else State.read(model, input_ids, attention_mask, self)
         settings = options.get("generation_config") or converted.generation_config
         widths = [options.get(name, getattr(settings, name)) for name in ("num_beams", "num_return_sequences")]
