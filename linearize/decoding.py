@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from linearize.model.memory import recount
 from linearize.state import State
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class Engine:
         attention_mask: Tensor | None = None,
         *,
         state: State | None = None,
+        owned: bool = False,
         write: Callable[[Tensor], None] | None = None,
         keep: bool = False,
     ) -> Written:
@@ -149,6 +151,7 @@ class Engine:
         Args:
             input_ids, attention_mask: `[B, T]` what to read first, see `State.read`; may be left out with a state.
             state: what came before; it is not changed.
+            owned: the state may be changed after all, which saves a copy.
             write: is called with the new tokens `[B]` of each step, on the CPU, as soon as they are there.
             keep: whether to return the state after what was written.
 
@@ -157,21 +160,30 @@ class Engine:
         """
         # Buffers must outlive an inference mode of the caller's.
         with torch.inference_mode(False), torch.no_grad():
-            rows, recorded = self._placed(sampling, input_ids, attention_mask, state)
+            rows, recorded = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
         with torch.inference_mode():
             tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded)
         with torch.inference_mode(False), torch.no_grad():
             after = None
             if recorded is not None:
-                for layer in rows.state.layers:
-                    layer.recount()  # replayed steps told the device alone
+                recount(rows.state.layers)  # replayed steps told the device alone
                 after = rows.state.fork() if keep else None
             elif keep:
                 after = rows.state
             return Written(tokens.to(self.device), after)
 
+    def forget(self) -> None:
+        """Gives back the buffers that are kept for the next text."""
+        _ROWS.pop(self.model, None)
+
     def _placed(
-        self, sampling: Sampling, input_ids: Tensor | None, attention_mask: Tensor | None, state: State | None
+        self,
+        sampling: Sampling,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        state: State | None,
+        *,
+        owned: bool,
     ) -> tuple[_Rows, list[Callable[[], None]] | None]:
         """Buffers with the text read, and what was recorded on them."""
         ids = input_ids if input_ids is not None else state.last[:, :0] if state is not None else None
@@ -184,16 +196,18 @@ class Engine:
         else:
             if rows is not None:
                 del rows, _ROWS[self.model]  # its memory is free before new buffers are made
-            rows = _Rows.around(State.read(self.model, ids, attention_mask, state), _vocabulary(self.model))
+            into = state.layers if owned and state is not None else None
+            rows = _Rows.around(State.read(self.model, ids, attention_mask, state, into), _vocabulary(self.model))
         if sampling.repetition_penalty != 1 and rows.there is None:
             rows.there = torch.zeros(rows.logits.shape, dtype=torch.bool, device=self.device)
         recorded = self._record(rows, sampling)
         rows.alive.fill_(1)
         if rows.there is not None:
             rows.there.zero_().scatter_(1, rows.state.last, True)
-            real = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
-            # Pads count as the last token, which is there anyway.
-            rows.there.scatter_(1, torch.where(real != 0, ids, rows.state.last).to(self.device), True)
+            text = ids.to(self.device)
+            if attention_mask is not None:  # pads count as the last token, which is there anyway
+                text = torch.where(attention_mask.to(self.device) != 0, text, rows.state.last)
+            rows.there.scatter_(1, text, True)
         return rows, recorded
 
     def _record(self, rows: _Rows, sampling: Sampling) -> list[Callable[[], None]] | None:

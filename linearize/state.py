@@ -23,13 +23,21 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from linearize import statefile
 from linearize.errors import DataError, StateError
 from linearize.model import LayerMemory, LinearizedForCausalLM
+from linearize.model.memory import recount
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-# A long text is read in pieces of so many tokens, so that peak memory does not depend on its length either.
-PREFILL_CHUNK = 2048
+# A long text is read in pieces, so that peak memory does not depend on its length either. So many tokens of all rows
+# together keep the device busy; not measured on a GPU yet.
+_PIECE = {"cpu": 2048, "cuda": 8192}
+_SHORTEST = 256  # a piece has a whole window to bring along
+
+
+def prefill_chunk(device: torch.device, rows: int = 1) -> int:
+    """How many tokens of each of `rows` texts are read at once."""
+    return max(_PIECE.get(device.type, _PIECE["cpu"]) // max(rows, 1), _SHORTEST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,34 +91,34 @@ class State:
             StateError: the model was not converted.
         """
         converted = _converted(model)
-        ids = input_ids.to(converted.device)
-        real = torch.ones_like(ids) if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
-        rows = ids.shape[0]
+        ids, rows, device = input_ids, input_ids.shape[0], converted.device
+        real = None if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
         if state is None:
             memories = statefile.empty_memories(converted, rows) if into is None else list(into)
             for memory in into or ():
                 memory.reset()
         elif state.last.shape[0] == rows:
             memories = [layer.clone() for layer in state.layers] if into is None else list(into)
-            for memory, earlier in zip(into or (), state.layers, strict=False):
-                memory.take(earlier)
+            if into is not None:
+                for memory, earlier in zip(into, state.layers, strict=True):
+                    memory.take(earlier)
+                recount(into)
             ids = torch.cat([state.last.to(ids), ids], 1)
-            real = torch.cat([real.new_ones(rows, 1), real], 1)
+            real = None if real is None else torch.cat([real.new_ones(rows, 1), real], 1)
         else:
             raise DataError(
                 f"the state has {state.last.shape[0]} rows and input_ids {rows}; state.fork(copies) repeats rows"
             )
-        if not bool(real.any(1).all()):
-            raise DataError(f"row {int(real.any(1).int().argmin())} of the prompt has no tokens; give each row some")
-        at = (real * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
-        last, real = ids.gather(1, at), real.scatter(1, at, 0)
-        cache, columns = _cache(memories), real.any(0)
-        if bool(columns.any()):
-            ids, real = ids[:, columns], real[:, columns]
-            with torch.no_grad():
-                for piece, mask in zip(ids.split(PREFILL_CHUNK, 1), real.split(PREFILL_CHUNK, 1), strict=True):
-                    model(piece, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cls(cache, last)
+        last, ids, real = _without_last(ids, real)
+        cache, chunk = _cache(memories), prefill_chunk(device, rows)
+        with torch.no_grad():
+            for start in range(0, ids.shape[1], chunk):
+                own = slice(start, start + chunk)
+                mask = None if real is None else real[:, own].to(device)
+                model(
+                    ids[:, own].to(device), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+        return cls(cache, last.to(device))
 
     def fork(self, copies: int = 1) -> State:
         """An independent copy. With `copies` above 1 each row comes so many times, its copies side by side: one prefix
@@ -210,6 +218,20 @@ class State:
         """
         memories, last = statefile.read(_absolute(path), _converted(model))
         return cls(_cache(memories), last)
+
+
+def _without_last(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The last token of each row `[B, 1]`, then the tokens before it and which of these are real (None: all)."""
+    if real is None:
+        if ids.shape[1] == 0:
+            raise DataError("the prompt has no tokens; give each row some")
+        return ids[:, -1:].clone(), ids[:, :-1], None
+    if not bool(real.any(1).all()):
+        raise DataError(f"row {int(real.any(1).int().argmin())} of the prompt has no tokens; give each row some")
+    at = (real * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
+    last, real = ids.gather(1, at), real.scatter(1, at, 0)
+    columns = real.any(0)
+    return last, ids[:, columns], real[:, columns]
 
 
 def _converted(model: Any) -> LinearizedForCausalLM:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from linearize.benchmark.memory import PeakMemory, free_bytes
 from linearize.evaluation.formatting import readable_bytes
-from linearize.state import PREFILL_CHUNK
+from linearize.state import prefill_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,7 +145,8 @@ class _Reading(_Run):
 
     def __call__(self) -> int:
         cache = DynamicCache(config=self.subject.base)
-        piece = PREFILL_CHUNK if self.subject.converted else self.text.shape[1]
+        rows, tokens = self.text.shape
+        piece = prefill_chunk(self.text.device, rows) if self.subject.converted else tokens
         for ids in self.text.split(piece, 1):
             logits = self.subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         logits[:, -1:].argmax(-1)

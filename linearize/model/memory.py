@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 Part = dict[str, Tensor]
 
@@ -29,7 +29,7 @@ class LayerMemory(CacheLayerMixin):
         capacity: how many tokens `past` has room for from the start; None where it grows.
         counts: `[B]` real tokens that each row has seen.
         counts_on_host: False while work is recorded that will be repeated, so that nothing depends on a number of now;
-            after repeating it, `recount`.
+            after repeating it, `recount` reads them.
         seen: tokens the layer was called with, pads included; what transformers calls the sequence length.
     """
 
@@ -140,19 +140,13 @@ class LayerMemory(CacheLayerMixin):
         past, counts = {name: tensors[f"softmax.{name}"] for name in self.past}, tensors["counts"]
         memory = LayerMemory(parts, counts.shape[0], counts.device, past=past)
         memory.counts = counts
-        memory.recount()
+        recount([memory])
         return memory
 
-    def recount(self) -> None:
-        """Reads from `counts` how many tokens were seen, pads not counted."""
-        self.seen = int(self.counts.max())
-        self.ragged = bool((self.counts < self.seen).any())
-
     def take(self, other: LayerMemory) -> None:
-        """Remembers what `other` does, in tensors of its own that stay where they are."""
+        """Remembers what `other` does, in tensors of its own that stay where they are; to be recounted."""
         for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
-        self.recount()
 
     def clone(self) -> LayerMemory:
         """A copy that shares nothing with this one and keeps no room in `past` beyond the longest row."""
@@ -233,6 +227,13 @@ def memory_of(cache: Cache, layer: int, make: Callable[[int | None], LayerMemory
         for _, tensor in [*made.tensors(), ("seen", made._seen)]:
             torch._dynamo.mark_static_address(tensor)
     return made
+
+
+def recount(layers: Sequence[LayerMemory]) -> None:
+    """Reads from their counts how many tokens the layers of one model have seen, pads not counted."""
+    most, least = (int(x) for x in layers[0].counts.aminmax()[::-1])
+    for layer in layers:
+        layer.seen, layer.ragged = most, least < most
 
 
 def cache_nbytes(cache: Cache) -> int:

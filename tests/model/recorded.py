@@ -1,6 +1,6 @@
 """CUDA graphs without a GPU: the operators that a function runs are written down once, with the tensors they ran on,
-and a replay runs them again on these tensors. What the host computed while recording is frozen, as in a CUDA graph; asking
-the device for a value is an error, as it is there."""
+and a replay runs them again on these tensors. What the host computed while recording is frozen, as in a CUDA graph;
+asking the device for a value is an error, as it is there."""
 
 from __future__ import annotations
 
