@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from linearize.model.memory import recount
-from linearize.state import State
+from linearize.state import State, prepared, read_through, without_last
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import DynamicCache
 
     from linearize.sampling import Sampling
 
@@ -92,10 +94,10 @@ class _Rows:
     weights: tuple[int, ...] = ()
 
     @classmethod
-    def around(cls, state: State, vocabulary: int) -> _Rows:
-        batch, device = state.last.shape[0], state.last.device
+    def around(cls, cache: DynamicCache, batch: int, model: Any) -> _Rows:
+        device, vocabulary = model.device, model.get_output_embeddings().weight.shape[0]
         return cls(
-            state=state,
+            state=State(cache, torch.zeros(batch, 1, dtype=torch.long, device=device)),
             alive=torch.ones(batch, 1, 1, 1, dtype=torch.long, device=device),
             logits=torch.zeros(batch, vocabulary, device=device),
             told=torch.zeros(2, batch, dtype=torch.long, device=device),
@@ -160,9 +162,9 @@ class Engine:
         """
         # Buffers must outlive an inference mode of the caller's.
         with torch.inference_mode(False), torch.no_grad():
-            rows, recorded = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
+            rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
         with torch.inference_mode():
-            tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded)
+            tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready)
         with torch.inference_mode(False), torch.no_grad():
             after = None
             if recorded is not None:
@@ -184,31 +186,36 @@ class Engine:
         state: State | None,
         *,
         owned: bool,
-    ) -> tuple[_Rows, list[Callable[[], None]] | None]:
-        """Buffers with the text read, and what was recorded on them."""
+    ) -> tuple[_Rows, list[Callable[[], None]] | None, bool]:
+        """Buffers with the text read, what was recorded on them, and whether they have the logits after the text."""
         ids = input_ids if input_ids is not None else state.last[:, :0] if state is not None else None
         if ids is None:
             raise ValueError("give input_ids or a state")
         rows = _ROWS.get(self.model) if self._recorder is not None else None
-        if rows is not None and rows.state.last.shape[0] == ids.shape[0] and rows.weights == _addresses(self.model):
-            read = State.read(self.model, ids, attention_mask, state, into=rows.state.layers)
-            rows.state.last.copy_(read.last)
-        else:
-            if rows is not None:
-                del rows, _ROWS[self.model]  # its memory is free before new buffers are made
-            into = state.layers if owned and state is not None else None
-            rows = _Rows.around(State.read(self.model, ids, attention_mask, state, into), _vocabulary(self.model))
+        if rows is not None and (rows.state.last.shape[0] != ids.shape[0] or rows.weights != _addresses(self.model)):
+            del rows, _ROWS[self.model]  # its memory is free before new buffers are made
+            rows = None
+        into = None if rows is None else rows.state.layers
+        if rows is None and owned and state is not None and not state.layers[0].counts.is_inference():
+            into = state.layers  # what an inference mode made could not be changed here
+        cache, text, real = prepared(self.model, ids, attention_mask, state, into)
+        if rows is None:
+            rows = _Rows.around(cache, len(ids), self.model)
         if sampling.repetition_penalty != 1 and rows.there is None:
             rows.there = torch.zeros(rows.logits.shape, dtype=torch.bool, device=self.device)
         recorded = self._record(rows, sampling)
         rows.alive.fill_(1)
+        last, before, real_before = without_last(text, real)
+        rows.state.last.copy_(last)
         if rows.there is not None:
-            rows.there.zero_().scatter_(1, rows.state.last, True)
-            text = ids.to(self.device)
-            if attention_mask is not None:  # pads count as the last token, which is there anyway
-                text = torch.where(attention_mask.to(self.device) != 0, text, rows.state.last)
-            rows.there.scatter_(1, text, True)
-        return rows, recorded
+            shown = text if real is None else torch.where(real != 0, text, last)
+            rows.there.zero_().scatter_(1, shown.to(self.device), True)
+        # The logits after a prompt are at hand where all rows end together; otherwise the first step makes them.
+        ready = text.shape[1] > 1 and sampling.max_new_tokens > 0 and (real is None or bool(real[:, -1].all()))
+        logits = read_through(self.model, cache, *((text, real) if ready else (before, real_before)))
+        if ready and logits is not None:
+            rows.logits.copy_(logits)
+        return rows, recorded, ready
 
     def _record(self, rows: _Rows, sampling: Sampling) -> list[Callable[[], None]] | None:
         """What to replay for a token; None where a step runs call by call."""
@@ -246,22 +253,23 @@ class Engine:
         *,
         keep: bool,
         recorded: list[Callable[[], None]] | None,
+        ready: bool,
     ) -> Tensor:
         """Steps until all rows have ended, `[B, N]`."""
         ends, ended = _ends(sampling, self.device), False
-
-        def step() -> None:
+        forward, choose = recorded or (
             # An ended row reads on where nobody asks for its memory: without a mask a step is less work.
-            rows.forward(self.model, masked=keep and ended)
-            rows.choose(sampling, ends)
-
+            lambda: rows.forward(self.model, masked=keep and ended),
+            lambda: rows.choose(sampling, ends),
+        )
         mail = _Mail(rows.told, _AHEAD if recorded is not None else 1)
         written: list[Tensor] = []
         launched = 0
         while len(written) < sampling.max_new_tokens:
             while launched < min(sampling.max_new_tokens, len(written) + mail.room):
-                for work in [step] if recorded is None else recorded:
-                    work()
+                if launched or not ready:
+                    forward()
+                choose()
                 mail.send()
                 launched += 1
             new, goes_on = mail.receive()
@@ -312,11 +320,6 @@ def _recorder_of(model: Any) -> Recorder | None:
 
 def _ends(sampling: Sampling, device: torch.device) -> Tensor:
     return torch.tensor(sampling.eos, dtype=torch.long, device=device)
-
-
-def _vocabulary(model: Any) -> int:
-    """Logits of a token; more than the tokenizer knows where the embedding was filled up."""
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _addresses(model: Any) -> tuple[int, ...]:

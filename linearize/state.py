@@ -90,35 +90,10 @@ class State:
             DataError: a row has no tokens, or `state` another number of rows.
             StateError: the model was not converted.
         """
-        converted = _converted(model)
-        ids, rows, device = input_ids, input_ids.shape[0], converted.device
-        real = None if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
-        if state is None:
-            memories = statefile.empty_memories(converted, rows) if into is None else list(into)
-            for memory in into or ():
-                memory.reset()
-        elif state.last.shape[0] == rows:
-            memories = [layer.clone() for layer in state.layers] if into is None else list(into)
-            if into is not None:
-                for memory, earlier in zip(into, state.layers, strict=True):
-                    memory.take(earlier)
-                recount(into)
-            ids = torch.cat([state.last.to(ids), ids], 1)
-            real = None if real is None else torch.cat([real.new_ones(rows, 1), real], 1)
-        else:
-            raise DataError(
-                f"the state has {state.last.shape[0]} rows and input_ids {rows}; state.fork(copies) repeats rows"
-            )
-        last, ids, real = _without_last(ids, real)
-        cache, chunk = _cache(memories), prefill_chunk(device, rows)
-        with torch.no_grad():
-            for start in range(0, ids.shape[1], chunk):
-                own = slice(start, start + chunk)
-                mask = None if real is None else real[:, own].to(device)
-                model(
-                    ids[:, own].to(device), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-        return cls(cache, last.to(device))
+        cache, ids, real = prepared(model, input_ids, attention_mask, state, into)
+        last, ids, real = without_last(ids, real)
+        read_through(model, cache, ids, real)
+        return cls(cache, last.to(model.device))
 
     def fork(self, copies: int = 1) -> State:
         """An independent copy. With `copies` above 1 each row comes so many times, its copies side by side: one prefix
@@ -135,8 +110,9 @@ class State:
 
         Args:
             input_ids, attention_mask: what to read first, see `read`.
-            options: of transformers' `generate`. What looks back over the text there (`repetition_penalty` and its
-                like) sees the last token of the prompt and what is written, for a state does not keep the tokens.
+            options: of transformers' `generate`. What looks back over the text there does not see what was read
+                before, for a state does not keep the tokens: `repetition_penalty` sees `input_ids` and what is written,
+                what is left to transformers the last token and what is written.
 
         Returns:
             the new tokens alone `[B, N]`, or B times `num_return_sequences` rows. With `return_dict_in_generate`,
@@ -220,14 +196,55 @@ class State:
         return cls(_cache(memories), last)
 
 
-def _without_last(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def prepared(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: State | None,
+    into: Sequence[LayerMemory] | None,
+) -> tuple[DynamicCache, Tensor, Tensor | None]:
+    """Memories as they are before a text is read, its tokens `[B, T]`, and which of them are real (None: all). The
+    arguments are those of `State.read`."""
+    converted = _converted(model)
+    ids, rows = input_ids, input_ids.shape[0]
+    real = None if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
+    if state is None:
+        memories = statefile.empty_memories(converted, rows) if into is None else list(into)
+        for memory in into or ():
+            memory.reset()
+    elif state.last.shape[0] == rows:
+        memories = [layer.clone() for layer in state.layers] if into is None else list(into)
+        if into is not None:
+            for memory, earlier in zip(into, state.layers, strict=True):
+                memory.take(earlier)
+            recount(into)
+        ids = torch.cat([state.last.to(ids), ids], 1)
+        real = None if real is None else torch.cat([real.new_ones(rows, 1), real], 1)
+    else:
+        raise DataError(
+            f"the state has {state.last.shape[0]} rows and input_ids {rows}; state.fork(copies) repeats rows"
+        )
+    some = torch.full((rows,), ids.shape[1] > 0) if real is None else real.any(1)
+    if not bool(some.all()):
+        raise DataError(f"row {int(some.int().argmin())} of the prompt has no tokens; give each row some")
+    return _cache(memories), ids, real
+
+
+def read_through(model: Any, cache: DynamicCache, ids: Tensor, real: Tensor | None) -> Tensor | None:
+    """Reads a text piece by piece, from where it lies; the logits after its last column, `[B, vocabulary]`, if any."""
+    chunk, out = prefill_chunk(model.device, ids.shape[0]), None
+    with torch.no_grad():
+        for start in range(0, ids.shape[1], chunk):
+            own = slice(start, start + chunk)
+            piece, mask = ids[:, own].to(model.device), None if real is None else real[:, own].to(model.device)
+            out = model(piece, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return None if out is None else out.logits[:, -1]
+
+
+def without_last(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The last token of each row `[B, 1]`, then the tokens before it and which of these are real (None: all)."""
     if real is None:
-        if ids.shape[1] == 0:
-            raise DataError("the prompt has no tokens; give each row some")
         return ids[:, -1:].clone(), ids[:, :-1], None
-    if not bool(real.any(1).all()):
-        raise DataError(f"row {int(real.any(1).int().argmin())} of the prompt has no tokens; give each row some")
     at = (real * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
     last, real = ids.gather(1, at), real.scatter(1, at, 0)
     columns = real.any(0)

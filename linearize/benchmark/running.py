@@ -11,8 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from linearize.benchmark.memory import PeakMemory, free_bytes
+from linearize.decoding import Engine
 from linearize.evaluation.formatting import readable_bytes
-from linearize.state import prefill_chunk
+from linearize.sampling import Sampling
+from linearize.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,8 +45,8 @@ def decode(
             rows[subject.name] = {**row, "skipped": reason}
             continue
         cache = subject.filled_cache(batch, tokens)
-        decoding = _Decoding(subject, cache, batch, steps)
-        row |= {"cache_bytes": subject.cache_bytes(cache)}
+        decoding = (_Engine if subject.converted else _Decoding)(subject, cache, batch, steps)
+        row |= {"cache_bytes": subject.cache_bytes(cache), "step_bytes": subject.step_bytes(cache, batch)}
         with PeakMemory(subject.model.device) as peak:
             decoding.warm_up()
         row |= {"peak_bytes": _peak(subject, peak, row["cache_bytes"]), "steps": decoding.steps}
@@ -57,8 +59,8 @@ def decode(
 def prefill(
     subjects: Sequence[Subject], batch: int, tokens: int, *, repeats: int, say: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """A row for each subject: tokens per second of reading `tokens`, and how long the first new token takes. The
-    teacher reads in one go, a converted model in pieces, as `generate` has them do."""
+    """A row for each subject: tokens per second of reading `tokens` and writing a first one. The teacher reads in one
+    go, a converted model in pieces, as `generate` has them do."""
     runs: dict[str, _Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for subject in subjects:
@@ -119,18 +121,30 @@ class _Decoding(_Run):
         self.steps = max(2, min(self.steps, int(_LONGEST_RUN / (time.perf_counter() - began))))
 
     def __call__(self) -> int:
-        return self._run(self.steps)
+        self._run(self.steps)
+        return self.steps
 
-    def _run(self, steps: int) -> int:
+    @torch.inference_mode()
+    def _run(self, steps: int) -> None:
         token = self.first
         for _ in range(steps):
             logits = self.subject.model(token, past_key_values=self.cache, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
-        if not self.subject.converted:
-            for layer in self.cache.layers:
-                if not layer.is_sliding:
-                    layer.crop(-steps)
-        return steps
+        for layer in self.cache.layers:
+            if not layer.is_sliding:
+                layer.crop(-steps)
+
+
+class _Engine(_Decoding):
+    """The same with the decoding engine, for a converted model, which need not forget: its memory does not grow."""
+
+    def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
+        super().__init__(subject, cache, batch, steps)
+        self.state, self.engine = State(cache, self.first), Engine(subject.model)
+        self.engine.forget()  # so that each length is measured with buffers of its own
+
+    def _run(self, steps: int) -> None:
+        self.engine.generate(Sampling(steps), state=self.state, owned=True)
 
 
 class _Reading(_Run):
@@ -144,12 +158,15 @@ class _Reading(_Run):
         self.cache_bytes = 0
 
     def __call__(self) -> int:
-        cache = DynamicCache(config=self.subject.base)
-        rows, tokens = self.text.shape
-        piece = prefill_chunk(self.text.device, rows) if self.subject.converted else tokens
-        for ids in self.text.split(piece, 1):
-            logits = self.subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        logits[:, -1:].argmax(-1)
+        model = self.subject.model
+        if self.subject.converted:
+            written = Engine(model).generate(Sampling(1), self.text, keep=True)
+            assert written.state is not None  # noqa: S101 - for the type checker
+            cache = written.state.cache
+        else:
+            cache = DynamicCache(config=self.subject.base)
+            with torch.inference_mode():
+                model(self.text, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
         self.cache_bytes = self.subject.cache_bytes(cache)
         return self.text.shape[1]
 

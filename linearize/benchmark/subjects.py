@@ -65,6 +65,18 @@ class Subject:
         whole = batch * tokens * self.bytes_per_token()
         return whole + whole * (1 + 2 * group) // len(layers)
 
+    def step_bytes(self, cache: DynamicCache, batch: int) -> int:
+        """Bytes that a step has to move at the least: weights and cache are read, of embeddings that are not also the
+        output's only the rows of `batch` tokens, and a recurrence's state is written as well."""
+        words = self.model.get_input_embeddings().weight
+        tied = words is self.model.get_output_embeddings().weight
+        unread = 0 if tied else words.numel() * words.element_size() * max(len(words) - batch, 0) // len(words)
+        written = 0
+        if self.converted:
+            states = [layer.parts.get("state", {}) for layer in cache.layers]
+            written = sum(x.numel() * x.element_size() for state in states for x in state.values())
+        return self.weights_bytes - unread + self.cache_bytes(cache) + written
+
     def filled_cache(self, batch: int, tokens: int) -> DynamicCache:
         """A cache as it is after so many tokens, of random contents: a teacher's keys and values one by one, a
         converted model's parts of fixed size with the counts set."""

@@ -49,7 +49,7 @@ def test_tokens_are_those_of_transformers(teacher, ids, kind, lengths):
         recorder = Recorder()
         written = Engine(model, recorder).generate(sampling(model, **GREEDY), tokens, mask)
         assert torch.equal(written.tokens, expected)
-        assert recorder.replays == 2 * NEW and len(recorder.recordings) == 2
+        assert recorder.replays == 2 * NEW - 1 and len(recorder.recordings) == 2  # the prompt gave the first logits
 
 
 def test_a_recorded_step_goes_on_for_ever_and_serves_every_text(teacher, ids):
@@ -155,6 +155,17 @@ def test_rows_end_for_themselves(teacher, ids, recorded):
         for layer, other in zip(written.state.layers, alone.layers, strict=True):
             for (name, x), (_, y) in zip(layer.tensors(), other.tensors(), strict=True):
                 torch.testing.assert_close(x[row], y[0], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_pads_may_stand_on_the_right(teacher, ids):
+    model = converted(teacher)
+    left, mask = unequal(ids, (30, 9))
+    expected = Engine(model).generate(sampling(model, **GREEDY), left, mask).tokens
+    right, real = left.clone(), mask.flip(1)
+    right[1] = right[1].roll(9)
+    for recorder in (None, Recorder()):
+        written = Engine(model, recorder).generate(sampling(model, **GREEDY), right, real)
+        assert torch.equal(written.tokens, expected)
 
 
 def test_what_is_not_followed_goes_to_transformers(teacher, ids):
