@@ -104,6 +104,7 @@ def bench(
         **setting,
         "mixers": model.config.mixers,
         "attention": "sdpa",
+        "backend": device,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "copy_bytes_per_second": roof,

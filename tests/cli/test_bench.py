@@ -23,6 +23,7 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     assert places == read | {("decode", s, b, n) for s in systems for b in batches for n in (32, 64, 1024)}
     for row in facts["rows"]:
         assert len(row["seconds"]) == 2 and row["tokens_per_second"] > 0 and row["cache_bytes"] > 0
+        assert row["kind"] == "prefill" or (row["step_bytes"] > row["cache_bytes"] and row["roof_share"] > 0)
     decoded = {(r["system"], r["batch"], r["tokens"]): r for r in facts["rows"] if r["kind"] == "decode"}
     assert decoded["model", 1, 32]["cache_bytes"] == decoded["model", 1, 1024]["cache_bytes"]
     assert decoded["teacher", 3, 1024]["cache_bytes"] == 3 * 32 * decoded["teacher", 1, 32]["cache_bytes"]
@@ -30,7 +31,9 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     assert set(facts["ahead_from"]) == {"model", "int8"}
     assert json.loads((report / "bench.json").read_text()) == facts
     plots = sorted(path.name for path in report.glob("*.svg"))
-    assert plots == ["decode-cache-bytes.svg", "decode-tokens-per-second.svg", "prefill-tokens-per-second.svg"]
+    assert plots == [
+        "decode-cache-bytes.svg", "decode-tokens-per-second.svg", "overview.svg", "prefill-tokens-per-second.svg",
+    ]  # fmt: skip
     assert outcome("bench", converted, "--lengths", "32", *QUICK, "-o", report)[0] == 1  # it exists
 
 
