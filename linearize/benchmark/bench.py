@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DECODE_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 # Reading a long text takes as long as it takes; these are the longest read unless the user says otherwise.
 PREFILL_UP_TO = {"cpu": 4096, "cuda": 65_536}
+GRAPHED = ("cuda",)  # where the teacher decodes as a CUDA graph as well
 STEPS = {"cpu": 8, "cuda": 128}
 
 
@@ -83,6 +84,8 @@ def bench(
     device = default_device()
     teacher, model, setting = _models(reference, spec, config, layers, dtype, device, trust_remote_code)
     subjects = [Subject.of("teacher", teacher)] if plan.teacher else []
+    if plan.teacher and device in GRAPHED:
+        subjects.append(Subject.of("teacher-graph", teacher, graph=True))
     subjects.append(Subject.of("model", model))
     if plan.int8:
         subjects.append(Subject.of("int8", to_int8(sharing(model))))
