@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -59,6 +60,10 @@ class CudaGraphs:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self.device):
+            return self._record(work)
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
         random = torch.cuda.get_rng_state(self.device)
         side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         side.wait_stream(current)
@@ -81,8 +86,11 @@ class _Rows:
         state: the memories, and the last tokens, which are read next.
         alive: `[B, 1, 1, 1]` 1 where the row goes on; what forward takes as its mask.
         logits: `[B, vocabulary]`, float32.
-        there: `[B, vocabulary]` tokens that were there before; made where repetition is penalised.
         told: `[2, B]` for the host: the new tokens, and whether their rows go on.
+        there: `[B, vocabulary]` tokens that were there before; made where repetition is penalised.
+        ends: by rule the tokens that end a row; kept, for what was recorded reads them where they are.
+        recorded: what to replay, by what it does.
+        weights: where the weights were while it was recorded.
     """
 
     state: State
@@ -90,6 +98,7 @@ class _Rows:
     logits: Tensor
     told: Tensor
     there: Tensor | None = None
+    ends: dict[Sampling, Tensor] = field(default_factory=dict)
     recorded: dict[Any, Callable[[], None]] = field(default_factory=dict)
     weights: tuple[int, ...] = ()
 
@@ -109,20 +118,21 @@ class _Rows:
         out = model(input_ids=self.state.last, attention_mask=mask, past_key_values=self.state.cache, use_cache=True)
         self.logits.copy_(out.logits[:, -1])
 
-    def choose(self, sampling: Sampling, ends: Tensor) -> None:
+    def choose(self, sampling: Sampling) -> None:
         """Picks the next tokens, and ends rows."""
-        last, alive = self.state.last, self.alive.view(-1)
+        ends, last, alive = self.ends[sampling], self.state.last, self.alive.view(-1)
         goes_on = alive > 0
         new = sampling.choose(self.logits, self.there if sampling.repetition_penalty != 1 else None, last)
         if self.there is not None:
             self.there.scatter_(1, new[:, None], True)
-        self.told[0] = torch.where(goes_on, new, sampling.pad)
+        self.told[0] = new.masked_fill(~goes_on, sampling.pad)
         last.copy_(torch.where(goes_on, new, last[:, 0])[:, None])
         alive.mul_((last != ends).all(1))
         self.told[1] = alive
 
 
-_ROWS: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()  # of the batch size that a model was used with last
+# Of the batch size that a model was used with last. Whoever writes takes them away meanwhile, so that nobody else does.
+_ROWS: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
 
 
 class Engine:
@@ -160,6 +170,19 @@ class Engine:
         Raises:
             DataError, StateError: see `State.read`.
         """
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._generate(sampling, input_ids, attention_mask, state, owned, write, keep)
+
+    def _generate(
+        self,
+        sampling: Sampling,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        state: State | None,
+        owned: bool,
+        write: Callable[[Tensor], None] | None,
+        keep: bool,
+    ) -> Written:
         # Buffers must outlive an inference mode of the caller's.
         with torch.inference_mode(False), torch.no_grad():
             rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
@@ -170,6 +193,7 @@ class Engine:
             if recorded is not None:
                 recount(rows.state.layers)  # replayed steps told the device alone
                 after = rows.state.fork() if keep else None
+                _ROWS[self.model] = rows
             elif keep:
                 after = rows.state
             return Written(tokens.to(self.device), after)
@@ -191,19 +215,21 @@ class Engine:
         ids = input_ids if input_ids is not None else state.last[:, :0] if state is not None else None
         if ids is None:
             raise ValueError("give input_ids or a state")
-        rows = _ROWS.get(self.model) if self._recorder is not None else None
-        if rows is not None and (rows.state.last.shape[0] != ids.shape[0] or rows.weights != _addresses(self.model)):
-            del rows, _ROWS[self.model]  # its memory is free before new buffers are made
-            rows = None
+        rows = _ROWS.pop(self.model, None) if self._recorder is not None else None
+        if rows is not None and (rows.state.last.shape[0] != len(ids) or rows.weights != _addresses(self.model)):
+            rows = None  # its memory is free before new buffers are made
         into = None if rows is None else rows.state.layers
         if rows is None and owned and state is not None and not state.layers[0].counts.is_inference():
             into = state.layers  # what an inference mode made could not be changed here
         cache, text, real = prepared(self.model, ids, attention_mask, state, into)
         if rows is None:
             rows = _Rows.around(cache, len(ids), self.model)
+        rule = sampling.rule
+        if rule not in rows.ends:
+            rows.ends[rule] = torch.tensor(rule.eos, dtype=torch.long, device=self.device)
         if sampling.repetition_penalty != 1 and rows.there is None:
             rows.there = torch.zeros(rows.logits.shape, dtype=torch.bool, device=self.device)
-        recorded = self._record(rows, sampling)
+        recorded = self._record(rows, rule)
         rows.alive.fill_(1)
         last, before, real_before = without_last(text, real)
         rows.state.last.copy_(last)
@@ -217,14 +243,13 @@ class Engine:
             rows.logits.copy_(logits)
         return rows, recorded, ready
 
-    def _record(self, rows: _Rows, sampling: Sampling) -> list[Callable[[], None]] | None:
+    def _record(self, rows: _Rows, rule: Sampling) -> list[Callable[[], None]] | None:
         """What to replay for a token; None where a step runs call by call."""
         if self._recorder is None or any(layer.past for layer in rows.state.layers):
             return None
-        rule, ends = sampling.rule, _ends(sampling, self.device)
         works: dict[Any, Callable[[], None]] = {
             "forward": lambda: rows.forward(self.model, masked=True),
-            rule: lambda: rows.choose(rule, ends),
+            rule: lambda: rows.choose(rule),
         }
         rows.alive.zero_()  # so that nothing is written into a memory that has been read already
         for layer in rows.state.layers:
@@ -242,7 +267,6 @@ class Engine:
             for layer in rows.state.layers:
                 layer.counts_on_host = True
         rows.weights = _addresses(self.model)
-        _ROWS[self.model] = rows
         return [rows.recorded[name] for name in works]
 
     def _loop(
@@ -256,11 +280,11 @@ class Engine:
         ready: bool,
     ) -> Tensor:
         """Steps until all rows have ended, `[B, N]`."""
-        ends, ended = _ends(sampling, self.device), False
+        ended = False
         forward, choose = recorded or (
             # An ended row reads on where nobody asks for its memory: without a mask a step is less work.
             lambda: rows.forward(self.model, masked=keep and ended),
-            lambda: rows.choose(sampling, ends),
+            lambda: rows.choose(sampling.rule),
         )
         mail = _Mail(rows.told, _AHEAD if recorded is not None else 1)
         written: list[Tensor] = []
@@ -316,10 +340,6 @@ class _Mail:
 def _recorder_of(model: Any) -> Recorder | None:
     devices = {tensor.device for tensor in model.parameters()}
     return CudaGraphs(devices.pop()) if {device.type for device in devices} == {"cuda"} and len(devices) == 1 else None
-
-
-def _ends(sampling: Sampling, device: torch.device) -> Tensor:
-    return torch.tensor(sampling.eos, dtype=torch.long, device=device)
 
 
 def _addresses(model: Any) -> tuple[int, ...]:
