@@ -95,8 +95,8 @@ class LinearizedAttention(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """`hidden_states` `[B, T, width]`; `attention_mask` is what `LinearizedForCausalLM` makes: `[B, 1, 1, T]`
-        document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. Some families call the
-        cache `layer_past`."""
+        document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. Some
+        families call the cache `layer_past`."""
         projected = self._project(hidden_states, position_embeddings)
         cache = past_key_values if past_key_values is not None else layer_past
         memory = None
