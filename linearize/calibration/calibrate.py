@@ -23,7 +23,7 @@ from linearize.recipe import DataSpec
 from linearize.training.data import load_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from torch import Tensor
@@ -115,21 +115,24 @@ def calibration_text(
 def calibrate(
     model: LinearizedForCausalLM,
     text: TrainingData,
-    tokenizer: Any,
     spec: CalibrateSpec,
     *,
+    needles: Sequence[Needle] = (),
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """Calibrates `model`, which is as converted, in place.
+
+    Args:
+        text: what to fit to, and the rows that decide.
+        needles: that decide as well.
 
     Raises:
         DataError: no document of the text reaches beyond window and sinks.
     """
     started = time.monotonic()
     blocks, held_out = Blocks(model), text.held_out
-    layers = [index for index, one in enumerate(blocks.attentions) if one.mixer is not None and _shortens(model, index)]
-    needles = _needles(model, layers, tokenizer, held_out, seed)
+    layers = _converted(model)
     _check_reach(model, layers, text)
     found = Calibration(text.source, text.train.tokens, spec.length, len(held_out), len(needles), spec.inputs, seed)
 
@@ -274,8 +277,9 @@ def _enter(blocks: Blocks, rows: Rows) -> _Stream:
     return _Stream(list(hidden), list(hidden), calls)
 
 
-def _needles(model: LinearizedForCausalLM, layers: list[int], tokenizer: Any, rows: Rows, seed: int) -> list[Needle]:
-    widest = [model.config.mixer_of(index) for index in layers]
+def deciding_needles(model: LinearizedForCausalLM, tokenizer: Any, rows: Rows, seed: int) -> list[Needle]:
+    """As many needles as rows, in their text and of their length; none where rows are too short to hide one."""
+    widest = [model.config.mixer_of(index) for index in _converted(model)]
     texts = tokenizer.batch_decode(rows.input_ids.tolist(), skip_special_tokens=True)
     try:
         return make_needles(
@@ -288,7 +292,7 @@ def _needles(model: LinearizedForCausalLM, layers: list[int], tokenizer: Any, ro
             seed=seed,
         )
     except DataError:
-        return []  # loss alone decides
+        return []
 
 
 def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: TrainingData) -> None:
@@ -305,9 +309,13 @@ def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: Training
             )
 
 
-def _shortens(model: LinearizedForCausalLM, index: int) -> bool:
-    attention = model.attention_layers[index]
-    return model.config.mixer_of(index).converts(attention.layer)
+def _converted(model: LinearizedForCausalLM) -> list[int]:
+    """The layers that do something else than their pretrained attention did."""
+    return [
+        index
+        for index, attention in enumerate(model.attention_layers)
+        if attention.mixer is not None and model.config.mixer_of(index).converts(attention.layer)
+    ]
 
 
 def _told(layers: list[LayerResult], started: float) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from linearize_kernels import window_attention
@@ -122,7 +122,7 @@ class LayerFit:
         if self._gate(rows):
             self._start(rows)
             measure("gate from look-back")
-        if reads and steps:
+        if reads and steps and initial:
             self._load(states[result_best(result)])
             self._steps(steps, lr, seed)
             measure("fitted")
@@ -188,17 +188,15 @@ class LayerFit:
         weight = self.mixer._parameters.get("mix_weight")
         if weight is None:
             return True
-        joined = [None if parts[0] is None else torch.cat(list(parts)) for parts in zip(*reads, strict=True)]
+        joined: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*reads, strict=True)]
         y, normaliser, read, mass, target, log_beyond = joined
-        assert y is not None and read is not None and target is not None  # noqa: S101 - they are in every row
         if self.mixer.config.mix == "softmax":
-            assert normaliser is not None and mass is not None and log_beyond is not None  # noqa: S101 - the mixer has checked
-            found = mass_weights(y, normaliser, read, mass, target, log_beyond)
+            value = mass_weights(y, normaliser, read, mass, target, log_beyond)
         else:
             if mass is not None and self.mixer.config.normalize:
                 read = torch.where(mass[..., None] > 0, read / mass[..., None].clamp_min(1e-30), y)
-            found = channel_weights(y, read, target)
-        weight.copy_(found)
+            value = channel_weights(y, read, target)
+        weight.copy_(value)
         return True
 
     def _read(self, new: Projections, lengths: Tensor | None) -> Read | None:
@@ -295,10 +293,8 @@ class LayerFit:
         for shift in _WRITES:
             bias.copy_(start + shift)
             self._start(rows)
-            error = sum(
-                float(self.squared(self.output(*row), target, row[1]))
-                for row, target in zip(rows, targets, strict=True)
-            )
+            pairs = zip(rows, targets, strict=True)
+            error = sum(float(self.squared(self.output(*row), target, row[1])) for row, target in pairs)
             tried.append((error, shift))
         bias.copy_(start + min(tried)[1])
         self._start(rows)
@@ -308,8 +304,8 @@ class LayerFit:
         """Adam on the mixer's own parameters, one row a step."""
         named = list(self.mixer.named_parameters())
         frozen = [parameter.requires_grad for _, parameter in named]
-        groups = [{"params": [parameter], "lr": lr * _scale(name, parameter)} for name, parameter in named]
-        peaks = [group["lr"] for group in groups]
+        peaks = [lr * _scale(name, parameter) for name, parameter in named]
+        groups = [{"params": [parameter], "lr": peak} for (_, parameter), peak in zip(named, peaks, strict=True)]
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         try:
@@ -354,13 +350,14 @@ def _columns(attention: LinearizedAttention) -> Tensor:
     """The output projection's weight `[C, H V]` for the heads that are mixed, float32."""
     weight = projection_weight(output_projection(attention)).detach().float()
     groups = weight.unflatten(1, (attention.layer.key_value_heads, -1))
-    return groups[:, attention.mixed_heads].flatten(1)
+    columns: Tensor = groups[:, attention.mixed_heads].flatten(1)
+    return columns
 
 
 def projection_weight(module: torch.nn.Module) -> Tensor:
     """A projection's weight `[outputs, inputs]`, a view of it."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight if isinstance(module, torch.nn.Linear) else weight.T
+    return weight if isinstance(module, torch.nn.Linear) else weight.t()
 
 
 def _scale(name: str, parameter: Tensor) -> float:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from linearize.calibration.calibrate import Calibration, calibrate, calibration_text
+from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
 from linearize.calibration.select import select
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.conversion.convert import (
@@ -93,7 +93,8 @@ def make_start(
             say(f"keep: {line}")
     start = Start(convert_model(teacher, recipe.mixer), recipe, probe)
     if recipe.calibrate is not None and text is not None:
-        start.calibration = calibrate(start.model, text, tokenizer, recipe.calibrate, seed=recipe.seed, say=say)
+        needles = deciding_needles(start.model, tokenizer, text.held_out, recipe.seed)
+        start.calibration = calibrate(start.model, text, recipe.calibrate, needles=needles, seed=recipe.seed, say=say)
         for line in calibration_lines(start.calibration):
             say(f"calibrate: {line}")
     return start
@@ -105,9 +106,7 @@ def check_reach(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """
     assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
     layers = family_of(teacher.config).layers(teacher.config)
-    sections = mixers_for(
-        recipe.mixer.model_copy(update={"keep": recipe.mixer.keep.model_copy(update={"budget": None})}), layers
-    )
+    sections = mixers_for(recipe.mixer, layers)
     reach = min(
         ((one.window or 1) + one.sinks for one in sections for index in one.layers if one.converts(layers[index])),
         default=None,

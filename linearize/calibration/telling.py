@@ -65,8 +65,8 @@ def calibration_text_report(found: Calibration) -> str:
         names = list(dict.fromkeys(name for layer in found.layers for name in layer.errors))
         lines += [
             "Squared error of each layer's attention after the output projection, on the rows held out, as a share of "
-            "what window and sinks alone leave. The last column is the share that ridge regression left of the output's "
-            "error against the teacher's own.",
+            "what window and sinks alone leave. The last column is the share that ridge regression left of the error "
+            "of the output against the teacher's own.",
             "",
             f"| layer | {' | '.join(names)} | kept | ridge |",
             "|---" * (len(names) + 3) + "|",

@@ -154,7 +154,7 @@ def run_probe(
         recipe: its mixer's window and sinks are what the model is probed for, its dtype is the model's; `mixer.keep`
             is left out of account, since it is what a probe is to find.
         progress: see `runner.Progress`.
-        teacher, tokenizer: of `source`, where they are loaded already; the attention of the teacher is made replaceable.
+        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
 
     Raises:
         ModelError: the model cannot be read or converted, or gives logits that are not finite.

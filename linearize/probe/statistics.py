@@ -100,9 +100,7 @@ class Tally:
         grown[:, : self._by_distance.shape[1]] = self._by_distance
         grown[:, :stop] += total(lagged)
         self._by_distance = grown
-        farthest = (
-            counted * (query - self.sinks + 1)
-        ).flatten()  # distances below this lead to a token that is no sink
+        farthest = (counted * (query - self.sinks + 1)).flatten()  # distances below lead to no sink
         reached = torch.bincount(farthest.clamp_min(0).cpu(), minlength=grown.shape[1] + 1).double()
         available = reached.flip(0).cumsum(0).flip(0)[1 : grown.shape[1] + 1]
         available[: self._available.shape[0]] += self._available

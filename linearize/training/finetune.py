@@ -126,10 +126,10 @@ def finetune(
         if begin is None:
             model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
             check_convertible(model.config, source)
-            start = make_start(source, recipe, model, tokenizer, say=say)
+            begun = make_start(source, recipe, model, tokenizer, say=say)
         else:
-            start = begin()
-        model, recipe, told = start.model, start.recipe, start.record
+            begun = begin()
+        model, recipe, told = begun.model, begun.recipe, begun.record
     student = add_adapters(model, recipe.lora)
     records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
     data = None

@@ -44,7 +44,7 @@ def error_of(text: str, *overrides: str) -> str:
         ("window: 3", "x.yaml:1: window: unknown key; did you mean 'mixer.window'?"),
         ("lr: 3", "x.yaml:1: lr: unknown key; did you mean 'stages.0.lr'?"),
         ("mixer:\n", "x.yaml:1: mixer: expected a mapping, got null"),
-        ("calibrate: {tokens: 3}", "calibration is not available in this version; remove the key"),
+
         ("mixer: {landmarks: 3}", "mixer.landmarks: landmarks are not available in this version; set 0"),
         ("mixer: {keep: {layers: [-1]}}", "mixer.keep.layers: expected layers and heads counted from 0, got -1"),
         ("mixer: {keep: {heads: {1: [-2]}}}", "mixer.keep.heads: expected layers and heads counted from 0, got -2"),
@@ -84,7 +84,6 @@ def test_errors_in_a_recipe(text: str, message: str) -> None:
         ("stages.x.lr=3", "--set stages.x.lr=3: stages: no item 'x'"),
         ("mixer.window.x=3", "--set mixer.window.x=3: mixer.window has no keys of its own"),
         ("stages.0.objective.sft=1", "stages.0.objective has no keys of its own"),
-        ("calibrate.tokens=3", "--set calibrate.tokens=3: calibration is not available in this version"),
         ("mixer.gate.bias=[", "--set mixer.gate.bias=[: not valid YAML"),
         ("seed=*a", "--set seed=*a: anchors and aliases are not allowed"),
         ("a\nb\x1b=3", "--set a b =3: unknown key"),
