@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.start import Start, convert, prepares
@@ -158,10 +158,10 @@ class _Again:
     """What the conversion came to, without its model; `load` makes that again."""
 
     def __init__(self, load: Callable[[], Any], start: Start) -> None:
-        self.load, self.recipe, self.probe, self.calibration = load, start.recipe, start.probe, start.calibration
+        self.load, self.of = load, replace(start, model=None)  # type: ignore[arg-type]
 
     def start(self) -> Start:
-        return Start(self.load(), self.recipe, self.probe, self.calibration)
+        return replace(self.of, model=self.load())
 
 
 _ABOUT = {

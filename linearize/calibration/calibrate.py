@@ -205,7 +205,7 @@ def _layer(
             return blocks.projections(index, inputs[0][number], train.calls[number][index])
 
         fit = LayerFit(attention, blocks.teachers[index], row, len(inputs[0]), decides)
-        found.layers.append(fit.run(index, steps=spec.steps, lr=spec.lr, seed=seed + index))
+        found.layers.append(fit.run(index, steps=spec.steps, lr=spec.step_size, seed=seed + index))
         del fit, decides
     ridge = fits and spec.ridge
     with torch.no_grad():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
-from linearize.calibration.select import select
+from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.conversion.convert import (
     base_record,
@@ -20,7 +20,6 @@ from linearize.conversion.source import load_model, load_tokenizer
 from linearize.errors import DataError
 from linearize.model.modeling import family_of
 from linearize.probe.report import probe_data
-from linearize.probe.telling import basis
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,13 +39,14 @@ class Start:
 
     Attributes:
         recipe: with what is kept named in it.
-        probe: why that is kept; None where the recipe names it itself.
+        probe: what was measured to choose that, and `why` it was chosen, in lines; None where the recipe names it.
         calibration: None where the recipe wants none.
     """
 
     model: LinearizedForCausalLM
     recipe: Recipe
     probe: Probe | None = None
+    why: list[str] = field(default_factory=list)
     calibration: Calibration | None = None
 
     @property
@@ -54,15 +54,15 @@ class Start:
         """What `linearize.json` says of it."""
         told: dict[str, Any] = {}
         if self.probe is not None:
-            told["keep"] = basis(self.probe)
+            told["selection"] = self.why
         if self.calibration is not None:
             told["calibration"] = calibration_lines(self.calibration)
         return told
 
     def write(self, folder: Path) -> None:
-        """Writes the figures behind it into `folder`: `keep.json`, `calibration.json` and `calibration.md`."""
+        """Writes the figures behind it into `folder`: `selection.json`, `calibration.json` and `calibration.md`."""
         if self.probe is not None:
-            _write_json(folder / "keep.json", probe_data(self.probe))
+            _write_json(folder / "selection.json", probe_data(self.probe))
         if self.calibration is not None:
             _write_json(folder / "calibration.json", calibration_data(self.calibration))
             (folder / "calibration.md").write_text(calibration_text_report(self.calibration), encoding="utf-8")
@@ -70,13 +70,13 @@ class Start:
 
 def prepares(recipe: Recipe) -> bool:
     """Whether a conversion by `recipe` is more than the swap."""
-    return recipe.calibrate is not None or recipe.mixer.keep.budget is not None
+    return recipe.calibrate is not None or selects(recipe)
 
 
 def make_start(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> Start:
-    """Converts `teacher`, which is used up, by `recipe.mixer`, `recipe.mixer.keep.budget` and `recipe.calibrate`.
+    """Converts `teacher`, which is used up, by `recipe.mixer`, chooses what that leaves open, and calibrates it.
 
     Raises:
         LinearizeError: whatever stands in the way.
@@ -86,12 +86,12 @@ def make_start(
         check_reach(recipe, teacher)
         # Before the teacher is touched: it may have to write the text.
         text = calibration_text(recipe.calibrate, tokenizer, teacher, seed=recipe.seed, say=say)
-    probe = None
-    if recipe.mixer.keep.budget is not None:
-        recipe, probe = select(source, recipe, teacher, tokenizer, say=say)
-        for line in basis(probe):
-            say(f"keep: {line}")
-    start = Start(convert_model(teacher, recipe.mixer), recipe, probe)
+    probe, why = None, list[str]()
+    if selects(recipe):
+        recipe, probe, why = select(source, recipe, teacher, tokenizer, say=say)
+        for line in why:
+            say(f"select: {line}")
+    start = Start(convert_model(teacher, recipe.mixer), recipe, probe, why)
     if recipe.calibrate is not None and text is not None:
         needles = deciding_needles(start.model, tokenizer, text.held_out, recipe.seed)
         start.calibration = calibrate(start.model, text, recipe.calibrate, needles=needles, seed=recipe.seed, say=say)

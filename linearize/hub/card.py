@@ -34,7 +34,7 @@ quality is not written here; measure it: `linearize eval {name} --baseline teach
 """
 
 _HEADINGS = {
-    "keep": "What keeps softmax, and why",
+    "selection": "What keeps softmax or sees farther, and why",
     "calibration": "Calibration, before any training (`calibration.md` has each layer)",
 }
 

@@ -133,6 +133,9 @@ class MixerSpec(Section):
     """Latest tokens under softmax attention."""
     windows: dict[int, Annotated[int, Field(ge=1)]] = {}
     """Layer -> its window, where that is not `window`."""
+    reach: int | None = Field(default=None, ge=1)
+    """`convert` shares the tokens of all windows out anew: layers that recall needs most see as far as this, the others
+    less, and all together as much as with equal windows. The recipe that is saved names them in `windows`."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the text that stay under softmax attention."""
     mix: Literal["fixed", "learned", "softmax"] = "learned"
@@ -217,9 +220,10 @@ class CalibrateSpec(Section):
     """Rows, and as many texts with needles, that decide what is kept."""
     inputs: Literal["student", "teacher"] = "student"
     """Whether a layer is fitted on what the converted layers below it hand up, or on the teacher's own inputs."""
-    steps: int = Field(default=150, ge=0)
+    steps: int = Field(default=100, ge=0)
     """Gradient steps of each layer's own parameters, a row each; 0 leaves the closed forms."""
-    lr: float = Field(default=0.03, gt=0)
+    step_size: float = Field(default=0.03, gt=0)
+    """Of the first of them; it falls to 0 as a cosine does."""
     ridge: bool = True
     """Whether the output projection is fitted as well, by ridge regression."""
 

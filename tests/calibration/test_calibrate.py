@@ -207,7 +207,7 @@ def test_a_budget_is_resolved_into_names(tiny_folder, story, tmp_path):
     assert start.model.config.mixer_of(kept.layers[0]).window is None
     saved = load_recipe(str(tmp_path / "recipe.yaml"))
     assert saved.mixer.keep == kept
-    told = json.loads((tmp_path / "linearize.json").read_text())["start"]["keep"]
+    told = json.loads((tmp_path / "linearize.json").read_text())["start"]["selection"]
     assert any("by damage per byte of cache" in line for line in told)
     assert told[0] in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "keep.json").is_file()
+    assert (tmp_path / "selection.json").is_file()

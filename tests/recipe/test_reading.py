@@ -44,7 +44,9 @@ def error_of(text: str, *overrides: str) -> str:
         ("window: 3", "x.yaml:1: window: unknown key; did you mean 'mixer.window'?"),
         ("lr: 3", "x.yaml:1: lr: unknown key; did you mean 'stages.0.lr'?"),
         ("mixer:\n", "x.yaml:1: mixer: expected a mapping, got null"),
-
+        ("calibrate: {tokens: 0}", "x.yaml:1: calibrate.tokens: expected an integer >= 1, got 0"),
+        ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
+        ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
         ("mixer: {landmarks: 3}", "mixer.landmarks: landmarks are not available in this version; set 0"),
         ("mixer: {keep: {layers: [-1]}}", "mixer.keep.layers: expected layers and heads counted from 0, got -1"),
         ("mixer: {keep: {heads: {1: [-2]}}}", "mixer.keep.heads: expected layers and heads counted from 0, got -2"),
