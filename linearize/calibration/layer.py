@@ -33,12 +33,17 @@ if TYPE_CHECKING:
 
 # Rows that the closed forms are made of; they have few numbers to find.
 _CLOSED_ROWS = 4
+# Bytes of rows that are kept from one step to the next, instead of projecting them again.
+_ROOM = 512 * 2**20
 _WRITES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # Beyond this a gate hardly moves, and neither does its derivative.
 _MOST_BIAS = 9.0
 
 Row = tuple["Projections", "Tensor | None"]
 """Projections of one row of text, as rows of real tokens with their lengths (None: all)."""
+
+Lesson = tuple[Row, Tensor, Tensor]
+"""A row, what the teacher's attention reads in it, and its squared size."""
 
 
 class Read(NamedTuple):
@@ -93,6 +98,7 @@ class LayerFit:
         self.attention, self.teacher, self.mixer = attention, teacher, attention.mixer
         self.row, self.rows, self.held_out = row, rows, held_out
         self.weight = _columns(attention)
+        self._lessons: dict[int, Lesson] = {}
         with torch.no_grad():
             self.targets = [self.target(*one) for one in held_out]
 
@@ -300,6 +306,20 @@ class LayerFit:
         self._start(rows)
         return True
 
+    @torch.no_grad()
+    def _lesson(self, number: int) -> Lesson:
+        """A training row; those that come first are kept, as far as there is room for them."""
+        if number in self._lessons:
+            return self._lessons[number]
+        new, lengths = self.row(number)
+        target = self.target(new, lengths)
+        size = self.squared(torch.zeros_like(target), target, lengths).clamp_min(1e-30)
+        lesson = (new, lengths), target, size
+        nbytes = sum(x.numel() * x.element_size() for x in (*new, target))
+        if (len(self._lessons) + 1) * nbytes <= _ROOM:
+            self._lessons[number] = lesson
+        return lesson
+
     def _steps(self, steps: int, lr: float, seed: int) -> None:
         """Adam on the mixer's own parameters, one row a step."""
         named = list(self.mixer.named_parameters())
@@ -316,10 +336,7 @@ class LayerFit:
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * (0.5 + 0.5 * math.cos(math.pi * step / steps))
                 order = order or torch.randperm(self.rows, generator=generator).tolist()
-                with torch.no_grad():
-                    new, lengths = self.row(order.pop())
-                    target = self.target(new, lengths)
-                    size = self.squared(torch.zeros_like(target), target, lengths).clamp_min(1e-30)
+                (new, lengths), target, size = self._lesson(order.pop())
                 loss = self.squared(self.output(new, lengths), target, lengths) / size
                 if not loss.requires_grad or not bool(torch.isfinite(loss)):
                     continue  # a row in which nothing leaves the window, or a step that overshot

@@ -1,5 +1,5 @@
-"""`mixer.keep.budget` and `mixer.reach`: which layers or key/value heads keep softmax, and which layers see farther than
-others, by the damage of windowing each alone, measured as `linearize probe` does."""
+"""`mixer.keep.budget` and `mixer.reach`: which layers or key/value heads keep softmax, and which layers see farther
+than others, by the damage of windowing each alone, measured as `linearize probe` does."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from linearize.evaluation.systems import find_systems
 from linearize.probe.damage import Reading
 from linearize.recipe import load_recipe
 from linearize.training.data import Document, TrainingData, pack
+from linearize.training.finetune import finetune
 from tests.model.test_families import build
 
 FAMILIES = [
@@ -194,6 +195,16 @@ def test_rows_as_short_as_the_window_are_refused_before_anything_is_written(tiny
     settings = load_recipe("calibrated", ["calibrate.length=60", f"calibrate.source={story}"])
     with pytest.raises(DataError, match=r"calibrate.length 60: window and sinks see 68 tokens"):
         make_start(find_source(str(tiny_folder)), settings, teacher, None, say=lambda line: None)
+
+
+def test_training_starts_from_there(calibrated, tiny_folder, story, tmp_path):
+    stage = f"stages=[{{objective: sft, data: {{source: {story}, tokens: 256, held_out: 0}}, length: 128, "
+    still = stage + "batch_tokens: 128, lr: 0, mixer_lr: 0, epochs: 0.5}]"
+    found = finetune(recipe(story, still, f"model={tiny_folder}"), tmp_path, say=lambda line: None)
+    _, start = calibrated
+    ids = torch.arange(5, 205)[None]
+    torch.testing.assert_close(found.model(ids).logits, start.model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert found.start == {"calibration": [found.start["calibration"][0], *start.record["calibration"][1:]]}
 
 
 def test_a_budget_is_resolved_into_names(tiny_folder, story, tmp_path):
