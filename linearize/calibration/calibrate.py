@@ -255,21 +255,15 @@ def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: li
 
 
 def _judge(found: Calibration, name: str, before: Reading, after: Reading) -> bool:
-    """Whether an ingredient stays: it lowers the loss or raises recall, by more than chance, and harms neither."""
-    change = damage(before, after)
-    counted = (change.loss, change.recall) if found.recall_counts else (change.loss,)
-    good, bad = zip(*(_sides(one.mean, one.stderr) for one in counted), strict=True)
-    kept = any(good) and not any(bad)
+    """Whether an ingredient stays: it lowers the loss or raises recall, by more than chance, and what it costs the other
+    is less. The two are compared as shares of what the conversion had cost the model."""
+    change, cost = damage(before, after), damage(found.readings["teacher"], found.readings["converted"])
+    pairs = [(change.loss, cost.loss), *([(change.recall, cost.recall)] if found.recall_counts else [])]
+    sure = any(one.mean < -SURE * (one.stderr or 0.0) for one, _ in pairs)
+    # A conversion that had cost nothing leaves nothing to be gained.
+    kept = sure and sum(one.mean / max(lost.mean, 1e-6) for one, lost in pairs) < 0
     found.ingredients.append(Ingredient(name, change, kept))
     return kept
-
-
-def _sides(mean: float, stderr: float | None) -> tuple[bool, bool]:
-    """Whether a rise of damage is surely negative, and whether it is surely positive."""
-    if mean != mean:
-        return False, False
-    margin = SURE * (stderr or 0.0)
-    return mean < -margin, mean > margin
 
 
 def _enter(blocks: Blocks, rows: Rows) -> _Stream:

@@ -164,8 +164,9 @@ def test_a_calibration_that_harms_the_whole_is_taken_back(monkeypatch):
         ([1, 1, 1, 1], [-0.5, -0.6, -0.5, -0.6], True),  # better recall
         ([1, 1, 1, 1], [-1, -1, -1, -1], False),  # nothing
         ([0.8, 1.3, 0.7, 1.1], [-1, -1, -1, -1], False),  # no more than chance
-        ([0.9, 0.8, 0.9, 0.8], [-1.5, -1.6, -1.5, -1.6], False),  # lower loss, but worse recall
-        ([1.1, 1.2, 1.1, 1.2], [-0.5, -0.6, -0.5, -0.6], False),  # the other way round
+        ([0.9, 0.8, 0.9, 0.8], [-1.5, -1.6, -1.5, -1.6], False),  # lower loss, but recall suffers more
+        ([0.5, 0.6, 0.5, 0.6], [-1.1, -1.2, -1.1, -1.2], True),  # recall suffers less
+        ([1.7, 1.8, 1.7, 1.8], [-0.5, -0.6, -0.5, -0.6], False),  # better recall, but the loss suffers more
     ],
 )
 def test_what_is_kept(loss, recall, kept):
