@@ -255,8 +255,8 @@ def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: li
 
 
 def _judge(found: Calibration, name: str, before: Reading, after: Reading) -> bool:
-    """Whether an ingredient stays: it lowers the loss or raises recall, by more than chance, and what it costs the other
-    is less. The two are compared as shares of what the conversion had cost the model."""
+    """Whether an ingredient stays: it lowers the loss or raises recall, by more than chance, and costs the other less.
+    The two are compared as shares of what the conversion had cost the model."""
     change, cost = damage(before, after), damage(found.readings["teacher"], found.readings["converted"])
     pairs = [(change.loss, cost.loss), *([(change.recall, cost.recall)] if found.recall_counts else [])]
     sure = any(one.mean < -SURE * (one.stderr or 0.0) for one, _ in pairs)
