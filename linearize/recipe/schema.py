@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-Objective = Literal["sft", "distill"]
-OBJECTIVES: tuple[Objective, ...] = ("sft", "distill")
+Objective = Literal["sft", "distill", "align"]
+OBJECTIVES: tuple[Objective, ...] = ("sft", "distill", "align")
 
 RecurrenceName = Literal[
     "gla",
@@ -50,14 +50,16 @@ def _objective(value: Any) -> Any:
 
     A plain validator: with a union pydantic would put the name of the branch it tried into the error's path.
     """
-    names = " or ".join(OBJECTIVES)
+    names, mixed = (" or ".join((", ".join(known[:-1]), known[-1])) for known in (OBJECTIVES, OBJECTIVES[:2]))
     if isinstance(value, str) and value in OBJECTIVES:
         return value
     if not isinstance(value, dict) or not value:
-        raise _refusal(f"expected {names}, or a mapping of these to weights, got {value!r}")
+        raise _refusal(f"expected {names}, or a mapping of {mixed} to weights, got {value!r}")
     for name, weight in value.items():
         if name not in OBJECTIVES:
-            raise _refusal(f"unknown objective {name!r}; expected {names}")
+            raise _refusal(f"unknown objective {name!r}; expected {mixed}")
+        if name == "align":
+            raise _refusal("align looks at layers and not at what they come to; give it a stage of its own")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise _refusal(f"expected a weight > 0 for {name}, got {weight!r}")
     return {name: float(weight) for name, weight in value.items()}
@@ -197,6 +199,9 @@ class Stage(Section):
     """Steps between checkpoints; 0 means about ten times a run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
+    beyond: float = Field(default=0.5, ge=0, le=1)
+    """Under `align`, the share of the steps, the first ones, in which the recurrence alone learns what the window
+    cannot see; in the others the layer as a whole does."""
 
     @field_validator("batch_tokens")
     @classmethod

@@ -113,7 +113,7 @@ def finetune(
         model: Any = load_model(source, dtype=recipe.dtype)
     else:
         # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-        shared = base == source and any("distill" in s.weights or s.data.source == SELF for s in recipe.stages)
+        shared = base == source and any(_wants_teacher(s) or s.data.source == SELF for s in recipe.stages)
         model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
         check_convertible(model.config, source)
         model = convert_model(model, recipe.mixer)
@@ -132,10 +132,9 @@ def finetune(
             say(f"stage {number + 1}: done before")
             load_trained(student, found[-1])
             continue
-        needs_teacher = "distill" in stage.weights
         trainer = StageTrainer(
             student,
-            teacher() if needs_teacher else None,
+            teacher() if _wants_teacher(stage) else None,
             stage,
             data.train,
             folder,
@@ -264,6 +263,11 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
         "length": stage.length,
         "steps": steps,
     }
+
+
+def _wants_teacher(stage: Stage) -> bool:
+    """Whether a stage's objective looks at the teacher."""
+    return "sft" not in stage.weights or len(stage.weights) > 1
 
 
 def _stage_to_resume(work: Path, stages: int) -> int:

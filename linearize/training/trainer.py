@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from linearize.errors import LinearizeError
+from linearize.training.align import Alignment
 from linearize.training.objective import IGNORE, token_losses
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class StageTrainer(Trainer):
 
     Args:
         model: the student; parameters that require gradients are trained, and only they are saved in checkpoints.
-        teacher: wanted by the objective `distill`.
+        teacher: wanted by the objectives `distill` and `align`.
         stage: the recipe's stage.
         rows: what to train on.
         folder: where checkpoints go.
@@ -70,8 +71,12 @@ class StageTrainer(Trainer):
         log: Callable[[dict[str, Any]], None],
     ) -> None:
         self.stage, self.teacher = stage, teacher
-        if stage.gradient_checkpointing:
-            inner: Any = model
+        inner: Any = model
+        self.alignment = None
+        if teacher is not None and "align" in stage.weights:
+            student = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+            self.alignment = Alignment(student, teacher, stage.length, checkpointing=stage.gradient_checkpointing)
+        elif stage.gradient_checkpointing:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         super().__init__(
             model=model,
@@ -93,6 +98,11 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if self.alignment is not None:
+            beyond = self.state.global_step < math.ceil(self.stage.beyond * self.state.max_steps)
+            loss = self.alignment.loss(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
+            # Rows are of one length, so each batch of a step counts alike.
+            return self._checked(loss / self.current_gradient_accumulation_steps)
         labels = inputs.pop("labels")
         outputs = model(**inputs, use_cache=False)
         teacher_logits = None
@@ -101,12 +111,15 @@ class StageTrainer(Trainer):
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
         total = token_losses(outputs.logits, labels, teacher_logits, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
-        loss = total / counted
+        loss = self._checked(total / counted)
+        return (loss, outputs) if return_outputs else loss
+
+    def _checked(self, loss: Tensor) -> Tensor:
         if not bool(torch.isfinite(loss)):
             raise LinearizeError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr"
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         self.optimizer: torch.optim.Optimizer | None

@@ -81,6 +81,8 @@ def test_a_recipe_does_not_change_once_read() -> None:
         {"objective": {"sft": float("inf")}},
         {"objective": {"sft": True}},
         {"objective": ["sft"]},
+        {"objective": {"align": 1.0, "sft": 1.0}},
+        {"objective": "align", "beyond": 1.1},
         {"length": 512, "batch_tokens": 256},
         {"length": 1000},
         {"length": "512"},

@@ -66,8 +66,19 @@ def test_the_loss_falls_and_only_what_should_changes(tiny_folder, text, tmp_path
     assert not any("lora" in name for name in after)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, monkeypatch):
-    settings = recipe(tiny_folder, text)
+def test_aligned_layers_answer_more_like_the_teachers(tiny_folder, text, tmp_path):
+    more = ["stages.0.objective=align", "stages.0.epochs=3", "stages.0.schedule=constant", "mixer.feature_map=learned"]
+    after = trained(recipe(tiny_folder, text, *more), tmp_path / "work")
+    found = losses(tmp_path / "work")
+    beyond, whole = found[:18], found[18:]
+    assert len(found) == 36 and sum(beyond[-4:]) < 0.9 * sum(beyond[:4])
+    assert sum(whole[-4:]) < 0.98 * sum(whole[:4])
+    assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
+
+
+@pytest.mark.parametrize("objective", ["distill", "align"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, monkeypatch, objective):
+    settings = recipe(tiny_folder, text, f"stages.0.objective={objective}")
     whole = trained(settings, tmp_path / "whole")
 
     class Interrupted(Exception):
