@@ -76,7 +76,8 @@ class Alignment:
     def loss(self, input_ids: Tensor, position_ids: Tensor, *, beyond: bool) -> Tensor:
         """The mean over layers of one of the two losses, for packed rows `[B, T]`."""
         pairs = self.recurrent if beyond and self.recurrent else self.pairs
-        mask = layer_mask(segments_of(None, position_ids, *input_ids.shape, continued=False), input_ids.device)
+        rows, tokens = input_ids.shape
+        mask = layer_mask(segments_of(None, position_ids, rows, tokens, continued=False), input_ids.device)
         with torch.no_grad(), _recorded([attention for _, attention in pairs]) as calls:
             self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         layer_loss = _beyond if pairs is self.recurrent and beyond else _whole
@@ -115,7 +116,7 @@ def _recorded(attentions: Sequence[nn.Module]) -> Iterator[list[_Call]]:
 def _whole(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask: Tensor) -> Tensor:
     """What the layer puts out, window, recurrence and kept heads together, against the teacher's attention."""
     caches = dict.fromkeys(("past_key_values", "layer_past"))
-    output, _ = layer(*call.arguments, **{**call.keywords, **caches, "attention_mask": mask})
+    output: Tensor = layer(*call.arguments, **{**call.keywords, **caches, "attention_mask": mask})[0]
     return _relative((output - call.output).float().square().sum(), call.output.float().square().sum())
 
 
@@ -125,7 +126,7 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
     assert mixer is not None  # noqa: S101 - for the type checker; the caller has looked
     layout = layout_of(mask) if mask.numel() else None
     lengths = None if layout is None else layout.lengths
-    hidden = call.keywords.get("hidden_states", call.arguments[0] if call.arguments else None)
+    hidden: Tensor = call.arguments[0] if call.arguments else call.keywords["hidden_states"]
 
     def rows(weights: nn.Module | None) -> Projections:
         projected = layer.project(hidden, call.keywords.get("position_embeddings"), weights)
@@ -161,4 +162,5 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
 
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:
-    return error / size.clamp_min(_TINY)
+    found: Tensor = error / size.clamp_min(_TINY)
+    return found
