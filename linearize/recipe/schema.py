@@ -183,11 +183,16 @@ class Stage(Section):
     """Tokens of an optimizer step: a multiple of `length`."""
     micro_batch: int = Field(default=1, ge=1)
     """Rows of a forward pass; the rest of a step accumulates."""
+    train: Literal["lora", "mixer", "full"] = "lora"
+    """What learns: adapters and the layer's own parameters; these parameters alone; or every weight but adapters."""
+    optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
+    """The last one needs a GPU, and bitsandbytes."""
     lr: float = Field(default=1e-3, ge=0)
-    """Peak learning rate of the LoRA weights."""
+    """Peak learning rate of the adapters or, under `train: full`, of the pretrained weights."""
     mixer_lr: float = Field(default=1e-2, ge=0)
     """Peak learning rate of the layer's own parameters."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up; `wsd` stays at the peak and comes down, as 1 - sqrt, over the last fifth of the steps."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps."""
     epochs: float = Field(default=1.0, gt=0)
@@ -199,6 +204,11 @@ class Stage(Section):
     """Steps between checkpoints; 0 means about ten times a run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Under `distill`, tokens of the teacher's that are told apart, most likely first; all others count as one."""
+    hide_window: float = Field(default=0.0, ge=0, le=1)
+    """How often a layer's window is hidden but for its last token and the sinks, so that the recurrence must answer;
+    drawn for each layer and forward pass."""
     beyond: float = Field(default=0.5, ge=0, le=1)
     """Under `align`, the share of the steps, the first ones, in which the recurrence alone learns what the window
     cannot see; in the others the layer as a whole does."""
@@ -220,6 +230,8 @@ class Stage(Section):
 class LoraSpec(Section):
     """Low-rank adapters on the projections; `lora: null` trains the layer's own parameters only."""
 
+    kind: Literal["lora", "rslora", "dora", "pissa", "miss"] = "lora"
+    """As peft has them; `miss` was called Bone, and takes no alpha."""
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=8, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -139,7 +139,7 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
     tokens, first = own.q.shape[1], _reach(mixer)
     off, mixer.branches_off = mixer.branches_off, frozenset({"window"})
     try:
-        read = mixer(own, lengths, None)[:, first:].float()
+        read: Tensor = mixer(own, lengths, None)[:, first:].float()
     finally:
         mixer.branches_off = off
     if tokens <= first:

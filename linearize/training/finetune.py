@@ -9,9 +9,9 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +34,7 @@ from linearize.training.trainer import (
     StageTrainer,
     append_json_line,
     checkpoints,
+    is_adapter,
     is_own_parameter,
     load_trained,
     total_steps,
@@ -117,7 +118,9 @@ def finetune(
         model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
         check_convertible(model.config, source)
         model = convert_model(model, recipe.mixer)
-    student = add_adapters(model, recipe.lora)
+    student = add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
+    for stage in recipe.stages:
+        choose_trained(student, stage.train)  # what a later stage lacks is told now
     records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
     data = None
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
@@ -126,6 +129,7 @@ def finetune(
             stage.data, tokenizer=tokenizer, length=stage.length, seed=recipe.seed, teacher=teacher, progress=say
         )
         records.append(stage_record(stage, data))
+        choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
         found = checkpoints(folder)
         if resume and number < reached:
@@ -210,30 +214,51 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
 
 
 def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:
-    """Freezes the pretrained weights; LoRA on its targets and the layer's own parameters, in float32, are trained.
+    """The model with peft's adapters on the targets of `lora`, in float32, or as it is; see `choose_trained`.
 
     Raises:
-        RecipeError: a target is not there.
+        RecipeError: a target is not there, or is of a kind that the adapters do not take.
     """
     model.requires_grad_(False)
-    student: Any = model
-    if lora is not None:
-        modules = _target_modules(model, lora.targets)
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(modules),
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
-            task_type="CAUSAL_LM",
+    if lora is None:
+        return model
+    modules = _target_modules(model, lora.targets)
+    try:
+        return get_peft_model(model, _adapter_config(lora, modules))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"lora: {lora.kind} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def _adapter_config(lora: LoraSpec, modules: dict[str, nn.Module]) -> PeftConfig:
+    if lora.kind == "miss":
+        return MissConfig(
+            r=lora.rank, miss_dropout=lora.dropout, target_modules=list(modules), task_type=TaskType.CAUSAL_LM
         )
-        student = get_peft_model(model, config)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(modules),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        task_type=TaskType.CAUSAL_LM,
+        use_rslora=lora.kind == "rslora",
+        use_dora=lora.kind == "dora",
+        init_lora_weights="pissa" if lora.kind == "pissa" else True,
+    )
+
+
+def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:
+    """Lets gradients reach what a stage trains, and nothing else.
+
+    Raises:
+        RecipeError: nothing is left to train.
+    """
     for name, parameter in student.named_parameters():
-        if is_own_parameter(name):
-            parameter.requires_grad_(True)
+        adapter = is_adapter(name)
+        chosen = {"lora": adapter, "mixer": False, "full": not adapter}[train] or is_own_parameter(name)
+        parameter.requires_grad_(chosen)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
-    return student
 
 
 def _target_modules(model: LinearizedForCausalLM, targets: list[str]) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from linearize.conversion.convert import convert_model
 from linearize.errors import RecipeError
 from linearize.recipe import LoraSpec, MixerSpec
 from linearize.training.align import Alignment
-from linearize.training.finetune import add_adapters
+from linearize.training.finetune import add_adapters, choose_trained
 
 WINDOW, SINKS = 6, 2
 LENGTHS = ((25, 15), (7, 33))  # of the documents packed into each row
@@ -32,7 +32,9 @@ def ids(teacher):
 
 def student_of(teacher, lora=None, **mixer):
     spec = MixerSpec(window=WINDOW, sinks=SINKS, **mixer)
-    return add_adapters(convert_model(copy.deepcopy(teacher), spec), lora)
+    student = add_adapters(convert_model(copy.deepcopy(teacher), spec), lora)
+    choose_trained(student, "lora")
+    return student
 
 
 def attention_calls(teacher, ids):
