@@ -18,6 +18,7 @@ from linearize.recipe.schema import (
     MixerSpec,
     Objective,
     Recipe,
+    SourceSpec,
     Stage,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "ShippedRecipe",
+    "SourceSpec",
     "Stage",
     "dump_recipe",
     "load_recipe",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Objective = Literal["sft", "distill", "align"]
@@ -35,9 +35,11 @@ RecurrenceName = Literal[
     "none",
 ]
 
-SELF = "self"
+SELF, STUDENT, RECALL = "self", "student", "recall"
+ENDLESS = (SELF, STUDENT, RECALL)
+"""Sources that are made as they are needed."""
 SELF_TOKENS = 200_000
-"""Tokens that the teacher writes for `source: self` when the recipe names no budget."""
+"""Tokens that are made of these when the recipe names no budget."""
 
 
 def _refusal(message: str) -> PydanticCustomError:
@@ -148,28 +150,65 @@ class MixerSpec(Section):
         return value
 
 
-class DataSpec(Section):
-    """Where a stage's text comes from."""
+class SourceSpec(Section):
+    """A source of text."""
 
-    source: str = Field(min_length=1)
-    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    source: str | None = Field(default=None, min_length=1)
+    """`self` (the teacher writes it), `student` (the model as it stands when the stage begins writes it), `recall`
+    (questions about facts and pairs, made on the fly), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the
+    Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
     format: Literal["auto", "text", "instruction"] = "auto"
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of text that a model writes."""
+    sample_length: int | None = Field(default=None, ge=1)
+    """Tokens of one text of `self`, `student` or `recall`; null means the stage's `length`."""
+
+
+class MixedSource(SourceSpec):
+    """One source of several."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the rows, against the other sources' weights."""
+
+    @model_validator(mode="after")
+    def _is_named(self) -> MixedSource:
+        if self.source is None:
+            raise _refusal("missing key; expected a source")
+        return self
+
+
+class DataSpec(SourceSpec):
+    """Where a stage's text comes from: one `source`, or several under `mix`."""
+
     tokens: int | None = Field(default=None, ge=1)
-    """Token budget of the whole source; null takes all of it (for `self`: `SELF_TOKENS`)."""
+    """Token budget of the whole data; null takes all of it (of what has no end: `SELF_TOKENS`)."""
     held_out: int = Field(default=16, ge=0)
     """Rows of the stage's `length` kept for evaluation."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of text that the teacher writes."""
-    sample_length: int | None = Field(default=None, ge=1)
-    """Tokens of one text that the teacher writes; null means the stage's `length`."""
+    mix: list[MixedSource] = []
+    """Several sources in the place of one, by weight; needs `tokens`."""
 
     @field_validator("tokens")
     @classmethod
-    def _self_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return SELF_TOKENS if value is None and info.data.get("source") == SELF else value
+    def _endless_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return SELF_TOKENS if value is None and info.data.get("source") in ENDLESS else value
+
+    @model_validator(mode="after")
+    def _one_source_or_several(self) -> DataSpec:
+        if self.source is None and not self.mix:
+            raise _refusal("names no text; expected a source, or sources under mix")
+        if self.source is not None and self.mix:
+            raise _refusal("has both source and mix; keep one of them")
+        if self.mix and self.tokens is None:
+            raise _refusal("has a mix and no tokens; expected how many there are to be of all sources together")
+        return self
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """The one source, or all of the mixture."""
+        return list(self.mix) or [self]
 
 
 class Stage(Section):

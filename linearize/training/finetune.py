@@ -28,11 +28,13 @@ from linearize.conversion.source import (
 from linearize.errors import OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
-from linearize.training.data import TrainingData, load_data
+from linearize.training.data import load_data
+from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
     append_json_line,
+    base_of,
     checkpoints,
     is_adapter,
     is_own_parameter,
@@ -114,7 +116,7 @@ def finetune(
         model: Any = load_model(source, dtype=recipe.dtype)
     else:
         # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-        shared = base == source and any(_wants_teacher(s) or s.data.source == SELF for s in recipe.stages)
+        shared = base == source and any(_wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
         model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
         check_convertible(model.config, source)
         model = convert_model(model, recipe.mixer)
@@ -125,9 +127,20 @@ def finetune(
     data = None
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
     for number, stage in enumerate(recipe.stages):
-        data = load_data(
-            stage.data, tokenizer=tokenizer, length=stage.length, seed=recipe.seed, teacher=teacher, progress=say
-        )
+        kept = work / f"stage-{number}.rows.safetensors"
+        if resume and kept.is_file():
+            data = read_data(kept)
+        else:
+            data = load_data(
+                stage.data,
+                tokenizer=tokenizer,
+                length=stage.length,
+                seed=recipe.seed,
+                teacher=teacher,
+                student=lambda: base_of(student).eval(),
+                progress=say,
+            )
+            save_data(data, kept)
         records.append(stage_record(stage, data))
         choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
@@ -293,6 +306,10 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
 def _wants_teacher(stage: Stage) -> bool:
     """Whether a stage's objective looks at the teacher."""
     return "sft" not in stage.weights or len(stage.weights) > 1
+
+
+def _reads(stage: Stage, source: str) -> bool:
+    return any(one.source == source for one in stage.data.sources)
 
 
 def _stage_to_resume(work: Path, stages: int) -> int:

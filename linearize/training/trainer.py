@@ -25,8 +25,9 @@ from linearize.training.windows import WindowDropout
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Stage
-    from linearize.training.data import Rows
+    from linearize.training.rows import Rows
 
 _TRAINED = "trained.safetensors"
 _KEPT_CHECKPOINTS = 2
@@ -77,7 +78,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.stage, self.teacher = stage, teacher
         inner: Any = model
-        student = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        student = base_of(model)
         self.windows = WindowDropout(student, stage.hide_window)
         self.alignment = None
         if teacher is not None and "align" in stage.weights:
@@ -209,6 +210,12 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
     # With several GPUs in sight the Trainer would split batches by threads (DataParallel), teacher and all.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def base_of(student: Any) -> LinearizedForCausalLM:
+    """The converted model, with or without peft's wrapper around it."""
+    model: LinearizedForCausalLM = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return model
 
 
 def total_steps(stage: Stage, rows: int) -> int:

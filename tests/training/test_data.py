@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import DataError
-from linearize.training.data import Document, Rows, load_data, pack
+from linearize.training.data import load_data
+from linearize.training.rows import Document, Rows, pack
 
 DATA = Path(os.environ.get("LINEARIZE_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 TINY = DATA / "models" / "tinystories-656k"
@@ -43,7 +44,7 @@ def tokenizer():
 def load(source, tokenizer, length=16, seed=0, teacher=None, progress=lambda line: None, **spec):
     spec = {
         **{"config": None, "split": "train", "field": None, "format": "auto", "tokens": None},
-        **{"held_out": 0, "temperature": 1.0, "sample_length": None, "source": str(source), **spec},
+        **{"held_out": 0, "temperature": 1.0, "sample_length": None, "mix": [], "source": str(source), **spec},
     }
     return load_data(
         SimpleNamespace(**spec), tokenizer=tokenizer, length=length, seed=seed, teacher=teacher, progress=progress

@@ -81,13 +81,17 @@ INTERRUPTED = {
     "align": ["stages.0.objective=align"],
     "hidden windows, top-k, wsd": ["stages.0.hide_window=0.5", "stages.0.top_k=8", "stages.0.schedule=wsd"],
     "all weights in bfloat16": ["stages.0.train=full", "dtype=bfloat16", "stages.0.lr=1e-4"],
+    "a mixture, in its second epoch": [
+        "stages.0.data={{mix: [{{source: {text}, weight: 2}}, {{source: recall}}], tokens: 640, held_out: 1}}",
+        "stages.0.epochs=2",
+    ],
     "adafactor": ["stages.0.optimizer=adafactor", "lora.kind=pissa"],
 }
 
 
 @pytest.mark.parametrize("changes", INTERRUPTED.values(), ids=INTERRUPTED)
 def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, monkeypatch, changes):
-    settings = recipe(tiny_folder, text, *changes)
+    settings = recipe(tiny_folder, text, *(change.format(text=text) for change in changes))
     whole = trained(settings, tmp_path / "whole")
 
     class Interrupted(Exception):
@@ -103,6 +107,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, mon
         with pytest.raises(Interrupted):
             trained(settings, tmp_path / "cut")
     assert [p.name for p in (tmp_path / "cut" / "stage-0").iterdir()] == ["checkpoint-4"]
+    text.write_text("what has become of the file does not matter")
     resumed = trained(settings, tmp_path / "cut", resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
