@@ -245,6 +245,9 @@ class Stage(Section):
     """Softening of both distributions under `distill`."""
     top_k: int | None = Field(default=None, ge=1)
     """Under `distill`, tokens of the teacher's that are told apart, most likely first; all others count as one."""
+    teacher_at: Literal["device", "cpu", "disk"] = "device"
+    """Where the teacher is: beside the student; in the CPU's memory but for the layer at hand; or on disk, its `top_k`
+    written before the stage begins."""
     hide_window: float = Field(default=0.0, ge=0, le=1)
     """How often a layer's window is hidden but for its last token and the sinks, so that the recurrence must answer;
     drawn for each layer and forward pass."""
@@ -258,6 +261,16 @@ class Stage(Section):
         length = info.data.get("length")
         if length is not None and value % length:
             raise _refusal(f"expected a multiple of length ({length}), got {value}")
+        return value
+
+    @field_validator("teacher_at")
+    @classmethod
+    def _kept_logits_are_few(cls, value: str, info: ValidationInfo) -> str:
+        objective = info.data.get("objective", ())
+        if value == "disk" and "distill" not in ([objective] if isinstance(objective, str) else objective):
+            raise _refusal("disk keeps the teacher's logits, which distill alone looks at; expected device or cpu")
+        if value == "disk" and info.data.get("top_k") is None:
+            raise _refusal("disk has room for the teacher's most likely tokens only; set top_k, for example to 64")
         return value
 
     @property

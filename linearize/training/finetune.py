@@ -30,6 +30,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training.data import load_data
 from linearize.training.rows import TrainingData, read_data, save_data
+from linearize.training.teachers import KeptLogits, keep_logits, offloaded
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from linearize.model import LinearizedForCausalLM
+    from linearize.training.rows import Rows
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
@@ -72,15 +74,40 @@ class FinetuneResult:
 
 
 class _Teacher:
-    """The pretrained model, loaded when it is first wanted."""
+    """The pretrained model, loaded when it is first wanted.
+
+    Args:
+        model: if it is loaded already; it is not let go then.
+    """
 
     def __init__(self, source: Source, dtype: str, model: PreTrainedModel | None) -> None:
         self.source, self.dtype, self.model = source, dtype, model
+        self.is_ours = model is None
 
     def __call__(self) -> PreTrainedModel:
         if self.model is None:
             self.model = load_model(self.source, dtype=self.dtype).requires_grad_(False)
         return self.model
+
+    @contextlib.contextmanager
+    def serving(
+        self, stage: Stage, rows: Rows, say: Callable[[str], None]
+    ) -> Iterator[PreTrainedModel | KeptLogits | None]:
+        """What a stage's trainer is given, where its recipe wants it; None where the stage has no use for a teacher."""
+        if not _wants_teacher(stage):
+            yield None
+        elif stage.teacher_at == "disk" and stage.top_k is not None:
+            kept = keep_logits(
+                self(), rows, top_k=stage.top_k, temperature=stage.temperature, batch=stage.micro_batch, progress=say
+            )
+            if self.is_ours:
+                self.model = None
+            yield kept
+        elif stage.teacher_at == "cpu":
+            with offloaded(self(), self().device):
+                yield self()
+        else:
+            yield self()
 
 
 def finetune(
@@ -149,20 +176,14 @@ def finetune(
             say(f"stage {number + 1}: done before")
             load_trained(student, found[-1])
             continue
-        trainer = StageTrainer(
-            student,
-            teacher() if _wants_teacher(stage) else None,
-            stage,
-            data.train,
-            folder,
-            recipe.seed,
-            _log_to(work / METRICS, number, len(recipe.stages)),
-        )
-        start = str(found[-1]) if resume and found else None
-        if start:
-            say(f"stage {number + 1}: going on from {Path(start).name}")
-        with _quiet():
-            trainer.train(resume_from_checkpoint=start)
+        with teacher.serving(stage, data.train, say) as served:
+            log = _log_to(work / METRICS, number, len(recipe.stages))
+            trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log)
+            start = str(found[-1]) if resume and found else None
+            if start:
+                say(f"stage {number + 1}: going on from {Path(start).name}")
+            with _quiet():
+                trainer.train(resume_from_checkpoint=start)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     merged.requires_grad_(False).eval()
     return FinetuneResult(merged, tokenizer, teacher.model, data, records)

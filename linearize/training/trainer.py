@@ -20,6 +20,7 @@ from linearize.errors import LinearizeError
 from linearize.training.align import Alignment
 from linearize.training.objective import IGNORE, TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer
+from linearize.training.teachers import KeptLogits
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             "input_ids": rows.input_ids[index],
             "labels": rows.labels[index],
             "position_ids": rows.position_ids[index],
+            "row": torch.tensor(index),
         }
 
 
@@ -59,7 +61,7 @@ class StageTrainer(Trainer):
 
     Args:
         model: the student; parameters that require gradients are trained, and only they are saved in checkpoints.
-        teacher: wanted by the objectives `distill` and `align`.
+        teacher: wanted by the objectives `distill`, which also takes what it said to `rows`, and `align`.
         stage: the recipe's stage.
         rows: what to train on.
         folder: where checkpoints go.
@@ -69,7 +71,7 @@ class StageTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | KeptLogits | None,
         stage: Stage,
         rows: Rows,
         folder: Path,
@@ -81,7 +83,7 @@ class StageTrainer(Trainer):
         student = base_of(model)
         self.windows = WindowDropout(student, stage.hide_window)
         self.alignment = None
-        if teacher is not None and "align" in stage.weights:
+        if isinstance(teacher, PreTrainedModel) and "align" in stage.weights:
             self.alignment = Alignment(student, teacher, stage.length, checkpointing=stage.gradient_checkpointing)
         elif stage.gradient_checkpointing:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -111,18 +113,20 @@ class StageTrainer(Trainer):
             loss = self.alignment.loss(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
             # Rows are of one length, so each batch of a step counts alike.
             return self._checked(loss / self.current_gradient_accumulation_steps)
-        labels = inputs.pop("labels")
+        labels, rows = inputs.pop("labels"), inputs.pop("row")
         outputs = model(**inputs, use_cache=False)
-        teacher = self._teacher_on(inputs, labels) if "distill" in self.stage.weights else None
+        teacher = self._teacher_on(inputs, labels, rows) if "distill" in self.stage.weights else None
         total = token_losses(outputs.logits, labels, teacher, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
         loss = self._checked(total / counted)
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_on(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | TopK | None:
+    def _teacher_on(self, inputs: dict[str, Any], labels: Tensor, rows: Tensor) -> Tensor | TopK | None:
         """What the teacher says to the same rows."""
         if self.teacher is None:
             return None
+        if isinstance(self.teacher, KeptLogits):
+            return self.teacher.of(rows, labels.device)
         with torch.no_grad():
             logits: Tensor = self.teacher(**inputs, use_cache=False).logits
             if self.stage.top_k is None:
