@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,11 @@ from linearize.training.rows import Document, Pieces, Rows, TrainingData, pack
 from linearize.training.selftext import self_written_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from linearize.recipe.schema import DataSpec, SourceSpec
+    from linearize.recipe.schema import DataSpec, SourceSpec, Stage
 
 # The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), word for word.
 _ALPACA = (
@@ -47,6 +48,8 @@ def load_data(
     seed: int,
     teacher: Callable[[], PreTrainedModel] | None,
     student: Callable[[], PreTrainedModel] | None = None,
+    draw: int = 0,
+    reserved: Mapping[str, int] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainingData:
     """Read what `spec` names into rows of `length` tokens.
@@ -55,6 +58,10 @@ def load_data(
     to `spec.tokens` tokens (rounded up to a whole row). Only as many as that takes are tokenised. What does not fill a
     last row is dropped. Of a mixture, each source gives its share of both. `teacher` and `student` are called only if a
     source is "self" or "student".
+
+    Args:
+        draw: which of many texts is made where a source has no end: stages of one run count up.
+        reserved: by `source_key`, tokens that are left out of training at the least; see `reserved_tokens`.
 
     Raises:
         DataError: a source cannot be found or read, or is too small.
@@ -65,7 +72,17 @@ def load_data(
     writers = {SELF: teacher, STUDENT: student}
     shares = _shares(spec, rows)
     parts = [
-        _load(source, wanted, held, tokenizer=tokenizer, length=length, seed=seed, writers=writers, progress=progress)
+        _load(
+            source,
+            wanted,
+            held,
+            tokenizer=tokenizer,
+            length=length,
+            seed=seed + draw if source.source in ENDLESS else seed,
+            reserved=reserved.get(source_key(source), 0),
+            writers=writers,
+            progress=progress,
+        )
         for source, wanted, held in shares
     ]
     train, held_out = (Rows.joined([getattr(part, side) for part in parts]) for side in ("train", "held_out"))
@@ -76,12 +93,32 @@ def load_data(
     return TrainingData(train, held_out, named, documents, time.monotonic() - started)
 
 
+def source_key(source: SourceSpec) -> str:
+    """What tells one file or data set from another."""
+    return json.dumps([source.source, source.config, source.split])
+
+
+def reserved_tokens(stages: Sequence[Stage]) -> dict[str, int]:
+    """By `source_key`, the most tokens that any stage holds out. What one stage is judged by, no other may have
+    trained on: all of them shuffle a file alike and leave out as many of its first documents."""
+    most: dict[str, int] = {}
+    for stage in stages:
+        for source, _, held in _shares(stage.data, None):
+            if source.source not in ENDLESS:
+                key = source_key(source)
+                most[key] = max(most.get(key, 0), held * stage.length)
+    return most
+
+
 def _shares(spec: DataSpec, rows: int | None) -> list[tuple[SourceSpec, int | None, int]]:
     """Each source with its number of training rows and of held-out rows."""
-    if not spec.mix or rows is None:
+    if not spec.mix:
         return [(spec, rows, spec.held_out)]
     weights = [source.weight for source in spec.mix]
-    counts = [_split(total, weights) for total in (rows, spec.held_out)]
+    held = _split(spec.held_out, weights)
+    if rows is None:
+        return [(source, None, count) for source, count in zip(spec.mix, held, strict=True)]
+    counts = [_split(rows, weights), held]
     for number, (source, wanted) in enumerate(zip(spec.mix, counts[0], strict=True)):
         if not wanted:
             raise DataError(
@@ -108,6 +145,7 @@ def _load(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     seed: int,
+    reserved: int,
     writers: dict[str, Callable[[], PreTrainedModel] | None],
     progress: Callable[[str], None],
 ) -> TrainingData:
@@ -146,6 +184,7 @@ def _load(
         documents = (_document(record, spec, tokenizer) for record in read_records(spec, seed=seed, length=length))
     stream = (document for document in documents if any(document.loss))
     held = _take(stream, held_rows * length)
+    _take(stream, reserved - sum(len(document.ids) for document in held))
     train = _take(stream, math.inf if rows is None else rows * length)
     held_out, train_rows = pack(held, length)[:held_rows], pack(train, length)[:rows]
     if len(held_out) < held_rows or not len(train_rows):

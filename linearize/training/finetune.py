@@ -28,7 +28,7 @@ from linearize.conversion.source import (
 from linearize.errors import OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
-from linearize.training.data import load_data
+from linearize.training.data import load_data, reserved_tokens
 from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.teachers import KeptLogits, keep_logits, offloaded
 from linearize.training.trainer import (
@@ -151,7 +151,7 @@ def finetune(
     for stage in recipe.stages:
         choose_trained(student, stage.train)  # what a later stage lacks is told now
     records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
-    data = None
+    data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
     for number, stage in enumerate(recipe.stages):
         kept = work / f"stage-{number}.rows.safetensors"
@@ -165,6 +165,8 @@ def finetune(
                 seed=recipe.seed,
                 teacher=teacher,
                 student=lambda: base_of(student).eval(),
+                draw=number,
+                reserved=reserved,
                 progress=say,
             )
             save_data(data, kept)

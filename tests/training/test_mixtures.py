@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from linearize.conversion.convert import convert_model
 from linearize.errors import DataError
 from linearize.evaluation.recall import words
-from linearize.recipe import DataSpec, MixerSpec
-from linearize.training.data import load_data
+from linearize.recipe import DataSpec, MixerSpec, Stage
+from linearize.training.data import load_data, reserved_tokens
 from linearize.training.rows import read_data, save_data
 
 
@@ -28,10 +28,9 @@ def tokenizer(tiny_folder):
     return AutoTokenizer.from_pretrained(tiny_folder)
 
 
-def load(tokenizer, length=64, seed=0, **spec):
-    return load_data(
-        DataSpec.model_validate(spec), tokenizer=tokenizer, length=length, seed=seed, teacher=spec.pop("teacher", None)
-    )
+def load(tokenizer, length=64, seed=0, draw=0, **spec):
+    data = DataSpec.model_validate(spec)
+    return load_data(data, tokenizer=tokenizer, length=length, seed=seed, teacher=None, draw=draw)
 
 
 def texts(folder, tokenizer):
@@ -58,6 +57,32 @@ def test_each_source_gives_its_share_of_rows(tmp_path, tokenizer):
     alone = load(tokenizer, **cat, tokens=9 * 64, held_out=3)
     assert torch.equal(data.train.input_ids[:9], alone.train.input_ids)
     assert torch.equal(data.held_out.labels[:3], alone.held_out.labels)
+
+
+def test_no_stage_trains_on_what_another_holds_out(tmp_path, tokenizer):
+    cat, dog = texts(tmp_path, tokenizer)
+    stages = [
+        Stage.model_validate({"objective": "sft", "batch_tokens": 64, **stage})
+        for stage in (
+            {"data": {**cat, "held_out": 0}, "length": 32},
+            {"data": {"mix": [cat, dog], "tokens": 640, "held_out": 4}, "length": 64},
+            {"data": {"source": "self"}, "length": 64},
+        )
+    ]
+    reserved = reserved_tokens(stages)
+    assert sorted(reserved.values()) == [128, 128]
+
+    def numbers(rows):
+        return {n for row in told(rows, tokenizer) for n in re.findall(r"cat has number (\d+)", row)}
+
+    def read(stage, reserved):
+        return load_data(stage.data, tokenizer=tokenizer, length=stage.length, seed=0, teacher=None, reserved=reserved)
+
+    held = numbers(read(stages[1], reserved).held_out)
+    assert held and not held & numbers(read(stages[0], reserved).train)
+    assert held & numbers(read(stages[0], {}).train)  # what would have happened
+    first, second = (load(tokenizer, source="recall", tokens=640, draw=draw).train for draw in (0, 1))
+    assert not torch.equal(first.input_ids, second.input_ids)
 
 
 def test_a_weight_too_small_for_a_row_is_told(tmp_path, tokenizer):
