@@ -187,7 +187,10 @@ def _load(
     _take(stream, reserved - sum(len(document.ids) for document in held))
     train = _take(stream, math.inf if rows is None else rows * length)
     held_out, train_rows = pack(held, length)[:held_rows], pack(train, length)[:rows]
-    if len(held_out) < held_rows or not len(train_rows):
+    enough, all_of_it = len(held_out) >= held_rows, len(train_rows) < (rows or 0)
+    # A prompt may fill a row, which then has nothing to learn or to score.
+    held_out, train_rows = held_out.scored(), train_rows.scored()
+    if not enough or not len(train_rows):
         found, needed = sum(len(d.ids) for d in held + train), (held_rows + 1) * length
         told = f"{source}: {found:,} tokens in {len(held + train):,} documents are too few for"
         if not held_rows:
@@ -198,7 +201,7 @@ def _load(
         )
     split = f" to train on, {held_out.tokens:,} held out," if held_rows else ""
     progress(f"data: {train_rows.tokens:,} tokens{split} from {source}")
-    if rows is not None and len(train_rows) < rows:
+    if rows is not None and all_of_it:
         progress(f"data: {rows * length:,} tokens were asked for; {source} has no more")
     return TrainingData(train_rows, held_out, source, len(held) + len(train), time.monotonic() - started)
 

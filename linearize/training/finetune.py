@@ -199,11 +199,15 @@ def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Pat
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
     if result.data is not None and len(result.data.held_out):
-        rows = result.data.held_out
-        save_file(
-            {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
-        )
+        write_held_out(folder, result.data.held_out)
     write_checkpoint(folder, result.model, result.tokenizer, recipe, record, result.stages, name)
+
+
+def write_held_out(folder: Path, rows: Rows) -> None:
+    """Writes the rows that the task `held_out` scores a checkpoint on."""
+    save_file(
+        {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
+    )
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:

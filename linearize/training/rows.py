@@ -46,6 +46,11 @@ class Rows:
         """Some of the rows: a slice, or a tensor of row numbers."""
         return Rows(self.input_ids[rows], self.labels[rows], self.position_ids[rows])
 
+    def scored(self) -> Rows:
+        """Those of the rows that carry any loss; all of them where none does."""
+        some = (self.labels != NO_LOSS).any(1)
+        return self[some] if bool(some.any()) else self
+
     @staticmethod
     def joined(parts: list[Rows]) -> Rows:
         """The rows of all parts, one after another."""

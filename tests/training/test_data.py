@@ -237,6 +237,13 @@ def test_records_without_an_answer_are_left_out(tmp_path, tokenizer):
     assert load(path, tokenizer).documents == 3
 
 
+def test_rows_that_a_prompt_fills_are_left_out(tmp_path, tokenizer):
+    record = {"instruction": "Name the fox. " * 20, "input": "", "output": "The fox is Tim."}
+    data = load(jsonl(tmp_path / "a.jsonl", [record] * 20), tokenizer, length=48, held_out=8)
+    assert 0 < len(data.held_out) < 8
+    assert all(bool((rows.labels != -100).any(1).all()) for rows in (data.train, data.held_out))
+
+
 def test_text_written_by_the_teacher(tokenizer):
     teacher = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     data = load("self", tokenizer, length=32, tokens=200, held_out=2, teacher=lambda: teacher)
