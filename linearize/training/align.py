@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from linearize_kernels import full_attention
+from linearize_kernels import full_attention, window_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,12 +26,14 @@ from linearize.families.base import Projections
 from linearize.model.attention import LinearizedAttention, layout_of
 from linearize.model.layout import layer_mask, segments_of
 from linearize.model.modeling import family_of
+from linearize.training.teachers import documents_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
+    from linearize.families.base import AttentionLayer
     from linearize.model import LinearizedForCausalLM
     from linearize.model.mixer import Mixer
 
@@ -78,8 +80,9 @@ class Alignment:
         pairs = self.recurrent if beyond and self.recurrent else self.pairs
         rows, tokens = input_ids.shape
         mask = layer_mask(segments_of(None, position_ids, rows, tokens, continued=False), input_ids.device)
+        apart = documents_apart(self.teacher, position_ids)
         with torch.no_grad(), _recorded([attention for _, attention in pairs]) as calls:
-            self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
         layer_loss = _beyond if pairs is self.recurrent and beyond else _whole
         losses = []
         for (layer, attention), call in zip(pairs, calls, strict=True):
@@ -144,21 +147,34 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
         mixer.branches_off = off
     if tokens <= first:
         return read.sum() * 0.0
-    # Without the sinks, and as many tokens later, the keys that count are again those up to a query's own place.
-    keys = slice(mixer.config.sinks, tokens - mixer.window) if mixer.config.covers == "evicted" else slice(None)
     with torch.no_grad():
-        target = full_attention(
-            given.q_rotated[:, first:],
-            given.k_rotated[:, keys],
-            given.v[:, keys],
-            scale=layer.layer.scale,
-            softcap=layer.layer.softcap,
-        ).float()
+        target = read_beyond(given, layer.layer, mixer).float()
     error, size = (x.square().sum((2, 3)) for x in (read - target, target))
     if lengths is not None:
         real = torch.arange(first, tokens, device=error.device) < lengths[:, None]
         error, size = (torch.where(real, x, 0) for x in (error, size))
     return _relative(error.sum(), size.sum())
+
+
+def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tensor:
+    """What softmax over the tokens that the recurrence stands for answers, for the queries that have any.
+
+    Args:
+        given: rows `[R, L, ...]`.
+
+    Returns:
+        `[R, L - first, H, V]`, from query `first` on: window and sinks, or none where the state has every token.
+    """
+    first, keys = _reach(mixer), slice(None)
+    own = layer.window
+    if mixer.config.covers == "evicted":
+        # Without the sinks, and a window later, the keys that count are again those up to a query's own place.
+        keys = slice(mixer.config.sinks, given.q.shape[1] - mixer.window)
+        own = None if own is None else own - mixer.window
+    q, k, v = given.q_rotated[:, first:], given.k_rotated[:, keys], given.v[:, keys]
+    if own is None:
+        return full_attention(q, k, v, scale=layer.scale, softcap=layer.softcap)
+    return window_attention(q, k, v, window=own, scale=layer.scale, softcap=layer.softcap)[0]
 
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
@@ -105,6 +106,35 @@ def keep_logits(
     return KeptLogits(folder, len(rows))
 
 
+def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
+    """What a teacher has to be given besides positions `[B, T]`, so that documents in a row do not see each other: for
+    most nothing, and `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
+    if teacher not in _TELLS_APART:
+        _TELLS_APART[teacher] = _tells_apart(teacher)
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if _TELLS_APART[teacher] or not bool(starts.any()):
+        return {}
+    document = torch.nn.functional.pad(starts.cumsum(1), (1, 0))
+    seen = (document[:, :, None] == document[:, None]).tril()[:, None]
+    return {"attention_mask": torch.where(seen, 0.0, torch.finfo(teacher.dtype).min).to(teacher.dtype)}
+
+
+_TELLS_APART: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _tells_apart(teacher: PreTrainedModel) -> bool:
+    """Whether a document changes what follows it in its row; tried, because the architectures' code alone says."""
+    positions = torch.arange(8, device=teacher.device).repeat(2)[None]
+    answers = []
+    for first in (1, 2):
+        ids = torch.full_like(positions, first)
+        ids[:, 8:] = 3
+        logits = teacher(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 8:].float()
+        answers.append(logits - logits.mean(-1, keepdim=True))
+    return bool((answers[0] - answers[1]).norm() < 1e-2 * answers[0].norm())
+
+
 @contextmanager
 def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """`teacher` computes on `device`, and its weights stay in the CPU's memory but for the layer at hand."""
@@ -134,8 +164,9 @@ def _write(path: Path, teacher: PreTrainedModel, rows: Rows, top_k: int, tempera
     tokens, logs, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
     for start in range(0, len(rows), batch):
         part = rows[slice(start, start + batch)]
-        given = {"input_ids": part.input_ids, "position_ids": part.position_ids}
-        logits = teacher(**{name: x.to(teacher.device) for name, x in given.items()}, use_cache=False).logits
+        ids, positions = (x.to(teacher.device) for x in (part.input_ids, part.position_ids))
+        given = {"input_ids": ids, "position_ids": positions, **documents_apart(teacher, positions)}
+        logits = teacher(**given, use_cache=False).logits
         top = top_k_of(logits.flatten(0, 1)[counted_positions(part.labels).to(logits.device)], top_k, temperature)
         tokens.append(top.tokens.to("cpu", torch.int32))
         logs.append(top.log.to("cpu", torch.float16))

@@ -20,7 +20,7 @@ from linearize.errors import LinearizeError
 from linearize.training.align import Alignment
 from linearize.training.objective import IGNORE, TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer
-from linearize.training.teachers import KeptLogits
+from linearize.training.teachers import KeptLogits, documents_apart
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ class StageTrainer(Trainer):
         if isinstance(self.teacher, KeptLogits):
             return self.teacher.of(rows, labels.device)
         with torch.no_grad():
-            logits: Tensor = self.teacher(**inputs, use_cache=False).logits
+            apart = documents_apart(self.teacher, inputs["position_ids"])
+            logits: Tensor = self.teacher(**inputs, **apart, use_cache=False).logits
             if self.stage.top_k is None:
                 return logits
             return top_k_of(logits.flatten(0, 1)[counted_positions(labels)], self.stage.top_k, self.stage.temperature)

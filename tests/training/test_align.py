@@ -10,9 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from linearize.conversion.convert import convert_model
 from linearize.errors import RecipeError
+from linearize.families.base import AttentionLayer, Projections
+from linearize.model import MixerConfig
+from linearize.model.mixer import Mixer
 from linearize.recipe import LoraSpec, MixerSpec
-from linearize.training.align import Alignment
+from linearize.training.align import Alignment, read_beyond
 from linearize.training.finetune import add_adapters, choose_trained
+from tests.model import test_families as families
 
 WINDOW, SINKS = 6, 2
 LENGTHS = ((25, 15), (7, 33))  # of the documents packed into each row
@@ -50,7 +54,7 @@ def attention_calls(teacher, ids):
     return calls
 
 
-def read_beyond(teacher, layer, call, row, query, document):
+def beyond_by_hand(teacher, layer, call, row, query, document):
     """What query head 0 to H - 1 read beyond window and sinks, by one softmax for each."""
     attention, config = teacher.model.layers[layer].self_attn, teacher.config
     width = attention.head_dim
@@ -89,7 +93,7 @@ def test_the_recurrence_is_held_to_what_the_window_does_not_see(teacher, ids):
                 answers = mixer(new, None, None)[0].flatten(1)
                 mixer.branches_off = frozenset()
                 for t in range(WINDOW + SINKS, length):
-                    target = read_beyond(teacher, layer, call, row, document + t, document)
+                    target = beyond_by_hand(teacher, layer, call, row, document + t, document)
                     error += (answers[t] - target).square().sum().item()
                     size += target.square().sum().item()
         expected.append(error / size)
@@ -150,3 +154,46 @@ def test_kept_layers_take_no_part_and_short_rows_are_refused(teacher, ids):
     with pytest.raises(RecipeError, match="nothing beyond window and sinks") as refused:
         Alignment(student_of(teacher), teacher, WINDOW + SINKS)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("covers", ["evicted", "all"])
+@pytest.mark.parametrize(("own", "softcap"), [(None, None), (13, None), (None, 2.0), (13, 2.0)])
+def test_what_a_layer_of_any_kind_reads_beyond(own, softcap, covers):
+    torch.manual_seed(0)
+    tokens, width = 30, 8
+    layer = AttentionLayer(4, 2, width, width, scale=0.4, softcap=softcap, window=own)
+    mixer = Mixer(MixerConfig(layers=[0], window=WINDOW, sinks=SINKS, covers=covers, mix="fixed"), layer)
+    q = torch.randn(2, tokens, 4, width, dtype=torch.float64)
+    k, v = (torch.randn(2, tokens, 2, width, dtype=torch.float64) for _ in range(2))
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    seen = (key <= query) & (key > query - (own or tokens))
+    if covers == "evicted":
+        seen &= (key >= SINKS) & (key <= query - WINDOW)
+    scores = torch.einsum("rthd,rshd->rhts", q, k.repeat_interleave(2, 2)) * layer.scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = torch.einsum("rhts,rshd->rthd", weights, v.repeat_interleave(2, 2))
+    first = WINDOW + SINKS if covers == "evicted" else 0
+    found = read_beyond(Projections(q, k, v, q, k), layer, mixer)
+    # Scores under a cap, and those of a window, are float32.
+    torch.testing.assert_close(found.double(), expected[:, first:], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["llama, biases", "mistral, sliding", "qwen3", "gemma2", "phi3", "smollm3", "granite", "cohere", "stablelm",
+     "falcon, grouped", "gpt_neox", "gpt2", "olmo2", "starcoder2", "glm"],
+)  # fmt: skip
+def test_every_family_is_aligned_as_it_calls_its_attention(row):
+    family = families.build(row)
+    text = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    # Where a layer has a window of its own, ours cannot be wider.
+    everything = convert_model(copy.deepcopy(family), MixerSpec(window=39, sinks=0))
+    assert Alignment(everything, family, 80).loss(text, POSITIONS, beyond=False).item() < 1e-9
+    student = convert_model(copy.deepcopy(family), MixerSpec(window=WINDOW, sinks=SINKS))
+    choose_trained(student, "mixer")
+    for beyond in (True, False):
+        loss = Alignment(student, family, 40).loss(text, POSITIONS, beyond=beyond)
+        loss.backward()
+        assert 1e-5 < loss.item() < 3
+    assert all(p.grad is not None and bool(p.grad.any()) for p in student.parameters() if p.requires_grad)

@@ -12,7 +12,8 @@ from linearize.errors import OutputError
 from linearize.training import teachers
 from linearize.training.objective import counted_positions, token_losses, top_k_of
 from linearize.training.rows import Document, pack
-from linearize.training.teachers import keep_logits, offloaded
+from linearize.training.teachers import documents_apart, keep_logits, offloaded
+from tests.model import test_families as families
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,21 @@ def test_a_full_disk_is_told_before_anything_is_written(teacher, rows, cache, mo
     with pytest.raises(OutputError, match=r"do not fit into 0\.0 GB; lower top_k"):
         keep(teacher, rows)
     assert not list(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("row", ["llama, biases", "falcon, grouped", "falcon, multi-head", "gemma2", "gpt2", "mixtral"])
+def test_documents_in_a_row_do_not_see_each_other(row):
+    model = families.build(row)
+    ids = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(9), *range(15)], [*range(24)]])
+    apart = documents_apart(model, positions)
+    assert bool(apart) == ("falcon" in row)
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, use_cache=False, **apart).logits
+        alone = model(ids[:1, 9:], use_cache=False).logits
+        whole = model(ids[1:], use_cache=False).logits
+    torch.testing.assert_close(packed[:1, 9:], alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(packed[1:], whole, rtol=0, atol=1e-4)
 
 
 def test_an_offloaded_teacher_says_the_same(teacher):
