@@ -163,6 +163,33 @@ def test_without_lora_only_the_layers_own_parameters_change(tiny_folder, text, t
     assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
 
 
+def test_a_run_that_ends_in_its_second_stage_goes_on_there(tiny_folder, text, tmp_path, monkeypatch):
+    common = {"length": 64, "batch_tokens": 128, "save_every": 2}
+    stages = [
+        {"objective": "align", "train": "mixer", "data": {"source": str(text), "tokens": 512, "held_out": 1}, **common},
+        {"objective": "distill", "data": {"source": "student", "tokens": 640, "held_out": 1}, **common},
+    ]
+    settings = recipe(tiny_folder, text, f"stages={json.dumps(stages)}")
+    whole = trained(settings, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(path, record):
+        if (record["stage"], record["step"]) == (1, 3):
+            raise Interrupted
+        trainer_module.append_json_line(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "append_json_line", stop)
+        with pytest.raises(Interrupted):
+            trained(settings, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cache")  # the text is the run's own
+    resumed = trained(settings, tmp_path / "cut", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "cache" / "self-text").exists()
+
+
 @pytest.mark.parametrize("train", ["mixer", "full"])
 def test_a_stage_trains_what_it_names(tiny_folder, text, tmp_path, train):
     after = trained(recipe(tiny_folder, text, f"stages.0.train={train}", "stages.0.lr=1e-4"), tmp_path / "work")
