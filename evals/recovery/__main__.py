@@ -28,6 +28,7 @@ from evals.recurrences.toy import surroundings, write
 from linearize.cli.app import build_app
 from linearize.cli.demo import packaged_model
 from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.errors import LinearizeError
 from linearize.evaluation.comparison import FIVE
 from linearize.evaluation.results import read_results
 from linearize.recipe import DataSpec, Recipe, dump_recipe, load_recipe
@@ -90,13 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.dry_run and given.budgets == ",".join(BUDGETS):
         given.budgets = "0,2048"
     recovery = Recovery(folder, data, str(model), TINY if given.dry_run else Scale(), given.micro_batch, given.set)
-    recovery.write_text()
-    systems = given.systems.split(",")
-    for budget in given.budgets.split(","):
-        for system in systems:
-            recovery.train(system, budget)
-            recovery.score(system, budget)
-            recovery.tell()
+    try:
+        recovery.write_text()
+        for budget in given.budgets.split(","):
+            for system in given.systems.split(","):
+                recovery.train(system, budget)
+                recovery.score(system, budget)
+                recovery.tell()
+    except LinearizeError as error:
+        parser.exit(1, f"error: {error}\n")
     print((folder / "results.md").read_text(encoding="utf-8"))
     if given.dry_run:
         print(DRY)
