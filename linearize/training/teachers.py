@@ -110,7 +110,7 @@ def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str,
     """What a teacher has to be given besides positions `[B, T]`, so that documents in a row do not see each other: for
     most nothing, and `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
     if teacher not in _TELLS_APART:
-        _TELLS_APART[teacher] = _tells_apart(teacher)
+        _TELLS_APART[teacher] = _tells_apart(teacher, position_ids.device)
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if _TELLS_APART[teacher] or not bool(starts.any()):
         return {}
@@ -123,9 +123,9 @@ _TELLS_APART: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _tells_apart(teacher: PreTrainedModel) -> bool:
+def _tells_apart(teacher: PreTrainedModel, device: torch.device) -> bool:
     """Whether a document changes what follows it in its row; tried, because the architectures' code alone says."""
-    positions = torch.arange(8, device=teacher.device).repeat(2)[None]
+    positions = torch.arange(8, device=device).repeat(2)[None]
     answers = []
     for first in (1, 2):
         ids = torch.full_like(positions, first)

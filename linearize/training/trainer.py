@@ -87,6 +87,8 @@ class StageTrainer(Trainer):
             self.alignment = Alignment(student, teacher, stage.length, checkpointing=stage.gradient_checkpointing)
         elif stage.gradient_checkpointing:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif student.is_gradient_checkpointing:
+            inner.gradient_checkpointing_disable()  # an earlier stage's
         super().__init__(
             model=model,
             args=stage_arguments(stage, len(rows), folder, seed),

@@ -163,6 +163,14 @@ def test_without_lora_only_the_layers_own_parameters_change(tiny_folder, text, t
     assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
 
 
+@pytest.mark.parametrize("objective", ["distill", "align"])
+def test_a_teacher_elsewhere_teaches_the_same(tiny_folder, text, tmp_path, objective):
+    short = [f"stages.0.objective={objective}", "stages.0.data.tokens=256"]
+    here = trained(recipe(tiny_folder, text, *short), tmp_path / "here")
+    away = trained(recipe(tiny_folder, text, *short, "stages.0.teacher_at=cpu"), tmp_path / "away")
+    assert all(torch.equal(here[name], away[name]) for name in here)
+
+
 def test_a_run_that_ends_in_its_second_stage_goes_on_there(tiny_folder, text, tmp_path, monkeypatch):
     common = {"length": 64, "batch_tokens": 128, "save_every": 2}
     stages = [
