@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from linearize.families import Projections
     from linearize.model import LinearizedForCausalLM
-    from linearize.training.data import Rows
+    from linearize.training.rows import Rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden states."""

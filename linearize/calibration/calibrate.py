@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
     from linearize.probe.needles import Needle
     from linearize.recipe.schema import CalibrateSpec
-    from linearize.training.data import Rows, TrainingData
+    from linearize.training.rows import Rows, TrainingData
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Of the ridge penalty that are tried, in mean squares of an input channel over all tokens."""

@@ -175,7 +175,7 @@ class LayerFit:
 
     def _mixed(self, new: Projections) -> Projections:
         attention = self.attention
-        return attention._select(new, attention.mixed_heads) if attention.softmax_heads else new
+        return attention.select(new, attention.mixed_heads) if attention.softmax_heads else new
 
     def _values(self) -> dict[str, Tensor]:
         return {name: x.detach().clone() for name, x in self.mixer.named_parameters()}
