@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.calibration.blocks import Call
-    from linearize.model import LinearizedForCausalLM
+    from linearize.model import LinearizedForCausalLM, MixerConfig
     from linearize.probe.needles import Needle
     from linearize.recipe.schema import CalibrateSpec
     from linearize.training.rows import Rows, TrainingData
@@ -293,7 +293,7 @@ def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: Training
     """Raises:
     DataError: no document is longer than a window with its sinks.
     """
-    reach = min((model.config.mixer_of(index).window or 1) + model.config.mixer_of(index).sinks for index in layers)
+    reach = min(exact_tokens(model.config.mixer_of(index)) for index in layers)
     for kind, rows in (("to fit to", text.train), ("held out", text.held_out)):
         longest = int(rows.position_ids.max()) + 1
         if longest <= reach:
@@ -301,6 +301,11 @@ def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: Training
                 f"{text.source}: the longest document of the text {kind} has {longest:,} tokens in a row, and window "
                 f"and sinks see {reach:,}: raise calibrate.length, or use longer texts"
             )
+
+
+def exact_tokens(mixer: MixerConfig) -> int:
+    """How many tokens window and sinks see."""
+    return (mixer.window or 1) + mixer.sinks
 
 
 def _converted(model: LinearizedForCausalLM) -> list[int]:

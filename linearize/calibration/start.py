@@ -6,7 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
+from linearize.calibration.calibrate import (
+    Calibration,
+    calibrate,
+    calibration_text,
+    deciding_needles,
+    exact_tokens,
+)
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.conversion.convert import (
@@ -108,7 +114,7 @@ def check_reach(recipe: Recipe, teacher: PreTrainedModel) -> None:
     layers = family_of(teacher.config).layers(teacher.config)
     sections = mixers_for(recipe.mixer, layers)
     reach = min(
-        ((one.window or 1) + one.sinks for one in sections for index in one.layers if one.converts(layers[index])),
+        (exact_tokens(one) for one in sections for index in one.layers if one.converts(layers[index])),
         default=None,
     )
     if reach is None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from linearize.training.rows import NO_LOSS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from linearize.recipe import Objective
 
-IGNORE = -100
 # Positions worked on at a time. All of a row's would make several tensors of the logits' size, and leave every cache.
 _CHUNK = 64
 
@@ -44,7 +45,7 @@ def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
 
 def counted_positions(labels: Tensor) -> Tensor:
     """Which of the B * T positions of `labels` `[B, T]` predict a token that counts, by their number."""
-    row, step = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    row, step = (labels[:, 1:] != NO_LOSS).nonzero(as_tuple=True)
     return row * labels.shape[1] + step
 
 

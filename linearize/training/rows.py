@@ -8,7 +8,6 @@ a model that nothing may be seen across the boundary.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from linearize.conversion.output import staged_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,12 +113,8 @@ def save_data(data: TrainingData, path: Path) -> None:
         tensors[f"{side}.counts"] = rows.labels != NO_LOSS
         tensors[f"{side}.position_ids"] = rows.position_ids.to(torch.int32)
     about = {"source": data.source, "documents": data.documents, "seconds": data.seconds}
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, staged, metadata={"about": json.dumps(about)})
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged_file(path) as staging:
+        save_file(tensors, staging, metadata={"about": json.dumps(about)})
 
 
 def read_data(path: Path) -> TrainingData:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from contextlib import contextmanager
@@ -20,9 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from linearize.conversion.output import staged_file
 from linearize.errors import OutputError
 from linearize.resources import cache_folder
 from linearize.training.objective import TopK, counted_positions, top_k_of
+from linearize.training.rows import NO_LOSS
 from linearize.training.selftext import fingerprint
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def keep_logits(
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(rows), _SHARD_ROWS)
     missing = [n for n in range(len(starts)) if not _shard(folder, n).is_file()]
-    counted = int((rows.labels[:, 1:] != -100).sum())
+    counted = int((rows.labels[:, 1:] != NO_LOSS).sum())
     size = counted * (2 * (top_k + 1) + 4 * top_k) * len(missing) // max(len(starts), 1)
     if size > (free := shutil.disk_usage(folder).free):
         raise OutputError(
@@ -170,14 +171,10 @@ def _write(path: Path, teacher: PreTrainedModel, rows: Rows, top_k: int, tempera
         top = top_k_of(logits.flatten(0, 1)[counted_positions(part.labels).to(logits.device)], top_k, temperature)
         tokens.append(top.tokens.to("cpu", torch.int32))
         logs.append(top.log.to("cpu", torch.float16))
-        counts.append((part.labels[:, 1:] != -100).sum(1))
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        shard = {"tokens": torch.cat(tokens), "log": torch.cat(logs), "starts": torch.cat(counts).cumsum(0)}
-        save_file(shard, staged)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+        counts.append((part.labels[:, 1:] != NO_LOSS).sum(1))
+    shard = {"tokens": torch.cat(tokens), "log": torch.cat(logs), "starts": torch.cat(counts).cumsum(0)}
+    with staged_file(path) as staging:
+        save_file(shard, staging)
 
 
 def _digest(rows: Rows) -> str:

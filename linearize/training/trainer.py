@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from linearize.errors import LinearizeError
 from linearize.training.align import Alignment
-from linearize.training.objective import IGNORE, TopK, counted_positions, token_losses, top_k_of
+from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer
+from linearize.training.rows import NO_LOSS
 from linearize.training.teachers import KeptLogits, documents_apart
 from linearize.training.windows import WindowDropout
 
@@ -119,7 +120,7 @@ class StageTrainer(Trainer):
         outputs = model(**inputs, use_cache=False)
         teacher = self._teacher_on(inputs, labels, rows) if "distill" in self.stage.weights else None
         total = token_losses(outputs.logits, labels, teacher, self.stage.weights, self.stage.temperature)
-        counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
+        counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != NO_LOSS).sum()
         loss = self._checked(total / counted)
         return (loss, outputs) if return_outputs else loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,19 @@ def trained(recipe: Recipe, work: Path, **options) -> dict[str, torch.Tensor]:
     work.mkdir(exist_ok=True)
     model = finetune(recipe, work, say=lambda _: None, **options).model
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def learns_and_merges(student: Any, ids: torch.Tensor, *, lr: float, atol: float) -> Any:
+    """One step lowers the loss, and the merged model answers as the student with its adapters did."""
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=lr)
+    before = student(ids, labels=ids).loss
+    before.backward()
+    optimizer.step()
+    after = student(ids, labels=ids)
+    assert after.loss < before
+    merged = student.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(ids).logits, after.logits, rtol=0, atol=atol)
+    return merged
 
 
 def losses(work: Path) -> list[float]:
@@ -219,14 +233,7 @@ def test_adapters_of_every_kind_start_as_the_model_train_and_merge(tiny_folder, 
     names = {name for name, p in student.named_parameters() if p.requires_grad}
     assert any(trainer_module.is_adapter(name) for name in names)
     assert all(trainer_module.is_adapter(name) or trainer_module.is_own_parameter(name) for name in names)
-    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
-    before = student(ids, labels=ids).loss
-    before.backward()
-    optimizer.step()
-    after = student(ids, labels=ids)
-    assert after.loss < before
-    merged = student.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(merged(ids).logits, after.logits, rtol=0, atol=1e-4)
+    learns_and_merges(student, ids, lr=0.1, atol=1e-4)
 
 
 def test_adapters_that_do_not_fit_are_told():
@@ -265,14 +272,7 @@ def test_adapters_on_fused_projections_attach_train_and_merge(model_type, target
     found = {name.split(".lora_A")[0] for name, _ in student.named_parameters() if "lora_A" in name}
     assert len(found) == 2 * len(adapted) and all(name.endswith(tuple(adapted)) for name in found)
     ids = torch.randint(97, (2, 40))
-    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0)
-    before = student(ids, labels=ids).loss
-    before.backward()
-    optimizer.step()
-    after = student(ids, labels=ids)
-    assert after.loss < before
-    merged = student.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(merged(ids).logits, after.logits, rtol=0, atol=1e-5)
+    merged = learns_and_merges(student, ids, lr=1.0, atol=1e-5)
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 

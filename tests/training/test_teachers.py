@@ -74,7 +74,7 @@ def test_only_what_is_missing_is_written(teacher, rows, cache):
     for changed in ({}, {"top_k": 5}, {"temperature": 1.0}):
         _, said = keep(teacher, rows, **changed)
         assert "shard 3 of 3" in said[-1]
-    assert not list(cache.rglob("*.tmp"))
+    assert not list(cache.rglob("*.partial-*"))
 
 
 def test_a_full_disk_is_told_before_anything_is_written(teacher, rows, cache, monkeypatch):
