@@ -32,12 +32,15 @@ def beside(target: Path, kind: str) -> Path:
 
 
 @contextmanager
-def claimed(target: Path) -> Iterator[None]:
+def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
     """The right to write the file or folder `target`, for as long as the block lasts.
 
     The lock is the system's (flock, on a file beside `target`), which ends with its process: what a dead job leaves
     keeps nobody out. What it had staged is removed, and a result that it was about to replace is put back. A process
     may claim the same place again inside the block. Folders that had to be made for it go again if they stay empty.
+
+    Args:
+        wait: until the other job is done with it, which is for what two jobs may share.
 
     Raises:
         OutputError: another job has it, or nothing can be written there.
@@ -52,7 +55,7 @@ def claimed(target: Path) -> Iterator[None]:
         return
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _lock(target):
+        with _lock(target, wait):
             _HELD[target] = 1
             try:
                 _clear(target)
@@ -66,11 +69,11 @@ def claimed(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def _lock(target: Path, wait: bool) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = _acquire(path, target)
+        file = _acquire(path, target, wait)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     try:
@@ -81,12 +84,12 @@ def _lock(target: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _acquire(path: Path, target: Path) -> int:
+def _acquire(path: Path, target: Path, wait: bool) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 owner = os.pread(file, 200, 0).decode(errors="replace").strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,10 @@ class GuardedTrainer(Trainer):
             raise NotFinite(f"the loss became {float(loss)}")
         return loss
 
+    def run_again(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The forward pass that `compute_loss` made of these inputs, for the sake of who watches it."""
+        model(**inputs, use_cache=False)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, in as many parts as memory wants.
 
@@ -113,8 +118,9 @@ class GuardedTrainer(Trainer):
             try:
                 total = total + super().training_step(model, part, counted)
             except NotFinite as error:
-                given = {name: value for name, value in self._prepare_inputs(part).items() if name != "labels"}
-                self._pass_over(f"{error} at step {self.state.global_step + 1}, first in {first_unsound(model, given)}")
+                given = self._prepare_inputs(part)
+                where = first_unsound(model, partial(self.run_again, model, given))
+                self._pass_over(f"{error} at step {self.state.global_step + 1}, first in {where}")
             finally:
                 self.part = 1.0
         return total

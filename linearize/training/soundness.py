@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from torch import Tensor, nn
 
@@ -18,9 +18,9 @@ class NotFinite(Exception):
     """The loss of a batch, in words with where it came from; raised before anything was changed by it."""
 
 
-def first_unsound(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The innermost module whose output is the first that is not finite, when `inputs` are run again; "nothing that
-    this forward pass shows" if there is none."""
+def first_unsound(model: nn.Module, run_again: Callable[[], object]) -> str:
+    """The innermost module of `model` whose output is the first that is not finite, while `run_again` runs its forward
+    pass; "the loss itself" if there is none."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -34,7 +34,7 @@ def first_unsound(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(**inputs, use_cache=False)
+            run_again()
     finally:
         for hook in hooks:
             hook.remove()
