@@ -15,18 +15,14 @@ import torch
 from linearize.errors import LinearizeError, ModelError, OutputError
 from linearize.interruption import Interrupted
 from linearize.recipe import Recipe, load_recipe
-from linearize.training import finetune as module
 from linearize.training import guarded, trainer
 from linearize.training.checkpoints import MANIFEST, checkpoints, manifest, newest
-from linearize.training.finetune import finetune
-from linearize.training.guarded import GuardedTrainer
 from tests.conftest import random_llama
+from tests.training.troubles import Weights, at_step, poison, same, steps, trained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -57,31 +53,6 @@ def recipe(tiny: Path, text: Path) -> Callable[..., Recipe]:
 def whole(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """What a run that met no trouble comes to."""
     return trained(recipe(), tmp_path_factory.mktemp("whole"))
-
-
-def trained(recipe: Recipe, work: Path, said: list[str] | None = None, **options: Any) -> Weights:
-    work.mkdir(exist_ok=True)
-    model = finetune(recipe, work, say=(said if said is not None else []).append, **options).model
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a: Weights, b: Weights) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Calls `act` when the figures of a step are logged."""
-
-    def log(path: Path, record: dict[str, Any]) -> None:
-        trainer.append_json_line(path, record)
-        if record["step"] == step:
-            act()
-
-    monkeypatch.setattr(module, "append_json_line", log)
-
-
-def steps(work: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -138,28 +109,6 @@ def test_a_damaged_checkpoint_does_not_count(recipe, whole, tmp_path, monkeypatc
     assert same(whole, trained(recipe(), tmp_path / "cut", said, resume=True))
     assert "stage 1: going on from checkpoint-3" in said
     assert steps(tmp_path / "cut") == list(range(1, 9))
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, wanted: set[int], *, gradient: bool = False) -> list[Weights]:
-    """Plants NaN in a forward or backward pass of these steps; gives the weights seen at the start of each pass."""
-    seen: list[Weights] = []
-    step = GuardedTrainer._in_parts
-
-    def planted(self: Any, model: Any, inputs: Any, counted: Any) -> Any:
-        seen.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-        bad = self.state.global_step + 1 in wanted
-        layer = model.get_submodule("base_model.model.model.layers.1.self_attn.o_proj")
-        if gradient:
-            hook: Any = layer.register_full_backward_hook(lambda _, given, __: (given[0] * (torch.nan if bad else 1),))
-        else:
-            hook = layer.register_forward_hook(lambda _, __, y: y * torch.nan if bad else y)
-        try:
-            return step(self, model, inputs, counted)
-        finally:
-            hook.remove()
-
-    monkeypatch.setattr(GuardedTrainer, "_in_parts", planted)
-    return seen
 
 
 def test_a_loss_that_is_no_number_names_step_layer_and_checkpoint(recipe, tmp_path, monkeypatch):
