@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from importlib import import_module
@@ -27,6 +28,7 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "verify": "verify",
+    "push": "push",
     "bench": "bench",
     "recipes": "recipes",
     "run": "run",
@@ -131,7 +133,7 @@ def _closed_pipe() -> int:
 
 def _report(error: Exception) -> int:
     if os.environ.get("LINEARIZE_DEBUG") == "1":
-        traceback.print_exception(error)
+        print(_without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if isinstance(error, typer.Abort):
         _say("aborted")
         return 130 if isinstance(error.__cause__, KeyboardInterrupt) else 1
@@ -163,4 +165,13 @@ def _report_usage(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {_without_secrets(' '.join(message.split()))}", file=sys.stderr)
+
+
+# Access tokens, and what makes the address of a file's storage open to everybody who reads it.
+_SECRETS = re.compile(r"\bhf_\w{8,}|(?<=[?&])(?:[\w-]*(?:Signature|Credential|Token))=[^&\s'\"]+", re.IGNORECASE)
+
+
+def _without_secrets(text: str) -> str:
+    token = os.environ.get("HF_TOKEN")
+    return _SECRETS.sub("***", text.replace(token, "***") if token else text)

@@ -6,12 +6,16 @@ import json
 import math
 import shlex
 import sys
-from typing import Annotated, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from linearize.evaluation.formatting import readable_bytes as readable_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 stderr = Console(stderr=True, highlight=False)
 """For progress bars and tables that are not the command's data."""
@@ -21,6 +25,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. mixer.window=128. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
@@ -36,6 +41,30 @@ def status(text: str) -> None:
     """Say something to the person at the terminal."""
     # Not a print: on a terminal the console keeps the line clear of a running progress bar.
     stderr.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
+    """On a terminal a line that says how far something is, written over; elsewhere nothing.
+
+    Yields:
+        what to call with a part's name, its steps that are done, and how many there are.
+    """
+    if not stderr.is_terminal:
+        yield lambda *_: None
+        return
+    line = stderr.status(doing)
+
+    def tick(name: str, done: int, total: int) -> None:
+        line.start()  # not before: what comes first may ask, or show bars of its own
+        line.update(f"{doing}: {name}" + (f" {done:,} of {total:,} steps" if done else ""))
+        if done >= total:
+            line.stop()
+
+    try:
+        yield tick
+    finally:
+        line.stop()
 
 
 def print_json(value: Any) -> None:

@@ -90,6 +90,18 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "error: unexpected ValueError: why" in told
 
 
+def test_an_error_shows_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
+    address = "https://cdn.example/x?X-Amz-Signature=00abc&part=1"
+    words = f"sent a-token-of-another-form and hf_abcdefghijklmnop to {address}"
+    for debug in ("0", "1"):
+        monkeypatch.setenv("LINEARIZE_DEBUG", debug)
+        assert fail_with(monkeypatch, ValueError(words)) == 1
+        told = capsys.readouterr().err
+        assert "sent *** and *** to https://cdn.example/x?***&part=1" in told
+        assert not any(secret in told for secret in ("another-form", "hf_abc", "00abc"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
