@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from linearize.hub.export import Exported
     from linearize.hub.push import Parcel
     from linearize.hub.upload import Upload
 
@@ -55,6 +56,54 @@ def verify(
     special = load_tokenizer(source).all_special_ids
     loaded: Any = load_model(source, dtype=dtype)
     return _verify(loaded, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=tick)
+
+
+def export(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    licence: str | None = None,
+    report: str | Path | None = None,
+    dtype: str = "auto",
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    say: Callable[[str], None] = _quiet,
+) -> Exported:
+    """Writes a checkpoint as a folder that is fit to be shared: shards, carried code, a card with what was measured.
+
+    Args:
+        folder: what `convert`, `finetune` or `run` wrote.
+        output: the folder to write.
+        name: of the model on its card; the folder's, if left out.
+        base: the Hub id of the base model, where that came from a file or a folder.
+        licence: of the base model; read from it, if left out.
+        report: the folder that `linearize eval --report` or `run` wrote; found by itself where `run` made `folder`.
+        dtype: of the weights: `auto`, `float32`, `bfloat16` or `float16`.
+        shard_size: the most that one file of weights holds.
+        overwrite: replace the output if it exists.
+        say: gets lines for the person at the terminal.
+
+    Raises:
+        ModelError: `folder` is no converted checkpoint.
+        OutputError: the output cannot be written.
+        DataError: `report` has no results.
+    """
+    from linearize.hub.export import export as _export
+
+    return _export(
+        find_source(str(folder)),
+        Path(output),
+        name=name,
+        base=base,
+        licence=licence,
+        report=None if report is None else Path(report),
+        dtype=dtype,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        say=say,
+    )
 
 
 def push(

@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "verify": "verify",
+    "export": "export",
     "push": "push",
     "bench": "bench",
     "recipes": "recipes",

@@ -12,7 +12,7 @@ from linearize import __version__
 from linearize.conversion.output import sha256
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
-from linearize.hub.card import model_card
+from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.mixer import Mixer
@@ -20,7 +20,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -170,6 +170,10 @@ def write_checkpoint(
     base: dict[str, Any],
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
+    *,
+    shard_size: str = "50GB",
+    facts: CardFacts | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes everything a converted checkpoint consists of.
 
@@ -178,11 +182,14 @@ def write_checkpoint(
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
+        shard_size: the most that one file of weights holds.
+        facts: what else the card says.
+        more: what else `linearize.json` says.
     """
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     for file, source in carried_files().items():
         (folder / file).write_text(source, encoding="utf-8")
@@ -193,9 +200,10 @@ def write_checkpoint(
         "seed": recipe.seed,
         "stages": list(stages),
         "versions": versions(),
+        **(more or {}),
     }
     card = model_card(
-        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model)
+        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model), facts
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}

@@ -67,9 +67,8 @@ def fresh(hub, tmp_path, *arguments):
 def test_what_is_pushed_is_loaded_and_verified_by_its_name(hub, quick, checkpoint, outcome, tmp_path):
     assert outcome("push", "smol", checkpoint, "--yes")[0] == 0  # the owner is who is logged in
     program = "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); from linearize.cli import main; main()"
-    found = json.loads(
-        fresh(hub, tmp_path, "-c", program, PACKAGES, "verify", REPO, "--steps", "8", "--tokens", "64", "--json")
-    )
+    command = ("verify", REPO, "--steps", "8", "--tokens", "64", "--json")
+    found = json.loads(fresh(hub, tmp_path, "-c", program, PACKAGES, *command))
     assert found["model"] == REPO and found["passed"] and len(found["checks"]) == 10
     total, tokens = fresh(hub, tmp_path, "-c", WITHOUT_PACKAGE, REPO).strip().splitlines()[-2:]
     model, ids = AutoModelForCausalLM.from_pretrained(checkpoint), torch.arange(5, 105)[None]
