@@ -26,7 +26,7 @@ tags: [linearize, gated-linear-attention, recurrent]
 ## How to load it
 
 ```python
-import linearize  # or pass trust_remote_code=True and do without the package
+import linearize  # or do without the package, and pass trust_remote_code=True to both calls below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")

@@ -27,20 +27,24 @@ def licence_of(sources: Iterable[Source]) -> dict[str, str]:
 
 def _of_card(source: Source) -> dict[str, str]:
     try:
-        text = _card(source)
+        matter = _of_hub(source.reference) if source.kind == "hub" else front_matter(_text(Path(source.reference)))
     except Exception:  # no card, no network, no right to read it: nothing is known then
         return {}
-    matter = front_matter(text)
     return {key: matter[key] for key in _KEYS if isinstance(matter.get(key), str)}
 
 
-def _card(source: Source) -> str:
-    path = Path(source.reference) / "README.md"
-    if source.kind == "hub":
-        from huggingface_hub import hf_hub_download
+def _of_hub(reference: str) -> dict[str, Any]:
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
-        path = Path(hf_hub_download(source.reference, "README.md", etag_timeout=5))
-    return path.read_text(encoding="utf-8")
+    kept = try_to_load_from_cache(reference, "README.md")
+    if isinstance(kept, str):
+        return front_matter(Path(kept).read_text(encoding="utf-8"))
+    card = HfApi().model_info(reference, timeout=10).card_data
+    return {} if card is None else {key: card.get(key) for key in _KEYS}
+
+
+def _text(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -41,12 +41,36 @@ def _closure(names: tuple[str, ...]) -> set[str]:
     return found
 
 
-def run_clean(site: Path, home: Path, program: str, *arguments: object, **environment: str) -> str:
-    """Runs a program there and gives its stdout; neither the working directory nor site-packages are in its sight."""
-    start = f"import sys; sys.path.append({str(site)!r})\n"
-    plain = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "huggingface"), "OMP_NUM_THREADS": "1"}
+LOAD = """
+import torch
+from importlib.util import find_spec
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(map(find_spec, ("linearize", "linearize_kernels", "peft", "accelerate", "datasets", "triton", "fla")))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)("Once upon a time").input_ids
+ids = torch.arange(5, 105)[None]
+print(float(model(ids).logits.double().sum()))
+print(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist())
+"""
+"""Loads a checkpoint where linearize is not installed, and prints the sum of its logits, and what it writes."""
+
+
+def run_python(home: Path, program: str, *arguments: object, site: Path | None = None, **environment: str) -> str:
+    """Runs a program in a new process with an empty home, and gives its stdout.
+
+    Args:
+        site: instead of all installed packages, and with neither the working directory nor any other folder in sight.
+    """
+    alone = ("-I", "-S") if site else ()
+    start = "import sys\n" + (f"sys.path.append({str(site)!r})\n" if site else "")
+    plain = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "HF_HOME": str(home / "huggingface"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", start + program, *map(str, arguments)],
+        [sys.executable, *alone, "-c", start + program, *map(str, arguments)],
         capture_output=True, text=True, env={**plain, **environment}, cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from linearize.api import verify
+from linearize.api import export, verify
 from linearize.cli.app import run
 from linearize.conversion.convert import convert
 from linearize.conversion.output import sha256
@@ -44,13 +44,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 @pytest.fixture(scope="session")
-def _shareable(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shareable") / "smol"
+def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
     folder.mkdir()
-    convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
-    provenance = json.loads((folder / "linearize.json").read_text())
-    provenance["base"] = {"model": "acme/tiny", "name": "tiny", "kind": "hub", "revision": None}
-    (folder / "linearize.json").write_text(json.dumps(provenance))
+    convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", f"model={tiny_folder}"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _shareable(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shareable") / "smol"
+    assert not export(converted, folder, base="acme/tiny").findings
     return folder
 
 

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from linearize.hub.licence import front_matter
+
 TOKEN = "hf_" + "LocalHubTestToken" * 2  # of the user `me`
 READ_TOKEN = "hf_" + "LocalHubReadsOnly" * 2
 
@@ -195,6 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "sha": repo.head.oid,
                 "private": repo.private,
                 "tags": [],
+                "cardData": front_matter(_text(repo.head.files.get("README.md", b""))),
                 "siblings": [{"rfilename": path} for path in sorted(repo.head.files)],
             }
         )
@@ -301,6 +304,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self) -> None:
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _text(content: bytes | str) -> str:
+    return content.decode() if isinstance(content, bytes) else ""
 
 
 def _git_oid(content: bytes) -> str:

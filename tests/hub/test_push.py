@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,12 +17,17 @@ import linearize
 from linearize.conversion.output import sha256
 from linearize.hub.contents import is_local_path
 from linearize.hub.push import pack
+from tests.hub.clean import LOAD, clean_site, run_python
 from tests.hub.conftest import rewrite
 from tests.hub.local_hub import READ_TOKEN, TOKEN
-from tests.model.test_checkpoint import WITHOUT_PACKAGE
 
 REPO = "me/smol"
 SHORT = ("--yes", "--steps", "8")
+WITH_PACKAGE = """
+sys.path[:0] = sys.argv.pop(1).split(":")
+from linearize.cli import main
+main()
+"""
 PACKAGES = ":".join(str(Path(package.__file__).parents[1]) for package in (linearize, linearize_kernels))
 
 
@@ -48,29 +51,15 @@ def test_a_push_is_one_commit_of_what_the_folder_holds(hub, checkpoint, outcome)
     assert len(hub.pushed(REPO)) == 1 and len(hub.seen("PUT")) == 1
 
 
-def fresh(hub, tmp_path, *arguments):
-    """Runs Python with an empty cache, the package out of its sight, unless it is told where it is."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path / "huggingface"),
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_what_is_pushed_is_loaded_and_verified_by_its_name(hub, quick, checkpoint, outcome, tmp_path):
     assert outcome("push", "smol", checkpoint, "--yes")[0] == 0  # the owner is who is logged in
-    program = "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); from linearize.cli import main; main()"
-    command = ("verify", REPO, "--steps", "8", "--tokens", "64", "--json")
-    found = json.loads(fresh(hub, tmp_path, "-c", program, PACKAGES, *command))
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = (PACKAGES, "verify", REPO, "--steps", "8", "--tokens", "64", "--json")
+    found = json.loads(run_python(tmp_path, WITH_PACKAGE, *command, **online))
     assert found["model"] == REPO and found["passed"] and len(found["checks"]) == 10
-    total, tokens = fresh(hub, tmp_path, "-c", WITHOUT_PACKAGE, REPO).strip().splitlines()[-2:]
+    site, home = clean_site(tmp_path / "site"), tmp_path / "home"
+    home.mkdir()
+    total, tokens = run_python(home, LOAD, REPO, site=site, **online).splitlines()
     model, ids = AutoModelForCausalLM.from_pretrained(checkpoint), torch.arange(5, 105)[None]
     assert float(total) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-6)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist()

@@ -21,7 +21,7 @@ from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
 
-WITHOUT_PACKAGE = """
+_WITHOUT_PACKAGE = """
 import importlib.abc, sys
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -82,7 +82,7 @@ def test_loads_with_the_package(checkpoint):
 def test_loads_without_the_package(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(checkpoint)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _WITHOUT_PACKAGE, str(checkpoint)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
