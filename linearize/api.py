@@ -212,7 +212,8 @@ def generate(
     """Continues a prompt, and tells how fast and in how much memory.
 
     Args:
-        model: which one, or the model itself where it is loaded already, with its tokenizer.
+        model: which one, or the model itself where it is loaded already.
+        tokenizer: of a model that is loaded already.
         prompt: the text to continue.
         state: of a text that the prompt continues; the prompt may be empty then.
         chat: put the prompt into the model's chat template.

@@ -79,8 +79,8 @@ def push(
             _show(parcel, print)
         status(f"would push {_what(parcel, repo, private=not public)}; nothing was sent")
         return
-    if not yes and not sys.stdin.isatty():
-        raise HubError(f"{repo}: nothing is pushed without being asked for, and stdin is no terminal; pass --yes")
+    if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise HubError(f"{repo}: nothing is pushed unasked, and there is no terminal to ask at; pass --yes")
 
     def confirm(parcel: Parcel, name: str, private: bool) -> None:
         _show(parcel, status)

@@ -188,8 +188,9 @@ def test_a_dry_run_asks_the_hub_nothing(hub, checkpoint, outcome):
 
 def test_it_asks_first(hub, checkpoint, outcome, monkeypatch):
     status, _, words = outcome("push", REPO, checkpoint)
-    assert status == 1 and "stdin is no terminal; pass --yes" in words and not hub.requests
+    assert status == 1 and "there is no terminal to ask at; pass --yes" in words and not hub.requests
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda text, **_: (_ for _ in ()).throw(KeyboardInterrupt(text)))
     assert outcome("push", REPO, checkpoint)[0] == 130
     assert not hub.seen("POST")
