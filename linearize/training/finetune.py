@@ -29,6 +29,7 @@ from linearize.errors import OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training.data import TrainingData, load_data
+from linearize.training.plot import PLOT, draw_training
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
@@ -159,6 +160,7 @@ def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Pat
     record = provenance_of(source)["base"] if source.is_converted else base_record(base, None)
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
+        draw_training(folder / METRICS, folder / PLOT)
     if result.data is not None and len(result.data.held_out):
         rows = result.data.held_out
         save_file(
