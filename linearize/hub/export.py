@@ -82,7 +82,7 @@ def export(
         OutputError: `output` cannot be written.
         DataError: `report` has no results.
     """
-    if not source.is_converted:
+    if not (source.kind == "folder" and source.is_converted):
         raise ModelError(f"{source.name}: is not a converted folder; convert it first: linearize convert")
     made_of, written = Path(source.reference), provenance_of(source)
     record = _base(written.get("base", {}), base)

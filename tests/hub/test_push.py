@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import linearize
 from linearize.conversion.output import sha256
+from linearize.conversion.source import find_source, teacher_of
 from linearize.hub.contents import is_local_path
 from linearize.hub.push import pack
 from tests.hub.clean import LOAD, clean_site, run_python
@@ -64,6 +65,14 @@ def test_what_is_pushed_is_loaded_and_verified_by_its_name(hub, quick, checkpoin
     assert float(total) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-6)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist()
     assert json.loads(tokens) == expected
+
+
+def test_a_model_on_the_hub_has_its_teacher_there(hub, quick, checkpoint, outcome):
+    assert outcome("push", REPO, checkpoint, "--yes")[0] == 0
+    pulled = find_source(REPO)
+    assert pulled.kind == "hub" and pulled.is_converted and teacher_of(pulled) == find_source("acme/tiny")
+    plain, gone = find_source("acme/tiny"), find_source("acme/gone")
+    assert not plain.is_converted and teacher_of(plain) is plain and not gone.is_converted
 
 
 def test_an_upload_that_is_cut_three_times_ends_in_one_commit(hub, quick, checkpoint, outcome):
