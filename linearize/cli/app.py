@@ -191,7 +191,7 @@ def _say(message: str) -> None:
 
 
 # Access tokens, and what makes the address of a file's storage open to everybody who reads it.
-_SECRETS = re.compile(r"\bhf_\w{8,}|(?<=[?&])(?:[\w-]*(?:Signature|Credential|Token))=[^&\s'\"]+", re.IGNORECASE)
+_SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=[?&])(?i:[\w-]*(?:signature|credential|token))=[^&\s'\"]+")
 
 
 def _without_secrets(text: str) -> str:

@@ -197,14 +197,17 @@ def _next(error: BaseException) -> str:
         return f"; {_LOGIN}"
     if status == 403:
         return f"; make one that may write at {constants.ENDPOINT}/settings/tokens, then {_LOGIN}"
-    if status in (409, 412, 429) or (status or 0) >= 500 or _is_transport(error):
-        return f"; {_AGAIN}"
     if isinstance(error, OfflineModeIsEnabled):
         return "; unset it to push"
+    broken = isinstance(error, (ConnectionError, RuntimeError, TimeoutError)) or _is_transport(error)  # xet has others
+    if broken or status in (409, 412, 429) or (status or 0) >= 500:
+        return f"; {_AGAIN}"
     if isinstance(error, HFValidationError):
         return "; give OWNER/NAME"
     return ""
 
 
 def _first(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # What is wrong with a card's front matter is told in the lines after the first.
+    return " ".join(lines) if lines[0].startswith("Invalid metadata") else lines[0]

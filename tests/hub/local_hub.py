@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         self.body = self._read()
         if fault is not None and isinstance(fault.how, int):
-            return self._json({"error": "planted"}, fault.how)
+            return self._json({"error": "planted", "errors": [{"message": "planted"}]}, fault.how)
         self.lost = fault is not None
         with self.hub.lock:
             self._route(path, token)

@@ -10,6 +10,7 @@ from pathlib import Path
 import linearize_kernels
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -134,6 +135,7 @@ def test_an_upload_that_is_cut_three_times_ends_in_one_commit(hub, quick, checkp
         ("PUT", "/lfs/", 503, 6, "the Hub answers 503; run the same command again"),
         ("POST", "/repos/create", 500, 3, "the Hub answers 500; run the same command again"),
         ("POST", "/batch", 413, 1, "the Hub finds a file too large"),
+        ("POST", "/validate-yaml", 400, 1, "Invalid metadata in README.md. - planted"),
     ],
 )
 def test_what_the_hub_refuses_is_told_in_a_line(hub, quick, checkpoint, outcome, method, path, how, times, said):
@@ -174,6 +176,12 @@ def test_nobody_logged_in(hub, checkpoint, outcome, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     status, _, words = outcome("push", REPO, checkpoint, *SHORT)
     assert status == 1 and words == f"error: {REPO}: nobody is logged in to the Hub; log in with: hf auth login\n"
+
+
+def test_offline_it_says_so(hub, checkpoint, outcome, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    status, _, words = outcome("push", REPO, checkpoint, *SHORT)
+    assert status == 1 and words == f"error: {REPO}: HF_HUB_OFFLINE is set; unset it to push\n"
 
 
 def test_private_unless_public(hub, quick, checkpoint, outcome):
