@@ -49,8 +49,9 @@ def convert(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = _quiet,
 ) -> LinearizedForCausalLM:
-    """Converts a pretrained model by a recipe's mixer section, and writes the checkpoint.
+    """Converts a pretrained model by a recipe's mixer section, calibrated where it says so, and writes the checkpoint.
 
     Args:
         model: what to convert.
@@ -59,6 +60,7 @@ def convert(
         overrides: changes of single keys, such as `mixer.window=128`; `--set` on the command line.
         overwrite: replace the output if it exists.
         trust_remote_code: run Python code that the model brings.
+        say: gets lines for the person at the terminal.
 
     Returns:
         the converted model, as it was written.
@@ -68,15 +70,15 @@ def convert(
         RecipeError: the recipe is not valid, or does not fit the model.
         OutputError: the output cannot be written.
     """
+    from linearize.calibration.start import convert as _convert
     from linearize.conversion.convert import check_convertible
-    from linearize.conversion.convert import convert as _convert
     from linearize.conversion.output import staged_folder
 
     settings = _recipe(recipe, overrides)
     source = find_source(str(model), trust_remote_code=trust_remote_code)
     check_convertible(load_config(source), source, settings.mixer)
     with staged_folder(Path(output), overwrite=overwrite) as folder:
-        return _convert(source, settings, folder)
+        return _convert(source, settings, folder, say=say).model
 
 
 def finetune(
@@ -121,7 +123,7 @@ def finetune(
     with work_folder(target, settings, resume=resume) as work:
         result = _finetune(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
         with staged_folder(target, overwrite=overwrite) as folder:
-            write_result(folder, result, settings, work, target.name)
+            write_result(folder, result, work, target.name)
     return result
 
 
@@ -222,7 +224,6 @@ def generate(
         top_p: sample among the most likely, up to this mass.
         seed: of the sampling.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
-        trust_remote_code: run Python code that the model brings.
         trust_remote_code: run Python code that the model brings.
         write: called with each piece of new text as soon as it is there.
 

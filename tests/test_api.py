@@ -14,7 +14,7 @@ import linearize
 from linearize.cli.app import COMMANDS
 
 PUBLIC = {
-    "convert": ["model", "output", "recipe", "overrides", "overwrite", "trust_remote_code"],
+    "convert": ["model", "output", "recipe", "overrides", "overwrite", "trust_remote_code", "say"],
     "evaluate": [
         "model", "suites", "tasks", "baselines", "limit", "seed", "lengths", "samples", "data", "report", "fresh",
         "batch_size", "dtype", "trust_remote_code", "say",

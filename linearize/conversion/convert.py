@@ -42,9 +42,10 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         RecipeError: `keep` names layers or heads that are not there, or leaves nothing to convert.
     """
     count = len(layers)
-    for index in sorted({*spec.keep.layers, *spec.keep.heads}):
-        if index not in range(count):
-            raise RecipeError(f"mixer.keep: there is no layer {index}; the model has 0 to {count - 1}")
+    for key, named_layers in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("windows", {*spec.windows})):
+        for index in sorted(named_layers):
+            if index not in range(count):
+                raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
     named = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
     kept = {*named, *(set(range(count)) - set(full) if full else ())}
@@ -68,13 +69,14 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         gate_divisor=spec.gate.divisor,
         gate_learned=spec.gate.learned,
     )
-    kinds: dict[tuple[int, ...] | None, MixerConfig] = {}
+    kinds: dict[tuple[tuple[int, ...] | None, int], MixerConfig] = {}
     for index in range(count):
         heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
+        window = spec.window if heads is None else spec.windows.get(index, spec.window)
         if heads is None:
             fresh = MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
         else:
-            fresh = replace(common, layers=[], softmax_heads=list(heads))
+            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads))
             try:
                 fitted = fresh.fitted(layers[index])
             except ValueError as error:
@@ -83,7 +85,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 Mixer.check(fitted, layers[index])
             except ValueError as error:
                 raise RecipeError(f"mixer: {error}") from error
-        kinds.setdefault(heads, fresh).layers.append(index)
+        kinds.setdefault((heads, window), fresh).layers.append(index)
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
         named or spec.keep.heads
@@ -109,9 +111,8 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
     """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
-    return LinearizedForCausalLM.from_teacher(
-        teacher, mixers_for(spec, family_of(teacher.config).layers(teacher.config))
-    )
+    base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, family_of(base).layers(base)))
 
 
 def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,26 +138,6 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
-def convert(
-    source: Source, recipe: Recipe, folder: Path, *, teacher: PreTrainedModel | None = None, tokenizer: Any = None
-) -> LinearizedForCausalLM:
-    """Converts `source` by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
-
-    Args:
-        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
-
-    Raises:
-        ModelError: the model cannot be read or converted.
-    """
-    tokenizer = tokenizer or load_tokenizer(source)
-    teacher = teacher or load_model(source, dtype=recipe.dtype)
-    check_convertible(teacher.config, source)
-    revision = getattr(teacher.config, "_commit_hash", None)
-    model = convert_model(teacher, recipe.mixer)
-    write_checkpoint(folder, model, tokenizer, recipe, base_record(source, revision))
-    return model
-
-
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:
     """What `linearize.json` says of the base model."""
     return {"model": source.reference, "name": source.name, "kind": source.kind, "revision": revision}
@@ -171,6 +152,7 @@ def write_checkpoint(
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
     *,
+    start: Mapping[str, Any] | None = None,
     shard_size: str = "50GB",
     facts: CardFacts | None = None,
     more: Mapping[str, Any] | None = None,
@@ -182,6 +164,7 @@ def write_checkpoint(
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
+        start: what was kept and calibrated before any training, in lines by heading.
         shard_size: the most that one file of weights holds.
         facts: what else the card says.
         more: what else `linearize.json` says.
@@ -198,6 +181,7 @@ def write_checkpoint(
         "format": 1,
         "base": base,
         "seed": recipe.seed,
+        **({"start": dict(start)} if start else {}),
         "stages": list(stages),
         "versions": versions(),
         **(more or {}),

@@ -6,8 +6,8 @@ of the training data.
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from linearize.evaluation.results import Results
 
-_ALONG = ("metrics.jsonl", "training.svg")  # how training went
+# How training went, and what a calibration did.
+_ALONG = ("metrics.jsonl", "training.svg", "calibration.md", "calibration.json", "selection.json")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def export(
         say(f"writing {output}")
         for file in _ALONG:
             if (made_of / file).is_file():
-                shutil.copyfile(made_of / file, folder / file)
+                (folder / file).write_text(_portable_file(made_of / file), encoding="utf-8")
         write_checkpoint(
             folder,
             model,
@@ -104,6 +105,7 @@ def export(
             record,
             _portable(written.get("stages", [])),
             name or output.resolve().name,
+            start=_portable(written.get("start", {})),
             shard_size=shard_size,
             facts=CardFacts(rights, [measured or _NOT_MEASURED, _recipe_section(recipe), _licence_section(rights)]),
             more={"versions": written.get("versions", versions()), "exported": versions()},
@@ -203,7 +205,16 @@ def _portable(value: Any) -> Any:
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_portable(item) for item in value]
-    return _last_part(value) if isinstance(value, str) and is_local_path(value) else value
+    if isinstance(value, str):
+        return _last_part(value) if is_local_path(value) else _anonymous(value)
+    return value
+
+
+def _portable_file(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return _anonymous(text)
+    return json.dumps(_portable(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
 
 
 def _last_part(path: str) -> str:

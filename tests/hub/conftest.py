@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 from linearize.api import export, verify
+from linearize.calibration.start import convert
 from linearize.cli.app import run
-from linearize.conversion.convert import convert
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source
 from linearize.hub import upload

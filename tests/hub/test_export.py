@@ -40,7 +40,10 @@ def tuned(converted, tmp_path):
     provenance["stages"] = [
         {"objective": "1 sft", "data": "/data/private/notes.txt", "tokens": 512, "length": 64, "steps": 4}
     ]
+    provenance["start"] = {"calibration": ["512 tokens of /data/private/notes.txt, in rows of 64"]}
     (folder / "linearize.json").write_text(json.dumps(provenance))
+    (folder / "calibration.json").write_text('{"source": "/data/private/notes.txt"}')
+    (folder / "calibration.md").write_text("# Calibration\n\n512 tokens of /data/private/notes.txt, in rows\n")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     (folder / "held_out.safetensors").write_bytes(b"private")
     (tmp_path / "run" / "results.json").write_text(json.dumps(results().to_json()))
@@ -64,6 +67,9 @@ def test_a_folder_that_can_be_shared(tuned, tmp_path, tiny_folder):
     assert provenance["files"] == {name: sha256(out / name) for name in done.files if name != "linearize.json"}
     assert provenance["base"]["model"] == "acme/tiny" and provenance["base"]["read_from"] == tiny_folder.name
     assert provenance["stages"][0]["data"] == "notes.txt"
+    assert provenance["start"] == {"calibration": ["512 tokens of notes.txt, in rows of 64"]}
+    assert (out / "calibration.md").read_text() == "# Calibration\n\n512 tokens of notes.txt, in rows\n"
+    assert json.loads((out / "calibration.json").read_text()) == {"source": "notes.txt"}
     assert {"versions", "exported", "seed"} <= provenance.keys()
     recipe = load_recipe(str(out / "recipe.yaml"))
     assert recipe.model == "acme/tiny" and recipe.mixer.window == 16
