@@ -32,6 +32,10 @@ class VerificationError(LinearizeError):
     """A model cannot be verified as asked, or it did not pass."""
 
 
+class HubError(LinearizeError):
+    """The Hub cannot be reached, or does not do as asked; or what should go there should not."""
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an allocation failed, by the error or by what it came from. On a CPU torch says so with a plain
     RuntimeError, and torch is not imported here."""

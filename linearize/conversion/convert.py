@@ -12,7 +12,7 @@ from linearize import __version__
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
-from linearize.hub.card import model_card
+from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.mixer import Mixer
@@ -151,7 +151,11 @@ def write_checkpoint(
     base: dict[str, Any],
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
+    *,
     start: Mapping[str, Any] | None = None,
+    shard_size: str = "50GB",
+    facts: CardFacts | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes everything a converted checkpoint consists of.
 
@@ -161,6 +165,9 @@ def write_checkpoint(
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
         start: what was kept and calibrated before any training, in lines by heading.
+        shard_size: the most that one file of weights holds.
+        facts: what else the card says.
+        more: what else `linearize.json` says.
 
     Raises:
         OutputError: the disk has no room for it.
@@ -169,7 +176,7 @@ def write_checkpoint(
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     for file, source in carried_files().items():
         (folder / file).write_text(source, encoding="utf-8")
@@ -181,9 +188,10 @@ def write_checkpoint(
         **({"start": dict(start)} if start else {}),
         "stages": list(stages),
         "versions": versions(),
+        **(more or {}),
     }
     card = model_card(
-        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model)
+        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model), facts
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}

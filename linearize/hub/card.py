@@ -6,13 +6,17 @@ import html
 import json
 import re
 import shlex
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [linearize, gated-linear-attention, recurrent]
-{base_model}---
+{matter}---
 
 # {name}
 
@@ -26,15 +30,18 @@ tags: [linearize, gated-linear-attention, recurrent]
 ## How to load it
 
 ```python
-import linearize  # or pass trust_remote_code=True and do without the package
+import linearize  # or do without the package, and pass trust_remote_code=True to both calls below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({quoted})
 tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
-`linearize.json` says how this checkpoint was made and holds the SHA-256 of each file. What the conversion cost in
-quality is not written here; measure it: {evaluate}.
+`linearize.json` says how this checkpoint was made and holds the SHA-256 of each file.
+{measured}"""
+_NOT_MEASURED = """
+What the conversion cost in quality is not written here; measure it:
+{evaluate}.
 """
 
 _HEADINGS = {
@@ -43,8 +50,26 @@ _HEADINGS = {
 }
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card can say beyond what the checkpoint itself does.
+
+    Attributes:
+        licence: of the base model, and so of this one: its front matter's keys that begin with `license`.
+        sections: further ones, as Markdown: what was measured, the recipe.
+    """
+
+    licence: Mapping[str, str] = field(default_factory=dict)
+    sections: Sequence[str] = ()
+
+
 def model_card(
-    name: str, provenance: dict[str, Any], mixers: list[dict[str, Any]], state_bytes: int, growth_bytes: int
+    name: str,
+    provenance: dict[str, Any],
+    mixers: list[dict[str, Any]],
+    state_bytes: int,
+    growth_bytes: int,
+    facts: CardFacts | None = None,
 ) -> str:
     """The card's Markdown.
 
@@ -54,8 +79,10 @@ def model_card(
         mixers: the configuration's mixer sections.
         state_bytes: bytes of memory per sequence that do not depend on its length.
         growth_bytes: bytes per token on top, of what keeps softmax over the whole past.
+        facts: what else is known; without any the card says that nothing was measured.
     """
     base = provenance["base"]
+    facts = facts or CardFacts()
     rows = [f"| layers {ranges(m['layers'])} | {_words(m)} |" for m in mixers]
     stages = provenance.get("stages", [])
     start = "".join(
@@ -65,12 +92,13 @@ def model_card(
     training = "\n".join(
         f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {_text(stage['data'])}." for stage in stages
     )
+    evaluate = _code(f"linearize eval {shlex.quote(name)} --baseline teacher,window")
+    matter = {**({"base_model": base["model"]} if base["kind"] == "hub" else {}), **facts.licence}
     return _TEMPLATE.format(
         name=_text(name),
         quoted=json.dumps(name),
-        evaluate=_code(f"linearize eval {shlex.quote(name)} --baseline teacher,window"),
         base=_text(base["model"] if base["kind"] == "hub" else base["name"]),
-        base_model=f"base_model: {_yaml(base['model'])}\n" if base["kind"] == "hub" else "",
+        matter="".join(f"{key}: {_yaml(value)}\n" for key, value in matter.items()),
         version=provenance["versions"]["linearize"],
         memory=(
             f"Its memory is {state_bytes:,} bytes per sequence and, where softmax is kept, {growth_bytes:,} per token."
@@ -80,6 +108,7 @@ def model_card(
         mixers="\n".join(rows),
         start=start,
         training=f"\n{training}\n" if training else "",
+        measured="".join(f"\n{section}" for section in facts.sections) or _NOT_MEASURED.format(evaluate=evaluate),
     )
 
 
