@@ -79,7 +79,7 @@ class GuardedTrainer(Trainer):
             NotFinite: it is not; `training_step` sees to that.
         """
         if not bool(torch.isfinite(loss)):
-            raise NotFinite(f"the loss became {float(loss)}")
+            raise NotFinite(f"the loss became {float(loss.detach())}")
         return loss
 
     def run_again(self, model: nn.Module, inputs: dict[str, Any]) -> None:
