@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
 from linearize.conversion.output import sha256
-from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
+from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
+from linearize.conversion.streaming import NotStreamable, Streamer
 from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
@@ -20,7 +21,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = "linearize.json"
 BASELINE_SINKS = 4
+SHARD_BYTES = 5_000_000_000
+"""Of a file of weights, where nobody says otherwise."""
 
 
 def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
@@ -138,22 +141,51 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
 
 
 def convert(
-    source: Source, recipe: Recipe, folder: Path, *, teacher: PreTrainedModel | None = None, tokenizer: Any = None
+    source: Source,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    say: Callable[[str], None] | None = None,
 ) -> LinearizedForCausalLM:
     """Converts `source` by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
 
+    Weights in safetensors files go from file to file, see `linearize.conversion.streaming`; others, and those of a
+    `teacher` that is loaded already, through memory.
+
     Args:
         teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
+        shard_bytes: of a file of weights.
+        workers: how many files are written at once.
+        say: is told why weights go through memory, where they do.
+
+    Returns:
+        the converted model; on the meta device, without data, where the weights went from file to file.
 
     Raises:
         ModelError: the model cannot be read or converted.
     """
     tokenizer = tokenizer or load_tokenizer(source)
+    if teacher is None:
+        check_convertible(load_config(source), source)
+        try:
+            streamer = Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer))
+            digests = streamer.write(folder, most=shard_bytes, workers=workers)
+        except NotStreamable as reason:
+            if say is not None and source.kind != "gguf":
+                say(f"{source.name}: converted in memory, not file by file: {reason}")
+        else:
+            record = base_record(source, streamer.revision)
+            write_checkpoint(folder, streamer.model, tokenizer, recipe, record, written=digests)
+            return streamer.model
     teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
     revision = getattr(teacher.config, "_commit_hash", None)
     model = convert_model(teacher, recipe.mixer)
-    write_checkpoint(folder, model, tokenizer, recipe, base_record(source, revision))
+    write_checkpoint(folder, model, tokenizer, recipe, base_record(source, revision), shard_bytes=shard_bytes)
     return model
 
 
@@ -170,6 +202,9 @@ def write_checkpoint(
     base: dict[str, Any],
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
+    *,
+    written: dict[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes everything a converted checkpoint consists of.
 
@@ -178,11 +213,16 @@ def write_checkpoint(
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
+        written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
+        shard_bytes: of a file of weights.
     """
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
-    model.save_pretrained(folder)
+    if written is None:
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
+    else:
+        _write_configurations(folder, model)
     tokenizer.save_pretrained(folder)
     for file, source in carried_files().items():
         (folder / file).write_text(source, encoding="utf-8")
@@ -198,8 +238,21 @@ def write_checkpoint(
         name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model)
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    known = written or {}
+    provenance["files"] = {
+        path.name: known.get(path.name) or sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
+    }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    config: Any = model.config
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    generation: Any = model.generation_config
+    generation.save_pretrained(folder)
 
 
 def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:
