@@ -28,6 +28,7 @@ from linearize.conversion.source import (
 from linearize.errors import OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
+from linearize.training import processes
 from linearize.training.data import TrainingData, load_data
 from linearize.training.trainer import (
     ProgressLine,
@@ -122,9 +123,10 @@ def finetune(
     data = None
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
     for number, stage in enumerate(recipe.stages):
-        data = load_data(
-            stage.data, tokenizer=tokenizer, length=stage.length, seed=recipe.seed, teacher=teacher, progress=say
-        )
+        with processes.first_goes_ahead():  # what it wrote or fetched, the others read from the cache
+            data = load_data(
+                stage.data, tokenizer=tokenizer, length=stage.length, seed=recipe.seed, teacher=teacher, progress=say
+            )
         records.append(stage_record(stage, data))
         folder = work / f"stage-{number}"
         found = checkpoints(folder)
@@ -165,6 +167,22 @@ def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Pat
             {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
         )
     write_checkpoint(folder, result.model, result.tokenizer, recipe, record, result.stages, name)
+
+
+@contextlib.contextmanager
+def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
+    """`work_folder`, kept by the first of several processes for all of them.
+
+    Raises:
+        OutputError: as `work_folder`, in the first.
+    """
+    if processes.is_first():
+        with work_folder(target, recipe, resume=resume) as work:
+            processes.wait()
+            yield work
+    else:
+        processes.wait()
+        yield _work(target)
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:
@@ -273,6 +291,8 @@ def _stage_to_resume(work: Path, stages: int) -> int:
 
 def _log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], None]:
     line = ProgressLine()
+    if not processes.is_first():
+        return lambda _: None
 
     def log(figures: dict[str, Any]) -> None:
         append_json_line(path, {"stage": stage, **figures})

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, RecipeError
+from linearize.training import processes
 from linearize.training.objective import IGNORE, token_losses
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class StageTrainer(Trainer):
         total = token_losses(outputs.logits, labels, teacher_logits, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
         loss = total / counted
+        if num_items_in_batch is not None:
+            loss = loss * processes.count()  # it counts the tokens of all processes, whose gradients are averaged
         if not bool(torch.isfinite(loss)):
             raise LinearizeError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr"
@@ -127,12 +130,21 @@ class StageTrainer(Trainer):
         """Whole or not at all: written under another name, then renamed."""
         final = Path(self.args.output_dir)
         staging = final / ".partial"
-        shutil.rmtree(staging, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        processes.wait()
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(final)
+        processes.wait()  # each has written its random numbers
+        if processes.is_first():
+            self._rename(staging, final)
+        processes.wait()
+
+    @staticmethod
+    def _rename(staging: Path, final: Path) -> None:
         for checkpoint in staging.iterdir():
             target = final / checkpoint.name
             shutil.rmtree(target, ignore_errors=True)
@@ -154,11 +166,15 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
     """The Trainer's arguments for a stage over so many rows.
 
     Raises:
-        LinearizeError: several processes were started.
+        RecipeError: the rows of a step cannot be shared out among the processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LinearizeError("training in several processes is not available in this version; start one")
     rows_per_step = stage.batch_tokens // stage.length
+    if rows_per_step % processes.count():
+        raise RecipeError(
+            f"batch_tokens / length is {rows_per_step} rows a step, which {processes.count()} processes cannot share "
+            "evenly; start as many as divide them"
+        )
+    rows_per_step //= processes.count()
     micro = math.gcd(stage.micro_batch, rows_per_step)
     steps = total_steps(stage, rows)
     arguments = TrainingArguments(
