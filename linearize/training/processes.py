@@ -45,9 +45,12 @@ def join() -> None:
         if os.environ.get(name, "false").lower() in ("1", "true"):
             raise LinearizeError(f"{engine} is not supported: each process holds the whole model; start plain DDP")
     if count() > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState()
+        met = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        if met != count():
+            raise LinearizeError(f"{count()} processes were started, but {met} can work together on this device")
 
 
 def wait() -> None:
@@ -91,7 +94,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             }
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             command = [sys.executable, "-m", "linearize", *arguments]
-            started.append(subprocess.Popen(command, env=environment))
+            started.append(subprocess.Popen(command, env=environment))  # noqa: S603 - this very command again
         while True:
             ended = [process.poll() for process in started]
             if failed := [code for code in ended if code]:
@@ -112,4 +115,5 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 def launch_with(configuration: Path, arguments: Sequence[str]) -> int:
     """The same by `accelerate launch`, from its configuration file: on each of several machines."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "-m"]
-    return subprocess.run([*command, "linearize", *arguments], check=False).returncode
+    command += ["linearize", *arguments]
+    return subprocess.run(command, check=False).returncode  # noqa: S603 - this very command again

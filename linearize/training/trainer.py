@@ -191,6 +191,7 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
         save_strategy="steps",
         save_steps=stage.save_every or max(1, math.ceil(steps / 10)),
         report_to=[],
+        use_cpu=not torch.cuda.is_available(),  # or several processes without a GPU would not meet
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
