@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linearize.cli.console import JsonOption, OverwriteOption, SetOption, TrustOption, examples, print_json, status
 from linearize.cli.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from linearize.recipe import Recipe
 
 EPILOG = examples(
     "linearize finetune default -o tuned --set model=./converted",
@@ -41,6 +44,7 @@ def finetune(
             help="Start by `accelerate launch` with this configuration; run it on each of several machines.",
         ),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each stage takes per GPU, and stop.")] = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -68,6 +72,9 @@ def finetune(
             f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"
         )
     target = output or Path(Path(recipe).stem)
+    if dry_run:
+        _show_memory(settings, trust_remote_code, as_json)
+        return
     processes.join()
     say = status if processes.is_first() else _nothing
     if processes.is_first():
@@ -112,6 +119,23 @@ def _without(arguments: list[str], *options: str) -> list[str]:
         elif not argument.startswith(tuple(f"{option}=" for option in options)):
             kept.append(argument)
     return kept
+
+
+def _show_memory(settings: Recipe, trust_remote_code: bool, as_json: bool) -> None:
+    from linearize.conversion.source import find_source, load_config, teacher_of
+    from linearize.errors import RecipeError
+    from linearize.training.memory import memory_lines, training_memory
+
+    if settings.model is None:
+        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    config = load_config(teacher_of(find_source(settings.model, trust_remote_code=trust_remote_code)))
+    found = [training_memory(config, settings, stage) for stage in settings.stages]
+    if as_json:
+        print_json([{engine: memory.facts() for engine, memory in stage.items()} for stage in found])
+        return
+    for number, stage in enumerate(found):
+        for line in memory_lines(stage):
+            print(f"stage {number + 1}  {line}")
 
 
 def _nothing(_: str) -> None:
