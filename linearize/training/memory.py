@@ -5,7 +5,7 @@
     optimizer     two moments of each
     teacher       its weights, where the objective asks it
     activations   what the forward pass keeps for the backward pass
-    logits        of the student and the teacher with their gradient, B * T * V each, and those of 64 positions in float32
+    logits        of the student and the teacher with their gradient, B * T * V each, and 64 positions in float32
 
 All but the activations follow from shapes. Activations are counted: the recipe's own model, without data, runs one
 micro batch on the meta device, and the bytes that autograd saves are added up, each storage once. They grow linearly
@@ -91,10 +91,11 @@ def training_memory(config: Any, recipe: Recipe, stage: Stage) -> dict[str, Trai
     of_logits = tokens * vocabulary * dtype.itemsize * (3 if wants_teacher else 2)
     chunk = _CHUNK_TENSORS * 64 * vocabulary * 4
     counted = min(stage.length, _COUNTED_TOKENS)
+    kept: tuple[int | None, int | None] = (None, None)
     try:
         by_layer, others = _saved(student, rows, counted)
     except (RuntimeError, NotImplementedError, ValueError):
-        kept = (None, None)
+        pass  # what is computed depends on the data, as the choice of experts does
     else:
         longer = stage.length / counted
         block = tokens * int(config.hidden_size) * dtype.itemsize
