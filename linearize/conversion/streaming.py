@@ -315,8 +315,12 @@ class Streamer:
         count = len(shards)
         files = [_SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
         headers = [_header(unit.saved for unit in shard) for shard in shards]
-        with ThreadPoolExecutor(workers) as pool:
-            hashes = list(pool.map(self._write_shard, [folder / file for file in files], headers, shards))
+        paths = [folder / file for file in files]
+        if workers == 1:  # a thread's stack and heap would be memory of their own
+            hashes = list(map(self._write_shard, paths, headers, shards))
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                hashes = list(pool.map(self._write_shard, paths, headers, shards))
         digests = dict(zip(files, hashes, strict=True))
         if count > 1:
             held = {name: file for file, shard in zip(files, shards, strict=True) for u in shard for name in u.saved}

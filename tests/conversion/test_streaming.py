@@ -147,9 +147,9 @@ print(json.dumps({"peak": peak() - before}))
 
 def test_a_checkpoint_larger_than_the_memory(tokenizer_folder, tmp_path):
     """A dozen shards in 1.2 shards of memory: resident as well as allocated, which a limit holds."""
-    shard = 20_000_000
+    shard = 40_000_000
     config = copy.deepcopy(build("llama").config)
-    for name, layers, width in (("small", 1, 48), ("big", 12, 640)):
+    for name, layers, width in (("small", 1, 48), ("big", 12, 896)):
         config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, width, 3 * width
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, width // 4
         torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_a_checkpoint_larger_than_the_memory(tokenizer_folder, tmp_path):
     command = [sys.executable, "-c", _MEASURED, str(tmp_path), "small", "big", str(limit), str(shard)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["peak"] < limit
+    assert json.loads(done.stdout)["peak"] < limit, (done.stdout, limit)
     expected, found = weights(tmp_path / "big"), weights(tmp_path / "out-big")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert len(list((tmp_path / "out-big").glob("*.safetensors"))) >= 9
