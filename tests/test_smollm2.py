@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from linearize.calibration.start import convert
 from linearize.cli.app import run
-from linearize.conversion.convert import convert, convert_model
+from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model
 from linearize.model import LinearizedForCausalLM
 from linearize.recipe import load_recipe

@@ -49,12 +49,15 @@ def convert(
     """Convert a pretrained model by a recipe's mixer section.
 
     With the default recipe the result equals the pretrained model seen through its window and sinks; `linearize
-    finetune` wakes the recurrence. Weights in safetensors files are copied one tensor after the other, so memory does
-    not grow with the model; --set dtype=bfloat16 casts them on the way.
+    finetune` wakes the recurrence, and so does the recipe's `calibrate` without any training (`--recipe calibrated`).
+    `mixer.keep.budget` chooses which layers keep softmax.
+
+    Without these two, weights in safetensors files are copied one tensor after the other, so memory does not grow with
+    the model; --set dtype=bfloat16 casts them on the way.
     """
     quiet_libraries()
+    from linearize.calibration.start import convert as convert_to
     from linearize.conversion.convert import check_convertible, converted_layers, growth_nbytes, state_nbytes
-    from linearize.conversion.convert import convert as convert_to
     from linearize.conversion.inspection import inspect_model
     from linearize.conversion.output import check_free, staged_folder
     from linearize.conversion.source import find_source, load_config
@@ -78,7 +81,8 @@ def convert(
     started = time.monotonic()
     with staged_folder(output, overwrite=overwrite) as folder:
         status(f"converting {source.name}")
-        converted = convert_to(source, settings, folder, shard_bytes=shard_bytes, workers=workers, say=status)
+        start = convert_to(source, settings, folder, say=status, shard_bytes=shard_bytes, workers=workers)
+    converted = start.model
     facts = {
         "output": str(output),
         "written": True,
@@ -87,6 +91,7 @@ def convert(
         "parameters": converted.num_parameters(),
         "state_bytes": state_nbytes(converted),
         "growth_bytes_per_token": growth_nbytes(converted),
+        **start.record,
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:

@@ -84,7 +84,7 @@ def finetune(
         if not processes.is_first():
             return
         with staged_folder(target, overwrite=overwrite) as folder:
-            write_result(folder, result, settings, work, target.name)
+            write_result(folder, result, work, target.name)
     if as_json:
         print_json({"output": str(target), "stages": result.stages})
         return

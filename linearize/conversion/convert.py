@@ -21,7 +21,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -45,9 +45,10 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         RecipeError: `keep` names layers or heads that are not there, or leaves nothing to convert.
     """
     count = len(layers)
-    for index in sorted({*spec.keep.layers, *spec.keep.heads}):
-        if index not in range(count):
-            raise RecipeError(f"mixer.keep: there is no layer {index}; the model has 0 to {count - 1}")
+    for key, named_layers in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("windows", {*spec.windows})):
+        for index in sorted(named_layers):
+            if index not in range(count):
+                raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
     named = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
     kept = {*named, *(set(range(count)) - set(full) if full else ())}
@@ -71,13 +72,14 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         gate_divisor=spec.gate.divisor,
         gate_learned=spec.gate.learned,
     )
-    kinds: dict[tuple[int, ...] | None, MixerConfig] = {}
+    kinds: dict[tuple[tuple[int, ...] | None, int], MixerConfig] = {}
     for index in range(count):
         heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
+        window = spec.window if heads is None else spec.windows.get(index, spec.window)
         if heads is None:
             fresh = MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
         else:
-            fresh = replace(common, layers=[], softmax_heads=list(heads))
+            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads))
             try:
                 fitted = fresh.fitted(layers[index])
             except ValueError as error:
@@ -86,7 +88,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 Mixer.check(fitted, layers[index])
             except ValueError as error:
                 raise RecipeError(f"mixer: {error}") from error
-        kinds.setdefault(heads, fresh).layers.append(index)
+        kinds.setdefault((heads, window), fresh).layers.append(index)
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
         named or spec.keep.heads
@@ -112,9 +114,8 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
     """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
-    return LinearizedForCausalLM.from_teacher(
-        teacher, mixers_for(spec, family_of(teacher.config).layers(teacher.config))
-    )
+    base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, family_of(base).layers(base)))
 
 
 def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,53 +141,41 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
-def convert(
+def convert_files(
     source: Source,
     recipe: Recipe,
     folder: Path,
+    tokenizer: Any,
     *,
-    teacher: PreTrainedModel | None = None,
-    tokenizer: Any = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
-    say: Callable[[str], None] | None = None,
-) -> LinearizedForCausalLM:
-    """Converts `source` by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
-
-    Weights in safetensors files go from file to file, see `linearize.conversion.streaming`; others, and those of a
-    `teacher` that is loaded already, through memory.
+    say: Callable[[str], None],
+) -> LinearizedForCausalLM | None:
+    """Converts `source` by `recipe.mixer`, its weights going from file to file; see `linearize.conversion.streaming`.
 
     Args:
-        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
+        folder: an existing folder, which gets the checkpoint.
         shard_bytes: of a file of weights.
         workers: how many files are written at once.
-        say: is told why weights go through memory, where they do.
+        say: is told why weights have to go through memory, where they do.
 
     Returns:
-        the converted model; on the meta device, without data, where the weights went from file to file.
+        the converted model on the meta device, without data; None where weights have to go through memory, and
+        nothing was written.
 
     Raises:
         ModelError: the model cannot be read or converted.
     """
-    tokenizer = tokenizer or load_tokenizer(source)
-    if teacher is None:
-        check_convertible(load_config(source), source)
-        try:
-            streamer = Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer))
-            digests = streamer.write(folder, most=shard_bytes, workers=workers)
-        except NotStreamable as reason:
-            if say is not None and source.kind != "gguf":
-                say(f"{source.name}: converted in memory, not file by file: {reason}")
-        else:
-            record = base_record(source, streamer.revision)
-            write_checkpoint(folder, streamer.model, tokenizer, recipe, record, written=digests)
-            return streamer.model
-    teacher = teacher or load_model(source, dtype=recipe.dtype)
-    check_convertible(teacher.config, source)
-    revision = getattr(teacher.config, "_commit_hash", None)
-    model = convert_model(teacher, recipe.mixer)
-    write_checkpoint(folder, model, tokenizer, recipe, base_record(source, revision), shard_bytes=shard_bytes)
-    return model
+    check_convertible(load_config(source), source)
+    try:
+        streamer = Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer))
+        digests = streamer.write(folder, most=shard_bytes, workers=workers)
+    except NotStreamable as reason:
+        if source.kind != "gguf":
+            say(f"{source.name}: converted in memory, not file by file: {reason}")
+        return None
+    write_checkpoint(folder, streamer.model, tokenizer, recipe, base_record(source, streamer.revision), written=digests)
+    return streamer.model
 
 
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:
@@ -202,6 +191,7 @@ def write_checkpoint(
     base: dict[str, Any],
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
+    start: Mapping[str, Any] | None = None,
     *,
     written: dict[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -213,6 +203,7 @@ def write_checkpoint(
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
+        start: what was kept and calibrated before any training, in lines by heading.
         written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
         shard_bytes: of a file of weights.
     """
@@ -231,6 +222,7 @@ def write_checkpoint(
         "format": 1,
         "base": base,
         "seed": recipe.seed,
+        **({"start": dict(start)} if start else {}),
         "stages": list(stages),
         "versions": versions(),
     }

@@ -65,11 +65,12 @@ def segments_of(
             only where no mask is given and no cache is continued, as transformers itself does.
     """
     if attention_mask is not None:
-        if attention_mask.dim() == 4:  # made by `create_masks_for_generate`
+        ours = attention_mask.dim() == 4  # made for recorded or compiled steps, which have nobody to ask
+        if ours:
             attention_mask = attention_mask[:, 0, 0]
         real = attention_mask[:, -tokens:] != 0
         # Waiting for the device to tell is worth it before a prompt, and not before every token.
-        asks = tokens > 1 or real.device.type == "cpu"
+        asks = tokens > 1 or (real.device.type == "cpu" and not ours)
         if real.numel() == 0 or (asks and not torch.compiler.is_compiling() and bool(real.all())):
             return None
         return real.long()
@@ -81,6 +82,11 @@ def segments_of(
     segments = torch.ones(position_ids.shape, dtype=torch.long, device=position_ids.device)
     segments[:, 1:] += restarts.cumsum(1)
     return segments.expand(batch, tokens)
+
+
+def layer_mask(segments: Tensor | None, device: torch.device) -> Tensor:
+    """What `LinearizedAttention` takes as its mask: `segments` as `[B, 1, 1, T]`, or `[1, 1, 1, 0]` for None."""
+    return torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

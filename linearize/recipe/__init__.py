@@ -10,6 +10,7 @@ from linearize.recipe.reading import (
 )
 from linearize.recipe.schema import (
     SELF,
+    CalibrateSpec,
     DataSpec,
     EvaluateSpec,
     GateSpec,
@@ -18,11 +19,13 @@ from linearize.recipe.schema import (
     MixerSpec,
     Objective,
     Recipe,
+    SourceSpec,
     Stage,
 )
 
 __all__ = [
     "SELF",
+    "CalibrateSpec",
     "DataSpec",
     "EvaluateSpec",
     "GateSpec",
@@ -32,6 +35,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "ShippedRecipe",
+    "SourceSpec",
     "Stage",
     "dump_recipe",
     "load_recipe",

@@ -7,13 +7,14 @@ A section is immutable once read; `load_recipe` is the only place where a recipe
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Objective = Literal["sft", "distill"]
-OBJECTIVES: tuple[Objective, ...] = ("sft", "distill")
+Objective = Literal["sft", "distill", "align"]
+OBJECTIVES: tuple[Objective, ...] = ("sft", "distill", "align")
 
 RecurrenceName = Literal[
     "gla",
@@ -35,9 +36,13 @@ RecurrenceName = Literal[
     "none",
 ]
 
-SELF = "self"
+SELF, STUDENT, RECALL = "self", "student", "recall"
+ENDLESS = (SELF, STUDENT, RECALL)
+"""Sources that are made as they are needed."""
 SELF_TOKENS = 200_000
-"""Tokens that the teacher writes for `source: self` when the recipe names no budget."""
+"""Tokens that are made of these when the recipe names no budget."""
+
+BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", re.IGNORECASE)
 
 
 def _refusal(message: str) -> PydanticCustomError:
@@ -50,17 +55,28 @@ def _objective(value: Any) -> Any:
 
     A plain validator: with a union pydantic would put the name of the branch it tried into the error's path.
     """
-    names = " or ".join(OBJECTIVES)
+    names, mixed = (" or ".join((", ".join(known[:-1]), known[-1])) for known in (OBJECTIVES, OBJECTIVES[:2]))
     if isinstance(value, str) and value in OBJECTIVES:
         return value
     if not isinstance(value, dict) or not value:
-        raise _refusal(f"expected {names}, or a mapping of these to weights, got {value!r}")
+        raise _refusal(f"expected {names}, or a mapping of {mixed} to weights, got {value!r}")
     for name, weight in value.items():
         if name not in OBJECTIVES:
-            raise _refusal(f"unknown objective {name!r}; expected {names}")
+            raise _refusal(f"unknown objective {name!r}; expected {mixed}")
+        if name == "align":
+            raise _refusal("align looks at layers and not at what they come to; give it a stage of its own")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise _refusal(f"expected a weight > 0 for {name}, got {weight!r}")
     return {name: float(weight) for name, weight in value.items()}
+
+
+def _budget(value: Any) -> Any:
+    """A share such as `10%`, or bytes: a number, or `2MB`."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    match = BUDGET.fullmatch(text) if isinstance(text, str) else None
+    if value is not None and (match is None or float(match[1]) <= 0 or (match[2] == "%" and float(match[1]) > 100)):
+        raise _refusal(f"expected a share of the teacher's cache or bytes, such as 10% or 2MB, got {value!r}")
+    return text
 
 
 class Section(BaseModel):
@@ -94,6 +110,15 @@ class KeepSpec(Section):
     """N keeps every N-th layer whole: layers N - 1, 2N - 1 and so on, beside those that `layers` names."""
     heads: dict[int, list[int]] = {}
     """Layer -> key/value heads in it, each with the query heads that share it."""
+    budget: Annotated[str | None, PlainValidator(_budget)] = None
+    """Bytes of these caches, or a share of the teacher's: `convert` then chooses what to keep by the damage of taking
+    it away, and the recipe that is saved with the result names what was chosen."""
+    by: Literal["recall", "loss"] = "recall"
+    """The damage that counts: `recall` is loss of recall and loss on text together, `loss` that on text alone."""
+    unit: Literal["layers", "heads"] = "layers"
+    """What is chosen: whole layers, or key/value heads."""
+    context: int | None = Field(default=None, ge=1)
+    """Tokens of a sequence at which the budget holds; null means as many as the model was trained on."""
 
     @field_validator("layers", "heads")
     @classmethod
@@ -110,6 +135,11 @@ class MixerSpec(Section):
     recurrence: RecurrenceName = "gla"
     window: int = Field(default=64, ge=1)
     """Latest tokens under softmax attention."""
+    windows: dict[int, Annotated[int, Field(ge=1)]] = {}
+    """Layer -> its window, where that is not `window`."""
+    reach: int | None = Field(default=None, ge=1)
+    """`convert` shares the tokens of all windows out anew: layers that recall needs most see as far as this, the others
+    less, and all together as much as with equal windows. The recipe that is saved names them in `windows`."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the text that stay under softmax attention."""
     mix: Literal["fixed", "learned", "softmax"] = "learned"
@@ -130,6 +160,13 @@ class MixerSpec(Section):
     landmarks: int = Field(default=0, ge=0)
     keep: KeepSpec = KeepSpec()
 
+    @field_validator("windows")
+    @classmethod
+    def _counts_from_0(cls, value: dict[int, int]) -> dict[int, int]:
+        if any(layer < 0 for layer in value):
+            raise _refusal(f"expected layers counted from 0, got {min(value)}")
+        return value
+
     @field_validator("normalize")
     @classmethod
     def _softmax_mix_is_normalised(cls, value: bool, info: ValidationInfo) -> bool:
@@ -146,28 +183,90 @@ class MixerSpec(Section):
         return value
 
 
-class DataSpec(Section):
-    """Where a stage's text comes from."""
+class SourceSpec(Section):
+    """A source of text."""
 
-    source: str = Field(min_length=1)
-    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    source: str | None = Field(default=None, min_length=1)
+    """`self` (the teacher writes it), `student` (the model as it stands when the stage begins writes it), `recall`
+    (questions about facts and pairs, made on the fly), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the
+    Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
     format: Literal["auto", "text", "instruction"] = "auto"
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of text that a model writes."""
+    sample_length: int | None = Field(default=None, ge=1)
+    """Tokens of one text of `self`, `student` or `recall`; null means the stage's `length`."""
+
+
+class MixedSource(SourceSpec):
+    """One source of several."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the rows, against the other sources' weights."""
+
+    @model_validator(mode="after")
+    def _is_named(self) -> MixedSource:
+        if self.source is None:
+            raise _refusal("missing key; expected a source")
+        return self
+
+
+class DataSpec(SourceSpec):
+    """Where a stage's text comes from: one `source`, or several under `mix`."""
+
     tokens: int | None = Field(default=None, ge=1)
-    """Token budget of the whole source; null takes all of it (for `self`: `SELF_TOKENS`)."""
+    """Token budget of the whole data; null takes all of it (of what has no end: `SELF_TOKENS`)."""
     held_out: int = Field(default=16, ge=0)
     """Rows of the stage's `length` kept for evaluation."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of text that the teacher writes."""
-    sample_length: int | None = Field(default=None, ge=1)
-    """Tokens of one text that the teacher writes; null means the stage's `length`."""
+    mix: list[MixedSource] = []
+    """Several sources in the place of one, by weight; needs `tokens`."""
 
     @field_validator("tokens")
     @classmethod
-    def _self_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return SELF_TOKENS if value is None and info.data.get("source") == SELF else value
+    def _endless_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return SELF_TOKENS if value is None and info.data.get("source") in ENDLESS else value
+
+    @model_validator(mode="after")
+    def _one_source_or_several(self) -> DataSpec:
+        if self.source is None and not self.mix:
+            raise _refusal("names no text; expected a source, or sources under mix")
+        if self.source is not None and self.mix:
+            raise _refusal("has both source and mix; keep one of them")
+        if self.mix and self.tokens is None:
+            raise _refusal("has a mix and no tokens; expected how many there are to be of all sources together")
+        return self
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """The one source, or all of the mixture."""
+        return list(self.mix) or [self]
+
+
+class CalibrateSpec(Section):
+    """What `convert` fits without training: each layer's own parameters, and its output projection, to what the
+    teacher's attention reads. No gradient goes through more than one layer."""
+
+    tokens: int = Field(default=65_536, ge=1)
+    """Of text to fit to; as many as `held_out` rows of `length` more decide what is kept."""
+    source: str = Field(default=SELF, min_length=1)
+    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    config: str | None = Field(default=None, min_length=1)
+    split: str = Field(default="train", min_length=1)
+    field: str | None = Field(default=None, min_length=1)
+    length: int = Field(default=1024, ge=2)
+    """Tokens of a row; only what lies beyond window and sinks teaches anything."""
+    held_out: int = Field(default=8, ge=2)
+    """Rows, and as many texts with needles, that decide what is kept."""
+    inputs: Literal["student", "teacher"] = "student"
+    """Whether a layer is fitted on what the converted layers below it hand up, or on the teacher's own inputs."""
+    steps: int = Field(default=100, ge=0)
+    """Gradient steps of each layer's own parameters, a row each; 0 leaves the closed forms."""
+    step_size: float = Field(default=0.03, gt=0)
+    """Of the first of them; it falls to 0 as a cosine does."""
+    ridge: bool = True
+    """Whether the output projection is fitted as well, by ridge regression."""
 
 
 class Stage(Section):
@@ -181,11 +280,16 @@ class Stage(Section):
     """Tokens of an optimizer step: a multiple of `length`."""
     micro_batch: int = Field(default=1, ge=1)
     """Rows of a forward pass; the rest of a step accumulates."""
+    train: Literal["lora", "mixer", "full"] = "lora"
+    """What learns: adapters and the layer's own parameters; these parameters alone; or every weight but adapters."""
+    optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
+    """The last one needs a GPU, and bitsandbytes."""
     lr: float = Field(default=1e-3, ge=0)
-    """Peak learning rate of the LoRA weights."""
+    """Peak learning rate of the adapters or, under `train: full`, of the pretrained weights."""
     mixer_lr: float = Field(default=1e-2, ge=0)
     """Peak learning rate of the layer's own parameters."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up; `wsd` stays at the peak and comes down, as 1 - sqrt, over the last fifth of the steps."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps."""
     epochs: float = Field(default=1.0, gt=0)
@@ -197,6 +301,17 @@ class Stage(Section):
     """Steps between checkpoints; 0 means about ten times a run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Under `distill`, tokens of the teacher's that are told apart, most likely first; all others count as one."""
+    teacher_at: Literal["device", "cpu", "disk"] = "device"
+    """Where the teacher is: beside the student; in the CPU's memory but for the layer at hand; or on disk, its `top_k`
+    written before the stage begins."""
+    hide_window: float = Field(default=0.0, ge=0, le=1)
+    """How often a layer's window is hidden but for its last token and the sinks, so that the recurrence must answer;
+    drawn for each layer and forward pass."""
+    beyond: float = Field(default=0.5, ge=0, le=1)
+    """Under `align`, the share of the steps, the first ones, in which the recurrence alone learns what the window
+    cannot see; in the others the layer as a whole does."""
 
     @field_validator("batch_tokens")
     @classmethod
@@ -204,6 +319,16 @@ class Stage(Section):
         length = info.data.get("length")
         if length is not None and value % length:
             raise _refusal(f"expected a multiple of length ({length}), got {value}")
+        return value
+
+    @field_validator("teacher_at")
+    @classmethod
+    def _kept_logits_are_few(cls, value: str, info: ValidationInfo) -> str:
+        objective = info.data.get("objective", ())
+        if value == "disk" and "distill" not in ([objective] if isinstance(objective, str) else objective):
+            raise _refusal("disk keeps the teacher's logits, which distill alone looks at; expected device or cpu")
+        if value == "disk" and info.data.get("top_k") is None:
+            raise _refusal("disk has room for the teacher's most likely tokens only; set top_k, for example to 64")
         return value
 
     @property
@@ -215,6 +340,8 @@ class Stage(Section):
 class LoraSpec(Section):
     """Low-rank adapters on the projections; `lora: null` trains the layer's own parameters only."""
 
+    kind: Literal["lora", "rslora", "dora", "pissa", "miss"] = "lora"
+    """As peft has them; `miss` was called Bone, and takes no alpha."""
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=8, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -239,15 +366,10 @@ class Recipe(Section):
     teacher: str | None = Field(default=None, min_length=1)
     """Null means the model's own base."""
     mixer: MixerSpec = MixerSpec()
-    calibrate: None = None
+    calibrate: CalibrateSpec | None = None
+    """Null fits nothing: the layer starts as its window and sinks."""
     stages: list[Stage] = []
     lora: LoraSpec | None = LoraSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-    @field_validator("calibrate", mode="before")
-    @classmethod
-    def _no_calibration_yet(cls, value: Any) -> None:
-        if value is not None:
-            raise _refusal("calibration is not available in this version; remove the key")

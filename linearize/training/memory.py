@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from linearize.conversion.convert import convert_model
 from linearize.conversion.source import DTYPES
 from linearize.evaluation.formatting import readable_bytes
-from linearize.training.finetune import add_adapters
+from linearize.training.finetune import add_adapters, choose_trained, wants_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,13 +82,14 @@ def training_memory(config: Any, recipe: Recipe, stage: Stage) -> dict[str, Trai
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
     pretrained = _nbytes(teacher.parameters())
     converted = convert_model(teacher.eval(), recipe.mixer)
-    student = add_adapters(converted, recipe.lora).train()
+    student = add_adapters(converted, recipe.lora if stage.train == "lora" else None).train()
+    choose_trained(student, stage.train)
     trained = _nbytes(p for p in student.parameters() if p.requires_grad)
     rows = stage.micro_batch
     tokens = rows * stage.length
-    wants_teacher = "distill" in stage.weights
+    asks_teacher = wants_teacher(stage)
     vocabulary = int(config.vocab_size)
-    of_logits = tokens * vocabulary * dtype.itemsize * (3 if wants_teacher else 2)
+    of_logits = tokens * vocabulary * dtype.itemsize * (3 if asks_teacher else 2)
     chunk = _CHUNK_TENSORS * 64 * vocabulary * 4
     counted = min(stage.length, _COUNTED_TOKENS)
     kept: tuple[int | None, int | None] = (None, None)
@@ -107,7 +108,7 @@ def training_memory(config: Any, recipe: Recipe, stage: Stage) -> dict[str, Trai
             weights=_nbytes(student.parameters()) - trained,
             trained=2 * trained,
             optimizer=2 * trained,
-            teacher=pretrained if wants_teacher else 0,
+            teacher=pretrained if asks_teacher else 0,
             activations=activations,
             logits=of_logits + chunk,
         )

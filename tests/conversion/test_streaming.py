@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import convert
+from linearize.calibration.start import convert
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.recipe import load_recipe
@@ -120,7 +120,7 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
 _MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
-from linearize.conversion.convert import convert
+from linearize.calibration.start import convert
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.recipe import load_recipe
 folder, small, big, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])

@@ -6,13 +6,20 @@ import json
 import re
 from pathlib import Path
 
+import evals.start.__main__ as start
 from evals.smollm2.__main__ import table
+from evals.speed.figure import figure
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_what_smollm2_loses():
     assert table() in (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_each_start_brings():
+    figures = json.loads(start.FIGURES.read_text(encoding="utf-8"))
+    assert start.table(figures) in (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
 
 
 def test_how_fast_it_is_on_a_cpu():
@@ -31,6 +38,11 @@ def test_how_fast_it_is_on_a_cpu():
         for row in figures["rows"]
     }
     assert shown == measured
+
+
+def test_the_first_figure_is_what_was_measured():
+    drawn = (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8")
+    assert drawn == figure() and drawn.count('<path class="line s1"') == 4  # a line and its place in the legend, twice
 
 
 def test_what_the_probe_says_of_it():

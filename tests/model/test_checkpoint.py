@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
-from linearize.conversion.convert import convert, convert_model, state_nbytes
+from linearize.calibration.start import convert
+from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, load_model, teacher_of
 from linearize.hub.carry import AUTO_MAP, carried_files
