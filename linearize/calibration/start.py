@@ -163,7 +163,7 @@ def convert(
     start = make_start(source, recipe, teacher, tokenizer, say=say)
     start.write(folder)
     base = base_record(source, revision)
-    write_checkpoint(folder, start.model, tokenizer, start.recipe, base, start=start.record, shard_bytes=shard_bytes)
+    write_checkpoint(folder, start.model, tokenizer, start.recipe, base, start=start.record, shard_size=shard_bytes)
     return start
 
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearize.cli.console import JsonOption, OverwriteOption, SetOption, TrustOption, examples, print_json, status
+from linearize.cli.console import (
+    JsonOption,
+    OverwriteOption,
+    RecipeArgument,
+    SetOption,
+    TrustOption,
+    examples,
+    print_json,
+    status,
+)
 from linearize.cli.libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -23,7 +32,7 @@ EPILOG = examples(
 
 
 def finetune(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a recipe file.")],
+    recipe: RecipeArgument,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="The folder to write; the recipe's name if left out."),

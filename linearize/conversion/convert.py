@@ -13,7 +13,7 @@ from linearize.conversion.output import sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import NotStreamable, Streamer
 from linearize.errors import ModelError, RecipeError
-from linearize.hub.card import model_card
+from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.mixer import Mixer
@@ -191,10 +191,12 @@ def write_checkpoint(
     base: dict[str, Any],
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
-    start: Mapping[str, Any] | None = None,
     *,
+    start: Mapping[str, Any] | None = None,
+    shard_size: int | str = SHARD_BYTES,
     written: dict[str, str] | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    facts: CardFacts | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes everything a converted checkpoint consists of.
 
@@ -204,14 +206,16 @@ def write_checkpoint(
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
         start: what was kept and calibrated before any training, in lines by heading.
+        shard_size: the most that one file of weights holds.
         written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
-        shard_bytes: of a file of weights.
+        facts: what else the card says.
+        more: what else `linearize.json` says.
     """
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
     if written is None:
-        model.save_pretrained(folder, max_shard_size=shard_bytes)
+        model.save_pretrained(folder, max_shard_size=shard_size)
     else:
         _write_configurations(folder, model)
     tokenizer.save_pretrained(folder)
@@ -225,9 +229,10 @@ def write_checkpoint(
         **({"start": dict(start)} if start else {}),
         "stages": list(stages),
         "versions": versions(),
+        **(more or {}),
     }
     card = model_card(
-        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model)
+        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model), facts
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     known = written or {}

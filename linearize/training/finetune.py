@@ -31,6 +31,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training import processes
 from linearize.training.data import load_data, reserved_tokens
+from linearize.training.plot import PLOT, draw_training
 from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.teachers import KeptLogits, keep_logits, offloaded
 from linearize.training.trainer import (
@@ -213,6 +214,7 @@ def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) ->
     record = provenance_of(source)["base"] if source.is_converted else base_record(base, None)
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
+        draw_training(folder / METRICS, folder / PLOT)
     if result.data is not None and len(result.data.held_out):
         write_held_out(folder, result.data.held_out)
     write_checkpoint(

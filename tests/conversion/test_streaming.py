@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import linearize
 from linearize.calibration.start import convert
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, load_model, load_tokenizer
@@ -102,6 +103,13 @@ def test_tied_weights_whatever_the_files_say(tied, tokenizer_folder, tmp_path):
     assert ("lm_head.weight" in weights(tmp_path / "files")) == (tied == "unequal")
 
 
+def test_in_python_the_model_that_comes_back_has_its_weights(tiny_folder, tmp_path):
+    converted = linearize.convert(tiny_folder, tmp_path / "out", overrides=["mixer.window=16"])
+    ids = torch.arange(5, 45)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(converted(ids).logits, again(ids).logits)
+
+
 def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokenizer_folder, tmp_path):
     folder = saved(copy.deepcopy(build("llama")), tmp_path / "base", tokenizer_folder)
     held = weights(folder)
@@ -120,6 +128,7 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
 _MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
+import linearize
 from linearize.calibration.start import convert
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.recipe import load_recipe
