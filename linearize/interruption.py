@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,16 @@ def unwinding() -> Iterator[None]:
 
 
 class Postponed:
-    """A context in which the first SIGINT or SIGTERM is only noted, in `signum`; a second one is obeyed at once."""
+    """A context in which the first SIGINT or SIGTERM is only noted, in `signum`; a second one is obeyed at once.
 
-    def __init__(self) -> None:
+    Args:
+        together: this is one of several processes, to whom a terminal and who started them both say the same: what
+            comes within a second is one signal.
+    """
+
+    def __init__(self, *, together: bool = False) -> None:
         self.signum: int | None = None
+        self._wait, self._noted = 1.0 if together else 0.0, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Postponed:
@@ -72,6 +79,8 @@ class Postponed:
             signal.signal(number, handler)
 
     def _note(self, signum: int, _: Any) -> None:
-        if self.signum is not None:
+        now = time.monotonic()
+        if self.signum is None:
+            self.signum, self._noted = signum, now
+        elif now - self._noted >= self._wait:
             raise Interrupted(signum)
-        self.signum = signum

@@ -93,14 +93,14 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
 def load_config(source: Source) -> Any:
     """The model's configuration."""
     reference, keywords = source.arguments()
-    with _reading(source):
+    with reading(source):
         return AutoConfig.from_pretrained(reference, **keywords)
 
 
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer."""
     reference, keywords = source.arguments()
-    with _reading(source):
+    with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
 
 
@@ -127,7 +127,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
     if source.kind == "folder":
         check_weights(Path(reference))
     model: PreTrainedModel
-    with _reading(source):
+    with reading(source):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )
@@ -148,9 +148,16 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
             "model, or a part of them was not fetched"
         )
     for name, tensor in model.state_dict().items():
-        # One pass without a copy; NaN and infinities show in the extremes.
-        if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
-            raise ModelError(f"{source.reference}: {name} has values that are not finite; fetch the weights again")
+        check_finite(tensor, name, source.reference)
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raises:
+    ModelError: the weight `name` of the model at `where` has values that are no numbers.
+    """
+    # One pass without a copy; NaN and infinities show in the extremes.
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+        raise ModelError(f"{where}: {name} has values that are not finite; fetch the weights again")
 
 
 def default_device() -> str:
@@ -181,7 +188,7 @@ def teacher_of(source: Source) -> Source:
 
 
 @contextmanager
-def _reading(source: Source) -> Iterator[None]:
+def reading(source: Source) -> Iterator[None]:
     """Turns whatever the libraries raise about a model into one line."""
     try:
         yield

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from linearize.conversion.output import telling
 from linearize.errors import LinearizeError, ModelError, is_out_of_memory
 from linearize.interruption import Interrupted, Postponed
+from linearize.training import processes
 from linearize.training.checkpoints import checkpoints, manifest, newest, seal
 from linearize.training.soundness import NotFinite, first_unsound, gradient_norm, unsound_gradients
 
@@ -57,7 +58,7 @@ class GuardedTrainer(Trainer):
         """
         if resume_from_checkpoint is not None:
             self.skipped = int((manifest(Path(resume_from_checkpoint)) or {}).get("skipped", 0))
-        with Postponed() as signals:
+        with Postponed(together=processes.count() > 1) as signals:
             self.add_callback(stopper := _Stopper(signals))
             try:
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -65,21 +66,20 @@ class GuardedTrainer(Trainer):
                 self.remove_callback(stopper)
         if signals.signum is not None:
             name = signal.Signals(signals.signum).name
-            raise Interrupted(
-                signals.signum,
-                f"{name} after step {self.state.global_step} of {self.state.max_steps}, which is saved; go on with "
-                "--resume",
-            )
+            step = f"step {self.state.global_step} of {self.state.max_steps}"
+            told = f"{name} after {step}, which is saved; go on with --resume"
+            raise Interrupted(signals.signum, told if processes.is_first() else "")
         return done
 
     def checked(self, loss: Tensor) -> Tensor:
-        """The loss, if it is finite.
+        """The loss, if it is finite, here and in all other processes.
 
         Raises:
             NotFinite: it is not; `training_step` sees to that.
         """
-        if not bool(torch.isfinite(loss)):
-            raise NotFinite(f"the loss became {float(loss.detach())}")
+        sound = bool(torch.isfinite(loss))
+        if processes.most(int(not sound)):
+            raise NotFinite("the loss of another process is no number" if sound else f"the loss became {loss.item()}")
         return loss
 
     def run_again(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -102,6 +102,10 @@ class GuardedTrainer(Trainer):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                if processes.count() > 1:  # the others are waiting for gradients of rows that were not computed
+                    raise ModelError(
+                        "out of memory in one of several processes; lower the stage's micro_batch"
+                    ) from error
                 self._halve(error)
             # Not in the handler, where the traceback still holds what did not fit.
             model.zero_grad(set_to_none=True)
@@ -119,7 +123,8 @@ class GuardedTrainer(Trainer):
                 total = total + super().training_step(model, part, counted)
             except NotFinite as error:
                 given = self._prepare_inputs(part)
-                where = first_unsound(model, partial(self.run_again, model, given))
+                inner = self.accelerator.unwrap_model(model)
+                where = first_unsound(inner, partial(self.run_again, inner, given))
                 self._pass_over(f"{error} at step {self.state.global_step + 1}, first in {where}")
             finally:
                 self.part = 1.0
@@ -155,10 +160,11 @@ class GuardedTrainer(Trainer):
 
     def _sound_norm(self, model: nn.Module) -> Tensor:
         """The norm of the gradients; of a step to be passed over none are left, and an optimizer changes nothing."""
+        inner = self.accelerator.unwrap_model(model)
         norm = gradient_norm(model)
         if not self._bad and not bool(torch.isfinite(norm)):
             self._pass_over(
-                f"the gradient became {float(norm)} at step {self.state.global_step + 1}, in {unsound_gradients(model)}"
+                f"the gradient became {float(norm)} at step {self.state.global_step + 1}, in {unsound_gradients(inner)}"
             )
         if self._bad:
             model.zero_grad(set_to_none=True)
@@ -185,7 +191,9 @@ class GuardedTrainer(Trainer):
         """Whole or not at all: written under another name, listed, synced, then renamed."""
         final = Path(self.args.output_dir)
         staging = final / ".partial"
-        shutil.rmtree(staging, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        processes.wait()
         self.args.output_dir = str(staging)
         good = newest(final)
         kept = f"go on from {good.name} with --resume" if good else "there is no earlier checkpoint"
@@ -195,12 +203,15 @@ class GuardedTrainer(Trainer):
                     super()._save_checkpoint(model, trial)
                 finally:
                     self.args.output_dir = str(final)
-                for checkpoint in staging.iterdir():
+                processes.wait()  # each has written its random numbers
+                for checkpoint in staging.iterdir() if processes.is_first() else ():
                     seal(checkpoint, final / checkpoint.name, skipped=self.skipped)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        for old in checkpoints(final)[:-_KEPT_CHECKPOINTS]:
+            if processes.is_first():
+                shutil.rmtree(staging, ignore_errors=True)
+        for old in checkpoints(final)[:-_KEPT_CHECKPOINTS] if processes.is_first() else ():
             shutil.rmtree(old, ignore_errors=True)
+        processes.wait()
 
 
 class _Stopper(TrainerCallback):
@@ -210,6 +221,8 @@ class _Stopper(TrainerCallback):
         self.signals = signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.signals.signum is not None:
+        signum = processes.most(self.signals.signum or 0)  # all of them stop after the same step
+        if signum:
+            self.signals.signum = signum
             control.should_save = control.should_training_stop = True
         return control
