@@ -128,6 +128,7 @@ class MixerSpec(Section):
     """Write strengths up to 2, for gated_deltanet and kda."""
     gate: GateSpec = GateSpec()
     landmarks: int = Field(default=0, ge=0)
+    """Tokens per key/value head that stay under softmax attention when they leave the window, chosen online."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("normalize")
@@ -136,13 +137,6 @@ class MixerSpec(Section):
         # One shared normaliser needs the recurrence's own mass beside the window's log-sum-exp.
         if not value and info.data.get("mix") == "softmax":
             raise _refusal("mix: softmax needs normalize: true")
-        return value
-
-    @field_validator("landmarks")
-    @classmethod
-    def _no_landmarks_yet(cls, value: int) -> int:
-        if value:
-            raise _refusal("landmarks are not available in this version; set 0")
         return value
 
 
