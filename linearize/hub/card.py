@@ -71,8 +71,10 @@ def _words(mixer: dict[str, Any]) -> str:
     if mixer["window"] is None:
         return "pretrained attention, kept"
     heads = mixer.get("softmax_heads")
+    slots = mixer.get("landmarks")
+    landmarks = f", {slots} landmarks" if slots else ""
     return (
-        f"{mixer['recurrence']}, window {mixer['window']}, sinks {mixer['sinks']}, mix {mixer['mix']}, covers "
+        f"{mixer['recurrence']}, window {mixer['window']}, sinks {mixer['sinks']}{landmarks}, mix {mixer['mix']}, covers "
         f"{mixer['covers']}{f'; key/value heads {ranges(heads)} keep softmax' if heads else ''}"
     )
 

@@ -14,9 +14,11 @@ answered at once, and merging token by token, in chunks and in one go is the sam
 A token's rank is the sum of two scores, each standardised over the candidates of its head:
 
     novelty     minus the cosine between its key, without positions, and the mean of its head's keys of length 1
-                up to it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text
-    attention   0.5 log of the attention it received while it was in the window, its head's queries together
-                (as H2O, arXiv 2306.14048)
+                up to it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text. Averaged over the tokens
+                up to `REACH` places away, for what is to be recalled comes in runs
+    attention   0.5 log of the attention it received from queries at least W / 2 tokens later, its head's queries
+                together: what nearby tokens make of it says little about what distant ones will (as H2O, arXiv
+                2306.14048, without those)
 
 Ranks are not differentiated; gradients reach the keys and values that are kept.
 """
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from linearize.model.mixer import Mixer
 
 BLOCK = 32
+REACH = 3
 ATTENTION_WEIGHT = 0.5
 _SCORES = ("novelty", "received")
 _LEAST = 1e-6  # of attention received and of a spread
@@ -98,6 +101,16 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     the keys so far each is, `[R, L, K]`, and the sums after each, `[R, L, K, D]`."""
     sums = before[:, None] + F.normalize(k.detach().float(), dim=-1).cumsum(1)
     return -F.cosine_similarity(k.detach().float(), sums, dim=-1), sums
+
+
+def smoothed(raw: Tensor, window: int) -> Tensor:
+    """Novelty of a block's tokens `[R, BLOCK, K]` from those of the block and what follows it: the mean of `REACH`
+    tokens on either side, as far as they are in the window when the block leaves it."""
+    seen = raw[:, : BLOCK + min(REACH, window - 1)]
+    sums = F.pad(seen.cumsum(1), (0, 0, 1, 0))
+    place = torch.arange(BLOCK, device=raw.device)
+    first, end = (place - REACH).clamp_min(0), (place + REACH + 1).clamp_max(seen.shape[1])
+    return (sums[:, end] - sums[:, first]) / (end - first).view(-1, 1)
 
 
 def ranks(candidates: Part) -> Tensor:
@@ -237,6 +250,7 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
             leaving = {name: x[:, (block - 1) * BLOCK : block * BLOCK] for name, x in seq.items()}
             number = sinks + 1 + (merged + block - 1) * BLOCK
             leaving["number"] = _numbers(number, leaving["received"])
+            leaving["novelty"] = smoothed(seq["novelty"][:, (block - 1) * BLOCK :], window)
             goes = None if total is None else total > window - 1 + block * BLOCK
             kept, lost = merge(landmarks, leaving)
             landmarks = _where(goes, kept, landmarks)
@@ -259,6 +273,8 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
             values.append(seq["v"][:, local])
             seen.append((torch.arange(local.start, local.stop, device=device) <= query)[None, None])
             y, log, received = _attend(mixer, q[:, at - first : end - first], keys, values, seen)
+            distant = query - torch.arange(local.start, local.stop, device=device) >= window // 2
+            received = received * distant
             if total is not None:
                 real = query[:, 0] < total[:, None]
                 if not isinstance(offset, int):
@@ -455,7 +471,6 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
     fresh, sums = novelty(new.k, parts["keys"]["sum"])
     arriving = _arriving(mixer, new, fresh)
     keys, values, seen = [], [], list[Tensor | None]()
-    real: Tensor | None = None
     if count is not None:
         merged = merges(mixer, count + 1)
         assert isinstance(merged, int)  # noqa: S101 - for the type checker
@@ -477,6 +492,7 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
         written: Tensor | int = merged * BLOCK - config.landmarks
         parts["keys"]["sum"].copy_(sums[:, 0])
         local = max(local, 0)
+        distant: Tensor | None = None
     else:
         counts = memory.counts
         real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
@@ -489,6 +505,7 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
         spot = counts - sinks - torch.where(real, merged, before) * BLOCK
         local = room(mixer.window)
         slot = torch.arange(local, device=counts.device)
+        distant = ((spot[:, None] - slot >= mixer.window // 2) & real[:, None]).unsqueeze(-1)
         here = ((slot == spot[:, None]) & real[:, None]).unsqueeze(-1)
         for name, held in window.items():
             held.copy_(
@@ -510,7 +527,11 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
     values.append(window["v"][:, :local])
     y, log, received = _attend(mixer, new.q_rotated, keys, values, seen)
     received = received[:, :, 0].transpose(1, 2)
-    window["received"][:, :local] += received if real is None else received * real[:, None, None]
+    if distant is None:
+        distance = max(local - mixer.window // 2, 0)
+        window["received"][:, :distance] += received[:, :distance]
+    else:
+        window["received"][:, :local] += received * distant
     if not recurs:
         silent = "window" in mixer.branches_off
         return torch.zeros_like(y) if silent else y
@@ -528,6 +549,7 @@ def _merge_held(mixer: Mixer, memory: LayerMemory, first: Tensor | int, goes: Te
     rest of the window to its place; `first` is the number of the block's first token."""
     window, landmarks = memory.parts["window"], memory.parts["landmarks"]
     block = {name: tensor[:, :BLOCK] for name, tensor in window.items()}
+    block["novelty"] = smoothed(window["novelty"], mixer.window)
     kept, lost = merge(landmarks, block | {"number": _numbers(first, block["received"])})
     for name, tensor in _where(goes, kept, landmarks).items():
         landmarks[name].copy_(tensor)
