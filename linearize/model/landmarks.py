@@ -97,8 +97,8 @@ def merges(mixer: Mixer, tokens: Tensor | int) -> Tensor | int:
 
 
 def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Of tokens with keys `k` `[R, L, K, D]`, after the sum `before` `[R, K, D]` of earlier keys of length 1: how unlike
-    the keys so far each is, `[R, L, K]`, and the sums after each, `[R, L, K, D]`."""
+    """Of tokens with keys `k` `[R, L, K, D]`, after earlier ones whose keys of length 1 sum up to `before` `[R, K, D]`:
+    how unlike the keys so far each is, `[R, L, K]`, and the sums after each, `[R, L, K, D]`."""
     sums = before[:, None] + F.normalize(k.detach().float(), dim=-1).cumsum(1)
     return -F.cosine_similarity(k.detach().float(), sums, dim=-1), sums
 

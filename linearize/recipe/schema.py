@@ -129,7 +129,16 @@ class MixerSpec(Section):
     gate: GateSpec = GateSpec()
     landmarks: int = Field(default=0, ge=0)
     """Tokens per key/value head that stay under softmax attention when they leave the window, chosen online."""
+    landmark_layers: dict[int, int] = {}
+    """Layer -> its own number of landmarks, where some layers have more to find again than others."""
     keep: KeepSpec = KeepSpec()
+
+    @field_validator("landmark_layers")
+    @classmethod
+    def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
+        if any(number < 0 for pair in value.items() for number in pair):
+            raise _refusal("expected layers counted from 0, each with a number of landmarks")
+        return value
 
     @field_validator("normalize")
     @classmethod

@@ -87,7 +87,7 @@ def test_a_static_cache_is_the_dynamic_one(teacher, ids, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["default", "liger", "softmax head", "softmax layer"])
+@pytest.mark.parametrize("kind", ["default", "liger", "landmarks", "softmax head", "softmax layer"])
 def test_decoding_compiles_to_one_graph(teacher, ids, kind):
     from torch._dynamo.utils import counters
 
