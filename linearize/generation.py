@@ -11,7 +11,7 @@ from transformers import DynamicCache, TextStreamer
 
 from linearize.errors import DataError
 from linearize.model import LinearizedForCausalLM, cache_nbytes
-from linearize.state import PREFILL_CHUNK, State
+from linearize.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,20 +100,18 @@ def continue_text(
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     torch.manual_seed(seed)
     with torch.inference_mode():
-        if state is None and max_new_tokens:
-            cache = DynamicCache(config=model.config.get_text_config())
-            if converted and ids.shape[1] > PREFILL_CHUNK:
-                options["prefill_chunk_size"] = PREFILL_CHUNK
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-            new = output[:, ids.shape[1] :]
-            after = State(cache, output[:, -1:]) if converted else None
-        else:
+        if converted or state is not None or not max_new_tokens:
             after, new = State.read(model, ids, state=state), ids[:, :0]
             if max_new_tokens:
                 output = after.generate(model, return_dict_in_generate=True, **options)
                 new = output.sequences
                 after = State(output.past_key_values, new[:, -1:])
             cache = after.cache
+        else:
+            after, cache = None, DynamicCache(config=model.config.get_text_config())
+            mask = torch.ones_like(ids)
+            output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+            new = output[:, ids.shape[1] :]
     times, written = streamer.times, new.shape[1]  # the prompt's first, then one for each new token
     return Continuation(
         text=tokenizer.decode(new[0], skip_special_tokens=True),

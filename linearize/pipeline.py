@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.convert import convert, convert_model, window_baseline, window_sections
+from linearize.calibration.start import Start, convert, prepares
+from linearize.conversion.convert import convert_model, window_baseline, window_sections
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
@@ -84,11 +85,22 @@ def run_recipe(
             say(f"converting {source.name}")
             (folder / "converted").mkdir()
             teacher, tokenizer = load_model(source, dtype=recipe.dtype), load_tokenizer(source)
-            converted = convert(
-                source, recipe, folder / "converted", teacher=copy.deepcopy(teacher), tokenizer=tokenizer
+            start = convert(
+                source,
+                recipe,
+                folder / "converted",
+                say=say,
+                teacher=copy.deepcopy(teacher),
+                tokenizer=tokenizer,
             )
-            mixers, base = converted.config.mixers or [], converted.config.text_config
-            del converted
+            mixers, base = start.model.config.mixers or [], start.model.config.text_config
+            if not prepares(recipe):
+                # Swapping again costs less than to keep or to read a second model.
+                loads = _Again(lambda: convert_model(copy.deepcopy(teacher), recipe.mixer), start)
+            else:
+                written = find_source(str(folder / "converted"))
+                loads = _Again(lambda: load_model(written), start)
+            del start
         with _timed(seconds, "finetune"):
             trained = finetune(
                 recipe,
@@ -98,17 +110,18 @@ def run_recipe(
                 trust_remote_code=trust_remote_code,
                 pretrained=teacher,
                 tokenizer=tokenizer,
+                begin=loads.start,
             )
             if recipe.stages:
                 (folder / "finetuned").mkdir()
-                write_result(folder / "finetuned", trained, recipe, work, "finetuned")
+                write_result(folder / "finetuned", trained, work, "finetuned")
         with _timed(seconds, "evaluate"):
             systems: dict[str, Loader] = {}
             if "teacher" in recipe.evaluate.baselines:
                 systems["teacher"] = lambda: teacher
             if "window" in recipe.evaluate.baselines:
                 systems["window"] = lambda: window_baseline(copy.deepcopy(teacher), mixers)
-            systems["converted"] = lambda: convert_model(copy.deepcopy(teacher), recipe.mixer)
+            systems["converted"] = loads.load
             if recipe.stages:
                 systems["finetuned"] = lambda: trained.model
             rows = trained.data.held_out if trained.data is not None and len(trained.data.held_out) else None
@@ -139,6 +152,16 @@ def run_recipe(
         )
         write_report(results, folder)
     return RunResult(scores, table, figures, trained)
+
+
+class _Again:
+    """What the conversion came to, without its model; `load` makes that again."""
+
+    def __init__(self, load: Callable[[], Any], start: Start) -> None:
+        self.load, self.of = load, replace(start, model=None)  # type: ignore[arg-type]
+
+    def start(self) -> Start:
+        return replace(self.of, model=self.load())
 
 
 _ABOUT = {

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize import State, statefile
@@ -384,3 +385,28 @@ def test_the_next_turn_of_a_chat(model, ids, tiny_folder):
     assert _turn(tokenizer, "Why?", state) == "\n" + turn
     tokenizer.chat_template = "{{ messages | length }}" + CHATML  # what it wrote before changes with every turn
     assert _turn(tokenizer, "Why?", state) == "1" + start + turn
+
+
+def test_reading_takes_the_same_memory_for_a_text_of_any_length(model, monkeypatch):
+    """No tensor that grows with the text is made, and under a mask none but a few integers a token."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(x, Tensor) and (x.is_floating_point() or not masked):
+                    self.numbers = max(self.numbers, x.numel())
+            return result
+
+    monkeypatch.setattr("linearize.state.prefill_chunk", lambda device, rows: 64)
+    seen = []
+    for masked in (False, True):
+        for tokens in (600, 2400):
+            text = torch.full((1, tokens), 7)
+            mask = (torch.arange(tokens) >= 9)[None] if masked else None
+            with Largest() as largest:
+                State.read(model, text, mask)
+            seen.append(largest.numbers)
+    assert seen[0] == seen[1] and seen[2] == seen[3]

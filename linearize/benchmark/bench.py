@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linearize.benchmark.memory import free_bytes
+from linearize.benchmark.memory import bandwidth, free_bytes
 from linearize.benchmark.running import ahead_from, decode, prefill
 from linearize.benchmark.shapes import fewer_layers, named_config
 from linearize.benchmark.subjects import Subject, converted_from, cut, random_teacher, sharing, teacher_beside
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 DECODE_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 # Reading a long text takes as long as it takes; these are the longest read unless the user says otherwise.
 PREFILL_UP_TO = {"cpu": 4096, "cuda": 65_536}
-STEPS = {"cpu": 8, "cuda": 32}
+GRAPHED = ("cuda",)  # where the teacher decodes as a CUDA graph as well
+STEPS = {"cpu": 8, "cuda": 128}
 
 
 @dataclass(frozen=True)
@@ -83,25 +84,33 @@ def bench(
     device = default_device()
     teacher, model, setting = _models(reference, spec, config, layers, dtype, device, trust_remote_code)
     subjects = [Subject.of("teacher", teacher)] if plan.teacher else []
+    if plan.teacher and device in GRAPHED:
+        subjects.append(Subject.of("teacher-graph", teacher, graph=True))
     subjects.append(Subject.of("model", model))
     if plan.int8:
         subjects.append(Subject.of("int8", to_int8(sharing(model))))
     limit = PREFILL_UP_TO[device] if plan.prefill_up_to is None else plan.prefill_up_to
     steps = plan.steps or STEPS[device]
     rows: list[dict[str, Any]] = []
-    with torch.inference_mode():
+    roof = bandwidth(torch.device(device))
+    with torch.no_grad():
         for batch in plan.batches:
             for tokens in plan.lengths:
                 rows += decode(subjects, batch, tokens, steps=steps, repeats=plan.repeats, say=say)
             for tokens in plan.lengths:
                 if tokens <= limit:
                     rows += prefill(subjects, batch, tokens, repeats=plan.repeats, say=say)
+    for row in rows:
+        if row["kind"] == "decode" and "skipped" not in row:
+            row["roof_share"] = row["tokens_per_second"] / row["batch"] * row["step_bytes"] / roof
     return {
         **setting,
         "mixers": model.config.mixers,
         "attention": "sdpa",
+        "backend": device,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "copy_bytes_per_second": roof,
         "versions": versions(),
         "repeats": plan.repeats,
         "prefill_up_to": limit,

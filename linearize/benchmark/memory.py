@@ -1,13 +1,17 @@
-"""How much memory is free, and how much a piece of work takes at its peak."""
+"""How much memory is free, how fast it is, and how much a piece of work takes at its peak."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import torch
 
+# Far more than a cache of the processor holds.
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}
+_COPIES = 8
 _STATUS = Path("/proc/self/status")
 
 
@@ -28,6 +32,24 @@ def free_bytes(device: torch.device) -> int:
 def resident_bytes() -> int:
     """What the process has resident now, or 0 where that cannot be told (it is read from Linux's /proc)."""
     return _resident("VmRSS")
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes: what no step can beat that has to read its weights."""
+    source = torch.zeros(_COPIED[device.type], dtype=torch.uint8, device=device)
+    target, taken = torch.empty_like(source), []
+    for _ in range(_COPIES):
+        _settle(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        _settle(device)
+        taken.append(time.perf_counter() - began)
+    return 2 * source.numel() / min(taken)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class PeakMemory:

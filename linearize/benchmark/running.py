@@ -11,14 +11,18 @@ import torch
 from transformers import DynamicCache
 
 from linearize.benchmark.memory import PeakMemory, free_bytes
+from linearize.benchmark.subjects import full_cache
+from linearize.decoding import CudaGraphs, Engine
 from linearize.evaluation.formatting import readable_bytes
-from linearize.state import PREFILL_CHUNK
+from linearize.sampling import Sampling
+from linearize.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from linearize.benchmark.subjects import Subject
 
+TEACHERS = ("teacher", "teacher-graph")
 # Share of the free memory that a cache may take.
 _SAFE = 0.9
 # A run of decoding steps takes no longer than this, but for two steps.
@@ -43,8 +47,9 @@ def decode(
             rows[subject.name] = {**row, "skipped": reason}
             continue
         cache = subject.filled_cache(batch, tokens)
-        decoding = _Decoding(subject, cache, batch, steps)
-        row |= {"cache_bytes": subject.cache_bytes(cache)}
+        kind = _Engine if subject.converted else _Graph if subject.graph else _Decoding
+        decoding = kind(subject, cache, batch, steps)
+        row |= {"cache_bytes": subject.cache_bytes(cache), "step_bytes": subject.step_bytes(cache, batch)}
         with PeakMemory(subject.model.device) as peak:
             decoding.warm_up()
         row |= {"peak_bytes": _peak(subject, peak, row["cache_bytes"]), "steps": decoding.steps}
@@ -57,11 +62,13 @@ def decode(
 def prefill(
     subjects: Sequence[Subject], batch: int, tokens: int, *, repeats: int, say: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """A row for each subject: tokens per second of reading `tokens`, and how long the first new token takes. The
-    teacher reads in one go, a converted model in pieces, as `generate` has them do."""
+    """A row for each subject: tokens per second of reading `tokens` and writing a first one. The teacher reads in one
+    go, a converted model in pieces, as `generate` has them do."""
     runs: dict[str, _Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for subject in subjects:
+        if subject.graph:
+            continue  # it reads as the teacher does
         row: dict[str, Any] = {"kind": "prefill", "system": subject.name, "batch": batch, "tokens": tokens}
         if (reason := _refusal(subject, batch, tokens)) is not None:
             rows[subject.name] = {**row, "skipped": reason}
@@ -80,8 +87,9 @@ def prefill(
 
 
 def ahead_from(rows: Sequence[dict[str, Any]], kind: str, batch: int, system: str = "model") -> int | None:
-    """The shortest length measured from which on the model is faster than its teacher, at that length and at all longer
-    ones; where the teacher did not fit, the model is ahead. None if it is not, or there is nothing to compare."""
+    """The shortest length measured from which on the model is faster than its teacher, either way that it runs, at that
+    length and at all longer ones; where the teacher did not fit, the model is ahead. None if it is not, or there is
+    nothing to compare."""
     speeds: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["kind"] == kind and row["batch"] == batch:
@@ -89,7 +97,8 @@ def ahead_from(rows: Sequence[dict[str, Any]], kind: str, batch: int, system: st
     found = None
     for tokens in sorted(speeds, reverse=True):
         here = speeds[tokens]
-        if system not in here or "teacher" not in here or here[system] <= here["teacher"]:
+        teachers = [speed for name, speed in here.items() if name in TEACHERS]
+        if system not in here or not teachers or here[system] <= max(teachers):
             break
         found = tokens
     return found
@@ -119,18 +128,51 @@ class _Decoding(_Run):
         self.steps = max(2, min(self.steps, int(_LONGEST_RUN / (time.perf_counter() - began))))
 
     def __call__(self) -> int:
-        return self._run(self.steps)
+        self._run(self.steps)
+        return self.steps
 
-    def _run(self, steps: int) -> int:
+    @torch.inference_mode()
+    def _run(self, steps: int) -> None:
         token = self.first
         for _ in range(steps):
             logits = self.subject.model(token, past_key_values=self.cache, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
-        if not self.subject.converted:
-            for layer in self.cache.layers:
-                if not layer.is_sliding:
-                    layer.crop(-steps)
-        return steps
+        for layer in self.cache.layers:
+            if not layer.is_sliding:
+                layer.crop(-steps)
+
+
+class _Engine(_Decoding):
+    """The same with the decoding engine, for a converted model, which need not forget: its memory does not grow."""
+
+    def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
+        super().__init__(subject, cache, batch, steps)
+        self.state, self.engine = State(cache, self.first), Engine(subject.model)
+        self.engine.forget()  # so that each length is measured with buffers of its own
+
+    def _run(self, steps: int) -> None:
+        self.engine.generate(Sampling(steps), state=self.state, owned=True)
+
+
+class _Graph(_Decoding):
+    """A teacher's step as a CUDA graph, at its best: see `full_cache`."""
+
+    def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
+        super().__init__(subject, full_cache(cache), batch, steps)
+        self.token = self.first.clone()
+        self.step: Callable[[], None] | None = None
+
+    def _work(self) -> None:
+        logits = self.subject.model(self.token, past_key_values=self.cache, use_cache=True).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+
+    @torch.inference_mode()
+    def _run(self, steps: int) -> None:
+        if self.step is None:
+            device = self.token.device
+            self.step = CudaGraphs(device)(self._work) if device.type == "cuda" else self._work
+        for _ in range(steps):
+            self.step()
 
 
 class _Reading(_Run):
@@ -144,11 +186,15 @@ class _Reading(_Run):
         self.cache_bytes = 0
 
     def __call__(self) -> int:
-        cache = DynamicCache(config=self.subject.base)
-        piece = PREFILL_CHUNK if self.subject.converted else self.text.shape[1]
-        for ids in self.text.split(piece, 1):
-            logits = self.subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        logits[:, -1:].argmax(-1)
+        model = self.subject.model
+        if self.subject.converted:
+            written = Engine(model).generate(Sampling(1), self.text, keep=True)
+            assert written.state is not None  # noqa: S101 - for the type checker
+            cache = written.state.cache
+        else:
+            cache = DynamicCache(config=self.subject.base)
+            with torch.inference_mode():
+                model(self.text, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
         self.cache_bytes = self.subject.cache_bytes(cache)
         return self.text.shape[1]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from linearize.conversion.convert import convert_model
 from linearize.model import LinearizedForCausalLM, cache_nbytes
@@ -28,18 +29,20 @@ class Subject:
     """One of the models that take turns.
 
     Attributes:
-        name: `teacher`, `model` or `int8`.
+        name: `teacher`, `teacher-graph`, `model` or `int8`.
         weights_bytes: of its parameters and buffers; what several models share counts for each.
+        graph: whether a teacher's step is one CUDA graph, see `full_cache`.
     """
 
     name: str
     model: Any
     converted: bool
     weights_bytes: int
+    graph: bool = False
 
     @classmethod
-    def of(cls, name: str, model: Any) -> Subject:
-        return cls(name, model, isinstance(model, LinearizedForCausalLM), _nbytes(model))
+    def of(cls, name: str, model: Any, *, graph: bool = False) -> Subject:
+        return cls(name, model, isinstance(model, LinearizedForCausalLM), _nbytes(model), graph)
 
     @property
     def base(self) -> Any:
@@ -65,6 +68,18 @@ class Subject:
         whole = batch * tokens * self.bytes_per_token()
         return whole + whole * (1 + 2 * group) // len(layers)
 
+    def step_bytes(self, cache: DynamicCache, batch: int) -> int:
+        """Bytes that a step has to move at the least: weights and cache are read, of embeddings that are not also the
+        output's only the rows of `batch` tokens, and a recurrence's state is written as well."""
+        words = self.model.get_input_embeddings().weight
+        tied = words is self.model.get_output_embeddings().weight
+        unread = 0 if tied else words.numel() * words.element_size() * max(len(words) - batch, 0) // len(words)
+        written = 0
+        if self.converted:
+            states = [layer.parts.get("state", {}) for layer in cache.layers]
+            written = sum(x.numel() * x.element_size() for state in states for x in state.values())
+        return self.weights_bytes - unread + self.cache_bytes(cache) + written
+
     def filled_cache(self, batch: int, tokens: int) -> DynamicCache:
         """A cache as it is after so many tokens, of random contents: a teacher's keys and values one by one, a
         converted model's parts of fixed size with the counts set."""
@@ -75,6 +90,28 @@ class Subject:
         if self.converted:
             return cache_nbytes(cache)
         return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+class FullLayer(DynamicLayer):
+    """Keys and values of a text of which each new token takes the last one's place: a step reads all of them, as it
+    would of a cache with room left, and nothing grows, moves or is masked."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
+        return self.keys, self.values
+
+
+def full_cache(cache: DynamicCache) -> DynamicCache:
+    """The same with such layers: what a teacher's step costs where no Python and no copy comes between."""
+    full = DynamicCache()
+    for layer in cache.layers:
+        held = layer
+        if type(layer) is DynamicLayer:
+            held = FullLayer()
+            held.lazy_initialization(layer.keys, layer.values)
+            held.keys, held.values = layer.keys, layer.values
+        full.layers.append(held)
+    return full
 
 
 def random_teacher(config: Any, dtype: torch.dtype, device: str) -> PreTrainedModel:

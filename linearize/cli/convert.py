@@ -42,11 +42,12 @@ def convert(
     """Convert a pretrained model by a recipe's mixer section.
 
     With the default recipe the result equals the pretrained model seen through its window and sinks; `linearize
-    finetune` wakes the recurrence.
+    finetune` wakes the recurrence, and so does the recipe's `calibrate` without any training (`--recipe calibrated`).
+    `mixer.keep.budget` chooses which layers keep softmax.
     """
     quiet_libraries()
+    from linearize.calibration.start import convert as convert_to
     from linearize.conversion.convert import check_convertible, converted_layers, growth_nbytes, state_nbytes
-    from linearize.conversion.convert import convert as convert_to
     from linearize.conversion.inspection import inspect_model
     from linearize.conversion.output import check_free, staged_folder
     from linearize.conversion.source import find_source, load_config
@@ -69,7 +70,8 @@ def convert(
     started = time.monotonic()
     with staged_folder(output, overwrite=overwrite) as folder:
         status(f"converting {source.name}")
-        converted = convert_to(source, settings, folder)
+        start = convert_to(source, settings, folder, say=status)
+    converted = start.model
     facts = {
         "output": str(output),
         "written": True,
@@ -78,6 +80,7 @@ def convert(
         "parameters": converted.num_parameters(),
         "state_bytes": state_nbytes(converted),
         "growth_bytes_per_token": growth_nbytes(converted),
+        **start.record,
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:

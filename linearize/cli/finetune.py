@@ -53,7 +53,7 @@ def finetune(
     with work_folder(target, settings, resume=resume) as work:
         result = train(settings, work, say=status, resume=resume, trust_remote_code=trust_remote_code)
         with staged_folder(target, overwrite=overwrite) as folder:
-            write_result(folder, result, settings, work, target.name)
+            write_result(folder, result, work, target.name)
     if as_json:
         print_json({"output": str(target), "stages": result.stages})
         return

@@ -20,7 +20,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -42,8 +42,13 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         RecipeError: `keep` or `landmark_layers` names what is not there, or nothing is left to convert.
     """
     count = len(layers)
+<<<<<<< HEAD
     for key, named in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("landmark_layers", {*spec.landmark_layers})):
         for index in sorted(named):
+=======
+    for key, named_layers in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("windows", {*spec.windows})):
+        for index in sorted(named_layers):
+>>>>>>> main
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
@@ -69,14 +74,23 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         gate_divisor=spec.gate.divisor,
         gate_learned=spec.gate.learned,
     )
+<<<<<<< HEAD
     kinds: dict[tuple[tuple[int, ...], int] | None, MixerConfig] = {}
+=======
+    kinds: dict[tuple[tuple[int, ...] | None, int], MixerConfig] = {}
+>>>>>>> main
     for index in range(count):
         heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
+        window = spec.window if heads is None else spec.windows.get(index, spec.window)
         if heads is None:
             kind, fresh = None, MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
         else:
+<<<<<<< HEAD
             kind = heads, spec.landmark_layers.get(index, spec.landmarks)
             fresh = replace(common, layers=[], softmax_heads=list(heads), landmarks=kind[1])
+=======
+            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads))
+>>>>>>> main
             try:
                 fitted = fresh.fitted(layers[index])
             except ValueError as error:
@@ -85,7 +99,11 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 Mixer.check(fitted, layers[index])
             except ValueError as error:
                 raise RecipeError(f"mixer: {error}") from error
+<<<<<<< HEAD
         kinds.setdefault(kind, fresh).layers.append(index)
+=======
+        kinds.setdefault((heads, window), fresh).layers.append(index)
+>>>>>>> main
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
         softmax or spec.keep.heads
@@ -111,9 +129,8 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
     """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
-    return LinearizedForCausalLM.from_teacher(
-        teacher, mixers_for(spec, family_of(teacher.config).layers(teacher.config))
-    )
+    base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, family_of(base).layers(base)))
 
 
 def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -172,6 +189,7 @@ def write_checkpoint(
     base: dict[str, Any],
     stages: Sequence[dict[str, Any]] = (),
     name: str | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes everything a converted checkpoint consists of.
 
@@ -180,6 +198,7 @@ def write_checkpoint(
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
+        start: what was kept and calibrated before any training, in lines by heading.
     """
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
@@ -193,6 +212,7 @@ def write_checkpoint(
         "format": 1,
         "base": base,
         "seed": recipe.seed,
+        **({"start": dict(start)} if start else {}),
         "stages": list(stages),
         "versions": versions(),
     }

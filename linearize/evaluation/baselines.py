@@ -65,10 +65,11 @@ def memory_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list
 
 def equal_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[dict[str, Any]]:
     """Sections like `mixers` for `window_baseline`, in which every layer that was converted has the widest window that
-    its memory has room for: with window and sinks of equal bytes as its window, sinks and state have together, rounded
-    down to whole tokens."""
+    there is room for: windows and sinks have as many bytes as windows, sinks and states of all these layers together,
+    rounded down to whole tokens. One window for all, however theirs differ: sharing it out is part of a conversion."""
     sections = [MixerConfig(**mixer) if isinstance(mixer, dict) else mixer for mixer in mixers]
     widest: list[dict[str, Any]] = []
+    room, per_token, converted = 0, 0, list[int]()
     for index, attention in enumerate(weightless_layers(LinearizedConfig(text_config=config, mixers=list(sections)))):
         section, layer = next((one for one in sections if index in one.layers), None), attention.layer
         if section is None:
@@ -76,7 +77,10 @@ def equal_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[
         if section.converts(layer):
             held, _ = attention.memory_nbytes(dtype)
             token = len(attention.mixed_heads) * (layer.key_width + layer.value_width) * dtype.itemsize
-            sinks = max(section.sinks, BASELINE_SINKS)
-            section = replace(section, window=max(1, (held - 8) // token - sinks))
+            room += held - 8 - max(section.sinks, BASELINE_SINKS) * token
+            per_token += token
+            converted.append(len(widest))
         widest.append(asdict(replace(section, layers=[index])))
+    for place in converted:
+        widest[place]["window"] = max(1, room // per_token)
     return widest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,10 +79,12 @@ class HeatMap:
     cells: Mapping[tuple[float, float], tuple[float, int]]
 
 
-def line_plot(title: str, x: Axis, y: Axis, series: Sequence[Series], x_ticks: Sequence[float]) -> str:
+def line_plot(
+    title: str, x: Axis, y: Axis, series: Sequence[Series], x_ticks: Sequence[float], width: int = WIDTH
+) -> str:
     """Lines with markers and a band of one standard error on either side; the legend stands above them."""
-    legend, top = _legend(series, 44)
-    left, right, height = 66, WIDTH - 22, 250
+    legend, top = _legend(series, 44, width)
+    left, right, height = 66, width - 22, 250
     top += 42
     bottom = top + height
     x_low, x_high = x.limits or _range([p[0] for s in series for p in s.points])
@@ -105,7 +108,7 @@ def line_plot(title: str, x: Axis, y: Axis, series: Sequence[Series], x_ticks: S
     # Dashes last: of two lines that are one, both can be seen.
     for one in sorted(series, key=lambda one: bool(_DASHES[one.look % len(_DASHES)])):
         parts += _line(one, at_x, at_y)
-    return _svg(parts, bottom + 54, title)
+    return _svg(parts, bottom + 54, title, width)
 
 
 _LEAST_MAP_WIDTH = 170
@@ -152,6 +155,18 @@ def heat_maps(
     return _svg(parts, 40 + lines * (tall + 14), title, max(WIDTH, block))
 
 
+def beside(title: str, panels: Sequence[str], width: int, words: str) -> str:
+    """Plots of one width beside each other, with a title above and words below them."""
+    gap, above = 34, 34
+    heights = [float(found[1]) for panel in panels if (found := re.search(r'height="(\d+)"', panel))]
+    parts = [_text(0, 16, title, "title")]
+    for index, panel in enumerate(panels):
+        parts.append(panel.replace("<svg ", f'<svg x="{index * (width + gap)}" y="{above}" ', 1))
+    under = above + max(heights)
+    whole = len(panels) * (width + gap) - gap
+    return _svg([*parts, _text(0, under + 10, words, "soft")], under + 20, title, whole)
+
+
 def standing_alone(svg: str) -> str:
     """A plot with its own style sheet and background, as a file of its own."""
     start = svg.index(">") + 1
@@ -185,13 +200,13 @@ def _line(one: Series, at_x: Callable[[float], float], at_y: Callable[[float], f
     return [*parts, "</g>"]
 
 
-def _legend(series: Sequence[Series], y: float) -> tuple[list[str], float]:
+def _legend(series: Sequence[Series], y: float, most: float) -> tuple[list[str], float]:
     parts, x = [], 0.0
     for one in series:
         look = one.look % len(_MARKERS)
         name = shorten(one.name, 300)
         width = 40 + 7.2 * len(name) + 14
-        if x and x + width > WIDTH:
+        if x and x + width > most:
             x, y = 0.0, y + 20
         parts.append(f'<path class="line s{look}" d="M{x:.1f} {y - 4}h32"/>')
         parts.append(_marker(x + 16, y - 4, look))

@@ -18,7 +18,7 @@ tags: [linearize, gated-linear-attention, recurrent]
 | | |
 |---|---|
 {mixers}
-{training}
+{start}{training}
 ## How to load it
 
 ```python
@@ -32,6 +32,11 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 `linearize.json` says how this checkpoint was made and holds the SHA-256 of each file. What the conversion cost in
 quality is not written here; measure it: `linearize eval {name} --baseline teacher,window`.
 """
+
+_HEADINGS = {
+    "selection": "What keeps softmax or sees farther, and why",
+    "calibration": "Calibration, before any training (`calibration.md` has each layer)",
+}
 
 
 def model_card(
@@ -49,6 +54,10 @@ def model_card(
     base = provenance["base"]
     rows = [f"| layers {ranges(m['layers'])} | {_words(m)} |" for m in mixers]
     stages = provenance.get("stages", [])
+    start = "".join(
+        f"\n{_HEADINGS[name]}:\n\n" + "".join(f"- {line}\n" for line in lines)
+        for name, lines in provenance.get("start", {}).items()
+    )
     training = "\n".join(
         f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages
     )
@@ -63,6 +72,7 @@ def model_card(
             else f"Its memory does not grow with the context: {state_bytes:,} bytes per sequence, whatever its length."
         ),
         mixers="\n".join(rows),
+        start=start,
         training=f"\n{training}\n" if training else "",
     )
 

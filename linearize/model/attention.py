@@ -95,8 +95,8 @@ class LinearizedAttention(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """`hidden_states` `[B, T, width]`; `attention_mask` is what `LinearizedForCausalLM` makes: `[B, 1, 1, T]`
-        document numbers with 0 at pads, or `[1, 1, 1, 0]` where there is nothing to say. Some families call the
-        cache `layer_past`."""
+        document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. Some
+        families call the cache `layer_past`."""
         projected = self._project(hidden_states, position_embeddings)
         cache = past_key_values if past_key_values is not None else layer_past
         memory = None
@@ -108,7 +108,7 @@ class LinearizedAttention(nn.Module):
             heads = self._mix(projected, None, memory)
         elif attention_mask.shape[-1] == 1:
             # One token a row is in place already, and nothing here waits for the device to say which are real.
-            lengths = (attention_mask[:, 0, 0, 0] > 0).long()
+            lengths = attention_mask[:, 0, 0, 0]
             heads = self._mix(projected, lengths, memory)
         else:
             layout = layout_of(attention_mask)

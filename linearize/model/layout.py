@@ -65,11 +65,12 @@ def segments_of(
             only where no mask is given and no cache is continued, as transformers itself does.
     """
     if attention_mask is not None:
-        if attention_mask.dim() == 4:  # made by `create_masks_for_generate`
+        ours = attention_mask.dim() == 4  # made for recorded or compiled steps, which have nobody to ask
+        if ours:
             attention_mask = attention_mask[:, 0, 0]
         real = attention_mask[:, -tokens:] != 0
         # Waiting for the device to tell is worth it before a prompt, and not before every token.
-        asks = tokens > 1 or real.device.type == "cpu"
+        asks = tokens > 1 or (real.device.type == "cpu" and not ours)
         if real.numel() == 0 or (asks and not torch.compiler.is_compiling() and bool(real.all())):
             return None
         return real.long()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 Part = dict[str, Tensor]
 
@@ -28,6 +28,8 @@ class LayerMemory(CacheLayerMixin):
             one part that has to grow.
         capacity: how many tokens `past` has room for from the start; None where it grows.
         counts: `[B]` real tokens that each row has seen.
+        counts_on_host: False while work is recorded that will be repeated, so that nothing depends on a number of now;
+            after repeating it, `recount` reads them.
         seen: tokens the layer was called with, pads included; what transformers calls the sequence length.
     """
 
@@ -47,6 +49,7 @@ class LayerMemory(CacheLayerMixin):
         super().__init__()
         self.parts, self.past, self.capacity = parts, past or {}, capacity
         self.ragged = False  # whether rows may have seen different numbers of tokens
+        self.counts_on_host = True
         self.counts = torch.zeros(batch, dtype=torch.long, device=device)
         # A number that compiled code would be built for again, so there it is a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
@@ -59,8 +62,9 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def uniform(self) -> int | None:
-        """How many tokens every row has seen, where that is a plain number: not with pads, and not in compiled code."""
-        return self._seen if isinstance(self._seen, int) and not self.ragged else None
+        """How many tokens every row has seen, where that is a plain number: not with pads, and not in compiled or
+        recorded code."""
+        return self._seen if isinstance(self._seen, int) and self.counts_on_host and not self.ragged else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, `part.tensor`; the row counts come last."""
@@ -88,7 +92,8 @@ class LayerMemory(CacheLayerMixin):
     def advance(self, tokens: int, lengths: Tensor | None) -> None:
         """Counts `tokens` columns as seen, of which row b had `lengths[b]` real ones (all, if None)."""
         self.counts.add_(tokens if lengths is None else lengths)
-        self._seen += tokens
+        if self.counts_on_host:
+            self._seen += tokens
         self.ragged = self.ragged or lengths is not None
 
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
@@ -134,9 +139,14 @@ class LayerMemory(CacheLayerMixin):
         parts = {part: {name: tensors[f"{part}.{name}"] for name in held} for part, held in self.parts.items()}
         past, counts = {name: tensors[f"softmax.{name}"] for name in self.past}, tensors["counts"]
         memory = LayerMemory(parts, counts.shape[0], counts.device, past=past)
-        memory.counts, memory.seen = counts, int(counts.max())
-        memory.ragged = bool((counts < memory.seen).any())
+        memory.counts = counts
+        recount([memory])
         return memory
+
+    def take(self, other: LayerMemory) -> None:
+        """Remembers what `other` does, in tensors of its own that stay where they are; to be recounted."""
+        for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
     def clone(self) -> LayerMemory:
         """A copy that shares nothing with this one and keeps no room in `past` beyond the longest row."""
@@ -217,6 +227,13 @@ def memory_of(cache: Cache, layer: int, make: Callable[[int | None], LayerMemory
         for _, tensor in [*made.tensors(), ("seen", made._seen)]:
             torch._dynamo.mark_static_address(tensor)
     return made
+
+
+def recount(layers: Sequence[LayerMemory]) -> None:
+    """Reads from their counts how many tokens the layers of one model have seen, pads not counted."""
+    most, least = (int(x) for x in layers[0].counts.aminmax()[::-1])
+    for layer in layers:
+        layer.seen, layer.ragged = most, least < most
 
 
 def cache_nbytes(cache: Cache) -> int:

@@ -102,10 +102,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_teacher(cls, teacher: PreTrainedModel, mixers: Sequence[MixerConfig]) -> LinearizedForCausalLM:
         """Converts `teacher` where it stands: no weight is copied, and the teacher must not be used afterwards.
 
+        A teacher that is a converted model is converted anew, as if it were still the pretrained one.
+
         Raises:
             ValueError: the architecture is not supported, or a mixer section names a layer that is not there.
         """
-        base = teacher.config
+        base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
         family = family_of(base)
         layers = family.layers(base)
         for mixer in mixers:

@@ -91,9 +91,10 @@ def read(model: LinearizedForCausalLM, rows: Rows, needles: Sequence[Needle]) ->
 
 
 def damage(base: Reading, other: Reading) -> Damage:
-    """How much worse `other` is than `base`."""
+    """How much worse `other` is than `base`; without needles recall falls by nothing."""
     rise, fall = (other.loss - base.loss).tolist(), (base.recall - other.recall).tolist()
-    return Damage(Estimate(*mean_and_error(rise)), Estimate(*mean_and_error(fall)))
+    recall = Estimate(*mean_and_error(fall)) if fall else Estimate(0.0, None)
+    return Damage(Estimate(*mean_and_error(rise)), recall)
 
 
 def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec) -> list[int]:

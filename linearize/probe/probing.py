@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from linearize.families import AttentionLayer, Projections
     from linearize.recipe import Recipe
@@ -58,6 +59,7 @@ class ProbeOptions:
         tokens: of text, at least two rows of it; as many again are read in texts with needles.
         length: tokens of a row, and of a text with a needle.
         damage: what is windowed in turn: `layers`, `heads` (key/value heads), or `none`.
+        by: the damage that counts: `recall` is that of loss and recall together, `loss` that of loss alone.
         budget: of the kept caches; None is a tenth of the teacher's cache, or one part if that is more.
         context: tokens of a sequence at which the budget holds; None is the length that the model was trained on.
         seed: of the text, and of the needles.
@@ -67,6 +69,7 @@ class ProbeOptions:
     tokens: int = 4096
     length: int = 512
     damage: Kind = "layers"
+    by: Literal["recall", "loss"] = "recall"
     budget: Budget | None = None
     context: int | None = None
     seed: int = 0
@@ -103,7 +106,8 @@ class Probe:
         teacher: loss and recall of the pretrained model.
         parts: damage of each part that was windowed alone.
         windowed: damage of windowing all of them; None where no damage was measured.
-        recall_counts: whether the needles tell anything: the model finds them, and windowed as a whole it does not.
+        recall_counts: whether the needles count: they are wanted, the model finds them, and windowed as a whole it does
+            not.
         sizes: bytes of each part's cache at `kept.context` tokens.
     """
 
@@ -141,6 +145,8 @@ def run_probe(
     progress: Callable[[str, str, int, int], None] = lambda system, task, done, total: None,
     say: Callable[[str], None] = lambda line: None,
     command: str = "",
+    teacher: PreTrainedModel | None = None,
+    tokenizer: Any = None,
 ) -> Probe:
     """Probes a pretrained model.
 
@@ -148,13 +154,14 @@ def run_probe(
         recipe: its mixer's window and sinks are what the model is probed for, its dtype is the model's; `mixer.keep`
             is left out of account, since it is what a probe is to find.
         progress: see `runner.Progress`.
+        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
 
     Raises:
         ModelError: the model cannot be read or converted, or gives logits that are not finite.
         RecipeError: the window leaves nothing to convert, or the budget nothing to keep.
         DataError: the text cannot be read, or is too short for the window.
     """
-    config = load_config(source)
+    config = load_config(source) if teacher is None else teacher.config
     if config.model_type == "linearized":
         raise ModelError(f"{source.name}: is a converted model already; probe its base model")
     check_convertible(config, source)
@@ -165,7 +172,7 @@ def run_probe(
             f"rows of {options.length:,} tokens have nothing beyond a window of {spec.window:,} and {spec.sinks} "
             "sinks: raise --length"
         )
-    tokenizer, teacher = load_tokenizer(source), load_model(source, dtype=recipe.dtype)
+    tokenizer, teacher = tokenizer or load_tokenizer(source), teacher or load_model(source, dtype=recipe.dtype)
     limit = learned_positions(teacher)
     if limit is not None and options.length > limit:
         raise DataError(f"--length {options.length:,}: the model has learned {limit:,} positions; choose up to that")
@@ -234,7 +241,7 @@ def run_probe(
         costs.append(bench.damage(kept))
     found.windowed, found.parts = costs[0], dict(zip(parts, costs[1:], strict=True))
     lost = found.windowed.recall
-    found.recall_counts = lost.mean > SURE * (lost.stderr or 0.0)
+    found.recall_counts = options.by == "recall" and lost.mean > SURE * (lost.stderr or 0.0)
     totals = {part: one.total(found.recall_counts) for part, one in found.parts.items()}
     chosen = choose(totals, sizes, budget)
     progress("damage", f"by {options.damage}", passes - 1, passes)

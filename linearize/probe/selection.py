@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import RecipeError
 from linearize.evaluation.formatting import readable_bytes
+from linearize.recipe.schema import BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Budget:
         Raises:
             RecipeError: anything else.
         """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", text, re.IGNORECASE)
+        match = BUDGET.fullmatch(text)
         number, unit = (float(match[1]), (match[2] or "").lower()) if match else (0.0, "")
         if match and unit == "%" and 0 < number <= 100:
             return cls(share=number / 100)

@@ -67,6 +67,7 @@ class Tally:
         self._on_sinks = torch.zeros(layer.query_heads, dtype=torch.float64)
         self._entropy = torch.zeros(layer.query_heads, dtype=torch.float64)
         self._by_distance = torch.zeros(layer.query_heads, 0, dtype=torch.float64)
+        self._available = torch.zeros(0, dtype=torch.float64)
 
     def __call__(self, new: Projections, lengths: Tensor | None) -> None:
         rows, tokens = new.q.shape[:2]
@@ -99,6 +100,16 @@ class Tally:
         grown[:, : self._by_distance.shape[1]] = self._by_distance
         grown[:, :stop] += total(lagged)
         self._by_distance = grown
+        farthest = (counted * (query - self.sinks + 1)).flatten()  # distances below lead to no sink
+        reached = torch.bincount(farthest.clamp_min(0).cpu(), minlength=grown.shape[1] + 1).double()
+        available = reached.flip(0).cumsum(0).flip(0)[1 : grown.shape[1] + 1]
+        available[: self._available.shape[0]] += self._available
+        self._available = available
+
+    def beyond(self) -> tuple[Tensor, Tensor]:
+        """How the mass beyond window and sinks is spread: `[H, E]` by distance, counted from the first token that has
+        left the window, and `[E]` how many queries had a token there that is no sink."""
+        return self._by_distance[:, self.window :], self._available[self.window :]
 
     def heads(self, retrieval: Tensor) -> list[HeadStatistics]:
         """The statistics of each query head.

@@ -10,6 +10,7 @@ from linearize.recipe.reading import (
 )
 from linearize.recipe.schema import (
     SELF,
+    CalibrateSpec,
     DataSpec,
     EvaluateSpec,
     GateSpec,
@@ -23,6 +24,7 @@ from linearize.recipe.schema import (
 
 __all__ = [
     "SELF",
+    "CalibrateSpec",
     "DataSpec",
     "EvaluateSpec",
     "GateSpec",

@@ -7,6 +7,7 @@ A section is immutable once read; `load_recipe` is the only place where a recipe
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
@@ -39,6 +40,8 @@ SELF = "self"
 SELF_TOKENS = 200_000
 """Tokens that the teacher writes for `source: self` when the recipe names no budget."""
 
+BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", re.IGNORECASE)
+
 
 def _refusal(message: str) -> PydanticCustomError:
     # A plain ValueError would get pydantic's own prefix, and braces in a template would be filled in: pass it as data.
@@ -61,6 +64,15 @@ def _objective(value: Any) -> Any:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise _refusal(f"expected a weight > 0 for {name}, got {weight!r}")
     return {name: float(weight) for name, weight in value.items()}
+
+
+def _budget(value: Any) -> Any:
+    """A share such as `10%`, or bytes: a number, or `2MB`."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    match = BUDGET.fullmatch(text) if isinstance(text, str) else None
+    if value is not None and (match is None or float(match[1]) <= 0 or (match[2] == "%" and float(match[1]) > 100)):
+        raise _refusal(f"expected a share of the teacher's cache or bytes, such as 10% or 2MB, got {value!r}")
+    return text
 
 
 class Section(BaseModel):
@@ -94,6 +106,15 @@ class KeepSpec(Section):
     """N keeps every N-th layer whole: layers N - 1, 2N - 1 and so on, beside those that `layers` names."""
     heads: dict[int, list[int]] = {}
     """Layer -> key/value heads in it, each with the query heads that share it."""
+    budget: Annotated[str | None, PlainValidator(_budget)] = None
+    """Bytes of these caches, or a share of the teacher's: `convert` then chooses what to keep by the damage of taking
+    it away, and the recipe that is saved with the result names what was chosen."""
+    by: Literal["recall", "loss"] = "recall"
+    """The damage that counts: `recall` is loss of recall and loss on text together, `loss` that on text alone."""
+    unit: Literal["layers", "heads"] = "layers"
+    """What is chosen: whole layers, or key/value heads."""
+    context: int | None = Field(default=None, ge=1)
+    """Tokens of a sequence at which the budget holds; null means as many as the model was trained on."""
 
     @field_validator("layers", "heads")
     @classmethod
@@ -110,6 +131,11 @@ class MixerSpec(Section):
     recurrence: RecurrenceName = "gla"
     window: int = Field(default=64, ge=1)
     """Latest tokens under softmax attention."""
+    windows: dict[int, Annotated[int, Field(ge=1)]] = {}
+    """Layer -> its window, where that is not `window`."""
+    reach: int | None = Field(default=None, ge=1)
+    """`convert` shares the tokens of all windows out anew: layers that recall needs most see as far as this, the others
+    less, and all together as much as with equal windows. The recipe that is saved names them in `windows`."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the text that stay under softmax attention."""
     mix: Literal["fixed", "learned", "softmax"] = "learned"
@@ -133,11 +159,19 @@ class MixerSpec(Section):
     """Layer -> its own number of landmarks, where some layers have more to find again than others."""
     keep: KeepSpec = KeepSpec()
 
+<<<<<<< HEAD
     @field_validator("landmark_layers")
     @classmethod
     def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
         if any(number < 0 for pair in value.items() for number in pair):
             raise _refusal("expected layers counted from 0, each with a number of landmarks")
+=======
+    @field_validator("windows")
+    @classmethod
+    def _counts_from_0(cls, value: dict[int, int]) -> dict[int, int]:
+        if any(layer < 0 for layer in value):
+            raise _refusal(f"expected layers counted from 0, got {min(value)}")
+>>>>>>> main
         return value
 
     @field_validator("normalize")
@@ -171,6 +205,31 @@ class DataSpec(Section):
     @classmethod
     def _self_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
         return SELF_TOKENS if value is None and info.data.get("source") == SELF else value
+
+
+class CalibrateSpec(Section):
+    """What `convert` fits without training: each layer's own parameters, and its output projection, to what the
+    teacher's attention reads. No gradient goes through more than one layer."""
+
+    tokens: int = Field(default=65_536, ge=1)
+    """Of text to fit to; as many as `held_out` rows of `length` more decide what is kept."""
+    source: str = Field(default=SELF, min_length=1)
+    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    config: str | None = Field(default=None, min_length=1)
+    split: str = Field(default="train", min_length=1)
+    field: str | None = Field(default=None, min_length=1)
+    length: int = Field(default=1024, ge=2)
+    """Tokens of a row; only what lies beyond window and sinks teaches anything."""
+    held_out: int = Field(default=8, ge=2)
+    """Rows, and as many texts with needles, that decide what is kept."""
+    inputs: Literal["student", "teacher"] = "student"
+    """Whether a layer is fitted on what the converted layers below it hand up, or on the teacher's own inputs."""
+    steps: int = Field(default=100, ge=0)
+    """Gradient steps of each layer's own parameters, a row each; 0 leaves the closed forms."""
+    step_size: float = Field(default=0.03, gt=0)
+    """Of the first of them; it falls to 0 as a cosine does."""
+    ridge: bool = True
+    """Whether the output projection is fitted as well, by ridge regression."""
 
 
 class Stage(Section):
@@ -242,15 +301,10 @@ class Recipe(Section):
     teacher: str | None = Field(default=None, min_length=1)
     """Null means the model's own base."""
     mixer: MixerSpec = MixerSpec()
-    calibrate: None = None
+    calibrate: CalibrateSpec | None = None
+    """Null fits nothing: the layer starts as its window and sinks."""
     stages: list[Stage] = []
     lora: LoraSpec | None = LoraSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-    @field_validator("calibrate", mode="before")
-    @classmethod
-    def _no_calibration_yet(cls, value: Any) -> None:
-        if value is not None:
-            raise _refusal("calibration is not available in this version; remove the key")

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from linearize.conversion.convert import base_record, check_convertible, convert_model, write_checkpoint
+from linearize.calibration.start import make_start
+from linearize.conversion.convert import base_record, check_convertible, write_checkpoint
 from linearize.conversion.source import (
     Source,
     find_source,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from linearize.calibration.start import Start
     from linearize.model import LinearizedForCausalLM
 
 HELD_OUT = "held_out.safetensors"
@@ -58,14 +60,17 @@ class FinetuneResult:
         model: trained and merged.
         teacher: the pretrained model, if a stage needed it.
         data: of the last stage.
-        stages: a record of each stage, as in `linearize.json`.
+        recipe: with what is kept as softmax named in it.
+        stages, start: a record of each stage, and of what came before training, as in `linearize.json`.
     """
 
     model: LinearizedForCausalLM
     tokenizer: Any
     teacher: PreTrainedModel | None
     data: TrainingData | None
+    recipe: Recipe
     stages: list[dict[str, Any]] = field(default_factory=list)
+    start: dict[str, Any] = field(default_factory=dict)
 
 
 class _Teacher:
@@ -89,6 +94,7 @@ def finetune(
     trust_remote_code: bool = False,
     pretrained: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    begin: Callable[[], Start] | None = None,
 ) -> FinetuneResult:
     """Runs the stages of `recipe`.
 
@@ -97,6 +103,7 @@ def finetune(
         say: gets lines for the person at the terminal.
         resume: go on from the newest checkpoint in `work`.
         pretrained, tokenizer: of `recipe.model`, where they are loaded already.
+        begin: loads what the conversion came to, where that has been done already.
 
     Raises:
         LinearizeError: the recipe, the model, the data or a checkpoint is not usable.
@@ -108,15 +115,21 @@ def finetune(
     teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
     set_seed(recipe.seed)
+    told: dict[str, Any] = {}
     if source.is_converted:
+        told = provenance_of(source).get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
         model: Any = load_model(source, dtype=recipe.dtype)
     else:
         # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
         shared = base == source and any("distill" in s.weights or s.data.source == SELF for s in recipe.stages)
-        model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
-        check_convertible(model.config, source)
-        model = convert_model(model, recipe.mixer)
+        if begin is None:
+            model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
+            check_convertible(model.config, source)
+            begun = make_start(source, recipe, model, tokenizer, say=say)
+        else:
+            begun = begin()
+        model, recipe, told = begun.model, begun.recipe, begun.record
     student = add_adapters(model, recipe.lora)
     records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
     data = None
@@ -149,12 +162,12 @@ def finetune(
             trainer.train(resume_from_checkpoint=start)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     merged.requires_grad_(False).eval()
-    return FinetuneResult(merged, tokenizer, teacher.model, data, records)
+    return FinetuneResult(merged, tokenizer, teacher.model, data, recipe, records, told)
 
 
-def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Path, name: str) -> None:
+def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:
     """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
-    source = find_source(recipe.model or "")
+    source = find_source(result.recipe.model or "")
     base = teacher_of(source)
     record = provenance_of(source)["base"] if source.is_converted else base_record(base, None)
     if (work / METRICS).is_file():
@@ -164,7 +177,9 @@ def write_result(folder: Path, result: FinetuneResult, recipe: Recipe, work: Pat
         save_file(
             {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
         )
-    write_checkpoint(folder, result.model, result.tokenizer, recipe, record, result.stages, name)
+    write_checkpoint(
+        folder, result.model, result.tokenizer, result.recipe, record, result.stages, name, start=result.start
+    )
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:

@@ -7,6 +7,9 @@ import json
 import pytest
 import torch
 
+from linearize.conversion.source import find_source, load_model
+from tests.model.recorded import Recorder
+
 QUICK = ("--steps", "2", "--repeats", "2", "--prefill-up-to", "64")
 
 
@@ -23,6 +26,7 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     assert places == read | {("decode", s, b, n) for s in systems for b in batches for n in (32, 64, 1024)}
     for row in facts["rows"]:
         assert len(row["seconds"]) == 2 and row["tokens_per_second"] > 0 and row["cache_bytes"] > 0
+        assert row["kind"] == "prefill" or (row["step_bytes"] > row["cache_bytes"] and row["roof_share"] > 0)
     decoded = {(r["system"], r["batch"], r["tokens"]): r for r in facts["rows"] if r["kind"] == "decode"}
     assert decoded["model", 1, 32]["cache_bytes"] == decoded["model", 1, 1024]["cache_bytes"]
     assert decoded["teacher", 3, 1024]["cache_bytes"] == 3 * 32 * decoded["teacher", 1, 32]["cache_bytes"]
@@ -30,7 +34,9 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     assert set(facts["ahead_from"]) == {"model", "int8"}
     assert json.loads((report / "bench.json").read_text()) == facts
     plots = sorted(path.name for path in report.glob("*.svg"))
-    assert plots == ["decode-cache-bytes.svg", "decode-tokens-per-second.svg", "prefill-tokens-per-second.svg"]
+    assert plots == [
+        "decode-cache-bytes.svg", "decode-tokens-per-second.svg", "overview.svg", "prefill-tokens-per-second.svg",
+    ]  # fmt: skip
     assert outcome("bench", converted, "--lengths", "32", *QUICK, "-o", report)[0] == 1  # it exists
 
 
@@ -63,6 +69,35 @@ def test_a_wrong_command_line_is_one_line(outcome, arguments, said):
     assert status != 0 and said in words and len(words.splitlines()) == 1
 
 
+def test_the_teacher_takes_part_a_second_time_as_one_graph(outcome, converted, monkeypatch):
+    monkeypatch.setattr("linearize.benchmark.bench.GRAPHED", ("cpu",))
+    status, text, _ = outcome("bench", converted, "--lengths", "32,64", *QUICK, "--json")
+    facts = json.loads(text)
+    decoded = {(r["system"], r["tokens"]): r for r in facts["rows"] if r["kind"] == "decode"}
+    assert status == 0 and decoded["teacher-graph", 64]["cache_bytes"] == decoded["teacher", 64]["cache_bytes"]
+    assert {r["system"] for r in facts["rows"] if r["kind"] == "prefill"} == {"teacher", "model"}
+
+
+@torch.no_grad()
+def test_the_graph_of_the_teacher_is_its_step_and_can_be_recorded(tiny_folder):
+    """It reads all keys of a filled cache, the new one in the place of the last."""
+    from linearize.benchmark.subjects import full_cache
+
+    teacher = load_model(find_source(str(tiny_folder)), dtype="float32")
+    ids = torch.arange(5, 45)[None]
+    whole = teacher(ids, use_cache=True)
+    cache = full_cache(teacher(ids[:, :39], use_cache=True).past_key_values)
+    for layer in cache.layers:  # room for the last one
+        layer.keys, layer.values = (torch.cat([x, x[:, :, :1]], 2) for x in (layer.keys, layer.values))
+    out: list[torch.Tensor] = []
+    positions = torch.tensor([[39]])
+    replay = Recorder()(
+        lambda: out.append(teacher(ids[:, 39:], position_ids=positions, past_key_values=cache, use_cache=True).logits)
+    )
+    replay()
+    torch.testing.assert_close(out[-1][:, -1], whole.logits[:, -1], rtol=0, atol=1e-4)
+
+
 def test_what_does_not_fit_is_left_out_with_what_would(outcome, converted, monkeypatch):
     monkeypatch.setattr("linearize.benchmark.running.free_bytes", lambda _: 1_000_000)
     status, text, _ = outcome("bench", converted, "--lengths", "32,1M", "--prefill-up-to", "0", *QUICK[:4])
@@ -74,7 +109,6 @@ def test_what_does_not_fit_is_left_out_with_what_would(outcome, converted, monke
 
 def test_the_models_compared_are_the_model_and_its_teacher(converted, tiny_folder):
     from linearize.benchmark.subjects import Subject, converted_from, teacher_beside
-    from linearize.conversion.source import find_source, load_model
     from linearize.recipe import load_recipe
 
     model, teacher = load_model(find_source(str(converted))), load_model(find_source(str(tiny_folder)))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from evals.smollm2.__main__ import table
+from evals.speed.figure import figure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +32,11 @@ def test_how_fast_it_is_on_a_cpu():
         for row in figures["rows"]
     }
     assert shown == measured
+
+
+def test_the_first_figure_is_what_was_measured():
+    drawn = (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8")
+    assert drawn == figure() and drawn.count('<path class="line s1"') == 4  # a line and its place in the legend, twice
 
 
 def test_what_the_probe_says_of_it():

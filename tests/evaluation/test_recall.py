@@ -290,7 +290,7 @@ def test_pads_and_pieces_change_nothing(
     assert running.written(reader, rows, 12, 0)[0] == alone
     ends = [running.expected(reader, [row], 9, 0)[0][0].tolist() for row in rows]
     assert running.expected(reader, rows, 9, 0)[0].tolist() == ends
-    monkeypatch.setattr(running, "PREFILL_CHUNK", 50)
+    monkeypatch.setattr(running, "prefill_chunk", lambda device, rows: 50)
     assert running.written(reader, rows, 12, 0)[0] == alone
     assert running.expected(reader, rows, 9, 0)[0].tolist() == ends
 

@@ -93,7 +93,7 @@ def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):
     with work_folder(tmp_path / "out", settings, resume=False) as work:
         result = finetune(settings, work, say=lambda _: None)
         with staged_folder(tmp_path / "out") as folder:
-            write_result(folder, result, settings, work, "out")
+            write_result(folder, result, work, "out")
     assert not work.exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, tensor in result.model.state_dict().items():

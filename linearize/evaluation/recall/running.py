@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from linearize.model import LinearizedForCausalLM
-from linearize.state import PREFILL_CHUNK
+from linearize.state import prefill_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ def written(
         per prompt its new tokens, up to `new_tokens`; and `[B]` bool, whether all logits of a row were numbers.
     """
     ids, mask = _padded(prompts, pad, model.device)
-    watch = _Watch(len(prompts), model.device)
+    watch, chunk = _Watch(len(prompts), model.device), prefill_chunk(model.device, len(prompts))
     # Whatever the checkpoint wants of sampling and penalties is set back: systems are compared on what they know.
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
@@ -53,7 +53,7 @@ def written(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,
-        prefill_chunk_size=PREFILL_CHUNK if _is_converted(model) and ids.shape[1] > PREFILL_CHUNK else None,
+        prefill_chunk_size=chunk if _is_converted(model) and ids.shape[1] > chunk else None,
     )
     with torch.inference_mode():
         output = model.generate(
@@ -79,7 +79,7 @@ def expected(model: Any, prompts: Sequence[Sequence[int]], last: int, pad: int) 
     ids, mask = _padded(prompts, pad, model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache, start, end = DynamicCache(config=model.config.get_text_config()), 0, max(ids.shape[1] - last, 0)
-    step = PREFILL_CHUNK if _is_converted(model) else max(end, 1)
+    step = prefill_chunk(model.device, len(prompts)) if _is_converted(model) else max(end, 1)
     output: Any = None
     with torch.inference_mode():
         for stop in [*range(step, end, step), end, ids.shape[1]]:

@@ -1,0 +1,110 @@
+"""The bars for one GPU, measured in one run: Llama-3-8B's shape in bfloat16 with random weights, converted with
+the default recipe, beside its teacher. Writes `llama-3-8b-GPU.json` and prints what was asked and what was seen.
+
+    python -m evals.speed.gpu              # writing after 1k to 1M tokens at batch 1 and 16, reading at batch 1
+    python -m evals.speed.gpu --dry-run    # a small shape and short lengths, on any machine; writes nothing
+    python -m evals.speed.figure evals/speed/llama-3-8b-GPU.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.recurrences.toy import markdown, surroundings, write
+from linearize.benchmark.bench import Plan, bench, sequence_of
+from linearize.recipe import load_recipe
+
+FOLDER = Path(__file__).parent
+LENGTHS = tuple(1 << power for power in (10, 12, 13, 14, 15, 17, 18, 20))
+PEAK_BYTES = 16.4e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", default="llama-3-8b", help="the shape, by the name that linearize bench knows")
+    parser.add_argument("--dry-run", action="store_true", help="a small shape, to see that it runs; writes nothing")
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        parts = measured("smollm2-135m", (64, 128), (1, 2), read=64, layers=2, repeats=2, steps=4)
+    elif not torch.cuda.is_available():
+        parser.error("there is no GPU here; --dry-run shows that the script runs")
+    else:
+        parts = measured(arguments.config, LENGTHS, (1, 16), read=LENGTHS[-1])
+    facts = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
+    facts["copy_bytes_per_second"] = [part["copy_bytes_per_second"] for part in parts]
+    facts["ahead_from"] = _merged([part["ahead_from"] for part in parts])
+    facts["bars"] = bars(facts)
+    print(markdown([{"": bar["what"], "asked": bar["asked"], "seen": _seen(bar)} for bar in facts["bars"]]))
+    if not arguments.dry_run:
+        gpu = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower().removeprefix("nvidia ")).strip("-")
+        write(FOLDER / f"{arguments.config}-{gpu}.json", {**surroundings(), **facts})
+
+
+def measured(
+    config: str,
+    lengths: tuple[int, ...],
+    batches: tuple[int, ...],
+    *,
+    read: int,
+    layers: int | None = None,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """The facts of `linearize bench` for each batch; only the first of them reads as well, up to `read` tokens."""
+    mixer = load_recipe("default").mixer
+    found = []
+    for batch in batches:
+        plan = Plan(lengths=lengths, batches=(batch,), prefill_up_to=read if batch == batches[0] else 0, **more)
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        found.append(bench(None, mixer, plan, config=config, layers=layers, dtype=dtype, say=print))
+    return found
+
+
+def bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was aimed at, and what was seen, of the converted model's rows."""
+    found: list[dict[str, Any]] = []
+    for batch in sorted({row["batch"] for row in facts["rows"]}):
+        own = sequence_of(facts["rows"], "decode", "model", batch)
+        seconds = [row["batch"] / row["tokens_per_second"] for row in own]
+        middle = sorted(seconds)[len(seconds) // 2]
+        found += [
+            _bar(f"share of the copy's bandwidth, least, batch {batch}", ">= 0.80", min(r["roof_share"] for r in own)),
+            _bar(
+                f"time per token, farthest from the median, batch {batch}",
+                "<= 0.03",
+                max(abs(s / middle - 1) for s in seconds),
+            ),
+        ]
+        peaks = [row["peak_bytes"] for row in own if row["peak_bytes"] is not None]
+        if peaks:
+            spread = max(peaks) / min(peaks) - 1
+            found.append(_bar(f"peak memory, largest / smallest - 1, batch {batch}", "<= 0.01", spread))
+        if peaks and batch == 16:
+            found.append(_bar("peak memory, GB, batch 16", f"<= {PEAK_BYTES / 1e9:.1f}", max(peaks) / 1e9))
+        ahead = facts["ahead_from"]["model"]["decode"][str(batch)]
+        found.append(_bar(f"ahead of the teacher from, batch {batch}", "<= 1024", ahead))
+    return found
+
+
+def _bar(what: str, asked: str, seen: float | None) -> dict[str, Any]:
+    return {"what": what, "asked": asked, "seen": seen}
+
+
+def _seen(bar: dict[str, Any]) -> str:
+    return "at no length" if bar["seen"] is None else f"{bar['seen']:.4g}"
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`ahead_from` of several batches as one."""
+    return {
+        system: {kind: {k: v for part in parts for k, v in part[system][kind].items()} for kind in kinds}
+        for system, kinds in parts[0].items()
+    }
+
+
+if __name__ == "__main__":
+    main()

