@@ -39,16 +39,16 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
 
     Raises:
-        RecipeError: `keep` or `landmark_layers` names what is not there, or nothing is left to convert.
+        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, or nothing is left to convert.
     """
     count = len(layers)
-<<<<<<< HEAD
-    for key, named in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("landmark_layers", {*spec.landmark_layers})):
+    named_layers = {
+        "keep": {*spec.keep.layers, *spec.keep.heads},
+        "windows": {*spec.windows},
+        "landmark_layers": {*spec.landmark_layers},
+    }
+    for key, named in named_layers.items():
         for index in sorted(named):
-=======
-    for key, named_layers in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("windows", {*spec.windows})):
-        for index in sorted(named_layers):
->>>>>>> main
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
@@ -74,23 +74,15 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         gate_divisor=spec.gate.divisor,
         gate_learned=spec.gate.learned,
     )
-<<<<<<< HEAD
-    kinds: dict[tuple[tuple[int, ...], int] | None, MixerConfig] = {}
-=======
-    kinds: dict[tuple[tuple[int, ...] | None, int], MixerConfig] = {}
->>>>>>> main
+    kinds: dict[tuple[tuple[int, ...], int, int] | None, MixerConfig] = {}
     for index in range(count):
         heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
         window = spec.window if heads is None else spec.windows.get(index, spec.window)
         if heads is None:
             kind, fresh = None, MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
         else:
-<<<<<<< HEAD
-            kind = heads, spec.landmark_layers.get(index, spec.landmarks)
-            fresh = replace(common, layers=[], softmax_heads=list(heads), landmarks=kind[1])
-=======
-            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads))
->>>>>>> main
+            kind = heads, window, spec.landmark_layers.get(index, spec.landmarks)
+            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads), landmarks=kind[2])
             try:
                 fitted = fresh.fitted(layers[index])
             except ValueError as error:
@@ -99,11 +91,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 Mixer.check(fitted, layers[index])
             except ValueError as error:
                 raise RecipeError(f"mixer: {error}") from error
-<<<<<<< HEAD
         kinds.setdefault(kind, fresh).layers.append(index)
-=======
-        kinds.setdefault((heads, window), fresh).layers.append(index)
->>>>>>> main
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
         softmax or spec.keep.heads

@@ -159,19 +159,18 @@ class MixerSpec(Section):
     """Layer -> its own number of landmarks, where some layers have more to find again than others."""
     keep: KeepSpec = KeepSpec()
 
-<<<<<<< HEAD
-    @field_validator("landmark_layers")
-    @classmethod
-    def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
-        if any(number < 0 for pair in value.items() for number in pair):
-            raise _refusal("expected layers counted from 0, each with a number of landmarks")
-=======
     @field_validator("windows")
     @classmethod
     def _counts_from_0(cls, value: dict[int, int]) -> dict[int, int]:
         if any(layer < 0 for layer in value):
             raise _refusal(f"expected layers counted from 0, got {min(value)}")
->>>>>>> main
+        return value
+
+    @field_validator("landmark_layers")
+    @classmethod
+    def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
+        if any(number < 0 for pair in value.items() for number in pair):
+            raise _refusal("expected layers counted from 0, each with a number of landmarks")
         return value
 
     @field_validator("normalize")

@@ -44,19 +44,14 @@ def error_of(text: str, *overrides: str) -> str:
         ("window: 3", "x.yaml:1: window: unknown key; did you mean 'mixer.window'?"),
         ("lr: 3", "x.yaml:1: lr: unknown key; did you mean 'stages.0.lr'?"),
         ("mixer:\n", "x.yaml:1: mixer: expected a mapping, got null"),
-<<<<<<< HEAD
-        ("calibrate: {tokens: 3}", "calibration is not available in this version; remove the key"),
+        ("calibrate: {tokens: 0}", "x.yaml:1: calibrate.tokens: expected an integer >= 1, got 0"),
+        ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
+        ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
         ("mixer: {landmarks: -3}", "mixer.landmarks: expected an integer >= 0, got -3"),
         (
             "mixer: {landmark_layers: {-1: 3}}",
             "mixer.landmark_layers: expected layers counted from 0, each with a number of landmarks",
         ),
-=======
-        ("calibrate: {tokens: 0}", "x.yaml:1: calibrate.tokens: expected an integer >= 1, got 0"),
-        ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
-        ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
-        ("mixer: {landmarks: 3}", "mixer.landmarks: landmarks are not available in this version; set 0"),
->>>>>>> main
         ("mixer: {keep: {layers: [-1]}}", "mixer.keep.layers: expected layers and heads counted from 0, got -1"),
         ("mixer: {keep: {heads: {1: [-2]}}}", "mixer.keep.heads: expected layers and heads counted from 0, got -2"),
         ("mixer: {keep: {every: 1}}", "x.yaml:1: mixer.keep.every: expected an integer >= 2 or null, got 1"),
