@@ -16,9 +16,11 @@ A token's rank is the sum of two scores, each standardised over the candidates o
     novelty     minus the cosine between its key, without positions, and the mean of its head's keys of length 1
                 up to it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text. Averaged over the tokens
                 up to `REACH` places away, for what is to be recalled comes in runs
-    attention   0.5 log of the attention it received from queries at least W / 2 tokens later, its head's queries
-                together: what nearby tokens make of it says little about what distant ones will (as H2O, arXiv
-                2306.14048, without those)
+    attention   the log of the attention it receives of a query, its head's queries together: a mean over queries at
+                least W / 2 tokens later, for what nearby tokens make of it says little about what distant ones will,
+                in which a block of queries counts `FADING` of the one after it (as H2O, arXiv 2306.14048, which has
+                neither). It counts against a token by `MOST_AGAINST` at most: what is to be recalled is often read
+                by nobody until it is asked for
 
 Ranks are not differentiated; gradients reach the keys and values that are kept.
 """
@@ -41,9 +43,10 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 REACH = 3
-ATTENTION_WEIGHT = 0.5
+FADING = 0.9
+MOST_AGAINST = 0.5
 _SCORES = ("novelty", "received")
-_LEAST = 1e-6  # of attention received and of a spread
+_LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
 
 def room(window: int) -> int:
@@ -114,7 +117,7 @@ def smoothed(raw: Tensor, window: int) -> Tensor:
     return (sums[:, end] - sums[:, first]) / (end - first).view(-1, 1)
 
 
-def ranks(candidates: Part) -> Tensor:
+def ranks(candidates: Part, window: int) -> Tensor:
     """`[R, N + C, K]`: how much each candidate is worth keeping, minus infinity where there is none."""
     exists = candidates["number"] > 0
     count = exists.sum(1, keepdim=True).clamp_min(1)
@@ -122,14 +125,18 @@ def ranks(candidates: Part) -> Tensor:
     def standardised(score: Tensor) -> Tensor:
         score = score.masked_fill(~exists, 0)
         apart = (score - score.sum(1, keepdim=True) / count).masked_fill(~exists, 0)
-        return apart / (apart.square().sum(1, keepdim=True) / count).sqrt().clamp_min(_LEAST)
+        return apart / (apart.square().sum(1, keepdim=True) / count).sqrt().clamp_min(_LEAST_SPREAD)
 
-    attention = candidates["received"].clamp_min(_LEAST).log()
-    total = standardised(candidates["novelty"]) + ATTENTION_WEIGHT * standardised(attention)
+    # All tokens of a block have been read by as many queries: in the window, and in the slots since.
+    number = candidates["number"]
+    faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
+    queries = faded * (window - window // 2 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
+    attention = (candidates["received"] / queries + _LEAST_ATTENTION).log()
+    total = standardised(candidates["novelty"]) + standardised(attention).clamp_min(-MOST_AGAINST)
     return total.masked_fill(~exists, -math.inf)
 
 
-def merge(landmarks: Part, block: Part) -> tuple[Part, Part]:
+def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
     """The slots after a block, and the `BLOCK` tokens that have none: those of 0 first, which are no tokens, then by
     number.
 
@@ -138,11 +145,11 @@ def merge(landmarks: Part, block: Part) -> tuple[Part, Part]:
     """
     candidates = {name: torch.cat([tensor, block[name].to(tensor.dtype)], 1) for name, tensor in landmarks.items()}
     with torch.no_grad():
-        order = ranks(candidates).argsort(dim=1, descending=True, stable=True)
+        order = ranks(candidates, window).argsort(dim=1, descending=True, stable=True)
         kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
         lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
-    kept, lost = ({name: _take(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
-    return kept, lost
+    slots, others = ({name: _take(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
+    return slots | {"received": FADING * slots["received"]}, others
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
@@ -162,8 +169,8 @@ def _where(rows: Tensor | None, a: Part, b: Part) -> Part:
 
 def _attend(
     mixer: Mixer, q: Tensor, keys: list[Tensor], values: list[Tensor], seen: list[Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention under one softmax over keys that lie in several tensors, of which the last are the window's.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Attention under one softmax over keys that lie in several tensors.
 
     Args:
         q: `[R, L, H, D]`.
@@ -171,8 +178,8 @@ def _attend(
         seen: of each which keys a query reads, to be broadcast to `[R, K, L, S]`; None is all.
 
     Returns:
-        outputs `[R, L, H, V]`, the log of the softmax's denominator `[R, L, H]`, both float32 (or float64), and what
-        each of the window's keys received of each query, summed over a head's queries `[R, K, L, S]`.
+        outputs `[R, L, H, V]`, the log of the softmax's denominator `[R, L, H]`, both float32 (or float64), and of each
+        tensor what its keys received of each query, summed over a head's queries `[R, K, L, S]`.
     """
     rows, tokens, heads = q.shape[:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -191,7 +198,7 @@ def _attend(
     read = [p.flatten(2, 3) @ v.to(dtype).transpose(1, 2) for p, v in zip(pieces, values, strict=True)]
     outputs = sum(read[1:], read[0]).view(*shape, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
     logs = joined.logsumexp(-1).permute(0, 3, 1, 2).flatten(2, 3)
-    return outputs, logs, pieces[-1].detach().sum(2)
+    return outputs, logs, [piece.detach().sum(2) for piece in pieces]
 
 
 def _join(mixer: Mixer, y: Tensor, log: Tensor, read: Tensor, mass: Tensor | None, empty: Tensor | None) -> Tensor:
@@ -253,7 +260,7 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
             leaving["number"] = _numbers(number, leaving["received"])
             leaving["novelty"] = smoothed(seq["novelty"][:, (block - 1) * BLOCK :], window)
             goes = None if total is None else total > window - 1 + block * BLOCK
-            kept, lost = merge(landmarks, leaving)
+            kept, lost = merge(landmarks, leaving, window)
             landmarks = _where(goes, kept, landmarks)
             recall.write(lost, goes)
         if end > at:
@@ -275,14 +282,16 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
             values.append(seq["v"][:, local])
             seen.append((torch.arange(local.start, local.stop, device=device) <= query)[None, None])
             y, log, received = _attend(mixer, q[:, at - first : end - first], keys, values, seen)
-            distant = query - torch.arange(local.start, local.stop, device=device) >= window // 2
-            received = received * distant
             if total is not None:
                 real = query[:, 0] < total[:, None]
                 if not isinstance(offset, int):
                     real = real & (query[:, 0] >= offset[:, None])
-                received = received * real[:, None, :, None]
-            seq["received"][:, local] += received.sum(2).transpose(1, 2).to(seq["received"].dtype)
+                received = [share * real[:, None, :, None] for share in received]
+            distant = query - torch.arange(local.start, local.stop, device=device) >= window // 2
+            seq["received"][:, local] += (received[-1] * distant).sum(2).transpose(1, 2).to(seq["received"].dtype)
+            if filled:
+                read = F.pad(received[-2].sum(2), (0, config.landmarks - filled)).transpose(1, 2)
+                landmarks = landmarks | {"received": landmarks["received"] + read.to(landmarks["received"].dtype)}
             ys.append(y)
             logs.append(log)
             recall.read(at, end, (merged + block) * BLOCK - config.landmarks)
@@ -530,12 +539,15 @@ def _step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
     keys.append(window["k_rotated"][:, :local])
     values.append(window["v"][:, :local])
     y, log, received = _attend(mixer, new.q_rotated, keys, values, seen)
-    received = received[:, :, 0].transpose(1, 2)
+    shares = [share[:, :, 0].transpose(1, 2) for share in received]
     if distant is None:
         distance = max(local - mixer.window // 2, 0)
-        window["received"][:, :distance] += received[:, :distance]
+        window["received"][:, :distance] += shares[-1][:, :distance]
+        if filled:
+            landmarks["received"][:, :filled] += shares[-2]
     else:
-        window["received"][:, :local] += received * distant
+        window["received"] += shares[-1] * distant
+        landmarks["received"] += shares[-2] * real[:, None, None]
     if not recurs:
         silent = "window" in mixer.branches_off
         return torch.zeros_like(y) if silent else y
@@ -554,7 +566,7 @@ def _merge_held(mixer: Mixer, memory: LayerMemory, first: Tensor | int, goes: Te
     window, landmarks = memory.parts["window"], memory.parts["landmarks"]
     block = {name: tensor[:, :BLOCK] for name, tensor in window.items()}
     block["novelty"] = smoothed(window["novelty"], mixer.window)
-    kept, lost = merge(landmarks, block | {"number": _numbers(first, block["received"])})
+    kept, lost = merge(landmarks, block | {"number": _numbers(first, block["received"])}, mixer.window)
     for name, tensor in _where(goes, kept, landmarks).items():
         landmarks[name].copy_(tensor)
     for name, tensor in _where(goes, {n: x.roll(-BLOCK, 1) for n, x in window.items()}, window).items():

@@ -68,12 +68,20 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
                     spread = math.sqrt(sum((x - mean) ** 2 for x in score.values()) / len(score))
                     return {token: (x - mean) / spread for token, x in score.items()}
 
+                attention = {}
+                for token in slot:
+                    queries = window - window // 2 + block // 2
+                    for _ in range((leaving[-1] - token) // block):
+                        queries = 0.9 * queries + block
+                    attention[token] = math.log(received[token] / queries + 1e-5)
                 novelty = standard(slot)
-                attention = standard({token: math.log(max(received[token], 1e-6)) for token in slot})
-                order = sorted(slot, key=lambda token: novelty[token] + 0.5 * attention[token], reverse=True)
+                attention = standard(attention)
+                rank = {token: novelty[token] + max(attention[token], -0.5) for token in slot}
+                order = sorted(slot, key=lambda token: rank[token], reverse=True)
                 for token in sorted(order[slots:]):
                     lost_any = True
                     del slot[token]
+                    del received[token]
                     if mixer.recurrence is None:
                         continue
                     key = keys[token] if config.rope else k[token, head]
@@ -81,6 +89,7 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
                     gate = torch.sigmoid(own.gate_scale[head] * key + own.gate_bias[head])
                     write = key.exp() / key.exp().sum()
                     state = gate[:, None] * state + write[:, None] * torch.cat([values[token], torch.ones(1)])
+                received = {token: x * (0.9 if token in slot else 1.0) for token, x in received.items()}
             if t >= sinks:
                 local.append(t)
                 received[t] = 0.0
@@ -90,7 +99,7 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
                 weights = weights / weights.sum()
                 y = sum(weight * values[s] for weight, s in zip(weights, seen, strict=True))
                 for weight, s in zip(weights, seen, strict=True):
-                    if s in local and t - s >= window // 2:
+                    if s in slot or (s in local and t - s >= window // 2):
                         received[s] += float(weight.detach())
                 if mixer.recurrence is not None and lost_any:
                     query = q_rotated[t, index] if config.rope else q[t, index]
