@@ -21,7 +21,8 @@ from linearize_kernels.liger import TINY, mix_outputs
 from torch import Tensor, nn
 
 from linearize.model.fused import fused_attention, fused_step, fuses
-from linearize.model.landmarks import landmark_attention, landmark_parts, room
+from linearize.model.landmark_attention import landmark_attention
+from linearize.model.landmarks import landmark_parts, room
 from linearize.model.recurrences import build_recurrence, register
 from linearize.model.step import step, steps
 
@@ -175,7 +176,8 @@ class Mixer(nn.Module):
     def run(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, *, fused: bool) -> Tensor:
         """`forward` on the fused kernels, or in plain torch."""
         if self.config.landmarks:
-            return landmark_attention(self, new, lengths, memory)
+            attended: Tensor = landmark_attention(self, new, lengths, memory)
+            return attended
         if memory is not None and fused and new.q.shape[1] == 1:
             return fused_step(self, new, lengths, memory)
         if memory is not None and not fused and steps(self, new, lengths, memory):
