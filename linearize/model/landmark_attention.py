@@ -169,7 +169,7 @@ def _block(mixer: Mixer, rows: _Rows, places: slice, block: int, sinks: Part, la
     )
     if (real := rows.real(query)) is not None:
         received = [share * real[:, None, :, None] for share in received]
-    distant = received[-1] * (distance >= mixer.window // 2)
+    distant = received[-1] * (distance >= mixer.window // 4)
     held["received"][:, local] += distant.sum(2).transpose(1, 2).to(held["received"].dtype)
     if filled:
         total = F.pad(received[-2].sum(2), (0, slots - filled)).transpose(1, 2)

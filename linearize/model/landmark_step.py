@@ -101,7 +101,7 @@ def _alike(mixer: Mixer, memory: LayerMemory, arriving: Part, count: int) -> _Se
         landmarks=filled,
         window=local,
         masks=(None, None, None),
-        counts=(filled, max(local - mixer.window // 2, 0)),
+        counts=(filled, max(local - mixer.window // 4, 0)),
         written=merged * BLOCK - config.landmarks,
     )
 
@@ -125,7 +125,7 @@ def _apart(mixer: Mixer, memory: LayerMemory, arriving: Part, lengths: Tensor | 
             held.copy_(torch.where(here, arriving[name].to(held.dtype), held))
     total = parts["keys"]["sum"]
     total.copy_(torch.where(real[:, None, None], arriving["sum"], total))
-    distant = place[:, None] - slot >= mixer.window // 2
+    distant = place[:, None] - slot >= mixer.window // 4
     return _Seen(
         sinks=config.sinks,
         landmarks=config.landmarks,

@@ -17,7 +17,7 @@ A token's rank is the sum of two scores, each standardised over the candidates o
                 up to it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text. Averaged over the tokens
                 up to `REACH` places away, for what is to be recalled comes in runs
     attention   the log of the attention it receives of a query, its head's queries together: a mean over queries at
-                least W / 2 tokens later, for what nearby tokens make of it says little about what distant ones will,
+                least W / 4 tokens later, for what nearby tokens make of it says little about what distant ones will,
                 in which a block of queries counts `FADING` of the one after it (as H2O, arXiv 2306.14048, which has
                 neither). It counts against a token by `MOST_AGAINST` at most: what is to be recalled is often read
                 by nobody until it is asked for
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from linearize.model.mixer import Mixer
 
 BLOCK = 32
-REACH = 3
-FADING = 0.9
-MOST_AGAINST = 0.5
+REACH = 2
+FADING = 0.8
+MOST_AGAINST = 1.0
 _SCORES = ("novelty", "received")
 _LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
@@ -125,7 +125,7 @@ def ranks(candidates: Part, window: int) -> Tensor:
     # All tokens of a block have been read by as many queries: in the window, and in the slots since.
     number = candidates["number"]
     faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
-    queries = faded * (window - window // 2 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
+    queries = faded * (window - window // 4 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
     attention = (candidates["received"] / queries + _LEAST_ATTENTION).log()
     total = standardised(candidates["novelty"]) + standardised(attention).clamp_min(-MOST_AGAINST)
     return total.masked_fill(~exists, -math.inf)

@@ -14,7 +14,7 @@ from linearize.model import LayerMemory, MixerConfig
 from linearize.model.mixer import Mixer
 
 QUERY_HEADS, HEADS, WIDTH, TOKENS = 4, 2, 8, 130
-LAYER = AttentionLayer(QUERY_HEADS, HEADS, WIDTH, WIDTH, scale=WIDTH**-0.5)
+LAYER = AttentionLayer(QUERY_HEADS, HEADS, WIDTH, WIDTH, scale=WIDTH**-1.0)
 CASES = {
     "state": {},
     "alone": {"recurrence": "none"},
@@ -45,7 +45,7 @@ def projections(tokens: int = TOKENS, rows: int = 1, seed: int = 0) -> Projectio
 def reference(mixer: Mixer, new: Projections) -> Tensor:
     """One row, one head and one token after the other, in plain loops; the state is GLA's."""
     config, group = mixer.config, QUERY_HEADS // HEADS
-    window, sinks, slots, block, reach = config.window, config.sinks, config.landmarks, 32, 3
+    window, sinks, slots, block, reach = config.window, config.sinks, config.landmarks, 32, 2
     q, k, v, q_rotated, k_rotated = (x[0] for x in new)
     outputs = torch.zeros(q.shape)
     for head in range(HEADS):
@@ -70,13 +70,13 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
 
                 attention = {}
                 for token in slot:
-                    queries = window - window // 2 + block // 2
+                    queries = window - window // 4 + block // 2
                     for _ in range((leaving[-1] - token) // block):
-                        queries = 0.9 * queries + block
+                        queries = 0.8 * queries + block
                     attention[token] = math.log(received[token] / queries + 1e-5)
                 novelty = standard(slot)
                 attention = standard(attention)
-                rank = {token: novelty[token] + max(attention[token], -0.5) for token in slot}
+                rank = {token: novelty[token] + max(attention[token], -1.0) for token in slot}
                 order = sorted(slot, key=lambda token: rank[token], reverse=True)
                 for token in sorted(order[slots:]):
                     lost_any = True
@@ -89,7 +89,7 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
                     gate = torch.sigmoid(own.gate_scale[head] * key + own.gate_bias[head])
                     write = key.exp() / key.exp().sum()
                     state = gate[:, None] * state + write[:, None] * torch.cat([values[token], torch.ones(1)])
-                received = {token: x * (0.9 if token in slot else 1.0) for token, x in received.items()}
+                received = {token: x * (0.8 if token in slot else 1.0) for token, x in received.items()}
             if t >= sinks:
                 local.append(t)
                 received[t] = 0.0
@@ -99,7 +99,7 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
                 weights = weights / weights.sum()
                 y = sum(weight * values[s] for weight, s in zip(weights, seen, strict=True))
                 for weight, s in zip(weights, seen, strict=True):
-                    if s in slot or (s in local and t - s >= window // 2):
+                    if s in slot or (s in local and t - s >= window // 4):
                         received[s] += float(weight.detach())
                 if mixer.recurrence is not None and lost_any:
                     query = q_rotated[t, index] if config.rope else q[t, index]
