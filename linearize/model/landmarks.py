@@ -14,7 +14,7 @@ answered at once, and merging token by token, in chunks and in one go is the sam
 A token's rank is the sum of two scores, each standardised over the candidates of its head:
 
     novelty     minus the cosine between its key, without positions, and the mean of its head's keys of length 1
-                up to it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text. Averaged over the tokens
+                before it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text. Averaged over the tokens
                 up to `REACH` places away, for what is to be recalled comes in runs
     attention   the log of the attention it receives of a query, its head's queries together: a mean over queries at
                 least W / 4 tokens later, for what nearby tokens make of it says little about what distant ones will,
@@ -97,9 +97,10 @@ def merges(mixer: Mixer, tokens: Tensor | int) -> Tensor | int:
 
 def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Of tokens with keys `k` `[R, L, K, D]`, after earlier ones whose keys of length 1 sum up to `before` `[R, K, D]`:
-    how unlike the keys so far each is, `[R, L, K]`, and the sums after each, `[R, L, K, D]`."""
-    sums = before[:, None] + F.normalize(k.detach().float(), dim=-1).cumsum(1)
-    return -F.cosine_similarity(k.detach().float(), sums, dim=-1), sums
+    how unlike the keys before it each is, `[R, L, K]`, and the sums after each, `[R, L, K, D]`."""
+    unit = F.normalize(k.detach().float(), dim=-1)
+    sums = before[:, None] + unit.cumsum(1)
+    return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
 
 
 def smoothed(raw: Tensor, window: int) -> Tensor:

@@ -52,8 +52,9 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
         keys, values = k_rotated[:, head], v[:, head]
         unlike, total = [], torch.zeros(WIDTH)
         for t in range(len(q)):
-            total = total + k[t, head] / k[t, head].norm()
-            unlike.append(-float((k[t, head] @ total / k[t, head].norm() / total.norm()).detach()))
+            unit = (k[t, head] / k[t, head].norm()).detach()
+            unlike.append(-float(unit @ total / total.norm()) if t else 0.0)
+            total = total + unit
         local, slot, received = [], dict[int, float](), dict[int, float]()  # token -> its novelty in `slot`
         state, lost_any = torch.zeros(WIDTH, WIDTH + 1), False
         for t in range(len(q)):
