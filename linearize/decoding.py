@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -60,7 +60,7 @@ class CudaGraphs:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(self.device):
+        with _on(self.device):
             return self._record(work)
 
     def _record(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -170,32 +170,16 @@ class Engine:
         Raises:
             DataError, StateError: see `State.read`.
         """
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self._generate(sampling, input_ids, attention_mask, state, owned, write, keep)
-
-    def _generate(
-        self,
-        sampling: Sampling,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        state: State | None,
-        owned: bool,
-        write: Callable[[Tensor], None] | None,
-        keep: bool,
-    ) -> Written:
         # Buffers must outlive an inference mode of the caller's.
-        with torch.inference_mode(False), torch.no_grad():
+        with _on(self.device), torch.inference_mode(False), torch.no_grad():
             rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
-        with torch.inference_mode():
-            tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready)
-        with torch.inference_mode(False), torch.no_grad():
-            after = None
+            with torch.inference_mode():
+                tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready)
+            after = rows.state if keep else None
             if recorded is not None:
                 recount(rows.state.layers)  # replayed steps told the device alone
                 after = rows.state.fork() if keep else None
                 _ROWS[self.model] = rows
-            elif keep:
-                after = rows.state
             return Written(tokens.to(self.device), after)
 
     def forget(self) -> None:
@@ -335,6 +319,12 @@ class _Mail:
             event.synchronize()
         new, goes_on = slot.clone()
         return new, goes_on
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, `device` is the current GPU, if it is one."""
+    context: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return context
 
 
 def _recorder_of(model: Any) -> Recorder | None:

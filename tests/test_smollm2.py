@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from linearize.calibration.start import convert
 from linearize.cli.app import run
-from linearize.conversion.convert import convert, convert_model, state_nbytes
+from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.source import find_source, load_model
 from linearize.evaluation.recall import recall_tasks
 from linearize.model import LinearizedForCausalLM
@@ -120,11 +121,11 @@ def test_512_greedy_tokens_equal_one_parallel_forward(converted, smollm2_path, b
 @torch.inference_mode()
 def test_landmarks_find_a_needle_that_a_window_of_as_many_bytes_does_not(smollm2_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    (task,) = recall_tasks(tokenizer, ["niah_single_1"], lengths=[ROW], depths=2, samples=1, seed=5)
+    (task,) = recall_tasks(tokenizer, ["niah_single_1"], lengths=[ROW], depths=5, samples=1, seed=5)
     found, sizes = [], []
     for recipe, changes in (("landmarks", []), ("default", ["mixer.window=512", "mixer.recurrence=none"])):
         model = convert_model(load_model(find_source(str(smollm2_path))), load_recipe(recipe, changes).mixer).eval()
-        found.append(task.score(model, tokenizer, [0], 1)[0].value)
+        found.append(task.score(model, tokenizer, [1], 1)[0].value)
         sizes.append([state_nbytes(model, dtype) for dtype in (torch.float32, torch.bfloat16)])
     assert found == [1.0, 0.0]
     assert all(landmarks <= window for landmarks, window in zip(*sizes, strict=True))

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from linearize.calibration.start import convert
 from linearize.cli.app import run
-from linearize.conversion.convert import convert, convert_model
+from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model
 from linearize.errors import VerificationError
 from linearize.model import LinearizedForCausalLM
@@ -40,6 +41,7 @@ KINDS = {
     "liger": ("liger-gla", "mixer.sinks=0"),
     "softmax": ("default", "mixer.mix=softmax"),
     "kept": ("default", "mixer.keep.layers=[1]", "mixer.keep.heads={0: [1]}"),
+    "landmarks": ("landmarks", "mixer.landmarks=20"),
     "bfloat16": ("default", "dtype=bfloat16"),
     "float16": ("default", "dtype=float16"),
 }

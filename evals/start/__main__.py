@@ -156,7 +156,7 @@ def measure(arguments: argparse.Namespace) -> None:
             "start": told.get("start", {}),
             "systems": {
                 name: {
-                    "about": system.info.about,
+                    "about": system.info.description,
                     "state_bytes": system.info.state_bytes,
                     "growth_bytes_per_token": system.info.growth_bytes_per_token,
                     "scores": dict(_figures(scores[name])),

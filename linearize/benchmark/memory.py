@@ -39,15 +39,16 @@ def bandwidth(device: torch.device) -> float:
     source = torch.zeros(_COPIED[device.type], dtype=torch.uint8, device=device)
     target, taken = torch.empty_like(source), []
     for _ in range(_COPIES):
-        _settle(device)
+        wait_for(device)
         began = time.perf_counter()
         target.copy_(source)
-        _settle(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     return 2 * source.numel() / min(taken)
 
 
-def _settle(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Returns once a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

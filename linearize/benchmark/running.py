@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from linearize.benchmark.memory import PeakMemory, free_bytes
+from linearize.benchmark.memory import PeakMemory, free_bytes, wait_for
 from linearize.benchmark.subjects import full_cache
 from linearize.decoding import CudaGraphs, Engine
 from linearize.evaluation.formatting import readable_bytes
@@ -124,7 +124,7 @@ class _Decoding(_Run):
         self._run(1)
         began = time.perf_counter()
         self._run(1)
-        _wait(self.subject.model.device)
+        wait_for(self.subject.model.device)
         self.steps = max(2, min(self.steps, int(_LONGEST_RUN / (time.perf_counter() - began))))
 
     def __call__(self) -> int:
@@ -206,10 +206,10 @@ def _in_turns(runs: dict[str, _Run], rows: dict[str, dict[str, Any]], repeats: i
     for _ in range(repeats):
         for name, run in runs.items():
             device = run.subject.model.device
-            _wait(device)
+            wait_for(device)
             began = time.perf_counter()
             counts[name] = run()
-            _wait(device)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - began)
     for name, times in seconds.items():
         rows[name] |= {"seconds": times, "tokens_per_second": batch * counts[name] / statistics.median(times)}
@@ -229,11 +229,6 @@ def _refusal(subject: Subject, batch: int, tokens: int) -> str | None:
 
 def _peak(subject: Subject, peak: PeakMemory, cache_bytes: int) -> int | None:
     return None if peak.bytes is None else subject.weights_bytes + cache_bytes + peak.bytes
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _told(rows: dict[str, dict[str, Any]], tokens: int, batch: int) -> str:

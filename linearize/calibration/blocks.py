@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from linearize.families import Projections
     from linearize.model import LinearizedForCausalLM
-    from linearize.training.data import Rows
+    from linearize.training.rows import Rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden states."""
@@ -192,6 +192,3 @@ def _pretrained(attention: LinearizedAttention) -> LinearizedAttention:
     kept = MixerConfig(layers=[attention.layer_idx], recurrence="none", window=None, sinks=0)
     twin = LinearizedAttention(attention, attention.family, attention.layer, kept, attention.layer_idx)
     return twin.to(next(attention.parameters()).device).eval()
-
-
-__all__ = ["Blocks", "Call", "output_projection"]

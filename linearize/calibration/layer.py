@@ -175,7 +175,7 @@ class LayerFit:
 
     def _mixed(self, new: Projections) -> Projections:
         attention = self.attention
-        return attention._select(new, attention.mixed_heads) if attention.softmax_heads else new
+        return attention.select(new, attention.mixed_heads) if attention.softmax_heads else new
 
     def _values(self) -> dict[str, Tensor]:
         return {name: x.detach().clone() for name, x in self.mixer.named_parameters()}
@@ -224,7 +224,7 @@ class LayerFit:
         tokens = new.q.shape[1]
         first = tokens - y.shape[1]
         place = torch.arange(first, tokens, device=y.device)[None]
-        inside = place >= mixer.window + mixer.config.sinks
+        inside = place >= mixer.config.exact_tokens
         if lengths is not None:
             inside = inside & (place < lengths[:, None])
         keep = inside.expand(y.shape[0], -1)

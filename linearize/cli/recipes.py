@@ -132,4 +132,6 @@ def _stage_summary(stage: Stage) -> str:
         f"{weight:g} {name}" if len(stage.weights) > 1 else name for name, weight in stage.weights.items()
     )
     tokens = f"{stage.data.tokens} tokens" if stage.data.tokens else "all tokens"
-    return f"{objective} on {stage.data.source}, {tokens} x {stage.epochs:g}, length {stage.length}, lr {stage.lr:g}"
+    mixed = sum(source.weight for source in stage.data.mix)
+    text = " + ".join(f"{s.weight / mixed:.0%} {s.source}" for s in stage.data.mix) or stage.data.source
+    return f"{objective} on {text}, {tokens} x {stage.epochs:g}, length {stage.length}, lr {stage.lr:g}"

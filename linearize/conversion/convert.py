@@ -144,26 +144,6 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
-def convert(
-    source: Source, recipe: Recipe, folder: Path, *, teacher: PreTrainedModel | None = None, tokenizer: Any = None
-) -> LinearizedForCausalLM:
-    """Converts `source` by `recipe.mixer` and writes the checkpoint into `folder`, which must exist.
-
-    Args:
-        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
-
-    Raises:
-        ModelError: the model cannot be read or converted.
-    """
-    tokenizer = tokenizer or load_tokenizer(source)
-    teacher = teacher or load_model(source, dtype=recipe.dtype)
-    check_convertible(teacher.config, source)
-    revision = getattr(teacher.config, "_commit_hash", None)
-    model = convert_model(teacher, recipe.mixer)
-    write_checkpoint(folder, model, tokenizer, recipe, base_record(source, revision))
-    return model
-
-
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:
     """What `linearize.json` says of the base model."""
     return {"model": source.reference, "name": source.name, "kind": source.kind, "revision": revision}

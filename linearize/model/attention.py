@@ -97,7 +97,7 @@ class LinearizedAttention(nn.Module):
         """`hidden_states` `[B, T, width]`; `attention_mask` is what `LinearizedForCausalLM` makes: `[B, 1, 1, T]`
         document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. Some
         families call the cache `layer_past`."""
-        projected = self._project(hidden_states, position_embeddings)
+        projected = self.project(hidden_states, position_embeddings)
         cache = past_key_values if past_key_values is not None else layer_past
         memory = None
         if cache is not None:
@@ -118,8 +118,12 @@ class LinearizedAttention(nn.Module):
             memory.advance(hidden_states.shape[1], lengths)
         return self.family.output(self, heads.to(projected.v.dtype)), None
 
-    def _project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projections:
-        q, k, v = self.family.project(self, self.layer, hidden_states)
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, attention: Any = None
+    ) -> Projections:
+        """The projections of `hidden_states` `[B, T, width]`, by this layer's weights or those of `attention`, a module
+        of the same architecture."""
+        q, k, v = self.family.project(self if attention is None else attention, self.layer, hidden_states)
         if not self.layer.rotary:
             return Projections(q, k, v, q, k)
         if position_embeddings is None:
@@ -142,8 +146,8 @@ class LinearizedAttention(nn.Module):
         elif not self.softmax_heads:
             heads = self.mixer(new, lengths, memory)
         else:
-            kept = self._attend(self._select(new, self.softmax_heads), lengths, memory)
-            mixed = self.mixer(self._select(new, self.mixed_heads), lengths, memory)
+            kept = self._attend(self.select(new, self.softmax_heads), lengths, memory)
+            mixed = self.mixer(self.select(new, self.mixed_heads), lengths, memory)
             groups = torch.cat([_by_group(kept, self.softmax_heads), _by_group(mixed, self.mixed_heads).to(kept)], 2)
             order = self.softmax_heads + self.mixed_heads
             heads = groups[:, :, [order.index(head) for head in range(len(order))]].flatten(2, 3)
@@ -157,7 +161,7 @@ class LinearizedAttention(nn.Module):
             first, k, v = memory.extend_past(k, v, ragged=lengths is not None)
         return full_attention(new.q_rotated, k, v, first=first, scale=self.layer.scale, softcap=self.layer.softcap)
 
-    def _select(self, new: Projections, heads: list[int]) -> Projections:
+    def select(self, new: Projections, heads: list[int]) -> Projections:
         """The key/value heads of that number, and the query heads that share them."""
         groups = self.layer.key_value_heads
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from linearize.model.landmarks import BLOCK
+
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
 
@@ -67,6 +69,13 @@ class MixerConfig:
     negative_eigenvalues: bool = False
     landmarks: int = 0
     softmax_heads: list[int] = field(default_factory=list)
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many tokens of a text are all read exactly, before the state receives one."""
+        # Landmarks are merged in blocks: the first that loses its slot does so with the block that overfills them.
+        merged = (self.landmarks // BLOCK + 1) * BLOCK - 1 if self.landmarks else 0
+        return (self.window or 1) + self.sinks + merged
 
     def fitted(self, layer: AttentionLayer) -> MixerConfig:
         """What this asks for in `layer`: a layer never sees beyond its own sliding window, and where ours is as wide

@@ -133,7 +133,7 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
         start, block = end, block + 1
     if memory is not None:
         done = block - 1 if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
-        _keep(memory, held, done, {"landmarks": landmarks, "sinks": sinks}, sums, lengths)
+        _keep(memory, rows, done, {"landmarks": landmarks, "sinks": sinks}, sums, lengths)
     return rows.back(recall.join(torch.cat(ys, 1), torch.cat(logs, 1), memory), new.q.shape[1])
 
 
@@ -258,26 +258,29 @@ def _sinks(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
 
 def _keep(
     memory: LayerMemory,
-    tokens: Part,
+    rows: _Rows,
     done: Tensor | int,
     exact: dict[str, Part],
     sums: Tensor,
     lengths: Tensor | None,
 ) -> None:
-    """Writes what a chunk ended with into the memory.
+    """Writes what a chunk ended with into the memory; what holds no token is 0.
 
     Args:
-        tokens: by place; done: blocks of them that have been merged.
+        done: blocks of `rows.held` that have been merged.
         exact: landmarks and sinks.
         sums: those of normalised keys after each new token.
     """
     for name, held in memory.parts["window"].items():
-        if isinstance(done, int):
-            left = tokens[name][:, done * BLOCK :]
+        if isinstance(done, int) or rows.total is None:
+            left = rows.held[name][:, done * BLOCK :]
             held[:, : left.shape[1]] = left.detach()
-        elif span := tokens[name].shape[1]:
+            held[:, left.shape[1] :] = 0
+        elif span := rows.held[name].shape[1]:
             place = torch.arange(held.shape[1], device=held.device) + done[:, None] * BLOCK
-            held.copy_(rows_of(tokens[name], place.clamp(max=span - 1)).detach())
+            left = rows_of(rows.held[name], place.clamp(max=span - 1)).detach()
+            there = place < rows.total[:, None]
+            held.copy_(torch.where(there.view(*there.shape, *[1] * (held.dim() - 2)), left, 0))
     for part, tensors in exact.items():
         for name, tensor in tensors.items():
             if tensor is not memory.parts[part][name]:

@@ -112,8 +112,8 @@ def _apart(mixer: Mixer, memory: LayerMemory, arriving: Part, lengths: Tensor | 
     real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
     before, merged = merges(mixer, counts), merges(mixer, counts + 1)
     goes = real & (merged > before)
-    # Only a device that does not have to be waited for is asked.
-    if goes.device.type != "cpu" or bool(goes.any()):
+    # Only a device that does not have to be waited for is asked, and not while what is repeated is recorded.
+    if goes.device.type != "cpu" or not memory.counts_on_host or bool(goes.any()):
         _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, goes)
     place = counts - config.sinks - torch.where(real, merged, before) * BLOCK
     slot = torch.arange(room(mixer.window), device=counts.device)
@@ -150,7 +150,7 @@ def _merge(mixer: Mixer, memory: LayerMemory, first: Tensor | int, goes: Tensor 
         "number": numbers(first, block["received"]),
     }
     kept, lost = merge(landmarks, block, mixer.window)
-    moved = {name: tensor.roll(-BLOCK, 1) for name, tensor in window.items()}
+    moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for held, now in ((landmarks, kept), (window, moved)):
         for name, tensor in where(goes, now, held).items():
             held[name].copy_(tensor)
@@ -159,4 +159,10 @@ def _merge(mixer: Mixer, memory: LayerMemory, first: Tensor | int, goes: Tensor 
         writes = writes if goes is None else writes & goes[:, None]
         k, v, source = stored(mixer, lost)
         q = k.repeat_interleave(mixer.layer.query_heads // mixer.layer.key_value_heads, 2)
-        mixer.recurrence(q, k, v, source, writes, memory.parts["state"])
+        pinned = mixer.recurrence.form
+        if not memory.counts_on_host:
+            mixer.recurrence.form = "parallel"  # other forms look at how strong the gates are, and choose by it
+        try:
+            mixer.recurrence(q, k, v, source, writes, memory.parts["state"])
+        finally:
+            mixer.recurrence.form = pinned

@@ -84,5 +84,10 @@ def segments_of(
     return segments.expand(batch, tokens)
 
 
+def layer_mask(segments: Tensor | None, device: torch.device) -> Tensor:
+    """What `LinearizedAttention` takes as its mask: `segments` as `[B, 1, 1, T]`, or `[1, 1, 1, 0]` for None."""
+    return torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
+
+
 def _like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *([1] * (x.dim() - 2)))

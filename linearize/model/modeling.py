@@ -19,7 +19,7 @@ from transformers import initialization as init
 from linearize.families import FAMILIES, Family
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
-from linearize.model.layout import segments_of
+from linearize.model.layout import layer_mask, segments_of
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer import Mixer
 
@@ -169,7 +169,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("output_router_logits does not go with packed rows; give one document per row")
         # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
         # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
-        attention_mask = _layer_mask(segments, given.device)
+        attention_mask = layer_mask(segments, given.device)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -188,7 +188,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         grow."""
         tokens = inputs_embeds.shape[1]
         real = None if attention_mask is None else (attention_mask[:, -tokens:] != 0).long()
-        return _layer_mask(real, inputs_embeds.device)
+        return layer_mask(real, inputs_embeds.device)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refused: it pages keys and values, which a converted model does not keep."""
@@ -252,11 +252,6 @@ def register() -> None:
 def _tells_pads(attention_mask: Tensor, tokens: int) -> bool:
     ours = attention_mask.dtype == torch.long and attention_mask.shape[1:-1] == (1, 1)
     return attention_mask.dim() == 2 or (attention_mask.dim() == 4 and ours and attention_mask.shape[-1] in (0, tokens))
-
-
-def _layer_mask(segments: Tensor | None, device: torch.device) -> Tensor:
-    """What `LinearizedAttention` takes as its mask."""
-    return torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
 
 
 def _first_memory(past_key_values: Cache | None) -> LayerMemory | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
     from linearize.probe.needles import Needle
     from linearize.recipe import MixerSpec
-    from linearize.training.data import Rows
+    from linearize.training.rows import Rows
 
 # Tokens of a forward pass: what keeps its logits small.
 _BATCH_TOKENS = 2048

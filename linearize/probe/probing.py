@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from linearize.families import AttentionLayer, Projections
     from linearize.recipe import Recipe
-    from linearize.training.data import Rows
+    from linearize.training.rows import Rows
 
 DEFAULT_CONTEXT = 8192
 LEAST_ROWS = 2

@@ -19,6 +19,7 @@ from linearize.recipe.schema import (
     MixerSpec,
     Objective,
     Recipe,
+    SourceSpec,
     Stage,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "ShippedRecipe",
+    "SourceSpec",
     "Stage",
     "dump_recipe",
     "load_recipe",

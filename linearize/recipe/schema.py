@@ -10,11 +10,11 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Objective = Literal["sft", "distill"]
-OBJECTIVES: tuple[Objective, ...] = ("sft", "distill")
+Objective = Literal["sft", "distill", "align"]
+OBJECTIVES: tuple[Objective, ...] = ("sft", "distill", "align")
 
 RecurrenceName = Literal[
     "gla",
@@ -36,9 +36,11 @@ RecurrenceName = Literal[
     "none",
 ]
 
-SELF = "self"
+SELF, STUDENT, RECALL = "self", "student", "recall"
+ENDLESS = (SELF, STUDENT, RECALL)
+"""Sources that are made as they are needed."""
 SELF_TOKENS = 200_000
-"""Tokens that the teacher writes for `source: self` when the recipe names no budget."""
+"""Tokens that are made of these when the recipe names no budget."""
 
 BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", re.IGNORECASE)
 
@@ -53,14 +55,16 @@ def _objective(value: Any) -> Any:
 
     A plain validator: with a union pydantic would put the name of the branch it tried into the error's path.
     """
-    names = " or ".join(OBJECTIVES)
+    names, mixed = (" or ".join((", ".join(known[:-1]), known[-1])) for known in (OBJECTIVES, OBJECTIVES[:2]))
     if isinstance(value, str) and value in OBJECTIVES:
         return value
     if not isinstance(value, dict) or not value:
-        raise _refusal(f"expected {names}, or a mapping of these to weights, got {value!r}")
+        raise _refusal(f"expected {names}, or a mapping of {mixed} to weights, got {value!r}")
     for name, weight in value.items():
         if name not in OBJECTIVES:
-            raise _refusal(f"unknown objective {name!r}; expected {names}")
+            raise _refusal(f"unknown objective {name!r}; expected {mixed}")
+        if name == "align":
+            raise _refusal("align looks at layers and not at what they come to; give it a stage of its own")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise _refusal(f"expected a weight > 0 for {name}, got {weight!r}")
     return {name: float(weight) for name, weight in value.items()}
@@ -182,28 +186,65 @@ class MixerSpec(Section):
         return value
 
 
-class DataSpec(Section):
-    """Where a stage's text comes from."""
+class SourceSpec(Section):
+    """A source of text."""
 
-    source: str = Field(min_length=1)
-    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    source: str | None = Field(default=None, min_length=1)
+    """`self` (the teacher writes it), `student` (the model as it stands when the stage begins writes it), `recall`
+    (questions about facts and pairs, made on the fly), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the
+    Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
     format: Literal["auto", "text", "instruction"] = "auto"
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of text that a model writes."""
+    sample_length: int | None = Field(default=None, ge=1)
+    """Tokens of one text of `self`, `student` or `recall`; null means the stage's `length`."""
+
+
+class MixedSource(SourceSpec):
+    """One source of several."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the rows, against the other sources' weights."""
+
+    @model_validator(mode="after")
+    def _is_named(self) -> MixedSource:
+        if self.source is None:
+            raise _refusal("missing key; expected a source")
+        return self
+
+
+class DataSpec(SourceSpec):
+    """Where a stage's text comes from: one `source`, or several under `mix`."""
+
     tokens: int | None = Field(default=None, ge=1)
-    """Token budget of the whole source; null takes all of it (for `self`: `SELF_TOKENS`)."""
+    """Token budget of the whole data; null takes all of it (of what has no end: `SELF_TOKENS`)."""
     held_out: int = Field(default=16, ge=0)
     """Rows of the stage's `length` kept for evaluation."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of text that the teacher writes."""
-    sample_length: int | None = Field(default=None, ge=1)
-    """Tokens of one text that the teacher writes; null means the stage's `length`."""
+    mix: list[MixedSource] = []
+    """Several sources in the place of one, by weight; needs `tokens`."""
 
     @field_validator("tokens")
     @classmethod
-    def _self_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return SELF_TOKENS if value is None and info.data.get("source") == SELF else value
+    def _endless_has_a_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return SELF_TOKENS if value is None and info.data.get("source") in ENDLESS else value
+
+    @model_validator(mode="after")
+    def _one_source_or_several(self) -> DataSpec:
+        if self.source is None and not self.mix:
+            raise _refusal("names no text; expected a source, or sources under mix")
+        if self.source is not None and self.mix:
+            raise _refusal("has both source and mix; keep one of them")
+        if self.mix and self.tokens is None:
+            raise _refusal("has a mix and no tokens; expected how many there are to be of all sources together")
+        return self
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """The one source, or all of the mixture."""
+        return list(self.mix) or [self]
 
 
 class CalibrateSpec(Section):
@@ -242,11 +283,16 @@ class Stage(Section):
     """Tokens of an optimizer step: a multiple of `length`."""
     micro_batch: int = Field(default=1, ge=1)
     """Rows of a forward pass; the rest of a step accumulates."""
+    train: Literal["lora", "mixer", "full"] = "lora"
+    """What learns: adapters and the layer's own parameters; these parameters alone; or every weight but adapters."""
+    optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
+    """The last one needs a GPU, and bitsandbytes."""
     lr: float = Field(default=1e-3, ge=0)
-    """Peak learning rate of the LoRA weights."""
+    """Peak learning rate of the adapters or, under `train: full`, of the pretrained weights."""
     mixer_lr: float = Field(default=1e-2, ge=0)
     """Peak learning rate of the layer's own parameters."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up; `wsd` stays at the peak and comes down, as 1 - sqrt, over the last fifth of the steps."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps."""
     epochs: float = Field(default=1.0, gt=0)
@@ -258,6 +304,17 @@ class Stage(Section):
     """Steps between checkpoints; 0 means about ten times a run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Under `distill`, tokens of the teacher's that are told apart, most likely first; all others count as one."""
+    teacher_at: Literal["device", "cpu", "disk"] = "device"
+    """Where the teacher is: beside the student; in the CPU's memory but for the layer at hand; or on disk, its `top_k`
+    written before the stage begins."""
+    hide_window: float = Field(default=0.0, ge=0, le=1)
+    """How often a layer's window is hidden but for its last token and the sinks, so that the recurrence must answer;
+    drawn for each layer and forward pass."""
+    beyond: float = Field(default=0.5, ge=0, le=1)
+    """Under `align`, the share of the steps, the first ones, in which the recurrence alone learns what the window
+    cannot see; in the others the layer as a whole does."""
 
     @field_validator("batch_tokens")
     @classmethod
@@ -265,6 +322,16 @@ class Stage(Section):
         length = info.data.get("length")
         if length is not None and value % length:
             raise _refusal(f"expected a multiple of length ({length}), got {value}")
+        return value
+
+    @field_validator("teacher_at")
+    @classmethod
+    def _kept_logits_are_few(cls, value: str, info: ValidationInfo) -> str:
+        objective = info.data.get("objective", ())
+        if value == "disk" and "distill" not in ([objective] if isinstance(objective, str) else objective):
+            raise _refusal("disk keeps the teacher's logits, which distill alone looks at; expected device or cpu")
+        if value == "disk" and info.data.get("top_k") is None:
+            raise _refusal("disk has room for the teacher's most likely tokens only; set top_k, for example to 64")
         return value
 
     @property
@@ -276,6 +343,8 @@ class Stage(Section):
 class LoraSpec(Section):
     """Low-rank adapters on the projections; `lora: null` trains the layer's own parameters only."""
 
+    kind: Literal["lora", "rslora", "dora", "pissa", "miss"] = "lora"
+    """As peft has them; `miss` was called Bone, and takes no alpha."""
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=8, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)

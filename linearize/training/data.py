@@ -1,10 +1,6 @@
-"""Training data: documents from a file, a Hub data set or the teacher, as rows of tokens of one length.
+"""Training data: documents from files, Hub data sets, a model or a generator, as rows of tokens of one length.
 
-    records -> documents (token ids, and which of them carry loss) -> held-out | train -> rows
-
-Rows are packed without padding: documents follow one another, and one that reaches a row's end goes on in the next
-row. Each stretch of one document within one row is a segment; `position_ids` restart at 0 in each, which is what tells
-a model that nothing may be seen across the boundary.
+records -> documents (token ids, and which of them carry loss) -> held-out | train -> rows
 """
 
 from __future__ import annotations
@@ -12,27 +8,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
 
 from linearize.errors import DataError
+from linearize.recipe.schema import ENDLESS, RECALL, SELF, STUDENT
+from linearize.training.recalltext import SHORTEST, recall_documents
 from linearize.training.records import Record, read_records
+from linearize.training.rows import Document, Pieces, Rows, TrainingData, pack
 from linearize.training.selftext import self_written_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from linearize.recipe.schema import DataSpec
-
-NO_LOSS = -100
-"""The label that cross-entropy ignores."""
+    from linearize.recipe.schema import DataSpec, SourceSpec, Stage
 
 # The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), word for word.
 _ALPACA = (
@@ -45,53 +39,6 @@ _ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-Pieces = list[tuple[str, bool]]
-"""Text in order, each piece with whether it carries loss."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows: N rows of L tokens, int64, on the CPU."""
-
-    input_ids: Tensor
-    """[N, L]"""
-    labels: Tensor
-    """[N, L], not shifted (logits at t-1 predict labels[t]); -100 at the first token of each segment and in prompts."""
-    position_ids: Tensor
-    """[N, L], 0 at the first token of each segment."""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, rows: slice | Tensor) -> Rows:
-        """Some of the rows: a slice, or a tensor of row numbers."""
-        return Rows(self.input_ids[rows], self.labels[rows], self.position_ids[rows])
-
-    @property
-    def tokens(self) -> int:
-        """N * L."""
-        return self.input_ids.numel()
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Rows to train on and rows kept apart for evaluation; no document is in both."""
-
-    train: Rows
-    held_out: Rows
-    source: str
-    """Where it came from, for a person."""
-    documents: int
-    """Documents that were read for these rows, on both sides."""
-    seconds: float
-
-
-class Document(NamedTuple):
-    """Token ids, and for each whether it carries loss."""
-
-    ids: list[int]
-    loss: list[bool]
-
 
 def load_data(
     spec: DataSpec,
@@ -100,88 +47,190 @@ def load_data(
     length: int,
     seed: int,
     teacher: Callable[[], PreTrainedModel] | None,
+    student: Callable[[], PreTrainedModel] | None = None,
+    draw: int = 0,
+    reserved: Mapping[str, int] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainingData:
     """Read what `spec` names into rows of `length` tokens.
 
     Documents are shuffled with `seed`; the first of them fill `spec.held_out` rows, the following the training rows, up
     to `spec.tokens` tokens (rounded up to a whole row). Only as many as that takes are tokenised. What does not fill a
-    last row is dropped. `teacher` is called only if the source is "self".
+    last row is dropped. Of a mixture, each source gives its share of both. `teacher` and `student` are called only if a
+    source is "self" or "student".
+
+    Args:
+        draw: which of many texts is made where a source has no end: stages of one run count up.
+        reserved: by `source_key`, tokens that are left out of training at the least; see `reserved_tokens`.
 
     Raises:
-        DataError: the source cannot be found or read, or is too small.
-        ModelError: the teacher cannot write text.
+        DataError: a source cannot be found or read, or is too small.
+        ModelError: the model that is to write text cannot.
     """
     started = time.monotonic()
     rows = None if spec.tokens is None else math.ceil(spec.tokens / length)
-    if spec.source == "self":
-        if teacher is None or rows is None:
-            raise DataError("data.source is self: the teacher writes the text, so set data.tokens to how much of it")
-        model = teacher()
+    writers = {SELF: teacher, STUDENT: student}
+    shares = _shares(spec, rows)
+    parts = [
+        _load(
+            source,
+            wanted,
+            held,
+            tokenizer=tokenizer,
+            length=length,
+            seed=seed + draw if source.source in ENDLESS else seed,
+            reserved=reserved.get(source_key(source), 0),
+            writers=writers,
+            progress=progress,
+        )
+        for source, wanted, held in shares
+    ]
+    train, held_out = (Rows.joined([getattr(part, side) for part in parts]) for side in ("train", "held_out"))
+    named = parts[0].source
+    if len(parts) > 1:
+        named = " + ".join(f"{len(part.train) / len(train):.0%} {part.source}" for part in parts)
+    documents = sum(part.documents for part in parts)
+    return TrainingData(train, held_out, named, documents, time.monotonic() - started)
+
+
+def source_key(source: SourceSpec) -> str:
+    """What tells one file or data set from another."""
+    return json.dumps([source.source, source.config, source.split])
+
+
+def reserved_tokens(stages: Sequence[Stage]) -> dict[str, int]:
+    """By `source_key`, the most tokens that any stage holds out. What one stage is judged by, no other may have
+    trained on: all of them shuffle a file alike and leave out as many of its first documents."""
+    most: dict[str, int] = {}
+    for stage in stages:
+        for source, _, held in _shares(stage.data, None):
+            if source.source not in ENDLESS:
+                key = source_key(source)
+                most[key] = max(most.get(key, 0), held * stage.length)
+    return most
+
+
+def _shares(spec: DataSpec, rows: int | None) -> list[tuple[SourceSpec, int | None, int]]:
+    """Each source with its number of training rows and of held-out rows."""
+    if not spec.mix:
+        return [(spec, rows, spec.held_out)]
+    weights = [source.weight for source in spec.mix]
+    held = _split(spec.held_out, weights)
+    if rows is None:
+        return [(source, None, count) for source, count in zip(spec.mix, held, strict=True)]
+    counts = [_split(rows, weights), held]
+    for number, (source, wanted) in enumerate(zip(spec.mix, counts[0], strict=True)):
+        if not wanted:
+            raise DataError(
+                f"data.mix.{number}: {source.source} has too small a weight for a single one of {rows:,} rows; raise "
+                "its weight or data.tokens"
+            )
+    return list(zip(spec.mix, *counts, strict=True))
+
+
+def _split(total: int, weights: list[float]) -> list[int]:
+    """`total` in whole numbers by weight; what is left over goes to those that were rounded down most."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(x) for x in exact]
+    for place in sorted(range(len(exact)), key=lambda n: counts[n] - exact[n])[: total - sum(counts)]:
+        counts[place] += 1
+    return counts
+
+
+def _load(
+    spec: SourceSpec,
+    rows: int | None,
+    held_rows: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    reserved: int,
+    writers: dict[str, Callable[[], PreTrainedModel] | None],
+    progress: Callable[[str], None],
+) -> TrainingData:
+    """One source: `rows` training rows (None for all there are), and `held_rows` before them."""
+    started = time.monotonic()
+    source = spec.source or ""
+    documents: Iterator[Document]
+    if source in ENDLESS and rows is None:
+        raise DataError(f"data.source is {source}: it has no end, so set data.tokens to how much of it")
+    if source in writers:
+        writer = writers[source]
+        if writer is None or rows is None:
+            raise DataError(f"data.source is {source}: there is no model here that could write it; name a file")
         longest = spec.sample_length or length
         # The last held-out document may be needed for one token only, and what is left of it is not trained on.
-        spare = longest if spec.held_out else 0
+        spare = longest if held_rows else 0
         ids = self_written_documents(
-            model,
+            writer(),
             tokenizer,
-            tokens=(spec.held_out + rows) * length + spare,
+            tokens=(held_rows + rows) * length + spare,
             seed=seed,
             temperature=spec.temperature,
             sample_length=longest,
             progress=progress,
         )
-        source = "text written by the teacher"
+        source = f"text written by the {'teacher' if source == SELF else 'student'}"
         documents = (Document(i, [True] * len(i)) for i in ids)
+    elif source == RECALL:
+        longest = spec.sample_length or length
+        if longest < SHORTEST:
+            raise DataError(f"data.source is recall: {longest} tokens hold no question; take {SHORTEST} or more")
+        source = "questions about facts and pairs"
+        documents = _recall(tokenizer, seed, longest)
     else:
-        source = spec.source
         progress(f"data: reading {source}")
         documents = (_document(record, spec, tokenizer) for record in read_records(spec, seed=seed, length=length))
     stream = (document for document in documents if any(document.loss))
-    held = _take(stream, spec.held_out * length)
+    held = _take(stream, held_rows * length)
+    _take(stream, reserved - sum(len(document.ids) for document in held))
     train = _take(stream, math.inf if rows is None else rows * length)
-    held_out, train_rows = pack(held, length)[: spec.held_out], pack(train, length)[:rows]
-    if len(held_out) < spec.held_out or not len(train_rows):
-        found, needed = sum(len(d.ids) for d in held + train), (spec.held_out + 1) * length
+    held_out, train_rows = pack(held, length)[:held_rows], pack(train, length)[:rows]
+    enough, all_of_it = len(held_out) >= held_rows, len(train_rows) < (rows or 0)
+    # A prompt may fill a row, which then has nothing to learn or to score.
+    held_out, train_rows = held_out.scored(), train_rows.scored()
+    if not enough or not len(train_rows):
+        found, needed = sum(len(d.ids) for d in held + train), (held_rows + 1) * length
         told = f"{source}: {found:,} tokens in {len(held + train):,} documents are too few for"
-        if not spec.held_out:
+        if not held_rows:
             raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
         raise DataError(
-            f"{told} {spec.held_out} held-out rows and a training row of {length} tokens that share no document (at "
+            f"{told} {held_rows} held-out rows and a training row of {length} tokens that share no document (at "
             f"least {needed:,}): lower data.held_out or the length, or use more text"
         )
-    split = f" to train on, {held_out.tokens:,} held out," if spec.held_out else ""
+    split = f" to train on, {held_out.tokens:,} held out," if held_rows else ""
     progress(f"data: {train_rows.tokens:,} tokens{split} from {source}")
-    if rows is not None and len(train_rows) < rows:
-        progress(f"data: {spec.tokens:,} tokens were asked for; {source} has no more")
+    if rows is not None and all_of_it:
+        progress(f"data: {rows * length:,} tokens were asked for; {source} has no more")
     return TrainingData(train_rows, held_out, source, len(held) + len(train), time.monotonic() - started)
 
 
-def pack(documents: Iterable[Document], length: int) -> Rows:
-    """Documents one after another in rows of `length` tokens; what does not fill a last row is dropped."""
-    documents = list(documents)
-    total = sum(len(d.ids) for d in documents) // length * length
-    ids = torch.tensor(list(chain.from_iterable(d.ids for d in documents)), dtype=torch.int64)[:total]
-    loss = torch.tensor(list(chain.from_iterable(d.loss for d in documents)), dtype=torch.bool)[:total]
-    starts = torch.tensor([0, *(len(d.ids) for d in documents)]).cumsum(0)
-    place = torch.arange(total)
-    first = torch.zeros(total, dtype=torch.bool)
-    first[::length] = True
-    first[starts[starts < total]] = True
-    position = place - torch.where(first, place, 0).cummax(0).values if total else place
-    labels = torch.where(loss & ~first, ids, NO_LOSS)
-    return Rows(ids.view(-1, length), labels.view(-1, length), position.view(-1, length))
+def _recall(tokenizer: PreTrainedTokenizerBase, seed: int, length: int) -> Iterator[Document]:
+    empty = _encode([("a", True)], tokenizer, begins=True, ends=True).ids
+    bare = _encode([("a", True)], tokenizer, begins=False, ends=False).ids
+    opening = empty[: empty.index(bare[0])]
+    closing = empty[len(opening) + len(bare) :]
+
+    def encode(pieces: Pieces) -> Document:
+        return _encode(pieces, tokenizer, begins=False, ends=False)
+
+    written = recall_documents(tokenizer, encode, seed=seed, length=length, ends=(opening, closing))
+    return (Document(ids, loss) for ids, loss in written)
 
 
 def _take(stream: Iterator[Document], tokens: float) -> list[Document]:
     """The next documents, until they hold `tokens` tokens or there are no more."""
     taken: list[Document] = []
     while tokens > 0 and (document := next(stream, None)) is not None:
-        taken.append(document)
+        # As tensors: lists of numbers would take ten times as much, and there may be hundreds of millions.
+        ids, loss = torch.tensor(document.ids, dtype=torch.int32), torch.tensor(document.loss, dtype=torch.bool)
+        taken.append(Document(ids, loss))
         tokens -= len(document.ids)
     return taken
 
 
-def _document(record: Record, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Document:
+def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> Document:
     """The record's tokens; without any loss if it holds nothing to learn (an empty text, an empty answer)."""
     where, fields, ends = record
     if not isinstance(fields, dict):

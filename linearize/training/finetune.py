@@ -9,9 +9,9 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -29,12 +29,16 @@ from linearize.conversion.source import (
 from linearize.errors import OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
-from linearize.training.data import TrainingData, load_data
+from linearize.training.data import load_data, reserved_tokens
+from linearize.training.rows import TrainingData, read_data, save_data
+from linearize.training.teachers import KeptLogits, keep_logits, offloaded
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
     append_json_line,
+    base_of,
     checkpoints,
+    is_adapter,
     is_own_parameter,
     load_trained,
     total_steps,
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 
     from linearize.calibration.start import Start
     from linearize.model import LinearizedForCausalLM
+    from linearize.training.rows import Rows
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
@@ -74,15 +79,40 @@ class FinetuneResult:
 
 
 class _Teacher:
-    """The pretrained model, loaded when it is first wanted."""
+    """The pretrained model, loaded when it is first wanted.
+
+    Args:
+        model: if it is loaded already; it is not let go then.
+    """
 
     def __init__(self, source: Source, dtype: str, model: PreTrainedModel | None) -> None:
         self.source, self.dtype, self.model = source, dtype, model
+        self.is_ours = model is None
 
     def __call__(self) -> PreTrainedModel:
         if self.model is None:
             self.model = load_model(self.source, dtype=self.dtype).requires_grad_(False)
         return self.model
+
+    @contextlib.contextmanager
+    def serving(
+        self, stage: Stage, rows: Rows, say: Callable[[str], None]
+    ) -> Iterator[PreTrainedModel | KeptLogits | None]:
+        """What a stage's trainer is given, where its recipe wants it; None where the stage has no use for a teacher."""
+        if not _wants_teacher(stage):
+            yield None
+        elif stage.teacher_at == "disk" and stage.top_k is not None:
+            kept = keep_logits(
+                self(), rows, top_k=stage.top_k, temperature=stage.temperature, batch=stage.micro_batch, progress=say
+            )
+            if self.is_ours:
+                self.model = None
+            yield kept
+        elif stage.teacher_at == "cpu":
+            with offloaded(self(), self().device):
+                yield self()
+        else:
+            yield self()
 
 
 def finetune(
@@ -122,7 +152,7 @@ def finetune(
         model: Any = load_model(source, dtype=recipe.dtype)
     else:
         # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-        shared = base == source and any("distill" in s.weights or s.data.source == SELF for s in recipe.stages)
+        shared = base == source and any(_wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
         if begin is None:
             model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
             check_convertible(model.config, source)
@@ -130,36 +160,45 @@ def finetune(
         else:
             begun = begin()
         model, recipe, told = begun.model, begun.recipe, begun.record
-    student = add_adapters(model, recipe.lora)
+    student = add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
+    for stage in recipe.stages:
+        choose_trained(student, stage.train)  # what a later stage lacks is told now
     records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
-    data = None
+    data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
     for number, stage in enumerate(recipe.stages):
-        data = load_data(
-            stage.data, tokenizer=tokenizer, length=stage.length, seed=recipe.seed, teacher=teacher, progress=say
-        )
+        kept = work / f"stage-{number}.rows.safetensors"
+        if resume and kept.is_file():
+            data = read_data(kept)
+        else:
+            data = load_data(
+                stage.data,
+                tokenizer=tokenizer,
+                length=stage.length,
+                seed=recipe.seed,
+                teacher=teacher,
+                student=lambda: base_of(student).eval(),
+                draw=number,
+                reserved=reserved,
+                progress=say,
+            )
+            save_data(data, kept)
         records.append(stage_record(stage, data))
+        choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
         found = checkpoints(folder)
         if resume and number < reached:
             say(f"stage {number + 1}: done before")
             load_trained(student, found[-1])
             continue
-        needs_teacher = "distill" in stage.weights
-        trainer = StageTrainer(
-            student,
-            teacher() if needs_teacher else None,
-            stage,
-            data.train,
-            folder,
-            recipe.seed,
-            _log_to(work / METRICS, number, len(recipe.stages)),
-        )
-        start = str(found[-1]) if resume and found else None
-        if start:
-            say(f"stage {number + 1}: going on from {Path(start).name}")
-        with _quiet():
-            trainer.train(resume_from_checkpoint=start)
+        with teacher.serving(stage, data.train, say) as served:
+            log = _log_to(work / METRICS, number, len(recipe.stages))
+            trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log)
+            start = str(found[-1]) if resume and found else None
+            if start:
+                say(f"stage {number + 1}: going on from {Path(start).name}")
+            with _quiet():
+                trainer.train(resume_from_checkpoint=start)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     merged.requires_grad_(False).eval()
     return FinetuneResult(merged, tokenizer, teacher.model, data, recipe, records, told)
@@ -173,12 +212,16 @@ def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) ->
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
     if result.data is not None and len(result.data.held_out):
-        rows = result.data.held_out
-        save_file(
-            {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
-        )
+        write_held_out(folder, result.data.held_out)
     write_checkpoint(
         folder, result.model, result.tokenizer, result.recipe, record, result.stages, name, start=result.start
+    )
+
+
+def write_held_out(folder: Path, rows: Rows) -> None:
+    """Writes the rows that the task `held_out` scores a checkpoint on."""
+    save_file(
+        {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
     )
 
 
@@ -226,30 +269,51 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
 
 
 def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:
-    """Freezes the pretrained weights; LoRA on its targets and the layer's own parameters, in float32, are trained.
+    """The model with peft's adapters on the targets of `lora`, in float32, or as it is; see `choose_trained`.
 
     Raises:
-        RecipeError: a target is not there.
+        RecipeError: a target is not there, or is of a kind that the adapters do not take.
     """
     model.requires_grad_(False)
-    student: Any = model
-    if lora is not None:
-        modules = _target_modules(model, lora.targets)
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(modules),
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
-            task_type="CAUSAL_LM",
+    if lora is None:
+        return model
+    modules = _target_modules(model, lora.targets)
+    try:
+        return get_peft_model(model, _adapter_config(lora, modules))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"lora: {lora.kind} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def _adapter_config(lora: LoraSpec, modules: dict[str, nn.Module]) -> PeftConfig:
+    if lora.kind == "miss":
+        return MissConfig(
+            r=lora.rank, miss_dropout=lora.dropout, target_modules=list(modules), task_type=TaskType.CAUSAL_LM
         )
-        student = get_peft_model(model, config)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(modules),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        task_type=TaskType.CAUSAL_LM,
+        use_rslora=lora.kind == "rslora",
+        use_dora=lora.kind == "dora",
+        init_lora_weights="pissa" if lora.kind == "pissa" else True,
+    )
+
+
+def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:
+    """Lets gradients reach what a stage trains, and nothing else.
+
+    Raises:
+        RecipeError: nothing is left to train.
+    """
     for name, parameter in student.named_parameters():
-        if is_own_parameter(name):
-            parameter.requires_grad_(True)
+        adapter = is_adapter(name)
+        chosen = {"lora": adapter, "mixer": False, "full": not adapter}[train] or is_own_parameter(name)
+        parameter.requires_grad_(chosen)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
-    return student
 
 
 def _target_modules(model: LinearizedForCausalLM, targets: list[str]) -> dict[str, nn.Module]:
@@ -279,6 +343,15 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
         "length": stage.length,
         "steps": steps,
     }
+
+
+def _wants_teacher(stage: Stage) -> bool:
+    """Whether a stage's objective looks at the teacher."""
+    return "sft" not in stage.weights or len(stage.weights) > 1
+
+
+def _reads(stage: Stage, source: str) -> bool:
+    return any(one.source == source for one in stage.data.sources)
 
 
 def _stage_to_resume(work: Path, stages: int) -> int:

@@ -1,26 +1,58 @@
-"""What a stage minimises: cross-entropy with the text, divergence from the teacher, or a weighted sum of both."""
+"""What a stage minimises over tokens: cross-entropy with the text, divergence from the teacher, or a sum of both."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from linearize.training.rows import NO_LOSS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from linearize.recipe import Objective
 
-IGNORE = -100
 # Positions worked on at a time. All of a row's would make several tensors of the logits' size, and leave every cache.
 _CHUNK = 64
+
+
+class TopK(NamedTuple):
+    """A teacher's most likely next tokens, N positions of k.
+
+    Attributes:
+        tokens: `[N, k]` int64.
+        log: `[N, k + 1]` their log-probabilities, softened by the temperature, and last that of all others together.
+    """
+
+    tokens: Tensor
+    log: Tensor
+
+
+def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
+    """The `k` most likely tokens of `logits` `[N, V]`, at most all of them."""
+    indices, logs = [], []
+    for chunk in logits.split(_CHUNK):
+        log = torch.log_softmax(chunk.to(_wide(chunk)) / temperature, -1)
+        top, index = log.topk(min(k, log.shape[-1]))
+        rest = log.scatter(1, index, -math.inf).logsumexp(-1, keepdim=True)
+        indices.append(index)
+        logs.append(torch.cat([top, rest], 1))
+    return TopK(torch.cat(indices), torch.cat(logs))
+
+
+def counted_positions(labels: Tensor) -> Tensor:
+    """Which of the B * T positions of `labels` `[B, T]` predict a token that counts, by their number."""
+    row, step = (labels[:, 1:] != NO_LOSS).nonzero(as_tuple=True)
+    return row * labels.shape[1] + step
 
 
 def token_losses(
     logits: Tensor,
     labels: Tensor,
-    teacher_logits: Tensor | None,
+    teacher: Tensor | TopK | None,
     weights: Mapping[Objective, float],
     temperature: float = 1.0,
 ) -> Tensor:
@@ -29,19 +61,19 @@ def token_losses(
     Args:
         logits: `[B, T, V]` of the student; position t predicts labels[:, t + 1].
         labels: `[B, T]`, -100 where nothing is counted.
-        teacher_logits: `[B, T, V]`, wanted by `distill` only; no gradient reaches them.
+        teacher: its logits `[B, T, V]`, or its most likely tokens at the counted positions; wanted by `distill` only.
+            No gradient reaches them. With `TopK`, all tokens but the k are one: a lower bound of the whole divergence.
         weights: of `sft` (cross-entropy) and `distill` (KL(teacher || student), softened by `temperature` and scaled
             by its square as Hinton et al. 2015 do, arXiv 1503.02531).
     """
-    if "distill" in weights and teacher_logits is None:
+    if "distill" in weights and teacher is None:
         raise ValueError("the objective `distill` needs the teacher's logits")
-    row, step = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    positions = row * labels.shape[1] + step
+    positions = counted_positions(labels)
     total: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
         logits.flatten(0, 1),
-        None if teacher_logits is None else teacher_logits.flatten(0, 1),
+        teacher.flatten(0, 1) if isinstance(teacher, Tensor) else teacher,
         positions,
-        labels[row, step + 1],
+        labels.flatten()[positions + 1],
         weights.get("sft", 0.0),
         weights.get("distill", 0.0),
         temperature,
@@ -56,26 +88,30 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor | None,
+        teacher: Tensor | TopK | None,
         positions: Tensor,
         targets: Tensor,
         sft: float,
         distill: float,
         temperature: float,
     ) -> Tensor:
-        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        wide = _wide(student)
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=student.device)
-        for at, target in zip(positions.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        for start in range(0, len(positions), _CHUNK):
+            of = slice(start, start + _CHUNK)
+            at, target = positions[of], targets[of]
             logits = student[at].to(wide)
             slope = torch.zeros_like(logits)
             if distill:
                 assert teacher is not None  # noqa: S101 - for the type checker; the caller has looked
                 q_log = torch.log_softmax(logits / temperature, -1)
-                p_log = torch.log_softmax(teacher[at].to(wide) / temperature, -1)
-                p = p_log.exp()
-                total += distill * temperature**2 * (p_log - q_log).mul_(p).sum()
-                slope += q_log.exp_().sub_(p).mul_(distill * temperature)
+                if isinstance(teacher, TopK):
+                    divergence, difference = _top_k(q_log, teacher.tokens[of], teacher.log[of].to(wide))
+                else:
+                    divergence, difference = _whole(q_log, teacher[at].to(wide) / temperature)
+                total += distill * temperature**2 * divergence
+                slope += difference.mul_(distill * temperature)
             if sft:
                 log = torch.log_softmax(logits, -1)
                 picked = target[:, None]
@@ -90,3 +126,28 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None, None, None, None, None
+
+
+def _whole(q_log: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and its gradient for q's logits; `teacher` are p's logits."""
+    p_log = torch.log_softmax(teacher, -1)
+    p = p_log.exp()
+    return (p_log - q_log).mul_(p).sum(), q_log.exp().sub_(p)
+
+
+def _top_k(q_log: Tensor, index: Tensor, p_log: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where all tokens but k are one, with the probabilities p_r and q_r. The gradient is q - p at the k and
+    q (1 - p_r / q_r) at the others."""
+    p_log = torch.log_softmax(p_log, -1)  # they sum to one, whatever they were rounded to
+    p = p_log.exp()
+    rest = q_log.scatter(1, index, -math.inf).logsumexp(-1, keepdim=True)
+    known = q_log.gather(1, index)
+    # What is never said costs nothing, and both of its logarithms may be minus infinity.
+    divergence = torch.where(p > 0, p * (p_log - torch.cat([known, rest], 1)), 0).sum()
+    share = torch.where(p[:, -1:] > 0, (p_log[:, -1:] - rest).exp(), 0)
+    slope = q_log.exp().mul_(1 - share)
+    return divergence, slope.scatter_(1, index, known.exp() - p[:, :-1])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -14,7 +14,7 @@ from linearize.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from linearize.recipe.schema import DataSpec
+    from linearize.recipe.schema import SourceSpec
 
 TEXT_FILES = {".txt", ".md", ".raw", ".tokens"}
 RECORD_FILES = {".jsonl", ".json", ".parquet"}
@@ -25,13 +25,14 @@ Record = tuple[str, Any, bool]
 """Where it stands (file:line), what stands there, and whether the document ends with it."""
 
 
-def read_records(spec: DataSpec, *, seed: int, length: int) -> Iterator[Record]:
+def read_records(spec: SourceSpec, *, seed: int, length: int) -> Iterator[Record]:
     """The records of a file or of a Hub data set, in an order made from `seed`."""
-    path = Path(spec.source).expanduser()
-    if not path.exists() and not _is_path(spec.source):
+    source = spec.source or ""
+    path = Path(source).expanduser()
+    if not path.exists() and not _is_path(source):
         yield from _hub_records(spec, seed)
         return
-    records = _file_records(path, spec.source, length)
+    records = _file_records(path, source, length)
     random.Random(seed).shuffle(records)  # noqa: S311 - an order, not a secret
     yield from records
 
@@ -122,7 +123,7 @@ def _parquet_records(path: Path, source: str) -> list[Record]:
     return [(f"{source}, row {number}", row, True) for number, row in enumerate(rows, 1)]
 
 
-def _hub_records(spec: DataSpec, seed: int) -> Iterator[Record]:
+def _hub_records(spec: SourceSpec, seed: int) -> Iterator[Record]:
     """The records of a Hub data set, streamed: only what is used is downloaded."""
     import datasets
 

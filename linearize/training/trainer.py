@@ -17,16 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from linearize.errors import LinearizeError
-from linearize.training.objective import IGNORE, token_losses
+from linearize.training.align import Alignment
+from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
+from linearize.training.optimizers import build_optimizer
+from linearize.training.rows import NO_LOSS
+from linearize.training.teachers import KeptLogits, documents_apart
+from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Stage
-    from linearize.training.data import Rows
+    from linearize.training.rows import Rows
 
 _TRAINED = "trained.safetensors"
 _KEPT_CHECKPOINTS = 2
+_SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+# The shape and the share of the steps that do best in Hägele et al. 2024 (arXiv 2405.18392).
+_WSD_DECAY = 0.2
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -44,6 +53,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             "input_ids": rows.input_ids[index],
             "labels": rows.labels[index],
             "position_ids": rows.position_ids[index],
+            "row": torch.tensor(index),
         }
 
 
@@ -52,7 +62,7 @@ class StageTrainer(Trainer):
 
     Args:
         model: the student; parameters that require gradients are trained, and only they are saved in checkpoints.
-        teacher: wanted by the objective `distill`.
+        teacher: wanted by the objectives `distill`, which also takes what it said to `rows`, and `align`.
         stage: the recipe's stage.
         rows: what to train on.
         folder: where checkpoints go.
@@ -62,7 +72,7 @@ class StageTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | KeptLogits | None,
         stage: Stage,
         rows: Rows,
         folder: Path,
@@ -70,14 +80,21 @@ class StageTrainer(Trainer):
         log: Callable[[dict[str, Any]], None],
     ) -> None:
         self.stage, self.teacher = stage, teacher
-        if stage.gradient_checkpointing:
-            inner: Any = model
+        inner: Any = model
+        student = base_of(model)
+        self.windows = WindowDropout(student, stage.hide_window)
+        self.alignment = None
+        if isinstance(teacher, PreTrainedModel) and "align" in stage.weights:
+            self.alignment = Alignment(student, teacher, stage.length, checkpointing=stage.gradient_checkpointing)
+        elif stage.gradient_checkpointing:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif student.is_gradient_checkpointing:
+            inner.gradient_checkpointing_disable()  # an earlier stage's
         super().__init__(
             model=model,
             args=stage_arguments(stage, len(rows), folder, seed),
             train_dataset=RowDataset(rows),
-            callbacks=[_Reporter(stage, log)],
+            callbacks=[_Reporter(stage, log), self.windows],
         )
         # transformers prints its own log lines through this one.
         from transformers.trainer_callback import PrinterCallback
@@ -93,34 +110,49 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        labels = inputs.pop("labels")
+        self.windows.draw()
+        if self.alignment is not None:
+            beyond = self.state.global_step < math.ceil(self.stage.beyond * self.state.max_steps)
+            loss = self.alignment.loss(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
+            # Rows are of one length, so each batch of a step counts alike.
+            return self._checked(loss / self.current_gradient_accumulation_steps)
+        labels, rows = inputs.pop("labels"), inputs.pop("row")
         outputs = model(**inputs, use_cache=False)
-        teacher_logits = None
-        if self.teacher is not None and "distill" in self.stage.weights:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**inputs, use_cache=False).logits
-        total = token_losses(outputs.logits, labels, teacher_logits, self.stage.weights, self.stage.temperature)
-        counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
-        loss = total / counted
+        teacher = self._teacher_on(inputs, labels, rows) if "distill" in self.stage.weights else None
+        total = token_losses(outputs.logits, labels, teacher, self.stage.weights, self.stage.temperature)
+        counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != NO_LOSS).sum()
+        loss = self._checked(total / counted)
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_on(self, inputs: dict[str, Any], labels: Tensor, rows: Tensor) -> Tensor | TopK | None:
+        """What the teacher says to the same rows."""
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, KeptLogits):
+            return self.teacher.of(rows, labels.device)
+        with torch.no_grad():
+            apart = documents_apart(self.teacher, inputs["position_ids"])
+            logits: Tensor = self.teacher(**inputs, **apart, use_cache=False).logits
+            if self.stage.top_k is None:
+                return logits
+            return top_k_of(logits.flatten(0, 1)[counted_positions(labels)], self.stage.top_k, self.stage.temperature)
+
+    def _checked(self, loss: Tensor) -> Tensor:
         if not bool(torch.isfinite(loss)):
             raise LinearizeError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr"
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
             own: list[nn.Parameter] = []
-            adapters: list[nn.Parameter] = []
+            pretrained: list[nn.Parameter] = []
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    (own if is_own_parameter(name) else adapters).append(parameter)
-            groups = [
-                {"params": adapters, "lr": self.stage.lr, "weight_decay": self.stage.weight_decay},
-                {"params": own, "lr": self.stage.mixer_lr, "weight_decay": 0.0},
-            ]
-            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+                    (own if is_own_parameter(name) else pretrained).append(parameter)
+            self.optimizer = build_optimizer(self.stage, pretrained, own)
         return self.optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -161,13 +193,15 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
     rows_per_step = stage.batch_tokens // stage.length
     micro = math.gcd(stage.micro_batch, rows_per_step)
     steps = total_steps(stage, rows)
+    decay = {"num_decay_steps": math.ceil(_WSD_DECAY * steps), "decay_type": "1-sqrt"}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=rows_per_step // micro,
         max_steps=steps,
         learning_rate=stage.lr,
-        lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        lr_scheduler_type=_SCHEDULES.get(stage.schedule, stage.schedule),
+        lr_scheduler_kwargs=decay if stage.schedule == "wsd" else None,
         warmup_steps=math.ceil(stage.warmup * steps),
         max_grad_norm=stage.clip,
         logging_steps=1,
@@ -186,14 +220,25 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
     return arguments
 
 
+def base_of(student: Any) -> LinearizedForCausalLM:
+    """The converted model, with or without peft's wrapper around it."""
+    model: LinearizedForCausalLM = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return model
+
+
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over so many rows; a last step that is not full counts."""
     return max(1, math.ceil(stage.epochs * rows * stage.length / stage.batch_tokens))
 
 
 def is_own_parameter(name: str) -> bool:
-    """Whether a parameter's name is one of the layer's own, as against the pretrained ones and LoRA's."""
-    return ".mixer." in name and "lora_" not in name
+    """Whether a parameter's name is one of the layer's own, as against the pretrained ones and the adapters'."""
+    return ".mixer." in name and not is_adapter(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is one of peft's."""
+    return ".lora_" in name or ".miss_" in name
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from linearize.errors import VerificationError
-from linearize.model.landmarks import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -121,12 +120,7 @@ def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
     mixers = [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
     ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
     widest = max((mixer.window for mixer in ours or mixers), default=0)
-    # Landmarks are merged in blocks, so some tokens more have to come before the state gets one.
-    exact = (
-        mixer.window + mixer.config.sinks + (mixer.config.landmarks + BLOCK if mixer.config.landmarks else 0)
-        for mixer in ours
-    )
-    least = max(exact, default=0) + _SLACK
+    least = max((mixer.config.exact_tokens for mixer in ours), default=0) + _SLACK
     return widest, least, max(_LEAST_TOKENS, min(4 * widest, _MOST_TOKENS), least)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import evals.start.__main__ as start
 from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 
@@ -14,6 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_what_smollm2_loses():
     assert table() in (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_each_start_brings():
+    figures = json.loads(start.FIGURES.read_text(encoding="utf-8"))
+    assert start.table(figures) in (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
 
 
 def test_how_fast_it_is_on_a_cpu():

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
-from linearize.conversion.convert import convert, convert_model, state_nbytes
+from linearize.calibration.start import convert
+from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, load_model, teacher_of
 from linearize.hub.carry import AUTO_MAP, carried_files
@@ -79,7 +80,13 @@ def test_loads_with_the_package(checkpoint):
     assert cache_nbytes(result.past_key_values) == state_nbytes(model)
 
 
-def test_loads_without_the_package(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["default", "landmarks"])
+def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monkeypatch):
+    if kind == "landmarks":
+        checkpoint = tmp_path / "landmarks"
+        checkpoint.mkdir()
+        changes = ["mixer.window=16", "mixer.landmarks=24"]
+        convert(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_PACKAGE, str(checkpoint)], capture_output=True, text=True, check=False

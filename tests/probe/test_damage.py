@@ -20,7 +20,7 @@ from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import Part, all_but, convertible_layers, damage, everything_but, parts_of, read, windowed
 from linearize.probe.needles import Needle, make_needles
 from linearize.recipe import KeepSpec, MixerSpec, load_recipe
-from linearize.training.data import Document, pack
+from linearize.training.rows import Document, pack
 from tests.model.test_families import build, text
 from tests.probe.planted import BEFORE, COPIES, planted_folder
 

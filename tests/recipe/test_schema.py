@@ -62,6 +62,16 @@ def test_text_that_the_teacher_writes_has_a_budget() -> None:
     assert DataSpec(source="text.txt").tokens is None
 
 
+def test_a_stage_reads_one_source_or_a_mixture() -> None:
+    mix = [{"source": "self", "weight": 3}, {"source": "recall"}]
+    data = DataSpec.model_validate({"mix": mix, "tokens": 1000})
+    assert [(one.source, one.weight) for one in data.mix] == [("self", 3.0), ("recall", 1.0)]
+    assert data.sources == data.mix and DataSpec(source="a.txt").sources == [DataSpec(source="a.txt")]
+    for wrong in ({"mix": mix}, {"mix": mix, "tokens": 9, "source": "self"}, {"mix": [{"weight": 1}], "tokens": 9}):
+        with pytest.raises(ValidationError, match=r"expected a source|keep one of them|expected how many"):
+            DataSpec.model_validate(wrong)
+
+
 def test_weights_of_a_stage() -> None:
     assert stage().weights == {"distill": 1.0}
     assert stage(objective={"distill": 0.9, "sft": 1}).weights == {"distill": 0.9, "sft": 1.0}
@@ -81,6 +91,11 @@ def test_a_recipe_does_not_change_once_read() -> None:
         {"objective": {"sft": float("inf")}},
         {"objective": {"sft": True}},
         {"objective": ["sft"]},
+        {"objective": {"align": 1.0, "sft": 1.0}},
+        {"objective": "align", "beyond": 1.1},
+        {"objective": "align", "teacher_at": "disk", "top_k": 8},
+        {"objective": "sft", "teacher_at": "disk", "top_k": 8},
+        {"teacher_at": "disk"},
         {"length": 512, "batch_tokens": 256},
         {"length": 1000},
         {"length": "512"},

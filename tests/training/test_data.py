@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import DataError
-from linearize.training.data import Document, Rows, load_data, pack
+from linearize.training.data import load_data
+from linearize.training.rows import Document, Rows, pack
 
 DATA = Path(os.environ.get("LINEARIZE_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 TINY = DATA / "models" / "tinystories-656k"
@@ -43,7 +44,7 @@ def tokenizer():
 def load(source, tokenizer, length=16, seed=0, teacher=None, progress=lambda line: None, **spec):
     spec = {
         **{"config": None, "split": "train", "field": None, "format": "auto", "tokens": None},
-        **{"held_out": 0, "temperature": 1.0, "sample_length": None, "source": str(source), **spec},
+        **{"held_out": 0, "temperature": 1.0, "sample_length": None, "mix": [], "source": str(source), **spec},
     }
     return load_data(
         SimpleNamespace(**spec), tokenizer=tokenizer, length=length, seed=seed, teacher=teacher, progress=progress
@@ -234,6 +235,13 @@ def test_records_without_an_answer_are_left_out(tmp_path, tokenizer):
     good = {"instruction": "Go.", "input": "", "output": "I go."}
     path = jsonl(tmp_path / "a.jsonl", [good, {**good, "output": " "}, {"text": ""}] * 3)
     assert load(path, tokenizer).documents == 3
+
+
+def test_rows_that_a_prompt_fills_are_left_out(tmp_path, tokenizer):
+    record = {"instruction": "Name the fox. " * 20, "input": "", "output": "The fox is Tim."}
+    data = load(jsonl(tmp_path / "a.jsonl", [record] * 20), tokenizer, length=48, held_out=8)
+    assert 0 < len(data.held_out) < 8
+    assert all(bool((rows.labels != -100).any(1).all()) for rows in (data.train, data.held_out))
 
 
 def test_text_written_by_the_teacher(tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from linearize.conversion.convert import convert_model
 from linearize.conversion.output import staged_folder
 from linearize.errors import LinearizeError, OutputError, RecipeError
-from linearize.recipe import LoraSpec, Recipe, load_recipe
+from linearize.model.attention import LinearizedAttention
+from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.training import finetune as module
 from linearize.training import trainer as trainer_module
 from linearize.training.finetune import finetune, is_resumable, work_folder, write_result
-from linearize.training.objective import token_losses
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,19 @@ def trained(recipe: Recipe, work: Path, **options) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def learns_and_merges(student: Any, ids: torch.Tensor, *, lr: float, atol: float) -> Any:
+    """One step lowers the loss, and the merged model answers as the student with its adapters did."""
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=lr)
+    before = student(ids, labels=ids).loss
+    before.backward()
+    optimizer.step()
+    after = student(ids, labels=ids)
+    assert after.loss < before
+    merged = student.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(ids).logits, after.logits, rtol=0, atol=atol)
+    return merged
+
+
 def losses(work: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
 
@@ -66,8 +80,35 @@ def test_the_loss_falls_and_only_what_should_changes(tiny_folder, text, tmp_path
     assert not any("lora" in name for name in after)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, monkeypatch):
-    settings = recipe(tiny_folder, text)
+def test_aligned_layers_answer_more_like_the_teachers(tiny_folder, text, tmp_path):
+    more = ["stages.0.objective=align", "stages.0.epochs=3", "stages.0.schedule=constant", "mixer.feature_map=learned"]
+    after = trained(recipe(tiny_folder, text, *more), tmp_path / "work")
+    found = losses(tmp_path / "work")
+    beyond, whole = found[:18], found[18:]
+    assert len(found) == 36 and sum(beyond[-4:]) < 0.9 * sum(beyond[:4])
+    assert sum(whole[-4:]) < 0.98 * sum(whole[:4])
+    assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
+
+
+INTERRUPTED = {
+    "distill": [],
+    "align": ["stages.0.objective=align"],
+    "hidden windows, a teacher on disk": [
+        "stages.0.hide_window=0.5", "stages.0.top_k=8", "stages.0.teacher_at=disk", "stages.0.schedule=wsd",
+    ],
+    "all weights in bfloat16": [
+        "stages.0.train=full", "dtype=bfloat16", "stages.0.lr=1e-4", "stages.0.optimizer=adafactor",
+    ],
+    "a mixture, in its second epoch": [
+        "stages.0.data={{mix: [{{source: {text}, weight: 2}}, {{source: recall}}], tokens: 640, held_out: 1}}",
+        "stages.0.epochs=2", "lora.kind=pissa",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, monkeypatch, changes):
+    settings = recipe(tiny_folder, text, *(change.format(text=text) for change in changes))
     whole = trained(settings, tmp_path / "whole")
 
     class Interrupted(Exception):
@@ -83,8 +124,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, mon
         with pytest.raises(Interrupted):
             trained(settings, tmp_path / "cut")
     assert [p.name for p in (tmp_path / "cut" / "stage-0").iterdir()] == ["checkpoint-4"]
+    text.write_text("what has become of the file does not matter")
     resumed = trained(settings, tmp_path / "cut", resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(tiny_folder, text, tmp_path, monkeypatch, train):
+    calls, forward = [], LinearizedAttention.forward
+
+    def counted(self, *args, **keywords):
+        calls[-1] += 1
+        return forward(self, *args, **keywords)
+
+    monkeypatch.setattr(LinearizedAttention, "forward", counted)
+    more = [f"stages.0.train={train}", "stages.0.lr=1e-4", "stages.0.data.tokens=512", "stages.0.hide_window=0.5"]
+    states = []
+    for checkpointing in ("false", "true"):
+        calls.append(0)
+        settings = recipe(tiny_folder, text, *more, f"stages.0.gradient_checkpointing={checkpointing}")
+        states.append(trained(settings, tmp_path / checkpointing))
+    assert calls[1] == 2 * calls[0] > 0
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    metrics = [json.loads(line) for line in (tmp_path / "true" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in metrics)
 
 
 def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):
@@ -112,6 +175,73 @@ def test_without_lora_only_the_layers_own_parameters_change(tiny_folder, text, t
     before = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
+
+
+@pytest.mark.parametrize("objective", ["distill", "align"])
+def test_a_teacher_elsewhere_teaches_the_same(tiny_folder, text, tmp_path, objective):
+    short = [f"stages.0.objective={objective}", "stages.0.data.tokens=256"]
+    here = trained(recipe(tiny_folder, text, *short), tmp_path / "here")
+    away = trained(recipe(tiny_folder, text, *short, "stages.0.teacher_at=cpu"), tmp_path / "away")
+    assert all(torch.equal(here[name], away[name]) for name in here)
+
+
+def test_a_run_that_ends_in_its_second_stage_goes_on_there(tiny_folder, text, tmp_path, monkeypatch):
+    common = {"length": 64, "batch_tokens": 128, "save_every": 2}
+    stages = [
+        {"objective": "align", "train": "mixer", "data": {"source": str(text), "tokens": 512, "held_out": 1}, **common},
+        {"objective": "distill", "data": {"source": "student", "tokens": 640, "held_out": 1}, **common},
+    ]
+    settings = recipe(tiny_folder, text, f"stages={json.dumps(stages)}")
+    whole = trained(settings, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(path, record):
+        if (record["stage"], record["step"]) == (1, 3):
+            raise Interrupted
+        trainer_module.append_json_line(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "append_json_line", stop)
+        with pytest.raises(Interrupted):
+            trained(settings, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cache")  # the text is the run's own
+    resumed = trained(settings, tmp_path / "cut", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "cache" / "self-text").exists()
+
+
+@pytest.mark.parametrize("train", ["mixer", "full"])
+def test_a_stage_trains_what_it_names(tiny_folder, text, tmp_path, train):
+    after = trained(recipe(tiny_folder, text, f"stages.0.train={train}", "stages.0.lr=1e-4"), tmp_path / "work")
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == (set(before) if train == "full" else set())
+    assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "pissa", "miss"])
+def test_adapters_of_every_kind_start_as_the_model_train_and_merge(tiny_folder, kind):
+    torch.manual_seed(0)
+    model = convert_model(AutoModelForCausalLM.from_pretrained(tiny_folder), MixerSpec(window=8))
+    ids = torch.randint(5, 97, (2, 40))
+    given = model(ids).logits.detach()
+    student = module.add_adapters(model, LoraSpec(kind=kind, rank=4))
+    torch.testing.assert_close(student(ids).logits, given, rtol=0, atol=1e-4)
+    module.choose_trained(student, "lora")
+    names = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert any(trainer_module.is_adapter(name) for name in names)
+    assert all(trainer_module.is_adapter(name) or trainer_module.is_own_parameter(name) for name in names)
+    learns_and_merges(student, ids, lr=0.1, atol=1e-4)
+
+
+def test_adapters_that_do_not_fit_are_told():
+    config = AutoConfig.for_model("gpt2", vocab_size=97, hidden_size=48, num_hidden_layers=1, num_attention_heads=6)
+    model = convert_model(AutoModelForCausalLM.from_config(config), MixerSpec(window=8))
+    with pytest.raises(RecipeError, match="lora: miss does not fit this model") as refused:
+        module.add_adapters(model, LoraSpec(kind="miss"))
+    assert "\n" not in str(refused.value)
 
 
 def test_nothing_to_train_and_wrong_targets_are_told(tiny_folder, text, tmp_path):
@@ -142,14 +272,7 @@ def test_adapters_on_fused_projections_attach_train_and_merge(model_type, target
     found = {name.split(".lora_A")[0] for name, _ in student.named_parameters() if "lora_A" in name}
     assert len(found) == 2 * len(adapted) and all(name.endswith(tuple(adapted)) for name in found)
     ids = torch.randint(97, (2, 40))
-    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0)
-    before = student(ids, labels=ids).loss
-    before.backward()
-    optimizer.step()
-    after = student(ids, labels=ids)
-    assert after.loss < before
-    merged = student.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(merged(ids).logits, after.logits, rtol=0, atol=1e-5)
+    merged = learns_and_merges(student, ids, lr=1.0, atol=1e-5)
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
@@ -176,24 +299,3 @@ def test_work_folders_of_other_runs_are_left_alone(tiny_folder, text, tmp_path):
     with pytest.raises(RuntimeError), work_folder(tmp_path / "out", settings, resume=False):
         raise RuntimeError
     assert not work.exists()  # nothing to resume, so nothing is left
-
-
-def test_objectives_against_their_definitions():
-    student, teacher = (torch.randn(2, 9, 31, dtype=torch.float64).requires_grad_() for _ in range(2))
-    labels = torch.randint(0, 31, (2, 9))
-    labels[0, 3:5] = -100
-    expected = {"sft": 0.0, "distill": 0.0}
-    for row in range(2):
-        for t in range(8):
-            if labels[row, t + 1] != -100:
-                p, q = (teacher[row, t] / 2).softmax(-1), (student[row, t] / 2).softmax(-1)
-                expected["distill"] += 4 * float((p * (p / q).log()).sum())
-                expected["sft"] -= float(student[row, t].softmax(-1)[labels[row, t + 1]].log())
-    for name, value in expected.items():
-        found = token_losses(student, labels, teacher, {name: 1.0}, temperature=2.0)
-        assert float(found) == pytest.approx(value, rel=1e-5)
-    torch.autograd.gradcheck(
-        lambda s: token_losses(s, labels, teacher, {"sft": 0.25, "distill": 0.5}, temperature=2.0), student
-    )
-    both = token_losses(student, labels, teacher, {"sft": 0.25, "distill": 0.5}, temperature=2.0)
-    assert float(both) == pytest.approx(0.25 * expected["sft"] + 0.5 * expected["distill"], rel=1e-5)

@@ -1,0 +1,188 @@
+"""The objective `align`: each layer on its own learns to answer as the teacher's attention does.
+
+The teacher reads a text once. Every converted layer is then given the hidden states that the teacher's layer had, so no
+error of one layer reaches another and no gradient crosses layers. Two losses, one after the other:
+
+    beyond   the recurrence alone against what the teacher's softmax reads where window and sinks do not reach,
+             renormalised:  Σ_s p_ts v_s / Σ_s p_ts  over sinks < s <= t - W
+    whole    the layer's output against the output of the teacher's attention, both after W_o
+
+The first is there because the second alone can be served by the window: a recurrence that starts with nothing to say
+would then stay silent. Layers with landmarks have the second alone: which tokens the state stands for is then decided
+as the text is read. Both are the squared error over the squared target, so 1 is a layer that answers 0.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from linearize_kernels import full_attention, window_attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from linearize.errors import RecipeError
+from linearize.families.base import Projections
+from linearize.model.attention import LinearizedAttention, layout_of
+from linearize.model.layout import layer_mask, segments_of
+from linearize.model.modeling import family_of
+from linearize.training.teachers import documents_apart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+    from linearize.families.base import AttentionLayer
+    from linearize.model import LinearizedForCausalLM
+    from linearize.model.mixer import Mixer
+
+_TINY = 1e-12
+
+
+class _Call(NamedTuple):
+    """How a teacher's attention was called, and what it answered."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Tensor
+
+
+class Alignment:
+    """The loss of a student's converted layers beside its teacher's.
+
+    Args:
+        student: its own weights may carry adapters; only the attention layers are run.
+        length: tokens of a training row.
+        checkpointing: whether a layer's activations are computed again in the backward pass.
+
+    Raises:
+        RecipeError: rows so short that nothing is ever beyond window and sinks.
+    """
+
+    def __init__(
+        self, student: LinearizedForCausalLM, teacher: PreTrainedModel, length: int, *, checkpointing: bool = False
+    ) -> None:
+        self.teacher, self.checkpointing = teacher, checkpointing
+        owners = family_of(teacher.config).attention_modules(teacher)
+        pairs = zip(student.attention_layers, (getattr(*owner) for owner in owners), strict=True)
+        self.pairs: list[tuple[LinearizedAttention, nn.Module]] = [p for p in pairs if p[0].mixer is not None]
+        self.recurrent = [p for p in self.pairs if p[0].mixer is not None and _has_a_share(p[0].mixer)]
+        reach = min((_reach(layer.mixer) for layer, _ in self.recurrent if layer.mixer is not None), default=0)
+        if self.recurrent and length <= reach:
+            raise RecipeError(
+                f"objective align: rows of {length:,} tokens have nothing beyond window and sinks ({reach:,} tokens); "
+                "raise the stage's length"
+            )
+
+    def loss(self, input_ids: Tensor, position_ids: Tensor, *, beyond: bool) -> Tensor:
+        """The mean over layers of one of the two losses, for packed rows `[B, T]`."""
+        pairs = self.recurrent if beyond and self.recurrent else self.pairs
+        rows, tokens = input_ids.shape
+        mask = layer_mask(segments_of(None, position_ids, rows, tokens, continued=False), input_ids.device)
+        apart = documents_apart(self.teacher, position_ids)
+        with torch.no_grad(), _recorded([attention for _, attention in pairs]) as calls:
+            self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
+        layer_loss = _beyond if pairs is self.recurrent and beyond else _whole
+        losses = []
+        for (layer, attention), call in zip(pairs, calls, strict=True):
+            if self.checkpointing:
+                losses.append(checkpoint(layer_loss, layer, attention, call, mask, use_reentrant=False))
+            else:
+                losses.append(layer_loss(layer, attention, call, mask))
+        return torch.stack(losses).mean()
+
+
+def _has_a_share(mixer: Mixer) -> bool:
+    """Whether what the recurrence stands for is known: all tokens, or all that window and sinks do not reach."""
+    return mixer.recurrence is not None and not mixer.config.landmarks
+
+
+def _reach(mixer: Mixer) -> int:
+    """The first tokens of a row, which leave the recurrence nothing to answer."""
+    return mixer.window + mixer.config.sinks if mixer.config.covers == "evicted" else 0
+
+
+@contextmanager
+def _recorded(attentions: Sequence[nn.Module]) -> Iterator[list[_Call]]:
+    """The calls of these modules, in their order, once the model they are in has run."""
+    calls: dict[int, _Call] = {}
+    found: list[_Call] = []
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        calls[id(module)] = _Call(arguments, keywords, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in attentions]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found += [calls[id(module)] for module in attentions]
+
+
+def _whole(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask: Tensor) -> Tensor:
+    """What the layer puts out, window, recurrence and kept heads together, against the teacher's attention."""
+    caches = dict.fromkeys(("past_key_values", "layer_past"))
+    output: Tensor = layer(*call.arguments, **{**call.keywords, **caches, "attention_mask": mask})[0]
+    return _relative((output - call.output).float().square().sum(), call.output.float().square().sum())
+
+
+def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask: Tensor) -> Tensor:
+    """What the recurrence answers alone, against what the teacher reads where the window does not reach."""
+    mixer = layer.mixer
+    assert mixer is not None  # noqa: S101 - for the type checker; the caller has looked
+    layout = layout_of(mask) if mask.numel() else None
+    lengths = None if layout is None else layout.lengths
+    hidden: Tensor = call.arguments[0] if call.arguments else call.keywords["hidden_states"]
+
+    def rows(weights: nn.Module | None) -> Projections:
+        projected = layer.project(hidden, call.keywords.get("position_embeddings"), weights)
+        packed = projected if layout is None else Projections(*(layout.gather(x) for x in projected))
+        return layer.select(packed, layer.mixed_heads)
+
+    own = rows(None)
+    with torch.no_grad():
+        given = rows(attention)
+    tokens, first = own.q.shape[1], _reach(mixer)
+    off, mixer.branches_off = mixer.branches_off, frozenset({"window"})
+    try:
+        read: Tensor = mixer(own, lengths, None)[:, first:].float()
+    finally:
+        mixer.branches_off = off
+    if tokens <= first:
+        return read.sum() * 0.0
+    with torch.no_grad():
+        target = read_beyond(given, layer.layer, mixer).float()
+    error, size = (x.square().sum((2, 3)) for x in (read - target, target))
+    if lengths is not None:
+        real = torch.arange(first, tokens, device=error.device) < lengths[:, None]
+        error, size = (torch.where(real, x, 0) for x in (error, size))
+    return _relative(error.sum(), size.sum())
+
+
+def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tensor:
+    """What softmax over the tokens that the recurrence stands for answers, for the queries that have any.
+
+    Args:
+        given: rows `[R, L, ...]`.
+
+    Returns:
+        `[R, L - first, H, V]`, from query `first` on: window and sinks, or none where the state has every token.
+    """
+    first, keys = _reach(mixer), slice(None)
+    own = layer.window
+    if mixer.config.covers == "evicted":
+        # Without the sinks, and a window later, the keys that count are again those up to a query's own place.
+        keys = slice(mixer.config.sinks, given.q.shape[1] - mixer.window)
+        own = None if own is None else own - mixer.window
+    q, k, v = given.q_rotated[:, first:], given.k_rotated[:, keys], given.v[:, keys]
+    if own is None:
+        return full_attention(q, k, v, scale=layer.scale, softcap=layer.softcap)
+    return window_attention(q, k, v, window=own, scale=layer.scale, softcap=layer.softcap)[0]
+
+
+def _relative(error: Tensor, size: Tensor) -> Tensor:
+    found: Tensor = error / size.clamp_min(_TINY)
+    return found

@@ -1,0 +1,111 @@
+"""The optimizer of a stage: which one, at which learning rates, and float32 copies of what is trained in less.
+
+A bfloat16 weight has eight bits: adding a step a few hundred times smaller than the weight changes nothing. So what is
+trained in half precision has a float32 copy; the optimizer works on the copy, and the model gets it rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import RecipeError
+
+if TYPE_CHECKING:
+    from linearize.recipe import Stage
+
+Groups = list[dict[str, Any]]
+Build = Callable[[Groups], torch.optim.Optimizer]
+
+
+def build_optimizer(stage: Stage, pretrained: list[nn.Parameter], own: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `stage` names.
+
+    Args:
+        pretrained: adapters or pretrained weights, which take `lr` and `weight_decay`.
+        own: the layer's own parameters, which take `mixer_lr`.
+
+    Raises:
+        RecipeError: it is not available on this machine.
+    """
+    groups: Groups = [
+        {"params": pretrained, "lr": stage.lr, "weight_decay": stage.weight_decay},
+        {"params": own, "lr": stage.mixer_lr, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    builders: dict[str, Build] = {"adamw": torch.optim.AdamW, "adafactor": _adafactor, "adamw8bit": _adamw8bit}
+    build = builders[stage.optimizer]
+    if all(p.dtype in (torch.float32, torch.float64) for group in groups for p in group["params"]):
+        return build(groups)
+    return MasterWeights(groups, build)
+
+
+def _adafactor(groups: Groups) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    # Its own rates, which are relative to the weights, would leave adapters that start at 0 where they are.
+    optimizer: torch.optim.Optimizer = Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+    return optimizer
+
+
+def _adamw8bit(groups: Groups) -> torch.optim.Optimizer:
+    if not torch.cuda.is_available():
+        raise RecipeError("optimizer adamw8bit: needs a GPU, and there is none; use adamw or adafactor")
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise RecipeError("optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes, or use adamw") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups)
+    return optimizer
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer of parameters in half precision, through float32 copies.
+
+    Args:
+        groups: as any optimizer takes them.
+        build: makes the optimizer that works on the copies.
+    """
+
+    def __init__(self, groups: Groups, build: Build) -> None:
+        super().__init__([{"params": group["params"]} for group in groups], {})
+        self.trained: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.masters = [nn.Parameter(p.detach().to(_wide(p.dtype), copy=True)) for p in self.trained]
+        copies = iter(self.masters)
+        self.inner = build([{**group, "params": [next(copies) for _ in group["params"]]} for group in groups])
+        # What a schedule changes, and what a checkpoint has to keep, is the inner optimizer's.
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+        self.inner.step(closure)
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            parameter.copy_(master)
+            master.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.trained:
+            if set_to_none or parameter.grad is None:
+                parameter.grad = None
+            else:
+                parameter.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        for master, saved in zip(self.masters, state.pop("masters"), strict=True):
+            master.copy_(saved)
+        self.inner.load_state_dict(state)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype

@@ -1,0 +1,185 @@
+"""Where the teacher is while its student learns: beside it, in the CPU's memory, or on disk as what it said.
+
+On disk are, for every token that counts, its k most likely next tokens: k int32 and k + 1 float16, 386 bytes at k = 64.
+They lie in shards under a key made of the teacher's weights, the rows, k and the temperature. A shard is written whole
+or not at all, so what was interrupted goes on, and another run on the same rows finds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from linearize.conversion.output import staged_file
+from linearize.errors import OutputError
+from linearize.resources import cache_folder
+from linearize.training.objective import TopK, counted_positions, top_k_of
+from linearize.training.rows import NO_LOSS
+from linearize.training.selftext import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from linearize.training.rows import Rows
+
+FORMAT_VERSION = 1
+"""Part of the cache's key: raise it whenever the files come to hold something else."""
+
+_SHARD_ROWS = 256
+_SECONDS_BETWEEN_REPORTS = 5.0
+
+
+class KeptLogits:
+    """A teacher's most likely tokens for rows, on disk.
+
+    Args:
+        folder: where the shards are; all of them.
+        rows: how many there are.
+    """
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self.folder, self.rows = folder, rows
+        self._open: dict[int, Any] = {}
+
+    def of(self, rows: Tensor, device: torch.device) -> TopK:
+        """What the teacher said at the counted positions of `rows` `[B]`, one row after another."""
+        tokens, logs = [], []
+        for row in rows.tolist():
+            number, place = divmod(row, _SHARD_ROWS)
+            if number not in self._open:
+                self._open[number] = safe_open(_shard(self.folder, number), "pt")
+            file = self._open[number]
+            start, stop = file.get_slice("starts")[place : place + 2].tolist()
+            tokens.append(file.get_slice("tokens")[start:stop])
+            logs.append(file.get_slice("log")[start:stop])
+        return TopK(torch.cat(tokens).to(device, torch.int64), torch.cat(logs).to(device))
+
+
+def keep_logits(
+    teacher: PreTrainedModel,
+    rows: Rows,
+    *,
+    top_k: int,
+    temperature: float,
+    batch: int,
+    progress: Callable[[str], None],
+) -> KeptLogits:
+    """Writes what `teacher` says to `rows`, where it is not there yet; `batch` rows at a time.
+
+    Raises:
+        OutputError: the disk has no room for it.
+    """
+    key = json.dumps([FORMAT_VERSION, fingerprint(teacher), _digest(rows), top_k, temperature, _SHARD_ROWS])
+    folder = cache_folder() / "teacher-logits" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(rows), _SHARD_ROWS)
+    missing = [n for n in range(len(starts)) if not _shard(folder, n).is_file()]
+    counted = int((rows.labels[:, 1:] != NO_LOSS).sum())
+    size = counted * (2 * (top_k + 1) + 4 * top_k) * len(missing) // max(len(starts), 1)
+    if size > (free := shutil.disk_usage(folder).free):
+        raise OutputError(
+            f"{folder}: {size / 1e9:.1f} GB of the teacher's logits do not fit into {free / 1e9:.1f} GB; lower top_k "
+            "or data.tokens, or take teacher_at: device"
+        )
+    if not missing:
+        progress(f"teacher: top {top_k} of {counted:,} tokens, written before")
+    reported, began = time.monotonic(), time.monotonic()
+    for done, number in enumerate(missing):
+        _write(_shard(folder, number), teacher, rows[_part(starts[number])], top_k, temperature, batch)
+        now = time.monotonic()
+        if now - reported > _SECONDS_BETWEEN_REPORTS or done + 1 == len(missing):
+            reported = now
+            left = (now - began) / (done + 1) * (len(missing) - done - 1)
+            progress(f"teacher: top {top_k}, shard {done + 1:,} of {len(missing):,}, {left:,.0f} s left")
+    return KeptLogits(folder, len(rows))
+
+
+def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
+    """What a teacher has to be given besides positions `[B, T]`, so that documents in a row do not see each other: for
+    most nothing, and `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
+    if teacher not in _TELLS_APART:
+        _TELLS_APART[teacher] = _tells_apart(teacher, position_ids.device)
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if _TELLS_APART[teacher] or not bool(starts.any()):
+        return {}
+    document = torch.nn.functional.pad(starts.cumsum(1), (1, 0))
+    seen = (document[:, :, None] == document[:, None]).tril()[:, None]
+    return {"attention_mask": torch.where(seen, 0.0, torch.finfo(teacher.dtype).min).to(teacher.dtype)}
+
+
+_TELLS_APART: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _tells_apart(teacher: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a document changes what follows it in its row; tried, because the architectures' code alone says."""
+    positions = torch.arange(8, device=device).repeat(2)[None]
+    answers = []
+    for first in (1, 2):
+        ids = torch.full_like(positions, first)
+        ids[:, 8:] = 3
+        logits = teacher(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 8:].float()
+        answers.append(logits - logits.mean(-1, keepdim=True))
+    return bool((answers[0] - answers[1]).norm() < 1e-2 * answers[0].norm())
+
+
+@contextmanager
+def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """`teacher` computes on `device`, and its weights stay in the CPU's memory but for the layer at hand."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    home = teacher.device
+    teacher.to("cpu")
+    cpu_offload(teacher, execution_device=device)
+    try:
+        yield
+    finally:
+        remove_hook_from_submodules(teacher)
+        teacher.to(home)
+
+
+def _part(start: int) -> slice:
+    return slice(start, start + _SHARD_ROWS)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+@torch.no_grad()
+def _write(path: Path, teacher: PreTrainedModel, rows: Rows, top_k: int, temperature: float, batch: int) -> None:
+    tokens, logs, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
+    for start in range(0, len(rows), batch):
+        part = rows[slice(start, start + batch)]
+        ids, positions = (x.to(teacher.device) for x in (part.input_ids, part.position_ids))
+        given = {"input_ids": ids, "position_ids": positions, **documents_apart(teacher, positions)}
+        logits = teacher(**given, use_cache=False).logits
+        top = top_k_of(logits.flatten(0, 1)[counted_positions(part.labels).to(logits.device)], top_k, temperature)
+        tokens.append(top.tokens.to("cpu", torch.int32))
+        logs.append(top.log.to("cpu", torch.float16))
+        counts.append((part.labels[:, 1:] != NO_LOSS).sum(1))
+    shard = {"tokens": torch.cat(tokens), "log": torch.cat(logs), "starts": torch.cat(counts).cumsum(0)}
+    with staged_file(path) as staging:
+        save_file(shard, staging)
+
+
+def _digest(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for tensor in (rows.input_ids, rows.labels, rows.position_ids):
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""The recovery experiment runs from one command, on a tiny model, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from evals.recovery import __main__ as module
+from evals.recovery.__main__ import SYSTEMS, TINY, Recovery, Scale, main, tokens_of
+from linearize.recipe import load_recipe
+from linearize.training.data import reserved_tokens
+
+
+def test_a_dry_run_from_text_to_plots(data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        module, "TINY", Scale(TINY.most, TINY.held_out, TINY.settings, "--tasks held_out --baseline teacher,window")
+    )
+    given = [str(tmp_path / "out"), "--data", str(data_folder), "--dry-run", "--systems", "ours"]
+    main(given)
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1] == module.DRY
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    first, last = found["cells"]
+    assert (first["budget"], first["tokens"], last["budget"]) == (0, 0, 2048) and last["tokens"] >= 2048
+    for cell in (first, last):
+        assert cell["figures"]["teacher"]["kl"][0] == pytest.approx(0, abs=1e-6)
+        assert cell["figures"]["teacher"]["loss"] == first["figures"]["teacher"]["loss"]  # the same rows
+    assert first["figures"]["model"] == first["figures"]["window"]  # nothing was trained
+    assert last["figures"]["model"] != first["figures"]["model"]
+    assert "| ours | 0 |" in told and {"kl.svg", "loss.svg"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(module, "_linearize", lambda *words: pytest.fail(f"done before: {words}"))
+    main(given)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["cells"] == found["cells"]
+
+
+def test_systems_have_the_same_text_and_all_of_a_budget(tmp_path, monkeypatch):
+    recovery = Recovery(tmp_path, tmp_path / "data", "model", Scale(), 1, ["seed=3"])
+    for budget in ("0.2M", "2M", "100M"):
+        held = set()
+        for path in SYSTEMS.glob("*.yaml"):
+            recipe = recovery.recipe(path.stem, budget)
+            assert recipe.seed == 3 and recipe.mixer == load_recipe(str(path)).mixer
+            spent = sum((stage.data.tokens or 0) * stage.epochs for stage in recipe.stages)
+            assert spent == pytest.approx(tokens_of(budget), rel=1e-3)
+            assert all((stage.data.tokens or 0) <= 6_000_000 for stage in recipe.stages)
+            texts = {json.dumps([one.model_dump() for one in stage.data.mix]) for stage in recipe.stages}
+            assert len(texts) == 1
+            held.add((*texts, json.dumps(reserved_tokens(recipe.stages))))
+        assert len(held) == 1 and len(list(SYSTEMS.glob("*.yaml"))) == 3
+    assert [tokens_of(text) for text in ("0", "2048", "0.2M", "3k")] == [0, 2048, 200_000, 3000]

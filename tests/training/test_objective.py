@@ -1,0 +1,76 @@
+"""The objectives over tokens, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
+
+
+def test_objectives_against_their_definitions():
+    student, teacher = (torch.randn(2, 9, 31, dtype=torch.float64).requires_grad_() for _ in range(2))
+    labels = torch.randint(0, 31, (2, 9))
+    labels[0, 3:5] = -100
+    expected = {"sft": 0.0, "distill": 0.0}
+    for row in range(2):
+        for t in range(8):
+            if labels[row, t + 1] != -100:
+                p, q = (teacher[row, t] / 2).softmax(-1), (student[row, t] / 2).softmax(-1)
+                expected["distill"] += 4 * float((p * (p / q).log()).sum())
+                expected["sft"] -= float(student[row, t].softmax(-1)[labels[row, t + 1]].log())
+    for name, value in expected.items():
+        found = token_losses(student, labels, teacher, {name: 1.0}, temperature=2.0)
+        assert float(found) == pytest.approx(value, rel=1e-5)
+    torch.autograd.gradcheck(
+        lambda s: token_losses(s, labels, teacher, {"sft": 0.25, "distill": 0.5}, temperature=2.0), student
+    )
+    both = token_losses(student, labels, teacher, {"sft": 0.25, "distill": 0.5}, temperature=2.0)
+    assert float(both) == pytest.approx(0.25 * expected["sft"] + 0.5 * expected["distill"], rel=1e-5)
+
+
+def top_k_by_hand(student, teacher, labels, k, temperature):
+    """KL over the teacher's k most likely tokens and one more for all others, by plain sums."""
+    total = 0.0
+    for at in counted_positions(labels).tolist():
+        p, q = ((x.flatten(0, 1)[at] / temperature).softmax(-1) for x in (teacher, student))
+        known = p.argsort(descending=True)[:k]
+        others = torch.ones_like(p, dtype=torch.bool)
+        others[known] = False
+        p, q = (torch.cat([x[known], x[others].sum()[None]]) for x in (p, q))
+        total = total + temperature**2 * (p * (p / q).log()).sum()
+    return total
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_all_but_the_top_tokens_count_as_one(k):
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 9, 31, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    labels = torch.randint(0, 31, (2, 9))
+    labels[0, 3:5] = -100
+    expected = top_k_by_hand(student, teacher, labels, k, 2.0)
+    (gradient,) = torch.autograd.grad(expected, student)
+    top = top_k_of(teacher.flatten(0, 1)[counted_positions(labels)], k, 2.0)
+    found = token_losses(student, labels, top, {"distill": 1.0}, temperature=2.0)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(found, student)[0], gradient, rtol=1e-9, atol=1e-12)
+    assert float(found) < float(token_losses(student, labels, teacher, {"distill": 1.0}, temperature=2.0))
+
+
+def test_all_tokens_on_top_are_the_whole_divergence_and_certainty_stays_finite():
+    student, teacher = torch.randn(1, 5, 11).requires_grad_(), torch.randn(1, 5, 11)
+    teacher[0, 2, 3] = 200.0  # nothing is left for the others
+    labels = torch.randint(0, 11, (1, 5))
+    positions = counted_positions(labels)
+    whole = token_losses(student, labels, teacher, {"distill": 1.0})
+    (gradient,) = torch.autograd.grad(whole, student)
+    for k in (11, 99):
+        found = token_losses(student, labels, top_k_of(teacher.flatten(0, 1)[positions], k, 1.0), {"distill": 1.0})
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(found, student)[0], gradient, rtol=1e-5, atol=1e-6)
+    few = top_k_of(teacher.flatten(0, 1)[positions], 2, 1.0)
+    halved = TopK(few.tokens, few.log.half())
+    for top in (few, halved):
+        found = token_losses(student, labels, top, {"distill": 1.0})
+        assert bool(torch.isfinite(found)) and bool(torch.isfinite(torch.autograd.grad(found, student)[0]).all())

@@ -1,0 +1,47 @@
+"""Window dropout: what a hidden window is, and that the draw holds until the backward pass is over."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from linearize.conversion.convert import convert_model
+from linearize.recipe import MixerSpec
+from linearize.training.windows import WindowDropout
+
+
+@pytest.mark.parametrize("covers", ["evicted", "all"])
+def test_a_hidden_window_is_a_window_of_one_token(tiny_folder, covers):
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model, narrow = (
+        convert_model(copy.deepcopy(teacher), MixerSpec(window=w, covers=covers, mix="softmax")) for w in (12, 1)
+    )
+    ids = torch.randint(5, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    given, hidden = model(ids).logits, narrow(ids).logits
+    assert float((given - hidden).detach().abs().max()) > 0.1
+    windows = WindowDropout(model, 1.0)
+    windows.draw()
+    assert torch.equal(model(ids).logits, hidden)
+    windows.on_train_end(None, None, None)
+    assert torch.equal(model(ids).logits, given)
+
+
+def test_layers_are_drawn_apart_as_often_as_asked(tiny_folder):
+    model = convert_model(AutoModelForCausalLM.from_pretrained(tiny_folder), MixerSpec(window=12))
+    mixers = [layer.mixer for layer in model.attention_layers]
+    torch.manual_seed(0)
+    windows = WindowDropout(model, 0.25)
+    drawn = []
+    for _ in range(400):
+        windows.draw()
+        drawn.append([mixer.window == 1 for mixer in mixers])
+    shares = torch.tensor(drawn, dtype=torch.float).mean(0)
+    assert bool(((shares - 0.25).abs() < 0.08).all())
+    assert any(len(set(row)) == 2 for row in drawn)
+    never = WindowDropout(model, 0.0)
+    before = torch.get_rng_state()
+    never.draw()
+    assert torch.equal(torch.get_rng_state(), before)  # runs without it stay what they were
