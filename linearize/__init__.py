@@ -1,6 +1,7 @@
 """linearize: turn a pretrained transformer language model into a gated linear-recurrent one.
 
-Importing this package is cheap. It makes transformers' auto classes know converted checkpoints, at once where
+What is public is listed in `__all__`: the commands as functions, `State`, and the base of all errors. Importing this
+package is cheap. It makes transformers' auto classes know converted checkpoints, at once where
 transformers is already loaded, otherwise at the moment its auto classes are.
 """
 
@@ -16,19 +17,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from linearize.api import convert, evaluate, export, finetune, generate, push, verify
+    from linearize.errors import LinearizeError
     from linearize.state import State
 
-__all__ = ["State"]
+__all__ = [
+    "LinearizeError",
+    "State",
+    "__version__",
+    "convert",
+    "evaluate",
+    "export",
+    "finetune",
+    "generate",
+    "push",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
+_HOMES = {"LinearizeError": "linearize.errors", "State": "linearize.state"}
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
-    return getattr(importlib.import_module("linearize.state"), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "linearize.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class _RegisteringLoader(importlib.abc.Loader):

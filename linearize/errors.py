@@ -30,3 +30,7 @@ class StateError(LinearizeError):
 
 class VerificationError(LinearizeError):
     """A model cannot be verified as asked, or it did not pass."""
+
+
+class HubError(LinearizeError):
+    """The Hub cannot be reached, or does not do as asked; or what should go there should not."""

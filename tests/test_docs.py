@@ -49,6 +49,19 @@ def test_a_recurrence_is_added_as_the_page_says(
         LinearizedForCausalLM.from_pretrained("longhorn")
 
 
+def test_the_commands_are_functions(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").symlink_to(tiny_folder)
+    page: dict[str, Any] = {"__name__": "page"}
+    exec(compile(python_of("python.md"), "python.md", "exec"), page)  # noqa: S102
+    assert list(page["results"].scores) == ["teacher", "window", "model"]
+    assert page["told"].new_tokens == 20 and page["more"].new_tokens == 5
+    assert (tmp_path / "smol-gla" / "README.md").stat().st_size == page["shared"].files["README.md"]
+    assert "### What was kept, and what was lost" in (tmp_path / "smol-gla" / "README.md").read_text()
+    assert "no such folder or file" in str(page["error_seen"])
+
+
 def test_files_that_the_page_names_are_there() -> None:
     named = set(
         re.findall(r"`((?:linearize|kernels|tests|recipes)/[\w./]+)`", (DOCS / "adding-a-recurrence.md").read_text())

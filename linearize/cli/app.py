@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import os
+import re
 import sys
 import traceback
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linearize import __version__
-from linearize.cli.console import examples
+from linearize.cli.console import QuietOption, examples, silence
 from linearize.errors import LinearizeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "inspect": "inspect",
@@ -27,6 +30,8 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "verify": "verify",
+    "export": "export",
+    "push": "push",
     "bench": "bench",
     "recipes": "recipes",
     "run": "run",
@@ -62,7 +67,6 @@ def build_app() -> typer.Typer:
             "linearize COMMAND --help",
         ),
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -71,10 +75,30 @@ def build_app() -> typer.Typer:
         module = import_module(f"linearize.cli.{module_name}")
         group = getattr(module, "app", None)
         if isinstance(group, typer.Typer):
+            for command in group.registered_commands:
+                command.callback = _with_quiet(command.callback)
             app.add_typer(group, name=name)
         else:
-            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, module_name))
+            app.command(name, epilog=getattr(module, "EPILOG", None))(_with_quiet(getattr(module, module_name)))
     return app
+
+
+def _with_quiet(command: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The command with the option `--quiet`, which all have."""
+    assert command is not None  # noqa: S101 - registered commands have one
+    if hasattr(command, "__wrapped__"):  # groups outlive the command line that was built from them
+        return command
+
+    @functools.wraps(command)
+    def run(*arguments: Any, quiet: bool = False, **options: Any) -> Any:
+        with silence(quiet):
+            return command(*arguments, **options)
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    run.__annotations__ = {**command.__annotations__, "quiet": QuietOption}
+    return run
 
 
 def _show_version(wanted: bool) -> None:
@@ -131,7 +155,7 @@ def _closed_pipe() -> int:
 
 def _report(error: Exception) -> int:
     if os.environ.get("LINEARIZE_DEBUG") == "1":
-        traceback.print_exception(error)
+        print(_without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if isinstance(error, typer.Abort):
         _say("aborted")
         return 130 if isinstance(error.__cause__, KeyboardInterrupt) else 1
@@ -163,4 +187,13 @@ def _report_usage(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {_without_secrets(' '.join(message.split()))}", file=sys.stderr)
+
+
+# Access tokens, and what makes the address of a file's storage open to everybody who reads it.
+_SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=[?&])(?i:[\w-]*(?:signature|credential|token))=[^&\s'\"]+")
+
+
+def _without_secrets(text: str) -> str:
+    token = os.environ.get("HF_TOKEN")
+    return _SECRETS.sub("***", text.replace(token, "***") if token else text)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shlex
 import sys
-from typing import Annotated, Any
+from contextlib import contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from linearize.evaluation.formatting import readable_bytes as readable_bytes
+from linearize.resources import shipped_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 stderr = Console(stderr=True, highlight=False)
 """For progress bars and tables that are not the command's data."""
@@ -21,10 +28,27 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. mixer.window=128. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a file.")]
+def recipe_names(incomplete: str) -> list[str]:
+    """Shipped recipes, for completion in a shell."""
+    names = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a file.", autocompletion=recipe_names
+    ),
+]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A shipped recipe or a recipe file.", autocompletion=recipe_names),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings. Off unless you say so.")
@@ -36,6 +60,40 @@ def status(text: str) -> None:
     """Say something to the person at the terminal."""
     # Not a print: on a terminal the console keeps the line clear of a running progress bar.
     stderr.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def silence(wanted: bool) -> Iterator[None]:
+    """Keeps words and progress off stderr for a while; an error is told after it."""
+    if not wanted:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+@contextmanager
+def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
+    """On a terminal a line that says how far something is, written over; elsewhere nothing.
+
+    Yields:
+        what to call with a part's name, its steps that are done, and how many there are.
+    """
+    if not stderr.is_terminal:
+        yield lambda *_: None
+        return
+    line = stderr.status(doing)
+
+    def tick(name: str, done: int, total: int) -> None:
+        line.start()  # not before: what comes first may ask, or show bars of its own
+        line.update(f"{doing}: {name}" + (f" {done:,} of {total:,} steps" if done else ""))
+        if done >= total:
+            line.stop()
+
+    try:
+        yield tick
+    finally:
+        line.stop()
 
 
 def print_json(value: Any) -> None:
@@ -65,6 +123,19 @@ Int8Option = Annotated[
         "--dtype", help="auto, float32, bfloat16 or float16; or int8, which keeps linear layers as int8 (on a CPU)."
     ),
 ]
+
+
+def parse_size(text: str, option: str) -> int:
+    """`5GB` as bytes.
+
+    Raises:
+        BadParameter: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
+    size = int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")) if match else 0
+    if size <= 0:
+        raise typer.BadParameter(f"{option} {text}: expected a size, such as 500MB or 5GB")
+    return size
 
 
 def command_line() -> str:

@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 
 from linearize.cli.console import (
+    JsonOption,
     OverwriteOption,
     SetOption,
     command_line,
     examples,
+    print_json,
     status,
 )
 from linearize.cli.libraries import quiet_libraries
@@ -28,6 +30,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")] = Path("demo"),
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert SmolLM2-135M-Instruct, fine-tune it on text of its own, evaluate, and generate.
 
@@ -49,7 +52,11 @@ def demo(
     result = run_recipe(recipe, output, say=status, overwrite=overwrite, resume=resume, command=command_line())
     status(f'the fine-tuned model answers "{_PROMPT}":')
     trained = result.trained
-    text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=_write)
+    write = None if as_json else _write
+    text = continue_text(trained.model, trained.tokenizer, _PROMPT, chat=True, max_new_tokens=80, write=write)
+    if as_json:
+        print_json({"output": str(output), "prompt": _PROMPT, "answer": text.text, **result.data})
+        return
     sys.stdout.write("\n\n")
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(result.table)
     print(gains_line(result.data["gains"]))

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.console import JsonOption, SetOption, examples, print_json, readable_bytes, readable_count, status
+from linearize.cli.console import (
+    JsonOption,
+    SetOption,
+    examples,
+    print_json,
+    readable_bytes,
+    readable_count,
+    recipe_names,
+    status,
+)
 from linearize.cli.libraries import quiet_libraries
 from linearize.errors import OutputError
 from linearize.recipe import Recipe, Stage, dump_recipe, load_recipe, recipe_path, shipped_recipes
@@ -25,10 +34,13 @@ app = typer.Typer(
     ),
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a recipe file.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A shipped recipe, or a recipe file.", autocompletion=recipe_names),
+]
 
 
-@app.command("ls")
+@app.command("ls", epilog=examples("linearize recipes ls", "linearize recipes ls --model ./model.gguf --json"))
 def list_recipes(
     model: Annotated[
         str | None,
@@ -70,7 +82,9 @@ def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-@app.command("show")
+@app.command(
+    "show", epilog=examples("linearize recipes show liger-gla", "linearize recipes show default --set mixer.window=128")
+)
 def show(name: NameArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Print a recipe with every default written out."""
     recipe = load_recipe(name, overrides or ())
@@ -80,7 +94,7 @@ def show(name: NameArgument, overrides: SetOption = None, as_json: JsonOption = 
         sys.stdout.write(dump_recipe(recipe))
 
 
-@app.command("cp")
+@app.command("cp", epilog=examples("linearize recipes cp default mine.yaml", "linearize recipes cp kda recipes/"))
 def copy(
     name: NameArgument,
     destination: Annotated[
@@ -104,13 +118,21 @@ def copy(
     status(f"copied {source.stem}; check your changes with 'linearize recipes check {target}'")
 
 
-@app.command("check")
+@app.command(
+    "check",
+    epilog=examples("linearize recipes check mine.yaml", "linearize recipes check default --set mixer.window=128"),
+)
 def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped recipe.")],
     overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check a recipe and print what it comes to; exits 1 with the line and key of the first error."""
-    print(f"ok: {file}: {_summary(load_recipe(file, overrides or ()))}")
+    summary = _summary(load_recipe(file, overrides or ()))
+    if as_json:
+        print_json({"recipe": file, "ok": True, "summary": summary})
+    else:
+        print(f"ok: {file}: {summary}")
 
 
 def _summary(recipe: Recipe) -> str:

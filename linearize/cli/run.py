@@ -12,6 +12,7 @@ from rich.console import Console
 from linearize.cli.console import (
     JsonOption,
     OverwriteOption,
+    RecipeArgument,
     SetOption,
     TrustOption,
     command_line,
@@ -29,7 +30,7 @@ EPILOG = examples(
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a recipe file.")],
+    recipe: RecipeArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
     overrides: SetOption = None,
     data: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +18,7 @@ from linearize.cli.console import (
     examples,
     print_json,
     status,
-    stderr,
+    status_line,
 )
 from linearize.cli.libraries import quiet_libraries
 
@@ -55,24 +54,13 @@ def verify(
     """
     check_dtype(dtype)
     quiet_libraries()
-    from linearize.conversion.source import find_source, load_config, load_model, load_tokenizer
-    from linearize.errors import ModelError, VerificationError
-    from linearize.verification import verify as run_checks
+    from linearize.api import verify as prove
+    from linearize.conversion.source import find_source
+    from linearize.errors import VerificationError
 
+    with status_line("verifying") as tick:
+        found = prove(model, tokens=tokens, steps=steps, dtype=dtype, tick=tick)
     source = find_source(model)
-    if load_config(source).model_type != "linearized":
-        raise ModelError(
-            f"{source.name}: is not a converted model; convert it first: linearize convert {model} -o converted"
-        )
-    special = load_tokenizer(source).all_special_ids
-    loaded: Any = load_model(source, dtype=dtype)
-    with stderr.status("verifying") if stderr.is_terminal else nullcontext() as line:
-
-        def tick(name: str, done: int, total: int) -> None:
-            if line is not None:
-                line.update(f"{name} {done:,} of {total:,} steps" if done else name)
-
-        found = run_checks(loaded, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=tick)
     if as_json:
         print_json({"model": source.reference, **_data(found)})
     else:

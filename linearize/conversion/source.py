@@ -7,11 +7,13 @@ import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
 from linearize.errors import ModelError
@@ -50,10 +52,11 @@ class Source:
             return str(path.parent), {**keywords, "gguf_file": path.name}
         return self.reference, keywords
 
-    @property
+    @cached_property
     def is_converted(self) -> bool:
-        """Whether this is a folder that `linearize convert` wrote."""
-        return self.kind == "folder" and _model_type(Path(self.reference)) == "linearized"
+        """Whether this is what `linearize convert` wrote, here or on the Hub."""
+        found = _json_of(self, "config.json").get("model_type")
+        return bool(found == "linearized")
 
 
 def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
@@ -83,14 +86,14 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
 def load_config(source: Source) -> Any:
     """The model's configuration."""
     reference, keywords = source.arguments()
-    with _reading(source):
+    with reading(source):
         return AutoConfig.from_pretrained(reference, **keywords)
 
 
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer."""
     reference, keywords = source.arguments()
-    with _reading(source):
+    with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
 
 
@@ -112,7 +115,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
         # Without this the weights would stay marked as quantized, and saving them would fail.
         keywords["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "float32" if dtype == "auto" else dtype
-    with _reading(source):
+    with reading(source):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), **keywords
         )
@@ -125,16 +128,12 @@ def default_device() -> str:
 
 
 def provenance_of(source: Source) -> dict[str, Any]:
-    """What `linearize.json` of a converted folder says, or an empty mapping."""
-    try:
-        found: dict[str, Any] = json.loads((Path(source.reference) / "linearize.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found
+    """What `linearize.json` of a converted model says, or an empty mapping."""
+    return _json_of(source, "linearize.json")
 
 
 def teacher_of(source: Source) -> Source:
-    """The pretrained model that a converted folder was made from; any other model is its own teacher.
+    """The pretrained model that a converted one was made from; any other model is its own teacher.
 
     Raises:
         ModelError: the folder does not say, or what it names is gone.
@@ -151,7 +150,7 @@ def teacher_of(source: Source) -> Source:
 
 
 @contextmanager
-def _reading(source: Source) -> Iterator[None]:
+def reading(source: Source) -> Iterator[None]:
     """Turns whatever the libraries raise about a model into one line."""
     try:
         yield
@@ -205,12 +204,17 @@ def _check_gguf(path: Path) -> None:
         )
 
 
-def _model_type(folder: Path) -> str | None:
+def _json_of(source: Source, name: str) -> dict[str, Any]:
+    """A model's JSON file; an empty mapping where there is none, or it cannot be read."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+        if source.kind == "hub":
+            path = cached_file(source.reference, name)
+        else:
+            path = str(Path(source.reference) / name) if source.kind == "folder" else None
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):  # the Hub's own errors are of these
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _nearest(path: Path) -> str:

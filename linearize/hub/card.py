@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [linearize, gated-linear-attention, recurrent]
-{base_model}---
+{matter}---
 
 # {name}
 
@@ -22,15 +26,18 @@ tags: [linearize, gated-linear-attention, recurrent]
 ## How to load it
 
 ```python
-import linearize  # or pass trust_remote_code=True and do without the package
+import linearize  # or do without the package, and pass trust_remote_code=True to both calls below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-`linearize.json` says how this checkpoint was made and holds the SHA-256 of each file. What the conversion cost in
-quality is not written here; measure it: `linearize eval {name} --baseline teacher,window`.
+`linearize.json` says how this checkpoint was made and holds the SHA-256 of each file.
+{measured}"""
+_NOT_MEASURED = """
+What the conversion cost in quality is not written here; measure it:
+`linearize eval {name} --baseline teacher,window`.
 """
 
 _HEADINGS = {
@@ -39,8 +46,26 @@ _HEADINGS = {
 }
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card can say beyond what the checkpoint itself does.
+
+    Attributes:
+        licence: of the base model, and so of this one: its front matter's keys that begin with `license`.
+        sections: further ones, as Markdown: what was measured, the recipe.
+    """
+
+    licence: Mapping[str, str] = field(default_factory=dict)
+    sections: Sequence[str] = ()
+
+
 def model_card(
-    name: str, provenance: dict[str, Any], mixers: list[dict[str, Any]], state_bytes: int, growth_bytes: int
+    name: str,
+    provenance: dict[str, Any],
+    mixers: list[dict[str, Any]],
+    state_bytes: int,
+    growth_bytes: int,
+    facts: CardFacts | None = None,
 ) -> str:
     """The card's Markdown.
 
@@ -50,8 +75,10 @@ def model_card(
         mixers: the configuration's mixer sections.
         state_bytes: bytes of memory per sequence that do not depend on its length.
         growth_bytes: bytes per token on top, of what keeps softmax over the whole past.
+        facts: what else is known; without any the card says that nothing was measured.
     """
     base = provenance["base"]
+    facts = facts or CardFacts()
     rows = [f"| layers {ranges(m['layers'])} | {_words(m)} |" for m in mixers]
     stages = provenance.get("stages", [])
     start = "".join(
@@ -61,10 +88,11 @@ def model_card(
     training = "\n".join(
         f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages
     )
+    matter = {**({"base_model": base["model"]} if base["kind"] == "hub" else {}), **facts.licence}
     return _TEMPLATE.format(
         name=name,
         base=base["model"] if base["kind"] == "hub" else base["name"],
-        base_model=f"base_model: {base['model']}\n" if base["kind"] == "hub" else "",
+        matter="".join(f"{key}: {value}\n" for key, value in matter.items()),
         version=provenance["versions"]["linearize"],
         memory=(
             f"Its memory is {state_bytes:,} bytes per sequence and, where softmax is kept, {growth_bytes:,} per token."
@@ -74,6 +102,7 @@ def model_card(
         mixers="\n".join(rows),
         start=start,
         training=f"\n{training}\n" if training else "",
+        measured="".join(f"\n{section}" for section in facts.sections) or _NOT_MEASURED.format(name=name),
     )
 
 

@@ -28,6 +28,7 @@ from linearize.model.landmarks import (
     stored,
     where,
 )
+from linearize.model.memory import store
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
@@ -271,22 +272,21 @@ def _keep(
         exact: landmarks and sinks.
         sums: those of normalised keys after each new token.
     """
-    for name, held in memory.parts["window"].items():
+    window = memory.parts["window"]
+    for name, held in list(window.items()):
         if isinstance(done, int) or rows.total is None:
             left = rows.held[name][:, done * BLOCK :]
-            held[:, : left.shape[1]] = left.detach()
-            held[:, left.shape[1] :] = 0
+            store(window, name, F.pad(left, (*[0, 0] * (left.dim() - 2), 0, held.shape[1] - left.shape[1])))
         elif span := rows.held[name].shape[1]:
             place = torch.arange(held.shape[1], device=held.device) + done[:, None] * BLOCK
-            left = rows_of(rows.held[name], place.clamp(max=span - 1)).detach()
+            left = rows_of(rows.held[name], place.clamp(max=span - 1))
             there = place < rows.total[:, None]
-            held.copy_(torch.where(there.view(*there.shape, *[1] * (held.dim() - 2)), left, 0))
+            store(window, name, torch.where(there.view(*there.shape, *[1] * (held.dim() - 2)), left, 0))
     for part, tensors in exact.items():
         for name, tensor in tensors.items():
             if tensor is not memory.parts[part][name]:
-                memory.parts[part][name].copy_(tensor.detach())
-    total = memory.parts["keys"]["sum"]
-    if lengths is None:
-        total.copy_(sums[:, -1])
-    else:
-        total.copy_(rows_of(torch.cat([total[:, None], sums], 1), lengths[:, None])[:, 0])
+                store(memory.parts[part], name, tensor)
+    keys = memory.parts["keys"]
+    if lengths is not None:
+        sums = rows_of(torch.cat([keys["sum"][:, None], sums], 1), lengths[:, None])
+    store(keys, "sum", sums[:, -1])

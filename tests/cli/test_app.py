@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -16,7 +16,8 @@ from linearize.cli import app as cli
 from linearize.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 PYTHON = [sys.executable, "-m", "linearize"]
 
@@ -90,10 +91,24 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "error: unexpected ValueError: why" in told
 
 
+def test_an_error_shows_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
+    address = "https://cdn.example/x?X-Amz-Signature=00abc&part=1"
+    words = f"sent a-token-of-another-form and hf_abcdefghijklmnop to {address}"
+    for debug in ("0", "1"):
+        monkeypatch.setenv("LINEARIZE_DEBUG", debug)
+        assert fail_with(monkeypatch, ValueError(words)) == 1
+        told = capsys.readouterr().err
+        assert "sent *** and *** to https://cdn.example/x?***&part=1" in told
+        assert not any(secret in told for secret in ("another-form", "hf_abc", "00abc"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["bogus"], "error: No such command 'bogus'; run 'linearize --help' for the options"),
+        (["finetun"], "error: No such command 'finetun'. Did you mean 'finetune'? run 'linearize --help'"),
+        (["convert", "--outptu", "x"], "No such option: --outptu (Possible options: --output); run 'linearize convert"),
         (["recipes", "lss"], "Did you mean 'ls'? run 'linearize recipes --help' for the options"),
         (["recipes", "ls", "--bogus"], "run 'linearize recipes ls --help' for the options"),
         (["recipes", "show"], "run 'linearize recipes show --help' for the options"),
@@ -123,6 +138,64 @@ def test_examples_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.strip() for line in plain.splitlines()]
     first = lines.index("Examples:")
     assert lines[first + 1 : first + 3] == ["linearize recipes ls", "linearize recipes show liger-gla"]
+
+
+def every_command(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each command with its path, groups first."""
+    yield path, command
+    for name, one in getattr(command, "commands", {}).items():
+        yield from every_command(one, (*path, name))
+
+
+def test_manners_are_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, set[str]] = {}
+    for path, command in every_command(typer.main.get_command(cli.build_app())):
+        called = " ".join(("linearize", *path))
+        examples = [line for line in (command.epilog or "").splitlines() if line.startswith(called)]
+        assert len(examples) >= 2 or (not path and len(command.epilog.splitlines()) > 2), called
+        assert command.help, called
+        if hasattr(command, "commands"):
+            continue
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        assert {"--quiet", "-q"} <= options, called
+        assert "--json" in options or path == ("recipes", "cp"), called
+        assert not any("_" in option for option in options), called
+        for parameter in command.params:
+            for short in (option for option in parameter.opts if len(option) == 2):
+                names.setdefault(short, set()).add(max(parameter.opts, key=len))
+        for example in examples:  # and they are not made up: each option is there
+            given = {word.partition("=")[0] for word in example.split() if word.startswith("-") and len(word) > 1}
+            assert given <= options, example
+    assert names.pop("-o") == {"--output", "--report"}  # of bench the report is all that there is to write
+    assert names.pop("-m") == {"--model", "--message"}
+    assert all(len(long) == 1 for long in names.values()), names
+
+
+def test_quiet_leaves_data_and_errors(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    copied = tmp_path / "mine.yaml"
+    assert cli.run(["recipes", "cp", "default", str(copied), "--quiet"]) == 0
+    assert capfd.readouterr() == (f"{copied}\n", "")
+    assert cli.run(["recipes", "cp", "default", str(copied), "-q"]) == 1
+    told = capfd.readouterr()
+    assert told.out == "" and told.err.startswith("error: ") and "exists already" in told.err
+
+
+def test_piped_output_has_no_colour() -> None:
+    plain = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "GITHUB_ACTIONS")}
+    for arguments in (["recipes", "ls"], ["verify", "--help"], ["bogus"]):
+        done = subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, env=plain)
+        assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("fine", ["finetune"]), ("convert model --recipe liger-g", ["liger-gla", "liger-gla-h", "liger-gsa"])],
+)
+def test_a_shell_completes(typed: str, offered: list[str]) -> None:
+    words = f"linearize {typed}"
+    asked = {"_LINEARIZE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(PYTHON, capture_output=True, text=True, env={**os.environ, **asked})
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, offered, "")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

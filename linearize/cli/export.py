@@ -1,0 +1,112 @@
+"""`linearize export`: a checkpoint as a folder that is fit to be shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.cli.console import (
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    check_dtype,
+    examples,
+    print_json,
+    readable_bytes,
+    status,
+)
+from linearize.cli.libraries import quiet_libraries
+
+EPILOG = examples(
+    "linearize export out/finetuned smol-gla --base HuggingFaceTB/SmolLM2-135M-Instruct",
+    "linearize export tuned smol-gla --report report --dtype bfloat16",
+    "linearize export tuned smol-gla --name me/smol-gla --max-shard-size 500MB --license apache-2.0",
+)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What convert, finetune or run wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Of eval --report or run: its tables go onto the card. Found by itself where run made FOLDER.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="ID",
+            help="The base model's id on the Hub, if it was a file or folder.",
+            show_default=False,
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="The base model's, if it does not say.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", metavar="REPO", help="The model's name on its card; OUT's if left out.", show_default=False
+        ),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="The most that a file of weights holds.")
+    ] = "5GB",
+    dtype: DtypeOption = "auto",
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint as a folder that is fit to be shared.
+
+    Adapters are merged, weights are in shards, and the folder has the code to
+    load it where linearize is not installed, and a card: recipe, measured
+    tables beside the baselines, what was lost, base model and licence. Paths
+    of this machine and rows of the training data stay behind.
+    """
+    check_dtype(dtype)
+    quiet_libraries()
+    from linearize.api import export as write
+
+    done = write(
+        folder,
+        output,
+        report=report,
+        base=base,
+        licence=licence,
+        name=name,
+        shard_size=shard_size,
+        dtype=dtype,
+        overwrite=overwrite,
+        say=status,
+    )
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "files": done.files,
+                "base": done.base,
+                "licence": done.licence,
+                "measured": None if done.measured is None else str(done.measured),
+            }
+        )
+        return
+    print(output)
+    status(f"{len(done.files)} files, {readable_bytes(sum(done.files.values()))}")
+    if done.measured is None:
+        status(
+            f"its card has no figures; measure them, and export with --report DIR: linearize eval {folder} "
+            "--baseline teacher,window --report DIR"
+        )
+    if not done.licence:
+        status("the base model's licence is not known; --license ID puts it onto the card")
+    for finding in done.findings:
+        status(f"{finding.file} {finding.what}")
+    status(f"next: linearize push {name or output.resolve().name} {output}")

@@ -1,0 +1,105 @@
+"""What of a checkpoint's folder is shared, and what must not leave the machine: training data, paths, tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PRIVATE = ("held_out.safetensors",)
+"""Rows of the training data, which fine-tuning holds out for `linearize eval`."""
+# Their entries are pieces of text, and may look like anything.
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
+_BINARY = {".safetensors", ".bin", ".gguf", ".model", ".png", ".pt"}
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+# Absolute, with a folder in it, and nothing that makes it a sentence or a template.
+_PATH = re.compile(r"(?:file://)?(?:/|~/|[A-Za-z]:[\\/])[^\n{}<>|*\\/]+(?:[\\/][^\n{}<>|*\\/]+)+[\\/]?")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that should not be shared.
+
+    Attributes:
+        file: where it is, in the folder.
+        what: in words.
+        secret: whether sharing it does harm that cannot be taken back.
+    """
+
+    file: str
+    what: str
+    secret: bool = False
+
+
+def shared_files(folder: Path) -> list[str]:
+    """The files of a checkpoint, relative to its folder; hidden ones are no part of it."""
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in found if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
+
+
+def local_things(folder: Path) -> list[Finding]:
+    """What in the folder belongs to this machine or its user alone."""
+    found = [Finding(name, "holds rows of the training data") for name in PRIVATE if (folder / name).is_file()]
+    for name in shared_files(folder):
+        path = folder / name
+        if path.suffix not in _BINARY:
+            found += _in_text(name, path.read_text(encoding="utf-8", errors="replace"))
+    return found
+
+
+def _in_text(name: str, text: str) -> Iterator[Finding]:
+    own = os.environ.get("HF_TOKEN")
+    if _TOKEN.search(text) or (own and own in text):
+        yield Finding(name, "holds an access token", secret=True)
+    if Path(name).name in _VOCABULARIES:
+        return
+    paths = [value for value in _strings(name, text) if is_local_path(value)]
+    paths += [place for place in _places() if place in text]
+    if paths:
+        yield Finding(name, f"names a path of this machine ({paths[0]})")
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a string is an absolute path, here or on some other machine."""
+    return _PATH.fullmatch(text) is not None
+
+
+def _places() -> list[str]:
+    """Folders that tell of this machine wherever they stand in a text."""
+    found = {Path.home(), Path.cwd(), Path(tempfile.gettempdir())}
+    return [f"{place}/" for place in sorted(found) if len(place.parts) > 1]
+
+
+def _strings(name: str, text: str) -> Iterator[str]:
+    """Every string that a document holds as a value; none of files that are not data."""
+    try:
+        match Path(name).suffix:
+            case ".json":
+                yield from _values(json.loads(text))
+            case ".jsonl":
+                for line in text.splitlines():
+                    yield from _values(json.loads(line))
+            case ".yaml" | ".yml":
+                yield from _values(yaml.safe_load(text))
+    except (ValueError, yaml.YAMLError):
+        return
+
+
+def _values(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _values(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _values(item)

@@ -1,0 +1,221 @@
+"""`linearize export`: a checkpoint as a folder that is fit to be shared.
+
+It holds what anyone needs to load and to judge the model, and nothing of the machine that made it: no paths, no rows
+of the training data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from linearize.conversion.convert import base_record, versions, write_checkpoint
+from linearize.conversion.output import staged_folder
+from linearize.conversion.source import Source, find_source, load_model, load_tokenizer, provenance_of
+from linearize.errors import ModelError
+from linearize.evaluation.page import to_markdown
+from linearize.evaluation.results import FILE_NAME, read_results
+from linearize.evaluation.telling import tell
+from linearize.hub.card import CardFacts
+from linearize.hub.contents import Finding, is_local_path, local_things, shared_files
+from linearize.hub.licence import licence_of
+from linearize.recipe import Recipe, dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linearize.evaluation.results import Results
+
+# How training went, and what a calibration did.
+_ALONG = ("metrics.jsonl", "training.svg", "calibration.md", "calibration.json", "selection.json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        files: by name their bytes.
+        base: the base model's Hub id; None where it is not known.
+        licence: what the card says of it; empty where it is not known.
+        measured: the results whose tables the card has; None where there were none.
+        findings: what a push would still refuse.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    base: str | None
+    licence: dict[str, str]
+    measured: Path | None
+    findings: list[Finding]
+
+
+def export(
+    source: Source,
+    output: Path,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    licence: str | None = None,
+    report: Path | None = None,
+    dtype: str = "auto",
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Writes the checkpoint `source` once more, into `output`.
+
+    Args:
+        name: of the model on its card; the folder's, if left out.
+        base: the Hub id of the model that was converted, where that came from a file or a folder.
+        licence: of the base model; read from it, if left out.
+        report: the folder that `linearize eval --report` or `run` wrote, or its results.json; looked for beside
+            `source`, if left out.
+        dtype: of the weights, a key of `DTYPES`, or `auto` for what they are.
+        shard_size: the most that one file of weights holds.
+
+    Raises:
+        ModelError: `source` is no converted folder.
+        OutputError: `output` cannot be written.
+        DataError: `report` has no results.
+    """
+    if not (source.kind == "folder" and source.is_converted):
+        raise ModelError(f"{source.name}: is not a converted folder; convert it first: linearize convert")
+    made_of, written = Path(source.reference), provenance_of(source)
+    record = _base(written.get("base", {}), base)
+    found = report or _results_beside(made_of)
+    measured = None if found is None else _measured(_of(read_results(found), made_of.name), made_of.name)
+    recipe = _recipe(made_of / "recipe.yaml", record)
+    rights = {"license": licence} if licence else licence_of(_bases(written.get("base", {}), base))
+    with staged_folder(output, overwrite=overwrite) as folder:
+        model: Any = load_model(source, dtype=dtype)
+        say(f"writing {output}")
+        for file in _ALONG:
+            if (made_of / file).is_file():
+                (folder / file).write_text(_portable_file(made_of / file), encoding="utf-8")
+        write_checkpoint(
+            folder,
+            model,
+            load_tokenizer(source),
+            recipe,
+            record,
+            _portable(written.get("stages", [])),
+            name or output.resolve().name,
+            start=_portable(written.get("start", {})),
+            shard_size=shard_size,
+            facts=CardFacts(rights, [measured or _NOT_MEASURED, _recipe_section(recipe), _licence_section(rights)]),
+            more={"versions": written.get("versions", versions()), "exported": versions()},
+        )
+        findings = local_things(folder)
+        files = {file: (folder / file).stat().st_size for file in shared_files(folder)}
+    return Exported(output, files, record.get("model"), rights, found if measured else None, findings)
+
+
+def _base(written: dict[str, Any], base: str | None) -> dict[str, Any]:
+    """The base model's record without its path: by its Hub id, or where that is not known by its name alone."""
+    if written.get("kind") == "hub" and base is None:
+        return written
+    if base is None:
+        return {key: value for key, value in written.items() if key != "model"}
+    record = base_record(Source(base, "hub"), None)
+    return record if written.get("kind") == "hub" else {**record, "read_from": written.get("name")}
+
+
+def _bases(written: dict[str, Any], base: str | None) -> list[Source]:
+    """Where the base model's licence may stand."""
+    found = []
+    for reference in (written.get("model"), base):
+        try:
+            found += [find_source(reference)] if reference else []
+        except ModelError:  # gone since
+            continue
+    return found
+
+
+def _results_beside(folder: Path) -> Path | None:
+    """The results of the run that made this folder."""
+    beside = folder.parent / FILE_NAME
+    return beside if folder.name in ("converted", "finetuned") and beside.is_file() else None
+
+
+def _of(results: Results, own: str) -> Results:
+    """Without what was made of this model later: of a converted one, what became of it by training."""
+    if own != "converted" or own not in results.scores:
+        return results
+    return replace(
+        results,
+        systems=[system for system in results.systems if system.name != "finetuned"],
+        scores={name: scores for name, scores in results.scores.items() if name != "finetuned"},
+    )
+
+
+def _measured(results: Results, own: str) -> str:
+    """The report of an evaluation as a section of a card: its words and tables."""
+    page = tell(results)
+    sections = [replace(section, plots=()) for section in page.sections if section.told or section.grids]
+    facts = [(key, _anonymous(text)) for key, text in page.facts]
+    text = to_markdown(replace(page, facts=facts, sections=sections))
+    own = own if own in results.scores else "model"
+    here = f"In the tables this model is **{own}**.\n" if own in results.scores else ""
+    body = re.sub(r"^# .*\n", "", re.sub(r"^##", "###", text, flags=re.MULTILINE), count=1)
+    return f"## What was measured\n\n{here}{body}"
+
+
+def _anonymous(text: str) -> str:
+    """A command line without the folders of its paths."""
+    return re.sub(r"[^\s=]+", lambda word: _last_part(word[0]) if is_local_path(word[0]) else word[0], text)
+
+
+_NOT_MEASURED = """## What was measured
+
+Nothing that is written here. `linearize eval MODEL --baseline teacher,window --report DIR` measures what the conversion
+cost beside its teacher and the window baseline.
+"""
+
+
+def _recipe_section(recipe: Recipe) -> str:
+    return f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```\n"
+
+
+def _licence_section(rights: dict[str, str]) -> str:
+    said = (
+        f"That of the base model: {rights.get('license_name', rights['license'])}."
+        if "license" in rights
+        else "That of the base model, which could not be read; look there before you use this one."
+    )
+    return f"## Licence\n\n{said}\n"
+
+
+def _recipe(path: Path, base: dict[str, Any]) -> Recipe:
+    """The checkpoint's recipe, with the base model's id for the model and no paths."""
+    values = load_recipe(str(path)).model_dump()
+    teacher = values.get("teacher")
+    values["teacher"] = None if teacher and is_local_path(teacher) else teacher
+    values["model"] = base.get("model")
+    return Recipe.model_validate(_portable(values))
+
+
+def _portable(value: Any) -> Any:
+    """The same data with the last part of each path alone."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str):
+        return _last_part(value) if is_local_path(value) else _anonymous(value)
+    return value
+
+
+def _portable_file(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return _anonymous(text)
+    return json.dumps(_portable(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(path).name  # which takes either slash

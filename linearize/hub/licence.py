@@ -1,0 +1,69 @@
+"""The licence of a base model, which what is made of it inherits: from its card, or from a GGUF file's own keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from linearize.conversion.source import Source
+
+_KEYS = ("license", "license_name", "license_link")
+
+
+def licence_of(sources: Iterable[Source]) -> dict[str, str]:
+    """The keys `license`, `license_name` and `license_link` of the first of these models that says any; empty where
+    none does, or none can be reached."""
+    for source in sources:
+        found = _of_gguf(Path(source.reference)) if source.kind == "gguf" else _of_card(source)
+        if found:
+            return found
+    return {}
+
+
+def _of_card(source: Source) -> dict[str, str]:
+    try:
+        matter = _of_hub(source.reference) if source.kind == "hub" else front_matter(_text(Path(source.reference)))
+    except Exception:  # no card, no network, no right to read it: nothing is known then
+        return {}
+    return {key: matter[key] for key in _KEYS if isinstance(matter.get(key), str)}
+
+
+def _of_hub(reference: str) -> dict[str, Any]:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    kept = try_to_load_from_cache(reference, "README.md")
+    if isinstance(kept, str):
+        return front_matter(Path(kept).read_text(encoding="utf-8"))
+    card = HfApi().model_info(reference, timeout=10).card_data
+    return {} if card is None else {key: card.get(key) for key in _KEYS}
+
+
+def _text(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The YAML at the head of a model card."""
+    if not card.startswith("---\n"):
+        return {}
+    try:
+        found = yaml.safe_load(card[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _of_gguf(path: Path) -> dict[str, str]:
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        named = {key: fields.get(f"general.{key.replace('_', '.')}") for key in _KEYS}
+        return {key: str(field.contents()) for key, field in named.items() if field is not None}
+    except Exception:  # the file may be gone, or damaged since
+        return {}

@@ -1,0 +1,139 @@
+"""`linearize push`: what is looked at before a checkpoint leaves the machine, and in which order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from linearize import __version__
+from linearize.conversion.output import sha256
+from linearize.errors import HubError
+from linearize.hub.contents import Finding, local_things, shared_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from linearize.hub.upload import Upload
+
+CARD = "README.md"
+_PROVENANCE = "linearize.json"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What would be pushed.
+
+    Attributes:
+        folder: the checkpoint's.
+        files: by name their bytes.
+        card: the model card's text.
+        findings: what speaks against it.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    card: str
+    findings: list[Finding]
+
+
+def pack(folder: Path) -> Parcel:
+    """Looks through a checkpoint's folder.
+
+    Raises:
+        HubError: it is not one.
+    """
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such folder; name the checkpoint's: linearize push REPO FOLDER")
+    missing = [name for name in (_PROVENANCE, "config.json", CARD) if not (folder / name).is_file()]
+    if missing:
+        raise HubError(f"{folder}: has no {missing[0]}, so it is not a checkpoint that linearize wrote")
+    files = {name: (folder / name).stat().st_size for name in shared_files(folder)}
+    return Parcel(
+        folder,
+        files,
+        (folder / CARD).read_text(encoding="utf-8", errors="replace"),
+        [*local_things(folder), *_changed(folder, files)],
+    )
+
+
+def check(parcel: Parcel, *, force: bool) -> None:
+    """Refuses what should not leave the machine. A token is refused by force or not.
+
+    Raises:
+        HubError: there is such a thing.
+    """
+    serious = [finding for finding in parcel.findings if finding.secret or not force]
+    if not serious:
+        return
+    first = min(serious, key=lambda finding: not finding.secret)
+    more = f" (and {len(serious) - 1} more)" if len(serious) > 1 else ""
+    way = (
+        "take it out, and make it invalid if it was ever shared"
+        if first.secret
+        else f"write a folder to share: linearize export {parcel.folder} {parcel.folder}-export; or pass --force"
+    )
+    raise HubError(f"{parcel.folder}: {first.file} {first.what}{more}; {way}")
+
+
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    failed: Callable[[], Sequence[str]],
+    public: bool = False,
+    force: bool = False,
+    message: str | None = None,
+    confirm: Callable[[Parcel, str, bool], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Upload:
+    """Puts a checkpoint on the Hub, in one commit.
+
+    Args:
+        failed: verifies the model, and names the checks that failed.
+        public: make the repository public; otherwise it is private, and a public one is refused.
+        force: push though the model does not pass, or files are not fit to be shared.
+        confirm: called with the parcel, the repository's full name and whether it will be private, before anything is
+            sent; raises where the answer is no.
+
+    Raises:
+        HubError: the folder is not to be pushed, or the Hub does not do as asked.
+    """
+    from linearize.hub.upload import Hub
+
+    parcel = pack(folder)
+    check(parcel, force=force)
+    hub = Hub()
+    repo = hub.full_name(repo)
+    private = hub.check(repo, public=public)
+    confirm(parcel, repo, not public if private is None else private)
+    if names := failed():
+        told = f"{folder}: {len(names)} of its checks failed: {', '.join(names)}"
+        if not force:
+            raise HubError(f"{told}; see linearize verify {folder}, or pass --force to push it all the same")
+        say(f"{told}; pushed all the same")
+    if private and public:
+        say(f"{repo}: is private, and stays so; its settings on the Hub can change that")
+    return hub.upload(
+        folder,
+        list(parcel.files),
+        repo,
+        public=public,
+        message=message or f"Upload {folder.resolve().name} (linearize {__version__})",
+        say=say,
+    )
+
+
+def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:
+    """Files that are not what `linearize.json` says; the card may be edited."""
+    try:
+        written: dict[str, Any] = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return [Finding(_PROVENANCE, "does not say what belongs to the checkpoint")]
+    lost = [Finding(name, "is missing, though linearize.json names it") for name in written if name not in files]
+    return lost + [
+        Finding(name, "is not as it was written (linearize.json has another SHA-256)")
+        for name, digest in written.items()
+        if name in files and name != CARD and sha256(folder / name) != digest
+    ]

@@ -1,0 +1,54 @@
+"""How training went, as a picture beside its figures: the loss along the tokens that were read."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from linearize.evaluation.drawing import Axis, Series, line_plot, standing_alone
+from linearize.evaluation.formatting import readable_length
+from linearize.evaluation.task import mean_and_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLOT = "training.svg"
+_POINTS = 40
+"""Of a stage's line; where it has more steps, several are one point with its standard error."""
+
+
+def draw_training(metrics: Path, plot: Path) -> None:
+    """Draws `metrics.jsonl`, a line per stage. Nothing is written where no step was logged."""
+    stages: dict[int, list[tuple[float, float]]] = {}
+    before, stage, tokens = 0.0, 0, 0.0
+    for line in _lines(metrics):
+        if line["stage"] != stage:
+            before, stage = before + tokens, line["stage"]
+        tokens = float(line["tokens"])
+        stages.setdefault(stage, []).append((before + tokens, line["loss"]))
+    if not stages:
+        return
+    series = [Series(f"stage {stage + 1}", _joined(steps), stage) for stage, steps in stages.items()]
+    places = [x for one in series for x, _, _ in one.points]
+    low, high = min(places), max(places)
+    ticks = sorted({low + (high - low) * i / 4 for i in range(5)})
+    read = Axis("tokens trained on", lambda value: readable_length(round(value)))
+    loss = Axis("loss, nats per token", lambda value: f"{value:.3g}")
+    plot.write_text(standing_alone(line_plot("Training", read, loss, series, ticks)), encoding="utf-8")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The records of single steps."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [one for one in records if {"stage", "tokens", "loss"} <= one.keys() and math.isfinite(one["loss"])]
+
+
+def _joined(steps: list[tuple[float, float]]) -> list[tuple[float, float, float | None]]:
+    size = math.ceil(len(steps) / _POINTS)
+    points = []
+    for start in range(0, len(steps), size):
+        some = steps[start : start + size]
+        mean, error = mean_and_error([loss for _, loss in some])
+        points.append((sum(x for x, _ in some) / len(some), mean, error if len(some) > 1 else None))
+    return points

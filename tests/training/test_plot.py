@@ -1,0 +1,31 @@
+"""The picture of a training."""
+
+from __future__ import annotations
+
+import json
+import re
+from xml.etree import ElementTree
+
+from linearize.training.plot import draw_training
+
+
+def test_a_line_per_stage(tmp_path):
+    steps = [(0, step, 4.0 - step / 100) for step in range(1, 101)] + [(1, step, 2.5) for step in range(1, 4)]
+    lines = [{"stage": stage, "step": step, "tokens": 64 * step, "loss": loss} for stage, step, loss in steps]
+    lines.insert(0, {"note": "something else"})
+    lines.append({"stage": 1, "step": 4, "tokens": 256, "loss": float("nan")})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.svg")
+    text = (tmp_path / "training.svg").read_text()
+    ElementTree.fromstring(text)  # noqa: S314 - written a line above
+    assert "stage 1" in text and "stage 2" in text and "loss, nats per token" in text
+    groups = re.findall(r"<title>stage \d</title>(.*?)</g>", text)
+    points = [group.count("mark") for group in groups]
+    assert max(points) <= 40 and min(points) == 3, points
+    assert "nan" not in text
+
+
+def test_no_step_no_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("\n")
+    draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.svg")
+    assert not (tmp_path / "training.svg").exists()
