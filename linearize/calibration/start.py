@@ -6,13 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from linearize.calibration.calibrate import (
-    Calibration,
-    calibrate,
-    calibration_text,
-    deciding_needles,
-    exact_tokens,
-)
+from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.conversion.convert import (
@@ -112,21 +106,21 @@ def make_start(
 
 def check_reach(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """Raises:
-    DataError: rows of `calibrate.length` tokens have nothing beyond window and sinks.
+    DataError: rows of `calibrate.length` tokens have nothing beyond what is read exactly.
     """
     assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
     layers = family_of(teacher.config).layers(teacher.config)
     sections = mixers_for(recipe.mixer, layers)
     reach = min(
-        (exact_tokens(one) for one in sections for index in one.layers if one.converts(layers[index])),
+        (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
         default=None,
     )
     if reach is None:
         raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
     if recipe.calibrate.length <= reach:
         raise DataError(
-            f"calibrate.length {recipe.calibrate.length:,}: window and sinks see {reach:,} tokens, so such rows have "
-            "nothing beyond them: raise it"
+            f"calibrate.length {recipe.calibrate.length:,}: the first {reach:,} tokens are all read exactly, so such "
+            "rows leave the recurrence nothing to answer: raise it"
         )
 
 
