@@ -26,7 +26,7 @@ from linearize.conversion.source import (
     find_source,
     load_model,
     load_tokenizer,
-    provenance_of,
+    sound_provenance,
     teacher_of,
 )
 from linearize.errors import OutputError, RecipeError
@@ -153,9 +153,11 @@ def finetune(
     teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
     set_seed(recipe.seed)
+    written: dict[str, Any] = {}
     told: dict[str, Any] = {}
     if source.is_converted:
-        told = provenance_of(source).get("start", {})
+        written = sound_provenance(source)
+        told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
         model: Any = load_model(source, dtype=recipe.dtype)
     else:
@@ -171,7 +173,7 @@ def finetune(
     student = add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
     for stage in recipe.stages:
         choose_trained(student, stage.train)  # what a later stage lacks is told now
-    records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
+    records: list[dict[str, Any]] = list(written.get("stages", []))
     data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
     for number, stage in enumerate(recipe.stages):
@@ -223,7 +225,7 @@ def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) ->
     """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
     source = find_source(result.recipe.model or "")
     base = teacher_of(source)
-    record = provenance_of(source)["base"] if source.is_converted else base_record(base, None)
+    record = sound_provenance(source)["base"] if source.is_converted else base_record(base, None)
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
         draw_training(folder / METRICS, folder / PLOT)
