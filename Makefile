@@ -8,7 +8,7 @@ READY = $(VENV)/.installed
 WITH_KERNELS = $(VENV)/.installed-kernels
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-slow test-kernels lint types fuzz faults audit clean
+.PHONY: demo test test-slow test-kernels lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
@@ -32,6 +32,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(VENV)/bin/mypy
+
+# What linearize runs on, and under which licences.
+licences: $(READY)
+	$(VENV)/bin/python .ci/licences.py
 
 # Many inputs on each reader of files, and faults planted into jobs; each takes tens of minutes.
 fuzz: $(READY)
