@@ -87,7 +87,8 @@ def _show(facts: dict[str, Any]) -> None:
     rows = {
         **_head(facts),
         "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {mixer['recurrence']}, window "
-        f"{mixer['window']}, {mixer['sinks']} sinks, mix {mixer['mix']}, covers {mixer['covers']}",
+        f"{mixer['window']}, {mixer['sinks']} sinks, {_landmarks(facts['mixers'])}mix {mixer['mix']}, "
+        f"covers {mixer['covers']}",
         **({"keeps": "; ".join(kept)} if kept else {}),
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
         + f" = {readable_bytes(facts['state_bytes'])} per sequence ({facts['dtype']}, state in float32)"
@@ -128,8 +129,8 @@ def _show_all(facts: dict[str, Any]) -> None:
     fitting = [row for row in facts["recurrences"] if "refused" not in row]
     rows = {
         **_head(facts),
-        "mixer": f"window {mixer['window']}, {mixer['sinks']} sinks, covers {mixer['covers']}; caches in "
-        f"{facts['dtype']}, states in float32",
+        "mixer": f"window {mixer['window']}, {mixer['sinks']} sinks, {_landmarks([mixer])}covers {mixer['covers']}; "
+        f"caches in {facts['dtype']}, states in float32",
         "FLOPs": "per token of decoding, of all token mixers; projections and feed-forward layers are not among them",
     }
     if more := fitting[0]["growth_flops_per_token"]:
@@ -152,6 +153,13 @@ def _show_all(facts: dict[str, Any]) -> None:
     for line in facts["teacher"]:
         table.add_row(f"{line['tokens']:,} tokens", readable_bytes(line["bytes"]), readable_count(line["flops"]))
     out.print(table)
+
+
+def _landmarks(mixers: list[dict[str, Any]]) -> str:
+    slots = sorted({mixer.get("landmarks", 0) for mixer in mixers if mixer["window"] is not None})
+    if slots == [0]:
+        return ""
+    return f"{slots[0]} to {slots[-1]} landmarks, " if len(slots) > 1 else f"{slots[0]} landmarks, "
 
 
 def _head(facts: dict[str, Any]) -> dict[str, str]:
