@@ -1,6 +1,7 @@
 """What training takes, told before it starts, on one GPU or on each of several.
 
-    weights       of the student: frozen ones in their own dtype, trained ones too
+    weights       of the student that are frozen, in their own dtype
+    trained       adapters, the mixers' own parameters, or every weight
     gradients     of what is trained, in its dtype
     optimizer     its moments, and float32 copies of what is trained in less
     teacher       its weights, where the objective asks it
@@ -8,23 +9,25 @@
     logits        of the student, the teacher and their gradients at that moment
     gathered      what an engine puts together or copies: a layer's weights, all gradients
 
-Activations and logits are counted by a rehearsal without data, see `linearize.training.rehearsal`: exactly on few
-tokens, of which there are two numbers, and along the line through these for more. All else
-follows from shapes.
+Activations and logits are counted by a rehearsal without data, see `linearize.training.rehearsal`: on few tokens and,
+where all layers are alike, on few layers, and along the lines through two such counts for more. All else follows from
+shapes.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.convert import convert_model, mixers_for
 from linearize.conversion.source import DTYPES
 from linearize.evaluation.formatting import readable_bytes
+from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.modeling import family_of
 from linearize.training.finetune import add_adapters, choose_trained, wants_teacher
 from linearize.training.rehearsal import Moment, fullest_moment
@@ -42,7 +45,9 @@ CARDS = (16, 24, 48, 80, 141)
 """GB of the cards that fits are told for."""
 
 _CONTEXT = 1_000_000_000  # what the driver, CUDA's libraries and NCCL hold on a GPU before anything is put there
-_COUNTED = 512
+_COUNTED = 512  # tokens, and at least so many windows, or what blocks of queries see would not have settled
+_COUNTED_WINDOWS = 4
+_FEW_LAYERS = (2, 4)
 # DeepSpeed's own default for stage 3: parameters that it keeps gathered at a time.
 _ZERO3_LIVE = 1_000_000_000
 
@@ -58,6 +63,7 @@ class TrainingMemory:
     """
 
     weights: int
+    trained: int
     gradients: int
     optimizer: int
     teacher: int
@@ -70,7 +76,7 @@ class TrainingMemory:
     def total(self) -> int | None:
         if self.activations is None or self.logits is None:
             return None
-        held = self.weights + self.gradients + self.optimizer + self.teacher + self.gathered
+        held = self.weights + self.trained + self.gradients + self.optimizer + self.teacher + self.gathered
         return held + self.activations + self.logits
 
     def fits(self) -> dict[int, bool | None]:
@@ -94,26 +100,18 @@ def training_memory(
     """What `stage` takes with a model of this configuration, by engine.
 
     Args:
-        config: of the pretrained model.
+        config: of the pretrained model, or of a converted one, which has its own mixers.
         processes: GPUs, for the engines that have several.
         checkpointing: instead of the stage's own `gradient_checkpointing`.
         position_ids: `[micro_batch, length]` of packed documents; None takes each row to be one. In plain torch rows
             of several documents take as much as if each of these were as long as the longest.
     """
-    dtype = DTYPES.get(recipe.dtype) or getattr(config, "dtype", None) or torch.float32
-    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    with torch.device("meta"):
-        teacher, base = (AutoModelForCausalLM.from_config(config, dtype=dtype).eval() for _ in range(2))
-    converted = convert_model(base, recipe.mixer)
-    converted.requires_grad_(False)
-    teacher.requires_grad_(False)
-    student = add_adapters(converted, recipe.lora if stage.train == "lora" else None).train()
-    choose_trained(student, stage.train)
-    asked = wants_teacher(stage)
+    pair = _pair(config, recipe, stage)
+    student, converted, teacher = pair
+    dtype, asked = teacher.dtype, wants_teacher(stage)
     beside = asked and stage.teacher_at == "device"
-    moment = _moment(
-        student, teacher if asked and stage.teacher_at != "disk" else None, stage, checkpointing, position_ids
-    )
+    wanted = stage.gradient_checkpointing if checkpointing is None else checkpointing
+    moment = _moment(config, recipe, stage, pair, wanted, position_ids)
     trained = [p for p in student.parameters() if p.requires_grad]
     weights, gradients = _nbytes(student.parameters()), _nbytes(trained)
     optimizer = _optimizer_nbytes(stage, trained)
@@ -141,7 +139,8 @@ def training_memory(
         }[engine]
         shared_teacher = math.ceil(pretrained / parts) if beside else pretrained
         found[engine] = TrainingMemory(
-            weights=math.ceil(weights / parts),
+            weights=math.ceil((weights - gradients) / parts),
+            trained=math.ceil(gradients / parts),
             gradients=math.ceil(gradients / parts),
             optimizer=math.ceil(optimizer / parts),
             teacher=shared_teacher,
@@ -153,40 +152,89 @@ def training_memory(
     return found
 
 
+class _Pair(NamedTuple):
+    """Models without data: what is trained, the same without adapters, and the teacher."""
+
+    student: Any
+    converted: LinearizedForCausalLM
+    teacher: Any
+
+
+def _pair(config: Any, recipe: Recipe, stage: Stage) -> _Pair:
+    mixers = [MixerConfig(**section) for section in config.mixers] if config.model_type == "linearized" else None
+    dtype = DTYPES.get(recipe.dtype) or getattr(config, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    pretrained = config if mixers is None else config.text_config
+    with torch.device("meta"):
+        teacher, base = (AutoModelForCausalLM.from_config(pretrained, dtype=dtype).eval() for _ in range(2))
+    converted = (
+        convert_model(base, recipe.mixer) if mixers is None else LinearizedForCausalLM.from_teacher(base, mixers)
+    )
+    student = add_adapters(converted, recipe.lora if stage.train == "lora" else None).train()
+    choose_trained(student, stage.train)
+    return _Pair(student, converted, teacher.requires_grad_(False))
+
+
+def _cut(config: Any, recipe: Recipe, layers: int) -> Any:
+    """`config` with its first layers alone, or None where they do not stand for all."""
+    if config.model_type == "linearized" or config.num_hidden_layers <= layers:
+        return None
+    whole = family_of(config).layers(config)
+    shorter = copy.deepcopy(config)
+    shorter.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        shorter.layer_types = config.layer_types[:layers]
+    alike = len(mixers_for(recipe.mixer, whole)) == 1 and all(layer == whole[0] for layer in whole)
+    return shorter if alike and family_of(shorter).layers(shorter) == whole[:layers] else None
+
+
 def _moment(
-    student: Any, teacher: Any, stage: Stage, checkpointing: bool | None, position_ids: Tensor | None
+    config: Any, recipe: Recipe, stage: Stage, pair: _Pair, checkpointing: bool, position_ids: Tensor | None
 ) -> Moment | None:
     """The fullest moment of a step, without the gradients that are complete; None where that depends on the data."""
-    wanted = stage.gradient_checkpointing if checkpointing is None else checkpointing
-    rows = stage.micro_batch
-    accumulates = stage.batch_tokens > rows * stage.length
+    rows, heard = stage.micro_batch, wants_teacher(stage) and stage.teacher_at != "disk"
 
-    def counted(tokens: int) -> Moment:
-        return fullest_moment(
-            student,
-            teacher,
+    def counted(pair: _Pair, tokens: int) -> tuple[float, float]:
+        found = fullest_moment(
+            pair.student,
+            pair.teacher if heard else None,
             stage,
             rows=rows,
             tokens=tokens,
-            accumulates=accumulates,
-            checkpointing=wanted,
+            accumulates=stage.batch_tokens > rows * stage.length,
+            checkpointing=checkpointing,
             position_ids=position_ids,
         )
+        return found.activations, found.logits
 
-    masks = rows * stage.length**2 if teacher is not None else 0  # which documents the teacher's tokens may see
+    def at_length(pair: _Pair) -> tuple[float, float]:
+        windows = [layer.mixer.window for layer in pair.converted.attention_layers if layer.mixer is not None]
+        most = max(_COUNTED, _COUNTED_WINDOWS * max(windows, default=0))
+        if stage.length <= most or position_ids is not None:
+            return counted(pair, stage.length)
+        return _along(stage.length, most // 2, counted(pair, most // 2), most, counted(pair, most))
+
+    few, more = _FEW_LAYERS
+    shorter, longer = _cut(config, recipe, few), _cut(config, recipe, more)
     try:
-        if stage.length <= _COUNTED or position_ids is not None:
-            found = counted(stage.length)
-            return Moment(found.activations + masks, found.logits)
-        half, whole = counted(_COUNTED // 2), counted(_COUNTED)
+        if shorter is None or longer is None:
+            activations, logits = at_length(pair)
+        else:
+            ends = (at_length(_pair(one, recipe, stage)) for one in (shorter, longer))
+            activations, logits = _along(config.num_hidden_layers, few, next(ends), more, next(ends))
     except (RuntimeError, NotImplementedError, ValueError):
         return None
-    steps = (stage.length - _COUNTED) / (_COUNTED - _COUNTED // 2)
-    activations, logits = (
-        round(end + (end - start) * steps)
-        for start, end in ((half.activations, whole.activations), (half.logits, whole.logits))
-    )
-    return Moment(activations + masks, logits)
+    masks = rows * stage.length**2 if heard else 0  # which documents the teacher's tokens may see
+    return Moment(round(activations) + masks, round(logits))
+
+
+def _along(
+    place: int, first: int, start: tuple[float, float], second: int, end: tuple[float, float]
+) -> tuple[float, float]:
+    """What is at `place` on the lines through `start` at `first` and `end` at `second`."""
+    share = (place - second) / (second - first)
+    (a, b), (c, d) = start, end
+    return c + (c - a) * share, d + (d - b) * share
 
 
 def _optimizer_nbytes(stage: Stage, trained: list[nn.Parameter]) -> int:
@@ -221,24 +269,21 @@ def _layer_share(model: Any, trained: list[nn.Parameter]) -> int:
     return max(_nbytes(p for p in block.parameters() if id(p) in chosen) for block in blocks)
 
 
-def memory_rows(engines: dict[Engine, TrainingMemory]) -> tuple[list[str], list[list[str]]]:
-    """A table for people: its head, and a row for each engine."""
-    parts = [name for name in TrainingMemory.__dataclass_fields__ if name != "cache"]
-    used = [name for name in parts if any(getattr(memory, name) != 0 for memory in engines.values())]
-    head = ["engine", *used, "total", "cache", "fits"]
+def memory_rows(engines: dict[Engine, TrainingMemory]) -> list[list[str]]:
+    """For people: a row for each part that there is, and for the total, with a figure for each engine."""
     rows = []
-    for engine, memory in engines.items():
-        sizes = [*(getattr(memory, name) for name in used), memory.total, memory.cache]
-        rows.append([engine, *("unknown" if x is None else readable_bytes(x) for x in sizes), fit_words(memory)])
-    return head, rows
+    parts = [name for name in TrainingMemory.__dataclass_fields__ if name != "cache"]
+    for name in (*parts, "total", "cache"):
+        sizes = [getattr(memory, name) for memory in engines.values()]
+        if any(size != 0 for size in sizes):
+            rows.append([name, *("unknown" if size is None else readable_bytes(size) for size in sizes)])
+    return [*rows, ["fits (GB)", *(_fit_words(memory) for memory in engines.values())]]
 
 
-def fit_words(memory: TrainingMemory) -> str:
-    """Which of `CARDS` are enough, for people."""
+def _fit_words(memory: TrainingMemory) -> str:
     if memory.total is None:
-        return "not known"
-    enough = [str(card) for card, fit in memory.fits().items() if fit]
-    return f"{', '.join(enough)} GB" if enough else f"none of {', '.join(map(str, CARDS))} GB"
+        return "unknown"
+    return ", ".join(str(card) for card, fit in memory.fits().items() if fit) or "none"
 
 
 def _nbytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -60,7 +60,7 @@ class _Counter(TorchDispatchMode):
     """
 
     def __init__(self, vocabulary: int, known: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary, self.known = vocabulary, known
         self.now, self.fullest = Moment(), Moment()
         self.kinds: dict[int, tuple[str, int]] = {}
@@ -216,7 +216,7 @@ def _packed(model: LinearizedForCausalLM, position_ids: Tensor | None) -> Iterat
     """Gives each layer the layout of packed documents, which is found from data that the meta device does not have."""
     segments = None
     if position_ids is not None:
-        segments = segments_of(None, position_ids, *position_ids.shape, continued=False)
+        segments = segments_of(None, position_ids, len(position_ids), position_ids.shape[1], continued=False)
     if segments is None:
         yield
         return
