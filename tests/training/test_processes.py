@@ -27,9 +27,10 @@ from tests.conftest import random_llama
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "LINEARIZE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment.update(variables)
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
@@ -69,13 +70,15 @@ def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_pat
     alone, together = (losses(tmp_path / f"align-{name}" / "metrics.jsonl") for name in ("one", "two"))
     assert len(alone) == 3
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
-    for name, options in (("whole", ("--shard",)), ("split", ())):
+    # As accelerate's configuration has it; --shard is the same.
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, variables in (("whole", fsdp), ("split", {})):
         out, kept = tmp_path / name, tmp_path / f"{name}.training"
         assert len(losses(kept / "metrics.jsonl")) == 5
         assert [path.name for path in (kept / "stage-0").iterdir()] == ["checkpoint-4"]
         assert len(list((kept / "stage-0" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
         recipe = str(tmp_path / "recipe.yaml")
-        done = run(tmp_path, "linearize", "finetune", recipe, "-o", str(out), "--launch", "2", "--resume", *options)
+        done = run(tmp_path, "linearize", "finetune", recipe, "-o", str(out), "--launch", "2", "--resume", **variables)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout == f"{out}\n"
         assert done.stderr.count("next: linearize eval") == 1
