@@ -28,6 +28,7 @@ from linearize_kernels.decay import (
     Form,
     decayed_scores,
     exp_like,
+    folded,
     form_for,
     from_chunks,
     pair_decay,
@@ -132,11 +133,11 @@ def delta_rule_chunkwise(
     for n in range(q.shape[1]):
         states.append(state)
         corrections.append(entering[:, n] @ state + of_writes[:, n])
-        state = chunk_decay[:, n] * state + written[:, n] + corrected[:, n] @ corrections[-1]
+        state = torch.addcmul(written[:, n] + corrected[:, n] @ corrections[-1], chunk_decay[:, n], state)
 
-    outputs = decayed_scores(q, k, cumulative, cumulative) @ v.unsqueeze(3)
-    outputs = outputs + decayed_scores(q, b, cumulative, cumulative) @ torch.stack(corrections, 1).unsqueeze(3)
-    outputs = outputs + (q * exp_like(cumulative, q).unsqueeze(3)) @ torch.stack(states, 1).unsqueeze(3)
+    outputs = folded(q * exp_like(cumulative, q).unsqueeze(3), torch.stack(states, 1))
+    outputs = folded(decayed_scores(q, k, cumulative, cumulative), v, onto=outputs)
+    outputs = folded(decayed_scores(q, b, cumulative, cumulative), torch.stack(corrections, 1), onto=outputs)
     return from_chunks(outputs, tokens), state
 
 
