@@ -141,4 +141,17 @@ def delta_rule_chunkwise(
     return from_chunks(outputs, tokens), state
 
 
+def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """One token, for decoding; as `linearize_kernels.gla_step`, with `a` and `b` `[B, 1, K, D]`."""
+    batch, key_value_heads, width, values = state.shape
+    heads = batch * key_value_heads
+    matrices = state.view(heads, width, values)
+    correction = torch.bmm(a.reshape(heads, 1, width), matrices)
+    matrices.mul_(gate.reshape(heads, -1, 1))
+    # Both writes are one product, over the pair of them.
+    written = torch.stack([b.reshape(heads, width), k.reshape(heads, width)], 2)
+    matrices.baddbmm_(written, torch.cat([correction, v.reshape(heads, 1, values)], 1))
+    return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
+
+
 _FORMS = {"parallel": delta_rule_parallel, "chunkwise": delta_rule_chunkwise, "recurrent": delta_rule_recurrent}

@@ -102,4 +102,13 @@ def gated_values_chunkwise(
     return from_chunks(torch.addcmul(outputs, read, exp_like(cumulative, v).unsqueeze(3)), tokens), state
 
 
+def gated_values_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> Tensor:
+    """One token, for decoding; as `gla_step`, with `gate` `[B, 1, K, V]`."""
+    batch, key_value_heads, width, values = state.shape
+    heads = batch * key_value_heads
+    matrices = state.view(heads, width, values)
+    matrices.mul_(gate.reshape(heads, 1, -1)).baddbmm_(k.reshape(heads, width, 1), v.reshape(heads, 1, values))
+    return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
+
+
 _FORMS = {"parallel": gated_values_parallel, "chunkwise": gated_values_chunkwise, "recurrent": gated_values_recurrent}

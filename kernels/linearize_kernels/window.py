@@ -82,13 +82,23 @@ def step_attention(
         outputs `[B, H, V]` and the log of the softmax's denominator `[B, H]`, both float32 (or float64).
     """
     dtype = _computing(q)
-    grouped = q.to(dtype).unflatten(1, (k.shape[2], -1))  # the query heads of a group are so many queries of one head
-    k, v = k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
-    if softcap is None and not normaliser:
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2), None
-    scores = _cap(grouped @ k.transpose(-1, -2) * scale, softcap)
-    outputs: Tensor = scores.softmax(-1) @ v
-    return outputs.flatten(1, 2), scores.logsumexp(-1).flatten(1) if normaliser else None
+    batch, heads, width = q.shape
+    groups = k.shape[2]
+    # The query heads of a group are so many queries of one head.
+    grouped = (q.to(dtype) * scale).view(batch, groups, heads // groups, width)
+    keys, values = k.to(dtype).permute(0, 2, 3, 1), v.to(dtype).transpose(1, 2)
+    if batch == 1:
+        # Of three dimensions a batched product takes operands as they lie.
+        scores = _cap(torch.bmm(grouped[0], keys[0]), softcap)
+        outputs = torch.bmm(scores.softmax(-1), values[0])
+    elif softcap is None and not normaliser:
+        outputs = F.scaled_dot_product_attention(grouped, keys.transpose(-1, -2), values, scale=1.0)
+        return outputs.flatten(1, 2), None
+    else:
+        scores = _cap(grouped @ keys, softcap)
+        outputs = scores.softmax(-1) @ values
+    logs = scores.logsumexp(-1).view(batch, heads) if normaliser else None
+    return outputs.view(batch, heads, -1), logs
 
 
 def _attend(

@@ -126,11 +126,29 @@ class LinearizedAttention(nn.Module):
             raise ValueError("the model passed no rotary positions to its attention")
         if hidden_states.shape[1] == 1:
             # Heads are turned alike: as one tensor it takes half of the launches.
-            turned = self.family.rotate(torch.cat([q, k], 2), *position_embeddings)
+            both = torch.cat([q, k], 2)
+            turn = self._turn(both, position_embeddings)
+            turned = self.family.rotate(both, *position_embeddings) if turn is None else both @ turn
             q_rotated, k_rotated = turned.split([q.shape[2], k.shape[2]], 2)
         else:
             q_rotated, k_rotated = (self.family.rotate(x, *position_embeddings) for x in (q, k))
         return Projections(q, k, v, q_rotated, k_rotated)
+
+    def _turn(self, heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
+        """What rotary positions do to one token's `heads` `[B, 1, N, D]`, as a matrix `[B or 1, 1, D, D]` that all layers
+        share, kept on the table: one product a layer in the place of seven small operations. None where that does not
+        pay, or would round what the family does not."""
+        cos, sin = position_embeddings
+        if heads.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if cos.dtype != heads.dtype or heads.dtype not in (torch.float32, torch.float64):
+            return None
+        kept: tuple[Family, Tensor] | None = cos.__dict__.get("_turn")
+        if kept is None or kept[0] is not self.family or kept[1].shape[-1] != heads.shape[-1]:
+            every = torch.eye(heads.shape[-1], dtype=heads.dtype).expand(cos.shape[0], 1, -1, -1)
+            kept = self.family, self.family.rotate(every, cos, sin)
+            cos.__dict__["_turn"] = kept
+        return kept[1]
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` are the real ones, None if all."""

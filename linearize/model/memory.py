@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 Part = dict[str, Tensor]
 
@@ -50,6 +50,7 @@ class LayerMemory(CacheLayerMixin):
         self.counts = torch.zeros(batch, dtype=torch.long, device=device)
         # A number that compiled code would be built for again, so there it is a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
+        self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.is_initialized = True
 
     @property
@@ -90,6 +91,21 @@ class LayerMemory(CacheLayerMixin):
         self.counts.add_(tokens if lengths is None else lengths)
         self._seen += tokens
         self.ragged = self.ragged or lengths is not None
+
+    def joined(self, first: str, second: str, names: Sequence[str]) -> Part:
+        """The tensors of that name of two parts `[B, M, ...]` and `[B, N, ...]` as one `[B, M + N, ...]`, which the parts
+        are made views of. Copied only at the first call, or where a part has other tensors since."""
+        whole: Part = {}
+        one, other = self.parts[first], self.parts[second]
+        for name in names:
+            kept = self._joined.get(name)
+            if kept is None or kept[1] is not one[name] or kept[2] is not other[name]:
+                joint = torch.cat([one[name], other[name]], 1)
+                at = one[name].shape[1]
+                one[name], other[name] = joint[:, :at], joint[:, at:]
+                self._joined[name] = kept = joint, one[name], other[name]
+            whole[name] = kept[0]
+        return whole
 
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
         """Adds the keys and values of L new tokens `[B, L, ...]` to `past`.

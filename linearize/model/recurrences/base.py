@@ -202,6 +202,17 @@ class Recurrence(nn.Module, ABC):
         # γ + (1 - γ) g = 1 + (1 - γ)(g - 1), which keeps what a gate near 1 lets go.
         return torch.log1p((1 - bound) * torch.expm1(log_gate)) if bound else log_gate
 
+    def gate(self, source: Tensor) -> Tensor:
+        """g itself, for a step; over many tokens only its logarithm keeps what a gate near 1 lets go."""
+        plain = type(self).log_gate is Recurrence.log_gate and self.config.gate_divisor == 1
+        if plain and not self.config.lower_bound * self.depth:
+            return self.gate_input(source).sigmoid()
+        return self.log_gate(source).exp()
+
+    def in_place(self, tokens: int, state: Part | None) -> bool:
+        """Whether `forward` of so many tokens may update the state where it lies: one token, and no gradient."""
+        return tokens == 1 and state is not None and self.form is None and not torch.is_grad_enabled()
+
     def features(self, x: Tensor) -> Tensor:
         """The feature map on queries `[R, L, H, D]` or keys `[R, L, K, D]`."""
         if self.config.qk_norm:
