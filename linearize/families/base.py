@@ -118,10 +118,18 @@ class Family(ABC):
 def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     """What several modules make of `x` `[B, T, width]`. For one token on a CPU plain linear layers are one product: each
     launch costs there what a small product does."""
-    if x.shape[1] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if (
+        x.shape[1] == 1
+        and x.is_contiguous()
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
         whole = _side_by_side(modules)
         if whole is not None:
-            return list(F.linear(x, whole).split([module.out_features for module in modules], -1))
+            # Of two dimensions a product takes its operands as they are.
+            projected = F.linear(x.view(-1, x.shape[2]), whole).view(x.shape[0], 1, -1)
+            return list(projected.split([module.out_features for module in modules], -1))
     return [module(x) for module in modules]
 
 
@@ -129,7 +137,12 @@ def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
     """The weights of linear layers as one matrix, which they are made views of: nothing is held twice. None where a
     module is more than its weight, such as one with a bias, an adapter or a hook."""
     for module in modules:
-        if type(module) is not nn.Linear or module.bias is not None or module._forward_hooks or module._forward_pre_hooks:
+        if (
+            type(module) is not nn.Linear
+            or module.bias is not None
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
             return None
         if "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
             return None

@@ -27,7 +27,6 @@ class LayerMemory(CacheLayerMixin):
         past: keys and values `[B, N, ...]` of the heads that keep softmax over everything, if the layer has any: the
             one part that has to grow.
         capacity: how many tokens `past` has room for from the start; None where it grows.
-        counts: `[B]` real tokens that each row has seen.
         seen: tokens the layer was called with, pads included; what transformers calls the sequence length.
     """
 
@@ -47,11 +46,24 @@ class LayerMemory(CacheLayerMixin):
         super().__init__()
         self.parts, self.past, self.capacity = parts, past or {}, capacity
         self.ragged = False  # whether rows may have seen different numbers of tokens
-        self.counts = torch.zeros(batch, dtype=torch.long, device=device)
+        self._counts, self._uncounted = torch.zeros(batch, dtype=torch.long, device=device), 0
         # A number that compiled code would be built for again, so there it is a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
         self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.is_initialized = True
+
+    @property
+    def counts(self) -> Tensor:
+        """`[B]` real tokens that each row has seen."""
+        if self._uncounted:
+            # All rows of all layers count alike, so it is written down only when it is asked for.
+            self._counts.add_(self._uncounted)
+            self._uncounted = 0
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self._counts, self._uncounted = counts, 0
 
     @property
     def is_compileable(self) -> bool:
@@ -88,7 +100,10 @@ class LayerMemory(CacheLayerMixin):
 
     def advance(self, tokens: int, lengths: Tensor | None) -> None:
         """Counts `tokens` columns as seen, of which row b had `lengths[b]` real ones (all, if None)."""
-        self.counts.add_(tokens if lengths is None else lengths)
+        if lengths is None and isinstance(self._seen, int) and self._counts.device.type == "cpu":
+            self._uncounted += tokens
+        else:
+            self.counts.add_(tokens if lengths is None else lengths)
         self._seen += tokens
         self.ragged = self.ragged or lengths is not None
 
@@ -196,7 +211,7 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return self.counts.shape[0]
+        return self._counts.shape[0]
 
     def offload(self) -> None:
         """Nothing: a memory of fixed size stays where its layer is."""

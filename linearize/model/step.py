@@ -34,38 +34,36 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     leaving = count - window  # the number of the token that the new one pushes out; below 0 there is none
     slot = count % window
     ring = memory.parts["window"]
+    place = {name: tensor[:, slot : slot + 1] for name, tensor in ring.items()}  # of what leaves, then of what comes
     q = new.q_rotated if config.rope else new.q
     read = mass = None
     if recurrence is None or (config.covers == "evicted" and leaving < config.sinks):
         recurrence = None  # nothing has been written yet
     elif config.covers == "evicted":
         # First of all, while what leaves is still where it was.
-        held = {name: tensor[:, slot : slot + 1] for name, tensor in ring.items()}
-        v, k = held["v"], held["k_rotated" if config.rope or "k" not in held else "k"]
-        source = held.get("source", v if config.gate_source == "v" else held.get("k", k))
+        v, k = place["v"], place["k_rotated" if config.rope or "k" not in place else "k"]
+        source = place.get("source", v if config.gate_source == "v" else place.get("k", k))
         read, mass = recurrence(q, k, v, source, None, memory.parts["state"])
     else:
         k = new.k_rotated if config.rope else new.k
         read, mass = recurrence(q, k, new.v, mixer.source(new), None, memory.parts["state"])
     if 0 <= leaving < config.sinks:
         for name, tensor in memory.parts["sinks"].items():
-            tensor[:, leaving] = ring[name][:, slot]
-    for name, tensor in ring.items():
-        tensor[:, slot : slot + 1].copy_(mixer.source(new) if name == "source" else getattr(new, name))
+            tensor[:, leaving : leaving + 1].copy_(place[name])
+    for name, tensor in place.items():
+        tensor.copy_(mixer.source(new) if name == "source" else getattr(new, name))
     keys = _visible(memory, count, window, config.sinks)
     y, normaliser = step_attention(
-        new.q_rotated[:, 0],
+        new.q_rotated,
         keys["k_rotated"],
         keys["v"],
         scale=mixer.layer.scale,
         softcap=mixer.layer.softcap,
         normaliser=config.mix == "softmax",
     )
-    y = y.unsqueeze(1)
     if recurrence is None or read is None:
         return y
-    logs = None if normaliser is None else normaliser.unsqueeze(1)
-    return mixer.mix(y, logs, read, None if mass is None else mass.unsqueeze(-1))
+    return mixer.mix(y, normaliser, read, None if mass is None else mass.unsqueeze(-1))
 
 
 def _visible(memory: LayerMemory, count: int, window: int, sinks: int) -> Part:

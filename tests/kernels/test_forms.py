@@ -235,7 +235,9 @@ def test_a_step_updates_the_state_where_it_lies(name):
     outputs, final = gla_recurrent(q, k, v, gate, state)
     for t in range(3):
         one = slice(t, t + 1)
-        torch.testing.assert_close(gla_step(q[:, one], k[:, one], v[:, one], gate[:, one].exp(), state), outputs[:, one])
+        torch.testing.assert_close(
+            gla_step(q[:, one], k[:, one], v[:, one], gate[:, one].exp(), state), outputs[:, one]
+        )
     torch.testing.assert_close(state, final)
 
 

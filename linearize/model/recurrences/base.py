@@ -11,6 +11,7 @@ so that outputs / mass is an average of values, as softmax attention's output is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -94,7 +95,7 @@ class Recurrence(nn.Module, ABC):
     def gate_bias_start(self) -> float:
         return self.gate_start[1] if self.config.gate_bias is None else self.config.gate_bias
 
-    @property
+    @cached_property
     def gate_width(self) -> int:
         """Gates per key/value head."""
         return {
@@ -109,7 +110,7 @@ class Recurrence(nn.Module, ABC):
     def slots(self) -> int:
         return self.config.slots or self.key_width
 
-    @property
+    @cached_property
     def feature_width(self) -> int:
         """Width of queries and keys after the feature map."""
         return self.key_width * (2 if self.config.feature_map in ("exp", "learned") else 1)
