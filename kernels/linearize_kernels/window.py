@@ -79,8 +79,8 @@ def step_attention(
         softcap, normaliser: as of `window_attention`.
 
     Returns:
-        outputs `[B, H, V]` or `[B, 1, H, V]` and the log of the softmax's denominator, without the last axis, both float32
-        (or float64).
+        outputs `[B, H, V]` or `[B, 1, H, V]` and the log of the softmax's denominator, without the last axis, both
+        float32 (or float64).
     """
     dtype = _computing(q)
     groups, width = k.shape[2:]

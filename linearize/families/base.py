@@ -116,8 +116,8 @@ class Family(ABC):
 
 
 def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """What several modules make of `x` `[B, T, width]`. For one token on a CPU plain linear layers are one product: each
-    launch costs there what a small product does."""
+    """What several modules make of `x` `[B, T, width]`. For one token on a CPU plain linear layers are one product, as
+    there each launch costs what a small product does."""
     if (
         x.shape[1] == 1
         and x.is_contiguous()
@@ -146,17 +146,18 @@ def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
             return None
         if "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
             return None
-    weights = [module._parameters["weight"] for module in modules]
+    weights: list[Any] = [module._parameters["weight"] for module in modules]
     first, width = weights[0], weights[0].shape[1]
     rows = sum(weight.shape[0] for weight in weights)
     end, size = first.data_ptr(), first.element_size()
     room = first.untyped_storage().nbytes() - first.storage_offset() * size
     for weight in weights:
-        if weight.data_ptr() != end or room < rows * width * size:
+        if weight.data_ptr() != end or room < rows * width * size or not weight.is_contiguous():
             break
         end += weight.numel() * size
     else:
-        return first.as_strided((rows, width), (width, 1))
+        joint: Tensor = first.as_strided((rows, width), (width, 1))
+        return joint
     if any(weight.is_shared() or weight.shape[1] != width or weight.dtype != first.dtype for weight in weights):
         return None
     with torch.inference_mode(False), torch.no_grad():

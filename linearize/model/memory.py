@@ -108,16 +108,17 @@ class LayerMemory(CacheLayerMixin):
         self.ragged = self.ragged or lengths is not None
 
     def joined(self, first: str, second: str, names: Sequence[str]) -> Part:
-        """The tensors of that name of two parts `[B, M, ...]` and `[B, N, ...]` as one `[B, M + N, ...]`, which the parts
-        are made views of. Copied only at the first call, or where a part has other tensors since."""
+        """The tensors of that name of two parts `[B, M, ...]` and `[B, N, ...]` as one `[B, M + N, ...]`, which the
+        parts are made views of. Copied only at the first call, or where a part has other tensors since."""
         whole: Part = {}
         one, other = self.parts[first], self.parts[second]
         for name in names:
             kept = self._joined.get(name)
             if kept is None or kept[1] is not one[name] or kept[2] is not other[name]:
-                joint = torch.cat([one[name], other[name]], 1)
-                at = one[name].shape[1]
-                one[name], other[name] = joint[:, :at], joint[:, at:]
+                # Whoever goes on with this memory outside of inference mode writes into it as well.
+                with torch.inference_mode(False), torch.no_grad():
+                    joint, at = torch.cat([one[name], other[name]], 1), one[name].shape[1]
+                    one[name], other[name] = joint[:, :at], joint[:, at:]
                 self._joined[name] = kept = joint, one[name], other[name]
             whole[name] = kept[0]
         return whole

@@ -1,0 +1,98 @@
+"""What a decoding step on a CPU does to keep launches few: tensors that lie side by side instead of being joined."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from linearize.families.base import project_jointly
+from tests.model.test_layer import close, converted
+
+
+def read(model, cache, ids):
+    return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+@torch.no_grad()
+def test_a_memory_is_one_whether_its_parts_lie_side_by_side_or_not(teacher, ids):
+    """Reordered, copied and reset after steps that joined its sinks and window, and in and out of inference mode."""
+    model = converted(teacher, window=8, sinks=2)
+    whole = model(ids[:, :24]).logits
+    cache = DynamicCache(config=model.config.text_config)
+    close(read(model, cache, ids[:, :16]), whole[:, :16])
+    with torch.inference_mode():
+        for t in range(16, 19):
+            close(read(model, cache, ids[:, t : t + 1]), whole[:, t : t + 1])
+    memory = cache.layers[0]
+    sinks, window = memory.parts["sinks"]["v"], memory.parts["window"]["v"]
+    assert sinks.untyped_storage().data_ptr() == window.untyped_storage().data_ptr()
+    assert memory.nbytes == sum(x.numel() * x.element_size() for _, x in memory.tensors())
+    close(read(model, cache, ids[:, 19:20]), whole[:, 19:20])
+    copied = memory.clone()
+    assert copied.counts.tolist() == [20, 20]
+    swapped = torch.tensor([1, 0])
+    for layer in cache.layers:
+        layer.reorder_cache(swapped)
+    for t in range(20, 22):
+        close(read(model, cache, ids[swapped, t : t + 1]), whole[swapped, t : t + 1])
+    close(read(model, cache, ids[swapped, 22:24]), whole[swapped, 22:24])
+    for layer in cache.layers:
+        layer.reset()
+    close(read(model, cache, ids[:, :16]), whole[:, :16])
+    close(read(model, cache, ids[:, 16:17]), whole[:, 16:17])
+
+
+@torch.no_grad()
+def test_linear_layers_of_one_input_are_one_product_and_held_once():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, width, bias=False) for width in (6, 3, 3)]
+    x = torch.randn(2, 1, 8)
+    want = [layer(x) for layer in layers]
+    parameters = [layer.weight for layer in layers]
+    for _ in range(2):
+        for got, expected in zip(project_jointly(x, layers), want, strict=True):
+            torch.testing.assert_close(got, expected)
+    assert all(layer.weight is parameter for layer, parameter in zip(layers, parameters, strict=True))
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
+    layers[1].weight.mul_(2)  # whoever changes a weight changes what is multiplied
+    torch.testing.assert_close(project_jointly(x, layers)[1], 2 * want[1])
+    layers[1].weight.data = layers[1].weight.detach().clone() * 2
+    torch.testing.assert_close(project_jointly(x, layers)[1], 4 * want[1])
+    copies = copy.deepcopy(layers)
+    copies[0].weight.zero_()
+    torch.testing.assert_close(project_jointly(x, layers)[0], want[0])
+
+
+@torch.no_grad()
+def test_weights_that_lie_side_by_side_are_written_and_trained_as_before(tmp_path, teacher, ids):
+    from linearize.model import LinearizedForCausalLM
+
+    model = converted(teacher, window=8, sinks=2)
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config.text_config)
+        read(model, cache, ids[:, :12])
+        read(model, cache, ids[:, 12:13])
+    model.save_pretrained(tmp_path)
+    close(LinearizedForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("change", ["bias", "hook", "adapter"])
+@torch.no_grad()
+def test_modules_that_are_more_than_a_weight_are_called(change):
+    layers: list[nn.Module] = [nn.Linear(4, 4, bias=False) for _ in range(3)]
+    if change == "bias":
+        layers[1] = nn.Linear(4, 4)
+    elif change == "hook":
+        layers[1].register_forward_hook(lambda _, __, output: output + 1)
+    else:
+        layers[1] = nn.Sequential(layers[1], nn.Linear(4, 4))
+    x = torch.randn(1, 1, 4)
+    for got, layer in zip(project_jointly(x, layers), layers, strict=True):
+        torch.testing.assert_close(got, layer(x))
