@@ -56,9 +56,9 @@ class LayerMemory(CacheLayerMixin):
     def counts(self) -> Tensor:
         """`[B]` real tokens that each row has seen."""
         if self._uncounted:
-            # All rows of all layers count alike, so it is written down only when it is asked for.
-            self._counts.add_(self._uncounted)
-            self._uncounted = 0
+            # All rows of all layers count alike, so it is written down only when it is asked for: perhaps outside of
+            # the inference mode that made the tensor, where it may not be changed in place.
+            self._counts, self._uncounted = self._counts + self._uncounted, 0
         return self._counts
 
     @counts.setter

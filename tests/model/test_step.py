@@ -47,6 +47,16 @@ def test_a_memory_is_one_whether_its_parts_lie_side_by_side_or_not(teacher, ids)
 
 
 @torch.no_grad()
+def test_a_memory_of_inference_mode_is_counted_and_copied_outside(teacher, ids):
+    model = converted(teacher, window=8, sinks=2)
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config.text_config)
+        read(model, cache, ids[:, :5])
+        read(model, cache, ids[:, 5:6])
+    assert cache.layers[0].counts.tolist() == cache.layers[0].clone().counts.tolist() == [6, 6]
+
+
+@torch.no_grad()
 def test_linear_layers_of_one_input_are_one_product_and_held_once():
     torch.manual_seed(0)
     layers = [nn.Linear(8, width, bias=False) for width in (6, 3, 3)]
