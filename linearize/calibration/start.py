@@ -16,8 +16,10 @@ from linearize.conversion.convert import (
     convert_files,
     convert_model,
     mixers_for,
+    nbytes,
     write_checkpoint,
 )
+from linearize.conversion.output import check_space
 from linearize.conversion.source import load_model, load_tokenizer
 from linearize.errors import DataError
 from linearize.model.modeling import family_of
@@ -153,6 +155,7 @@ def convert(
             return Start(model, recipe)
     teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
+    check_space(folder, nbytes(teacher))
     revision = getattr(teacher.config, "_commit_hash", None)
     start = make_start(source, recipe, teacher, tokenizer, say=say)
     start.write(folder)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
-from linearize.conversion.output import sha256
+from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import NotStreamable, Streamer
 from linearize.errors import ModelError, RecipeError
@@ -216,7 +216,11 @@ def write_checkpoint(
         written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
         facts: what else the card says.
         more: what else `linearize.json` says.
+
+    Raises:
+        OutputError: the disk has no room for it.
     """
+    check_space(folder, nbytes(model) if written is None else 0)
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
@@ -246,6 +250,11 @@ def write_checkpoint(
         path.name: known.get(path.name) or sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def nbytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:

@@ -302,6 +302,8 @@ class Stage(Section):
     gradient_checkpointing: bool = False
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 means about ten times a run."""
+    skip_bad_batches: int = Field(default=0, ge=0)
+    """Optimizer steps that may be left out because a loss or gradient in them is not finite; one more ends the run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
     top_k: int | None = Field(default=None, ge=1)
