@@ -30,11 +30,12 @@ from linearize.conversion import output
 from linearize.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "faults.json"
 ROOM = 64_000_000
+JOBS = ("convert", "calibrate", "finetune", "eval", "export")
 WRITING = "another job is writing there"
 
 
@@ -42,18 +43,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.faults", description=__doc__)
     parser.add_argument("--trials", type=int, default=50, help="SIGKILL at so many random moments of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--jobs", default=",".join(JOBS), help="of these commands; figures of others stay")
     parser.add_argument("--table", action="store_true", help="print the table of the figures that are here")
     arguments = parser.parse_args()
     if not arguments.table:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            rows = measure(Path(folder), arguments.trials, random.Random(arguments.seed))  # noqa: S311
+            chosen = arguments.jobs.split(",")
+            rows = measure(Path(folder), arguments.trials, random.Random(arguments.seed), chosen)  # noqa: S311
+        rows += [row for row in json.loads(FIGURES.read_text())["rows"] if row["command"] not in chosen]
+        rows.sort(key=lambda row: JOBS.index(row["command"]))
         FIGURES.write_text(json.dumps({"seed": arguments.seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table())
 
 
-def measure(root: Path, trials: int, moments: random.Random) -> list[dict[str, Any]]:
-    """Plants every fault; gives a row for each kind of fault and command."""
+def measure(root: Path, trials: int, moments: random.Random, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """Plants every fault into the jobs of these names; gives a row for each kind of fault and command."""
     os.environ["LINEARIZE_CACHE"] = str(root / "cache")
     quiet_libraries()
     rows = []
@@ -63,6 +68,8 @@ def measure(root: Path, trials: int, moments: random.Random) -> list[dict[str, A
         print(row_of(rows[-1]), flush=True)
 
     for job in make_jobs(root):
+        if job.name not in chosen:
+            continue
         job.measure()
         for fault, share, disturb in DISTURBED:
             count = max(1, round(share * job.share * trials))
@@ -82,7 +89,7 @@ def make_jobs(root: Path) -> list[Job]:
 
     plain, old, text = random_llama(root / "plain"), root / "old", root / "text.txt"
     text.write_text("\n\n".join(f"There were {n} small cats and a dog. They ran home." for n in range(400)))
-    out = {name: str(root / name / "out") for name in ("convert", "calibrate", "finetune", "eval", "export")}
+    out = {name: str(root / name / "out") for name in JOBS}
     for name in out:
         (root / name).mkdir()
     made = Job("convert", root / "convert", ["convert", str(plain), "-o", str(old), "--set", "mixer.window=8"], list)
@@ -289,7 +296,7 @@ def fill(folder: Path, but: int) -> None:
 # How many trials, as a share of those of SIGKILL.
 DISTURBED: tuple[tuple[str, float, Callable[[Job, float], Any]], ...] = (
     ("SIGKILL", 1, killed),
-    ("SIGTERM", 0.4, terminated),
+    ("SIGTERM", 0.2, terminated),
     ("the folder vanishes", 0.1, vanished),
     ("the same job again", 0.1, doubled),
 )
