@@ -26,7 +26,7 @@ from linearize.conversion.source import (
     provenance_of,
     teacher_of,
 )
-from linearize.errors import OutputError, RecipeError
+from linearize.errors import ModelError, OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training.data import load_data, reserved_tokens
@@ -151,6 +151,10 @@ def finetune(
         told = provenance_of(source).get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
         model: Any = load_model(source, dtype=recipe.dtype)
+        if model.config.quantized:
+            raise ModelError(
+                f"{source.name}: its weights are integers, which cannot be trained; train what it was exported from"
+            )
     else:
         # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
         shared = base == source and any(_wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
