@@ -78,7 +78,11 @@ def convert(
     source = find_source(str(model), trust_remote_code=trust_remote_code)
     check_convertible(load_config(source), source, settings.mixer)
     with staged_folder(Path(output), overwrite=overwrite) as folder:
-        return _convert(source, settings, folder, say=say).model
+        converted = _convert(source, settings, folder, say=say).model
+    if converted.device.type == "meta":  # its weights went from file to file
+        read: Any = load_model(find_source(str(output)))
+        converted = read
+    return converted
 
 
 def finetune(

@@ -16,8 +16,10 @@ from linearize.calibration.calibrate import (
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.conversion.convert import (
+    SHARD_BYTES,
     base_record,
     check_convertible,
+    convert_files,
     convert_model,
     mixers_for,
     write_checkpoint,
@@ -134,22 +136,34 @@ def convert(
     say: Callable[[str], None] = lambda line: None,
     teacher: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
 ) -> Start:
     """Converts `source` by `recipe` and writes the checkpoint into `folder`, which must exist.
 
+    Where there is nothing to choose or calibrate, weights in safetensors files go from file to file, and the model
+    that is returned is on the meta device, without data.
+
     Args:
         teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
+        shard_bytes: of a file of weights.
+        workers: how many files are written at once, where weights go from file to file.
 
     Raises:
         LinearizeError: whatever stands in the way.
     """
     tokenizer = tokenizer or load_tokenizer(source)
+    if teacher is None and not prepares(recipe):
+        model = convert_files(source, recipe, folder, tokenizer, shard_bytes=shard_bytes, workers=workers, say=say)
+        if model is not None:
+            return Start(model, recipe)
     teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
     revision = getattr(teacher.config, "_commit_hash", None)
     start = make_start(source, recipe, teacher, tokenizer, say=say)
     start.write(folder)
-    write_checkpoint(folder, start.model, tokenizer, start.recipe, base_record(source, revision), start=start.record)
+    base = base_record(source, revision)
+    write_checkpoint(folder, start.model, tokenizer, start.recipe, base, start=start.record, shard_size=shard_bytes)
     return start
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from contextlib import contextmanager, redirect_stderr
@@ -122,6 +123,19 @@ Int8Option = Annotated[
         "--dtype", help="auto, float32, bfloat16 or float16; or int8, which keeps linear layers as int8 (on a CPU)."
     ),
 ]
+
+
+def parse_size(text: str, option: str) -> int:
+    """`5GB` as bytes.
+
+    Raises:
+        BadParameter: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
+    size = int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")) if match else 0
+    if size <= 0:
+        raise typer.BadParameter(f"{option} {text}: expected a size, such as 500MB or 5GB")
+    return size
 
 
 def command_line() -> str:

@@ -17,6 +17,7 @@ from linearize.cli.console import (
     TrustOption,
     examples,
     memory_words,
+    parse_size,
     print_json,
     status,
 )
@@ -35,6 +36,12 @@ def convert(
     recipe: RecipeOption = "default",
     overrides: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with sizes, and stop.")] = False,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Of a file of weights, such as 500MB or 5GB.")
+    ] = "5GB",
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Files written at once; each takes memory for a tensor or a block.")
+    ] = 1,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -44,6 +51,9 @@ def convert(
     With the default recipe the result equals the pretrained model seen through its window and sinks; `linearize
     finetune` wakes the recurrence, and so does the recipe's `calibrate` without any training (`--recipe calibrated`).
     `mixer.keep.budget` chooses which layers keep softmax.
+
+    Without these two, weights in safetensors files are copied one tensor after the other, so memory does not grow with
+    the model; --set dtype=bfloat16 casts them on the way.
     """
     quiet_libraries()
     from linearize.calibration.start import convert as convert_to
@@ -53,6 +63,7 @@ def convert(
     from linearize.conversion.source import find_source, load_config
     from linearize.recipe import load_recipe
 
+    shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     settings = load_recipe(recipe, overrides or ())
     source = find_source(model, trust_remote_code=trust_remote_code)
     check_free(output, overwrite=overwrite)
@@ -70,7 +81,7 @@ def convert(
     started = time.monotonic()
     with staged_folder(output, overwrite=overwrite) as folder:
         status(f"converting {source.name}")
-        start = convert_to(source, settings, folder, say=status)
+        start = convert_to(source, settings, folder, say=status, shard_bytes=shard_bytes, workers=workers)
     converted = start.model
     facts = {
         "output": str(output),

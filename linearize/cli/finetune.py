@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,10 +20,14 @@ from linearize.cli.console import (
 )
 from linearize.cli.libraries import quiet_libraries
 
+if TYPE_CHECKING:
+    from linearize.recipe import Recipe
+
 EPILOG = examples(
     "linearize finetune default -o tuned --set model=./converted",
     "linearize finetune mine.yaml -o tuned --set stages.0.lr=5e-4",
     "linearize finetune mine.yaml -o tuned --resume",
+    "linearize finetune mine.yaml -o tuned --launch 8",
 )
 
 
@@ -36,6 +41,19 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
     ] = False,
+    launch: Annotated[
+        int | None,
+        typer.Option("--launch", metavar="N", min=1, help="Train in N processes on this machine, one to a GPU."),
+    ] = None,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--accelerate-config",
+            metavar="FILE",
+            help="Start by `accelerate launch` with this configuration; run it on each of several machines.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each stage takes per GPU, and stop.")] = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -44,13 +62,18 @@ def finetune(
 
     The recipe's `model` is a converted folder, or a model that is converted first. While training runs, checkpoints and
     metrics.jsonl are in OUT.training beside OUT; with an interruption they stay, and --resume goes on from them.
+
+    Several processes share the rows of each step: losses are those of one, and the recipe is the same.
     """
+    if launch is not None or accelerate_config is not None:
+        raise typer.Exit(_launch(launch, accelerate_config))
     quiet_libraries()
     from linearize.conversion.output import check_free, staged_folder
     from linearize.errors import RecipeError
     from linearize.recipe import load_recipe
+    from linearize.training import processes
     from linearize.training.finetune import finetune as train
-    from linearize.training.finetune import work_folder, write_result
+    from linearize.training.finetune import shared_work_folder, write_result
 
     settings = load_recipe(recipe, overrides or ())
     if not settings.stages:
@@ -58,9 +81,17 @@ def finetune(
             f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"
         )
     target = output or Path(Path(recipe).stem)
-    check_free(target, overwrite=overwrite)
-    with work_folder(target, settings, resume=resume) as work:
-        result = train(settings, work, say=status, resume=resume, trust_remote_code=trust_remote_code)
+    if dry_run:
+        _show_memory(settings, trust_remote_code, as_json)
+        return
+    processes.join()
+    say = status if processes.is_first() else _nothing
+    if processes.is_first():
+        check_free(target, overwrite=overwrite)
+    with shared_work_folder(target, settings, resume=resume) as work:
+        result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
+        if not processes.is_first():
+            return
         with staged_folder(target, overwrite=overwrite) as folder:
             write_result(folder, result, work, target.name)
     if as_json:
@@ -68,3 +99,53 @@ def finetune(
         return
     print(target)
     status(f"next: linearize eval {target} --baseline teacher,window")
+
+
+def _launch(processes: int | None, configuration: Path | None) -> int:
+    from linearize.training.processes import count, launch, launch_with
+
+    if processes is not None and configuration is not None:
+        raise typer.BadParameter("--launch and --accelerate-config: give one of them")
+    if count() > 1:
+        raise typer.BadParameter("--launch: this is one of several processes already; leave it out")
+    rest = _without(sys.argv[1:], "--launch", "--accelerate-config")
+    if configuration is None:
+        return launch(processes or 1, rest)
+    if not configuration.is_file():
+        raise typer.BadParameter(f"--accelerate-config {configuration}: no such file; `accelerate config` writes one")
+    return launch_with(configuration, rest)
+
+
+def _without(arguments: list[str], *options: str) -> list[str]:
+    """A command line without these options and their values."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in options:
+            skip = True
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(argument)
+    return kept
+
+
+def _show_memory(settings: Recipe, trust_remote_code: bool, as_json: bool) -> None:
+    from linearize.conversion.source import find_source, load_config, teacher_of
+    from linearize.errors import RecipeError
+    from linearize.training.memory import memory_lines, training_memory
+
+    if settings.model is None:
+        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    config = load_config(teacher_of(find_source(settings.model, trust_remote_code=trust_remote_code)))
+    found = [training_memory(config, settings, stage) for stage in settings.stages]
+    if as_json:
+        print_json([{engine: memory.facts() for engine, memory in stage.items()} for stage in found])
+        return
+    for number, stage in enumerate(found):
+        for line in memory_lines(stage):
+            print(f"stage {number + 1}  {line}")
+
+
+def _nothing(_: str) -> None:
+    """What all but the first of several processes say."""

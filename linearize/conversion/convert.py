@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
 from linearize.conversion.output import sha256
-from linearize.conversion.source import Source, find_source, load_model, load_tokenizer
+from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
+from linearize.conversion.streaming import NotStreamable, Streamer
 from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
@@ -20,7 +21,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = "linearize.json"
 BASELINE_SINKS = 4
+SHARD_BYTES = 5_000_000_000
+"""Of a file of weights, where nobody says otherwise."""
 
 
 def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
@@ -138,6 +141,43 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
+def convert_files(
+    source: Source,
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    say: Callable[[str], None],
+) -> LinearizedForCausalLM | None:
+    """Converts `source` by `recipe.mixer`, its weights going from file to file; see `linearize.conversion.streaming`.
+
+    Args:
+        folder: an existing folder, which gets the checkpoint.
+        shard_bytes: of a file of weights.
+        workers: how many files are written at once.
+        say: is told why weights have to go through memory, where they do.
+
+    Returns:
+        the converted model on the meta device, without data; None where weights have to go through memory, and
+        nothing was written.
+
+    Raises:
+        ModelError: the model cannot be read or converted.
+    """
+    check_convertible(load_config(source), source)
+    try:
+        streamer = Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer))
+        digests = streamer.write(folder, most=shard_bytes, workers=workers)
+    except NotStreamable as reason:
+        if source.kind != "gguf":
+            say(f"{source.name}: converted in memory, not file by file: {reason}")
+        return None
+    write_checkpoint(folder, streamer.model, tokenizer, recipe, base_record(source, streamer.revision), written=digests)
+    return streamer.model
+
+
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:
     """What `linearize.json` says of the base model."""
     return {"model": source.reference, "name": source.name, "kind": source.kind, "revision": revision}
@@ -153,7 +193,8 @@ def write_checkpoint(
     name: str | None = None,
     *,
     start: Mapping[str, Any] | None = None,
-    shard_size: str = "50GB",
+    shard_size: int | str = SHARD_BYTES,
+    written: dict[str, str] | None = None,
     facts: CardFacts | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
@@ -166,13 +207,17 @@ def write_checkpoint(
         name: the checkpoint's name on its card.
         start: what was kept and calibrated before any training, in lines by heading.
         shard_size: the most that one file of weights holds.
+        written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
         facts: what else the card says.
         more: what else `linearize.json` says.
     """
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    if written is None:
+        model.save_pretrained(folder, max_shard_size=shard_size)
+    else:
+        _write_configurations(folder, model)
     tokenizer.save_pretrained(folder)
     for file, source in carried_files().items():
         (folder / file).write_text(source, encoding="utf-8")
@@ -190,8 +235,21 @@ def write_checkpoint(
         name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model), facts
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    provenance["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    known = written or {}
+    provenance["files"] = {
+        path.name: known.get(path.name) or sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
+    }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    config: Any = model.config
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    generation: Any = model.generation_config
+    generation.save_pretrained(folder)
 
 
 def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:

@@ -85,14 +85,14 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
 def load_config(source: Source) -> Any:
     """The model's configuration."""
     reference, keywords = source.arguments()
-    with _reading(source):
+    with reading(source):
         return AutoConfig.from_pretrained(reference, **keywords)
 
 
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer."""
     reference, keywords = source.arguments()
-    with _reading(source):
+    with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
 
 
@@ -116,7 +116,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
         # Without this the weights would stay marked as quantized, and saving them would fail.
         keywords["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "float32" if dtype == "auto" else dtype
-    with _reading(source):
+    with reading(source):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), **keywords
         )
@@ -151,7 +151,7 @@ def teacher_of(source: Source) -> Source:
 
 
 @contextmanager
-def _reading(source: Source) -> Iterator[None]:
+def reading(source: Source) -> Iterator[None]:
     """Turns whatever the libraries raise about a model into one line."""
     try:
         yield

@@ -17,6 +17,7 @@ from linearize_kernels.dispatch import settled
 from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
 from torch import Tensor
 
+from linearize.model.memory import store
 from linearize.model.trial import passes
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ def fused_attention(
         # A backward pass may want what is written over below.
         initial_state=state.clone() if state is not None else None,
     )
-    if state is not None:
-        state.copy_(final.detach())
+    if memory is not None:
+        store(memory.parts["state"], "state", final)
     if of_query is not None:
         outputs = outputs.new_zeros(rows * tokens, *outputs.shape[1:]).index_copy(0, of_query, outputs)
     mixed: Tensor = outputs.unflatten(0, (rows, tokens))

@@ -20,6 +20,7 @@ from linearize_kernels.liger import TINY, mix_outputs
 from torch import Tensor, nn
 
 from linearize.model.fused import fused_attention, fused_step, fuses
+from linearize.model.memory import Flow, store
 from linearize.model.recurrences import build_recurrence, register
 from linearize.model.step import step, steps
 
@@ -241,7 +242,11 @@ class Mixer(nn.Module):
             slots = (memory.counts[:, None] + kept) % window
             for name, tensor in ring.items():
                 at = slots[:, :, None, None].expand_as(tensor)
-                tensor.scatter_(1, at, _take(whole[name], kept).detach())
+                taken = _take(whole[name], kept)
+                if isinstance(ring, Flow):
+                    ring[name] = tensor.scatter(1, at, taken)
+                else:
+                    tensor.scatter_(1, at, taken.detach())
             exists = F.pad(exists[:, 1:], (0, tokens), value=True)
         k = held.get("k", held["k_rotated"])
         source = held.get("source", held["v"] if self.config.gate_source == "v" else k)
@@ -280,8 +285,8 @@ class Mixer(nn.Module):
             part = memory.parts["sinks"]
             here = arrives[:, :, None, None]
             k, v = torch.where(here, k, part["k_rotated"]), torch.where(here, v, part["v"])
-            part["k_rotated"].copy_(k.detach())
-            part["v"].copy_(v.detach())
+            store(part, "k_rotated", k)
+            store(part, "v", v)
         if evicted.writes is None:
             # The rows are of one length, so the sinks are the same few columns in each.
             return (k, v, visible), evicted.without(max(sinks - max((count or 0) - self.window, 0), 0))
@@ -293,11 +298,11 @@ class Mixer(nn.Module):
         tokens = new.q.shape[1]
         for name, tensor in ring.items():
             arriving = self.source(new) if name == "source" else getattr(new, name)
-            latest = arriving[:, -self.window :].detach()
+            latest = arriving[:, -self.window :]
             if tokens < self.window:
-                tensor[:, :tokens] = latest
+                store(ring, name, torch.cat([latest.to(tensor.dtype), tensor[:, tokens:]], 1))
             else:
-                tensor.copy_(latest.roll(tokens % self.window, 1))  # token i stands in slot i mod W
+                store(ring, name, latest.roll(tokens % self.window, 1))  # token i stands in slot i mod W
 
     def _recur(
         self,

@@ -29,6 +29,7 @@ from linearize.conversion.source import (
 from linearize.errors import ModelError, OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
+from linearize.training import processes
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.plot import PLOT, draw_training
 from linearize.training.rows import TrainingData, read_data, save_data
@@ -100,7 +101,7 @@ class _Teacher:
         self, stage: Stage, rows: Rows, say: Callable[[str], None]
     ) -> Iterator[PreTrainedModel | KeptLogits | None]:
         """What a stage's trainer is given, where its recipe wants it; None where the stage has no use for a teacher."""
-        if not _wants_teacher(stage):
+        if not wants_teacher(stage):
             yield None
         elif stage.teacher_at == "disk" and stage.top_k is not None:
             kept = keep_logits(
@@ -157,7 +158,7 @@ def finetune(
             )
     else:
         # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-        shared = base == source and any(_wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
+        shared = base == source and any(wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
         if begin is None:
             model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
             check_convertible(model.config, source)
@@ -172,22 +173,23 @@ def finetune(
     data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
     for number, stage in enumerate(recipe.stages):
-        kept = work / f"stage-{number}.rows.safetensors"
-        if resume and kept.is_file():
-            data = read_data(kept)
-        else:
-            data = load_data(
-                stage.data,
-                tokenizer=tokenizer,
-                length=stage.length,
-                seed=recipe.seed,
-                teacher=teacher,
-                student=lambda: base_of(student).eval(),
-                draw=number,
-                reserved=reserved,
-                progress=say,
-            )
-            save_data(data, kept)
+        with processes.first_goes_ahead():  # what it wrote or fetched, the others read
+            kept = work / f"stage-{number}.rows.safetensors"
+            if kept.is_file() and (resume or not processes.is_first()):
+                data = read_data(kept)
+            else:
+                data = load_data(
+                    stage.data,
+                    tokenizer=tokenizer,
+                    length=stage.length,
+                    seed=recipe.seed,
+                    teacher=teacher,
+                    student=lambda: base_of(student).eval(),
+                    draw=number,
+                    reserved=reserved,
+                    progress=say,
+                )
+                save_data(data, kept)
         records.append(stage_record(stage, data))
         choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
@@ -229,6 +231,22 @@ def write_held_out(folder: Path, rows: Rows) -> None:
     save_file(
         {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
     )
+
+
+@contextlib.contextmanager
+def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
+    """`work_folder`, kept by the first of several processes for all of them.
+
+    Raises:
+        OutputError: as `work_folder`, in the first.
+    """
+    if processes.is_first():
+        with work_folder(target, recipe, resume=resume) as work:
+            processes.wait()
+            yield work
+    else:
+        processes.wait()
+        yield _work(target)
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:
@@ -351,7 +369,7 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def _wants_teacher(stage: Stage) -> bool:
+def wants_teacher(stage: Stage) -> bool:
     """Whether a stage's objective looks at the teacher."""
     return "sft" not in stage.weights or len(stage.weights) > 1
 
@@ -367,6 +385,8 @@ def _stage_to_resume(work: Path, stages: int) -> int:
 
 def _log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], None]:
     line = ProgressLine()
+    if not processes.is_first():
+        return lambda _: None
 
     def log(figures: dict[str, Any]) -> None:
         append_json_line(path, {"stage": stage, **figures})

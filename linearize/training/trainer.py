@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, RecipeError
+from linearize.training import processes
 from linearize.training.align import Alignment
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer
@@ -121,7 +122,10 @@ class StageTrainer(Trainer):
         teacher = self._teacher_on(inputs, labels, rows) if "distill" in self.stage.weights else None
         total = token_losses(outputs.logits, labels, teacher, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != NO_LOSS).sum()
-        loss = self._checked(total / counted)
+        loss = total / counted
+        if num_items_in_batch is not None:
+            loss = loss * processes.count()  # it counts the tokens of all processes, whose gradients are averaged
+        loss = self._checked(loss)
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_on(self, inputs: dict[str, Any], labels: Tensor, rows: Tensor) -> Tensor | TopK | None:
@@ -159,12 +163,21 @@ class StageTrainer(Trainer):
         """Whole or not at all: written under another name, then renamed."""
         final = Path(self.args.output_dir)
         staging = final / ".partial"
-        shutil.rmtree(staging, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        processes.wait()
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(final)
+        processes.wait()  # each has written its random numbers
+        if processes.is_first():
+            self._rename(staging, final)
+        processes.wait()
+
+    @staticmethod
+    def _rename(staging: Path, final: Path) -> None:
         for checkpoint in staging.iterdir():
             target = final / checkpoint.name
             shutil.rmtree(target, ignore_errors=True)
@@ -186,11 +199,15 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
     """The Trainer's arguments for a stage over so many rows.
 
     Raises:
-        LinearizeError: several processes were started.
+        RecipeError: the rows of a step cannot be shared out among the processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LinearizeError("training in several processes is not available in this version; start one")
     rows_per_step = stage.batch_tokens // stage.length
+    if rows_per_step % processes.count():
+        raise RecipeError(
+            f"batch_tokens / length is {rows_per_step} rows a step, which {processes.count()} processes cannot share "
+            "evenly; start as many as divide them"
+        )
+    rows_per_step //= processes.count()
     micro = math.gcd(stage.micro_batch, rows_per_step)
     steps = total_steps(stage, rows)
     decay = {"num_decay_steps": math.ceil(_WSD_DECAY * steps), "decay_type": "1-sqrt"}
@@ -209,6 +226,7 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
         save_strategy="steps",
         save_steps=stage.save_every or max(1, math.ceil(steps / 10)),
         report_to=[],
+        use_cpu=not torch.cuda.is_available(),  # or several processes without a GPU would not meet
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -83,7 +83,7 @@ def test_what_cannot_be_kept_is_told(layers, changes, told):
 def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
     recipe = load_recipe("default", ["mixer.keep={layers: [0], heads: {1: [2]}}", "mixer.window=16"])
     source = find_source(str(tiny_folder))
-    model = convert(source, recipe, tmp_path).model
+    model = convert(source, recipe, tmp_path, teacher=load_model(source)).model
     ids = torch.arange(5, 105)[None]
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linearize.model.memory import store
+
 if TYPE_CHECKING:
     from linearize_kernels import Form
 
@@ -255,7 +257,7 @@ def keep(into: Part | None, **final: Tensor) -> None:
     """Writes what a call ended with back into the state."""
     if into is not None:
         for name, value in final.items():
-            into[name].copy_(value.detach())
+            store(into, name, value)
 
 
 # Tokens. In a small model every intermediate then stays below the 32 MB from which malloc stops reusing memory.

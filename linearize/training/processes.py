@@ -1,0 +1,119 @@
+"""One training in several processes, one to a GPU: each has the whole model and its share of the rows of every step.
+
+What an optimizer step sees is what the recipe says, whatever the number of processes, so losses are those of one. The
+first process writes and speaks; the others compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from linearize.errors import LinearizeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+# What accelerate sets for engines that split a model.
+_SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join() -> None:
+    """Meets the other processes, and takes the GPU of this one.
+
+    Raises:
+        LinearizeError: they were started to split the model among them.
+    """
+    for name, engine in _SPLITTING.items():
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            raise LinearizeError(f"{engine} is not supported: each process holds the whole model; start plain DDP")
+    if count() > 1:
+        import torch
+        from accelerate import PartialState
+
+        met = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        if met != count():
+            raise LinearizeError(f"{count()} processes were started, but {met} can work together on this device")
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def first_goes_ahead() -> Iterator[None]:
+    """The first process runs the block alone, then the others do; what it left on disk they find there."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Runs `linearize` with `arguments` in so many processes on this machine, and returns the first one's exit status,
+    or that of the one that failed.
+
+    One that fails ends the others.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(processes):
+            environment = {
+                **os.environ,
+                "WORLD_SIZE": str(processes),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            command = [sys.executable, "-m", "linearize", *arguments]
+            started.append(subprocess.Popen(command, env=environment))  # noqa: S603 - this very command again
+        while True:
+            ended = [process.poll() for process in started]
+            if failed := [code for code in ended if code]:
+                return 130 if failed[0] == -signal.SIGINT else abs(failed[0])
+            if all(code == 0 for code in ended):
+                return 0
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+
+
+def launch_with(configuration: Path, arguments: Sequence[str]) -> int:
+    """The same by `accelerate launch`, from its configuration file: on each of several machines."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "-m"]
+    command += ["linearize", *arguments]
+    return subprocess.run(command, check=False).returncode  # noqa: S603 - this very command again

@@ -1,0 +1,94 @@
+"""Training in two processes is training in one: the same losses and weights, also where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linearize.errors import LinearizeError, RecipeError
+from linearize.recipe import dump_recipe, load_recipe
+from linearize.training import processes
+from linearize.training.finetune import finetune
+from linearize.training.trainer import stage_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "LINEARIZE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def losses(metrics: Path) -> list[float]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return list({line["step"]: line["loss"] for line in lines}.values())
+
+
+def test_an_interrupted_run_of_two_processes_is_a_run_of_one(tiny_folder, tmp_path, monkeypatch):
+    stories = tmp_path / "stories.txt"
+    stories.write_text(
+        "\n\n".join(f"Once upon a time there were {n} cats and {n % 7} dogs. They ran." for n in range(900))
+    )
+    settings = load_recipe("default", [
+        f"model={tiny_folder}", "mixer.window=16", f"stages.0.data.source={stories}", "stages.0.data.tokens=1536",
+        "stages.0.data.held_out=2", "stages.0.length=64", "stages.0.batch_tokens=256", "stages.0.save_every=4",
+        "stages.0.epochs=2", "stages.0.objective={distill: 0.5, sft: 0.5}", "lora.dropout=0",
+    ])  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(settings))
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "one").mkdir()
+    one = finetune(settings, tmp_path / "one", say=lambda _: None)
+    expected = losses(tmp_path / "one" / "metrics.jsonl")
+
+    out = tmp_path / "two"
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    cut = run(tmp_path, *launcher, "tests.training.cut_finetune", str(recipe), str(out))
+    assert cut.returncode == 0, cut.stderr[:6000]
+    kept = tmp_path / "two.training"
+    assert len(losses(kept / "metrics.jsonl")) == 5
+    assert [path.name for path in (kept / "stage-0").iterdir()] == ["checkpoint-4"]
+    assert len(list((kept / "stage-0" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
+
+    done = run(tmp_path, "linearize", "finetune", str(recipe), "-o", str(out), "--launch", "2", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"{out}\n"
+    assert done.stderr.count("next: linearize eval") == 1
+    assert not kept.exists()
+    assert len(expected) == 12
+    torch.testing.assert_close(losses(out / "metrics.jsonl"), expected, rtol=1e-5, atol=0)
+    found = load_file(out / "model.safetensors")
+    state = one.model.state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-5)
+
+
+def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path):
+    (stage,) = load_recipe("default", ["stages.0.length=64", "stages.0.batch_tokens=256"]).stages
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="4 rows a step, which 3 processes cannot share evenly"):
+        stage_arguments(stage, 10, tmp_path, 0)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LinearizeError, match="FSDP is not supported"):
+        processes.join()
+
+
+def test_one_that_fails_ends_the_others(capfd):
+    assert processes.launch(2, ["recipes", "show", "no-such-recipe"]) == 1
+    told = capfd.readouterr().err
+    assert "no-such-recipe" in told and "Traceback" not in told
+
+
+def test_options_that_do_not_go_together(tmp_path):
+    both = run(tmp_path, "linearize", "finetune", "default", "--launch", "2", "--accelerate-config", "x.yaml")
+    assert both.returncode == 2 and "give one of them" in both.stderr
