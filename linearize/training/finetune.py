@@ -34,6 +34,7 @@ from linearize.training.data import load_data, reserved_tokens
 from linearize.training.plot import PLOT, draw_training
 from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.teachers import KeptLogits, keep_logits, offloaded
+from linearize.training.trackers import check_trackers, tracker_arguments, tracking
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
+WORK = ".training"
+"""What the name of a run's working folder ends in."""
 
 
 @dataclass
@@ -142,6 +145,7 @@ def finetune(
     """
     if recipe.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    check_trackers(recipe.report_to)
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
     teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
@@ -200,11 +204,13 @@ def finetune(
             continue
         with teacher.serving(stage, data.train, say) as served:
             log = _log_to(work / METRICS, number, len(recipe.stages))
-            trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log)
             start = str(found[-1]) if resume and found else None
             if start:
                 say(f"stage {number + 1}: going on from {Path(start).name}")
-            with _quiet():
+            name = work.name.removesuffix(WORK)
+            reporting = tracker_arguments(recipe.report_to, f"{name}, stage {number + 1}")
+            with _quiet(), tracking(recipe.report_to, work.with_name(f"{name}.runs") / f"stage-{number + 1}"):
+                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, reporting)
                 trainer.train(resume_from_checkpoint=start)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     merged.requires_grad_(False).eval()
@@ -257,7 +263,7 @@ def is_resumable(target: Path, recipe: Recipe) -> bool:
 
 def _work(target: Path) -> Path:
     target = Path(os.path.abspath(target))  # "." has no name
-    return target.with_name(f"{target.name}.training")
+    return target.with_name(f"{target.name}{WORK}")
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from linearize.training.teachers import KeptLogits, documents_apart
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Stage
@@ -68,6 +68,7 @@ class StageTrainer(Trainer):
         rows: what to train on.
         folder: where checkpoints go.
         log: called after every optimizer step with its figures.
+        reporting: what the Trainer is told of trackers, see `tracker_arguments`; none, if left out.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class StageTrainer(Trainer):
         folder: Path,
         seed: int,
         log: Callable[[dict[str, Any]], None],
+        reporting: Mapping[str, Any] | None = None,
     ) -> None:
         self.stage, self.teacher = stage, teacher
         inner: Any = model
@@ -93,7 +95,7 @@ class StageTrainer(Trainer):
             inner.gradient_checkpointing_disable()  # an earlier stage's
         super().__init__(
             model=model,
-            args=stage_arguments(stage, len(rows), folder, seed),
+            args=stage_arguments(stage, len(rows), folder, seed, reporting),
             train_dataset=RowDataset(rows),
             callbacks=[_Reporter(stage, log), self.windows],
         )
@@ -195,7 +197,9 @@ class StageTrainer(Trainer):
         load_trained(model or self.model, Path(resume_from_checkpoint))
 
 
-def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> TrainingArguments:
+def stage_arguments(
+    stage: Stage, rows: int, folder: Path, seed: int, reporting: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     """The Trainer's arguments for a stage over so many rows.
 
     Raises:
@@ -225,7 +229,7 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=stage.save_every or max(1, math.ceil(steps / 10)),
-        report_to=[],
+        **(reporting or {"report_to": []}),
         use_cpu=not torch.cuda.is_available(),  # or several processes without a GPU would not meet
         disable_tqdm=True,
         remove_unused_columns=False,
