@@ -26,7 +26,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
-                f"report_to: {name} is not installed; pip install {name}, or take it out (metrics.jsonl is always there)"
+                f"report_to: {name} is not installed; pip install {name}, or take it out: metrics.jsonl is always there"
             )
 
 
