@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _HEAD = """# The commands
 
 Made from the code by `make docs`; a test holds it to it. Data go to stdout, words and progress to stderr. The status is
-0 only when the job is done, 1 for an error, which is one line that says what to do next, 2 for a wrong command line, and
-130 when interrupted. `LINEARIZE_DEBUG=1` shows tracebacks.
+0 only when the job is done, 1 for an error, which is one line that says what to do next, 2 for a wrong command line,
+and 130 when interrupted. `LINEARIZE_DEBUG=1` shows tracebacks.
 
 What many commands share has one name everywhere: `--output`/`-o` is what is written, `--recipe`/`-r` a shipped recipe
 or a file, `--set KEY=VALUE` changes one of its keys, `--json` prints data for programs, `--quiet`/`-q` leaves only
