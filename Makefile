@@ -9,7 +9,7 @@ WITH_KERNELS = $(VENV)/.installed-kernels
 MKDOCS ?= $(VENV)/bin/mkdocs
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-slow test-kernels test-docs docs lint types clean
+.PHONY: demo test test-slow test-kernels test-docs docs lint types fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
@@ -45,6 +45,18 @@ lint: $(READY)
 
 types: $(READY)
 	$(VENV)/bin/mypy
+
+# Many inputs on each reader of files, and faults planted into jobs; each takes tens of minutes.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m evals.fuzz
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m evals.faults
+
+# Known vulnerabilities of what is installed; asks a service on the network, so CI does not run it.
+audit: $(READY)
+	@$(PIP) install pip-audit
+	$(VENV)/bin/pip-audit
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -34,3 +34,19 @@ class VerificationError(LinearizeError):
 
 class HubError(LinearizeError):
     """The Hub cannot be reached, or does not do as asked; or what should go there should not."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, by the error or by what it came from. On a CPU torch says so with a plain
+    RuntimeError, and torch is not imported here."""
+    while error is not None:
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(part in text for part in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "invalid buffer size")

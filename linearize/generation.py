@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from linearize.errors import DataError
+from linearize.evaluation.recall.running import learned_positions
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.state import State
 
@@ -89,6 +90,13 @@ def continue_text(
     if ids.shape[1] == 0 and state is None:
         raise DataError("the prompt is empty; give some text to continue")
     converted = isinstance(model, LinearizedForCausalLM)
+    if converted:
+        reads, way = learned_positions(model), ""
+    else:
+        # It has never seen further positions, and its attention takes time with the square of the length.
+        reads, way = getattr(model.config.get_text_config(), "max_position_embeddings", None), ", or convert it"
+    if reads is not None and ids.shape[1] > reads:
+        raise DataError(f"the prompt has {ids.shape[1]:,} tokens, and the model reads {reads:,}; shorten it{way}")
     streamer = _Streamer(tokenizer, write)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

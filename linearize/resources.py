@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from linearize.errors import OutputError
+
 _PACKAGE = Path(__file__).resolve().parent
 _IN_CHECKOUT = {"recipes": "recipes", "tasks": "evals/tasks"}
 
@@ -19,9 +21,16 @@ def shipped_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where results that are costly to make again are kept (`$LINEARIZE_CACHE`, else `~/.cache/linearize`)."""
+    """Where results that are costly to make again are kept (`$LINEARIZE_CACHE`, else `~/.cache/linearize`).
+
+    Raises:
+        OutputError: nobody says where, and the user has no home folder.
+    """
     chosen = os.environ.get("LINEARIZE_CACHE")
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "linearize"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "linearize"
+    except RuntimeError:
+        raise OutputError("there is no home folder to keep results in; set HOME, or LINEARIZE_CACHE") from None

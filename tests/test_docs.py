@@ -27,6 +27,7 @@ RUN = [
     "new-family",
     "start",
     "scale",
+    "landmarks",
 ]
 ROOT = DOCS.parent
 

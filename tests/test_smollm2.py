@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.calibration.start import convert
 from linearize.cli.app import run
-from linearize.conversion.convert import convert_model
+from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.source import find_source, load_model
+from linearize.evaluation.recall import recall_tasks
 from linearize.model import LinearizedForCausalLM
 from linearize.recipe import load_recipe
 
@@ -115,6 +116,19 @@ def test_512_greedy_tokens_equal_one_parallel_forward(converted, smollm2_path, b
         assert float(error) < 1e-4
         whole[:, list(suppressed)] = -math.inf  # min_new_tokens keeps generate from ending early
         assert torch.equal(whole.argmax(-1), sequence[len(prompt) :])
+
+
+@torch.inference_mode()
+def test_landmarks_find_a_needle_that_a_window_of_as_many_bytes_does_not(smollm2_path):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    (task,) = recall_tasks(tokenizer, ["niah_single_1"], lengths=[ROW], depths=5, samples=1, seed=5)
+    found, sizes = [], []
+    for recipe, changes in (("landmarks", []), ("default", ["mixer.window=512", "mixer.recurrence=none"])):
+        model = convert_model(load_model(find_source(str(smollm2_path))), load_recipe(recipe, changes).mixer).eval()
+        found.append(task.score(model, tokenizer, [1], 1)[0].value)
+        sizes.append([state_nbytes(model, dtype) for dtype in (torch.float32, torch.bfloat16)])
+    assert found == [1.0, 0.0]
+    assert all(landmarks <= window for landmarks, window in zip(*sizes, strict=True))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.999, 0.001])

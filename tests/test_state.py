@@ -30,6 +30,7 @@ HYBRID = [
     MixerConfig(layers=[0], window=16, softmax_heads=[0]),
     MixerConfig(layers=[1], window=None, recurrence="none", sinks=0),
 ]
+LANDMARKS = [MixerConfig(layers=[0, 1], window=16, landmarks=24)]
 NEW = {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": None}
 GREEDY = {**NEW, "do_sample": False}
 
@@ -43,7 +44,7 @@ def teacher(tiny_folder: Path) -> PreTrainedModel:
 def models(teacher: PreTrainedModel) -> dict[str, LinearizedForCausalLM]:
     """Converted models whose recurrence has a say, as after training."""
     made = {}
-    for name, mixers in {"plain": PLAIN, "hybrid": HYBRID}.items():
+    for name, mixers in {"plain": PLAIN, "hybrid": HYBRID, "landmarks": LANDMARKS}.items():
         made[name] = LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), mixers).eval()
         for path, parameter in made[name].named_parameters():
             if path.endswith("mix_weight"):
@@ -108,7 +109,7 @@ def test_a_long_prefix_goes_on_in_another_process(model, tmp_path):
     assert told == {"tokens": [19_994], "new": whole[:, 20_000:].tolist()}
 
 
-@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "landmarks"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -145,7 +146,7 @@ def test_what_was_generated_goes_on(model, ids):
     assert torch.equal(torch.cat([first.sequences, rest], 1), whole)
 
 
-@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "landmarks"])
 def test_forks_are_independent(models, ids, kind):
     model = models[kind]
     state = State.read(model, ids[:, :40])
@@ -173,7 +174,7 @@ def padded(rows: list[Tensor], width: int, side: str) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "landmarks"])
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_padded_prompts_are_saved_and_go_on(models, ids, kind, side, tmp_path):
     model = models[kind]

@@ -22,7 +22,7 @@ from linearize_kernels.slots import (
 )
 from linearize_kernels.softmax import full_attention
 from linearize_kernels.step import Step, StepWeights
-from linearize_kernels.window import step_attention, window_attention
+from linearize_kernels.window import joint_attention, step_attention, window_attention
 
 __all__ = [
     "CHOICES",
@@ -48,6 +48,7 @@ __all__ = [
     "gla_parallel",
     "gla_recurrent",
     "gla_step",
+    "joint_attention",
     "say_once",
     "step_attention",
     "window_attention",

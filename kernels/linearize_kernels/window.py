@@ -91,6 +91,46 @@ def step_attention(
     return outputs.flatten(1, 2), scores.logsumexp(-1).flatten(1) if normaliser else None
 
 
+def joint_attention(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    seen: list[Tensor | None],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Attention under one softmax over keys that lie in several tensors.
+
+    Args:
+        q: `[B, T, H, D]`.
+        keys, values: each `[B, S, K, D or V]`.
+        seen: of each which keys a query reads, to be broadcast to `[B, K, T, S]`; None is all.
+        scale, softcap: as of `window_attention`.
+
+    Returns:
+        outputs `[B, T, H, V]`, the log of the softmax's denominator `[B, T, H]`, both float32 (or float64), and of each
+        tensor what its keys received of each query, summed over a head's queries `[B, K, T, S]`.
+    """
+    rows, tokens, heads = q.shape[:3]
+    dtype = _computing(q)
+    groups = keys[0].shape[2]
+    q = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
+    shape, flat = (rows, groups, heads // groups, tokens), q.flatten(2, 3)
+    scores = []
+    for k, mask in zip(keys, seen, strict=True):
+        score = (flat @ k.to(dtype).permute(0, 2, 3, 1) * scale).view(*shape, -1)
+        score = _cap(score, softcap)
+        scores.append(score if mask is None else score.masked_fill(~mask.unsqueeze(2), -math.inf))
+    joined = torch.cat(scores, -1)
+    shares = joined.softmax(-1)
+    pieces = shares.split([score.shape[-1] for score in scores], -1)
+    read = [p.flatten(2, 3) @ v.to(dtype).transpose(1, 2) for p, v in zip(pieces, values, strict=True)]
+    outputs = sum(read[1:], read[0]).view(*shape, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    logs = joined.logsumexp(-1).permute(0, 3, 1, 2).flatten(2, 3)
+    return outputs, logs, [piece.detach().sum(2) for piece in pieces]
+
+
 def _attend(
     q: Tensor,
     k: Tensor,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.calibration.blocks import Call
-    from linearize.model import LinearizedForCausalLM, MixerConfig
+    from linearize.model import LinearizedForCausalLM
     from linearize.probe.needles import Needle
     from linearize.recipe.schema import CalibrateSpec
     from linearize.training.rows import Rows, TrainingData
@@ -291,21 +291,16 @@ def deciding_needles(model: LinearizedForCausalLM, tokenizer: Any, rows: Rows, s
 
 def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: TrainingData) -> None:
     """Raises:
-    DataError: no document is longer than a window with its sinks.
+    DataError: no document is longer than what window, sinks and landmarks read all of.
     """
-    reach = min(exact_tokens(model.config.mixer_of(index)) for index in layers)
+    reach = min(model.config.mixer_of(index).exact_tokens for index in layers)
     for kind, rows in (("to fit to", text.train), ("held out", text.held_out)):
         longest = int(rows.position_ids.max()) + 1
         if longest <= reach:
             raise DataError(
-                f"{text.source}: the longest document of the text {kind} has {longest:,} tokens in a row, and window "
-                f"and sinks see {reach:,}: raise calibrate.length, or use longer texts"
+                f"{text.source}: the longest document of the text {kind} has {longest:,} tokens in a row, and the "
+                f"first {reach:,} are all read exactly: raise calibrate.length, or use longer texts"
             )
-
-
-def exact_tokens(mixer: MixerConfig) -> int:
-    """How many tokens window and sinks see."""
-    return (mixer.window or 1) + mixer.sinks
 
 
 def _converted(model: LinearizedForCausalLM) -> list[int]:

@@ -224,7 +224,7 @@ class LayerFit:
         tokens = new.q.shape[1]
         first = tokens - y.shape[1]
         place = torch.arange(first, tokens, device=y.device)[None]
-        inside = place >= mixer.window + mixer.config.sinks
+        inside = place >= mixer.config.exact_tokens
         if lengths is not None:
             inside = inside & (place < lengths[:, None])
         keep = inside.expand(y.shape[0], -1)

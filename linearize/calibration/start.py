@@ -6,13 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from linearize.calibration.calibrate import (
-    Calibration,
-    calibrate,
-    calibration_text,
-    deciding_needles,
-    exact_tokens,
-)
+from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.conversion.convert import (
@@ -22,8 +16,10 @@ from linearize.conversion.convert import (
     convert_files,
     convert_model,
     mixers_for,
+    nbytes,
     write_checkpoint,
 )
+from linearize.conversion.output import check_space
 from linearize.conversion.source import load_model, load_tokenizer
 from linearize.errors import DataError
 from linearize.model.modeling import family_of
@@ -110,21 +106,21 @@ def make_start(
 
 def check_reach(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """Raises:
-    DataError: rows of `calibrate.length` tokens have nothing beyond window and sinks.
+    DataError: rows of `calibrate.length` tokens have nothing beyond what is read exactly.
     """
     assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
     layers = family_of(teacher.config).layers(teacher.config)
     sections = mixers_for(recipe.mixer, layers)
     reach = min(
-        (exact_tokens(one) for one in sections for index in one.layers if one.converts(layers[index])),
+        (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
         default=None,
     )
     if reach is None:
         raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
     if recipe.calibrate.length <= reach:
         raise DataError(
-            f"calibrate.length {recipe.calibrate.length:,}: window and sinks see {reach:,} tokens, so such rows have "
-            "nothing beyond them: raise it"
+            f"calibrate.length {recipe.calibrate.length:,}: the first {reach:,} tokens are all read exactly, so such "
+            "rows leave the recurrence nothing to answer: raise it"
         )
 
 
@@ -159,6 +155,7 @@ def convert(
             return Start(model, recipe)
     teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
+    check_space(folder, nbytes(teacher))
     revision = getattr(teacher.config, "_commit_hash", None)
     start = make_start(source, recipe, teacher, tokenizer, say=say)
     start.write(folder)

@@ -17,6 +17,7 @@ import typer
 from linearize import __version__
 from linearize.cli.console import QuietOption, examples, silence
 from linearize.errors import LinearizeError
+from linearize.interruption import Interrupted, unwinding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ COMMANDS = {
     "recipes": "recipes",
     "run": "run",
     "demo": "demo",
+    "doctor": "doctor",
 }
 """Each command and its module in this package.
 
@@ -118,12 +120,15 @@ def _options(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status.
 
-    0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted.
+    0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted, 143 terminated.
     """
+    if sys.stdout is None or sys.stderr is None:
+        return _closed_streams()
     try:
-        status = build_app()(
-            args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
-        )
+        with unwinding():
+            status = build_app()(
+                args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
+            )
         # Here, so that a reader who left early is noticed while it can still be handled.
         sys.stdout.flush()
     except SystemExit as exit_:
@@ -136,6 +141,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _closed_pipe()
     except KeyboardInterrupt:
         return 130
+    except Interrupted as stop:
+        if str(stop):
+            print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.status
     except Exception as error:
         return _report(error)
     return _status(status)
@@ -144,6 +153,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _status(returned: object) -> int:
     # Outside standalone mode Typer returns a raised Exit's status, or else what the command returned.
     return returned if isinstance(returned, int) else 0
+
+
+def _closed_streams() -> int:
+    # Started with `>&-`: the next file opened would get the stream's number, and what is printed would go into it.
+    if sys.stderr is not None:
+        _say("stdout is closed, so there is nowhere to print to; leave it open, or pass > /dev/null")
+    return 1
 
 
 def _closed_pipe() -> int:
@@ -187,7 +203,9 @@ def _report_usage(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"error: {_without_secrets(' '.join(message.split()))}", file=sys.stderr)
+    # Names of files can hold escape sequences, which a terminal would obey.
+    line = "".join(char if char.isprintable() else "?" for char in _without_secrets(" ".join(message.split())))
+    print(f"error: {line}", file=sys.stderr)
 
 
 # Access tokens, and what makes the address of a file's storage open to everybody who reads it.

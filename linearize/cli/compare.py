@@ -40,6 +40,8 @@ def compare(
     """
     if len(results) < 2:
         raise typer.BadParameter("give two or more results to compare")
+    from linearize.conversion.claims import claimed
+    from linearize.conversion.output import staged_files
     from linearize.evaluation.page import write_pages
     from linearize.evaluation.sidebyside import put_side_by_side, read_all, side_by_side_data, side_by_side_page
 
@@ -47,9 +49,10 @@ def compare(
     data = side_by_side_data(found)
     page = side_by_side_page(found)
     if report is not None:
-        write_pages(page, report)
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-        (report / "comparison.json").write_text(text + "\n", encoding="utf-8")
+        with claimed(report), staged_files(report) as staging:
+            write_pages(page, staging)
+            (staging / "comparison.json").write_text(text + "\n", encoding="utf-8")
         status(f"wrote {report / 'report.html'}")
     if as_json:
         print_json(data)

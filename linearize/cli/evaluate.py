@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,6 +94,7 @@ def evaluate(
     check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
     quiet_libraries()
+    from linearize.conversion.claims import claimed
     from linearize.conversion.source import find_source
     from linearize.evaluation.progress import ProgressLine
     from linearize.evaluation.report import report_data, report_table, write_report
@@ -102,26 +104,27 @@ def evaluate(
 
     source = find_source(model, trust_remote_code=trust_remote_code)
     progress = ProgressLine()
-    try:
-        results = score(
-            source,
-            _names(tasks),
-            suites=_names(suite),
-            baselines=_names(baseline),
-            options=SuiteOptions(data=data, lengths=sweep, samples=samples, seed=seed),
-            limit=limit,
-            batch_size=batch_size,
-            dtype=dtype,
-            store=Store(fresh=fresh),
-            progress=progress,
-            say=status,
-            command=command_line(),
-        )
-    finally:
-        progress.clear()
-    if report is not None:
-        write_report(results, report)
-        status(f"wrote {report / 'report.html'}")
+    with nullcontext() if report is None else claimed(report):
+        try:
+            results = score(
+                source,
+                _names(tasks),
+                suites=_names(suite),
+                baselines=_names(baseline),
+                options=SuiteOptions(data=data, lengths=sweep, samples=samples, seed=seed),
+                limit=limit,
+                batch_size=batch_size,
+                dtype=dtype,
+                store=Store(fresh=fresh),
+                progress=progress,
+                say=status,
+                command=command_line(),
+            )
+        finally:
+            progress.clear()
+        if report is not None:
+            write_report(results, report)
+            status(f"wrote {report / 'report.html'}")
     subsets = _subsets(results)
     if as_json:
         print_json(

@@ -21,6 +21,7 @@ from linearize.cli.console import (
     readable_count,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
 from linearize.hub.card import ranges
 
 EPILOG = examples(
@@ -44,10 +45,12 @@ def inspect(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
+    gpus: GpusOption = 8,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's family and heads, what converts, and its cache against the converted model's memory.
+    """Show a model's family and heads, what converts, its cache against the converted model's memory, and what the
+    recipe's training takes.
 
     Reads the configuration only; no weights are loaded.
     """
@@ -58,7 +61,8 @@ def inspect(
     from linearize.recipe import load_recipe
 
     chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
-    spec = load_recipe(recipe, [*(overrides or ()), *chosen]).mixer
+    settings = load_recipe(recipe, [*(overrides or ()), *chosen])
+    spec = settings.mixer
     source = find_source(model, trust_remote_code=trust_remote_code)
     if recurrence == "all":
         facts, rows = compare_mixers(source, every_recurrence(spec), dtype=DTYPES.get(dtype))
@@ -69,10 +73,12 @@ def inspect(
             _show_all(facts)
         return
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
+    stages = stages_memory(source, settings, gpus)
     if as_json:
-        print_json(facts)
+        print_json({**facts, "training": memory_facts(stages)})
         return
     _show(facts)
+    show_memory(settings, stages, gpus)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -87,7 +93,8 @@ def _show(facts: dict[str, Any]) -> None:
     rows = {
         **_head(facts),
         "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {mixer['recurrence']}, window "
-        f"{mixer['window']}, {mixer['sinks']} sinks, mix {mixer['mix']}, covers {mixer['covers']}",
+        f"{mixer['window']}, {mixer['sinks']} sinks, {_landmarks(facts['mixers'])}mix {mixer['mix']}, "
+        f"covers {mixer['covers']}",
         **({"keeps": "; ".join(kept)} if kept else {}),
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
         + f" = {readable_bytes(facts['state_bytes'])} per sequence ({facts['dtype']}, state in float32)"
@@ -128,8 +135,8 @@ def _show_all(facts: dict[str, Any]) -> None:
     fitting = [row for row in facts["recurrences"] if "refused" not in row]
     rows = {
         **_head(facts),
-        "mixer": f"window {mixer['window']}, {mixer['sinks']} sinks, covers {mixer['covers']}; caches in "
-        f"{facts['dtype']}, states in float32",
+        "mixer": f"window {mixer['window']}, {mixer['sinks']} sinks, {_landmarks([mixer])}covers {mixer['covers']}; "
+        f"caches in {facts['dtype']}, states in float32",
         "FLOPs": "per token of decoding, of all token mixers; projections and feed-forward layers are not among them",
     }
     if more := fitting[0]["growth_flops_per_token"]:
@@ -152,6 +159,13 @@ def _show_all(facts: dict[str, Any]) -> None:
     for line in facts["teacher"]:
         table.add_row(f"{line['tokens']:,} tokens", readable_bytes(line["bytes"]), readable_count(line["flops"]))
     out.print(table)
+
+
+def _landmarks(mixers: list[dict[str, Any]]) -> str:
+    slots = sorted({mixer.get("landmarks", 0) for mixer in mixers if mixer["window"] is not None})
+    if slots == [0]:
+        return ""
+    return f"{slots[0]} to {slots[-1]} landmarks, " if len(slots) > 1 else f"{slots[0]} landmarks, "
 
 
 def _head(facts: dict[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
-from linearize.conversion.output import sha256
+from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import NotStreamable, Streamer
 from linearize.errors import ModelError, RecipeError
@@ -42,16 +42,21 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
 
     Raises:
-        RecipeError: `keep` names layers or heads that are not there, or leaves nothing to convert.
+        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, or nothing is left to convert.
     """
     count = len(layers)
-    for key, named_layers in (("keep", {*spec.keep.layers, *spec.keep.heads}), ("windows", {*spec.windows})):
-        for index in sorted(named_layers):
+    named_layers = {
+        "keep": {*spec.keep.layers, *spec.keep.heads},
+        "windows": {*spec.windows},
+        "landmark_layers": {*spec.landmark_layers},
+    }
+    for key, named in named_layers.items():
+        for index in sorted(named):
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
-    named = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
-    kept = {*named, *(set(range(count)) - set(full) if full else ())}
+    softmax = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
+    kept = {*softmax, *(set(range(count)) - set(full) if full else ())}
     common = MixerConfig(
         layers=[],
         recurrence=spec.recurrence,
@@ -72,14 +77,15 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         gate_divisor=spec.gate.divisor,
         gate_learned=spec.gate.learned,
     )
-    kinds: dict[tuple[tuple[int, ...] | None, int], MixerConfig] = {}
+    kinds: dict[tuple[tuple[int, ...], int, int] | None, MixerConfig] = {}
     for index in range(count):
         heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
         window = spec.window if heads is None else spec.windows.get(index, spec.window)
         if heads is None:
-            fresh = MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
+            kind, fresh = None, MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
         else:
-            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads))
+            kind = heads, window, spec.landmark_layers.get(index, spec.landmarks)
+            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads), landmarks=kind[2])
             try:
                 fitted = fresh.fitted(layers[index])
             except ValueError as error:
@@ -88,10 +94,10 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 Mixer.check(fitted, layers[index])
             except ValueError as error:
                 raise RecipeError(f"mixer: {error}") from error
-        kinds.setdefault((heads, window), fresh).layers.append(index)
+        kinds.setdefault(kind, fresh).layers.append(index)
     sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
     if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
-        named or spec.keep.heads
+        softmax or spec.keep.heads
     ):
         raise RecipeError("mixer.keep: nothing is left to convert")
     return sections
@@ -210,7 +216,11 @@ def write_checkpoint(
         written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
         facts: what else the card says.
         more: what else `linearize.json` says.
+
+    Raises:
+        OutputError: the disk has no room for it.
     """
+    check_space(folder, nbytes(model) if written is None else 0)
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
     config._name_or_path = ""  # a path of this machine; linearize.json names the base model
@@ -240,6 +250,11 @@ def write_checkpoint(
         path.name: known.get(path.name) or sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def nbytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:

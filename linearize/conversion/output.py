@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from linearize.conversion.claims import OLD, PARTIAL, beside, claimed
 from linearize.errors import OutputError
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 _RESULTS = ("config.json", "linearize.json", "report.json", "probe.json")
 """Of these every folder that linearize writes has one."""
 
+_SPARE = 16_000_000
+"""Bytes on top of weights: tokenizer, code, pages."""
+
 
 @contextmanager
 def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -27,22 +32,24 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     It is made at once, so that a place that cannot be written is found before any work is done.
 
     Raises:
-        OutputError: `target` exists (and `overwrite` is not set), cannot be made, or the disk is full.
+        OutputError: `target` exists (and `overwrite` is not set), cannot be made, another job is making it, or the disk
+            is full.
     """
     target = Path(os.path.abspath(target.expanduser()))
     check_free(target, overwrite=overwrite)
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {_plain(error)}") from error
-    try:
-        with _told(target):
-            yield staging
-            _replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with claimed(target):
+        check_free(target, overwrite=overwrite)  # as it is now that nobody else can change it
+        staging = beside(target, PARTIAL)
+        try:
+            staging.mkdir()
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written: {_plain(error)}") from error
+        try:
+            with telling(target, inside=staging):
+                yield staging
+                _replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
@@ -51,36 +58,96 @@ def staged_file(target: Path) -> Iterator[Path]:
     an error.
 
     Raises:
-        OutputError: see `check_file`; or the disk is full.
+        OutputError: see `check_file`; or another job is writing it, or the disk is full.
     """
     target = Path(os.path.abspath(target.expanduser()))
     check_file(target)
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        with _told(target):
-            yield staging
-            _flush(staging)
-            staging.replace(target)
-    finally:
-        staging.unlink(missing_ok=True)
+    with claimed(target):
+        staging = beside(target, PARTIAL)
+        try:
+            with telling(target, inside=target.parent):
+                yield staging
+                flush(staging)
+                staging.replace(target)
+                flush(target.parent)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """Turns what a disk can do wrong into one line."""
+def staged_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which are put into `folder` when the block ends without an error: each in one step,
+    instead of one of its name that is there. Other files of `folder` stay.
+
+    Raises:
+        OutputError: the folder cannot be made, or the disk is full.
+    """
+    folder = Path(os.path.abspath(folder.expanduser()))
+    made = not folder.exists()
+    staging = folder / f".{PARTIAL}-{os.getpid()}"
+    try:
+        with telling(folder, inside=staging):
+            folder.mkdir(parents=True, exist_ok=True)
+            staging.mkdir()
+            yield staging
+            for path in sorted(staging.iterdir()):
+                flush(path)
+                path.replace(folder / path.name)
+            flush(folder)
+            made = False
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def check_space(target: Path, nbytes: int) -> None:
+    """Refuses a disk that has no room for `nbytes` at `target`, before the work whose result they are.
+
+    Raises:
+        OutputError: with what is needed and what is free.
+    """
+    target = Path(os.path.abspath(target.expanduser()))
+    nearest = next(folder for folder in (target, *target.parents) if folder.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < nbytes + _SPARE:
+        raise OutputError(
+            f"{target}: {(nbytes + _SPARE) / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free on that disk; "
+            "free some space, or name a folder on another disk"
+        )
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
+# safetensors and torch report a full disk as errors of their own.
+_FULL = ("No space left", "file write failed", "failed writing file")
+
+
+@contextmanager
+def telling(target: Path, left: str = "nothing was left there", *, inside: Path | None = None) -> Iterator[None]:
+    """Turns what a disk can do wrong into one line.
+
+    Args:
+        left: what there is of the result now.
+        inside: the folder that is written into, `target` if left out; that it vanishes is told, too.
+
+    Raises:
+        OutputError: instead of what was raised.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-            raise OutputError(f"{target}: cannot be written: {_plain(error)}; nothing was left there") from error
+    except OutputError:
         raise
     except Exception as error:
-        # safetensors reports a full disk as an error of its own.
-        if "No space left" in str(error):
-            raise OutputError(
-                f"{target}: cannot be written: no space left on the disk; nothing was left there"
-            ) from error
-        raise
+        if isinstance(error, OSError) and error.errno in _DISK:
+            why = _plain(error)
+        elif any(words in str(error) for words in _FULL):
+            why = "no space left on device"
+        elif not (inside or target).exists():
+            why, left = "the folder is gone", "somebody removed it meanwhile"
+        else:
+            raise
+        raise OutputError(f"{target}: cannot be written: {why}; {left}") from error
 
 
 def check_file(target: Path) -> None:
@@ -110,27 +177,46 @@ def check_free(target: Path, *, overwrite: bool) -> None:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Puts `staging` in the place of `target`; the old one goes only when the new one is there."""
+    """Puts `staging` in the place of `target`; at no moment is neither the old nor the new one there."""
     readers = staging.stat().st_mode & 0o444  # as the user's umask has it; safetensors lets only its owner read a file
     for path in staging.rglob("*"):
         if path.is_file():
             path.chmod(path.stat().st_mode | readers)
-            _flush(path)
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    try:
+        flush(path)
+    flush(staging)
+    if not target.exists():
         staging.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    elif not _exchange(staging, target):
+        old = beside(target, OLD)
+        try:
+            target.rename(old)
+            staging.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    flush(target.parent)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step, where the system and the file system can (Linux's renameat2)."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def flush(path: Path) -> None:
+    """Has a file's content, or a folder's names, written to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some file systems have no sync for folders.
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(file)
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import cached_file
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
+from linearize.conversion.ggufheader import MAGIC, check_gguf
+from linearize.conversion.modelfiles import check_config, check_weights
 from linearize.errors import ModelError
 
 if TYPE_CHECKING:
@@ -62,19 +65,23 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
     """What `reference` means; a path is looked at, a Hub id is believed.
 
     Raises:
-        ModelError: a path that is not there, a folder without a configuration, a file that is not GGUF.
+        ModelError: a path that is not there, a folder without a configuration, a file that is not GGUF or damaged.
     """
     path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long
+        raise ModelError(f"{reference[:80]!r}: cannot be looked for: {error.strerror}") from None
+    if folder:
         if not (path / "config.json").is_file():
-            ggufs = sorted(path.glob("*.gguf"))
-            hint = f"name the file: {ggufs[0]}" if ggufs else "is this a model's folder?"
-            raise ModelError(f"{reference}: the folder has no config.json; {hint}")
+            raise ModelError(f"{reference}: the folder has no config.json; {_hint(path)}")
+        check_config(path)
         return Source(str(path.resolve()), "folder", trust_remote_code)
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
+    if file:
+        with _opening(reference), path.open("rb") as opened:
+            if opened.read(4) != MAGIC:
                 raise ModelError(f"{reference}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
+        check_gguf(path.resolve())
         return Source(str(path.resolve()), "gguf", trust_remote_code)
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
     if looks_local or (path.parent.is_dir() and "/" in reference):
@@ -116,11 +123,42 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
         # Without this the weights would stay marked as quantized, and saving them would fail.
         keywords["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "float32" if dtype == "auto" else dtype
+    else:
+        keywords["use_safetensors"] = True  # a pickle could run any code
+    if source.kind == "folder":
+        check_weights(Path(reference))
+    model: PreTrainedModel
     with reading(source):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            reference, dtype=DTYPES.get(dtype, "auto"), **keywords
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )
+    _check_loaded(model, loaded, source)
     return model.eval().to(device or default_device())
+
+
+def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source) -> None:
+    """Refuses what transformers would pass over: weights that were not there, and so are random, and ones that are no
+    numbers.
+
+    Raises:
+        ModelError: it names the first of them.
+    """
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"{source.reference}: {len(missing):,} weights are not there, {missing[0]} among them; they are of another "
+            "model, or a part of them was not fetched"
+        )
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, name, source.reference)
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raises:
+    ModelError: the weight `name` of the model at `where` has values that are no numbers.
+    """
+    # One pass without a copy; NaN and infinities show in the extremes.
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+        raise ModelError(f"{where}: {name} has values that are not finite; fetch the weights again")
 
 
 def default_device() -> str:
@@ -141,8 +179,8 @@ def teacher_of(source: Source) -> Source:
     """
     if not source.is_converted:
         return source
-    base = provenance_of(source).get("base", {})
-    if "model" not in base:
+    base = provenance_of(source).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("model"), str):
         raise ModelError(f"{source.reference}: linearize.json does not name the base model; name it as teacher")
     try:
         return find_source(base["model"], trust_remote_code=source.trust_remote_code)
@@ -162,8 +200,6 @@ def reading(source: Source) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LINEARIZE_DEBUG") == "1":
             raise
-        if source.kind == "gguf":
-            _check_gguf(Path(source.reference))
         raise ModelError(f"{source.reference}: {_reason(error, source)}") from error
 
 
@@ -172,6 +208,8 @@ def _reason(error: Exception, source: Source) -> str:
     text = " ".join(lines)
     if "trust_remote_code" in text:
         return "the model brings its own Python code; pass --trust-remote-code if you trust its author"
+    if source.kind == "hub" and "named model.safetensors" in text:
+        return "the Hub has no safetensors weights of it; convert them where you trust them, with save_pretrained"
     if source.kind == "hub" and isinstance(error, OSError):
         if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
             return "no local folder or file of this name, and the Hub has no such model (or wants you to log in)"
@@ -181,28 +219,25 @@ def _reason(error: Exception, source: Source) -> str:
         )
     if source.kind == "hub" and "Repo id" in text:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"
-    return f"cannot be read as a model: {type(error).__name__}: {lines[0][:300]}"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights are not of the shapes that config.json asks for; they are of another model"
+    told = text if type(error).__name__.startswith("StrictDataclass") else lines[0]  # its first line says nothing
+    return f"cannot be read as a model: {type(error).__name__}: {told[:300]}"
 
 
-def _check_gguf(path: Path) -> None:
-    """Says so if a file ends before its tensors do. Reading it all takes seconds, so this runs after a failure only.
+def _hint(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter; merge it into its model first, in Python with peft: merge_and_unload()"
+    ggufs = sorted(folder.glob("*.gguf"))
+    return f"name the file: {ggufs[0]}" if ggufs else "is this a model's folder?"
 
-    Raises:
-        ModelError: the file is cut off or not well formed.
-    """
-    from gguf import GGUFReader
 
+@contextmanager
+def _opening(reference: str) -> Iterator[None]:
     try:
-        tensors = GGUFReader(path).tensors
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in tensors), default=0)
-    except Exception as error:
-        raise ModelError(
-            f"{path}: the GGUF file is damaged or cut off ({path.stat().st_size:,} bytes); fetch it again"
-        ) from error
-    if end > path.stat().st_size or not tensors:
-        raise ModelError(
-            f"{path}: the GGUF file is cut off at {path.stat().st_size:,} of at least {end:,} bytes; fetch it again"
-        )
+        yield
+    except OSError as error:
+        raise ModelError(f"{reference}: cannot be read: {(error.strerror or str(error)).lower()}") from error
 
 
 def _json_of(source: Source, name: str) -> dict[str, Any]:
@@ -213,7 +248,7 @@ def _json_of(source: Source, name: str) -> dict[str, Any]:
         else:
             path = str(Path(source.reference) / name) if source.kind == "folder" else None
         found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):  # the Hub's own errors are of these
+    except (OSError, ValueError, RecursionError):  # the Hub's own errors are of these
         return {}
     return found if isinstance(found, dict) else {}
 

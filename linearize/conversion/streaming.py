@@ -32,7 +32,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
-from linearize.conversion.source import DTYPES, Source, load_config, reading
+from linearize.conversion.modelfiles import check_weights, read_index
+from linearize.conversion.output import check_space
+from linearize.conversion.source import DTYPES, Source, check_finite, load_config, reading
 from linearize.errors import ModelError
 from linearize.model.mixer import Mixer
 from linearize.model.modeling import family_of
@@ -128,12 +130,13 @@ def weight_files(source: Source) -> list[Path]:
         raise NotStreamable("adapters lie over its weights")
     if getattr(load_config(source), "transformers_weights", None) is not None:
         raise NotStreamable("its configuration names weights of its own")
+    if source.kind == "folder":
+        check_weights(Path(source.reference))
     if (single := find(_SINGLE)) is not None:
         return [single]
     if (index := find(_INDEX)) is None:
         raise NotStreamable("it has no safetensors files")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files = {name: find(name) for name in names}
+    files = {name: find(name) for name in read_index(index)}
     if absent := [name for name, file in files.items() if file is None]:
         raise ModelError(f"{source.reference}: {absent[0]} is missing, which {_INDEX} names; fetch it again")
     return [file for file in files.values() if file is not None]
@@ -186,6 +189,7 @@ class Streamer:
     """
 
     def __init__(self, source: Source, dtype: str, convert: Callable[[PreTrainedModel], LinearizedForCausalLM]) -> None:
+        self.reference = source.reference
         files = weight_files(source)
         self.slots = {name: slot for file in files for name, slot in read_header(file).items()}
         teacher = self._teacher(source, dtype)
@@ -310,7 +314,10 @@ class Streamer:
 
         Raises:
             NotStreamable: before anything is written.
+            ModelError: weights that are no numbers.
+            OutputError: the disk has no room for them.
         """
+        check_space(folder, sum(unit.nbytes for unit in self.units))
         shards = self.shards(most)
         count = len(shards)
         files = [_SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
@@ -339,7 +346,9 @@ class Streamer:
             for unit in units:
                 weights = self._read(unit)
                 for name in unit.saved:
-                    raw = _bytes(weights.pop(name))
+                    weight = weights.pop(name)
+                    check_finite(weight, name, self.reference)
+                    raw = _bytes(weight)
                     for start in range(0, len(raw), _BLOCK):
                         block = raw[start : start + _BLOCK]
                         file.write(block)

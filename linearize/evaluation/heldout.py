@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.errors import DataError, ModelError
+from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.task import evaluating
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def score_rows(
         model: a causal LM on its device; it is in eval mode for the run and put back afterwards.
         rows: `input_ids` and `labels` [N, L] int64, and optionally `position_ids` [N, L], as a mapping or attributes.
         teacher: another causal LM of the same vocabulary, on any device.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; halved where memory does not hold them.
 
     Raises:
         DataError: no rows, or a row in which nothing is counted.
@@ -122,10 +122,18 @@ def score_rows(
 
     parts = []
     with evaluating(model), evaluating(teacher), torch.inference_mode():
-        for start in range(0, len(input_ids), batch_size):
+        start = 0
+        while start < len(input_ids):
             batch = slice(start, start + batch_size)
             positions = None if position_ids is None else position_ids[batch]
-            parts.append(_score_batch(model, teacher, input_ids[batch], labels[batch], positions, counted[batch]))
+            try:
+                parts.append(_score_batch(model, teacher, input_ids[batch], labels[batch], positions, counted[batch]))
+            except Exception as error:
+                if batch_size == 1 or not is_out_of_memory(error):
+                    raise
+                batch_size //= 2
+            else:
+                start = batch.stop
     # Joined outside inference mode, so that callers may use the scores in any computation.
     loss, kl, agreement = torch.cat(parts, dim=1) / tokens.cpu()
     return RowScores(loss, None if teacher is None else kl, None if teacher is None else agreement, tokens.cpu())

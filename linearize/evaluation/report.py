@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from linearize.conversion.output import staged_files
 from linearize.errors import DataError
 from linearize.evaluation.comparison import TEACHER, compare_systems, comparison_data, percent_of_teacher
 from linearize.evaluation.formatting import heading, with_error
@@ -26,7 +27,7 @@ __all__ = ["HELDOUT", "TEACHER", "SystemScores", "report_data", "report_table", 
 def write_report(results: Results, folder: Path) -> None:
     """Writes `results.json`, `report.md`, `report.html` (one page with everything in it), and each plot as `.svg`.
 
-    Files of an earlier report in the folder are replaced.
+    Files of an earlier report in the folder are replaced, each as a whole.
 
     Raises:
         DataError: a number that is not finite, or systems whose lists do not belong together.
@@ -35,9 +36,10 @@ def write_report(results: Results, folder: Path) -> None:
     tables = compare_systems(results)
     document["comparisons"] = comparison_data(tables)
     page = tell(results, tables)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).write_text(_dump(document) + "\n", encoding="utf-8")
-    write_pages(page, folder)
+    text = _dump(document) + "\n"
+    with staged_files(folder) as staging:
+        (staging / FILE_NAME).write_text(text, encoding="utf-8")
+        write_pages(page, staging)
 
 
 def report_data(systems: Mapping[str, SystemScores]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from linearize.errors import DataError, ModelError
+from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.store import Store, model_key, whole_stamp
 from linearize.evaluation.task import Item, Task, TaskScore, evaluating
 
@@ -63,7 +63,7 @@ def run(
         limit: score a random subset of so many items of each task, the same for every system; a larger one with the
             same seed contains it.
         seed: of that subset.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass; halved where memory does not hold them.
         store: where results are kept, and looked for before anything is scored; None keeps none.
         progress: told how far it is.
 
@@ -156,12 +156,9 @@ class _System:
 
     def _items(self, task: Task, indices: Sequence[int]) -> list[Item]:
         assert self.model is not None  # noqa: S101 - for the type checker
-        try:
-            items = task.score(self.model, self.tokenizer, indices, self.batch_size)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"{self.name}: out of memory on {task.name} with --batch-size {self.batch_size}; use a smaller one"
-            ) from error
+        while (items := self._fitting(task, indices)) is None:
+            self.batch_size //= 2
+            _give_back()
         for index, item in zip(indices, items, strict=True):
             if not all(map(math.isfinite, (item.value, *item.curve))):
                 raise ModelError(
@@ -169,9 +166,29 @@ class _System:
                 )
         return items
 
+    def _fitting(self, task: Task, indices: Sequence[int]) -> list[Item] | None:
+        """The items' results, or None where memory does not hold so many sequences at once."""
+        assert self.model is not None  # noqa: S101 - for the type checker
+        try:
+            return task.score(self.model, self.tokenizer, indices, self.batch_size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.batch_size == 1:
+                if isinstance(error, ModelError):
+                    raise
+                raise ModelError(f"{self.name}: out of memory on {task.name} with one sequence at a time") from error
+            return None  # the traceback, and the tensors that it holds, go with this frame
+
     def _tell(self, task: Task, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(self.name, task.name, done, total)
+
+
+def _give_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], limit: int | None, seed: int) -> TaskScore:

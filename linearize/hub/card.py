@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +33,15 @@ tags: [linearize, gated-linear-attention, recurrent]
 import linearize  # or do without the package, and pass trust_remote_code=True to both calls below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
 `linearize.json` says how this checkpoint was made and holds the SHA-256 of each file.
 {measured}"""
 _NOT_MEASURED = """
 What the conversion cost in quality is not written here; measure it:
-`linearize eval {name} --baseline teacher,window`.
+{evaluate}.
 """
 
 _HEADINGS = {
@@ -86,13 +90,15 @@ def model_card(
         for name, lines in provenance.get("start", {}).items()
     )
     training = "\n".join(
-        f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {stage['data']}." for stage in stages
+        f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {_text(stage['data'])}." for stage in stages
     )
+    evaluate = _code(f"linearize eval {shlex.quote(name)} --baseline teacher,window")
     matter = {**({"base_model": base["model"]} if base["kind"] == "hub" else {}), **facts.licence}
     return _TEMPLATE.format(
-        name=name,
-        base=base["model"] if base["kind"] == "hub" else base["name"],
-        matter="".join(f"{key}: {value}\n" for key, value in matter.items()),
+        name=_text(name),
+        quoted=json.dumps(name),
+        base=_text(base["model"] if base["kind"] == "hub" else base["name"]),
+        matter="".join(f"{key}: {_yaml(value)}\n" for key, value in matter.items()),
         version=provenance["versions"]["linearize"],
         memory=(
             f"Its memory is {state_bytes:,} bytes per sequence and, where softmax is kept, {growth_bytes:,} per token."
@@ -102,17 +108,38 @@ def model_card(
         mixers="\n".join(rows),
         start=start,
         training=f"\n{training}\n" if training else "",
-        measured="".join(f"\n{section}" for section in facts.sections) or _NOT_MEASURED.format(name=name),
+        measured="".join(f"\n{section}" for section in facts.sections) or _NOT_MEASURED.format(evaluate=evaluate),
     )
+
+
+def _text(value: str) -> str:
+    """A name that somebody else chose, on one line and without a meaning in Markdown or HTML."""
+    line = html.escape(" ".join(value.split()), quote=False)
+    return re.sub(r"([\\`*\[\]|~#$]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def _code(value: str) -> str:
+    """A code span, whatever backticks are in it."""
+    line = " ".join(value.split())
+    if "`" not in line:
+        return f"`{line}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", line))))
+    return f"{fence} {line} {fence}"
+
+
+def _yaml(value: str) -> str:
+    return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value)
 
 
 def _words(mixer: dict[str, Any]) -> str:
     if mixer["window"] is None:
         return "pretrained attention, kept"
     heads = mixer.get("softmax_heads")
+    slots = mixer.get("landmarks")
     return (
-        f"{mixer['recurrence']}, window {mixer['window']}, sinks {mixer['sinks']}, mix {mixer['mix']}, covers "
-        f"{mixer['covers']}{f'; key/value heads {ranges(heads)} keep softmax' if heads else ''}"
+        f"{mixer['recurrence']}, window {mixer['window']}, sinks {mixer['sinks']}, "
+        f"{f'landmarks {slots}, ' if slots else ''}mix {mixer['mix']}, covers {mixer['covers']}"
+        f"{f'; key/value heads {ranges(heads)} keep softmax' if heads else ''}"
     )
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from linearize.model.landmarks import BLOCK
+
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
 
@@ -43,6 +45,7 @@ class MixerConfig:
         lower_bound: least gate of the last layer; the first layer's is 0, and it grows evenly with depth.
         slots: of `gsa`; 0 means as many as a head is wide.
         negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
+        landmarks: tokens per key/value head that are kept and read exactly when they leave the window, chosen online.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
 
@@ -64,7 +67,15 @@ class MixerConfig:
     lower_bound: float = 0.0
     slots: int = 0
     negative_eigenvalues: bool = False
+    landmarks: int = 0
     softmax_heads: list[int] = field(default_factory=list)
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many tokens of a text are all read exactly, before the state receives one."""
+        # Landmarks are merged in blocks: the first that loses its slot does so with the block that overfills them.
+        merged = (self.landmarks // BLOCK + 1) * BLOCK - 1 if self.landmarks else 0
+        return (self.window or 1) + self.sinks + merged
 
     def fitted(self, layer: AttentionLayer) -> MixerConfig:
         """What this asks for in `layer`: a layer never sees beyond its own sliding window, and where ours is as wide
@@ -76,7 +87,7 @@ class MixerConfig:
         for head in self.softmax_heads:
             if head not in range(layer.key_value_heads):
                 raise ValueError(f"there is no key/value head {head}; the layer has 0 to {layer.key_value_heads - 1}")
-        bare = replace(self, recurrence="none", sinks=0, covers="evicted", softmax_heads=[])
+        bare = replace(self, recurrence="none", sinks=0, covers="evicted", landmarks=0, softmax_heads=[])
         if layer.window is None:
             return replace(bare, window=None) if self.window is None else self
         if self.window is None or self.window >= layer.window:

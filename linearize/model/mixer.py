@@ -4,6 +4,7 @@
     o_t   what the recurrence answers, without positions; its gate comes from the pretrained keys
     out   mix(y_t, o_t)
 
+With `landmarks` some of the tokens that leave the window are kept and read exactly; `landmarks.py` says how.
 With `covers: evicted` the state receives a token when it leaves the window: query t reads the recurrence as it stood
 after token t - W, so window, sinks and state share the past without counting anything twice.
 """
@@ -20,6 +21,8 @@ from linearize_kernels.liger import TINY, mix_outputs
 from torch import Tensor, nn
 
 from linearize.model.fused import fused_attention, fused_step, fuses
+from linearize.model.landmark_attention import landmark_attention
+from linearize.model.landmarks import landmark_parts, room
 from linearize.model.memory import Flow, store
 from linearize.model.recurrences import build_recurrence, register
 from linearize.model.step import step, steps
@@ -100,6 +103,8 @@ class Mixer(nn.Module):
         self.config, self.layer, self.window = config, layer, config.window
         self.kind = repr((replace(config, layers=[], softmax_heads=[]), layer))
         self.recurrence = build_recurrence(config, layer, depth)
+        if config.landmarks and self.recurrence is not None and config.covers == "all":
+            raise ValueError("landmarks need covers: evicted, for a state of all tokens holds them already")
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
         if (weight := self._mix_start()) is not None:
@@ -131,7 +136,8 @@ class Mixer(nn.Module):
     @property
     def flops(self) -> int:
         """Floating-point operations of a decoding step once window and sinks are full; see `Recurrence.flops`."""
-        exact = self.layer.flops_per_key * (self.window + self.config.sinks)
+        window = room(self.window) if self.config.landmarks else self.window
+        exact = self.layer.flops_per_key * (window + self.config.sinks + self.config.landmarks)
         if self.recurrence is None:
             return exact
         heads = self.layer.key_value_heads
@@ -146,9 +152,12 @@ class Mixer(nn.Module):
         # What only the state needs of a token is kept where it will ask for it once the window lets go.
         waits = self.recurrence is not None and self.config.covers == "evicted"
         more = ("k", "source") if waits and self.config.gate_source == "q" else ("k",) if waits else ()
-        parts = {"window": slots(self.window, "k_rotated", *more, "v")}
-        if self.config.sinks:
-            parts["sinks"] = slots(self.config.sinks, "k_rotated", "v")
+        if self.config.landmarks:
+            parts = landmark_parts(self, slots, batch, device)
+        else:
+            parts = {"window": slots(self.window, "k_rotated", *more, "v")}
+            if self.config.sinks:
+                parts["sinks"] = slots(self.config.sinks, "k_rotated", "v")
         if self.recurrence is not None:
             parts["state"] = self.recurrence.state(batch, device)
         return parts
@@ -167,6 +176,9 @@ class Mixer(nn.Module):
 
     def run(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, *, fused: bool) -> Tensor:
         """`forward` on the fused kernels, or in plain torch."""
+        if self.config.landmarks:
+            attended: Tensor = landmark_attention(self, new, lengths, memory)
+            return attended
         if memory is not None and fused and new.q.shape[1] == 1:
             return fused_step(self, new, lengths, memory)
         if memory is not None and not fused and steps(self, new, lengths, memory):

@@ -158,6 +158,9 @@ class MixerSpec(Section):
     """Write strengths up to 2, for gated_deltanet and kda."""
     gate: GateSpec = GateSpec()
     landmarks: int = Field(default=0, ge=0)
+    """Tokens per key/value head that stay under softmax attention when they leave the window, chosen online."""
+    landmark_layers: dict[int, int] = {}
+    """Layer -> its own number of landmarks, where some layers have more to find again than others."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")
@@ -167,19 +170,19 @@ class MixerSpec(Section):
             raise _refusal(f"expected layers counted from 0, got {min(value)}")
         return value
 
+    @field_validator("landmark_layers")
+    @classmethod
+    def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
+        if any(number < 0 for pair in value.items() for number in pair):
+            raise _refusal("expected layers counted from 0, each with a number of landmarks")
+        return value
+
     @field_validator("normalize")
     @classmethod
     def _softmax_mix_is_normalised(cls, value: bool, info: ValidationInfo) -> bool:
         # One shared normaliser needs the recurrence's own mass beside the window's log-sum-exp.
         if not value and info.data.get("mix") == "softmax":
             raise _refusal("mix: softmax needs normalize: true")
-        return value
-
-    @field_validator("landmarks")
-    @classmethod
-    def _no_landmarks_yet(cls, value: int) -> int:
-        if value:
-            raise _refusal("landmarks are not available in this version; set 0")
         return value
 
 
@@ -299,6 +302,8 @@ class Stage(Section):
     gradient_checkpointing: bool = False
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 means about ten times a run."""
+    skip_bad_batches: int = Field(default=0, ge=0)
+    """Optimizer steps that may be left out because a loss or gradient in them is not finite; one more ends the run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
     top_k: int | None = Field(default=None, ge=1)

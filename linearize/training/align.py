@@ -8,7 +8,8 @@ error of one layer reaches another and no gradient crosses layers. Two losses, o
     whole    the layer's output against the output of the teacher's attention, both after W_o
 
 The first is there because the second alone can be served by the window: a recurrence that starts with nothing to say
-would then stay silent. Both are the squared error over the squared target, so 1 is a layer that answers 0.
+would then stay silent. Layers with landmarks have the second alone: which tokens the state stands for is then decided
+as the text is read. Both are the squared error over the squared target, so 1 is a layer that answers 0.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Alignment:
         owners = family_of(teacher.config).attention_modules(teacher)
         pairs = zip(student.attention_layers, (getattr(*owner) for owner in owners), strict=True)
         self.pairs: list[tuple[LinearizedAttention, nn.Module]] = [p for p in pairs if p[0].mixer is not None]
-        self.recurrent = [p for p in self.pairs if p[0].mixer is not None and p[0].mixer.recurrence is not None]
+        self.recurrent = [p for p in self.pairs if p[0].mixer is not None and _has_a_share(p[0].mixer)]
         reach = min((_reach(layer.mixer) for layer, _ in self.recurrent if layer.mixer is not None), default=0)
         if self.recurrent and length <= reach:
             raise RecipeError(
@@ -77,10 +78,21 @@ class Alignment:
 
     def loss(self, input_ids: Tensor, position_ids: Tensor, *, beyond: bool) -> Tensor:
         """The mean over layers of one of the two losses, for packed rows `[B, T]`."""
-        pairs = self.recurrent if beyond and self.recurrent else self.pairs
         rows, tokens = input_ids.shape
         mask = layer_mask(segments_of(None, position_ids, rows, tokens, continued=False), input_ids.device)
-        apart = documents_apart(self.teacher, position_ids)
+        return self.loss_of(input_ids, position_ids, mask, documents_apart(self.teacher, position_ids), beyond=beyond)
+
+    def loss_of(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        mask: Tensor,
+        apart: dict[str, Tensor],
+        *,
+        beyond: bool,
+    ) -> Tensor:
+        """The same where the student's mask, and what keeps the teacher's documents apart, are known."""
+        pairs = self.recurrent if beyond and self.recurrent else self.pairs
         with torch.no_grad(), _recorded([attention for _, attention in pairs]) as calls:
             self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
         layer_loss = _beyond if pairs is self.recurrent and beyond else _whole
@@ -91,6 +103,11 @@ class Alignment:
             else:
                 losses.append(layer_loss(layer, attention, call, mask))
         return torch.stack(losses).mean()
+
+
+def _has_a_share(mixer: Mixer) -> bool:
+    """Whether what the recurrence stands for is known: all tokens, or all that window and sinks do not reach."""
+    return mixer.recurrence is not None and not mixer.config.landmarks
 
 
 def _reach(mixer: Mixer) -> int:

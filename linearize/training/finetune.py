@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from linearize.calibration.start import make_start
-from linearize.conversion.convert import base_record, check_convertible, write_checkpoint
+from linearize.conversion.claims import claimed
+from linearize.conversion.convert import base_record, check_convertible, nbytes, write_checkpoint
+from linearize.conversion.output import check_space, staged_file, telling
 from linearize.conversion.source import (
     Source,
     find_source,
@@ -30,6 +33,7 @@ from linearize.errors import ModelError, OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
 from linearize.training import processes
+from linearize.training.checkpoints import checkpoints, manifest, newest, step_of
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.plot import PLOT, draw_training
 from linearize.training.rows import TrainingData, read_data, save_data
@@ -40,7 +44,6 @@ from linearize.training.trainer import (
     StageTrainer,
     append_json_line,
     base_of,
-    checkpoints,
     is_adapter,
     is_own_parameter,
     load_trained,
@@ -60,6 +63,9 @@ HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
 WORK = ".training"
 """What the name of a run's working folder ends in."""
+_CHECKPOINT = "stage-*/checkpoint-*"
+_CHECKPOINTS = 9
+"""Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
 
 
 @dataclass
@@ -197,21 +203,27 @@ def finetune(
         records.append(stage_record(stage, data))
         choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
-        found = checkpoints(folder)
-        if resume and number < reached:
+        start = newest(folder) if resume else None
+        if start is not None and number < reached:
             say(f"stage {number + 1}: done before")
-            load_trained(student, found[-1])
+            load_trained(student, start)
+            _count_skipped(records[-1], (manifest(start) or {}).get("skipped", 0))
             continue
+        check_space(
+            work, nbytes(student) + _CHECKPOINTS * sum(p.nbytes for p in student.parameters() if p.requires_grad)
+        )
+        if processes.is_first():
+            _forget_metrics(work / METRICS, number, step_of(start) if start else 0)
         with teacher.serving(stage, data.train, say) as served:
             log = _log_to(work / METRICS, number, len(recipe.stages))
-            start = str(found[-1]) if resume and found else None
-            if start:
-                say(f"stage {number + 1}: going on from {Path(start).name}")
             name = work.name.removesuffix(WORK)
             reporting = tracker_arguments(recipe.report_to, f"{name}, stage {number + 1}")
+            if start:
+                say(f"stage {number + 1}: going on from {start.name}")
             with _quiet(), tracking(recipe.report_to, work.with_name(f"{name}.runs") / f"stage-{number + 1}"):
-                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, reporting)
-                trainer.train(resume_from_checkpoint=start)
+                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say, reporting)
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        _count_skipped(records[-1], trainer.skipped)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     merged.requires_grad_(False).eval()
     return FinetuneResult(merged, tokenizer, teacher.model, data, recipe, records, told)
@@ -275,8 +287,14 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
     Raises:
         OutputError: an unfinished run is there and `resume` is not set, or the other way round, or of another recipe.
     """
-    work = _work(target)
-    text, kept = dump_recipe(recipe), work / "recipe.yaml"
+    with claimed(target):
+        yield from _working(_work(target), dump_recipe(recipe), resume)
+
+
+def _working(work: Path, text: str, resume: bool) -> Iterator[Path]:
+    kept = work / "recipe.yaml"
+    if not resume and kept.is_file() and not any(work.glob(_CHECKPOINT)):
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed before it had anything to keep
     if not resume:
         if work.exists():
             raise OutputError(f"{work}: an unfinished run is there; pass --resume to go on, or remove the folder")
@@ -291,10 +309,11 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
         raise OutputError(f"{work}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     done = False
     try:
-        yield work
+        with telling(work, "earlier checkpoints are kept, and --resume goes on from the last one"):
+            yield work
         done = True
     finally:
-        if done or not any(work.glob("stage-*/checkpoint-*")):
+        if done or not any(work.glob(_CHECKPOINT)):
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -373,6 +392,27 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
         "length": stage.length,
         "steps": steps,
     }
+
+
+def _count_skipped(record: dict[str, Any], skipped: int) -> None:
+    if skipped:
+        record["skipped_steps"] = skipped
+
+
+def _forget_metrics(path: Path, stage: int, step: int) -> None:
+    """Takes out of a killed run's metrics what is going to be trained again: the steps after the checkpoint."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn
+            continue
+        if (record["stage"], record["step"]) <= (stage, step):
+            kept.append(line + "\n")
+    with staged_file(path) as staging:
+        staging.write_text("".join(kept), encoding="utf-8")
 
 
 def wants_teacher(stage: Stage) -> bool:

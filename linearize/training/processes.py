@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from linearize.errors import LinearizeError
+from linearize.interruption import Postponed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,6 +53,18 @@ def join() -> None:
             raise LinearizeError(f"{count()} processes were started, but {met} can work together on this device")
 
 
+def most(number: int) -> int:
+    """The largest of what the processes give, the same in all of them."""
+    if count() == 1:
+        return number
+    import torch
+    from accelerate import PartialState
+
+    of_all = torch.tensor(number, device=PartialState().device)
+    torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MAX)
+    return int(of_all)
+
+
 def wait() -> None:
     """Until all processes are here."""
     if count() > 1:
@@ -75,7 +87,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     """Runs `linearize` with `arguments` in so many processes on this machine, and returns the first one's exit status,
     or that of the one that failed.
 
-    One that fails ends the others.
+    One that fails ends the others. SIGINT and SIGTERM are passed on, so that they end their step and save.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -95,13 +107,20 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             command = [sys.executable, "-m", "linearize", *arguments]
             started.append(subprocess.Popen(command, env=environment))  # noqa: S603 - this very command again
-        while True:
-            ended = [process.poll() for process in started]
-            if failed := [code for code in ended if code]:
-                return 130 if failed[0] == -signal.SIGINT else abs(failed[0])
-            if all(code == 0 for code in ended):
-                return 0
-            time.sleep(0.1)
+        with Postponed() as signals:
+            passed_on = False
+            while True:
+                ended = [process.poll() for process in started]
+                failed = [code for code in ended if code]
+                if failed and not (passed_on and None in ended):
+                    return 128 - failed[0] if failed[0] < 0 else failed[0]
+                if all(code == 0 for code in ended):
+                    return 0
+                if signals.signum is not None and not passed_on:
+                    passed_on = True
+                    for process in started:
+                        process.send_signal(signals.signum)
+                time.sleep(0.1)
     finally:
         for process in started:
             if process.poll() is None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TEXT_FILES = {".txt", ".md", ".raw", ".tokens"}
 RECORD_FILES = {".jsonl", ".json", ".parquet"}
+LONGEST_RECORD = 16_000_000
+"""Characters of one line; a document of more is a file that has lost its line breaks, and takes minutes to tokenize."""
 HUB_SHUFFLE_BUFFER = 10_000
 """Records of a streamed data set that are shuffled among themselves: all of it is never on this machine."""
 
@@ -60,6 +62,8 @@ def _file_records(path: Path, source: str, length: int) -> list[Record]:
         raise DataError(
             f"{source}: this is a folder; name a file in it ({', '.join(inside[:5]) or f'one of {readable}'})"
         )
+    if not path.is_file():
+        raise DataError(f"{source}: not a regular file; give one of {readable}")
     if path.suffix not in TEXT_FILES | RECORD_FILES:
         raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; give one of {readable}")
     if path.suffix == ".parquet":
@@ -90,6 +94,11 @@ def _file_records(path: Path, source: str, length: int) -> list[Record]:
 
 def _parse(text: str, source: str, line: int) -> Any:
     """The JSON in `text`, which starts at `line` of the file."""
+    if len(text) > LONGEST_RECORD and not text.startswith("["):
+        raise DataError(
+            f"{source}:{line}: a record of {len(text):,} characters; split it into records of at most "
+            f"{LONGEST_RECORD:,}"
+        )
     try:
         return json.loads(text)
     except json.JSONDecodeError as problem:
@@ -97,6 +106,10 @@ def _parse(text: str, source: str, line: int) -> Any:
         raise DataError(
             f"{source}:{at}: broken JSON ({problem.msg} at column {problem.colno}); mend that line"
         ) from problem
+    except RecursionError:
+        raise DataError(f"{source}:{line}: broken JSON (nested too deeply); mend that line") from None
+    except ValueError as problem:  # more digits than Python reads
+        raise DataError(f"{source}:{line}: broken JSON ({str(problem).split(':')[0]}); mend that line") from problem
 
 
 def _parts(text: str, size: int) -> list[str]:

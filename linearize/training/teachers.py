@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.errors import OutputError
 from linearize.resources import cache_folder
@@ -98,7 +99,10 @@ def keep_logits(
         progress(f"teacher: top {top_k} of {counted:,} tokens, written before")
     reported, began = time.monotonic(), time.monotonic()
     for done, number in enumerate(missing):
-        _write(_shard(folder, number), teacher, rows[_part(starts[number])], top_k, temperature, batch)
+        path = _shard(folder, number)
+        with claimed(path, wait=True):  # another run may be writing the very same
+            if not path.is_file():
+                _write(path, teacher, rows[_part(starts[number])], top_k, temperature, batch)
         now = time.monotonic()
         if now - reported > _SECONDS_BETWEEN_REPORTS or done + 1 == len(missing):
             reported = now

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from linearize.errors import LinearizeError, RecipeError
 from linearize.training import processes
 from linearize.training.align import Alignment
+from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer
 from linearize.training.rows import NO_LOSS
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from linearize.training.rows import Rows
 
 _TRAINED = "trained.safetensors"
-_KEPT_CHECKPOINTS = 2
 _SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 # The shape and the share of the steps that do best in Hägele et al. 2024 (arXiv 2405.18392).
 _WSD_DECAY = 0.2
@@ -58,7 +56,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         }
 
 
-class StageTrainer(Trainer):
+class StageTrainer(GuardedTrainer):
     """Trains one stage of a recipe.
 
     Args:
@@ -68,6 +66,7 @@ class StageTrainer(Trainer):
         rows: what to train on.
         folder: where checkpoints go.
         log: called after every optimizer step with its figures.
+        say: told what a person should know.
         reporting: what the Trainer is told of trackers, see `tracker_arguments`; none, if left out.
     """
 
@@ -80,6 +79,7 @@ class StageTrainer(Trainer):
         folder: Path,
         seed: int,
         log: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None] = lambda _: None,
         reporting: Mapping[str, Any] | None = None,
     ) -> None:
         self.stage, self.teacher = stage, teacher
@@ -98,6 +98,8 @@ class StageTrainer(Trainer):
             args=stage_arguments(stage, len(rows), folder, seed, reporting),
             train_dataset=RowDataset(rows),
             callbacks=[_Reporter(stage, log), self.windows],
+            may_skip=stage.skip_bad_batches,
+            say=say,
         )
         # transformers prints its own log lines through this one.
         from transformers.trainer_callback import PrinterCallback
@@ -115,10 +117,8 @@ class StageTrainer(Trainer):
     ) -> Any:
         self.windows.draw()
         if self.alignment is not None:
-            beyond = self.state.global_step < math.ceil(self.stage.beyond * self.state.max_steps)
-            loss = self.alignment.loss(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
             # Rows are of one length, so each batch of a step counts alike.
-            return self._checked(loss / self.current_gradient_accumulation_steps)
+            return self.checked(self._aligned(inputs) * self.part / self.current_gradient_accumulation_steps)
         labels, rows = inputs.pop("labels"), inputs.pop("row")
         outputs = model(**inputs, use_cache=False)
         teacher = self._teacher_on(inputs, labels, rows) if "distill" in self.stage.weights else None
@@ -127,8 +127,19 @@ class StageTrainer(Trainer):
         loss = total / counted
         if num_items_in_batch is not None:
             loss = loss * processes.count()  # it counts the tokens of all processes, whose gradients are averaged
-        loss = self._checked(loss)
+        loss = self.checked(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def run_again(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if self.alignment is not None:
+            self._aligned(inputs)
+        else:
+            super().run_again(model, {name: inputs[name] for name in ("input_ids", "position_ids")})
+
+    def _aligned(self, inputs: dict[str, Any]) -> Tensor:
+        assert self.alignment is not None  # noqa: S101 - the callers have looked
+        beyond = self.state.global_step < math.ceil(self.stage.beyond * self.state.max_steps)
+        return self.alignment.loss(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
 
     def _teacher_on(self, inputs: dict[str, Any], labels: Tensor, rows: Tensor) -> Tensor | TopK | None:
         """What the teacher says to the same rows."""
@@ -143,13 +154,6 @@ class StageTrainer(Trainer):
                 return logits
             return top_k_of(logits.flatten(0, 1)[counted_positions(labels)], self.stage.top_k, self.stage.temperature)
 
-    def _checked(self, loss: Tensor) -> Tensor:
-        if not bool(torch.isfinite(loss)):
-            raise LinearizeError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower lr or mixer_lr"
-            )
-        return loss
-
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
@@ -160,33 +164,6 @@ class StageTrainer(Trainer):
                     (own if is_own_parameter(name) else pretrained).append(parameter)
             self.optimizer = build_optimizer(self.stage, pretrained, own)
         return self.optimizer
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Whole or not at all: written under another name, then renamed."""
-        final = Path(self.args.output_dir)
-        staging = final / ".partial"
-        if processes.is_first():
-            shutil.rmtree(staging, ignore_errors=True)
-        processes.wait()
-        self.args.output_dir = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(final)
-        processes.wait()  # each has written its random numbers
-        if processes.is_first():
-            self._rename(staging, final)
-        processes.wait()
-
-    @staticmethod
-    def _rename(staging: Path, final: Path) -> None:
-        for checkpoint in staging.iterdir():
-            target = final / checkpoint.name
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(checkpoint, target)
-        shutil.rmtree(staging, ignore_errors=True)
-        for old in checkpoints(final)[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -277,17 +254,11 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """
     saved = load_file(folder / _TRAINED)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if saved.keys() != trained.keys():
+    if {n: x.shape for n, x in saved.items()} != {n: p.shape for n, p in trained.items()}:
         raise LinearizeError(f"{folder}: the checkpoint is of another recipe; start again without --resume")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a stage's folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 class _Reporter(TrainerCallback):
@@ -316,6 +287,7 @@ class _Reporter(TrainerCallback):
                 "tokens": state.global_step * self.stage.batch_tokens,
                 "tokens_per_second": speed,
                 "seconds": seconds,
+                **({"skipped": logs["skipped"]} if "skipped" in logs else {}),
                 "seconds_left": seconds / max(done, 1) * (state.max_steps - state.global_step),
             }
         )

@@ -120,7 +120,7 @@ def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
     mixers = [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
     ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
     widest = max((mixer.window for mixer in ours or mixers), default=0)
-    least = max((mixer.window + mixer.config.sinks for mixer in ours), default=0) + _SLACK
+    least = max((mixer.config.exact_tokens for mixer in ours), default=0) + _SLACK
     return widest, least, max(_LEAST_TOKENS, min(4 * widest, _MOST_TOKENS), least)
 
 

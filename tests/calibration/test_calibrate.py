@@ -117,6 +117,18 @@ def test_no_recurrence_breaks(name):
     assert found.readings["calibrated"].loss.mean() <= found.readings["converted"].loss.mean()
 
 
+def test_landmarks_are_calibrated_on_what_they_leave():
+    teacher = build("llama")
+    spec = recipe("story", "mixer.window=8", "mixer.landmarks=20", "calibrate.steps=4")
+    model = convert_model(copy.deepcopy(teacher), spec.mixer)
+    assert model.config.mixer_of(0).exact_tokens == 8 + 4 + 31
+    found = calibrate(model, drawn_text(), spec.calibrate)
+    assert all(one.errors[one.kept] < 1 for one in found.layers)
+    with pytest.raises(DataError, match="the first 75 are all read exactly"):
+        wide = convert_model(teacher, recipe("story", "mixer.window=8", "mixer.landmarks=32").mixer)
+        calibrate(wide, drawn_text(), spec.calibrate)
+
+
 def test_the_blocks_by_hand_are_the_model():
     model = convert_model(copy.deepcopy(build("gemma3_text")), load_recipe("default", ["mixer.window=8"]).mixer)
     blocks, rows = Blocks(model), drawn(0, 2)
@@ -187,14 +199,14 @@ def test_ridge_that_does_not_carry_over_changes_nothing(monkeypatch):
 def test_documents_that_end_within_the_window_are_refused():
     rows = pack([Document([5] * 8, [True] * 8)] * 20, 80)
     spec = load_recipe("calibrated").calibrate
-    with pytest.raises(DataError, match=r"longest document .* has 8 tokens .* see 12"):
+    with pytest.raises(DataError, match=r"longest document .* has 8 tokens .* first 12"):
         calibrate(fresh_model(), TrainingData(rows, rows, "a text", 20, 0.0), spec)
 
 
 def test_rows_as_short_as_the_window_are_refused_before_anything_is_written(tiny_folder, story):
     teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
     settings = load_recipe("calibrated", ["calibrate.length=60", f"calibrate.source={story}"])
-    with pytest.raises(DataError, match=r"calibrate.length 60: window and sinks see 68 tokens"):
+    with pytest.raises(DataError, match=r"calibrate.length 60: the first 68 tokens are all read exactly"):
         make_start(find_source(str(tiny_folder)), settings, teacher, None, say=lambda line: None)
 
 

@@ -14,6 +14,7 @@ import typer
 
 from linearize.cli import app as cli
 from linearize.errors import ModelError
+from linearize.interruption import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +57,13 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
         ),
         (MemoryError(), 1, "error: unexpected MemoryError; set LINEARIZE_DEBUG=1 for the traceback\n"),
         (KeyboardInterrupt(), 130, ""),
+        (Interrupted(15), 143, ""),
+        (
+            Interrupted(2, "SIGINT after step 5, which is saved"),
+            130,
+            "interrupted: SIGINT after step 5, which is saved\n",
+        ),
+        (ModelError("no\x1b[2Jthing\0"), 1, "error: no?[2Jthing?\n"),
         (typer.Abort(), 1, "error: aborted\n"),
         (typer.Exit(3), 3, ""),
         (SystemExit(4), 4, ""),
@@ -166,7 +174,6 @@ def test_manners_are_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> 
         for example in examples:  # and they are not made up: each option is there
             given = {word.partition("=")[0] for word in example.split() if word.startswith("-") and len(word) > 1}
             assert given <= options, example
-    assert names.pop("-o") == {"--output", "--report"}  # of bench the report is all that there is to write
     assert names.pop("-m") == {"--model", "--message"}
     assert all(len(long) == 1 for long in names.values()), names
 

@@ -81,4 +81,4 @@ def test_weights_that_are_not_finite(outcome, tiny_folder, data_folder, tmp_path
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "broken")
     status, text, words = outcome("eval", tmp_path / "broken", "--tasks", "piqa", "--limit", "2", "--data", data_folder)
     assert (status, text) == (1, "")
-    assert "of piqa are not finite" in words
+    assert "model.norm.weight has values that are not finite" in words

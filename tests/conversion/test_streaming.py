@@ -19,6 +19,7 @@ import linearize
 from linearize.calibration.start import convert
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.errors import ModelError
 from linearize.recipe import load_recipe
 from tests.model.test_families import ROWS, build
 
@@ -121,7 +122,8 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     shutil.rmtree(tmp_path / "files")
     (tmp_path / "files").mkdir()
-    convert(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
+    with pytest.raises(ModelError, match=r"1 weights are not there, model\.norm\.weight among them"):
+        convert(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
     assert told[1].endswith("its files lack 1 weights, model.norm.weight among them")
 
 

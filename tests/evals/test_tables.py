@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import evals.start.__main__ as start
+from evals.faults.__main__ import table as faults_table
 from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 
@@ -55,3 +56,9 @@ def test_what_the_probe_says_of_it():
     said = " ".join(readme.split())
     assert "keeping layers {}, {} and {}, a tenth of the cache".format(*layers.groups()) in said
     assert f"from {before} to {after} nats per token" in said
+
+
+def test_what_planted_faults_cost():
+    assert faults_table() in (ROOT / "evals" / "faults" / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "evals" / "faults" / "faults.json").read_text(encoding="utf-8"))["rows"]
+    assert sum(row["lost"] for row in rows) == 0

@@ -229,12 +229,23 @@ def test_a_result_that_is_not_finite(wrong: Item, tokenizer: Any, store: Store) 
     assert score.items[40] == 40.5
 
 
-def test_too_little_memory_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def score(*_: object) -> None:
-        raise torch.OutOfMemoryError("much text\nin lines")
+def test_too_little_memory_halves_the_batch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    fits = [2]
+    score = Count.score
 
-    monkeypatch.setattr(Count, "score", score)
-    with pytest.raises(ModelError, match="a: out of memory on count with --batch-size 4"):
+    def limited(self: Any, model: Any, tokenizer: Any, indices: Any, batch_size: int) -> Any:
+        sizes.append(batch_size)
+        if batch_size > fits[0]:
+            raise torch.OutOfMemoryError("much text\nin lines")
+        return score(self, model, tokenizer, indices, batch_size)
+
+    plenty = run({"a": model}, [Count()], tokenizer)["a"][0]
+    monkeypatch.setattr(Count, "score", limited)
+    found = run({"a": model}, [Count()], tokenizer, batch_size=8)["a"][0]
+    assert found == plenty and sizes[:3] == [8, 4, 2] and set(sizes[2:]) == {2}
+    fits[0] = 0
+    with pytest.raises(ModelError, match="a: out of memory on count with one sequence at a time"):
         run({"a": model}, [Count()], tokenizer, batch_size=4)
 
 

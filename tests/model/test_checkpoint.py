@@ -80,7 +80,13 @@ def test_loads_with_the_package(checkpoint):
     assert cache_nbytes(result.past_key_values) == state_nbytes(model)
 
 
-def test_loads_without_the_package(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["default", "landmarks"])
+def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monkeypatch):
+    if kind == "landmarks":
+        checkpoint = tmp_path / "landmarks"
+        checkpoint.mkdir()
+        changes = ["mixer.window=16", "mixer.landmarks=24"]
+        convert(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_PACKAGE, str(checkpoint)], capture_output=True, text=True, check=False

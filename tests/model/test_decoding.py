@@ -52,11 +52,13 @@ def test_tokens_are_those_of_transformers(teacher, ids, kind, lengths):
         assert recorder.replays == 2 * NEW - 1 and len(recorder.recordings) == 2  # the prompt gave the first logits
 
 
-def test_a_recorded_step_goes_on_for_ever_and_serves_every_text(teacher, ids):
-    """Recorded in an empty window, replayed past window and sinks, for other texts, from states, greedy and sampled."""
-    model, recorder = converted(teacher), Recorder()
+@pytest.mark.parametrize("kind", ["default", "landmarks", "landmarks, few and shared", "landmarks, kda"])
+def test_a_recorded_step_goes_on_for_ever_and_serves_every_text(teacher, ids, kind):
+    """Recorded in an empty window, replayed past window, sinks and landmarks, for other texts, from states, greedy and
+    sampled."""
+    model, recorder = converted(teacher, **KINDS[kind]), Recorder()
     engine = Engine(model, recorder)
-    for start, length in ((0, 1), (5, 3), (0, 19), (3, 90)):
+    for start, length in ((0, 1), (5, 3), (0, 19), (0, 36), (3, 90)):
         tokens = ids[:, start : start + length]
         expected = theirs(model, tokens, torch.ones_like(tokens), **GREEDY)
         written = engine.generate(sampling(model, **GREEDY), tokens, keep=True)

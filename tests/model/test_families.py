@@ -202,6 +202,23 @@ def test_a_short_window_is_the_teacher_under_a_mask(row):
 
 @torch.no_grad()
 @every_row
+def test_landmarks_in_pieces_are_the_whole(row):
+    layers = family_of(build(row).config).layers(build(row).config)
+    model = convert(row, mixers_for(MixerSpec(window=WINDOW, sinks=SINKS, landmarks=8), layers))
+    for name, parameter in model.named_parameters():
+        if name.endswith("mix_weight"):
+            parameter.data.fill_(0.3)
+    (ids,) = text(LENGTHS[0])
+    whole, cache, pieces = model(ids, use_cache=False).logits, None, []
+    for piece in ids.split([40, 6, 1, 1, 1, 1, 10], dim=1):
+        out = model(piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    close(torch.cat(pieces, 1), whole)
+
+
+@torch.no_grad()
+@every_row
 def test_a_batch_of_whole_rows_is_its_rows_one_by_one(row):
     layers = family_of(build(row).config).layers(build(row).config)
     model = convert(row, mixers_for(MixerSpec(recurrence="none", window=WINDOW, sinks=SINKS), layers))

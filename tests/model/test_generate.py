@@ -106,6 +106,20 @@ def test_decoding_compiles_to_one_graph(teacher, ids, kind):
 
 
 @torch.no_grad()
+def test_landmarks_stay_out_of_compiled_graphs(teacher, ids):
+    model = converted(teacher, **KINDS["landmarks"])
+    tokens, mask = left_padded(ids)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **options)
+    compiling = CompileConfig(backend="eager", mode=None)
+    compiling._compile_all_devices = True
+    torch._dynamo.reset()
+    assert torch.equal(
+        model.generate(tokens, cache_implementation="static", compile_config=compiling, **options), expected
+    )
+
+
+@torch.no_grad()
 def test_penalties_and_several_sequences_equal_generation_without_a_cache(teacher, ids):
     model = converted(teacher)
     tokens, mask = left_padded(ids)

@@ -45,7 +45,12 @@ KINDS = {
     "random gates": {"gate_source": "random", "feature_map": "learned", "qk_norm": True},
     "rwkv6, wide features": {"recurrence": "rwkv6", "feature_map": "exp", "covers": "all", "rope": True},
     "lightnet, wide features": {"recurrence": "lightnet", "feature_map": "learned"},
+    "landmarks": {"landmarks": 24},
+    "landmarks alone": {"landmarks": 24, "recurrence": "none"},
+    "landmarks, few and shared": {"landmarks": 5, "mix": "softmax", "rope": True, "sinks": 0},
+    "landmarks, gates from queries": {"landmarks": 40, "gate_source": "q", "softmax_heads": [1]},
     **{name: {"recurrence": name} for name in RECURRENCES if name != "gla"},
+    **{f"landmarks, {name}": {"recurrence": name, "landmarks": 16} for name in ("rwkv6", "lightnet", "mlstm", "kda")},
 }  # fmt: skip
 
 

@@ -35,6 +35,8 @@ masks = st.lists(st.lists(st.booleans(), min_size=WIDTH, max_size=WIDTH), min_si
 @SETTINGS
 @given(kind=st.sampled_from(list(KINDS)), mask=masks, cuts=cuts_of(WIDTH))
 @example(kind="default", mask=[[False] * WIDTH, [True] * WIDTH], cuts=[0, 30, WIDTH])
+@example(kind="landmarks", mask=[[False] * 3 + [True] * 57, [True] * 54 + [False] * 6], cuts=[0, 50, 51, 56, WIDTH])
+@example(kind="landmarks, few and shared", mask=[[True] * WIDTH, [False, True] * 30], cuts=[0, 1, 48, 49, 58, WIDTH])
 @example(kind="softmax head", mask=[[False] * 31 + [True] * 29, [True] * WIDTH], cuts=[0, 30, 31, 32, WIDTH])
 def test_any_mask_in_any_pieces(models, ids, kind, mask, cuts):
     """Real tokens may stand anywhere in a row, also with pads between them; a piece may have none at all."""

@@ -47,7 +47,11 @@ def error_of(text: str, *overrides: str) -> str:
         ("calibrate: {tokens: 0}", "x.yaml:1: calibrate.tokens: expected an integer >= 1, got 0"),
         ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
         ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
-        ("mixer: {landmarks: 3}", "mixer.landmarks: landmarks are not available in this version; set 0"),
+        ("mixer: {landmarks: -3}", "mixer.landmarks: expected an integer >= 0, got -3"),
+        (
+            "mixer: {landmark_layers: {-1: 3}}",
+            "mixer.landmark_layers: expected layers counted from 0, each with a number of landmarks",
+        ),
         ("mixer: {keep: {layers: [-1]}}", "mixer.keep.layers: expected layers and heads counted from 0, got -1"),
         ("mixer: {keep: {heads: {1: [-2]}}}", "mixer.keep.heads: expected layers and heads counted from 0, got -2"),
         ("mixer: {keep: {every: 1}}", "x.yaml:1: mixer.keep.every: expected an integer >= 2 or null, got 1"),

@@ -108,6 +108,12 @@ def test_a_window_over_everything_is_aligned_as_it_is(teacher, ids):
     assert Alignment(short, teacher, 40).loss(ids, POSITIONS, beyond=False).item() > 1e-4
 
 
+def test_layers_with_landmarks_are_aligned_as_a_whole(teacher, ids):
+    alignment = Alignment(student_of(teacher, landmarks=8, mix="softmax"), teacher, 40)
+    losses = [alignment.loss(ids, POSITIONS, beyond=beyond) for beyond in (True, False)]
+    assert not alignment.recurrent and torch.equal(*losses) and float(losses[0].detach()) > 0
+
+
 @pytest.mark.parametrize("beyond", [True, False])
 def test_no_layer_learns_from_another_and_checkpointing_keeps_every_gradient(teacher, ids, beyond):
     gradients = []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,10 @@ from safetensors.torch import load_file
 from linearize.errors import LinearizeError, RecipeError
 from linearize.recipe import dump_recipe, load_recipe
 from linearize.training import processes
+from linearize.training.checkpoints import newest
 from linearize.training.finetune import finetune
 from linearize.training.trainer import stage_arguments
+from tests.conftest import random_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +76,51 @@ def test_an_interrupted_run_of_two_processes_is_a_run_of_one(tiny_folder, tmp_pa
     state = one.model.state_dict()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def small_recipe(tmp_path):
+    """A recipe file of 32 short steps, one of which may be passed over."""
+    stories = tmp_path / "stories.txt"
+    stories.write_text("\n\n".join(f"There were {n} small cats and a dog." for n in range(399)))
+    settings = load_recipe("default", [
+        f"model={random_llama(tmp_path / 'tiny')}", "mixer.window=8", f"stages.0.data.source={stories}",
+        "stages.0.data.tokens=4096", "stages.0.data.held_out=0", "stages.0.length=32", "stages.0.batch_tokens=128",
+        "stages.0.skip_bad_batches=1", "stages.0.warmup=0", "stages.0.save_every=8",
+    ])  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(settings))
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_passed_over_in_all(small_recipe, tmp_path):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    done = run(tmp_path, *launcher, "tests.training.bad_loss", str(small_recipe), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[:6000]
+    told = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1)]
+    assert told[0]["said"] == told[1]["said"] == ["step 2 was passed over (1 of at most 1)"]
+    assert told[0]["weights"] == told[1]["weights"]
+    assert "the loss of another process is no number at step 4, first in the loss itself (1 such" in told[0]["error"]
+    assert "the loss became nan at step 4, first in" in told[1]["error"] and ".o_proj (1 such" in told[1]["error"]
+
+
+def test_a_signal_to_who_started_them_ends_the_same_step_in_all(small_recipe, tmp_path):
+    out, work = tmp_path / "out", tmp_path / "out.training"
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    command = ("linearize", "finetune", str(small_recipe), "-o", str(out), "--launch", "2")
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    ) as started:
+        while started.poll() is None and not (work / "metrics.jsonl").is_file():
+            time.sleep(0.02)
+        started.send_signal(signal.SIGTERM)
+        _, told = started.communicate(timeout=300)
+    saved = r"^interrupted: SIGTERM after step (\d+) of 32, which is saved; go on with --resume$"
+    (step,) = re.findall(saved, told, re.MULTILINE)
+    assert started.returncode == 143
+    checkpoint = newest(work / "stage-0")
+    assert checkpoint.name == f"checkpoint-{step}" and len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    assert len(losses(work / "metrics.jsonl")) == int(step)
+    assert not out.exists() and {path.name for path in tmp_path.iterdir()} >= {"out.training", "recipe.yaml"}
 
 
 def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path):

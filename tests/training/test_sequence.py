@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from linearize.conversion.convert import convert_model
 from linearize.recipe import load_recipe
 
-TOKENS = 53
+TOKENS = 73
 KINDS = {
     "default": [],
     "all tokens at once": ["mixer.covers=all", "mixer.mix=fixed"],
@@ -25,6 +25,8 @@ KINDS = {
     "log-scaled": ["mixer.recurrence=mlstm"],
     "queries as source": ["mixer.gate.source=q", "mixer.recurrence=gated_retention"],
     "a window longer than a part": ["mixer.window=40"],
+    "landmarks": ["mixer.landmarks=5"],
+    "landmarks in either part": ["mixer.landmarks=9", "mixer.window=1", "mixer.sinks=0", "mixer.mix=softmax"],
     "kept layers and heads": ["mixer.keep={layers: [0], heads: {1: [1]}}"],
 }
 ROOT = Path(__file__).resolve().parents[2]

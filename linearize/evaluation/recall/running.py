@@ -113,16 +113,6 @@ def learned_positions(model: Any) -> int | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a CPU, torch says so with a plain RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        part in text for part in ("allocate memory", "not enough memory", "out of memory", "invalid buffer size")
-    )
-
-
 class _Watch(LogitsProcessor):
     """Changes nothing and notes which rows had logits that are not numbers."""
 

@@ -1,0 +1,144 @@
+"""Jobs to disturb: what each command is run on, and how it shows that nothing was lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from linearize.cli.app import run
+from linearize.conversion.output import sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+OURS = ("error: ", "interrupted: ")
+
+
+@dataclass
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        status: of its process; minus the signal's number where a signal ended it.
+        told: the last line that it said, if that is one of an error or an interruption.
+        clean: whether it said no traceback and nothing of an unexpected error.
+    """
+
+    status: int
+    told: str
+    clean: bool
+    seconds: float
+
+
+@dataclass
+class Job:
+    """A command, the folder that it runs in, and what it is to leave there.
+
+    Attributes:
+        name: of the command.
+        arguments: its command line; it writes `out` below `folder`.
+        again: what a person would run after it was cut short.
+        before: makes what is there before it.
+    """
+
+    name: str
+    folder: Path
+    arguments: list[str]
+    again: Callable[[], list[str]]
+    before: Callable[[], None] = lambda: None
+    reference: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, act: Callable[[], None] = lambda: None) -> int:
+        """Runs the command in a process of its own, `act` first there; gives its id."""
+        return self._fork(self.arguments, act)
+
+    def _fork(self, arguments: list[str], act: Callable[[], None]) -> int:
+        # The libraries are imported already, so that a job takes a second instead of ten.
+        child = os.fork()
+        if child:
+            return child
+        status = 99
+        try:
+            log = os.open(self.folder.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            act()
+            status = run(arguments)
+        finally:
+            os._exit(status)
+
+    def wait(self, child: int, started: float) -> Outcome:
+        _, ended = os.waitpid(child, 0)
+        status = os.waitstatus_to_exitcode(ended)
+        lines = (self.folder.parent / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = lines[-1] if lines and lines[-1].startswith(OURS) else ""
+        clean = not any("Traceback" in line or "unexpected" in line for line in lines)
+        return Outcome(status, told, clean, time.monotonic() - started)
+
+    def disturbed(
+        self, after: float, disturb: Callable[[int], None], act: Callable[[], None] = lambda: None
+    ) -> Outcome:
+        """Runs the command in a fresh folder and calls `disturb` on its process after so many seconds."""
+        self.prepare()
+        started = time.monotonic()
+        child = self.start(act)
+        time.sleep(after)
+        disturb(child)
+        return self.wait(child, started)
+
+    def whole(self, arguments: list[str], act: Callable[[], None] = lambda: None) -> Outcome:
+        started = time.monotonic()
+        return self.wait(self._fork(arguments, act), started)
+
+    def prepare(self) -> None:
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.before()
+
+    def lost(self) -> list[str]:
+        """What is wrong after the job was cut short, then done again: with what was there, and with the result."""
+        wrong = [] if whole_or_absent(self.folder / "out") else ["a result that is not whole"]
+        if self.before is not Job.before and not (self.folder / "out").exists():
+            wrong.append("the earlier result")
+        outcome = self.whole(self.again())
+        if outcome.status != 0:
+            return [*wrong, f"it cannot be done again: {outcome.told}"]
+        if self.result() != self.reference:
+            wrong.append("another result than without the fault")
+        left = {path.name for path in self.folder.iterdir()} - {"out"}
+        return [*wrong, *(f"{name} is left behind" for name in sorted(left))]
+
+    def result(self) -> dict[str, Any]:
+        """What the job comes to: digests of weights, or figures."""
+        out = self.folder / "out"
+        if (out / "results.json").is_file():
+            told = json.loads((out / "results.json").read_text(encoding="utf-8"))
+            return {task["task"]: task["systems"] for task in told["tasks"]}
+        return {name: tensor.tolist() for name, tensor in load_file(out / "model.safetensors").items()}
+
+
+def whole_or_absent(out: Path) -> bool:
+    """Whether a result is there with every file as its provenance has it, or is not there."""
+    if not out.exists() or (out / "results.json").is_file():
+        return True
+    try:
+        files = json.loads((out / "linearize.json").read_text(encoding="utf-8"))["files"]
+        return all(sha256(out / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+
+
+def terminate(child: int) -> None:
+    os.kill(child, signal.SIGTERM)

@@ -1,0 +1,136 @@
+"""Fuzzers of the readers: `python -m evals.fuzz` tries many files on each, `--table` shows what came of it.
+
+A crash is anything but a one-line error, or a file that must not be taken; a hang is a file that takes more than two
+seconds of the process's own time; a leak is a descriptor or a file that stays, or memory that keeps growing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import signal
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from evals.fuzz.mutation import mutated
+from evals.fuzz.readers import Reader, readers
+from linearize.benchmark.memory import resident_bytes
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+FIGURES = Path(__file__).parent / "fuzz.json"
+SECONDS = 2.0
+BYTES = 50_000_000
+
+
+class Hung(BaseException):
+    """A file took too long; no handler of errors may take it for one of the reader's."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m evals.fuzz", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=20_000, help="files to try on each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the table of the figures that are here")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        rows = []
+        for name, reader in readers().items():
+            rows.append({"reader": name, **fuzz(reader, arguments.inputs, arguments.seed)})
+            print(row_of(rows[-1]), flush=True)
+        FIGURES.write_text(json.dumps({"seed": arguments.seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(table())
+    if any(row["crashes"] or row["hangs"] or row["leaks"] for row in json.loads(FIGURES.read_text())["rows"]):
+        raise SystemExit(1)
+
+
+def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
+    """Tries `inputs` files on a reader; counts what goes wrong and goes on."""
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    sizes: list[int] = []
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        reader.takes(folder, reader.seeds[0])  # imports, and what is made once
+        descriptors = _descriptors()
+
+        @seed(number)
+        @settings(
+            max_examples=inputs, deadline=None, database=None, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(mutated(reader.seeds))
+        def attempt(content: bytes) -> None:
+            counts["inputs"] += 1
+            try:
+                with _alarm():
+                    counts["taken"] += reader.takes(folder, content)
+            except Hung:
+                counts["hangs"] += 1
+                wrong.append(f"hang: {content[:200]!r}")
+            except Exception as error:
+                counts["crashes"] += 1
+                wrong.append(f"{type(error).__name__}: {error}: {content[:200]!r}")
+            if counts["inputs"] % max(1, inputs // 20) == 0:
+                gc.collect()
+                sizes.append(resident_bytes())
+
+        attempt()
+        leaks = len(list(folder.iterdir())) + max(0, _descriptors() - descriptors)
+    # The first quarter may fill caches; after that memory is to stay as it is.
+    grown = max(0, sizes[-1] - sizes[len(sizes) // 4]) if sizes else 0
+    return {
+        "inputs": counts["inputs"],
+        "taken": counts["taken"],
+        "crashes": counts["crashes"],
+        "hangs": counts["hangs"],
+        "leaks": leaks + (grown > BYTES),
+        "grown_bytes": grown,
+        "seconds": round(time.process_time() - started, 1),
+        "wrong": wrong[:10],
+    }
+
+
+class _alarm:
+    """Ends the block after so much of the process's own time."""
+
+    def __enter__(self) -> None:
+        def ring(_: int, __: FrameType | None) -> NoReturn:
+            raise Hung
+
+        self.before = signal.signal(signal.SIGVTALRM, ring)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, self.before)
+
+
+def _descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def table() -> str:
+    """The figures as Markdown."""
+    rows = json.loads(FIGURES.read_text(encoding="utf-8"))["rows"]
+    lines = ["| reader | inputs tried | taken as sound | crashes | hangs | leaks |", "|---|---:|---:|---:|---:|---:|"]
+    return "\n".join([*lines, *map(row_of, rows)])
+
+
+def row_of(row: dict[str, Any]) -> str:
+    counts = (f"{row[name]:,}" for name in ("inputs", "taken", "crashes", "hangs", "leaks"))
+    return f"| {row['reader']} | {' | '.join(counts)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""One job at a time for each output: a second one is refused, and what a dead one left is cleared away."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from linearize.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing keeps two jobs apart
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PARTIAL, OLD = "partial", "old"
+_HELD: dict[Path, int] = {}
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def beside(target: Path, kind: str) -> Path:
+    """Where this process keeps what is to become `target` (`PARTIAL`), or what was there (`OLD`)."""
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+@contextmanager
+def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
+    """The right to write the file or folder `target`, for as long as the block lasts.
+
+    The lock is the system's (flock, on a file beside `target`), which ends with its process: what a dead job leaves
+    keeps nobody out. What it had staged is removed, and a result that it was about to replace is put back. A process
+    may claim the same place again inside the block. Folders that had to be made for it go again if they stay empty.
+
+    Args:
+        wait: until the other job is done with it, which is for what two jobs may share.
+
+    Raises:
+        OutputError: another job has it, or nothing can be written there.
+    """
+    target = Path(os.path.abspath(target.expanduser()))
+    if target in _HELD:
+        _HELD[target] += 1
+        try:
+            yield
+        finally:
+            _HELD[target] -= 1
+        return
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with _lock(target, wait):
+            _HELD[target] = 1
+            try:
+                _clear(target)
+                yield
+            finally:
+                del _HELD[target]
+    finally:
+        for folder in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _lock(target: Path, wait: bool) -> Iterator[None]:
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = _acquire(path, target, wait)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while the lock is held: who has just opened the file sees that it is gone
+        os.close(file)
+
+
+def _acquire(path: Path, target: Path, wait: bool) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                owner = os.pread(file, 200, 0).decode(errors="replace").strip()
+                os.close(file)
+                raise OutputError(
+                    f"{target}: another job is writing there{f' ({owner})' if owner else ''}; wait for it, or name "
+                    "another place"
+                ) from None
+            if error.errno not in _WITHOUT_LOCKS:
+                os.close(file)
+                raise
+        # Its owner may have removed the file between the two calls; then the lock is on nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return file
+        os.close(file)
+
+
+def _clear(target: Path) -> None:
+    """Clears away what jobs that were killed left beside `target`."""
+    for old in _leftovers(target, OLD):
+        if not target.exists():
+            old.rename(target)
+        else:
+            _remove(old)
+    for partial in _leftovers(target, PARTIAL):
+        _remove(partial)
+
+
+def _leftovers(target: Path, kind: str) -> list[Path]:
+    start = f".{target.name}.{kind}-"
+    return [
+        path for path in target.parent.iterdir() if path.name.startswith(start) and path.name[len(start) :].isdigit()
+    ]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""SIGINT and SIGTERM: a command unwinds and leaves nothing half done; training ends its step and saves first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to stop. Like KeyboardInterrupt it is no error, so that no handler of errors keeps it.
+
+    Args:
+        told: what a person should know, on one line.
+    """
+
+    def __init__(self, signum: int, told: str = "") -> None:
+        super().__init__(told)
+        self.signum = signum
+
+    @property
+    def status(self) -> int:
+        """The exit status that shells expect: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM raises `Interrupted` in the block, as SIGINT raises KeyboardInterrupt, so that what is staged is removed.
+
+    A second one while that happens is not obeyed. Handlers are put back afterwards. Outside the main thread, which
+    alone may set them, nothing is done.
+    """
+
+    def stop(signum: int, _: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Postponed:
+    """A context in which the first SIGINT or SIGTERM is only noted, in `signum`; a second one is obeyed at once.
+
+    Args:
+        together: this is one of several processes, to whom a terminal and who started them both say the same: what
+            comes within a second is one signal.
+    """
+
+    def __init__(self, *, together: bool = False) -> None:
+        self.signum: int | None = None
+        self._wait, self._noted = 1.0 if together else 0.0, 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Postponed:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                # What the parent process had ignored (nohup) stays ignored.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        now = time.monotonic()
+        if self.signum is None:
+            self.signum, self._noted = signum, now
+        elif now - self._noted >= self._wait:
+            raise Interrupted(signum)

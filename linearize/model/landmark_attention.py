@@ -1,0 +1,292 @@
+"""Attention with landmarks; `landmarks.py` says what they are.
+
+Any number of tokens goes block by block: between two merges all queries read the same sinks, the same slots and the
+same state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from linearize_kernels import joint_attention
+from torch import Tensor
+
+from linearize.model.landmark_step import landmark_step
+from linearize.model.landmarks import (
+    BLOCK,
+    arriving_of,
+    join,
+    merge,
+    merges,
+    novelty,
+    numbers,
+    room,
+    rows_of,
+    smoothed,
+    stored,
+    where,
+)
+from linearize.model.memory import store
+
+if TYPE_CHECKING:
+    from linearize.families.base import Projections
+    from linearize.model.memory import LayerMemory, Part
+    from linearize.model.mixer import Mixer
+
+
+@torch.compiler.disable(reason="which tokens are kept depends on what they are")  # type: ignore[untyped-decorator]
+def landmark_attention(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+    """`Mixer.forward` with landmarks."""
+    if memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled():
+        return landmark_step(mixer, new, lengths, memory)
+    return _chunk(mixer, new, lengths, memory)
+
+
+class _Rows(NamedTuple):
+    """Rows laid out as they stand in their windows: place 0 is the first token of the first block that has not been
+    merged, so that all rows come to the borders of blocks together.
+
+    Attributes:
+        merged: blocks that have been merged before, in all rows `[R]` or of each.
+        offset: the place of the first new token, before 0 if it is a sink; likewise.
+        total: `[R]` places that are filled; None means all.
+        first: the place of the first query in `q` and `q_state`.
+        q, q_state: `[R, L, H, D]` queries with positions, and the recurrence's.
+        held: by name, the tokens from place 0 on.
+    """
+
+    merged: Tensor | int
+    offset: Tensor | int
+    total: Tensor | None
+    first: int
+    q: Tensor
+    q_state: Tensor
+    held: Part
+
+    def real(self, query: Tensor) -> Tensor | None:
+        """`[R, L]`, which of the queries at these places `[L]` are new tokens; None means all."""
+        if self.total is None:
+            return None
+        real = query < self.total[:, None]
+        return real if isinstance(self.offset, int) else real & (query >= self.offset[:, None])
+
+    def back(self, y: Tensor, tokens: int) -> Tensor:
+        """`y` `[R, L, ...]` of the queries, in the order of the new tokens."""
+        if isinstance(self.offset, int):
+            return y
+        place = torch.arange(tokens, device=y.device) + self.offset[:, None] - self.first
+        return rows_of(y, place.clamp(max=y.shape[1] - 1))
+
+
+def _lay_out(
+    mixer: Mixer, new: Projections, arriving: Part, window: Part, lengths: Tensor | None, memory: LayerMemory | None
+) -> _Rows:
+    tokens, sinks, width = new.q.shape[1], mixer.config.sinks, room(mixer.window)
+    q_state = new.q_rotated if mixer.config.rope else new.q
+    count: Tensor | int = 0
+    if memory is not None:
+        count = memory.counts.clone() if memory.uniform is None else memory.uniform
+    merged = merges(mixer, count)
+    offset = count - sinks - merged * BLOCK
+    if isinstance(offset, int):
+        total = None if memory is None or lengths is None else offset + lengths
+        past, later = max(offset, 0), max(-offset, 0)
+        held = {name: torch.cat([x[:, :past], arriving[name][:, later:]], 1) for name, x in window.items()}
+        return _Rows(merged, offset, total, offset, new.q_rotated, q_state, held)
+    total = offset + (tokens if lengths is None else lengths)
+    place = torch.arange(max(int(total.max()), 1), device=total.device)
+    at = torch.where(place < offset[:, None], place, width + place - offset[:, None]).clamp(max=width + tokens - 1)
+    held = {name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in window.items()}
+    query = torch.arange(-sinks, len(place), device=total.device) - offset[:, None]
+    query = query.clamp(0, tokens - 1)
+    return _Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
+
+
+def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+    """Any number of tokens, whole rows without a memory among them."""
+    config, window, device = mixer.config, mixer.window, new.v.device
+    parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
+    fresh, sums = novelty(new.k, parts["keys"]["sum"])
+    rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), parts["window"], lengths, memory)
+    held, landmarks, sinks = rows.held, dict(parts["landmarks"]), _sinks(mixer, new, lengths, memory)
+    ys, logs, recall = list[Tensor](), list[Tensor](), _Recall(mixer, rows)
+    start, stop, block = rows.first, rows.first + rows.q.shape[1], 0
+    while start < stop:
+        end = min(window - 1 + (block + 1) * BLOCK, stop)
+        if block:
+            first = (block - 1) * BLOCK
+            leaving = {name: x[:, first : first + BLOCK] for name, x in held.items()}
+            leaving |= {
+                "novelty": smoothed(held["novelty"][:, first:], window),
+                "number": numbers(config.sinks + 1 + rows.merged * BLOCK + first, leaving["received"]),
+            }
+            goes = None if rows.total is None else rows.total > window - 1 + block * BLOCK
+            kept, lost = merge(landmarks, leaving, window)
+            landmarks = where(goes, kept, landmarks)
+            recall.write(lost, goes)
+        if end > start:
+            y, log = _block(mixer, rows, slice(start, end), block, sinks, landmarks)
+            ys.append(y)
+            logs.append(log)
+            recall.read(start, end, (rows.merged + block) * BLOCK - config.landmarks)
+        start, block = end, block + 1
+    if memory is not None:
+        done = block - 1 if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
+        _keep(memory, rows, done, {"landmarks": landmarks, "sinks": sinks}, sums, lengths)
+    return rows.back(recall.join(torch.cat(ys, 1), torch.cat(logs, 1), memory), new.q.shape[1])
+
+
+def _block(mixer: Mixer, rows: _Rows, places: slice, block: int, sinks: Part, landmarks: Part) -> tuple[Tensor, Tensor]:
+    """What the queries at some places read that have left as many blocks behind; adds to what is `received`.
+
+    Returns:
+        outputs and the log of the softmax's denominator, as of `joint_attention`.
+    """
+    held, slots, count = rows.held, mixer.config.landmarks, mixer.config.sinks
+    query = torch.arange(places.start, places.stop, device=rows.q.device)
+    local = slice(block * BLOCK, max(places.stop, 0))
+    distance = query[:, None] - torch.arange(local.start, local.stop, device=query.device)
+    read: list[Part] = [{name: x[:, local] for name, x in held.items()}]
+    seen: list[Tensor | None] = [(distance >= 0)[None, None]]
+    # Where all rows have merged as many blocks, so many slots are filled in each.
+    filled = min(slots, (rows.merged + block) * BLOCK) if isinstance(rows.merged, int) else slots
+    if filled:
+        read.insert(0, {name: x[:, :filled] for name, x in landmarks.items()})
+        exists = landmarks["number"].transpose(1, 2)[:, :, None] > 0
+        seen.insert(0, None if isinstance(rows.merged, int) else exists)
+    if count:
+        read.insert(0, sinks)
+        visible = torch.arange(count, device=query.device) <= query[:, None] + count
+        seen.insert(0, visible[None, None] if places.start < 0 else None)
+    y, log, received = joint_attention(
+        rows.q[:, places.start - rows.first : places.stop - rows.first],
+        [part["k_rotated"] for part in read],
+        [part["v"] for part in read],
+        seen,
+        scale=mixer.layer.scale,
+        softcap=mixer.layer.softcap,
+    )
+    if (real := rows.real(query)) is not None:
+        received = [share * real[:, None, :, None] for share in received]
+    distant = received[-1] * (distance >= mixer.window // 4)
+    held["received"][:, local] += distant.sum(2).transpose(1, 2).to(held["received"].dtype)
+    if filled:
+        total = F.pad(received[-2].sum(2), (0, slots - filled)).transpose(1, 2)
+        landmarks["received"] = landmarks["received"] + total.to(landmarks["received"].dtype)
+    return y, log
+
+
+class _Recall:
+    """What the queries of a chunk read from the state, between the merges that write into it.
+
+    Writing and reading are gathered and then run as one sequence, in which a token that is read for writes nothing.
+    """
+
+    def __init__(self, mixer: Mixer, rows: _Rows) -> None:
+        self.mixer, self.q, self.first = mixer, rows.q_state, rows.first
+        self.on = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
+        self.waiting: list[tuple[Tensor, ...]] = []  # written, but not read yet
+        self.sequence: list[tuple[Tensor, ...]] = []  # q, k, v, source, writes
+        self.reads: list[Tensor] = []  # places in the sequence
+        self.empty: list[Tensor] = []
+        self.start, self.length = 0, 0
+
+    def write(self, lost: Part, goes: Tensor | None) -> None:
+        """What a merge lost, in the rows that `goes` names."""
+        if not self.on:
+            return
+        writes = lost["number"][:, :, 0] > 0
+        k, v, source = stored(self.mixer, lost)
+        q = self.q.new_zeros(*k.shape[:2], *self.q.shape[2:])
+        self.waiting.append((q, k, v, source, writes if goes is None else writes & goes[:, None]))
+
+    def read(self, start: int, end: int, written: Tensor | int) -> None:
+        """Queries at places `start` to `end`, after `written` tokens in all: 0 or less where the state is empty."""
+        if not self.on or (isinstance(written, int) and written <= 0):
+            self.waiting = []  # nothing was lost, in any row
+            return
+        q = self.q[:, start - self.first : end - self.first]
+        if not self.reads:
+            self.start = start - self.first
+        self.sequence += self.waiting
+        self.length += BLOCK * len(self.waiting)
+        self.waiting = []
+        layer, shape = self.mixer.layer, (*q.shape[:2], self.mixer.layer.key_value_heads)
+        k, v = q.new_zeros(*shape, layer.key_width), q.new_zeros(*shape, layer.value_width)
+        source = v if self.mixer.config.gate_source == "v" else k
+        self.sequence.append((q, k, v, source, torch.zeros(shape[:2], dtype=torch.bool, device=q.device)))
+        self.reads.append(torch.arange(self.length, self.length + shape[1], device=q.device))
+        self.length += shape[1]
+        if isinstance(written, Tensor):
+            self.empty.append((written <= 0)[:, None].expand(-1, shape[1]))
+
+    def join(self, y: Tensor, logs: Tensor, memory: LayerMemory | None) -> Tensor:
+        """The exact part's outputs `[R, L, H, V]`, with `logs` `[R, L, H]` of their denominators, and the state's."""
+        if "window" in self.mixer.branches_off:
+            y = torch.zeros_like(y)
+        recurrence = self.mixer.recurrence
+        if recurrence is None or not self.reads:
+            return y
+        q, k, v, source, writes = (torch.cat(x, 1) for x in zip(*self.sequence, strict=True))
+        state = memory.parts["state"] if memory is not None else None
+        answers, mass = recurrence.in_segments(q, k, v, source, writes, state)
+        at, start = torch.cat(self.reads), self.start
+        empty = torch.cat(self.empty, 1) if self.empty else None
+        mass = None if mass is None else mass[:, at]
+        mixed = join(self.mixer, y[:, start:], logs[:, start:], answers[:, at], mass, empty)
+        return torch.cat([y[:, :start], mixed], 1) if start else mixed
+
+
+def _sinks(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Part:
+    """Keys and values of the sinks `[R, M, K, D or V]` once the new tokens are there."""
+    sinks, (rows, tokens) = mixer.config.sinks, new.v.shape[:2]
+    if not sinks:
+        return {}
+    if memory is not None and memory.uniform is not None and memory.uniform >= sinks:
+        return memory.parts["sinks"]
+    place = torch.arange(sinks, device=new.v.device).expand(rows, -1)
+    if memory is not None:
+        place = place - memory.counts[:, None]
+    taken = {name: rows_of(getattr(new, name), place.clamp(0, tokens - 1)) for name in ("k_rotated", "v")}
+    if memory is None:
+        return taken
+    arrives = (place >= 0) & (place < (tokens if lengths is None else lengths[:, None]))
+    here, held = arrives[:, :, None, None], memory.parts["sinks"]
+    return {name: torch.where(here, x.to(held[name].dtype), held[name]) for name, x in taken.items()}
+
+
+def _keep(
+    memory: LayerMemory,
+    rows: _Rows,
+    done: Tensor | int,
+    exact: dict[str, Part],
+    sums: Tensor,
+    lengths: Tensor | None,
+) -> None:
+    """Writes what a chunk ended with into the memory; what holds no token is 0.
+
+    Args:
+        done: blocks of `rows.held` that have been merged.
+        exact: landmarks and sinks.
+        sums: those of normalised keys after each new token.
+    """
+    window = memory.parts["window"]
+    for name, held in list(window.items()):
+        if isinstance(done, int) or rows.total is None:
+            left = rows.held[name][:, done * BLOCK :]
+            store(window, name, F.pad(left, (*[0, 0] * (left.dim() - 2), 0, held.shape[1] - left.shape[1])))
+        elif span := rows.held[name].shape[1]:
+            place = torch.arange(held.shape[1], device=held.device) + done[:, None] * BLOCK
+            left = rows_of(rows.held[name], place.clamp(max=span - 1))
+            there = place < rows.total[:, None]
+            store(window, name, torch.where(there.view(*there.shape, *[1] * (held.dim() - 2)), left, 0))
+    for part, tensors in exact.items():
+        for name, tensor in tensors.items():
+            if tensor is not memory.parts[part][name]:
+                store(memory.parts[part], name, tensor)
+    keys = memory.parts["keys"]
+    if lengths is not None:
+        sums = rows_of(torch.cat([keys["sum"][:, None], sums], 1), lengths[:, None])
+    store(keys, "sum", sums[:, -1])

@@ -1,0 +1,168 @@
+"""One token of decoding with landmarks: the memory is updated where it lies, and once in a block there is a merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from linearize_kernels import joint_attention
+from torch import Tensor
+
+from linearize.model.landmarks import (
+    BLOCK,
+    arriving_of,
+    join,
+    merge,
+    merges,
+    novelty,
+    numbers,
+    room,
+    smoothed,
+    stored,
+    where,
+)
+
+if TYPE_CHECKING:
+    from linearize.families.base import Projections
+    from linearize.model.memory import LayerMemory, Part
+    from linearize.model.mixer import Mixer
+
+
+class _Seen(NamedTuple):
+    """What the new token reads once it is in its place.
+
+    Attributes:
+        sinks, landmarks, window: how many slots of each, from the first on.
+        masks: of these slots which are read, to be broadcast to `[R, K, 1, slots]`; None is all.
+        counts: `[R, landmarks, 1]` and `[R, window, 1]`, which of them the token counts as an attentive reader of, or
+            for how many, from the first on, it does.
+        written: tokens that the state has received: 0 or less where it is empty.
+    """
+
+    sinks: int
+    landmarks: int
+    window: int
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None]
+    counts: tuple[Tensor | int, Tensor | int]
+    written: Tensor | int
+
+
+def landmark_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
+    """As `landmark_attention`, for one token a row and no gradient."""
+    config, parts = mixer.config, memory.parts
+    fresh, sums = novelty(new.k, parts["keys"]["sum"])
+    arriving = arriving_of(mixer, new, fresh) | {"sum": sums[:, 0]}
+    count = memory.uniform if lengths is None else None
+    seen = _apart(mixer, memory, arriving, lengths) if count is None else _alike(mixer, memory, arriving, count)
+    sizes = {"sinks": seen.sinks, "landmarks": seen.landmarks, "window": seen.window}
+    # Sinks are there or not as the recipe says; the other two always are, if with nothing in them yet.
+    names = [name for name, size in sizes.items() if size or name != "sinks"]
+    y, log, received = joint_attention(
+        new.q_rotated,
+        [parts[name]["k_rotated"][:, : sizes[name]] for name in names],
+        [parts[name]["v"][:, : sizes[name]] for name in names],
+        [mask for name, mask in zip(sizes, seen.masks, strict=True) if name in names],
+        scale=mixer.layer.scale,
+        softcap=mixer.layer.softcap,
+    )
+    for name, share, counts in zip(("landmarks", "window"), received[-2:], seen.counts, strict=True):
+        share = share[:, :, 0].transpose(1, 2)
+        if isinstance(counts, Tensor):
+            parts[name]["received"] += share * counts
+        else:
+            parts[name]["received"][:, :counts] += share[:, :counts]
+    if "window" in mixer.branches_off:
+        y = torch.zeros_like(y)
+    if mixer.recurrence is None or "recurrence" in mixer.branches_off:
+        return y
+    if isinstance(seen.written, int) and seen.written <= 0:
+        return y
+    k, v, source = stored(mixer, arriving)
+    writes = torch.zeros(y.shape[0], 1, dtype=torch.bool, device=y.device)
+    read, mass = mixer.recurrence(new.q_rotated if config.rope else new.q, k, v, source, writes, parts["state"])
+    empty = seen.written[:, None] <= 0 if isinstance(seen.written, Tensor) else None
+    return join(mixer, y, log, read, mass, empty)
+
+
+def _alike(mixer: Mixer, memory: LayerMemory, arriving: Part, count: int) -> _Seen:
+    """Takes in a token where all rows have seen `count` of them: everything is a plain number."""
+    config, parts = mixer.config, memory.parts
+    merged = merges(mixer, count + 1)
+    if merged > merges(mixer, count):
+        _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, None)
+    place = count - config.sinks - merged * BLOCK
+    part, slot = ("window", place) if place >= 0 else ("sinks", count)
+    for name, held in parts[part].items():
+        held[:, slot] = arriving[name][:, 0]
+    parts["keys"]["sum"].copy_(arriving["sum"])
+    filled, local = min(config.landmarks, merged * BLOCK), max(place + 1, 0)
+    return _Seen(
+        sinks=min(count + 1, config.sinks),
+        landmarks=filled,
+        window=local,
+        masks=(None, None, None),
+        counts=(filled, max(local - mixer.window // 4, 0)),
+        written=merged * BLOCK - config.landmarks,
+    )
+
+
+def _apart(mixer: Mixer, memory: LayerMemory, arriving: Part, lengths: Tensor | None) -> _Seen:
+    """Takes in a token in rows that differ: those of length 0 stay as they are."""
+    config, parts, counts = mixer.config, memory.parts, memory.counts
+    real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
+    before, merged = merges(mixer, counts), merges(mixer, counts + 1)
+    goes = real & (merged > before)
+    # Only a device that does not have to be waited for is asked, and not while what is repeated is recorded.
+    if goes.device.type != "cpu" or not memory.counts_on_host or bool(goes.any()):
+        _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, goes)
+    place = counts - config.sinks - torch.where(real, merged, before) * BLOCK
+    slot = torch.arange(room(mixer.window), device=counts.device)
+    number = torch.arange(config.sinks, device=counts.device)
+    for part, comes in (("window", slot == place[:, None]), ("sinks", number == counts[:, None])):
+        comes = comes & real[:, None]
+        for name, held in parts.get(part, {}).items():
+            here = comes.view(*comes.shape, *[1] * (held.dim() - 2))
+            held.copy_(torch.where(here, arriving[name].to(held.dtype), held))
+    total = parts["keys"]["sum"]
+    total.copy_(torch.where(real[:, None, None], arriving["sum"], total))
+    distant = place[:, None] - slot >= mixer.window // 4
+    return _Seen(
+        sinks=config.sinks,
+        landmarks=config.landmarks,
+        window=room(mixer.window),
+        masks=(
+            (number <= counts[:, None])[:, None, None],
+            (parts["landmarks"]["number"] > 0).transpose(1, 2)[:, :, None],
+            (slot <= place[:, None])[:, None, None],
+        ),
+        counts=(real[:, None, None], (distant & real[:, None])[:, :, None]),
+        written=merged * BLOCK - config.landmarks,
+    )
+
+
+def _merge(mixer: Mixer, memory: LayerMemory, first: Tensor | int, goes: Tensor | None) -> None:
+    """Merges the window's oldest block into the landmarks, in the rows that `goes` names, and moves the rest of the
+    window to its place; `first` is the number of the block's first token."""
+    window, landmarks = memory.parts["window"], memory.parts["landmarks"]
+    block = {name: tensor[:, :BLOCK] for name, tensor in window.items()}
+    block |= {
+        "novelty": smoothed(window["novelty"], mixer.window),
+        "number": numbers(first, block["received"]),
+    }
+    kept, lost = merge(landmarks, block, mixer.window)
+    moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
+    for held, now in ((landmarks, kept), (window, moved)):
+        for name, tensor in where(goes, now, held).items():
+            held[name].copy_(tensor)
+    if mixer.recurrence is not None and "recurrence" not in mixer.branches_off:
+        writes = lost["number"][:, :, 0] > 0
+        writes = writes if goes is None else writes & goes[:, None]
+        k, v, source = stored(mixer, lost)
+        q = k.repeat_interleave(mixer.layer.query_heads // mixer.layer.key_value_heads, 2)
+        pinned = mixer.recurrence.form
+        if not memory.counts_on_host:
+            mixer.recurrence.form = "parallel"  # other forms look at how strong the gates are, and choose by it
+        try:
+            mixer.recurrence(q, k, v, source, writes, memory.parts["state"])
+        finally:
+            mixer.recurrence.form = pinned

@@ -1,0 +1,185 @@
+"""Landmarks against a reference that goes token by token, and what they are for: what is odd in a text stays exact."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.families.base import AttentionLayer, Projections
+from linearize.model import LayerMemory, MixerConfig
+from linearize.model.mixer import Mixer
+
+QUERY_HEADS, HEADS, WIDTH, TOKENS = 4, 2, 8, 130
+LAYER = AttentionLayer(QUERY_HEADS, HEADS, WIDTH, WIDTH, scale=WIDTH**-1.0)
+CASES = {
+    "state": {},
+    "alone": {"recurrence": "none"},
+    "no sinks, few slots": {"sinks": 0, "landmarks": 3},
+    "positions in the state": {"rope": True, "window": 11},
+    "a window of one": {"window": 1, "sinks": 1, "landmarks": 33},
+}
+
+
+def mixer_of(layer: AttentionLayer = LAYER, **changes) -> Mixer:
+    config = MixerConfig(**{"layers": [0], "window": 16, "sinks": 4, "landmarks": 20, **changes})
+    mixer = Mixer(config, layer).double()
+    for name, parameter in mixer.named_parameters():
+        generator = torch.Generator().manual_seed(len(name))
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return mixer
+
+
+def projections(tokens: int = TOKENS, rows: int = 1, seed: int = 0) -> Projections:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(heads: int) -> Tensor:
+        return torch.randn(rows, tokens, heads, WIDTH, generator=generator, dtype=torch.float64)
+
+    return Projections(drawn(QUERY_HEADS), drawn(HEADS), drawn(HEADS), drawn(QUERY_HEADS), drawn(HEADS))
+
+
+def reference(mixer: Mixer, new: Projections) -> Tensor:
+    """One row, one head and one token after the other, in plain loops; the state is GLA's."""
+    config, group = mixer.config, QUERY_HEADS // HEADS
+    window, sinks, slots, block, reach = config.window, config.sinks, config.landmarks, 32, 2
+    q, k, v, q_rotated, k_rotated = (x[0] for x in new)
+    outputs = torch.zeros(q.shape)
+    for head in range(HEADS):
+        keys, values = k_rotated[:, head], v[:, head]
+        unlike, total = [], torch.zeros(WIDTH)
+        for t in range(len(q)):
+            unit = (k[t, head] / k[t, head].norm()).detach()
+            unlike.append(-float(unit @ total / total.norm()) if t else 0.0)
+            total = total + unit
+        local, slot, received = [], dict[int, float](), dict[int, float]()  # token -> its novelty in `slot`
+        state, lost_any = torch.zeros(WIDTH, WIDTH + 1), False
+        for t in range(len(q)):
+            if len(local) >= block and local[block - 1] <= t - window:
+                leaving, local = local[:block], local[block:]
+                for token in leaving:
+                    near = [s for s in range(token - reach, token + reach + 1) if leaving[0] <= s < t]
+                    slot[token] = sum(unlike[s] for s in near) / len(near)
+
+                def standard(score: dict[int, float]) -> dict[int, float]:
+                    mean = sum(score.values()) / len(score)
+                    spread = math.sqrt(sum((x - mean) ** 2 for x in score.values()) / len(score))
+                    return {token: (x - mean) / spread for token, x in score.items()}
+
+                attention = {}
+                for token in slot:
+                    queries = window - window // 4 + block // 2
+                    for _ in range((leaving[-1] - token) // block):
+                        queries = 0.8 * queries + block
+                    attention[token] = math.log(received[token] / queries + 1e-5)
+                novelty = standard(slot)
+                attention = standard(attention)
+                rank = {token: novelty[token] + max(attention[token], -1.0) for token in slot}
+                order = sorted(slot, key=lambda token: rank[token], reverse=True)
+                for token in sorted(order[slots:]):
+                    lost_any = True
+                    del slot[token]
+                    del received[token]
+                    if mixer.recurrence is None:
+                        continue
+                    key = keys[token] if config.rope else k[token, head]
+                    own = mixer.recurrence
+                    gate = torch.sigmoid(own.gate_scale[head] * key + own.gate_bias[head])
+                    write = key.exp() / key.exp().sum()
+                    state = gate[:, None] * state + write[:, None] * torch.cat([values[token], torch.ones(1)])
+                received = {token: x * (0.8 if token in slot else 1.0) for token, x in received.items()}
+            if t >= sinks:
+                local.append(t)
+                received[t] = 0.0
+            seen = [*range(min(sinks, t + 1)), *slot, *local]
+            for index in range(head * group, (head + 1) * group):
+                weights = torch.stack([(q_rotated[t, index] @ keys[s] * mixer.layer.scale).exp() for s in seen])
+                weights = weights / weights.sum()
+                y = sum(weight * values[s] for weight, s in zip(weights, seen, strict=True))
+                for weight, s in zip(weights, seen, strict=True):
+                    if s in slot or (s in local and t - s >= window // 4):
+                        received[s] += float(weight.detach())
+                if mixer.recurrence is not None and lost_any:
+                    query = q_rotated[t, index] if config.rope else q[t, index]
+                    read = (query.exp() / query.exp().sum()) @ state
+                    y = y + mixer.mix_weight[index] * (read[:-1] / read[-1] - y)
+                outputs[t, index] = y
+    return outputs[None]
+
+
+@pytest.fixture(autouse=True)
+def _in_double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case):
+    mixer, new = mixer_of(**CASES[case]), projections()
+    wanted = reference(mixer, new)
+    torch.testing.assert_close(mixer(new, None, None), wanted, rtol=0, atol=1e-5)
+    parts = mixer.parts(1, torch.float64, torch.device("cpu"))
+    parts["state"] = {name: tensor.double() for name, tensor in parts.get("state", {}).items()}
+    memory = LayerMemory(parts, 1, torch.device("cpu"))
+    for start, stop in itertools.pairwise((0, 2, 40, 41, 42, 110, *range(111, TOKENS + 1))):
+        piece = mixer(Projections(*(x[:, start:stop] for x in new)), None, memory)
+        memory.advance(stop - start, None)
+        torch.testing.assert_close(piece, wanted[:, start:stop], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["state", "positions in the state"])
+def test_gradients_are_those_of_the_reference(case):
+    mixer = mixer_of(**CASES[case])
+    names, tokens = [name for name, _ in mixer.named_parameters()], 65
+
+    def gradients(run) -> list[Tensor]:
+        new = Projections(*(x.requires_grad_() for x in projections(tokens)))
+        given = [*new, *mixer.parameters()]
+        pull = torch.randn(1, tokens, QUERY_HEADS, WIDTH, generator=torch.Generator().manual_seed(3))
+        return torch.autograd.grad((run(new) * pull).sum(), given, allow_unused=True)
+
+    ours, theirs = gradients(lambda new: mixer(new, None, None)), gradients(lambda new: reference(mixer, new))
+    for name, one, other in zip(["q", "k", "v", "q_rotated", "k_rotated", *names], ours, theirs, strict=True):
+        if other is None:
+            assert one is None or not bool(one.any()), name
+            continue
+        assert float(other.abs().max()) > 0, name
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()), msg=name)
+
+
+@torch.no_grad()
+def test_what_is_unlike_the_text_is_kept():
+    """All keys are much alike but those of a few tokens, which a query finds long after they left the window."""
+    layer = AttentionLayer(1, 1, WIDTH, WIDTH, scale=8.0)
+    tokens, needles = 600, (30, 200, 333)
+    generator = torch.Generator().manual_seed(0)
+    common = torch.zeros(WIDTH)
+    common[0] = 1
+    k = common + 0.1 * torch.randn(tokens, WIDTH, generator=generator)
+    v = torch.randn(tokens, WIDTH, generator=generator)
+    for place, needle in enumerate(needles):
+        k[needle : needle + 4] = torch.eye(WIDTH)[2 + place]
+        v[needle : needle + 4] = 100.0 * (1 + place)
+    q = k.clone()
+    q[-3:] = torch.eye(WIDTH)[2:5]
+    shaped = [x.view(1, tokens, 1, WIDTH) for x in (q, k, v)]
+    new = Projections(*shaped, shaped[0], shaped[1])
+
+    def found(**changes) -> Tensor:
+        mixer = mixer_of(layer, recurrence="none", **changes)
+        return mixer(new, None, None)[0, -3:, 0, 0]
+
+    wanted = torch.tensor([100.0, 200.0, 300.0])
+    torch.testing.assert_close(found(landmarks=40), wanted, rtol=0.05, atol=0)
+    assert bool((found(landmarks=0, window=16 + 31 + 40) < 50).all())  # a window of as many tokens finds none
+
+
+def test_a_state_of_all_tokens_is_refused():
+    with pytest.raises(ValueError, match="landmarks need covers: evicted"):
+        mixer_of(covers="all")
+    assert mixer_of(covers="all", recurrence="none").config.landmarks == 20

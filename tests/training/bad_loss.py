@@ -1,0 +1,45 @@
+"""A process of `test_processes.py`: the second one's loss is no number at the second and the fourth step. Run under
+torch.distributed.run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from linearize.errors import LinearizeError
+from linearize.recipe import load_recipe
+from linearize.training import processes
+from linearize.training.finetune import finetune, shared_work_folder
+from linearize.training.guarded import GuardedTrainer
+
+
+def main(recipe: str, target: str) -> None:
+    processes.join()
+    first, step, said, weights = processes.is_first(), GuardedTrainer._in_parts, [], []
+
+    def planted(self, model, inputs, counted):
+        weights.append([float(p.detach().double().sum()) for p in model.parameters() if p.requires_grad])
+        bad = not first and self.state.global_step in (1, 3)
+        layer = next(module for name, module in model.named_modules() if name.endswith("layers.1.self_attn.o_proj"))
+        hook = layer.register_forward_hook(lambda _, __, y: y * torch.nan if bad else y)
+        try:
+            return step(self, model, inputs, counted)
+        finally:
+            hook.remove()
+
+    GuardedTrainer._in_parts = planted
+    error = ""
+    try:
+        with shared_work_folder(Path(target), load_recipe(recipe, ()), resume=False) as work:
+            finetune(load_recipe(recipe, ()), work, say=said.append)
+    except LinearizeError as stopped:
+        error = str(stopped)
+    told = {"said": [line for line in said if "passed over" in line], "weights": weights, "error": error}
+    Path(f"{target}.{0 if first else 1}").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
