@@ -40,15 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=30_000, help="files to try on each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", help="only this one, and keep no figures")
+    parser.add_argument("--reader", help="only this one; figures of others stay")
     parser.add_argument("--table", action="store_true", help="print the table of the figures that are here")
     arguments = parser.parse_args()
-    if arguments.reader:
-        print(json.dumps(fuzz(readers()[arguments.reader], arguments.inputs, arguments.seed), indent=1))
-        return
     if not arguments.table:
         rows = []
         for name, reader in readers().items():
+            if arguments.reader not in (None, name):
+                rows += [row for row in json.loads(FIGURES.read_text())["rows"] if row["reader"] == name]
+                continue
             rows.append({"reader": name, **fuzz(reader, arguments.inputs, arguments.seed)})
             print(row_of(rows[-1]), flush=True)
         FIGURES.write_text(json.dumps({"seed": arguments.seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")

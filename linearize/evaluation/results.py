@@ -210,6 +210,8 @@ def read_results(path: Path) -> Results:
         raise DataError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
     except RecursionError:
         raise DataError(f"{path}: not a results file: nested too deeply") from None
+    except ValueError:
+        raise DataError(f"{path}: not a results file: a number of thousands of digits") from None
     return Results.from_json(document, str(path))
 
 

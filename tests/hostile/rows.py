@@ -391,6 +391,11 @@ RESULTS = [
     ),
     ("results nested too deeply", lambda kit: ["compare", *[kit.write("results.json", DEEP)] * 2], "nested too deeply"),
     (
+        "results that are a very long number",
+        lambda kit: ["compare", *[kit.write("results.json", "9" * 5_000)] * 2],
+        "a number of thousands of digits",
+    ),
+    (
         "results of another schema",
         lambda kit: ["compare", *[kit.write("results.json", '{"schema": 1}')] * 2],
         "results.json: ",
