@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from linearize import int8
 from linearize.errors import ModelError
-from linearize.int8 import Int8Linear, to_int8
+from linearize.int8 import Int8Linear, PairedInt8Linear, pairs_are_fast, to_int8
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -27,6 +28,31 @@ def test_a_layer_is_its_rounded_weights(tokens, outputs, bias):
     got = layer(x).detach()
     assert got.dtype == x.dtype and got.shape == want.shape
     assert float((got - want).norm() / want.norm()) < 2**-7
+
+
+@pytest.mark.skipif(not pairs_are_fast(), reason="the processor does not multiply int8")
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_of_pairs_rounds_nothing_but_its_weights(tokens, bias):
+    """Inputs of very different size, 0 among them: each row has a scale of its own."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, bias=bias)
+    x = torch.randn(2, tokens, 64) * torch.logspace(-3, 3, tokens)[:, None]
+    x[0, 0] = 0
+    scale = linear.weight.abs().amax(1, keepdim=True).double() / 127
+    rounded = (linear.weight.double() / scale).round() * scale
+    want = nn.functional.linear(x.double(), rounded, None if linear.bias is None else linear.bias.double()).detach()
+    got = PairedInt8Linear(linear)(x).detach()
+    assert got.dtype == x.dtype and bool(torch.isfinite(got).all())
+    assert bool(((got - want).norm(dim=-1) <= 2**-13 * want.norm(dim=-1)).all())
+
+
+@pytest.mark.skipif(not pairs_are_fast(), reason="the processor does not multiply int8")
+def test_large_layers_take_pairs(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
+    model.device = torch.device("cpu")
+    monkeypatch.setattr(int8, "_LARGE", 64 * 96)
+    assert [type(layer) for layer in to_int8(model)] == [Int8Linear, PairedInt8Linear]
 
 
 def test_widths_that_the_kernel_cannot_read_stay():
