@@ -28,7 +28,7 @@ EPILOG = examples(
     "linearize finetune default -o tuned --set model=./converted",
     "linearize finetune mine.yaml -o tuned --set stages.0.lr=5e-4",
     "linearize finetune mine.yaml -o tuned --resume",
-    "linearize finetune mine.yaml -o tuned --launch 8",
+    "linearize finetune mine.yaml -o tuned --launch 8 --shard",
 )
 
 
@@ -54,6 +54,9 @@ def finetune(
             help="Start by `accelerate launch` with this configuration; run it on each of several machines.",
         ),
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split weights, gradients and optimizer among the processes (FSDP2).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each stage takes per GPU, and stop.")] = False,
     gpus: GpusOption = 8,
     overwrite: OverwriteOption = False,
@@ -86,12 +89,12 @@ def finetune(
     if dry_run:
         _show_memory(settings, gpus, trust_remote_code, as_json)
         return
-    processes.join()
+    shard = processes.join() or shard
     say = status if processes.is_first() else _nothing
     if processes.is_first():
         check_free(target, overwrite=overwrite)
     with shared_work_folder(target, settings, resume=resume) as work:
-        result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
+        result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
         if not processes.is_first():
             return
         with staged_folder(target, overwrite=overwrite) as folder:
