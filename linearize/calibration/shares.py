@@ -41,7 +41,7 @@ LENGTH = 2048
 """Tokens of a text, where the model has learned as many positions: enough that equal shares lose something."""
 TEXTS = 4
 # Of an even share.
-_TRIED = (0.125, 0.5, 1.0, 2.0, 4.0)
+_TRIED = (0.125, 0.5, 1.5, 4.0)
 # Slots that are given at once, and the fewest that a layer with landmarks has.
 _STEP = 16
 # Nats of an answer's token beside nats of a text's: needles are rare. Chosen on validation text and needles.
