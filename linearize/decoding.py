@@ -237,6 +237,7 @@ class Engine:
         }
         rows.alive.zero_()  # so that nothing is written into a memory that has been read already
         for layer in rows.state.layers:
+            layer.stay()
             layer.counts_on_host = False
         try:
             for name, work in works.items():

@@ -11,7 +11,13 @@ head and never repeated per query head. Arithmetic is float32, or float64 where 
 """
 
 from linearize_kernels.decay import Form
-from linearize_kernels.delta import delta_rule, delta_rule_chunkwise, delta_rule_parallel, delta_rule_recurrent
+from linearize_kernels.delta import (
+    delta_rule,
+    delta_rule_chunkwise,
+    delta_rule_parallel,
+    delta_rule_recurrent,
+    delta_rule_step,
+)
 from linearize_kernels.dispatch import CHOICES, Decision, Kernels, Operation, choose, decide, say_once
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent, gla_step
 from linearize_kernels.slots import (
@@ -19,6 +25,7 @@ from linearize_kernels.slots import (
     gated_values_chunkwise,
     gated_values_parallel,
     gated_values_recurrent,
+    gated_values_step,
 )
 from linearize_kernels.softmax import full_attention
 from linearize_kernels.step import Step, StepWeights
@@ -38,11 +45,13 @@ __all__ = [
     "delta_rule_chunkwise",
     "delta_rule_parallel",
     "delta_rule_recurrent",
+    "delta_rule_step",
     "full_attention",
     "gated_values",
     "gated_values_chunkwise",
     "gated_values_parallel",
     "gated_values_recurrent",
+    "gated_values_step",
     "gla",
     "gla_chunkwise",
     "gla_parallel",

@@ -28,6 +28,7 @@ from linearize_kernels.decay import (
     Form,
     decayed_scores,
     exp_like,
+    folded,
     form_for,
     from_chunks,
     pair_decay,
@@ -132,12 +133,25 @@ def delta_rule_chunkwise(
     for n in range(q.shape[1]):
         states.append(state)
         corrections.append(entering[:, n] @ state + of_writes[:, n])
-        state = chunk_decay[:, n] * state + written[:, n] + corrected[:, n] @ corrections[-1]
+        state = torch.addcmul(written[:, n] + corrected[:, n] @ corrections[-1], chunk_decay[:, n], state)
 
-    outputs = decayed_scores(q, k, cumulative, cumulative) @ v.unsqueeze(3)
-    outputs = outputs + decayed_scores(q, b, cumulative, cumulative) @ torch.stack(corrections, 1).unsqueeze(3)
-    outputs = outputs + (q * exp_like(cumulative, q).unsqueeze(3)) @ torch.stack(states, 1).unsqueeze(3)
+    outputs = folded(q * exp_like(cumulative, q).unsqueeze(3), torch.stack(states, 1))
+    outputs = folded(decayed_scores(q, k, cumulative, cumulative), v, onto=outputs)
+    outputs = folded(decayed_scores(q, b, cumulative, cumulative), torch.stack(corrections, 1), onto=outputs)
     return from_chunks(outputs, tokens), state
+
+
+def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """One token, for decoding; as `linearize_kernels.gla_step`, with `a` and `b` `[B, 1, K, D]`."""
+    batch, key_value_heads, width, values = state.shape
+    heads = batch * key_value_heads
+    matrices = state.view(heads, width, values)
+    correction = torch.bmm(a.reshape(heads, 1, width), matrices)
+    matrices.mul_(gate.reshape(heads, -1, 1))
+    # Both writes are one product, over the pair of them.
+    written = torch.stack([b.reshape(heads, width), k.reshape(heads, width)], 2)
+    matrices.baddbmm_(written, torch.cat([correction, v.reshape(heads, 1, values)], 1))
+    return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
 
 
 _FORMS = {"parallel": delta_rule_parallel, "chunkwise": delta_rule_chunkwise, "recurrent": delta_rule_recurrent}

@@ -123,23 +123,22 @@ def _states(written: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tens
     return torch.stack(entering, 1), state
 
 
-def gla_step(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor) -> Tensor:
+def gla_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> Tensor:
     """One token, for decoding: `state` is updated where it lies, and no gradient goes through.
 
     Args:
-        q: `[B, 1, H, D]`. k: `[B, 1, K, D]`. v: `[B, 1, K, V]`. log_gate: `[B, 1, K, D or 1]`.
+        q: `[B, 1, H, D]`. k: `[B, 1, K, D]`. v: `[B, 1, K, V]`. gate: `[B, 1, K, D or 1]`, g itself.
         state: `[B, K, D, V]` float32.
 
     Returns:
         `[B, 1, H, V]`.
     """
-    batch, key_value_heads, width, _ = state.shape
+    batch, key_value_heads, width, values = state.shape
+    heads = batch * key_value_heads
     # Views of three dimensions, which is what a batched product takes as it is.
-    matrices = state.view(batch * key_value_heads, width, -1)
-    matrices.mul_(log_gate.reshape(batch * key_value_heads, -1, 1).exp())
-    matrices.baddbmm_(k.reshape(-1, width, 1), v.reshape(-1, 1, v.shape[-1]))
-    read = torch.bmm(q.reshape(batch * key_value_heads, -1, width), matrices)  # [B*K, G, V]
-    return read.view(batch, 1, -1, v.shape[-1])
+    matrices = state.view(heads, width, values)
+    matrices.mul_(gate.reshape(heads, -1, 1)).baddbmm_(k.reshape(heads, width, 1), v.reshape(heads, 1, values))
+    return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
 
 
 _FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}

@@ -296,10 +296,14 @@ def mix_outputs(
         ratio = log_ratio.clamp_max(MOST_LOG_RATIO).exp()
         share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
         return y + share * (read / mass.clamp_min(TINY) - y)
-    part: Tensor | float = 0.5 if weight is None else weight.to(y.dtype)
+    part: Tensor | float = 0.5 if weight is None else weight if weight.dtype == y.dtype else weight.to(y.dtype)
     if mass is None or not normalize:
         return torch.lerp(y, read, part)
     # A reading without mass has underflowed, and is no average of anything.
+    if not torch.is_grad_enabled() and y.dtype == read.dtype:
+        # The same in fewer launches: without mass there is no reading either, and the window's output stays by itself.
+        change = torch.addcmul(read, mass, y, value=-1).div_(mass.clamp_min(TINY))
+        return torch.addcmul(y, change, part) if isinstance(part, Tensor) else y.add(change, alpha=part)
     return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(TINY), part), y)
 
 

@@ -22,8 +22,10 @@ from linearize_kernels.decay import (
     Form,
     decayed_sum,
     exp_like,
+    folded,
     form_for,
     from_chunks,
+    lower_triangle,
     pair_decay,
     prepare,
     running_sum,
@@ -87,17 +89,26 @@ def gated_values_chunkwise(
     cumulative = running_sum(log_gate, 3)
     total = cumulative[..., -1:, :]
 
-    outputs = decayed_sum((q @ k.unsqueeze(3).transpose(-1, -2)).tril(), v, cumulative)
+    scores = folded(q, k.transpose(-1, -2)).mul_(lower_triangle(k.shape[-2], k))
+    outputs = decayed_sum(scores, v, cumulative)
 
     written = k.transpose(-1, -2) @ (v * exp_like(total - cumulative, v))  # [B, N, K, D, V]
     chunk_decay = exp_like(total, v)  # [B, N, K, 1, V]
     entering = []
     for n in range(q.shape[1]):
         entering.append(state)
-        state = chunk_decay[:, n] * state + written[:, n]
-    outputs = outputs + (q @ torch.stack(entering, 1).unsqueeze(3)) * exp_like(cumulative, v).unsqueeze(3)
+        state = torch.addcmul(written[:, n], chunk_decay[:, n], state)
+    read = folded(q, torch.stack(entering, 1))
+    return from_chunks(torch.addcmul(outputs, read, exp_like(cumulative, v).unsqueeze(3)), tokens), state
 
-    return from_chunks(outputs, tokens), state
+
+def gated_values_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> Tensor:
+    """One token, for decoding; as `gla_step`, with `gate` `[B, 1, K, V]`."""
+    batch, key_value_heads, width, values = state.shape
+    heads = batch * key_value_heads
+    matrices = state.view(heads, width, values)
+    matrices.mul_(gate.reshape(heads, 1, -1)).baddbmm_(k.reshape(heads, width, 1), v.reshape(heads, 1, values))
+    return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
 
 
 _FORMS = {"parallel": gated_values_parallel, "chunkwise": gated_values_chunkwise, "recurrent": gated_values_recurrent}

@@ -73,22 +73,27 @@ def step_attention(
     """Attention of one query to every key that is given.
 
     Args:
-        q: `[B, H, D]`, positions already encoded.
+        q: `[B, H, D]` or `[B, 1, H, D]`, positions already encoded.
         k, v: `[B, N, K, D]` and `[B, N, K, V]`, in any order.
         scale: multiplies the scores.
         softcap, normaliser: as of `window_attention`.
 
     Returns:
-        outputs `[B, H, V]` and the log of the softmax's denominator `[B, H]`, both float32 (or float64).
+        outputs `[B, H, V]` or `[B, 1, H, V]` and the log of the softmax's denominator, without the last axis, both
+        float32 (or float64).
     """
     dtype = _computing(q)
-    grouped = q.to(dtype).unflatten(1, (k.shape[2], -1))  # the query heads of a group are so many queries of one head
-    k, v = k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
+    groups, width = k.shape[2:]
+    # The query heads of a group are so many queries of one head.
+    grouped, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
+    grouped, k, v = grouped.view(q.shape[0], groups, -1, width), k.transpose(1, 2), v.transpose(1, 2)
     if softcap is None and not normaliser:
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2), None
+        attended = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        return attended.view(*q.shape[:-1], -1), None
     scores = _cap(grouped @ k.transpose(-1, -2) * scale, softcap)
     outputs: Tensor = scores.softmax(-1) @ v
-    return outputs.flatten(1, 2), scores.logsumexp(-1).flatten(1) if normaliser else None
+    logs = scores.logsumexp(-1).view(q.shape[:-1]) if normaliser else None
+    return outputs.view(*q.shape[:-1], -1), logs
 
 
 def joint_attention(

@@ -113,9 +113,13 @@ def _landmarks(
     )
     length = min(LENGTH, learned_positions(teacher) or LENGTH)
     reach = spec.window + spec.sinks + spec.landmarks
-    if not chosen or length <= reach:
-        what = f"a text of {length:,} tokens is read exactly" if chosen else "no layer has a share"
-        raise RecipeError(f"mixer.landmarks_by: {what}, so there is nothing to share out: lower mixer.landmarks")
+    if not chosen:  # the recipe names them all
+        return recipe.model_copy(update={"mixer": spec.model_copy(update={"landmarks_by": None})}), []
+    if length <= reach:
+        raise RecipeError(
+            f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: lower "
+            "mixer.landmarks"
+        )
     origin = recipe.calibrate or DataSpec(source=SELF)
     data = DataSpec(source=origin.source, config=origin.config, split=origin.split, field=origin.field)
     text = load_data(

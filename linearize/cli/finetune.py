@@ -19,6 +19,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
 
 if TYPE_CHECKING:
     from linearize.recipe import Recipe
@@ -27,7 +28,7 @@ EPILOG = examples(
     "linearize finetune default -o tuned --set model=./converted",
     "linearize finetune mine.yaml -o tuned --set stages.0.lr=5e-4",
     "linearize finetune mine.yaml -o tuned --resume",
-    "linearize finetune mine.yaml -o tuned --launch 8",
+    "linearize finetune mine.yaml -o tuned --launch 8 --shard",
 )
 
 
@@ -53,7 +54,11 @@ def finetune(
             help="Start by `accelerate launch` with this configuration; run it on each of several machines.",
         ),
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split weights, gradients and optimizer among the processes (FSDP2).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each stage takes per GPU, and stop.")] = False,
+    gpus: GpusOption = 8,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -82,14 +87,14 @@ def finetune(
         )
     target = output or Path(Path(recipe).stem)
     if dry_run:
-        _show_memory(settings, trust_remote_code, as_json)
+        _show_memory(settings, gpus, trust_remote_code, as_json)
         return
-    processes.join()
+    shard = processes.join() or shard
     say = status if processes.is_first() else _nothing
     if processes.is_first():
         check_free(target, overwrite=overwrite)
     with shared_work_folder(target, settings, resume=resume) as work:
-        result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
+        result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
         if not processes.is_first():
             return
         with staged_folder(target, overwrite=overwrite) as folder:
@@ -130,21 +135,17 @@ def _without(arguments: list[str], *options: str) -> list[str]:
     return kept
 
 
-def _show_memory(settings: Recipe, trust_remote_code: bool, as_json: bool) -> None:
-    from linearize.conversion.source import find_source, load_config, teacher_of
+def _show_memory(settings: Recipe, gpus: int, trust_remote_code: bool, as_json: bool) -> None:
+    from linearize.conversion.source import find_source
     from linearize.errors import RecipeError
-    from linearize.training.memory import memory_lines, training_memory
 
     if settings.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
-    config = load_config(teacher_of(find_source(settings.model, trust_remote_code=trust_remote_code)))
-    found = [training_memory(config, settings, stage) for stage in settings.stages]
+    stages = stages_memory(find_source(settings.model, trust_remote_code=trust_remote_code), settings, gpus)
     if as_json:
-        print_json([{engine: memory.facts() for engine, memory in stage.items()} for stage in found])
-        return
-    for number, stage in enumerate(found):
-        for line in memory_lines(stage):
-            print(f"stage {number + 1}  {line}")
+        print_json(memory_facts(stages))
+    else:
+        show_memory(settings, stages, gpus)
 
 
 def _nothing(_: str) -> None:

@@ -21,6 +21,7 @@ from linearize.cli.console import (
     readable_count,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
 from linearize.hub.card import ranges
 
 EPILOG = examples(
@@ -44,10 +45,12 @@ def inspect(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
+    gpus: GpusOption = 8,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's family and heads, what converts, and its cache against the converted model's memory.
+    """Show a model's family and heads, what converts, its cache against the converted model's memory, and what the
+    recipe's training takes.
 
     Reads the configuration only; no weights are loaded.
     """
@@ -58,7 +61,8 @@ def inspect(
     from linearize.recipe import load_recipe
 
     chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
-    spec = load_recipe(recipe, [*(overrides or ()), *chosen]).mixer
+    settings = load_recipe(recipe, [*(overrides or ()), *chosen])
+    spec = settings.mixer
     source = find_source(model, trust_remote_code=trust_remote_code)
     if recurrence == "all":
         facts, rows = compare_mixers(source, every_recurrence(spec), dtype=DTYPES.get(dtype))
@@ -69,10 +73,12 @@ def inspect(
             _show_all(facts)
         return
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
+    stages = stages_memory(source, settings, gpus)
     if as_json:
-        print_json(facts)
+        print_json({**facts, "training": memory_facts(stages)})
         return
     _show(facts)
+    show_memory(settings, stages, gpus)
 
 
 def _show(facts: dict[str, Any]) -> None:

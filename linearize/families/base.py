@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,60 @@ class Family(ABC):
         """For each layer the module that owns the attention, and the attention's name in it."""
         blocks: Any = model.get_submodule(self.blocks)
         return [(block, self.attention) for block in blocks]
+
+
+def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """What several modules make of `x` `[B, T, width]`. For one token on a CPU plain linear layers are one product, as
+    there each launch costs what a small product does."""
+    if (
+        x.shape[1] == 1
+        and x.is_contiguous()
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        whole = _side_by_side(modules)
+        if whole is not None:
+            # Of two dimensions a product takes its operands as they are.
+            projected = F.linear(x.view(-1, x.shape[2]), whole).view(x.shape[0], 1, -1)
+            return list(projected.split([module.out_features for module in modules], -1))
+    return [module(x) for module in modules]
+
+
+def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
+    """The weights of linear layers as one matrix, which they are made views of: nothing is held twice. None where a
+    module is more than its weight, such as one with a bias, an adapter or a hook."""
+    for module in modules:
+        if (
+            type(module) is not nn.Linear
+            or module.bias is not None
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
+            return None
+        if "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
+            return None
+    weights: list[Any] = [module._parameters["weight"] for module in modules]
+    first, width = weights[0], weights[0].shape[1]
+    rows = sum(weight.shape[0] for weight in weights)
+    end, size = first.data_ptr(), first.element_size()
+    room = first.untyped_storage().nbytes() - first.storage_offset() * size
+    for weight in weights:
+        if weight.data_ptr() != end or room < rows * width * size or not weight.is_contiguous():
+            break
+        end += weight.numel() * size
+    else:
+        joint: Tensor = first.as_strided((rows, width), (width, 1))
+        return joint
+    if any(weight.is_shared() or weight.shape[1] != width or weight.dtype != first.dtype for weight in weights):
+        return None
+    if first.is_inference():  # made in inference mode, where it cannot be made a view of what is usable outside
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([weight.shape[0] for weight in weights]), strict=True):
+            weight.data = part
+    return whole
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from linearize.families.base import AttentionLayer, Family, head_width, own_window
+from linearize.families.base import AttentionLayer, Family, head_width, own_window, project_jointly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,11 @@ class Llama(Family):
         )
 
     def project(self, attention: Any, layer: AttentionLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, layer.key_width))
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
+        modules = attention._modules
+        projected = project_jointly(hidden_states, [modules["q_proj"], modules["k_proj"], modules["v_proj"]])
+        rows = hidden_states.shape[:2]
+        q, k, v = (x.view(*rows, -1, layer.key_width) for x in projected)
+        if "q_norm" in modules:
             q, k = attention.q_norm(q), attention.k_norm(k)
         return q, k, v
 

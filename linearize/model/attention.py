@@ -116,7 +116,8 @@ class LinearizedAttention(nn.Module):
             heads = layout.scatter(self._mix(Projections(*(layout.gather(x) for x in projected)), lengths, memory))
         if memory is not None:
             memory.advance(hidden_states.shape[1], lengths)
-        return self.family.output(self, heads.to(projected.v.dtype)), None
+        heads = heads if heads.dtype == projected.v.dtype else heads.to(projected.v.dtype)
+        return self.family.output(self, heads), None
 
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, attention: Any = None
@@ -130,11 +131,34 @@ class LinearizedAttention(nn.Module):
             raise ValueError("the model passed no rotary positions to its attention")
         if hidden_states.shape[1] == 1:
             # Heads are turned alike: as one tensor it takes half of the launches.
-            turned = self.family.rotate(torch.cat([q, k], 2), *position_embeddings)
+            both = _joined(q, k)
+            turn = self._turn(both, position_embeddings)
+            if turn is None:
+                turned = self.family.rotate(both, *position_embeddings)
+            elif turn.shape[0] == 1:
+                turned = torch.mm(both.view(-1, both.shape[-1]), turn[0]).view(both.shape)
+            else:
+                turned = torch.bmm(both.squeeze(1), turn).unsqueeze(1)
             q_rotated, k_rotated = turned.split([q.shape[2], k.shape[2]], 2)
         else:
             q_rotated, k_rotated = (self.family.rotate(x, *position_embeddings) for x in (q, k))
         return Projections(q, k, v, q_rotated, k_rotated)
+
+    def _turn(self, heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
+        """What rotary positions do to one token's `heads` `[B, 1, N, D]`, as a matrix `[B or 1, D, D]` that all layers
+        share, kept on the table: one product a layer in the place of seven small operations. None where that does not
+        pay, or would round what the family does not."""
+        cos, sin = position_embeddings
+        if heads.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if cos.dtype != heads.dtype or heads.dtype not in (torch.float32, torch.float64):
+            return None
+        kept: tuple[Family, Tensor] | None = cos.__dict__.get("_turn")
+        if kept is None or kept[0] is not self.family or kept[1].shape[-1] != heads.shape[-1]:
+            every = torch.eye(heads.shape[-1], dtype=heads.dtype).expand(cos.shape[0], 1, -1, -1)
+            kept = self.family, self.family.rotate(every, cos, sin).squeeze(1)
+            cos.__dict__["_turn"] = kept
+        return kept[1]
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` are the real ones, None if all."""
@@ -189,6 +213,17 @@ def _part_of(layer: AttentionLayer, heads: list[int]) -> AttentionLayer:
     """The layer with only the key/value heads of that number."""
     group = layer.query_heads // layer.key_value_heads
     return replace(layer, key_value_heads=len(heads), query_heads=len(heads) * group)
+
+
+def _joined(q: Tensor, k: Tensor) -> Tensor:
+    """The heads of one token side by side, `[B, 1, H + K, D]`: as they lie, where one product has put them so."""
+    size = q.element_size()
+    if q.shape[0] == 1 and k.data_ptr() == q.data_ptr() + q.numel() * size and q.is_contiguous() and k.is_contiguous():
+        shape, end = (1, 1, q.shape[2] + k.shape[2], q.shape[3]), q.storage_offset() + q.numel() + k.numel()
+        if end * size <= q.untyped_storage().nbytes():
+            width = q.shape[3]
+            return q.as_strided(shape, (shape[2] * width, shape[2] * width, width, 1))
+    return torch.cat([q, k], 2)
 
 
 def _by_group(heads: Tensor, key_value_heads: list[int]) -> Tensor:

@@ -40,9 +40,9 @@ class LayerMemory(CacheLayerMixin):
         past: keys and values `[B, N, ...]` of the heads that keep softmax over everything, if the layer has any: the
             one part that has to grow.
         capacity: how many tokens `past` has room for from the start; None where it grows.
-        counts: `[B]` real tokens that each row has seen.
         counts_on_host: False while work is recorded that will be repeated, so that nothing depends on a number of now;
             after repeating it, `recount` reads them.
+        stays: True once work was recorded on its tensors, which then stay where they are.
         seen: tokens the layer was called with, pads included; what transformers calls the sequence length.
     """
 
@@ -62,11 +62,29 @@ class LayerMemory(CacheLayerMixin):
         super().__init__()
         self.parts, self.past, self.capacity = parts, past or {}, capacity
         self.ragged = False  # whether rows may have seen different numbers of tokens
-        self.counts_on_host = True
-        self.counts = torch.zeros(batch, dtype=torch.long, device=device)
+        self.counts_on_host, self.stays = True, False
+        self._counts, self._uncounted = torch.zeros(batch, dtype=torch.long, device=device), 0
         # A number that compiled code would be built for again, so there it is a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
+        self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.is_initialized = True
+
+    @property
+    def counts(self) -> Tensor:
+        """`[B]` real tokens that each row has seen."""
+        if self._uncounted:
+            # All rows of all layers count alike, so it is written down only when it is asked for: perhaps outside of
+            # the inference mode that made the tensor, where it may not be changed in place.
+            tokens, self._uncounted = self._uncounted, 0
+            if self._counts.is_inference() and not torch.is_inference_mode_enabled():
+                self._counts = self._counts + tokens
+            else:
+                self._counts.add_(tokens)
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self._counts, self._uncounted = counts, 0
 
     @property
     def is_compileable(self) -> bool:
@@ -104,10 +122,37 @@ class LayerMemory(CacheLayerMixin):
 
     def advance(self, tokens: int, lengths: Tensor | None) -> None:
         """Counts `tokens` columns as seen, of which row b had `lengths[b]` real ones (all, if None)."""
-        self.counts.add_(tokens if lengths is None else lengths)
+        if lengths is None and not self.stays and isinstance(self._seen, int) and self._counts.device.type == "cpu":
+            self._uncounted += tokens
+        else:
+            self.counts.add_(tokens if lengths is None else lengths)
         if self.counts_on_host:
             self._seen += tokens
         self.ragged = self.ragged or lengths is not None
+
+    def stay(self) -> None:
+        """Keeps all tensors where they are from now on, for work that is recorded on them."""
+        self.counts, self.stays = self.counts, True
+
+    def joined(self, first: str, second: str, names: Sequence[str]) -> Part:
+        """The tensors of that name of two parts `[B, M, ...]` and `[B, N, ...]` as one `[B, M + N, ...]`, which the
+        parts are made views of. Copied only at the first call, or where a part has other tensors since; each time where
+        tensors have to stay where they are and do not lie so."""
+        whole: Part = {}
+        one, other = self.parts[first], self.parts[second]
+        for name in names:
+            kept = self._joined.get(name)
+            if kept is None or kept[1] is not one[name] or kept[2] is not other[name]:
+                # Whoever goes on with this memory outside of inference mode writes into it as well.
+                with torch.inference_mode(False), torch.no_grad():
+                    joint, at = torch.cat([one[name], other[name]], 1), one[name].shape[1]
+                    if self.stays:
+                        whole[name] = joint
+                        continue
+                    one[name], other[name] = joint[:, :at], joint[:, at:]
+                self._joined[name] = kept = joint, one[name], other[name]
+            whole[name] = kept[0]
+        return whole
 
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
         """Adds the keys and values of L new tokens `[B, L, ...]` to `past`.
@@ -204,7 +249,7 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return self.counts.shape[0]
+        return self._counts.shape[0]
 
     def offload(self) -> None:
         """Nothing: a memory of fixed size stays where its layer is."""

@@ -2,7 +2,8 @@
 
 What `Mixer.forward` works out with masks and indices is then known as plain numbers: which slot of the window is
 written over, how many slots are filled, and whether what leaves is a sink or goes into the state. So nothing is masked,
-nothing of the window is moved, and the memory is updated where it lies.
+nothing of the window is moved, and the memory is updated where it lies. Sinks and window lie side by side, so that one
+product reads both.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import torch
 from linearize_kernels import step_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Container
-
     from torch import Tensor
 
     from linearize.families.base import Projections
@@ -30,49 +29,55 @@ def steps(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerM
 
 def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     """As `Mixer.forward`, for the calls that `steps` names."""
-    config, window, count = mixer.config, mixer.window, memory.uniform
+    config, window, count, recurrence = mixer.config, mixer.window, memory.uniform, mixer.recurrence
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
     leaving = count - window  # the number of the token that the new one pushes out; below 0 there is none
+    slot = count % window
     ring = memory.parts["window"]
-    wanted = ring if 0 <= leaving < config.sinks or config.rope or "k" not in ring else ring.keys() - {"k_rotated"}
-    held = _exchange(mixer, new, ring, count % window, wanted if leaving >= 0 else ())
-    keys = {name: ring[name] if leaving >= -1 else ring[name][:, : count + 1] for name in ("k_rotated", "v")}
-    if config.sinks and leaving >= 0:
-        sinks = memory.parts["sinks"]
-        if leaving < config.sinks:
-            for name, tensor in sinks.items():
-                tensor[:, leaving] = held[name][:, 0]
-        visible = min(leaving + 1, config.sinks)
-        keys = {name: torch.cat([tensor, sinks[name][:, :visible]], 1) for name, tensor in keys.items()}
+    place = {name: tensor[:, slot : slot + 1] for name, tensor in ring.items()}  # of what leaves, then of what comes
+    q = new.q_rotated if config.rope else new.q
+    read = mass = None
+    if recurrence is None or (config.covers == "evicted" and leaving < config.sinks):
+        recurrence = None  # nothing has been written yet
+    elif config.covers == "evicted":
+        # First of all, while what leaves is still where it was.
+        v, k = place["v"], place["k_rotated" if config.rope or "k" not in place else "k"]
+        source = place.get("source", v if config.gate_source == "v" else place.get("k", k))
+        read, mass = recurrence(q, k, v, source, None, memory.parts["state"])
+    else:
+        k = new.k_rotated if config.rope else new.k
+        read, mass = recurrence(q, k, new.v, mixer.source(new), None, memory.parts["state"])
+    if 0 <= leaving < config.sinks:
+        for name, tensor in memory.parts["sinks"].items():
+            tensor[:, leaving : leaving + 1].copy_(place[name])
+    for name, tensor in place.items():
+        tensor.copy_(mixer.source(new) if name == "source" else getattr(new, name))
+    keys = _visible(memory, count, window, config.sinks)
     y, normaliser = step_attention(
-        new.q_rotated[:, 0],
+        new.q_rotated,
         keys["k_rotated"],
         keys["v"],
         scale=mixer.layer.scale,
         softcap=mixer.layer.softcap,
         normaliser=config.mix == "softmax",
     )
-    y = y.unsqueeze(1)
-    evicts = config.covers == "evicted"
-    if mixer.recurrence is None or (evicts and leaving < config.sinks):
+    if recurrence is None or read is None:
         return y
-    if evicts:
-        k, v = held["k_rotated" if config.rope or "k" not in held else "k"], held["v"]
-        source = held.get("source", v if config.gate_source == "v" else held.get("k", k))
-    else:
-        k, v, source = new.k_rotated if config.rope else new.k, new.v, mixer.source(new)
-    q = new.q_rotated if config.rope else new.q
-    read, mass = mixer.recurrence(q, k, v, source, None, memory.parts["state"])
-    logs = None if normaliser is None else normaliser.unsqueeze(1)
-    return mixer.mix(y, logs, read, None if mass is None else mass.unsqueeze(-1))
+    return mixer.mix(y, normaliser, read, None if mass is None else mass.unsqueeze(-1))
 
 
-def _exchange(mixer: Mixer, new: Projections, ring: Part, slot: int, wanted: Container[str]) -> Part:
-    """Puts the new token into a slot of the window; what the slot held, `[B, 1, K, D or V]`, of the tensors wanted."""
-    held: Part = {}
-    for name, tensor in ring.items():
-        place = tensor[:, slot : slot + 1]
-        if name in wanted:
-            held[name] = place.clone()
-        place.copy_(mixer.source(new) if name == "source" else getattr(new, name))
-    return held
+def _visible(memory: LayerMemory, count: int, window: int, sinks: int) -> Part:
+    """The keys and values that token number `count` sees, in any order."""
+    ring, leaving = memory.parts["window"], count - window
+    if leaving < -1:
+        return {name: ring[name][:, : count + 1] for name in _SEEN}
+    exact = min(leaving + 1, sinks)
+    if exact == 0:
+        return ring
+    if exact == sinks:
+        return memory.joined("sinks", "window", _SEEN)
+    first = memory.parts["sinks"]
+    return {name: torch.cat([first[name][:, :exact], ring[name]], 1) for name in _SEEN}
+
+
+_SEEN = ("k_rotated", "v")

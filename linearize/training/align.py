@@ -78,10 +78,21 @@ class Alignment:
 
     def loss(self, input_ids: Tensor, position_ids: Tensor, *, beyond: bool) -> Tensor:
         """The mean over layers of one of the two losses, for packed rows `[B, T]`."""
-        pairs = self.recurrent if beyond and self.recurrent else self.pairs
         rows, tokens = input_ids.shape
         mask = layer_mask(segments_of(None, position_ids, rows, tokens, continued=False), input_ids.device)
-        apart = documents_apart(self.teacher, position_ids)
+        return self.loss_of(input_ids, position_ids, mask, documents_apart(self.teacher, position_ids), beyond=beyond)
+
+    def loss_of(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        mask: Tensor,
+        apart: dict[str, Tensor],
+        *,
+        beyond: bool,
+    ) -> Tensor:
+        """The same where the student's mask, and what keeps the teacher's documents apart, are known."""
+        pairs = self.recurrent if beyond and self.recurrent else self.pairs
         with torch.no_grad(), _recorded([attention for _, attention in pairs]) as calls:
             self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
         layer_loss = _beyond if pairs is self.recurrent and beyond else _whole

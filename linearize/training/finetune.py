@@ -17,27 +17,31 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from linearize.calibration.start import make_start
+from linearize.calibration.start import convert, make_start, prepares
 from linearize.conversion.claims import claimed
 from linearize.conversion.convert import base_record, check_convertible, nbytes, write_checkpoint
-from linearize.conversion.output import check_space, staged_file, telling
+from linearize.conversion.output import check_space, staged_file, staged_folder, telling
 from linearize.conversion.source import (
     Source,
     find_source,
+    load_config,
     load_model,
     load_tokenizer,
     provenance_of,
     teacher_of,
 )
-from linearize.errors import OutputError, RecipeError
+from linearize.errors import ModelError, OutputError, RecipeError
 from linearize.model.modeling import family_of
-from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe
+from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe, load_recipe
 from linearize.training import processes
 from linearize.training.checkpoints import checkpoints, manifest, newest, step_of
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.plot import PLOT, draw_training
 from linearize.training.rows import TrainingData, read_data, save_data
+from linearize.training.sharding import check_shardable, is_sharded, mesh
+from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import KeptLogits, keep_logits, offloaded
+from linearize.training.trackers import check_trackers, tracker_arguments, tracking
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
@@ -46,7 +50,9 @@ from linearize.training.trainer import (
     is_adapter,
     is_own_parameter,
     load_trained,
+    set_trained,
     total_steps,
+    whole_trained,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +66,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
+WORK = ".training"
+"""What the name of a run's working folder ends in."""
 _CHECKPOINT = "stage-*/checkpoint-*"
 _CHECKPOINTS = 9
 """Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
@@ -104,15 +112,15 @@ class _Teacher:
 
     @contextlib.contextmanager
     def serving(
-        self, stage: Stage, rows: Rows, say: Callable[[str], None]
+        self, stage: Stage, rows: Rows, say: Callable[[str], None], *, shard: bool = False
     ) -> Iterator[PreTrainedModel | KeptLogits | None]:
         """What a stage's trainer is given, where its recipe wants it; None where the stage has no use for a teacher."""
         if not wants_teacher(stage):
             yield None
         elif stage.teacher_at == "disk" and stage.top_k is not None:
-            kept = keep_logits(
-                self(), rows, top_k=stage.top_k, temperature=stage.temperature, batch=stage.micro_batch, progress=say
-            )
+            options: dict[str, Any] = {"top_k": stage.top_k, "temperature": stage.temperature}
+            with processes.first_goes_ahead():
+                kept = keep_logits(self(), rows, **options, batch=stage.micro_batch, progress=say)
             if self.is_ours:
                 self.model = None
             yield kept
@@ -120,6 +128,9 @@ class _Teacher:
             with offloaded(self(), self().device):
                 yield self()
         else:
+            if shard and (self.model is None or not is_sharded(self.model)):
+                with processes.in_turns():
+                    shard_model(self())
             yield self()
 
 
@@ -133,6 +144,7 @@ def finetune(
     pretrained: PreTrainedModel | None = None,
     tokenizer: Any = None,
     begin: Callable[[], Start] | None = None,
+    shard: bool = False,
 ) -> FinetuneResult:
     """Runs the stages of `recipe`.
 
@@ -142,58 +154,89 @@ def finetune(
         resume: go on from the newest checkpoint in `work`.
         pretrained, tokenizer: of `recipe.model`, where they are loaded already.
         begin: loads what the conversion came to, where that has been done already.
+        shard: split weights, gradients and optimizer among the processes; the result is the first one's.
 
     Raises:
         LinearizeError: the recipe, the model, the data or a checkpoint is not usable.
     """
     if recipe.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    check_trackers(recipe.report_to)
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
     teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
     set_seed(recipe.seed)
     told: dict[str, Any] = {}
-    if source.is_converted:
+    if shard:
+        check_shardable(recipe)
+        mesh()
+    # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
+    shared = base == source and not shard and any(wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
+    started = None
+    if not source.is_converted and begin is None and processes.count() > 1 and prepares(recipe):
+        started = work / "start"
+        recipe, told = _started(source, recipe, tokenizer, started, resume=resume, say=say)
+    elif source.is_converted:
+        if load_config(source).quantized:
+            raise ModelError(
+                f"{source.name}: its weights are integers, which cannot be trained; train what it was exported from"
+            )
         told = provenance_of(source).get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
-        model: Any = load_model(source, dtype=recipe.dtype)
-    else:
-        # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-        shared = base == source and any(wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
+
+    def converted() -> Any:
+        nonlocal recipe, told
+        if source.is_converted or started is not None:
+            return load_model(source if started is None else find_source(str(started)), dtype=recipe.dtype)
         if begin is None:
             model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
             check_convertible(model.config, source)
             begun = make_start(source, recipe, model, tokenizer, say=say)
         else:
             begun = begin()
-        model, recipe, told = begun.model, begun.recipe, begun.record
-    student = add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
-    for stage in recipe.stages:
-        choose_trained(student, stage.train)  # what a later stage lacks is told now
+        recipe, told = begun.recipe, begun.record
+        return begun.model
+
+    def student_of(model: Any) -> Any:
+        return add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
+
+    with processes.in_turns() if shard else contextlib.nullcontext():
+        student = student_of(converted())
+        for stage in recipe.stages:
+            choose_trained(student, stage.train)  # what a later stage lacks is told now
+        if shard:
+            shard_model(student)
     records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
     data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
-    for number, stage in enumerate(recipe.stages):
+
+    def rows_of(number: int, stage: Stage) -> TrainingData:
+        kept = work / f"stage-{number}.rows.safetensors"
         with processes.first_goes_ahead():  # what it wrote or fetched, the others read
-            kept = work / f"stage-{number}.rows.safetensors"
             if kept.is_file() and (resume or not processes.is_first()):
-                data = read_data(kept)
-            else:
-                data = load_data(
-                    stage.data,
-                    tokenizer=tokenizer,
-                    length=stage.length,
-                    seed=recipe.seed,
-                    teacher=teacher,
-                    student=lambda: base_of(student).eval(),
-                    draw=number,
-                    reserved=reserved,
-                    progress=say,
-                )
-                save_data(data, kept)
+                return read_data(kept)
+            found = load_data(
+                stage.data,
+                tokenizer=tokenizer,
+                length=stage.length,
+                seed=recipe.seed,
+                teacher=teacher,
+                student=lambda: base_of(student).eval(),
+                draw=number,
+                reserved=reserved,
+                progress=say,
+            )
+            save_data(found, kept)
+            return found
+
+    # A teacher that is split cannot write text for one process, so that is done before.
+    ahead = [rows_of(number, stage) for number, stage in enumerate(recipe.stages)] if shard else None
+    for number, stage in enumerate(recipe.stages):
+        data = rows_of(number, stage) if ahead is None else ahead[number]
         records.append(stage_record(stage, data))
-        choose_trained(student, stage.train)
+        if not shard:
+            choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
         start = newest(folder) if resume else None
         if start is not None and number < reached:
@@ -206,17 +249,41 @@ def finetune(
         )
         if processes.is_first():
             _forget_metrics(work / METRICS, number, step_of(start) if start else 0)
-        with teacher.serving(stage, data.train, say) as served:
+        with teacher.serving(stage, data.train, say, shard=shard) as served:
             log = _log_to(work / METRICS, number, len(recipe.stages))
-            trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say)
+            name = work.name.removesuffix(WORK)
+            reporting = tracker_arguments(recipe.report_to, f"{name}, stage {number + 1}")
             if start:
                 say(f"stage {number + 1}: going on from {start.name}")
-            with _quiet():
+            with _quiet(), tracking(recipe.report_to, work.with_name(f"{name}.runs") / f"stage-{number + 1}"):
+                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say, reporting)
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
         _count_skipped(records[-1], trainer.skipped)
+    if shard:
+        trained = whole_trained(student)
+        if not processes.is_first():
+            return FinetuneResult(base_of(student), tokenizer, None, data, recipe, records, told)
+        # Built again, whole, on the CPU: what is frozen is on disk as it was.
+        student = student_of(converted())
+        choose_trained(student, recipe.stages[-1].train)
+        set_trained(student, trained)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     merged.requires_grad_(False).eval()
     return FinetuneResult(merged, tokenizer, teacher.model, data, recipe, records, told)
+
+
+def _started(
+    source: Source, recipe: Recipe, tokenizer: Any, folder: Path, *, resume: bool, say: Callable[[str], None]
+) -> tuple[Recipe, dict[str, Any]]:
+    """What `make_start` came to in the first process, which leaves it in `folder` for all: the recipe with what is kept
+    as softmax named in it, and a record of it."""
+    with processes.first_goes_ahead():
+        if processes.is_first() and not (resume and folder.is_dir()):
+            shutil.rmtree(folder, ignore_errors=True)
+            with staged_folder(folder) as staging:
+                convert(source, recipe, staging, say=say, tokenizer=tokenizer)
+    kept = load_recipe(str(folder / "recipe.yaml"))
+    return kept, provenance_of(find_source(str(folder))).get("start", {})
 
 
 def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:
@@ -265,7 +332,7 @@ def is_resumable(target: Path, recipe: Recipe) -> bool:
 
 def _work(target: Path) -> Path:
     target = Path(os.path.abspath(target))  # "." has no name
-    return target.with_name(f"{target.name}.training")
+    return target.with_name(f"{target.name}{WORK}")
 
 
 @contextlib.contextmanager

@@ -86,6 +86,9 @@ class GuardedTrainer(Trainer):
         """The forward pass that `compute_loss` made of these inputs, for the sake of who watches it."""
         model(**inputs, use_cache=False)
 
+    def share_gradients(self) -> None:
+        """Called with the gradients of a whole step, where a loss does not go through what shares them out."""
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, in as many parts as memory wants.
 
@@ -161,6 +164,7 @@ class GuardedTrainer(Trainer):
     def _sound_norm(self, model: nn.Module) -> Tensor:
         """The norm of the gradients; of a step to be passed over none are left, and an optimizer changes nothing."""
         inner = self.accelerator.unwrap_model(model)
+        self.share_gradients()
         norm = gradient_norm(model)
         if not self._bad and not bool(torch.isfinite(norm)):
             self._pass_over(

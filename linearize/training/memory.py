@@ -1,176 +1,291 @@
-"""What training takes, told before it starts.
+"""What training takes, told before it starts, on one GPU or on each of several.
 
-    weights       of the student, frozen ones in their own dtype
-    trained       LoRA and the mixers' own parameters, float32, with a gradient of the same size
-    optimizer     two moments of each
+    weights       of the student that are frozen, in their own dtype
+    trained       adapters, the mixers' own parameters, or every weight
+    gradients     of what is trained, in its dtype
+    optimizer     its moments, and float32 copies of what is trained in less
     teacher       its weights, where the objective asks it
-    activations   what the forward pass keeps for the backward pass
-    logits        of the student and the teacher with their gradient, B * T * V each, and 64 positions in float32
+    activations   what a forward and a backward pass have at their fullest moment, at most a layer's own work included
+    logits        of the student, the teacher and their gradients at that moment
+    gathered      what an engine puts together or copies: a layer's weights, all gradients
 
-All but the activations follow from shapes. Activations are counted: the recipe's own model, without data, runs one
-micro batch on the meta device, and the bytes that autograd saves are added up, each storage once. They grow linearly
-with the tokens of a micro batch, so a long text is counted on its first 1,024 tokens. Libraries, the CUDA context (some
-0.5 GB) and what an allocator keeps for itself are not part of it.
+Activations and logits are counted by a rehearsal without data, see `linearize.training.rehearsal`: on few tokens and,
+where all layers are alike, on few layers, and along the lines through two such counts for more. All else follows from
+shapes.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import copy
+import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.convert import convert_model, mixers_for
 from linearize.conversion.source import DTYPES
 from linearize.evaluation.formatting import readable_bytes
+from linearize.model import LinearizedForCausalLM, MixerConfig
+from linearize.model.modeling import family_of
 from linearize.training.finetune import add_adapters, choose_trained, wants_teacher
+from linearize.training.rehearsal import Moment, fullest_moment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
 
     from linearize.recipe import Recipe, Stage
 
+Engine = Literal["single", "ddp", "fsdp2", "zero3"]
+ENGINES: tuple[Engine, ...] = ("single", "ddp", "fsdp2", "zero3")
 CARDS = (16, 24, 48, 80, 141)
 """GB of the cards that fits are told for."""
-_RESERVED = 1_500_000_000  # for the CUDA context, libraries and what the allocator rounds up
-_COUNTED_TOKENS = 1024
-_CHUNK_TENSORS = 5  # of 64 positions in float32, at the widest place of `token_losses`
+
+_CONTEXT = 1_000_000_000  # what the driver, CUDA's libraries and NCCL hold on a GPU before anything is put there
+_COUNTED = 512  # tokens, and at least so many windows, or what blocks of queries see would not have settled
+_COUNTED_WINDOWS = 4
+_FEW_LAYERS = (2, 4)
+# DeepSpeed's own default for stage 3: parameters that it keeps gathered at a time.
+_ZERO3_LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on each GPU while a stage trains.
+    """Bytes on each GPU while a stage trains, at its fullest moment.
 
     Attributes:
-        activations: None where they cannot be counted, because what is computed depends on the data.
+        activations, logits: None where they cannot be counted, because what is computed depends on the data.
+        cache: of as many sequences as a micro batch has rows, each as long as one, when the trained model generates;
+            not part of the total.
     """
 
     weights: int
     trained: int
+    gradients: int
     optimizer: int
     teacher: int
     activations: int | None
-    logits: int
+    logits: int | None
+    gathered: int
+    cache: int
 
     @property
-    def total(self) -> int:
-        return self.weights + self.trained + self.optimizer + self.teacher + (self.activations or 0) + self.logits
+    def total(self) -> int | None:
+        if self.activations is None or self.logits is None:
+            return None
+        held = self.weights + self.trained + self.gradients + self.optimizer + self.teacher + self.gathered
+        return held + self.activations + self.logits
 
     def fits(self) -> dict[int, bool | None]:
         """For each of `CARDS` whether it is enough; None where that is not known."""
-        known = self.activations is not None
-        return {card: self.total + _RESERVED <= card * 10**9 if known else None for card in CARDS}
+        total = self.total
+        return {card: None if total is None else total + _CONTEXT <= card * 10**9 for card in CARDS}
 
     def facts(self) -> dict[str, Any]:
         return {**asdict(self), "total": self.total, "fits_gb": {str(card): fit for card, fit in self.fits().items()}}
 
 
-def training_memory(config: Any, recipe: Recipe, stage: Stage) -> dict[str, TrainingMemory]:
-    """What `stage` takes with a model of this configuration, by engine: as the recipe says, on one GPU or on each GPU
-    of several (`ddp`), and with the activations of one layer at a time (`checkpointed`).
+def training_memory(
+    config: Any,
+    recipe: Recipe,
+    stage: Stage,
+    *,
+    processes: int = 8,
+    checkpointing: bool | None = None,
+    position_ids: Tensor | None = None,
+) -> dict[Engine, TrainingMemory]:
+    """What `stage` takes with a model of this configuration, by engine.
 
     Args:
-        config: of the pretrained model.
+        config: of the pretrained model, or of a converted one, which has its own mixers.
+        processes: GPUs, for the engines that have several.
+        checkpointing: instead of the stage's own `gradient_checkpointing`.
+        position_ids: `[micro_batch, length]` of packed documents; None takes each row to be one. In plain torch rows
+            of several documents take as much as if each of these were as long as the longest.
     """
-    dtype = DTYPES.get(recipe.dtype) or getattr(config, "dtype", None) or torch.float32
-    if not isinstance(dtype, torch.dtype):
-        dtype = torch.float32
+    pair = _pair(config, recipe, stage)
+    student, converted, teacher = pair
+    dtype, asked = teacher.dtype, wants_teacher(stage)
+    beside = asked and stage.teacher_at == "device"
+    wanted = stage.gradient_checkpointing if checkpointing is None else checkpointing
+    moment = _moment(config, recipe, stage, pair, wanted, position_ids)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    weights, gradients = _nbytes(student.parameters()), _nbytes(trained)
+    optimizer = _optimizer_nbytes(stage, trained)
+    pretrained = _nbytes(teacher.parameters()) if beside else 0
+    cache = stage.micro_batch * sum(
+        first + more * stage.length for first, more in (a.memory_nbytes(dtype) for a in converted.attention_layers)
+    )
+    layers, teachers = _units(converted), _units(teacher) if beside else (0, 0)
+    if asked and stage.teacher_at == "cpu":  # its modules are on the GPU one at a time
+        pretrained = max(_nbytes(module.parameters(recurse=False)) for module in teacher.modules())
+    found: dict[Engine, TrainingMemory] = {}
+    for engine in ENGINES:
+        parts = processes if engine in ("fsdp2", "zero3") else 1
+        gathered = {
+            "single": 0,
+            "ddp": gradients,  # the buckets that are summed over processes
+            # What is outside of layers stays gathered from the forward to the backward pass; of layers the one at
+            # work and the next, and the gradients of one on their way.
+            "fsdp2": sum(outside + 2 * layer for layer, outside in (layers, teachers))
+            + 2 * _layer_share(converted, trained),
+            "zero3": sum(
+                min(_nbytes(model.parameters()), _ZERO3_LIVE * dtype.itemsize)
+                for model in (student, *([teacher] if beside else []))
+            ),
+        }[engine]
+        shared_teacher = math.ceil(pretrained / parts) if beside else pretrained
+        found[engine] = TrainingMemory(
+            weights=math.ceil((weights - gradients) / parts),
+            trained=math.ceil(gradients / parts),
+            gradients=math.ceil(gradients / parts),
+            optimizer=math.ceil(optimizer / parts),
+            teacher=shared_teacher,
+            activations=None if moment is None else moment.activations,
+            logits=None if moment is None else moment.logits,
+            gathered=gathered,
+            cache=cache,
+        )
+    return found
+
+
+class _Pair(NamedTuple):
+    """Models without data: what is trained, the same without adapters, and the teacher."""
+
+    student: Any
+    converted: LinearizedForCausalLM
+    teacher: Any
+
+
+def _pair(config: Any, recipe: Recipe, stage: Stage) -> _Pair:
+    mixers = [MixerConfig(**section) for section in config.mixers] if config.model_type == "linearized" else None
+    dtype = DTYPES.get(recipe.dtype) or getattr(config, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    pretrained = config if mixers is None else config.text_config
     with torch.device("meta"):
-        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    pretrained = _nbytes(teacher.parameters())
-    converted = convert_model(teacher.eval(), recipe.mixer)
+        teacher, base = (AutoModelForCausalLM.from_config(pretrained, dtype=dtype).eval() for _ in range(2))
+    converted = (
+        convert_model(base, recipe.mixer) if mixers is None else LinearizedForCausalLM.from_teacher(base, mixers)
+    )
     student = add_adapters(converted, recipe.lora if stage.train == "lora" else None).train()
     choose_trained(student, stage.train)
-    trained = _nbytes(p for p in student.parameters() if p.requires_grad)
-    rows = stage.micro_batch
-    tokens = rows * stage.length
-    asks_teacher = wants_teacher(stage)
-    vocabulary = int(config.vocab_size)
-    of_logits = tokens * vocabulary * dtype.itemsize * (3 if asks_teacher else 2)
-    chunk = _CHUNK_TENSORS * 64 * vocabulary * 4
-    counted = min(stage.length, _COUNTED_TOKENS)
-    kept: tuple[int | None, int | None] = (None, None)
-    try:
-        by_layer, others = _saved(student, rows, counted)
-    except (RuntimeError, NotImplementedError, ValueError):
-        pass  # what is computed depends on the data, as the choice of experts does
-    else:
-        longer = stage.length / counted
-        block = tokens * int(config.hidden_size) * dtype.itemsize
-        whole = round((sum(by_layer) + others) * longer)
-        kept = (whole, round((max(by_layer) + others) * longer) + len(by_layer) * block)
-    engines = {"ddp": kept[1] if stage.gradient_checkpointing else kept[0], "checkpointed": kept[1]}
-    return {
-        engine: TrainingMemory(
-            weights=_nbytes(student.parameters()) - trained,
-            trained=2 * trained,
-            optimizer=2 * trained,
-            teacher=pretrained if asks_teacher else 0,
-            activations=activations,
-            logits=of_logits + chunk,
+    return _Pair(student, converted, teacher.requires_grad_(False))
+
+
+def _cut(config: Any, recipe: Recipe, layers: int) -> Any:
+    """`config` with its first layers alone, or None where they do not stand for all."""
+    if config.model_type == "linearized" or config.num_hidden_layers <= layers:
+        return None
+    whole = family_of(config).layers(config)
+    shorter = copy.deepcopy(config)
+    shorter.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        shorter.layer_types = config.layer_types[:layers]
+    alike = len(mixers_for(recipe.mixer, whole)) == 1 and all(layer == whole[0] for layer in whole)
+    return shorter if alike and family_of(shorter).layers(shorter) == whole[:layers] else None
+
+
+def _moment(
+    config: Any, recipe: Recipe, stage: Stage, pair: _Pair, checkpointing: bool, position_ids: Tensor | None
+) -> Moment | None:
+    """The fullest moment of a step, without the gradients that are complete; None where that depends on the data."""
+    rows, heard = stage.micro_batch, wants_teacher(stage) and stage.teacher_at != "disk"
+
+    def counted(pair: _Pair, tokens: int) -> tuple[float, float]:
+        found = fullest_moment(
+            pair.student,
+            pair.teacher if heard else None,
+            stage,
+            rows=rows,
+            tokens=tokens,
+            accumulates=stage.batch_tokens > rows * stage.length,
+            checkpointing=checkpointing,
+            position_ids=position_ids,
         )
-        for engine, activations in engines.items()
-    }
+        return found.activations, found.logits
 
+    def at_length(pair: _Pair) -> tuple[float, float]:
+        windows = [layer.mixer.window for layer in pair.converted.attention_layers if layer.mixer is not None]
+        most = max(_COUNTED, _COUNTED_WINDOWS * max(windows, default=0))
+        if stage.length <= most or position_ids is not None:
+            return counted(pair, stage.length)
+        return _along(stage.length, most // 2, counted(pair, most // 2), most, counted(pair, most))
 
-def memory_lines(engines: dict[str, TrainingMemory]) -> Iterator[str]:
-    """A line for each engine, for people."""
-    for engine, memory in engines.items():
-        parts = {name: size for name, size in asdict(memory).items() if size != 0}
-        told = ", ".join(f"{k} {'unknown' if size is None else readable_bytes(size)}" for k, size in parts.items())
-        fits = [str(card) for card, fit in memory.fits().items() if fit]
-        where = f"fits {', '.join(fits)} GB" if fits else "fits none of the cards that are known"
-        where = "what fits is not known" if memory.activations is None else where
-        yield f"{engine}: {readable_bytes(memory.total)} per GPU ({told}); {where}"
-
-
-def _saved(student: Any, rows: int, tokens: int) -> tuple[list[int], int]:
-    """Bytes that autograd keeps for each layer, and for the rest of the model."""
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    blocks = [owner for owner, _ in _attentions(base)]
-    own = {p.untyped_storage()._cdata for p in student.parameters()}
-    seen: dict[int, Tensor] = {}
-    sizes = [0] * (len(blocks) + 1)
-    place = [len(blocks)]
-
-    def pack(tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in own and key not in seen:
-            seen[key] = tensor  # held, or another could be given its place
-            sizes[place[0]] += tensor.untyped_storage().nbytes()
-        return tensor
-
-    with _places(blocks, place), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-        output = student.get_base_model() if hasattr(student, "get_base_model") else student
-        logits = output(input_ids=ids, use_cache=False).logits
-    del logits
-    return sizes[:-1], sizes[-1]
-
-
-def _attentions(model: Any) -> list[tuple[Any, str]]:
-    from linearize.model.modeling import family_of
-
-    return list(family_of(model.config.text_config).attention_modules(model))
-
-
-@contextmanager
-def _places(blocks: list[Any], place: list[int]) -> Iterator[None]:
-    """Keeps in `place` the number of the block that is running, or how many there are between them."""
-    hooks = []
-    for number, block in enumerate(blocks):
-        hooks.append(block.register_forward_pre_hook(lambda *_, number=number: place.__setitem__(0, number)))
-        hooks.append(block.register_forward_hook(lambda *_: place.__setitem__(0, len(blocks))))
+    few, more = _FEW_LAYERS
+    shorter, longer = _cut(config, recipe, few), _cut(config, recipe, more)
     try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        if shorter is None or longer is None:
+            activations, logits = at_length(pair)
+        else:
+            ends = (at_length(_pair(one, recipe, stage)) for one in (shorter, longer))
+            activations, logits = _along(config.num_hidden_layers, few, next(ends), more, next(ends))
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
+    masks = rows * stage.length**2 if heard else 0  # which documents the teacher's tokens may see
+    return Moment(round(activations) + masks, round(logits))
 
 
-def _nbytes(parameters: Any) -> int:
+def _along(
+    place: int, first: int, start: tuple[float, float], second: int, end: tuple[float, float]
+) -> tuple[float, float]:
+    """What is at `place` on the lines through `start` at `first` and `end` at `second`."""
+    share = (place - second) / (second - first)
+    (a, b), (c, d) = start, end
+    return c + (c - a) * share, d + (d - b) * share
+
+
+def _optimizer_nbytes(stage: Stage, trained: list[nn.Parameter]) -> int:
+    """What the optimizer keeps of each parameter, see `linearize.training.optimizers`."""
+    small = any(p.element_size() < 4 for p in trained)
+    size = 0
+    for parameter in trained:
+        count, wide = parameter.numel(), max(parameter.element_size(), 4)
+        if small:
+            size += 2 * wide * count  # a copy, and its gradient while it steps
+        if stage.optimizer == "adafactor":
+            factors = count // parameter.shape[-1] + count // parameter.shape[-2] if parameter.dim() > 1 else count
+            size += wide * factors
+        elif stage.optimizer == "adamw8bit" and count >= 4096:
+            size += 2 * count
+        else:
+            size += 2 * wide * count
+    return size
+
+
+def _units(model: Any) -> tuple[int, int]:
+    """Bytes of the largest layer, and of all that is in no layer."""
+    blocks = model.get_submodule(family_of(getattr(model.config, "text_config", model.config)).blocks)
+    sizes = [_nbytes(block.parameters()) for block in blocks]
+    return max(sizes), _nbytes(model.parameters()) - sum(sizes)
+
+
+def _layer_share(model: Any, trained: list[nn.Parameter]) -> int:
+    """Bytes of what is trained in the layer that has most of it."""
+    chosen = {id(p) for p in trained}
+    blocks = model.get_submodule(family_of(model.config.text_config).blocks)
+    return max(_nbytes(p for p in block.parameters() if id(p) in chosen) for block in blocks)
+
+
+def memory_rows(engines: dict[Engine, TrainingMemory]) -> list[list[str]]:
+    """For people: a row for each part that there is, and for the total, with a figure for each engine."""
+    rows = []
+    parts = [name for name in TrainingMemory.__dataclass_fields__ if name != "cache"]
+    for name in (*parts, "total", "cache"):
+        sizes = [getattr(memory, name) for memory in engines.values()]
+        if any(size != 0 for size in sizes):
+            rows.append([name, *("unknown" if size is None else readable_bytes(size) for size in sizes)])
+    return [*rows, ["fits (GB)", *(_fit_words(memory) for memory in engines.values())]]
+
+
+def _fit_words(memory: TrainingMemory) -> str:
+    if memory.total is None:
+        return "unknown"
+    return ", ".join(str(card) for card, fit in memory.fits().items() if fit) or "none"
+
+
+def _nbytes(parameters: Iterable[nn.Parameter]) -> int:
     held = {id(p): p.numel() * p.element_size() for p in parameters}
     return sum(held.values())

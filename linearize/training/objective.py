@@ -66,14 +66,26 @@ def token_losses(
         weights: of `sft` (cross-entropy) and `distill` (KL(teacher || student), softened by `temperature` and scaled
             by its square as Hinton et al. 2015 do, arXiv 1503.02531).
     """
+    positions = counted_positions(labels)
+    return losses_at(logits, positions, labels.flatten()[positions + 1], teacher, weights, temperature)
+
+
+def losses_at(
+    logits: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    teacher: Tensor | TopK | None,
+    weights: Mapping[Objective, float],
+    temperature: float = 1.0,
+) -> Tensor:
+    """`token_losses` where it is known which of the B * T positions count, and which tokens follow them."""
     if "distill" in weights and teacher is None:
         raise ValueError("the objective `distill` needs the teacher's logits")
-    positions = counted_positions(labels)
     total: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
         logits.flatten(0, 1),
         teacher.flatten(0, 1) if isinstance(teacher, Tensor) else teacher,
         positions,
-        labels.flatten()[positions + 1],
+        targets,
         weights.get("sft", 0.0),
         weights.get("distill", 0.0),
         temperature,

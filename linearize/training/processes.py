@@ -1,4 +1,5 @@
-"""One training in several processes, one to a GPU: each has the whole model and its share of the rows of every step.
+"""One training in several processes, one to a GPU: each has its share of the rows of every step, and the whole model or
+a part of it.
 
 What an optimizer step sees is what the recipe says, whatever the number of processes, so losses are those of one. The
 first process writes and speaks; the others compute.
@@ -12,17 +13,19 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from linearize.errors import LinearizeError
 from linearize.interruption import Postponed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-# What accelerate sets for engines that split a model.
-_SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    from torch import nn
+
+_LONGEST_WAIT = timedelta(days=7)  # while the first process alone fetches data or writes text
 
 
 def count() -> int:
@@ -35,22 +38,33 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def join() -> None:
+def join() -> bool:
     """Meets the other processes, and takes the GPU of this one.
 
+    Returns:
+        whether accelerate's configuration wants the model split (FSDP2).
+
     Raises:
-        LinearizeError: they were started to split the model among them.
+        LinearizeError: they were started for an engine that is not supported.
     """
-    for name, engine in _SPLITTING.items():
-        if os.environ.get(name, "false").lower() in ("1", "true"):
-            raise LinearizeError(f"{engine} is not supported: each process holds the whole model; start plain DDP")
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise LinearizeError("DeepSpeed is not supported; take FSDP with fsdp_version: 2, which splits the same things")
+    splits = _is_set("ACCELERATE_USE_FSDP")
+    if splits and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise LinearizeError("FSDP 1 is not supported; set fsdp_version: 2 in accelerate's configuration")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # `sharding.shard` does it, on CPUs as well
     if count() > 1:
         import torch
         from accelerate import PartialState
 
-        met = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        met = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT).num_processes
         if met != count():
             raise LinearizeError(f"{count()} processes were started, but {met} can work together on this device")
+    return splits
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true")
 
 
 def most(number: int) -> int:
@@ -81,6 +95,30 @@ def first_goes_ahead() -> Iterator[None]:
     yield
     if is_first():
         wait()
+
+
+@contextlib.contextmanager
+def in_turns() -> Iterator[None]:
+    """The processes of a machine run the block one after another, so that its memory is needed once."""
+    turn, of = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    for _ in range(turn):
+        wait()
+    yield
+    for _ in range(of - turn):
+        wait()
+
+
+def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages over the processes what each has found, where no wrapper does."""
+    if count() > 1:
+        import torch
+
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= count()
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linearize.training.sharding import whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -46,7 +48,7 @@ def unsound_gradients(model: nn.Module) -> str:
     names = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        if parameter.grad is not None and not bool(torch.isfinite(whole(parameter.grad)).all())
     ]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
@@ -54,7 +56,7 @@ def unsound_gradients(model: nn.Module) -> str:
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """The norm of all gradients together, as clipping has it."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def _finite(output: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from linearize.errors import LinearizeError, RecipeError
 from linearize.training import processes
@@ -21,11 +22,12 @@ from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer
 from linearize.training.rows import NO_LOSS
+from linearize.training.sharding import is_sharded, part_like, split_state, whole, whole_state
 from linearize.training.teachers import KeptLogits, documents_apart
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Stage
@@ -67,6 +69,7 @@ class StageTrainer(GuardedTrainer):
         folder: where checkpoints go.
         log: called after every optimizer step with its figures.
         say: told what a person should know.
+        reporting: what the Trainer is told of trackers, see `tracker_arguments`; none, if left out.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class StageTrainer(GuardedTrainer):
         seed: int,
         log: Callable[[dict[str, Any]], None],
         say: Callable[[str], None] = lambda _: None,
+        reporting: Mapping[str, Any] | None = None,
     ) -> None:
         self.stage, self.teacher = stage, teacher
         inner: Any = model
@@ -93,7 +97,7 @@ class StageTrainer(GuardedTrainer):
             inner.gradient_checkpointing_disable()  # an earlier stage's
         super().__init__(
             model=model,
-            args=stage_arguments(stage, len(rows), folder, seed),
+            args=stage_arguments(stage, len(rows), folder, seed, reporting),
             train_dataset=RowDataset(rows),
             callbacks=[_Reporter(stage, log), self.windows],
             may_skip=stage.skip_bad_batches,
@@ -163,16 +167,43 @@ class StageTrainer(GuardedTrainer):
             self.optimizer = build_optimizer(self.stage, pretrained, own)
         return self.optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model), folder)
+    def share_gradients(self) -> None:
+        if self.alignment is not None:  # its layers run one by one, without the wrapper that averages gradients
+            processes.mean_gradients(p for p in self.model.parameters() if p.requires_grad)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what is trained; all processes have to be here, and the first one writes."""
+        save_trained(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(model or self.model, Path(resume_from_checkpoint))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None  # noqa: S101 - for the type checker
+        state = whole_state(self.optimizer.state_dict())
+        if processes.is_first():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> TrainingArguments:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not is_sharded(self.model) or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None  # noqa: S101 - for the type checker
+        kept, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        self.optimizer.load_state_dict(split_state(kept, self.optimizer))
+        self.lr_scheduler.load_state_dict(schedule)
+
+
+def stage_arguments(
+    stage: Stage, rows: int, folder: Path, seed: int, reporting: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     """The Trainer's arguments for a stage over so many rows.
 
     Raises:
@@ -202,7 +233,7 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=stage.save_every or max(1, math.ceil(steps / 10)),
-        report_to=[],
+        **(reporting or {"report_to": []}),
         use_cpu=not torch.cuda.is_available(),  # or several processes without a GPU would not meet
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -236,10 +267,25 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name or ".miss_" in name
 
 
+def whole_trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are being trained, whole and on the CPU; all processes have to be here."""
+    return {n: whole(p.detach()).cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def set_trained(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Gives the parameters that are being trained other values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(part_like(values[name], parameter))
+
+
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Writes the parameters that are being trained."""
-    trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, folder / _TRAINED)
+    """Writes the parameters that are being trained; all processes have to be here, and the first one writes."""
+    trained = whole_trained(model)
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / _TRAINED)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -249,12 +295,10 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         LinearizeError: the checkpoint does not fit the model.
     """
     saved = load_file(folder / _TRAINED)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if {n: x.shape for n, x in saved.items()} != {n: p.shape for n, p in trained.items()}:
+    trained = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    if {n: x.shape for n, x in saved.items()} != trained:
         raise LinearizeError(f"{folder}: the checkpoint is of another recipe; start again without --resume")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+    set_trained(model, saved)
 
 
 class _Reporter(TrainerCallback):

@@ -13,10 +13,12 @@ from linearize_kernels import (
     delta_rule_chunkwise,
     delta_rule_parallel,
     delta_rule_recurrent,
+    delta_rule_step,
     gated_values,
     gated_values_chunkwise,
     gated_values_parallel,
     gated_values_recurrent,
+    gated_values_step,
     gla,
     gla_chunkwise,
     gla_parallel,
@@ -229,13 +231,17 @@ def test_a_silent_token_changes_nothing(name):
         torch.testing.assert_close(answers[:, others], outputs)
 
 
-@pytest.mark.parametrize("name", ["gla", "gla, gate per head"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_step_updates_the_state_where_it_lies(name):
-    q, k, v, gate, state = inputs(KERNELS[name], 3, "channels" if name == "gla" else 1.0)
-    outputs, final = gla_recurrent(q, k, v, gate, state)
+    kernel = KERNELS[name]
+    step = {gla: gla_step, gated_values: gated_values_step, delta_rule: delta_rule_step}[kernel.run]
+    gates = "channels" if kernel.gates == "key" else 1.0
+    q, k, v, gate, *corrections, state = inputs(kernel, 3, gates)
+    outputs, final = kernel.forms[2](q, k, v, gate, *corrections, state)
     for t in range(3):
         one = slice(t, t + 1)
-        torch.testing.assert_close(gla_step(q[:, one], k[:, one], v[:, one], gate[:, one], state), outputs[:, one])
+        given = [q, k, v, gate.exp(), *corrections]
+        torch.testing.assert_close(step(*(x[:, one] for x in given), state), outputs[:, one])
     torch.testing.assert_close(state, final)
 
 

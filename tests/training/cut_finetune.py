@@ -1,4 +1,5 @@
-"""A process of `test_processes.py`: a training that is cut off at its sixth step. Run under torch.distributed.run."""
+"""A process of `test_processes.py`: trainings that are cut off at their sixth step, of whole models and of split ones,
+and one that aligns layers. Run under torch.distributed.run."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ class Cut(Exception):
     pass
 
 
-def main(recipe: str, target: str) -> None:
+def main(folder: Path) -> None:
     processes.join()
     told = trainer._Reporter.on_log
 
@@ -25,10 +26,12 @@ def main(recipe: str, target: str) -> None:
         told(self, args, state, control, logs, **more)
 
     trainer._Reporter.on_log = on_log
-    settings = load_recipe(recipe, ())
-    with contextlib.suppress(Cut), shared_work_folder(Path(target), settings, resume=False) as work:
-        finetune(settings, work, say=lambda _: None)
+    settings = load_recipe(str(folder / "recipe.yaml"), ())
+    for name, shard in (("whole", False), ("split", True)):
+        with contextlib.suppress(Cut), shared_work_folder(folder / name, settings, resume=False) as work:
+            finetune(settings, work, say=lambda _: None, shard=shard)
+    finetune(load_recipe(str(folder / "align.yaml"), ()), folder / "align-two", say=lambda _: None)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))

@@ -20,15 +20,17 @@ from linearize.recipe import dump_recipe, load_recipe
 from linearize.training import processes
 from linearize.training.checkpoints import newest
 from linearize.training.finetune import finetune
+from linearize.training.sharding import check_shardable
 from linearize.training.trainer import stage_arguments
 from tests.conftest import random_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "LINEARIZE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment.update(variables)
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
@@ -39,43 +41,54 @@ def losses(metrics: Path) -> list[float]:
     return list({line["step"]: line["loss"] for line in lines}.values())
 
 
-def test_an_interrupted_run_of_two_processes_is_a_run_of_one(tiny_folder, tmp_path, monkeypatch):
+def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_path, monkeypatch):
+    """Each process with the whole model or with a part of it, and a run that begins the one way goes on the other."""
     stories = tmp_path / "stories.txt"
     stories.write_text(
         "\n\n".join(f"Once upon a time there were {n} cats and {n % 7} dogs. They ran." for n in range(900))
     )
-    settings = load_recipe("default", [
+    changes = [
         f"model={tiny_folder}", "mixer.window=16", f"stages.0.data.source={stories}", "stages.0.data.tokens=1536",
         "stages.0.data.held_out=2", "stages.0.length=64", "stages.0.batch_tokens=256", "stages.0.save_every=4",
-        "stages.0.epochs=2", "stages.0.objective={distill: 0.5, sft: 0.5}", "lora.dropout=0",
-    ])  # fmt: skip
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump_recipe(settings))
+    ]  # fmt: skip
+    settings, aligning = (
+        load_recipe("default", [*changes, "stages.0.epochs=2", "stages.0.objective={distill: 0.5, sft: 0.5}"]),
+        load_recipe("default", [*changes, "stages.0.objective=align", "stages.0.epochs=0.5"]),
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(settings))
+    (tmp_path / "align.yaml").write_text(dump_recipe(aligning))
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "one").mkdir()
+    for name in ("one", "align-one", "align-two"):
+        (tmp_path / name).mkdir()
     one = finetune(settings, tmp_path / "one", say=lambda _: None)
     expected = losses(tmp_path / "one" / "metrics.jsonl")
+    finetune(aligning, tmp_path / "align-one", say=lambda _: None)
 
-    out = tmp_path / "two"
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    cut = run(tmp_path, *launcher, "tests.training.cut_finetune", str(recipe), str(out))
+    cut = run(tmp_path, *launcher, "tests.training.cut_finetune", str(tmp_path))
     assert cut.returncode == 0, cut.stderr[:6000]
-    kept = tmp_path / "two.training"
-    assert len(losses(kept / "metrics.jsonl")) == 5
-    assert [path.name for path in (kept / "stage-0").iterdir()] == ["checkpoint-4"]
-    assert len(list((kept / "stage-0" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
-
-    done = run(tmp_path, "linearize", "finetune", str(recipe), "-o", str(out), "--launch", "2", "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == f"{out}\n"
-    assert done.stderr.count("next: linearize eval") == 1
-    assert not kept.exists()
-    assert len(expected) == 12
-    torch.testing.assert_close(losses(out / "metrics.jsonl"), expected, rtol=1e-5, atol=0)
-    found = load_file(out / "model.safetensors")
-    state = one.model.state_dict()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-5)
+    alone, together = (losses(tmp_path / f"align-{name}" / "metrics.jsonl") for name in ("one", "two"))
+    assert len(alone) == 3
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    # As accelerate's configuration has it; --shard is the same.
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, variables in (("whole", fsdp), ("split", {})):
+        out, kept = tmp_path / name, tmp_path / f"{name}.training"
+        assert len(losses(kept / "metrics.jsonl")) == 5
+        assert [path.name for path in (kept / "stage-0").iterdir()] == ["checkpoint-4"]
+        assert len(list((kept / "stage-0" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
+        recipe = str(tmp_path / "recipe.yaml")
+        done = run(tmp_path, "linearize", "finetune", recipe, "-o", str(out), "--launch", "2", "--resume", **variables)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout == f"{out}\n"
+        assert done.stderr.count("next: linearize eval") == 1
+        assert not kept.exists()
+        assert len(expected) == 12
+        torch.testing.assert_close(losses(out / "metrics.jsonl"), expected, rtol=1e-5, atol=0)
+        assert "FSDP" not in (out / "config.json").read_text()
+        state = one.model.state_dict()
+        for weight, tensor in load_file(out / "model.safetensors").items():
+            torch.testing.assert_close(tensor, state[weight], rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -124,12 +137,26 @@ def test_a_signal_to_who_started_them_ends_the_same_step_in_all(small_recipe, tm
 
 
 def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path):
-    (stage,) = load_recipe("default", ["stages.0.length=64", "stages.0.batch_tokens=256"]).stages
+    recipe = load_recipe("default", ["stages.0.length=64", "stages.0.batch_tokens=256"])
+    with pytest.raises(LinearizeError, match="there is one process only; add --launch N"):
+        check_shardable(recipe)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match="4 rows a step, which 3 processes cannot share evenly"):
-        stage_arguments(stage, 10, tmp_path, 0)
+        stage_arguments(recipe.stages[0], 10, tmp_path, 0)
+    for change, told in (
+        ("stages.0.objective=align", "align runs layers one by one"),
+        ("stages.0.teacher_at=cpu", "--shard splits the teacher as well"),
+        ("stages.0.data.source=student", "writes no text"),
+        ("stages.0.optimizer=adamw8bit", "take adamw or adafactor"),
+        ("lora.kind=pissa", "take lora, rslora or dora"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            check_shardable(load_recipe("default", [change]))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(LinearizeError, match="FSDP is not supported"):
+    with pytest.raises(LinearizeError, match="set fsdp_version: 2"):
+        processes.join()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(LinearizeError, match="DeepSpeed is not supported"):
         processes.join()
 
 

@@ -11,6 +11,7 @@ so that outputs / mass is an average of values, as softmax attention's output is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -96,7 +97,7 @@ class Recurrence(nn.Module, ABC):
     def gate_bias_start(self) -> float:
         return self.gate_start[1] if self.config.gate_bias is None else self.config.gate_bias
 
-    @property
+    @cached_property
     def gate_width(self) -> int:
         """Gates per key/value head."""
         return {
@@ -111,7 +112,7 @@ class Recurrence(nn.Module, ABC):
     def slots(self) -> int:
         return self.config.slots or self.key_width
 
-    @property
+    @cached_property
     def feature_width(self) -> int:
         """Width of queries and keys after the feature map."""
         return self.key_width * (2 if self.config.feature_map in ("exp", "learned") else 1)
@@ -203,6 +204,17 @@ class Recurrence(nn.Module, ABC):
         bound = self.config.lower_bound * self.depth
         # γ + (1 - γ) g = 1 + (1 - γ)(g - 1), which keeps what a gate near 1 lets go.
         return torch.log1p((1 - bound) * torch.expm1(log_gate)) if bound else log_gate
+
+    def gate(self, source: Tensor) -> Tensor:
+        """g itself, for a step; over many tokens only its logarithm keeps what a gate near 1 lets go."""
+        plain = type(self).log_gate is Recurrence.log_gate and self.config.gate_divisor == 1
+        if plain and not self.config.lower_bound * self.depth:
+            return self.gate_input(source).sigmoid()
+        return self.log_gate(source).exp()
+
+    def in_place(self, tokens: int, state: Part | None) -> bool:
+        """Whether `forward` of so many tokens may update the state where it lies: one token, and no gradient."""
+        return tokens == 1 and state is not None and self.form is None and not torch.is_grad_enabled()
 
     def features(self, x: Tensor) -> Tensor:
         """The feature map on queries `[R, L, H, D]` or keys `[R, L, K, D]`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from linearize_kernels import delta_rule
+from linearize_kernels import delta_rule, delta_rule_step
 from torch import Tensor, nn
 
 from linearize.model.recurrences.base import GateWidth, Recurrence, as_computed, held, keep, silenced
@@ -33,6 +33,17 @@ class Delta(Recurrence):
     def unit_features(self, x: Tensor) -> Tensor:
         """The feature map, scaled to length 1."""
         return F.normalize(self.features(x), dim=-1, eps=1e-6)
+
+    def corrected(
+        self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, a: Tensor, b: Tensor, state: Part | None
+    ) -> Tensor:
+        """`delta_rule` from the state on, and into it."""
+        if self.in_place(q.shape[1], state):
+            assert state is not None  # noqa: S101 - for the type checker; `in_place` has looked
+            return delta_rule_step(q, k, v, log_gate.exp(), a, b, state["state"])
+        read, final = delta_rule(q, k, v, log_gate, a, b, held(state), form=self.form)
+        keep(state, state=final)
+        return read
 
 
 class KimiDeltaAttention(Delta):
@@ -65,11 +76,8 @@ class KimiDeltaAttention(Delta):
         k = self.unit_features(k)
         log_gate, strength = silenced(writes, self.per_feature(self.log_gate(source)), strength)
         written = strength * k
-        read, final = delta_rule(
-            self.unit_features(q), written, v, log_gate, log_gate.exp() * k, -written, held(state), form=self.form
-        )
-        keep(state, state=final)
-        return read, None
+        gate, q = log_gate.exp(), self.unit_features(q)
+        return self.corrected(q, written, v, log_gate, gate * k, -written, state), None
 
 
 class GatedDeltaNet(KimiDeltaAttention):
@@ -115,7 +123,6 @@ class RWKV7(Delta):
         rate = self.per_feature(torch.sigmoid(self.rate_scale * source + self.rate_bias))
         k, log_gate = silenced(writes, k, self.per_feature(self.log_gate(source)))
         written = k * (1 + (rate - 1) * self.replacement)
-        read, final = delta_rule(q, written, v, log_gate, k, -rate * k, held(state), form=self.form)
-        keep(state, state=final)
+        read = self.corrected(q, written, v, log_gate, k, -rate * k, state)
         own = (q.unflatten(2, (self.key_value_heads, -1)) * (self.bonus * written).unsqueeze(3)).sum(-1, keepdim=True)
         return read + (own * v.unsqueeze(3)).flatten(2, 3), None

@@ -45,11 +45,18 @@ class Gated(Recurrence):
         self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, source = as_computed(q, k, v, source)
+        in_place = self.in_place(q.shape[1], state)
+        if in_place and writes is None and type(self).written is Gated.written:
+            assert state is not None  # noqa: S101 - for the type checker; `in_place` has looked
+            v, gate = torch.constant_pad_nd(v, (0, 1), 1.0), self.per_feature(self.gate(source))
+            read = gla_step(self.features(q), self.features(k), v, gate, state["state"])
+            return read[..., :-1], read[..., -1]
         log_gate = self.log_gate(source)
         k, log_gate = silenced(writes, self.written(k, log_gate), self.per_feature(log_gate))
         q, v = self.features(q), torch.constant_pad_nd(v, (0, 1), 1.0)
-        if state is not None and q.shape[1] == 1 and self.form is None and not torch.is_grad_enabled():
-            read = gla_step(q, k, v, log_gate, state["state"])
+        if in_place:
+            assert state is not None  # noqa: S101 - for the type checker; `in_place` has looked
+            read = gla_step(q, k, v, log_gate.exp(), state["state"])
         else:
             read, final = gla(q, k, v, log_gate, held(state), form=self.form)
             keep(state, state=final)

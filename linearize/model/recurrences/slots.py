@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from linearize_kernels import gated_values, gla
+from linearize_kernels import gated_values, gated_values_step, gla, gla_step
 from torch import Tensor, nn
 
 from linearize.model.recurrences.base import GateWidth, Recurrence, as_computed, held, keep, silenced
@@ -44,6 +44,12 @@ class GatedSlotAttention(Recurrence):
         (log_gate,) = silenced(writes, self.log_gate(source))
         write = -torch.expm1(log_gate)
         k, v = silenced(writes, self.features(k), F.pad(v, (0, 1), value=1.0))
+        if self.in_place(q.shape[1], state):
+            assert state is not None  # noqa: S101 - for the type checker; `in_place` has looked
+            gate = log_gate.exp()
+            scores = gated_values_step(self.features(q), k, write, gate, state["keys"])
+            read = gla_step(scores.softmax(-1), write, v, gate, state["values"])
+            return read[..., :-1], read[..., -1]
         scores, keys = gated_values(self.features(q), k, write, log_gate, held(state, "keys"), form=self.form)
         read, values = gla(scores.softmax(-1), write, v, log_gate, held(state, "values"), form=self.form)
         keep(state, keys=keys, values=values)

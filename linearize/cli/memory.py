@@ -1,0 +1,54 @@
+"""What training takes, as `inspect` and `finetune --dry-run` show it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from linearize.conversion.source import Source
+    from linearize.recipe import Recipe
+    from linearize.training.memory import Engine, TrainingMemory
+
+GpusOption = Annotated[
+    int, typer.Option("--gpus", metavar="N", min=1, help="How many share the work, where memory for several is told.")
+]
+
+
+def stages_memory(source: Source, recipe: Recipe, processes: int) -> list[dict[Engine, TrainingMemory]]:
+    """For each stage of `recipe` what it takes by engine, with `source` as its model."""
+    from linearize.conversion.source import load_config
+    from linearize.training.memory import training_memory
+
+    config = load_config(source)
+    return [training_memory(config, recipe, stage, processes=processes) for stage in recipe.stages]
+
+
+def memory_facts(stages: list[dict[Engine, TrainingMemory]]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [{engine: memory.facts() for engine, memory in stage.items()} for stage in stages]
+
+
+def show_memory(recipe: Recipe, stages: list[dict[Engine, TrainingMemory]], processes: int) -> None:
+    """The same for people, a table for each stage."""
+    from linearize.training.memory import memory_rows
+
+    out = Console(highlight=False, soft_wrap=True)
+    for number, (stage, engines) in enumerate(zip(recipe.stages, stages, strict=True)):
+        trained = {"lora": "adapters", "mixer": "mixers", "full": "all weights"}[stage.train]
+        passes = f"{stage.micro_batch} x {stage.length:,} tokens a pass"
+        checkpointing = ", checkpointing" if stage.gradient_checkpointing else ""
+        out.print(
+            f"stage {number + 1}: {' + '.join(stage.weights)}, trains {trained}, {passes}{checkpointing}; bytes on "
+            f"each GPU, of {processes} but for single",
+            markup=False,
+        )
+        table = Table("", *engines)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in memory_rows(engines):
+            table.add_row(*row)
+        out.print(table)
