@@ -217,11 +217,13 @@ def _is_copyable(cache: Any) -> bool:
 def _rows(cache: Cache, indices: Tensor) -> Cache:
     """A copy of some rows, which may repeat; the cache itself stays as it is."""
     copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
+    copied.layers = []
+    for layer in cache.layers:
         if isinstance(layer, LayerMemory):
-            layer.parts, layer.past = {name: dict(part) for name, part in layer.parts.items()}, dict(layer.past)
-        layer.batch_select_indices(indices)
+            copied.layers.append(layer.rows(indices))
+        else:
+            copied.layers.append(copy.copy(layer))
+            copied.layers[-1].batch_select_indices(indices)
     return copied
 
 
