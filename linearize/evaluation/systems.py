@@ -22,6 +22,7 @@ from linearize.evaluation.runner import Loader, StampedLoader, run
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec
+from linearize.training import processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +96,8 @@ def evaluate(
     reference = _reference_dtype(dtype)
     if options.teacher is None:
         options = replace(options, teacher=lambda: load_model(teacher, dtype=reference))
-    built = build_suites(chosen, tokenizer, options)
+    with processes.first_goes_ahead():  # what it fetches, the others find
+        built = build_suites(chosen, tokenizer, options)
     scores = score_systems(
         {system.info.name: system.load for system in systems},
         tokenizer,
