@@ -6,9 +6,10 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 READY = $(VENV)/.installed
 WITH_KERNELS = $(VENV)/.installed-kernels
+MKDOCS ?= $(VENV)/bin/mkdocs
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-slow test-kernels lint types fuzz faults audit clean
+.PHONY: demo test test-slow test-kernels test-docs docs lint types fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
@@ -19,6 +20,18 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+# The pages' blocks that take longer, or need a server.
+test-docs: $(READY)
+	$(PYTEST) -m slow tests/test_docs.py
+
+# The reference of the commands, and the site of the pages, into build/site; every warning is an error.
+docs: $(READY)
+	$(VENV)/bin/python -m linearize.cli.reference > docs/cli.md
+	@$(MKDOCS) --version > /dev/null 2>&1 \
+		|| { echo "mkdocs-material is needed: $(VENV)/bin/python -m pip install -e '.[docs]'" >&2; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(MKDOCS) build --strict --quiet
+	@echo "the site is in build/site"
 
 # Triton's kernels: on an NVIDIA GPU as they are, in one process; elsewhere in Triton's interpreter, on small shapes.
 test-kernels: $(WITH_KERNELS)

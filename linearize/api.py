@@ -308,6 +308,10 @@ def export(
     licence: str | None = None,
     report: str | Path | None = None,
     dtype: str = "auto",
+    weights: str | None = None,
+    outliers: float | None = None,
+    text: str | None = None,
+    tokens: int = 8192,
     shard_size: str = "5GB",
     overwrite: bool = False,
     say: Callable[[str], None] = _quiet,
@@ -322,6 +326,11 @@ def export(
         licence: of the base model; read from it, if left out.
         report: the folder that `linearize eval --report` or `run` wrote; found by itself where `run` made `folder`.
         dtype: of the weights: `auto`, `float32`, `bfloat16` or `float16`.
+        weights: `int8` or `int4`, for linear layers of integers; what that costs is measured, and said on the card.
+        outliers: share of a layer's inputs that keep their weights then; 1/64 if left out.
+        text: what that is measured on: a file, a data set of the Hub, or `self`, which the model writes. If left out,
+            the rows that fine-tuning held out, or `self` where there are none.
+        tokens: of the text; half of them are read to choose what is kept, the others measure.
         shard_size: the most that one file of weights holds.
         overwrite: replace the output if it exists.
         say: gets lines for the person at the terminal.
@@ -329,7 +338,7 @@ def export(
     Raises:
         ModelError: `folder` is no converted checkpoint.
         OutputError: the output cannot be written.
-        DataError: `report` has no results.
+        DataError: `report` has no results; `weights` is unknown; or the text cannot be read, or is too short.
     """
     from linearize.hub.export import export as _export
 
@@ -341,6 +350,10 @@ def export(
         licence=licence,
         report=None if report is None else Path(report),
         dtype=dtype,
+        weights=weights,
+        outliers=outliers,
+        text=text,
+        tokens=tokens,
         shard_size=shard_size,
         overwrite=overwrite,
         say=say,

@@ -20,7 +20,8 @@ PUBLIC = {
         "batch_size", "dtype", "trust_remote_code", "say",
     ],
     "export": [
-        "folder", "output", "name", "base", "licence", "report", "dtype", "shard_size", "overwrite", "say",
+        "folder", "output", "name", "base", "licence", "report", "dtype", "weights", "outliers", "text", "tokens",
+        "shard_size", "overwrite", "say",
     ],
     "finetune": ["recipe", "output", "model", "overrides", "resume", "overwrite", "trust_remote_code", "say"],
     "generate": [

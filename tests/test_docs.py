@@ -1,70 +1,153 @@
-"""The pages in docs: their Python runs, in order, and their links lead somewhere."""
+"""The pages in docs: their code runs, in order, their settings are settings, and their links lead somewhere."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
+from linearize.cli.reference import reference
+from linearize.families import FAMILIES
 from linearize.model import LinearizedForCausalLM
 from linearize.model.recurrences import RECURRENCES
+from linearize.recipe import DataSpec, load_recipe
+from tests.docs_kit import DOCS, Block, blocks_of, options_of, run_page, shortened
+from tests.hub.conftest import hub as hub
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+RUN = [
+    "your-model",
+    "your-data",
+    "reading-the-report",
+    "choosing-a-recurrence",
+    "serving",
+    "new-family",
+    "start",
+    "scale",
+    "landmarks",
+]
+ROOT = DOCS.parent
 
 
-def python_of(page: str) -> str:
-    """The page's blocks of Python as one program, each on its own lines of the page."""
-    inside, lines = False, []
-    for line in (DOCS / page).read_text(encoding="utf-8").splitlines():
-        fence = line.startswith("```")
-        lines.append(line if inside and not fence else "")
-        inside = (line == "```python") if fence else inside
-    return "\n".join(lines)
+@pytest.fixture
+def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a page runs: an empty folder with a model in it, and text."""
+    (tmp_path / "page").mkdir()
+    monkeypatch.chdir(tmp_path / "page")
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "page" / "model").symlink_to(tiny_folder)
+    stories = [
+        f"Once upon a time there were {n} cats and a dog. They ran home, and {n} birds sang." for n in range(900)
+    ]
+    Path("book.txt").write_text("\n\n".join(stories))
+    Path("long-texts.jsonl").write_text("\n".join(json.dumps({"text": " ".join(stories[n::9])}) for n in range(9)))
+    families, recurrences = dict(FAMILIES), dict(RECURRENCES)
+    yield tmp_path / "page"
+    for registry, before in ((FAMILIES, families), (RECURRENCES, recurrences)):
+        for name in registry.keys() - before.keys():
+            del registry[name]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """What headings of a page are linked by, as GitHub and mkdocs make it."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
-    assert all((page.parent / link).exists() for link in links)
+    links = [link for link in re.findall(r"\]\(([^) ]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
-def test_a_recurrence_is_added_as_the_page_says(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(tiny_folder)
-    page: dict[str, Any] = {"__name__": "page"}
+def test_every_page_is_in_the_site_and_in_the_index() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert site.count(f": {page.name}\n") == 1, page.name
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == reference(), "run: make docs"
+
+
+ALL = [(page.name, block) for page in PAGES for block in blocks_of(page.name)]
+
+
+@pytest.mark.parametrize(("page", "block"), ALL, ids=lambda one: str(one.line) if isinstance(one, Block) else one)
+def test_blocks_are_what_they_say(page: str, block: Block) -> None:
+    """Commands have their options and shipped recipes exist, Python compiles, and settings are a recipe's."""
+    if block.language == "python":
+        compile(block.code, page, "exec")
+    elif block.language == "yaml":
+        settings = yaml.safe_load(block.code)
+        if settings.keys() == {"data"}:
+            DataSpec.model_validate(settings["data"])
+        else:
+            load_recipe("default", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    elif block.language == "sh":
+        for line in block.code.splitlines():
+            words = shortened(line)
+            if words[:1] == ["linearize"]:
+                given = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}
+                assert given <= options_of(words), line
+    else:
+        assert block.language == "text", f"{page}:{block.line}: which language?"
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_a_page_runs(place: Path, page: str) -> None:
+    run_page(f"{page}.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["start", "serving"])
+def test_a_page_runs_with_its_slow_blocks(place: Path, page: str) -> None:
+    if page == "serving":
+        pytest.importorskip("fastapi")
+        pytest.importorskip("uvicorn")
+    run_page(f"{page}.md", slow=True)
+
+
+def test_sharing(place: Path, hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.cli.push.quiet_libraries", lambda **_: None)
+    run_page("sharing.md")
+    assert len(hub.pushed("me/smol-gla")) == 1
+    small = {path.name: (path / "model.safetensors").stat().st_size for path in place.glob("smol-*")}
+    assert small["smol-int4"] < small["smol-int8"] < small["smol-gla"]
+
+
+def test_a_recurrence_is_added_as_the_page_says(place: Path) -> None:
     before = dict(RECURRENCES)
-    try:
-        exec(compile(python_of("adding-a-recurrence.md"), "adding-a-recurrence.md", "exec"), page)  # noqa: S102
-    finally:
-        for name in RECURRENCES.keys() - before:
-            del RECURRENCES[name]
+    page = run_page("adding-a-recurrence.md")
     assert page["losses"][-1] < page["losses"][0]
+    for name in RECURRENCES.keys() - before:
+        del RECURRENCES[name]
     # Where nobody has registered it, a checkpoint says so.
     with pytest.raises(ValueError, match="layer 0: unknown recurrence 'longhorn'; there are: gla, "):
         LinearizedForCausalLM.from_pretrained("longhorn")
 
 
-def test_the_commands_are_functions(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model").symlink_to(tiny_folder)
-    page: dict[str, Any] = {"__name__": "page"}
-    exec(compile(python_of("python.md"), "python.md", "exec"), page)  # noqa: S102
+def test_the_commands_are_functions(place: Path) -> None:
+    page = run_page("python.md")
     assert list(page["results"].scores) == ["teacher", "window", "model"]
     assert page["told"].new_tokens == 20 and page["more"].new_tokens == 5
-    assert (tmp_path / "smol-gla" / "README.md").stat().st_size == page["shared"].files["README.md"]
-    assert "### What was kept, and what was lost" in (tmp_path / "smol-gla" / "README.md").read_text()
+    assert (place / "smol-gla" / "README.md").stat().st_size == page["shared"].files["README.md"]
+    assert "### What was kept, and what was lost" in (place / "smol-gla" / "README.md").read_text()
     assert "no such folder or file" in str(page["error_seen"])
 
 
-def test_files_that_the_page_names_are_there() -> None:
-    named = set(
-        re.findall(r"`((?:linearize|kernels|tests|recipes)/[\w./]+)`", (DOCS / "adding-a-recurrence.md").read_text())
-    )
-    assert len(named) > 5
-    assert all((DOCS.parent / name).exists() for name in named if "NAME" not in name)
+@pytest.mark.parametrize("page", ["adding-a-recurrence.md", "new-family.md"])
+def test_files_that_the_page_names_are_there(page: str) -> None:
+    named = set(re.findall(r"`((?:linearize|kernels|tests|recipes)/[\w./]+)`", (DOCS / page).read_text()))
+    assert len(named) > 2
+    assert all((ROOT / name).exists() for name in named if "NAME" not in name)

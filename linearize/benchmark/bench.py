@@ -17,8 +17,8 @@ from linearize.conversion.convert import check_convertible, versions
 from linearize.conversion.source import DTYPES, Source, default_device, find_source, load_model
 from linearize.errors import ModelError
 from linearize.evaluation.formatting import readable_bytes
-from linearize.int8 import to_int8
 from linearize.model import LinearizedForCausalLM
+from linearize.quantize import to_int8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -85,7 +85,9 @@ def bench(
     ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--report", metavar="DIR", help="Write the figures and plots there.", show_default=False),
+        typer.Option(
+            "--output", "-o", "--report", metavar="DIR", help="Write the figures and plots there.", show_default=False
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,

@@ -22,6 +22,7 @@ from linearize.cli.libraries import quiet_libraries
 EPILOG = examples(
     "linearize export out/finetuned smol-gla --base HuggingFaceTB/SmolLM2-135M-Instruct",
     "linearize export tuned smol-gla --report report --dtype bfloat16",
+    "linearize export tuned smol-gla-int8 --weights int8 --dtype bfloat16",
     "linearize export tuned smol-gla --name me/smol-gla --max-shard-size 500MB --license apache-2.0",
 )
 
@@ -61,6 +62,39 @@ def export(
         str, typer.Option("--max-shard-size", metavar="SIZE", help="The most that a file of weights holds.")
     ] = "5GB",
     dtype: DtypeOption = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="KIND",
+            help="int8 or int4, for linear layers of integers; the cost is measured, and said on the card.",
+            show_default=False,
+        ),
+    ] = None,
+    outliers: Annotated[
+        float | None,
+        typer.Option(
+            "--outliers",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Of a layer's inputs, how many keep their weights: those that cost most to round. 1/64 if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="What the cost is measured on: a file, a Hub data set, or self: the model writes it. Rows that "
+            "fine-tuning held out, if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=2, help="Of that text; half to choose what is kept, half to measure.")
+    ] = 8192,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -84,6 +118,10 @@ def export(
         name=name,
         shard_size=shard_size,
         dtype=dtype,
+        weights=weights,
+        outliers=outliers,
+        text=text,
+        tokens=tokens,
         overwrite=overwrite,
         say=status,
     )
@@ -95,11 +133,15 @@ def export(
                 "base": done.base,
                 "licence": done.licence,
                 "measured": None if done.measured is None else str(done.measured),
+                "quantized": done.cost,
             }
         )
         return
     print(output)
     status(f"{len(done.files)} files, {readable_bytes(sum(done.files.values()))}")
+    if done.cost is not None:
+        (was, now), apart = done.cost["perplexity"], done.cost["kl"]["mean"]
+        status(f"{done.cost['weights']}: perplexity {was:.3f}, then {now:.3f}; divergence {apart:.4f} nats per token")
     if done.measured is None:
         status(
             f"its card has no figures; measure them, and export with --report DIR: linearize eval {folder} "

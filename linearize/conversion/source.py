@@ -28,7 +28,6 @@ import linearize.model as _  # noqa: F401 - registers converted checkpoints with
 from linearize.conversion.ggufheader import MAGIC, check_gguf
 from linearize.conversion.modelfiles import check_config, check_weights
 from linearize.errors import ModelError
-from linearize.int8 import to_int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,6 +126,8 @@ def load_model(
         ModelError: the model cannot be read, or not in 4 bits.
     """
     if dtype == "int8":
+        from linearize.quantize import to_int8  # which measures, and so stands above this module
+
         return to_int8(load_model(source, device=device))
     reference, keywords = source.arguments()
     if source.kind == "gguf":

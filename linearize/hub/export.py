@@ -15,22 +15,31 @@ from typing import TYPE_CHECKING, Any
 from linearize.conversion.convert import base_record, versions, write_checkpoint
 from linearize.conversion.output import staged_folder
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer, provenance_of
-from linearize.errors import ModelError
+from linearize.errors import DataError, ModelError
 from linearize.evaluation.page import to_markdown
 from linearize.evaluation.results import FILE_NAME, read_results
+from linearize.evaluation.suites import HELD_OUT
+from linearize.evaluation.systems import held_out_rows
 from linearize.evaluation.telling import tell
 from linearize.hub.card import CardFacts
 from linearize.hub.contents import Finding, is_local_path, local_things, shared_files
 from linearize.hub.licence import licence_of
-from linearize.recipe import Recipe, dump_recipe, load_recipe
+from linearize.quantize import WEIGHTS, cost_record, cost_section, quantize
+from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
+from linearize.training.data import load_data
+from linearize.training.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from linearize.evaluation.results import Results
+    from linearize.model.quantized import Quantization
 
 # How training went, and what a calibration did.
 _ALONG = ("metrics.jsonl", "training.svg", "calibration.md", "calibration.json", "selection.json")
+
+_LENGTH = 512
+"""Tokens of a row of text that weights are rounded by."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Exported:
         licence: what the card says of it; empty where it is not known.
         measured: the results whose tables the card has; None where there were none.
         findings: what a push would still refuse.
+        cost: what int8 or int4 weights cost, as `linearize.json` has it; None where weights are as they were.
     """
 
     folder: Path
@@ -52,6 +62,7 @@ class Exported:
     licence: dict[str, str]
     measured: Path | None
     findings: list[Finding]
+    cost: dict[str, Any] | None = None
 
 
 def export(
@@ -63,6 +74,10 @@ def export(
     licence: str | None = None,
     report: Path | None = None,
     dtype: str = "auto",
+    weights: str | None = None,
+    outliers: float | None = None,
+    text: str | None = None,
+    tokens: int = 8192,
     shard_size: str = "5GB",
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -76,13 +91,19 @@ def export(
         report: the folder that `linearize eval --report` or `run` wrote, or its results.json; looked for beside
             `source`, if left out.
         dtype: of the weights, a key of `DTYPES`, or `auto` for what they are.
+        weights: a key of `quantize.WEIGHTS`, for linear layers of integers, whose cost is measured; None keeps them.
+        outliers: share of a layer's inputs that keep their weights then; None is what `WEIGHTS` says.
+        text: what the cost is measured on, as in recipes: a file, a data set of the Hub, or `self`, which the model
+            writes. If left out, the rows that fine-tuning held out, or `self` where there are none.
+        tokens: of the text; half of them are read to choose what is kept, the others measure.
         shard_size: the most that one file of weights holds.
 
     Raises:
         ModelError: `source` is no converted folder.
         OutputError: `output` cannot be written.
-        DataError: `report` has no results.
+        DataError: `report` has no results; `weights` is unknown; or the text cannot be read, or is too short.
     """
+    spec = _quantization(weights, outliers)
     if not (source.kind == "folder" and source.is_converted):
         raise ModelError(f"{source.name}: is not a converted folder; convert it first: linearize convert")
     made_of, written = Path(source.reference), provenance_of(source)
@@ -93,6 +114,13 @@ def export(
     rights = {"license": licence} if licence else licence_of(_bases(written.get("base", {}), base))
     with staged_folder(output, overwrite=overwrite) as folder:
         model: Any = load_model(source, dtype=dtype)
+        tokenizer = load_tokenizer(source)
+        cost = None
+        if spec is not None:
+            fitted, held_out, named = _text(source, model, tokenizer, text, tokens, recipe.seed, say)
+            say(f"rounding weights to int{spec.bits}, and measuring what that costs")
+            cost = quantize(model, spec, fitted, held_out, _anonymous(named))
+        told = cost_record(spec, cost) if spec and cost else None
         say(f"writing {output}")
         for file in _ALONG:
             if (made_of / file).is_file():
@@ -100,19 +128,58 @@ def export(
         write_checkpoint(
             folder,
             model,
-            load_tokenizer(source),
+            tokenizer,
             recipe,
             record,
             _portable(written.get("stages", [])),
             name or output.resolve().name,
             start=_portable(written.get("start", {})),
             shard_size=shard_size,
-            facts=CardFacts(rights, [measured or _NOT_MEASURED, _recipe_section(recipe), _licence_section(rights)]),
-            more={"versions": written.get("versions", versions()), "exported": versions()},
+            facts=CardFacts(
+                rights,
+                [
+                    measured or _NOT_MEASURED,
+                    *([cost_section(spec, cost)] if spec and cost else ()),
+                    _recipe_section(recipe),
+                    _licence_section(rights),
+                ],
+            ),
+            more={
+                "versions": written.get("versions", versions()),
+                "exported": versions(),
+                **({"quantized": told} if told else {}),
+            },
         )
         findings = local_things(folder)
         files = {file: (folder / file).stat().st_size for file in shared_files(folder)}
-    return Exported(output, files, record.get("model"), rights, found if measured else None, findings)
+    return Exported(output, files, record.get("model"), rights, found if measured else None, findings, told)
+
+
+def _quantization(weights: str | None, outliers: float | None) -> Quantization | None:
+    if weights is None:
+        return None
+    if weights not in WEIGHTS:
+        raise DataError(f"weights {weights}: expected {' or '.join(WEIGHTS)}")
+    spec = WEIGHTS[weights]
+    return spec if outliers is None else replace(spec, kept=outliers)
+
+
+def _text(
+    source: Source, model: Any, tokenizer: Any, text: str | None, tokens: int, seed: int, say: Callable[[str], None]
+) -> tuple[Rows, Rows, str]:
+    """Rows to fit to, others to measure on, and where they came from."""
+    if text is None and (Path(source.reference) / f"{HELD_OUT}.safetensors").is_file():
+        kept = held_out_rows(source)
+        rows = Rows(*(kept[name] for name in ("input_ids", "labels", "position_ids"))).scored()
+        rows, named = rows[: max(2, tokens // rows.input_ids.shape[1])], "rows that fine-tuning held out"
+        half = len(rows) // 2
+        if not half:
+            raise DataError(f"{source.name}: has one held-out row, and two are needed; name a text: --text FILE")
+        return rows[:half], rows[half:], named
+    count = max(1, tokens // (2 * _LENGTH))
+    spec = DataSpec(source=text or SELF, tokens=count * _LENGTH, held_out=count)
+    found = load_data(spec, tokenizer=tokenizer, length=_LENGTH, seed=seed, teacher=lambda: model, progress=say)
+    return found.train, found.held_out, "text by the model itself" if spec.source == SELF else found.source
 
 
 def _base(written: dict[str, Any], base: str | None) -> dict[str, Any]:

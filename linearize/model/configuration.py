@@ -109,6 +109,7 @@ class LinearizedConfig(PreTrainedConfig):
         text_config: the base model's configuration, whole. The name is the one under which transformers looks for
             the language model inside a composite configuration.
         mixers: the `mixer` sections; layers that no section names keep their pretrained attention.
+        quantized: how linear layers' weights are stored, a `Quantization`; None leaves them as they are.
     """
 
     model_type = "linearized"
@@ -117,6 +118,7 @@ class LinearizedConfig(PreTrainedConfig):
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     mixers: list[Any] | None = None
+    quantized: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         base = self.text_config

@@ -22,6 +22,7 @@ from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import layer_mask, segments_of
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer import Mixer
+from linearize.model.quantized import Quantization, install
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +64,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"layer {index}: {error}") from error
             setattr(owner, name, attention)
         self.config = config
+        if config.quantized:
+            install(self, Quantization(**config.quantized))
 
     @property
     def attention_layers(self) -> list[LinearizedAttention]:

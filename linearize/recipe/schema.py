@@ -381,3 +381,5 @@ class Recipe(Section):
     evaluate: EvaluateSpec = EvaluateSpec()
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers that training reports to, besides its metrics.jsonl; each is a package of its own."""

@@ -24,12 +24,13 @@ from linearize.conversion.output import check_space, staged_file, staged_folder,
 from linearize.conversion.source import (
     Source,
     find_source,
+    load_config,
     load_model,
     load_tokenizer,
     provenance_of,
     teacher_of,
 )
-from linearize.errors import OutputError, RecipeError
+from linearize.errors import ModelError, OutputError, RecipeError
 from linearize.model.modeling import family_of
 from linearize.recipe import SELF, LoraSpec, Recipe, Stage, dump_recipe, load_recipe
 from linearize.training import processes
@@ -40,6 +41,7 @@ from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.sharding import check_shardable, is_sharded, mesh
 from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import KeptLogits, keep_logits, offloaded
+from linearize.training.trackers import check_trackers, tracker_arguments, tracking
 from linearize.training.trainer import (
     ProgressLine,
     StageTrainer,
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held_out.safetensors"
 METRICS = "metrics.jsonl"
+WORK = ".training"
+"""What the name of a run's working folder ends in."""
 _CHECKPOINT = "stage-*/checkpoint-*"
 _CHECKPOINTS = 9
 """Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
@@ -157,6 +161,7 @@ def finetune(
     """
     if recipe.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    check_trackers(recipe.report_to)
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
     teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
@@ -179,6 +184,10 @@ def finetune(
         started = work / "start"
         recipe, told = _started(source, recipe, tokenizer, started, resume=resume, say=say)
     elif source.is_converted:
+        if load_config(source).quantized:
+            raise ModelError(
+                f"{source.name}: its weights are integers, which cannot be trained; train what it was exported from"
+            )
         told = provenance_of(source).get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
 
@@ -249,10 +258,12 @@ def finetune(
             _forget_metrics(work / METRICS, number, step_of(start) if start else 0)
         with teacher.serving(stage, data.train, say, shard=shard) as served:
             log = _log_to(work / METRICS, number, len(recipe.stages))
-            trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say)
+            name = work.name.removesuffix(WORK)
+            reporting = tracker_arguments(recipe.report_to, f"{name}, stage {number + 1}")
             if start:
                 say(f"stage {number + 1}: going on from {start.name}")
-            with _quiet():
+            with _quiet(), tracking(recipe.report_to, work.with_name(f"{name}.runs") / f"stage-{number + 1}"):
+                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say, reporting)
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
         _count_skipped(records[-1], trainer.skipped)
     if shard or four_bit:
@@ -343,7 +354,7 @@ def is_resumable(target: Path, recipe: Recipe) -> bool:
 
 def _work(target: Path) -> Path:
     target = Path(os.path.abspath(target))  # "." has no name
-    return target.with_name(f"{target.name}.training")
+    return target.with_name(f"{target.name}{WORK}")
 
 
 @contextlib.contextmanager

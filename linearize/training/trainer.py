@@ -27,7 +27,7 @@ from linearize.training.teachers import KeptLogits, documents_apart
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Stage
@@ -69,6 +69,7 @@ class StageTrainer(GuardedTrainer):
         folder: where checkpoints go.
         log: called after every optimizer step with its figures.
         say: told what a person should know.
+        reporting: what the Trainer is told of trackers, see `tracker_arguments`; none, if left out.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class StageTrainer(GuardedTrainer):
         seed: int,
         log: Callable[[dict[str, Any]], None],
         say: Callable[[str], None] = lambda _: None,
+        reporting: Mapping[str, Any] | None = None,
     ) -> None:
         self.stage, self.teacher = stage, teacher
         inner: Any = model
@@ -95,7 +97,7 @@ class StageTrainer(GuardedTrainer):
             inner.gradient_checkpointing_disable()  # an earlier stage's
         super().__init__(
             model=model,
-            args=stage_arguments(stage, len(rows), folder, seed),
+            args=stage_arguments(stage, len(rows), folder, seed, reporting),
             train_dataset=RowDataset(rows),
             callbacks=[_Reporter(stage, log), self.windows],
             may_skip=stage.skip_bad_batches,
@@ -199,7 +201,9 @@ class StageTrainer(GuardedTrainer):
         self.lr_scheduler.load_state_dict(schedule)
 
 
-def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> TrainingArguments:
+def stage_arguments(
+    stage: Stage, rows: int, folder: Path, seed: int, reporting: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     """The Trainer's arguments for a stage over so many rows.
 
     Raises:
@@ -229,7 +233,7 @@ def stage_arguments(stage: Stage, rows: int, folder: Path, seed: int) -> Trainin
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=stage.save_every or max(1, math.ceil(steps / 10)),
-        report_to=[],
+        **(reporting or {"report_to": []}),
         use_cpu=not torch.cuda.is_available(),  # or several processes without a GPU would not meet
         disable_tqdm=True,
         remove_unused_columns=False,

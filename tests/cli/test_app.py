@@ -174,7 +174,6 @@ def test_manners_are_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> 
         for example in examples:  # and they are not made up: each option is there
             given = {word.partition("=")[0] for word in example.split() if word.startswith("-") and len(word) > 1}
             assert given <= options, example
-    assert names.pop("-o") == {"--output", "--report"}  # of bench the report is all that there is to write
     assert names.pop("-m") == {"--model", "--message"}
     assert all(len(long) == 1 for long in names.values()), names
 

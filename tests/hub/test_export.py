@@ -117,12 +117,14 @@ def test_half_the_bytes(tuned, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_it_loads_with_torch_and_transformers_alone(tuned, tmp_path):
-    export(tuned, tmp_path / "out", shard_size="1MB")
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_it_loads_with_torch_and_transformers_alone(tuned, tmp_path, weights):
+    (tuned / "held_out.safetensors").unlink()
+    export(tuned, tmp_path / "out", shard_size="1MB", weights=weights, text="self", tokens=1024)
     home = tmp_path / "home"
     home.mkdir()
     printed = run_python(home, LOAD, tmp_path / "out", site=clean_site(tmp_path / "site"), HF_HUB_OFFLINE="1")
-    model = AutoModelForCausalLM.from_pretrained(tuned)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" if weights else tuned)
     total, tokens = printed.splitlines()
     assert float(total) == pytest.approx(float(model(IDS).logits.double().sum()), rel=1e-6)
     assert (

@@ -1,0 +1,156 @@
+"""Linear layers of small integers: int8 with a scale per output channel, or int4 with one per group of inputs.
+
+    y = x Wᵀ + b ,   W = scale ⊙ integers, but for the kept inputs, whose columns are as they were
+
+Weights are symmetric (no zero point). The kept inputs are those whose rounding would cost most: where activations have
+outliers, or where one large weight would make the scale of all others coarse. What rounds them is `linearize.quantize`;
+this file travels inside checkpoints.
+
+Dimensions: N rows, I inputs, O outputs, G groups of inputs, C kept inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+# From so many rows on, unpacking the weights costs less than torch's kernel, which multiplies them row by row.
+_MANY = 32
+# The kernel reads so many inputs at a time and looks at no end.
+ALIGNED = 32
+# Bytes; it wants 16 of weights and 32 of activations, and allocations of torch's own are at 64.
+_BOUNDARY = 64
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are stored.
+
+    Attributes:
+        bits: of an integer; of those of 4, two are in a byte.
+        group: inputs that share a scale; None: all of an output channel, as in layers whose inputs it does not divide.
+        kept: share of a layer's inputs whose weights stay as they were.
+    """
+
+    bits: Literal[4, 8] = 8
+    group: int | None = None
+    kept: float = 0.0
+
+    @property
+    def largest(self) -> int:
+        """The largest integer, and the least below 0."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def groups(self, inputs: int) -> int:
+        """How many scales an output channel has."""
+        return inputs // self.group if self.group and inputs % self.group == 0 else 1
+
+    def takes(self, linear: nn.Linear) -> bool:
+        """Whether the layer can be stored so."""
+        return self.bits == 8 or linear.in_features % 2 == 0
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer of integers; empty, until a checkpoint or `linearize.quantize` fills it.
+
+    Attributes:
+        weight: int8 [O, I], or uint8 [O, I / 2] with the first of two in the low half of a byte and 8 added to each.
+        scale: bfloat16 [O, G].
+        columns, kept: the inputs that are kept, int32 [C], whose integers are 0, and their weights [O, C] in the dtype
+            of the layer that it stands for.
+        fast: whether few rows of float32 may go through bfloat16, for the sake of torch's kernel.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    columns: Tensor
+    kept: Tensor
+
+    def __init__(self, like: nn.Linear, spec: Quantization) -> None:
+        super().__init__()
+        inputs, outputs, device = like.in_features, like.out_features, like.weight.device
+        self.in_features, self.out_features, self.spec, self.fast = inputs, outputs, spec, False
+        count = math.ceil(spec.kept * inputs)
+        packed = torch.empty(outputs, inputs * spec.bits // 8, dtype=torch.int8 if spec.bits == 8 else torch.uint8)
+        for name, empty in {
+            "weight": packed,
+            "scale": torch.empty(outputs, spec.groups(inputs), dtype=torch.bfloat16),
+            "columns": torch.empty(count, dtype=torch.int32),
+            "kept": torch.empty(outputs, count, dtype=like.weight.dtype),
+        }.items():
+            self.register_buffer(name, empty.to(device))
+        self.bias = like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, self.in_features) if x.is_contiguous() else x.reshape(-1, self.in_features)
+        if self._has_kernel(rows):
+            self.weight = _aligned(self.weight)
+            scale = self.scale.to(torch.bfloat16).view(-1)
+            outputs = torch._weight_int8pack_mm(_aligned(rows.to(torch.bfloat16)), self.weight, scale).to(x.dtype)
+        elif self.scale.shape[1] == 1:  # integers are exact in any dtype, so the scale may come last
+            outputs = F.linear(rows, self.integers().to(x.dtype)) * self.scale.to(x.dtype).view(-1)
+        else:
+            outputs = F.linear(rows, self.dequantized(x.dtype))
+        if self.columns.numel():
+            outputs = outputs + F.linear(rows.index_select(1, self.columns), self.kept.to(x.dtype))
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs.view(*x.shape[:-1], self.out_features)
+
+    def integers(self) -> Tensor:
+        """int8 [O, I]"""
+        if self.spec.bits == 8:
+            return self.weight
+        return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1).to(torch.int8) - 8
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """What the integers stand for, [O, I], without the kept inputs."""
+        weights: Tensor = self.integers().to(dtype).unflatten(1, (self.scale.shape[1], -1))
+        return (weights * self.scale.to(dtype)[..., None]).flatten(1)
+
+    def _has_kernel(self, rows: Tensor) -> bool:
+        return (
+            self.spec.bits == 8
+            and rows.shape[0] < _MANY
+            and rows.device.type == "cpu"
+            and self.in_features % ALIGNED == 0
+            and (self.fast or rows.dtype == torch.bfloat16)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, int{self.spec.bits}, {self.columns.numel()} inputs kept"
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same where the kernel may read it: elsewhere, as in a file's bytes or a slice, it brings the process down."""
+    return tensor if tensor.data_ptr() % _BOUNDARY == 0 else tensor.clone()
+
+
+def linear_layers(model: nn.Module, *, head: bool) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Linear layers of a model with their owners and names; with `head` also an output head that is the embedding."""
+    whole: Any = model
+    left = None
+    if not head:  # the base model's configuration says so
+        config = getattr(whole.config, "text_config", whole.config)
+        left = whole.get_output_embeddings() if config.tie_word_embeddings else None
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child is not left:
+                yield parent, name, child
+
+
+def install(model: nn.Module, spec: Quantization) -> None:
+    """Puts empty `QuantizedLinear`s where a checkpoint of `spec` has them."""
+    for parent, name, linear in list(linear_layers(model, head=False)):
+        if spec.takes(linear):
+            setattr(parent, name, QuantizedLinear(linear, spec))

@@ -1,0 +1,274 @@
+"""Weights as small integers: how they are rounded, which are left out of it, and what that costs.
+
+For decoding on a CPU int8 weights are close to four times as fast to read as float32, and there every token reads all
+of them once: `to_int8`, which needs no text. In a checkpoint (`quantize`) they save bytes, and text says where rounding
+would cost most: an input channel with large activations makes errors of its weights large, and a single large weight
+makes the scale of all others coarse. A share of the inputs, those with the largest estimated cost, keeps its weights.
+
+Embeddings, norms and the mixers' own parameters stay as they are, and so does an output head that is the embedding.
+
+Dimensions: I inputs, O outputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from linearize.errors import ModelError
+from linearize.evaluation.heldout import Estimate, paired_difference, score_rows
+from linearize.evaluation.task import evaluating
+from linearize.model.quantized import ALIGNED, Quantization, QuantizedLinear, linear_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from linearize.training.rows import Rows
+
+WEIGHTS = {
+    "int8": Quantization(bits=8, kept=1 / 64),
+    "int4": Quantization(bits=4, group=32, kept=1 / 64),
+}
+"""What `linearize export --weights` offers."""
+# Of a group's largest weight: rounding the others finer may be worth cutting it.
+_CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+_LEAST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What quantised weights cost on rows of text that they were not fitted to.
+
+    Attributes:
+        text: where the rows came from, and `rows`, `tokens` how many there were; `fitted` tokens were read to choose
+            what is kept.
+        perplexity: before and after.
+        loss, kl: difference of the losses, and divergence from the model before, in nats per token over rows.
+        agreement: share of tokens with the same most likely one.
+        nbytes: of all weights, before and after.
+        layers: how many were quantised.
+    """
+
+    text: str
+    rows: int
+    tokens: int
+    fitted: int
+    perplexity: tuple[float, float]
+    loss: Estimate
+    kl: Estimate
+    agreement: float
+    nbytes: tuple[int, int]
+    layers: int
+
+
+def to_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """Replaces the linear layers of `model`, where it stands, for decoding on a CPU; those of a width that the kernel
+    cannot read stay.
+
+    Raises:
+        ModelError: the model is not on a CPU, or none of its layers can be replaced.
+    """
+    if model.device.type != "cpu":
+        raise ModelError("--dtype int8 is for decoding on a CPU; on a GPU use bfloat16")
+    stored = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    found = [one for one in linear_layers(model, head=True) if one[2].in_features % ALIGNED == 0]
+    if not found and not stored:
+        raise ModelError(f"no linear layer has a width that is a multiple of {ALIGNED}, which int8 weights need")
+    for parent, name, linear in found:
+        layer = rounded(linear, Quantization())
+        setattr(parent, name, layer)
+        stored.append(layer)
+    for layer in stored:
+        layer.fast = True
+    return model
+
+
+def quantize(model: Any, spec: Quantization, rows: Rows, held_out: Rows, text: str) -> Cost:
+    """Replaces the linear layers of a converted model, where it stands, and measures what that cost.
+
+    Args:
+        rows: what shows which inputs matter.
+        held_out: what the cost is measured on.
+        text: where both came from.
+
+    Raises:
+        ModelError: the model's weights are integers already, or it has no linear layers.
+    """
+    if model.config.quantized:
+        raise ModelError("the model's weights are integers already; export what it was made from")
+    found = [one for one in linear_layers(model, head=False) if spec.takes(one[2])]
+    if not found:
+        raise ModelError("the model has no linear layers, which alone can be int8 or int4; leave --weights out")
+    before = _nbytes(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    whole = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # of the modules; tensors are shared
+    power = mean_squares(model, [linear for _, _, linear in found], rows)
+    for parent, name, linear in found:
+        setattr(parent, name, rounded(linear, spec, power[linear]))
+    model.config.quantized = {"bits": spec.bits, "group": spec.group, "kept": spec.kept}
+    was, now = (score_rows(one, held_out, teacher=whole) for one in (whole, model))
+    assert now.mean_kl is not None and now.mean_agreement is not None  # noqa: S101 - for the type checker
+    return Cost(
+        text=text,
+        rows=len(held_out),
+        tokens=int(now.tokens.sum()),
+        fitted=rows.tokens,
+        perplexity=(was.perplexity, now.perplexity),
+        loss=paired_difference(now, was).loss,
+        kl=now.mean_kl,
+        agreement=now.mean_agreement.mean,
+        nbytes=(before, _nbytes(model)),
+        layers=len(found),
+    )
+
+
+@torch.no_grad()
+def mean_squares(model: PreTrainedModel, layers: list[nn.Linear], rows: Rows) -> dict[nn.Linear, Tensor]:
+    """Of each layer's inputs on `rows`, float32 [I]; ones for a layer that no row reaches."""
+    sums = {layer: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
+    counts = dict.fromkeys(layers, 0)
+
+    def see(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        seen = inputs[0].flatten(0, -2).float()
+        sums[layer] += seen.square().sum(0)
+        counts[layer] += len(seen)
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
+    try:
+        with evaluating(model):
+            for row in range(len(rows)):
+                some = rows[row : row + 1]
+                ids, positions = some.input_ids.to(model.device), some.position_ids.to(model.device)
+                model(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: sums[layer] / counts[layer] if counts[layer] else torch.ones_like(sums[layer]) for layer in layers}
+
+
+@torch.no_grad()
+def rounded(linear: nn.Linear, spec: Quantization, power: Tensor | None = None) -> QuantizedLinear:
+    """`linear` as a quantised layer.
+
+    Args:
+        power: mean square of each input [I], by which errors of its weights count; all alike, if left out. The largest
+            weights of a group are cut, and inputs kept, only where it is given.
+    """
+    weight = linear.weight.detach().float()
+    layer = QuantizedLinear(linear, spec)
+    cuts = (1.0,) if power is None else _CUTS
+    count = layer.columns.numel()
+    if count:
+        costs = torch.ones_like(weight[0]) if power is None else power
+        layer.columns.copy_(costliest(weight, spec, costs)[:count].sort().values)
+        layer.kept.copy_(linear.weight.detach()[:, layer.columns])
+        weight = weight.index_fill(1, layer.columns.long(), 0.0)
+    scale, integers = _round(weight, spec, cuts, power)
+    layer.scale.copy_(scale)
+    if spec.bits == 4:
+        low, high = (integers + 8).to(torch.uint8).view(len(integers), -1, 2).unbind(-1)
+        integers = low | high << 4
+    layer.weight.copy_(integers)
+    return layer
+
+
+def costliest(weight: Tensor, spec: Quantization, power: Tensor) -> Tensor:
+    """Inputs [I], those first whose weights [O, I] cost most when they are rounded, in square error of the outputs:
+    what each adds itself, and what it adds to the others as the largest of its group, whose scale would shrink without
+    it."""
+    scale, integers = _round(weight, spec, (1.0,), None)
+    groups = scale.shape[1]
+    grouped = weight.unflatten(1, (groups, -1))
+    wrong = (grouped - scale[..., None] * integers.unflatten(1, (groups, -1))).square()
+    wrong = wrong * power.view(groups, -1)  # [O, G, I / G]
+    gain = wrong.sum(0).flatten()
+    largest, place = grouped.abs().topk(min(2, grouped.shape[-1]), -1)
+    shrinks = 1 - (largest[..., -1] / largest[..., 0].clamp_min(_LEAST)).square()
+    others = wrong.sum(-1) - wrong.gather(-1, place[..., :1]).squeeze(-1)
+    inputs = place[..., 0] + torch.arange(groups, device=weight.device) * grouped.shape[-1]  # [O, G]
+    gain.index_add_(0, inputs.flatten(), (shrinks * others).flatten())
+    order: Tensor = gain.argsort(descending=True)
+    return order
+
+
+def _round(weight: Tensor, spec: Quantization, cuts: tuple[float, ...], power: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales [O, G], of those that a largest weight cut by `cuts` gives the ones with the least error, and integers
+    [O, I], both float32. Scales are values of bfloat16, in which they are stored."""
+    groups = spec.groups(weight.shape[1])
+    grouped = weight.unflatten(1, (groups, -1))
+    counts = None if power is None else power.view(groups, -1)
+    largest = grouped.abs().amax(-1).clamp_min(_LEAST)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for cut in cuts:
+        scale = (largest * cut / spec.largest).bfloat16().float()
+        integers = (grouped / scale[..., None]).round().clamp(-spec.largest, spec.largest)
+        error = (grouped - scale[..., None] * integers).square()
+        error = (error if counts is None else error * counts).sum(-1)
+        if best is None:
+            best = error, scale, integers
+        else:
+            better = error < best[0]
+            best = (
+                torch.where(better, error, best[0]),
+                torch.where(better, scale, best[1]),
+                torch.where(better[..., None], integers, best[2]),
+            )
+    assert best is not None  # noqa: S101 - there is at least one cut
+    return best[1], best[2].flatten(1)
+
+
+def _nbytes(model: nn.Module) -> int:
+    """Bytes of what a checkpoint holds; what is tied counts once."""
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.numel()}
+    return sum(kept.values())
+
+
+def cost_record(spec: Quantization, cost: Cost) -> dict[str, Any]:
+    """What `linearize.json` says of it."""
+    return {
+        "weights": f"int{spec.bits}",
+        "group": spec.group,
+        "kept_inputs": spec.kept,
+        "layers": cost.layers,
+        "fitted_to_tokens": cost.fitted,
+        "measured_on": {"text": cost.text, "rows": cost.rows, "tokens": cost.tokens},
+        "bytes": list(cost.nbytes),
+        "perplexity": list(cost.perplexity),
+        "loss_difference": cost.loss._asdict(),
+        "kl": cost.kl._asdict(),
+        "agreement": cost.agreement,
+    }
+
+
+def cost_section(spec: Quantization, cost: Cost) -> str:
+    """The same as a section of a card."""
+    scales = f"a scale per {spec.group} inputs" if spec.group else "a scale per output channel"
+    kept = f"; {math.ceil(100 * spec.kept)}% of each layer's inputs keep their weights" if spec.kept else ""
+    (before, after), (was, now) = cost.nbytes, cost.perplexity
+    return f"""## What int{spec.bits} weights cost
+
+{cost.layers} linear layers have int{spec.bits} weights with {scales}{kept}.
+Measured at export against the same model before, on {cost.tokens:,} tokens that nothing was fitted to ({cost.text}):
+
+| | before | int{spec.bits} |
+|---|---|---|
+| bytes of weights | {before:,} | {after:,} |
+| perplexity | {was:.3f} | {now:.3f} |
+| loss, nats per token | | {_signed(cost.loss)} |
+| divergence from it, nats per token | | {_told(cost.kl)} |
+| same most likely token | | {100 * cost.agreement:.1f}% |
+"""
+
+
+def _told(found: Estimate) -> str:
+    return f"{found.mean:.4f}" + (f" ± {found.stderr:.4f}" if found.stderr is not None else "")
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found.mean:+.4f}" + (f" ± {found.stderr:.4f}" if found.stderr is not None else "")

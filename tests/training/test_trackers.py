@@ -1,0 +1,110 @@
+"""Trackers that a recipe names get what metrics.jsonl gets; one that is not installed is told before any work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from linearize.errors import RecipeError
+from linearize.recipe import load_recipe
+from linearize.training.finetune import finetune, work_folder
+
+# Enough of either package for transformers' callbacks; what they are told is kept.
+_FAKE = """
+told = []
+__version__ = "0.30.0"
+run = None
+class _Anything(dict):
+    def __getattr__(self, name): return self.setdefault(name, _Anything())
+    def __call__(self, *args, **options): return _Anything()
+    def update(self, *args, **options): pass
+    def get(self, *args): return None
+config, context_vars, define_metric, util = _Anything(), _Anything(), _Anything(), _Anything()
+class Settings(_Anything): pass
+class Run:
+    config = summary = _Anything()
+    dir = "."
+    def watch(self, *args, **options): pass
+    def finish(self): finish()
+    def _label(self, *args, **options): pass
+def init(**options):
+    global run
+    run = Run()
+    told.append(("init", options.get("project"), options.get("name")))
+    return run
+def setup(*args, **options): return _Anything()
+def watch(*args, **options): pass
+def log(figures, *args, **options): told.append(("log", figures))
+def finish():
+    global run
+    run = None
+    told.append(("finish",))
+"""
+
+
+@pytest.fixture
+def settings(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Once upon a time there were {n} small cats and a dog." for n in range(200)))
+    changes = [
+        f"model={tiny_folder}", "mixer.window=16", f"stages.0.data.source={text}", "stages.0.data.tokens=512",
+        "stages.0.data.held_out=2", "stages.0.length=64", "stages.0.batch_tokens=128",
+    ]  # fmt: skip
+    return lambda *names: load_recipe("default", [*changes, f"report_to=[{', '.join(names)}]"])
+
+
+def lines(work: Path) -> list[dict]:
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_is_not_installed_is_told_in_a_line(settings, tmp_path):
+    missing = next(name for name in ("trackio", "wandb", "tensorboard") if find_spec(name) is None)
+    with (
+        pytest.raises(RecipeError, match=f"^report_to: {missing} is not installed; pip install {missing}, or take it"),
+        work_folder(tmp_path / "tuned", settings(missing), resume=False) as work,
+    ):
+        finetune(settings(missing), work, say=lambda _: None)
+    with pytest.raises(RecipeError, match="report_to"):
+        settings("mlflow")
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_tracker_gets_every_step(settings, tmp_path, monkeypatch, name):
+    package = tmp_path / "packages" / name
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(_FAKE)
+    (package / "sdk" / "lib").mkdir(parents=True)
+    (package / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception): pass")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("WANDB_PROJECT", "linearize")
+    monkeypatch.setenv("WANDB_DISABLED", "")
+    importlib.invalidate_caches()
+    for module in [one for one in sys.modules if one.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+    told = sys.modules[name].told
+    with work_folder(tmp_path / "tuned", settings(name), resume=False) as work:
+        finetune(settings(name), work, say=lambda _: None)
+        written = lines(work)
+    assert ("init", "linearize", "tuned, stage 1") in told and told[-1] == ("finish",)
+    logged = [one[1] for one in told if one[0] == "log"]
+    losses = [next(figures[key] for key in figures if key.endswith("loss")) for figures in logged
+              if any(key.endswith("/loss") or key == "loss" for key in figures)]  # fmt: skip
+    assert losses == [line["loss"] for line in written] and len(losses) == 4
+
+
+def test_tensorboard_gets_every_step(settings, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with work_folder(tmp_path / "tuned", settings("tensorboard"), resume=False) as work:
+        finetune(settings("tensorboard"), work, say=lambda _: None)
+        written = lines(work)
+    found = EventAccumulator(str(tmp_path / "tuned.runs" / "stage-1")).Reload().Scalars("train/loss")
+    assert [event.value for event in found] == pytest.approx([line["loss"] for line in written])
