@@ -211,11 +211,12 @@ def _reason(error: Exception, source: Source) -> str:
     if source.kind == "hub" and "named model.safetensors" in text:
         return "the Hub has no safetensors weights of it; convert them where you trust them, with save_pretrained"
     if source.kind == "hub" and isinstance(error, OSError):
+        near = _nearest(Path(source.reference))
         if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
-            return "no local folder or file of this name, and the Hub has no such model (or wants you to log in)"
+            return f"no local folder or file of this name, and the Hub has no such model (or wants you to log in){near}"
         return (
             "no local folder or file of this name, and the Hub cannot be reached to look for it there; check the name, "
-            "or the network"
+            f"or the network{near}"
         )
     if source.kind == "hub" and "Repo id" in text:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"
