@@ -206,6 +206,38 @@ def provenance_of(source: Source) -> dict[str, Any]:
     return _json_of(source, "linearize.json")
 
 
+def sound_provenance(source: Source) -> dict[str, Any]:
+    """The same of a converted model, if everything in it that is built on has the form that linearize writes.
+
+    Raises:
+        ModelError: it has not, or there is none.
+    """
+    found = provenance_of(source)
+    base, stages, start, made = (found.get(key, kind()) for key, kind in _PARTS.items())
+    sound = (
+        isinstance(base, dict)
+        and all(isinstance(base.get(key), str) for key in ("kind", "name"))
+        and isinstance(base.get("model", ""), str)
+        and isinstance(stages, list)
+        and all(isinstance(stage, dict) for stage in stages)
+        and all(isinstance(stage.get(key), kind) for stage in stages for key, kind in _STAGE.items())
+        and isinstance(start, dict)
+        and all(isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in start.values())
+        and isinstance(made, dict)
+        and isinstance(made.get("linearize", ""), str)
+    )
+    if not sound:
+        raise ModelError(
+            f"{source.reference}: linearize.json is missing, damaged or not written by linearize; fetch the model "
+            "again, or convert it again"
+        )
+    return found
+
+
+_PARTS: dict[str, type] = {"base": dict, "stages": list, "start": dict, "versions": dict}
+_STAGE: dict[str, type] = {"objective": str, "data": str, "tokens": int}
+
+
 def teacher_of(source: Source) -> Source:
     """The pretrained model that a converted one was made from; any other model is its own teacher.
 
@@ -246,11 +278,12 @@ def _reason(error: Exception, source: Source) -> str:
     if source.kind == "hub" and "named model.safetensors" in text:
         return "the Hub has no safetensors weights of it; convert them where you trust them, with save_pretrained"
     if source.kind == "hub" and isinstance(error, OSError):
+        near = _nearest(Path(source.reference))
         if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
-            return "no local folder or file of this name, and the Hub has no such model (or wants you to log in)"
+            return f"no local folder or file of this name, and the Hub has no such model (or wants you to log in){near}"
         return (
             "no local folder or file of this name, and the Hub cannot be reached to look for it there; check the name, "
-            "or the network"
+            f"or the network, or fetch it where there is one (hf download) and name the folder{near}"
         )
     if source.kind == "hub" and "Repo id" in text:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"

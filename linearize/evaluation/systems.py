@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -199,7 +200,9 @@ def find_systems(source: Source, teacher: Source, baselines: Sequence[str], dtyp
     """
     for name in baselines:
         if name not in BASELINES and name != ALL:
-            raise DataError(f"unknown baseline {name!r}; there are: {', '.join(BASELINES)}, {ALL}")
+            near = difflib.get_close_matches(name, [*BASELINES, ALL], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BASELINES)}, {ALL}"
+            raise DataError(f"unknown baseline {name!r}; {hint}")
         if name in BRANCHES_OFF and not source.is_converted:
             raise DataError(f"baseline {name}: {source.name} is not converted, so it has no branches to turn off")
     wanted = [

@@ -27,7 +27,7 @@ from linearize.conversion.source import (
     load_config,
     load_model,
     load_tokenizer,
-    provenance_of,
+    sound_provenance,
     teacher_of,
 )
 from linearize.errors import ModelError, OutputError, RecipeError
@@ -167,6 +167,7 @@ def finetune(
     teacher = _Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
     set_seed(recipe.seed)
+    written: dict[str, Any] = {}
     told: dict[str, Any] = {}
     if shard:
         check_shardable(recipe)
@@ -188,7 +189,8 @@ def finetune(
             raise ModelError(
                 f"{source.name}: its weights are integers, which cannot be trained; train what it was exported from"
             )
-        told = provenance_of(source).get("start", {})
+        written = sound_provenance(source)
+        told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
 
     def converted(**options: Any) -> Any:
@@ -214,7 +216,7 @@ def finetune(
             choose_trained(student, stage.train)  # what a later stage lacks is told now
         if shard:
             shard_model(student)
-    records: list[dict[str, Any]] = list(provenance_of(source).get("stages", [])) if source.is_converted else []
+    records: list[dict[str, Any]] = list(written.get("stages", []))
     data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
 
@@ -290,7 +292,7 @@ def _started(
             with staged_folder(folder) as staging:
                 convert(source, recipe, staging, say=say, tokenizer=tokenizer)
     kept = load_recipe(str(folder / "recipe.yaml"))
-    return kept, provenance_of(find_source(str(folder))).get("start", {})
+    return kept, sound_provenance(find_source(str(folder))).get("start", {})
 
 
 def _check_four_bit(recipe: Recipe, shard: bool) -> None:
@@ -312,7 +314,7 @@ def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) ->
     """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
     source = find_source(result.recipe.model or "")
     base = teacher_of(source)
-    record = provenance_of(source)["base"] if source.is_converted else base_record(base, None)
+    record = sound_provenance(source)["base"] if source.is_converted else base_record(base, None)
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
         draw_training(folder / METRICS, folder / PLOT)
