@@ -363,6 +363,9 @@ class LoraSpec(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] = Field(default=["q", "k", "v"], min_length=1)
     """Short names (q, k, v, o, gate, up, down) or the last part of a module's name."""
+    four_bit: bool = False
+    """Frozen weights in 4 bits (NF4) while adapters train, as QLoRA has it; what is written has them whole. Needs
+    bitsandbytes."""
 
 
 class EvaluateSpec(Section):
