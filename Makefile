@@ -9,7 +9,7 @@ WITH_KERNELS = $(VENV)/.installed-kernels
 MKDOCS ?= $(VENV)/bin/mkdocs
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-slow test-kernels test-docs docs lint types fuzz faults audit clean
+.PHONY: demo test test-slow test-kernels test-docs docs lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
@@ -45,6 +45,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(VENV)/bin/mypy
+
+# What linearize runs on, and under which licences.
+licences: $(READY)
+	$(VENV)/bin/python .ci/licences.py
 
 # Many inputs on each reader of files, and faults planted into jobs; each takes tens of minutes.
 fuzz: $(READY)

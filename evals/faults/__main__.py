@@ -16,41 +16,49 @@ import random
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals.faults.bench import Job, kill, terminate
+from evals.faults.bench import Job, Outcome, kill, terminate
 from linearize.cli.libraries import quiet_libraries
 from linearize.conversion import output
 from linearize.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "faults.json"
 ROOM = 64_000_000
+JOBS = ("convert", "calibrate", "finetune", "eval", "export")
+WRITING = "another job is writing there"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.faults", description=__doc__)
     parser.add_argument("--trials", type=int, default=50, help="SIGKILL at so many random moments of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--jobs", default=",".join(JOBS), help="of these commands; figures of others stay")
     parser.add_argument("--table", action="store_true", help="print the table of the figures that are here")
     arguments = parser.parse_args()
     if not arguments.table:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            rows = measure(Path(folder), arguments.trials, random.Random(arguments.seed))  # noqa: S311
+            chosen = arguments.jobs.split(",")
+            rows = measure(Path(folder), arguments.trials, random.Random(arguments.seed), chosen)  # noqa: S311
+        rows += [row for row in json.loads(FIGURES.read_text())["rows"] if row["command"] not in chosen]
+        rows.sort(key=lambda row: JOBS.index(row["command"]))
         FIGURES.write_text(json.dumps({"seed": arguments.seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table())
 
 
-def measure(root: Path, trials: int, moments: random.Random) -> list[dict[str, Any]]:
-    """Plants every fault; gives a row for each kind of fault and command."""
+def measure(root: Path, trials: int, moments: random.Random, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """Plants every fault into the jobs of these names; gives a row for each kind of fault and command."""
     os.environ["LINEARIZE_CACHE"] = str(root / "cache")
     quiet_libraries()
     rows = []
@@ -60,22 +68,19 @@ def measure(root: Path, trials: int, moments: random.Random) -> list[dict[str, A
         print(row_of(rows[-1]), flush=True)
 
     for job in make_jobs(root):
-        job.prepare()
-        undisturbed = job.whole(job.arguments)
-        if undisturbed.status:
-            raise RuntimeError(f"{job.name} does not run here: {undisturbed.told}")
-        seconds = undisturbed.seconds
-        job.reference = job.result()
+        if job.name not in chosen:
+            continue
+        job.measure()
         for fault, share, disturb in DISTURBED:
-            count = max(1, round(share * trials))
-            plants = (partial(disturb, job, moments.uniform(0, seconds)) for _ in range(count))
-            row(fault, job, [one(job, plant, root) for plant in plants])
-        for fault, act in PLANTED if job.name == "finetune" else ():
-            row(fault, job, [one(job, partial(job.disturbed, 0, nothing, act), root)])
+            count = max(1, round(share * job.share * trials))
+            row(fault, job, [one(job, partial(strike, job, disturb, n, count, moments)) for n in range(count)])
+        for objective, (fault, act) in itertools.product(OBJECTIVES if job.name == "finetune" else (), PLANTED):
+            plant = partial(job.disturbed, 0, nothing, partial(act, objective))
+            row(f"{fault}, {objective}", job, [one(job, plant)])
         for fault, plant in DISKS[job.name == "eval" :]:  # a report asks for no room beforehand
             with mounted(job.folder) as usable:
                 if usable:
-                    row(fault, job, [one(job, partial(plant, job), root, partial(remount, job.folder, "rw"))])
+                    row(fault, job, [one(job, partial(plant, job), partial(remount, job.folder, "rw"))])
     return rows
 
 
@@ -84,44 +89,47 @@ def make_jobs(root: Path) -> list[Job]:
 
     plain, old, text = random_llama(root / "plain"), root / "old", root / "text.txt"
     text.write_text("\n\n".join(f"There were {n} small cats and a dog. They ran home." for n in range(400)))
-    for name in ("convert", "finetune", "eval"):
+    out = {name: str(root / name / "out") for name in JOBS}
+    for name in out:
         (root / name).mkdir()
-    out = {name: str(root / name / "out") for name in ("convert", "finetune", "eval")}
-    job = Job("convert", root / "convert", ["convert", str(plain), "-o", str(old), "--set", "mixer.window=8"], list)
-    if job.whole(job.arguments).status:
+    made = Job("convert", root / "convert", ["convert", str(plain), "-o", str(old), "--set", "mixer.window=8"], list)
+    if made.whole(made.arguments).status:
         raise RuntimeError("the tiny model cannot be converted")
     convert = ["convert", str(plain), "-o", out["convert"], "--overwrite", "--set", "mixer.window=16"]
-    changes = (
-        f"model={plain}", "mixer.window=16", f"stages.0.data.source={text}", "stages.0.data.tokens=4096",
-        "stages.0.data.held_out=1", "stages.0.length=64", "stages.0.batch_tokens=256", "stages.0.save_every=2",
-    )  # fmt: skip
-    settings = [word for change in changes for word in ("--set", change)]
-    finetune = ["finetune", "default", "-o", out["finetune"], *settings]
+    fitted = f"calibrate={{tokens: 1024, source: {text}, length: 128, held_out: 2, steps: 8}}"
+    calibrate = ["convert", str(plain), "-o", out["calibrate"], "--overwrite", "--recipe", "calibrated"]
+    calibrate += ["--set", fitted, "--set", "mixer.window=16"]
+    data = {"source": str(text), "tokens": 1536, "held_out": 1}
+    common = {"data": data, "length": 64, "batch_tokens": 256, "save_every": 2}
+    stages = [{"objective": name, **common} for name in OBJECTIVES]
+    finetune = ["finetune", "default", "-o", out["finetune"], "--set", f"model={plain}", "--set", "mixer.window=16"]
+    finetune += ["--set", f"stages={json.dumps(stages)}"]
     resumable = root / "finetune" / "out.training" / "recipe.yaml"
     (root / "wikitext2").mkdir()
     pages = "".join(f" = A dog = \n\n There were {n} small cats and a dog .\n They ran home .\n\n" for n in range(40))
     (root / "wikitext2" / "wiki.test.raw").write_text(pages)
-    score = [
-        "eval",
-        str(old),
-        "--tasks",
-        "wikitext2",
-        "--data",
-        str(root),
-        "--batch-size",
-        "1",
-        "--report",
-        out["eval"],
-    ]
+    score = ["eval", str(old), "--tasks", "wikitext2", "--data", str(root), "--batch-size", "1"]
+    score += ["--report", out["eval"]]
+    export = ["export", str(old), out["export"], "--base", "acme/tiny", "--license", "mit", "--overwrite"]
+
+    def earlier(name: str) -> Callable[[], None]:
+        return lambda: copy(old, Path(out[name]))
+
+    def forget() -> None:
+        """Results are kept beyond a report; each trial is to make its own."""
+        shutil.rmtree(root / "cache" / "evaluation", ignore_errors=True)
+
     return [
-        Job("convert", root / "convert", convert, lambda: convert, lambda: copy(old, Path(out["convert"]))),
+        Job("convert", root / "convert", convert, lambda: convert, earlier("convert")),
+        Job("calibrate", root / "calibrate", calibrate, lambda: calibrate, earlier("calibrate"), share=0.2),
         Job(
             "finetune",
             root / "finetune",
             finetune,
             lambda: [*finetune, "--overwrite", *(["--resume"] if resumable.is_file() else [])],
         ),
-        Job("eval", root / "eval", score, lambda: score),
+        Job("eval", root / "eval", score, lambda: score, forget),
+        Job("export", root / "export", export, lambda: export, earlier("export"), share=0.2),
     ]
 
 
@@ -129,29 +137,35 @@ def copy(old: Path, new: Path) -> None:
     shutil.copytree(old, new)
 
 
-def one(job: Job, plant: Callable[[], Any], root: Path, mend: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def one(job: Job, plant: Callable[[], Outcome], mend: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """One trial: the fault, then the job again."""
-    forget(root, job.name)
     outcome = plant()
+    phase = job.phase()
     mend()
     wrong = job.lost()
     if not outcome.clean:
         wrong.append("an error that was not expected")
     if outcome.status > 0 and not outcome.told and outcome.status not in (130, 143):
         wrong.append("an error that was not told")
-    return {"status": outcome.status, "told": outcome.told, "wrong": wrong}
+    return {"status": outcome.status, "told": outcome.told, "wrong": wrong, "phase": phase}
 
 
-def forget(root: Path, name: str) -> None:
-    """Results of eval are kept beyond a folder; each trial is to make its own."""
-    if name == "eval":
-        shutil.rmtree(root / "cache" / "evaluation", ignore_errors=True)
+def strike(job: Job, disturb: Callable[[Job, float], Outcome], number: int, count: int, moments: random.Random) -> Any:
+    """Disturbs a job at a random moment of the `number`-th of `count` parts of the time that it takes; once more if it
+    was done by then."""
+    if number % 10 == 9:
+        job.measure()  # the machine may be busier now, or less busy
+    for _ in range(99):
+        outcome = disturb(job, job.seconds * (number + moments.random()) / count)
+        if outcome.struck:
+            return outcome
+        job.seconds = min(job.seconds, outcome.seconds)
+    raise RuntimeError(f"{job.name} is over too soon to be disturbed")
 
 
 def tried(fault: str, job: Job, found: list[dict[str, Any]]) -> dict[str, Any]:
-    statuses: dict[str, int] = {}
-    for trial in found:
-        statuses[str(trial["status"])] = statuses.get(str(trial["status"]), 0) + 1
+    statuses = Counter(str(trial["status"]) for trial in found)
+    phases = Counter(trial["phase"] for trial in found if trial["phase"])
     told = next((trial["told"] for trial in found if trial["told"]), "")
     wrong = [words for trial in found for words in trial["wrong"]]
     return {
@@ -161,6 +175,7 @@ def tried(fault: str, job: Job, found: list[dict[str, Any]]) -> dict[str, Any]:
         "survived": sum(not trial["wrong"] for trial in found),
         "lost": sum(bool(trial["wrong"]) for trial in found),
         "statuses": statuses,
+        **({"phases": dict(sorted(phases.items()))} if phases else {}),
         "told": told.replace(str(job.folder), "").replace(str(job.folder.parent), ""),
         "wrong": wrong,
     }
@@ -182,17 +197,27 @@ def vanished(job: Job, after: float) -> Any:
     return outcome
 
 
+def doubled(job: Job, after: float) -> Outcome:
+    """The same command is started once more while it runs; one of the two is to be refused."""
+    second: list[Outcome] = []
+    first = job.disturbed(after, lambda _: second.append(job.whole(job.arguments)))
+    if not second or not any(WRITING in outcome.told for outcome in (first, *second)):
+        return replace(first, struck=False)
+    done, refused = sorted((first, *second), key=lambda outcome: outcome.status)
+    return replace(refused, clean=done.clean and refused.clean and done.status == 0, seconds=first.seconds)
+
+
 def nothing(_: int) -> None:
     return
 
 
-def scarce() -> None:
-    """Memory runs out in the third pass, as if there were two rows in it."""
+def scarce(objective: str) -> None:
+    """Memory runs out in the third pass of a stage, as if there were two rows in it."""
     compute = StageTrainer.compute_loss
     passes = itertools.count(1)
 
     def limited(self: Any, *args: Any, **options: Any) -> Any:
-        if next(passes) == 3:
+        if objective in self.stage.weights and next(passes) == 3:
             self._rows = 2
             raise torch.OutOfMemoryError("CUDA out of memory")
         return compute(self, *args, **options)
@@ -200,13 +225,14 @@ def scarce() -> None:
     StageTrainer.compute_loss = limited  # type: ignore[method-assign]
 
 
-def nan() -> None:
-    """The loss of the fifth step is no number."""
+def nan(objective: str) -> None:
+    """The loss of a stage's fourth step is no number."""
     compute = StageTrainer.compute_loss
 
     def broken(self: Any, *args: Any, **options: Any) -> Any:
         loss = compute(self, *args, **options)
-        return self.checked(loss * torch.nan) if self.state.global_step == 4 else loss
+        bad = objective in self.stage.weights and self.state.global_step == 3
+        return self.checked(loss * torch.nan) if bad else loss
 
     StageTrainer.compute_loss = broken  # type: ignore[method-assign]
 
@@ -272,7 +298,9 @@ DISTURBED: tuple[tuple[str, float, Callable[[Job, float], Any]], ...] = (
     ("SIGKILL", 1, killed),
     ("SIGTERM", 0.2, terminated),
     ("the folder vanishes", 0.1, vanished),
+    ("the same job again", 0.1, doubled),
 )
+OBJECTIVES = ("align", "distill", "sft")
 PLANTED = (("out of memory", scarce), ("NaN in the loss", nan))
 DISKS = (("a disk that is too small", small), ("a disk that fills up", full), ("a read-only disk", sealed))
 
@@ -280,17 +308,14 @@ DISKS = (("a disk that is too small", small), ("a disk that fills up", full), ("
 def table() -> str:
     """The figures as Markdown."""
     rows = json.loads(FIGURES.read_text(encoding="utf-8"))["rows"]
-    heads = ("fault", "command", "tried", "struck before its end", "survived", "data lost", "exit status (times)")
-    lines = [f"| {' | '.join(heads)} |", f"|---|---{'|---:' * 4}|---|"]
+    heads = ("fault", "command", "tried", "survived", "data lost", "exit status (times)")
+    lines = [f"| {' | '.join(heads)} |", f"|---|---{'|---:' * 3}|---|"]
     return "\n".join([*lines, *map(row_of, rows)])
 
 
 def row_of(row: dict[str, Any]) -> str:
     ends = ", ".join(f"{status} ({times})" for status, times in sorted(row["statuses"].items()))
-    # A job that was killed too late has ended with 0; one that rides out a fault that was surely there has, too.
-    at_random = row["fault"] in {fault for fault, _, _ in DISTURBED}
-    struck = row["tried"] - row["statuses"].get("0", 0) if at_random else row["tried"]
-    counts = (row["tried"], struck, row["survived"], row["lost"])
+    counts = (row["tried"], row["survived"], row["lost"])
     return f"| {row['fault']} | {row['command']} | {' | '.join(map(str, counts))} | {ends} |"
 
 

@@ -30,12 +30,15 @@ class Outcome:
         status: of its process; minus the signal's number where a signal ended it.
         told: the last line that it said, if that is one of an error or an interruption.
         clean: whether it said no traceback and nothing of an unexpected error.
+        seconds: until it ended.
+        struck: whether it was still running when it was disturbed.
     """
 
     status: int
     told: str
     clean: bool
     seconds: float
+    struck: bool = True
 
 
 @dataclass
@@ -47,6 +50,9 @@ class Job:
         arguments: its command line; it writes `out` below `folder`.
         again: what a person would run after it was cut short.
         before: makes what is there before it.
+        share: of the trials that it gets.
+        seconds: that it took when it was last run undisturbed.
+        earlier: whether a result was there before it.
     """
 
     name: str
@@ -54,6 +60,9 @@ class Job:
     arguments: list[str]
     again: Callable[[], list[str]]
     before: Callable[[], None] = lambda: None
+    share: float = 1.0
+    seconds: float = 0.0
+    earlier: bool = False
     reference: dict[str, Any] = field(default_factory=dict)
 
     def start(self, act: Callable[[], None] = lambda: None) -> int:
@@ -67,7 +76,7 @@ class Job:
             return child
         status = 99
         try:
-            log = os.open(self.folder.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            log = os.open(self._log(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
             act()
@@ -75,22 +84,35 @@ class Job:
         finally:
             os._exit(status)
 
-    def wait(self, child: int, started: float) -> Outcome:
-        _, ended = os.waitpid(child, 0)
-        status = os.waitstatus_to_exitcode(ended)
-        lines = (self.folder.parent / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+    def _log(self, process: int) -> Path:
+        return self.folder.parent / f"log-{process}"
+
+    def wait(self, child: int, started: float, ended: int | None = None) -> Outcome:
+        """How the process ended; `ended` is its status where that has been asked for."""
+        struck = ended is None
+        if ended is None:
+            _, ended = os.waitpid(child, 0)
+        seconds = time.monotonic() - started
+        log = self._log(child)  # not there if it was killed before its first line
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
         told = lines[-1] if lines and lines[-1].startswith(OURS) else ""
         clean = not any("Traceback" in line or "unexpected" in line for line in lines)
-        return Outcome(status, told, clean, time.monotonic() - started)
+        return Outcome(os.waitstatus_to_exitcode(ended), told, clean, seconds, struck)
 
     def disturbed(
         self, after: float, disturb: Callable[[int], None], act: Callable[[], None] = lambda: None
     ) -> Outcome:
-        """Runs the command in a fresh folder and calls `disturb` on its process after so many seconds."""
+        """Runs the command in a fresh folder and calls `disturb` on its process after so many seconds, if it still
+        runs then."""
         self.prepare()
         started = time.monotonic()
         child = self.start(act)
-        time.sleep(after)
+        while (left := started + after - time.monotonic()) > 0:
+            time.sleep(min(left, 0.005))
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return self.wait(child, started, status)
         disturb(child)
         return self.wait(child, started)
 
@@ -102,11 +124,34 @@ class Job:
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.before()
+        self.earlier = (self.folder / "out").exists()
+
+    def measure(self) -> None:
+        """Times it, undisturbed; the first time also says what it comes to.
+
+        Raises:
+            RuntimeError: it does not run here.
+        """
+        self.prepare()
+        done = self.whole(self.arguments)
+        if done.status:
+            raise RuntimeError(f"{self.name} does not run here: {done.told}")
+        self.seconds = done.seconds
+        self.reference = self.reference or self.result()
+
+    def phase(self) -> str:
+        """How far a training had come that was cut short; empty for other jobs."""
+        if self.name != "finetune":
+            return ""
+        metrics = self.folder / "out.training" / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        stages = [json.loads(line)["stage"] for line in lines if line.endswith("}")]
+        return f"in stage {stages[-1] + 1}" if stages else "before the first step"
 
     def lost(self) -> list[str]:
         """What is wrong after the job was cut short, then done again: with what was there, and with the result."""
         wrong = [] if whole_or_absent(self.folder / "out") else ["a result that is not whole"]
-        if self.before is not Job.before and not (self.folder / "out").exists():
+        if self.earlier and not (self.folder / "out").exists():
             wrong.append("the earlier result")
         outcome = self.whole(self.again())
         if outcome.status != 0:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FIGURES = Path(__file__).parent / "fuzz.json"
 SECONDS = 2.0
 BYTES = 50_000_000
+ROUND = 1_000
 
 
 class Hung(BaseException):
@@ -37,10 +38,14 @@ class Hung(BaseException):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.fuzz", description=__doc__)
-    parser.add_argument("--inputs", type=int, default=20_000, help="files to try on each reader")
+    parser.add_argument("--inputs", type=int, default=30_000, help="files to try on each reader")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", help="only this one, and keep no figures")
     parser.add_argument("--table", action="store_true", help="print the table of the figures that are here")
     arguments = parser.parse_args()
+    if arguments.reader:
+        print(json.dumps(fuzz(readers()[arguments.reader], arguments.inputs, arguments.seed), indent=1))
+        return
     if not arguments.table:
         rows = []
         for name, reader in readers().items():
@@ -61,14 +66,10 @@ def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         reader.takes(folder, reader.seeds[0])  # imports, and what is made once
+        gc.collect()
+        gc.freeze()  # what is there so far is looked through no more
         descriptors = _descriptors()
 
-        @seed(number)
-        @settings(
-            max_examples=inputs, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(mutated(reader.seeds))
         def attempt(content: bytes) -> None:
             counts["inputs"] += 1
             try:
@@ -80,11 +81,20 @@ def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
             except Exception as error:
                 counts["crashes"] += 1
                 wrong.append(f"{type(error).__name__}: {error}: {content[:200]!r}")
-            if counts["inputs"] % max(1, inputs // 20) == 0:
+
+        made_of = mutated(reader.seeds)
+        try:
+            # hypothesis remembers what it tried, so memory is looked at between rounds.
+            for begun in range(0, inputs, ROUND):
+                options = settings(
+                    max_examples=min(ROUND, inputs - begun), deadline=None, database=None, phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                )  # fmt: skip
+                seed(number + begun)(options(given(made_of)(attempt)))()
                 gc.collect()
                 sizes.append(resident_bytes())
-
-        attempt()
+        finally:
+            gc.unfreeze()
         leaks = len(list(folder.iterdir())) + max(0, _descriptors() - descriptors)
     # The first quarter may fill caches; after that memory is to stay as it is.
     grown = max(0, sizes[-1] - sizes[len(sizes) // 4]) if sizes else 0

@@ -120,7 +120,7 @@ def check_space(target: Path, nbytes: int) -> None:
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
 # safetensors and torch report a full disk as errors of their own.
-_FULL = ("No space left", "file write failed", "failed writing file")
+_FULL = ("No space left", "file write failed", "failed writing file", "unexpected pos")
 
 
 @contextmanager

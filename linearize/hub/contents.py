@@ -51,6 +51,9 @@ def local_things(folder: Path) -> list[Finding]:
     found = [Finding(name, "holds rows of the training data") for name in PRIVATE if (folder / name).is_file()]
     for name in shared_files(folder):
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            found.append(Finding(name, "is a link to a file elsewhere"))
+            continue
         if path.suffix not in _BINARY:
             found += _in_text(name, path.read_text(encoding="utf-8", errors="replace"))
     return found
@@ -89,8 +92,10 @@ def _strings(name: str, text: str) -> Iterator[str]:
                 for line in text.splitlines():
                     yield from _values(json.loads(line))
             case ".yaml" | ".yml":
-                yield from _values(yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError):
+                # Not its values: aliases in them could stand for more than there is time to look at.
+                events = yaml.parse(text, Loader=yaml.SafeLoader)
+                yield from (event.value for event in events if isinstance(event, yaml.ScalarEvent))
+    except (ValueError, RecursionError, yaml.YAMLError):
         return
 
 

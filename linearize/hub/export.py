@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.convert import base_record, versions, write_checkpoint
 from linearize.conversion.output import staged_folder
-from linearize.conversion.source import Source, find_source, load_model, load_tokenizer, provenance_of
+from linearize.conversion.source import Source, find_source, load_model, load_tokenizer, sound_provenance
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.page import to_markdown
 from linearize.evaluation.results import FILE_NAME, read_results
@@ -106,7 +106,7 @@ def export(
     spec = _quantization(weights, outliers)
     if not (source.kind == "folder" and source.is_converted):
         raise ModelError(f"{source.name}: is not a converted folder; convert it first: linearize convert")
-    made_of, written = Path(source.reference), provenance_of(source)
+    made_of, written = Path(source.reference), sound_provenance(source)
     record = _base(written.get("base", {}), base)
     found = report or _results_beside(made_of)
     measured = None if found is None else _measured(_of(read_results(found), made_of.name), made_of.name)

@@ -129,7 +129,9 @@ def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:
     """Files that are not what `linearize.json` says; the card may be edited."""
     try:
         written: dict[str, Any] = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
+        written = {}
+    if not isinstance(written, dict) or not written:
         return [Finding(_PROVENANCE, "does not say what belongs to the checkpoint")]
     lost = [Finding(name, "is missing, though linearize.json names it") for name in written if name not in files]
     return lost + [

@@ -47,6 +47,10 @@ class _Draft:
     places: dict[KeyPath, str]
 
 
+_LONGEST_NAME = 300
+"""Characters of a name or path that an error shows."""
+
+
 @dataclass(frozen=True)
 class _Override:
     """One `--set`: where it writes, what, and how the user spelled it."""
@@ -76,7 +80,7 @@ def recipe_path(name_or_path: str, folder: Path | None = None) -> Path:
     if name_or_path in names:
         return shipped / f"{name_or_path}.yaml"
     path = beside / name_or_path
-    shown = wording.one_line(name_or_path)
+    shown = wording.cut(wording.one_line(name_or_path), _LONGEST_NAME)
     try:
         if path.is_dir():
             raise RecipeError(f"{shown}: a folder, not a recipe; name a .yaml file in it")

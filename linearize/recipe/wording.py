@@ -36,7 +36,12 @@ def shown(value: Any) -> str:
     """A value as a recipe would spell it, cut to a readable length."""
     spelled = {None: "null", True: "true", False: "false"}
     text = spelled[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return cut(text, _LONGEST)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, of which no more than so many characters are left."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def section_at(path: Path) -> type[BaseModel] | None:

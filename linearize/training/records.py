@@ -149,5 +149,6 @@ def _hub_records(spec: SourceSpec, seed: int) -> Iterator[Record]:
     except Exception as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise DataError(
-            f"{name} (split {spec.split}): no file of that name, and as a Hub data set it cannot be read: {reason}"
+            f"{name} (split {spec.split}): no file of that name, and as a Hub data set it cannot be read: {reason}; "
+            "check the name and the network, or name a .txt, .jsonl or .parquet file"
         ) from problem

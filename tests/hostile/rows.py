@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.hostile.kit import WEIGHTS, Kit, gguf, pair
+from tests.hostile.shared_rows import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -404,6 +405,7 @@ ROWS = [
     *(("state", *row) for row in STATES),
     *(("prompt", *row) for row in PROMPTS),
     *(("results", *row) for row in RESULTS),
+    *(("shared", *row) for row in SHARED),
 ]
 
 

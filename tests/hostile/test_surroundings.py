@@ -107,6 +107,9 @@ def test_every_local_command_works_without_a_network(capfd, plain, texts, tmp_pa
         ["finetune", "default", "-o", tuned, *settings],
         ["eval", tuned, "--baseline", "all", "--report", tmp_path / "report"],
         ["compare", tmp_path / "report", tmp_path / "report"],
+        ["finetune", "default", "--dry-run", *settings],
+        ["export", tuned, tmp_path / "shared", "--base", "acme/tiny"],
+        ["push", "me/tiny", tmp_path / "shared", "--dry-run"],
         ["generate", tuned, "Once", "-n", "3", "--save-state", state],
         ["generate", tuned, "upon", "-n", "3", "--load-state", state],
         ["verify", converted, "--tokens", "64", "--steps", "40"],
@@ -118,16 +121,43 @@ def test_every_local_command_works_without_a_network(capfd, plain, texts, tmp_pa
     assert no_network == []
 
 
+UNREACHED = (
+    "owner/model: no local folder or file of this name, and the Hub cannot be reached to look for it there; check the "
+    "name, or the network, or fetch it where there is one (hf download) and name the folder"
+)
+SHORT = [
+    "--set", "model={plain}", "--set", "mixer.window=16", "--set", "stages.0.length=64", "--set",
+    "stages.0.batch_tokens=128", "--set", "stages.0.data.tokens=256",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["inspect", "owner/model"], "the Hub cannot be reached to look for it there; check the name, or the network"),
-        (["generate", "owner/model", "x"], "the Hub cannot be reached to look for it there"),
+        *(([*command, "owner/model", *more], UNREACHED) for command, *more in (
+            [["inspect"]], [["generate"], "x"], [["convert"], "-o", "out"], [["probe"]], [["eval"]], [["verify"]],
+            [["bench"]],
+        )),
+        (["finetune", "default", "-o", "out", "--set", "model=owner/model"], UNREACHED),
+        (["run", "default", "-o", "out", "--set", "model=owner/model"], UNREACHED),
+        (
+            ["finetune", "default", "-o", "out", *SHORT, "--set", "stages.0.data.source=owner/texts"],
+            "check the name and the network, or name a .txt, .jsonl or .parquet file",
+        ),
+        (
+            ["eval", "{plain}", "--tasks", "wikitext2"],
+            "check the network, or give a folder that holds wikitext2/wiki.test.raw with --data DIR",
+        ),
+        (["push", "me/model", "{plain}", "--yes"], "has no linearize.json, so it is not a checkpoint that linearize"),
     ],
-)
-def test_what_needs_the_hub_says_so(capfd, no_network, monkeypatch, arguments, told):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert told in one_line(capfd, *arguments)
+)  # fmt: skip
+def test_what_needs_the_hub_says_what_is_missing_and_how_to_get_it(
+    capfd, plain, no_network, monkeypatch, tmp_path, arguments, told
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    assert told in one_line(capfd, *(argument.format(plain=plain) for argument in arguments))
+    assert not (tmp_path / "out").exists()
 
 
 HOSTILE = [
