@@ -24,6 +24,7 @@ from linearize.errors import ModelError
 from linearize.evaluation.heldout import Estimate, paired_difference, score_rows
 from linearize.evaluation.task import evaluating
 from linearize.model.quantized import ALIGNED, Quantization, QuantizedLinear, linear_layers
+from linearize.pairs import PairedLinear, takes_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +87,14 @@ def to_int8(model: PreTrainedModel) -> PreTrainedModel:
         stored.append(layer)
     for layer in stored:
         layer.fast = True
+    large = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, QuantizedLinear) and takes_pairs(child)
+    ]
+    for parent, name, layer in large:
+        setattr(parent, name, PairedLinear(layer))
     return model
 
 

@@ -41,7 +41,7 @@ KINDS = {
     "liger": ("liger-gla", "mixer.sinks=0"),
     "softmax": ("default", "mixer.mix=softmax"),
     "kept": ("default", "mixer.keep.layers=[1]", "mixer.keep.heads={0: [1]}"),
-    "landmarks": ("landmarks", "mixer.landmarks=20"),
+    "landmarks": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null"),
     "bfloat16": ("default", "dtype=bfloat16"),
     "float16": ("default", "dtype=float16"),
 }

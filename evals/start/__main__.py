@@ -68,7 +68,8 @@ ROWS = (
     Row("calibrated", "`calibrated`", "calibrated"),
     Row("windows", "`recall`: calibrated, its windows by damage", "recall"),
     Row("keep", "`calibrated`, 10 % of the cache kept", "calibrated", (KEEP,)),
-    Row("landmarks", "`landmarks`, as converted", "landmarks"),
+    Row("landmarks-even", "`landmarks`, as many in every layer", "landmarks", ("mixer.landmarks_by=null",)),
+    Row("landmarks", "`landmarks`, shared out by damage", "landmarks"),
     Row("landmarks-calibrated", "`landmarks`, calibrated", "landmarks", (CALIBRATE,)),
     Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
 )

@@ -1,15 +1,23 @@
 """`mixer.keep.budget` and `mixer.reach`: which layers or key/value heads keep softmax, and which layers see farther
-than others, by the damage of windowing each alone, measured as `linearize probe` does."""
+than others, by the damage of windowing each alone, measured as `linearize probe` does; and `mixer.landmarks_by`: which
+layers get many landmarks (`shares.py`)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
+from linearize.conversion.convert import mixers_for
 from linearize.errors import RecipeError
+from linearize.evaluation.recall.running import learned_positions
+from linearize.model import LinearizedForCausalLM
+from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
+from linearize.probe.needles import make_needles
 from linearize.probe.selection import SURE
 from linearize.probe.telling import basis
-from linearize.recipe import SELF, KeepSpec
+from linearize.recipe import SELF, DataSpec, KeepSpec
+from linearize.training.data import load_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +37,17 @@ _LEAST_SHARE, _LEAST_WINDOW = 4, 16
 
 def selects(recipe: Recipe) -> bool:
     """Whether anything is left to be chosen."""
+    return _probes(recipe) or recipe.mixer.landmarks_by is not None
+
+
+def _probes(recipe: Recipe) -> bool:
     return recipe.mixer.keep.budget is not None or recipe.mixer.reach is not None
 
 
 def select(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
-) -> tuple[Recipe, Probe, list[str]]:
-    """`recipe` with what was chosen named in it, the probe behind that, and why, in lines.
+) -> tuple[Recipe, Probe | None, list[str]]:
+    """`recipe` with what was chosen named in it, the probe behind that if there was one, and why, in lines.
 
     Args:
         teacher: made replaceable in place; convert it as if it were still the pretrained model.
@@ -44,6 +56,19 @@ def select(
         RecipeError: the budget holds nothing, or single heads are to be kept and layers to reach farther.
         DataError: there is no text to measure on.
     """
+    probe, why = None, list[str]()
+    if _probes(recipe):
+        recipe, probe, why = _by_damage(source, recipe, teacher, tokenizer, say=say)
+    if recipe.mixer.landmarks_by is not None:
+        recipe, told = _landmarks(recipe, teacher, tokenizer, say=say)
+        why += told
+    return recipe, probe, why
+
+
+def _by_damage(
+    source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
+) -> tuple[Recipe, Probe, list[str]]:
+    """Chooses what to keep, and windows."""
     keep, reach = recipe.mixer.keep, recipe.mixer.reach
     if reach is not None and keep.unit == "heads" and keep.budget is not None:
         raise RecipeError("mixer.reach is shared out by layers; choose keep.unit: layers")
@@ -71,6 +96,66 @@ def select(
         why += _windows_told(changes["windows"], recipe.mixer.window, recall)
     mixer = recipe.mixer.model_copy(update=changes)
     return recipe.model_copy(update={"mixer": mixer}), probe, why
+
+
+def _landmarks(
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
+) -> tuple[Recipe, list[str]]:
+    """Shares landmarks out."""
+    spec, by = recipe.mixer, recipe.mixer.landmarks_by
+    layers = family_of(teacher.config).layers(teacher.config)
+    sections = mixers_for(spec, layers)
+    chosen = sorted(
+        index
+        for section in sections
+        for index in section.layers
+        if section.converts(layers[index]) and index not in spec.landmark_layers
+    )
+    length = min(LENGTH, learned_positions(teacher) or LENGTH)
+    reach = spec.window + spec.sinks + spec.landmarks
+    if not chosen:  # the recipe names them all
+        return recipe.model_copy(update={"mixer": spec.model_copy(update={"landmarks_by": None})}), []
+    if length <= reach:
+        raise RecipeError(
+            f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: lower "
+            "mixer.landmarks"
+        )
+    origin = recipe.calibrate or DataSpec(source=SELF)
+    data = DataSpec(source=origin.source, config=origin.config, split=origin.split, field=origin.field)
+    text = load_data(
+        data.model_copy(update={"tokens": TEXTS * length, "held_out": 0}),
+        tokenizer=tokenizer,
+        length=length,
+        seed=recipe.seed,
+        teacher=lambda: teacher,
+        progress=say,
+    )
+    rows = text.train.input_ids
+    needles = []
+    if by == "recall":
+        needles = make_needles(
+            tokenizer,
+            tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True),
+            count=TEXTS,
+            length=length,
+            window=spec.window,
+            sinks=spec.sinks,
+            seed=recipe.seed,
+        )
+    model = LinearizedForCausalLM.from_teacher(teacher, []).eval()
+    found = curves(model, spec, chosen, list(rows), needles, say=say)
+    shares = share_landmarks(found, spec.landmarks, recall=bool(needles))
+    even = dict.fromkeys(chosen, spec.landmarks)
+    costs = [sum(found[layer].cost(n, recall=False) for layer, n in one.items()) for one in (even, shares)]
+    most = sorted(shares, key=lambda layer: -shares[layer])[:3]
+    why = [
+        f"Landmarks: {', '.join(f'layer {layer} has {shares[layer]:,}' for layer in most)}, the fewest are "
+        f"{min(shares.values())}; all together as many as {spec.landmarks} each. What they leave unread is estimated "
+        f"at {costs[1]:.4f} nats per token, with equal shares at {costs[0]:.4f} ({len(rows)} texts, {len(needles)} "
+        f"needles, {length:,} tokens each, {text.source})."
+    ]
+    mixer = spec.model_copy(update={"landmarks_by": None, "landmark_layers": {**spec.landmark_layers, **shares}})
+    return recipe.model_copy(update={"mixer": mixer}), why
 
 
 def share_windows(recall: Mapping[int, Estimate], window: int, reach: int) -> dict[int, int]:

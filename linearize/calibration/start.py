@@ -57,7 +57,7 @@ class Start:
     def record(self) -> dict[str, Any]:
         """What `linearize.json` says of it."""
         told: dict[str, Any] = {}
-        if self.probe is not None:
+        if self.why:
             told["selection"] = self.why
         if self.calibration is not None:
             told["calibration"] = calibration_lines(self.calibration)

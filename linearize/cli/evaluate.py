@@ -21,6 +21,7 @@ from linearize.cli.console import (
     print_json,
     status,
 )
+from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")] = 8,
     dtype: Int8Option = "auto",
+    launch: LaunchOption = None,
+    accelerate_config: AccelerateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -93,6 +96,8 @@ def evaluate(
     """
     check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
+    if launch is not None or accelerate_config is not None:
+        raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()
     from linearize.conversion.claims import claimed
     from linearize.conversion.source import find_source
@@ -101,10 +106,13 @@ def evaluate(
     from linearize.evaluation.store import Store
     from linearize.evaluation.suites import SuiteOptions
     from linearize.evaluation.systems import evaluate as score
+    from linearize.training import processes
 
+    processes.join()
+    first = processes.is_first()
     source = find_source(model, trust_remote_code=trust_remote_code)
     progress = ProgressLine()
-    with nullcontext() if report is None else claimed(report):
+    with nullcontext() if report is None or not first else claimed(report):
         try:
             results = score(
                 source,
@@ -116,12 +124,14 @@ def evaluate(
                 batch_size=batch_size,
                 dtype=dtype,
                 store=Store(fresh=fresh),
-                progress=progress,
-                say=status,
+                progress=progress if first else None,
+                say=status if first else lambda _: None,
                 command=command_line(),
             )
         finally:
             progress.clear()
+        if not first:
+            return
         if report is not None:
             write_report(results, report)
             status(f"wrote {report / 'report.html'}")

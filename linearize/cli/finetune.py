@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,7 @@ from linearize.cli.console import (
     print_json,
     status,
 )
+from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
 from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
 
@@ -42,18 +42,8 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
     ] = False,
-    launch: Annotated[
-        int | None,
-        typer.Option("--launch", metavar="N", min=1, help="Train in N processes on this machine, one to a GPU."),
-    ] = None,
-    accelerate_config: Annotated[
-        Path | None,
-        typer.Option(
-            "--accelerate-config",
-            metavar="FILE",
-            help="Start by `accelerate launch` with this configuration; run it on each of several machines.",
-        ),
-    ] = None,
+    launch: LaunchOption = None,
+    accelerate_config: AccelerateOption = None,
     shard: Annotated[
         bool, typer.Option("--shard", help="Split weights, gradients and optimizer among the processes (FSDP2).")
     ] = False,
@@ -71,7 +61,7 @@ def finetune(
     Several processes share the rows of each step: losses are those of one, and the recipe is the same.
     """
     if launch is not None or accelerate_config is not None:
-        raise typer.Exit(_launch(launch, accelerate_config))
+        raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()
     from linearize.conversion.output import check_free, staged_folder
     from linearize.errors import RecipeError
@@ -104,35 +94,6 @@ def finetune(
         return
     print(target)
     status(f"next: linearize eval {target} --baseline teacher,window")
-
-
-def _launch(processes: int | None, configuration: Path | None) -> int:
-    from linearize.training.processes import count, launch, launch_with
-
-    if processes is not None and configuration is not None:
-        raise typer.BadParameter("--launch and --accelerate-config: give one of them")
-    if count() > 1:
-        raise typer.BadParameter("--launch: this is one of several processes already; leave it out")
-    rest = _without(sys.argv[1:], "--launch", "--accelerate-config")
-    if configuration is None:
-        return launch(processes or 1, rest)
-    if not configuration.is_file():
-        raise typer.BadParameter(f"--accelerate-config {configuration}: no such file; `accelerate config` writes one")
-    return launch_with(configuration, rest)
-
-
-def _without(arguments: list[str], *options: str) -> list[str]:
-    """A command line without these options and their values."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in options:
-            skip = True
-        elif not argument.startswith(tuple(f"{option}=" for option in options)):
-            kept.append(argument)
-    return kept
 
 
 def _show_memory(settings: Recipe, gpus: int, trust_remote_code: bool, as_json: bool) -> None:

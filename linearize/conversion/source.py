@@ -9,11 +9,19 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
@@ -103,16 +111,19 @@ def load_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(reference, **keywords)
 
 
-def load_model(source: Source, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_model(
+    source: Source, *, dtype: str = "auto", device: str | None = None, four_bit: bool = False
+) -> PreTrainedModel:
     """The model, ready to be evaluated or converted.
 
     Args:
         dtype: a key of `DTYPES`, or `auto` for the checkpoint's own (float32 for GGUF, whose weights are unpacked); or
             `int8`: the checkpoint's own with int8 in the place of linear layers' weights, for decoding on a CPU.
         device: where it goes; the first GPU if there is one, by default.
+        four_bit: hold the weights of linear layers in 4 bits (NF4), for adapters on top.
 
     Raises:
-        ModelError: the model cannot be read.
+        ModelError: the model cannot be read, or not in 4 bits.
     """
     if dtype == "int8":
         from linearize.quantize import to_int8  # which measures, and so stands above this module
@@ -127,13 +138,37 @@ def load_model(source: Source, *, dtype: str = "auto", device: str | None = None
         keywords["use_safetensors"] = True  # a pickle could run any code
     if source.kind == "folder":
         check_weights(Path(reference))
+    if four_bit:
+        keywords["quantization_config"] = _four_bits(source, DTYPES.get(dtype))
+        keywords["device_map"] = {"": device or default_device()}
     model: PreTrainedModel
     with reading(source):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )
     _check_loaded(model, loaded, source)
-    return model.eval().to(device or default_device())
+    return model.eval() if four_bit else model.eval().to(device or default_device())
+
+
+def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """Raises:
+    ModelError: bitsandbytes is not there, or the model is not stored as safetensors.
+    """
+    if source.kind == "gguf":
+        raise ModelError(f"{source.name}: a GGUF file is not read in 4 bits; take the safetensors model it was made of")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("lora.four_bit: needs bitsandbytes; pip install bitsandbytes, or set it to false")
+    if dtype is None:
+        own = getattr(load_config(source), "dtype", None)
+        dtype = own if isinstance(own, torch.dtype) else torch.float32
+    # Quantized scales cost no accuracy (Dettmers et al. 2023, arXiv 2305.14314); a mixer's own layers are tiny.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", "embed_out", "mixer"],
+    )
 
 
 def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source) -> None:
@@ -243,11 +278,12 @@ def _reason(error: Exception, source: Source) -> str:
     if source.kind == "hub" and "named model.safetensors" in text:
         return "the Hub has no safetensors weights of it; convert them where you trust them, with save_pretrained"
     if source.kind == "hub" and isinstance(error, OSError):
+        near = _nearest(Path(source.reference))
         if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
-            return "no local folder or file of this name, and the Hub has no such model (or wants you to log in)"
+            return f"no local folder or file of this name, and the Hub has no such model (or wants you to log in){near}"
         return (
             "no local folder or file of this name, and the Hub cannot be reached to look for it there; check the name, "
-            "or the network, or fetch it where there is one (hf download) and name the folder"
+            f"or the network, or fetch it where there is one (hf download) and name the folder{near}"
         )
     if source.kind == "hub" and "Repo id" in text:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"

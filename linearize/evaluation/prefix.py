@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 # Contexts that start with as many equal tokens are taken to have a beginning that is worth reading once.
 MIN_SHARED = 64
+# Positions whose logits exist at one time, where a single row has no more: of a vocabulary of 49k they take 0.8 GB.
+_MOST_POSITIONS = 4096
+# Of these, the positions whose float32 log-probabilities do.
+_CHUNK = 256
 _COPYABLE = (DynamicLayer, DynamicSlidingWindowLayer, LayerMemory)
 _T = TypeVar("_T")
 Tokens = tuple[int, ...]
@@ -120,7 +124,7 @@ def log_likelihoods(
     """
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(queries)
     groups = sorted(plan(queries), key=lambda group: -len(group.prefix))
-    for batch in _batched(groups, batch_size):
+    for batch in _fitting(groups, [group.tail(queries) for group in groups], batch_size):
         keep = max(1, *(group.tail(queries) for group in batch))
         ids, mask = _left_padded([group.prefix for group in batch], model.device)
         lengths = mask.sum(1)
@@ -176,23 +180,25 @@ def log_likelihoods(
     return answers
 
 
-def _score(log_probabilities: Tensor, targets: Tokens) -> tuple[float, bool]:
-    """Of `[>= T, V]` float32, whose last T rows predict the T targets."""
-    wanted = torch.tensor(targets, device=log_probabilities.device)
-    rows = log_probabilities[-len(targets) :]
-    return float(rows.gather(1, wanted[:, None]).sum()), bool((rows.argmax(-1) == wanted).all())
+def _score(logits: Tensor, targets: Tokens) -> tuple[float, bool]:
+    """Of `[>= T, V]`, whose last T rows predict the T targets."""
+    wanted = torch.tensor(targets, device=logits.device)
+    total, likeliest = 0.0, True
+    for rows, tokens in zip(logits[-len(targets) :].split(_CHUNK), wanted.split(_CHUNK), strict=True):
+        log_probabilities = F.log_softmax(rows, dim=-1, dtype=torch.float32)
+        total += float(log_probabilities.gather(1, tokens[:, None]).sum())
+        likeliest = likeliest and bool((log_probabilities.argmax(-1) == tokens).all())
+    return total, likeliest
 
 
 def _forward(model: Any, columns: list[int], **inputs: Any) -> tuple[Tensor, Any]:
-    """Float32 log-probabilities `[B, columns, V]` at some of the positions, and the cache."""
+    """Logits `[B, columns, V]` at some of the positions, and the cache."""
     wanted = torch.tensor(columns, device=model.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         out = model(**inputs, logits_to_keep=wanted)
-        logits = out.logits
-    else:
-        out = model(**inputs)
-        logits = out.logits[:, wanted]
-    return F.log_softmax(logits, dim=-1, dtype=torch.float32), out.past_key_values
+        return out.logits, out.past_key_values
+    out = model(**inputs)
+    return out.logits[:, wanted], out.past_key_values
 
 
 def _left_padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -211,12 +217,28 @@ def _is_copyable(cache: Any) -> bool:
 def _rows(cache: Cache, indices: Tensor) -> Cache:
     """A copy of some rows, which may repeat; the cache itself stays as it is."""
     copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
+    copied.layers = []
+    for layer in cache.layers:
         if isinstance(layer, LayerMemory):
-            layer.parts, layer.past = {name: dict(part) for name, part in layer.parts.items()}, dict(layer.past)
-        layer.batch_select_indices(indices)
+            copied.layers.append(layer.rows(indices))
+        else:
+            copied.layers.append(copy.copy(layer))
+            copied.layers[-1].batch_select_indices(indices)
     return copied
+
+
+def _fitting(groups: Sequence[Group], tails: Sequence[int], size: int) -> Iterator[Sequence[Group]]:
+    """Batches of at most `size` rows, of one where the logits of more would take too much memory."""
+    start = 0
+    while start < len(groups):
+        stop, most = start + 1, max(1, tails[start])
+        while stop < len(groups) and stop - start < size:
+            most = max(most, tails[stop])
+            if most * (stop + 1 - start) > _MOST_POSITIONS:
+                break
+            stop += 1
+        yield groups[start:stop]
+        start = stop
 
 
 def _batched(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -14,6 +14,7 @@ import torch
 from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.store import Store, model_key, whole_stamp
 from linearize.evaluation.task import Item, Task, TaskScore, evaluating
+from linearize.training import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,37 +122,45 @@ class _System:
 
     def results(self, tasks: Sequence[Task], chosen: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Item]]:
         """By task the result of each chosen item."""
-        found = {task.name: self._kept(task) for task in tasks}
+        found = self._all_kept(tasks)
         if all(index in found[task.name] for task in tasks for index in chosen[task.name]):
             return found
         self.model = self.load()
         if self.store is not None:
             self.key = model_key(self.model, self.tokenizer)
-            if self.stamp is not None:
+            if self.stamp is not None and processes.is_first():
                 self.store.remember(self.stamp, self.key)
-            found = {task.name: self._kept(task) for task in tasks}
+            found = self._all_kept(tasks)
         with evaluating(self.model), torch.inference_mode():
             for task in tasks:
                 self._score(task, chosen[task.name], found[task.name])
         return found
 
+    def _all_kept(self, tasks: Sequence[Task]) -> dict[str, dict[int, Item]]:
+        """As the first of several processes finds it: what it writes afterwards is not to reach some of the others."""
+        return processes.everyones({task.name: self._kept(task) for task in tasks} if processes.is_first() else {})[0]
+
     def _kept(self, task: Task) -> dict[int, Item]:
         return self.store.read(self.key, task.digest) if self.store is not None and self.key is not None else {}
 
     def _score(self, task: Task, chosen: Sequence[int], found: dict[int, Item]) -> None:
-        """Scores what `found` lacks, and adds it there."""
+        """Scores what `found` lacks, and adds it there; each of several processes has its share of every chunk."""
         missing = [index for index in chosen if index not in found]
         self._tell(task, len(chosen) - len(missing), len(chosen))
-        size = CHUNK
+        size, of = CHUNK, processes.count()
         while missing:
-            chunk, missing = missing[:size], missing[size:]
+            chunk, missing = missing[: size * of], missing[size * of :]
             started = time.monotonic()
-            new = dict(zip(chunk, self._items(task, chunk), strict=True))
-            if self.store is not None and self.key is not None:
+            share = chunk[processes.rank() :: of]
+            own = dict(zip(share, self._items(task, share) if share else [], strict=True))
+            seconds = time.monotonic() - started
+            parts = processes.everyones((own, seconds))
+            new = {index: item for part, _ in parts for index, item in part.items()}
+            if self.store is not None and self.key is not None and processes.is_first():
                 self.store.write(self.key, task.digest, new)
             found |= new
             self._tell(task, len(chosen) - len(missing), len(chosen))
-            if time.monotonic() - started > CHUNK_SECONDS:
+            if max(seconds for _, seconds in parts) > CHUNK_SECONDS:
                 size = max(1, size // 2)
 
     def _items(self, task: Task, indices: Sequence[int]) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from linearize.evaluation.runner import Loader, StampedLoader, run
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec
+from linearize.training import processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +97,8 @@ def evaluate(
     reference = _reference_dtype(dtype)
     if options.teacher is None:
         options = replace(options, teacher=lambda: load_model(teacher, dtype=reference))
-    built = build_suites(chosen, tokenizer, options)
+    with processes.first_goes_ahead():  # what it fetches, the others find
+        built = build_suites(chosen, tokenizer, options)
     scores = score_systems(
         {system.info.name: system.load for system in systems},
         tokenizer,
@@ -197,7 +200,9 @@ def find_systems(source: Source, teacher: Source, baselines: Sequence[str], dtyp
     """
     for name in baselines:
         if name not in BASELINES and name != ALL:
-            raise DataError(f"unknown baseline {name!r}; there are: {', '.join(BASELINES)}, {ALL}")
+            near = difflib.get_close_matches(name, [*BASELINES, ALL], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BASELINES)}, {ALL}"
+            raise DataError(f"unknown baseline {name!r}; {hint}")
         if name in BRANCHES_OFF and not source.is_converted:
             raise DataError(f"baseline {name}: {source.name} is not converted, so it has no branches to turn off")
     wanted = [

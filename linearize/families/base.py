@@ -160,6 +160,8 @@ def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
         return joint
     if any(weight.is_shared() or weight.shape[1] != width or weight.dtype != first.dtype for weight in weights):
         return None
+    if first.is_inference():  # made in inference mode, where it cannot be made a view of what is usable outside
+        return None
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, whole.split([weight.shape[0] for weight in weights]), strict=True):

@@ -6,6 +6,7 @@ added without touching reordering, resetting, byte counts or the other parts.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -206,6 +207,14 @@ class LayerMemory(CacheLayerMixin):
         """Remembers what `other` does, in tensors of its own that stay where they are; to be recounted."""
         for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
+
+    def rows(self, indices: Tensor) -> LayerMemory:
+        """A memory of some rows, which may repeat; this one stays as it is."""
+        memory = copy.copy(self)
+        memory.parts = {name: copy.copy(part) for name, part in self.parts.items()}
+        memory.past, memory._joined, memory.counts = copy.copy(self.past), {}, self.counts
+        memory.batch_select_indices(indices)
+        return memory
 
     def clone(self) -> LayerMemory:
         """A copy that shares nothing with this one and keeps no room in `past` beyond the longest row."""

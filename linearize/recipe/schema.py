@@ -161,6 +161,10 @@ class MixerSpec(Section):
     """Tokens per key/value head that stay under softmax attention when they leave the window, chosen online."""
     landmark_layers: dict[int, int] = {}
     """Layer -> its own number of landmarks, where some layers have more to find again than others."""
+    landmarks_by: Literal["recall", "loss"] | None = None
+    """`convert` shares the landmarks of all layers out anew, by what each layer would lose with fewer, all together no
+    more than with `landmarks` each: `recall` counts loss of recall beside loss on text. The recipe that is saved names
+    them in `landmark_layers`."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")
@@ -175,6 +179,13 @@ class MixerSpec(Section):
     def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
         if any(number < 0 for pair in value.items() for number in pair):
             raise _refusal("expected layers counted from 0, each with a number of landmarks")
+        return value
+
+    @field_validator("landmarks_by")
+    @classmethod
+    def _has_some_to_share(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not info.data.get("landmarks"):
+            raise _refusal("there are no landmarks to share out: set mixer.landmarks, or leave this out")
         return value
 
     @field_validator("normalize")
@@ -352,6 +363,9 @@ class LoraSpec(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] = Field(default=["q", "k", "v"], min_length=1)
     """Short names (q, k, v, o, gate, up, down) or the last part of a module's name."""
+    four_bit: bool = False
+    """Frozen weights in 4 bits (NF4) while adapters train, as QLoRA has it; what is written has them whole. Needs
+    bitsandbytes."""
 
 
 class EvaluateSpec(Section):

@@ -105,9 +105,9 @@ class _Teacher:
         self.source, self.dtype, self.model = source, dtype, model
         self.is_ours = model is None
 
-    def __call__(self) -> PreTrainedModel:
+    def __call__(self, device: str | None = None) -> PreTrainedModel:
         if self.model is None:
-            self.model = load_model(self.source, dtype=self.dtype).requires_grad_(False)
+            self.model = load_model(self.source, dtype=self.dtype, device=device).requires_grad_(False)
         return self.model
 
     @contextlib.contextmanager
@@ -130,7 +130,7 @@ class _Teacher:
         else:
             if shard and (self.model is None or not is_sharded(self.model)):
                 with processes.in_turns():
-                    shard_model(self())
+                    shard_model(self("cpu"))
             yield self()
 
 
@@ -172,10 +172,16 @@ def finetune(
     if shard:
         check_shardable(recipe)
         mesh()
+    four_bit = recipe.lora is not None and recipe.lora.four_bit
+    if four_bit:
+        _check_four_bit(recipe, shard)
     # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-    shared = base == source and not shard and any(wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
+    shared = (
+        base == source and not (shard or four_bit) and any(wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
+    )
     started = None
-    if not source.is_converted and begin is None and processes.count() > 1 and prepares(recipe):
+    apart = processes.count() > 1 or four_bit
+    if not source.is_converted and begin is None and apart and prepares(recipe):
         started = work / "start"
         recipe, told = _started(source, recipe, tokenizer, started, resume=resume, say=say)
     elif source.is_converted:
@@ -187,12 +193,13 @@ def finetune(
         told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
 
-    def converted() -> Any:
+    def converted(**options: Any) -> Any:
         nonlocal recipe, told
+        options["dtype"] = recipe.dtype
         if source.is_converted or started is not None:
-            return load_model(source if started is None else find_source(str(started)), dtype=recipe.dtype)
+            return load_model(source if started is None else find_source(str(started)), **options)
         if begin is None:
-            model = copy.deepcopy(teacher()) if shared else load_model(source, dtype=recipe.dtype)
+            model = copy.deepcopy(teacher()) if shared else load_model(source, **options)
             check_convertible(model.config, source)
             begun = make_start(source, recipe, model, tokenizer, say=say)
         else:
@@ -204,7 +211,7 @@ def finetune(
         return add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
 
     with processes.in_turns() if shard else contextlib.nullcontext():
-        student = student_of(converted())
+        student = student_of(converted(four_bit=four_bit, device="cpu" if shard else None))
         for stage in recipe.stages:
             choose_trained(student, stage.train)  # what a later stage lacks is told now
         if shard:
@@ -261,12 +268,12 @@ def finetune(
                 trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say, reporting)
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
         _count_skipped(records[-1], trainer.skipped)
-    if shard:
+    if shard or four_bit:
         trained = whole_trained(student)
         if not processes.is_first():
             return FinetuneResult(base_of(student), tokenizer, None, data, recipe, records, told)
         # Built again, whole, on the CPU: what is frozen is on disk as it was.
-        student = student_of(converted())
+        student = student_of(converted(device="cpu"))
         choose_trained(student, recipe.stages[-1].train)
         set_trained(student, trained)
     merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
@@ -286,6 +293,21 @@ def _started(
                 convert(source, recipe, staging, say=say, tokenizer=tokenizer)
     kept = load_recipe(str(folder / "recipe.yaml"))
     return kept, sound_provenance(find_source(str(folder))).get("start", {})
+
+
+def _check_four_bit(recipe: Recipe, shard: bool) -> None:
+    """Raises:
+    RecipeError: what the recipe or the engine wants does not go with frozen weights in 4 bits.
+    """
+    if shard:
+        raise RecipeError("lora.four_bit: does not go with --shard; leave one of them out")
+    for number, stage in enumerate(recipe.stages):
+        if stage.train != "lora":
+            raise RecipeError(f"stages.{number}.train: {stage.train} does not go with lora.four_bit; take lora")
+        if "align" in stage.weights:
+            raise RecipeError(f"stages.{number}.objective: align does not go with lora.four_bit; take distill or sft")
+    if recipe.lora is not None and recipe.lora.kind == "pissa":
+        raise RecipeError("lora.kind: pissa changes the weights that four_bit freezes; take lora, rslora or dora")
 
 
 def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linearize.conversion.convert import convert_model, mixers_for
@@ -35,7 +36,7 @@ from linearize.training.rehearsal import Moment, fullest_moment
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from linearize.recipe import Recipe, Stage
 
@@ -45,6 +46,7 @@ CARDS = (16, 24, 48, 80, 141)
 """GB of the cards that fits are told for."""
 
 _CONTEXT = 1_000_000_000  # what the driver, CUDA's libraries and NCCL hold on a GPU before anything is put there
+_FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight, its share of a block's scale and of that one's own
 _COUNTED = 512  # tokens, and at least so many windows, or what blocks of queries see would not have settled
 _COUNTED_WINDOWS = 4
 _FEW_LAYERS = (2, 4)
@@ -114,6 +116,11 @@ def training_memory(
     moment = _moment(config, recipe, stage, pair, wanted, position_ids)
     trained = [p for p in student.parameters() if p.requires_grad]
     weights, gradients = _nbytes(student.parameters()), _nbytes(trained)
+    unpacked = 0
+    if recipe.lora is not None and recipe.lora.four_bit:
+        linear = _quantized(converted)
+        weights -= sum(x.nbytes - math.ceil(x.numel() * _FOUR_BIT) for x in linear)
+        unpacked = max(x.nbytes for x in linear)  # of the layer at work
     optimizer = _optimizer_nbytes(stage, trained)
     pretrained = _nbytes(teacher.parameters()) if beside else 0
     cache = stage.micro_batch * sum(
@@ -146,7 +153,7 @@ def training_memory(
             teacher=shared_teacher,
             activations=None if moment is None else moment.activations,
             logits=None if moment is None else moment.logits,
-            gathered=gathered,
+            gathered=gathered + unpacked,
             cache=cache,
         )
     return found
@@ -253,6 +260,17 @@ def _optimizer_nbytes(stage: Stage, trained: list[nn.Parameter]) -> int:
         else:
             size += 2 * wide * count
     return size
+
+
+def _quantized(model: LinearizedForCausalLM) -> list[Tensor]:
+    """The weights that `load_model` holds in 4 bits."""
+    blocks = model.get_submodule(family_of(model.config.text_config).blocks)
+    named = (pair for block in blocks for pair in block.named_modules())
+    return [
+        module.weight
+        for name, module in named
+        if isinstance(module, nn.Linear) and "mixer" not in name.split(".") and "lora" not in name
+    ]
 
 
 def _units(model: Any) -> tuple[int, int]:

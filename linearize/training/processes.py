@@ -1,5 +1,5 @@
-"""One training in several processes, one to a GPU: each has its share of the rows of every step, and the whole model or
-a part of it.
+"""One training or evaluation in several processes, one to a GPU: each has its share of a step's rows, or of the items,
+and the whole model or a part of it.
 
 What an optimizer step sees is what the recipe says, whatever the number of processes, so losses are those of one. The
 first process writes and speaks; the others compute.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from linearize.errors import LinearizeError
 from linearize.interruption import Postponed
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+T = TypeVar("T")
+
 _LONGEST_WAIT = timedelta(days=7)  # while the first process alone fetches data or writes text
 
 
@@ -33,9 +35,14 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def join() -> bool:
@@ -77,6 +84,17 @@ def most(number: int) -> int:
     of_all = torch.tensor(number, device=PartialState().device)
     torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MAX)
     return int(of_all)
+
+
+def everyones(mine: T) -> list[T]:
+    """What each process has, the first one's first."""
+    if count() == 1:
+        return [mine]
+    import torch
+
+    gathered: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 def wait() -> None:
@@ -132,12 +150,12 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         port = free.getsockname()[1]
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(processes):
+        for number in range(processes):
             environment = {
                 **os.environ,
                 "WORLD_SIZE": str(processes),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
                 "LOCAL_WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),

@@ -1,9 +1,23 @@
-"""How windows are shared out."""
+"""How windows and landmarks are shared out."""
 
 from __future__ import annotations
 
-from linearize.calibration.select import share_windows
+import json
+
+import pytest
+import torch
+
+from linearize.calibration.blocks import output_projection
+from linearize.calibration.select import select, share_windows
+from linearize.calibration.shares import Curve, _exact, curves, share_landmarks
+from linearize.calibration.start import convert
+from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.errors import RecipeError
 from linearize.evaluation.heldout import Estimate
+from linearize.model import LinearizedForCausalLM
+from linearize.probe.needles import Needle, answer_log_probability
+from linearize.recipe import MixerSpec, load_recipe
+from tests.model.test_families import build
 
 
 def recall(**falls: float) -> dict[int, Estimate]:
@@ -28,3 +42,88 @@ def test_where_no_layer_stands_out_windows_stay_equal():
 
 def test_narrow_windows_are_not_cut():
     assert share_windows(recall(l0=0.0, l1=1.0), 8, 500) == {0: 8, 1: 8}
+
+
+def curve(*costs: float, recall: float = 0.0) -> Curve:
+    return Curve([16, 64, 256], costs, [recall, recall / 2, 0.0])
+
+
+def test_landmarks_go_where_they_take_away_most():
+    shares = share_landmarks({0: curve(0.1, 0.01, 0.0), 1: curve(1e-4, 1e-5, 0.0)}, 64, recall=False)
+    assert shares[0] > 64 > shares[1] >= 16 and sum(shares.values()) <= 128
+
+
+def test_landmarks_by_recall_count_recall():
+    found = {0: curve(0.01, 0.001, 0.0), 1: curve(1e-5, 1e-6, 0.0, recall=5.0)}
+    alone, with_recall = (share_landmarks(found, 64, recall=recall) for recall in (False, True))
+    assert with_recall[1] > alone[1] and sum(with_recall.values()) <= 128
+
+
+def test_a_curve_that_falls_late_is_seen():
+    # Nothing is gained by a few slots more, all of it by many.
+    found = {0: Curve([16, 95, 96, 256], [0.5, 0.5, 0.0, 0.0], [0.0] * 4), 1: curve(1e-4, 1e-5, 0.0)}
+    assert share_landmarks(found, 64, recall=False)[0] >= 96
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon, multi-query", "gpt_neox", "cohere2", "olmo2"])
+def test_what_a_layer_loses_is_its_change_times_the_gradient(family):
+    """Beside it, the plain way: the objective's derivative along the layer's change, by two forward passes."""
+    model = LinearizedForCausalLM.from_teacher(build(family), []).double().eval()
+    spec = MixerSpec(window=4, sinks=1, landmarks=32, landmarks_by="loss")
+    layers = [index for index, one in enumerate(model.attention_layers) if one.layer.window is None]
+    ids = torch.randint(5, 97, (100,), generator=torch.Generator().manual_seed(0))
+    needle = Needle(ids.tolist(), range(20, 23), range(90, 93))
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    found = curves(model, spec, layers, [ids], [needle])
+    assert set(found) == set(layers) and all(curve.numbers == [4, 16, 48, 128] for curve in found.values())
+    # As many landmarks as tokens leave nothing unread, and fewer do.
+    assert all(curve.loss[-1] < 1e-9 * curve.loss[0] for curve in found.values())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    last = layers[-1]
+    layer = model.attention_layers[last]
+    mixer, seen = _exact(layer, spec, last, 16), []
+    layer.observer = lambda new, lengths: seen.append(mixer(new, lengths, None))
+
+    def objective(step: float) -> float:
+        seen.clear()
+
+        def move(_, arguments):
+            return (arguments[0] + step * (seen[0].flatten(2) - arguments[0]),)
+
+        handle = output_projection(layer).register_forward_pre_hook(move)
+        with torch.no_grad():
+            value = -answer_log_probability(model, needle)
+        handle.remove()
+        return value
+
+    slope = (objective(1e-4) - objective(-1e-4)) / 2e-4
+    # A number of landmarks that does better than a smaller one is never said to lose more.
+    assert found[last].recall[1] == pytest.approx(min(max(slope, 0), found[last].recall[0]), rel=1e-3, abs=1e-9)
+
+
+def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {number}th word of this story is {number * 7919 % 977}." for number in range(900)))
+    changes = ["mixer.window=16", "mixer.landmarks=64", "mixer.landmarks_by=recall", f"calibrate.source={text}"]
+    wanted = load_recipe("default", [*changes, "calibrate={tokens: 1024, length: 256, held_out: 2, steps: 0}"])
+    wanted = wanted.model_copy(update={"calibrate": wanted.calibrate.model_copy(update={"source": str(text)})})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    start = convert(find_source(str(tiny_folder)), wanted, folder)
+    mixer = start.recipe.mixer
+    assert mixer.landmarks_by is None and sum(mixer.landmark_layers.values()) <= 2 * 64
+    assert len(set(mixer.landmark_layers.values())) == 2
+    told = json.loads((folder / "linearize.json").read_text())["start"]["selection"]
+    assert len(told) == 1 and told[0].startswith("Landmarks: layer ")
+    saved = {index: start.model.config.mixer_of(index).landmarks for index in (0, 1)}
+    assert saved == mixer.landmark_layers
+
+
+def test_nothing_to_share(tiny_folder):
+    with pytest.raises(RecipeError, match="there are no landmarks to share out"):
+        load_recipe("default", ["mixer.landmarks_by=loss"])
+    source = find_source(str(tiny_folder))
+    wide = load_recipe("default", ["mixer.landmarks=2048", "mixer.landmarks_by=loss"])
+    with pytest.raises(RecipeError, match="read exactly, so there is nothing to share out"):
+        select(source, wide, load_model(source), load_tokenizer(source), say=lambda line: None)

@@ -100,6 +100,30 @@ def test_shared_equals_one_by_one(name: str, batch_size: int) -> None:
         assert greedy == is_greedy
 
 
+@torch.inference_mode()
+def test_logits_of_few_positions_exist_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, sizes = prefix._forward, []
+
+    def watched(model: Any, columns: list[int], **inputs: Any) -> tuple[torch.Tensor, Any]:
+        sizes.append((len(inputs["input_ids"]), len(columns)))
+        return forward(model, columns, **inputs)
+
+    monkeypatch.setattr(prefix, "_forward", watched)
+    monkeypatch.setattr(prefix, "_MOST_POSITIONS", 24)
+    monkeypatch.setattr(prefix, "_CHUNK", 2)
+    draw = random.Random(1)  # noqa: S311
+    texts = [tuple(draw.randrange(3, VOCABULARY) for _ in range(length)) for length in (40, 30, 12, 11, 10, 5, 4, 3)]
+    queries = [Query(text[:-1], text[1:]) for text in texts]
+    model = next(iter(MODELS.values()))()
+    found = log_likelihoods(model, queries, batch_size=4, max_length=MAX_LENGTH)
+    assert [rows for rows, _ in sizes] == [1, 1, 2, 2, 2]
+    assert all(rows == 1 or rows * columns <= 24 for rows, columns in sizes)
+    assert found is not None
+    for (nats, greedy), (expected, is_greedy) in zip(found, one_by_one(model, queries), strict=True):
+        assert nats == pytest.approx(expected, rel=2e-5)
+        assert greedy == is_greedy
+
+
 def test_the_plan_reads_what_is_shared_once() -> None:
     queries = questions(5)
     groups = plan(queries)

@@ -85,7 +85,7 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
     if kind == "landmarks":
         checkpoint = tmp_path / "landmarks"
         checkpoint.mkdir()
-        changes = ["mixer.window=16", "mixer.landmarks=24"]
+        changes = ["mixer.window=16", "mixer.landmarks=24", "mixer.landmarks_by=null"]
         convert(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     done = subprocess.run(

@@ -1,15 +1,20 @@
 """A process of `test_processes.py`: trainings that are cut off at their sixth step, of whole models and of split ones,
-and one that aligns layers. Run under torch.distributed.run."""
+one that aligns layers, and an evaluation. Run under torch.distributed.run."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 
+from linearize.conversion.source import find_source, load_tokenizer
+from linearize.evaluation.runner import run
+from linearize.evaluation.store import Store
 from linearize.recipe import load_recipe
 from linearize.training import processes, trainer
 from linearize.training.finetune import finetune, shared_work_folder
+from tests.evaluation.test_runner import Count, model
 
 
 class Cut(Exception):
@@ -31,6 +36,18 @@ def main(folder: Path) -> None:
         with contextlib.suppress(Cut), shared_work_folder(folder / name, settings, resume=False) as work:
             finetune(settings, work, say=lambda _: None, shard=shard)
     finetune(load_recipe(str(folder / "align.yaml"), ()), folder / "align-two", say=lambda _: None)
+    evaluate(folder, load_tokenizer(find_source(settings.model)))
+
+
+def evaluate(folder: Path, tokenizer) -> None:
+    """A task of 100 items, of which some are in the store."""
+    told = []
+    for limit in (10, None, None):
+        task = Count()
+        (score,) = run({"it": model}, [task], tokenizer, limit=limit, store=Store(folder / "store"))["it"]
+        told.append({"asked": task.asked, "items": score.items})
+        processes.wait()
+    (folder / f"evaluated.{processes.rank()}").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ def losses(metrics: Path) -> list[float]:
     return list({line["step"]: line["loss"] for line in lines}.values())
 
 
+def check_evaluation(first: list, second: list) -> None:
+    """Both have all results, each has computed half of those that were not kept, and none twice."""
+    asked = [part["asked"] for part in (*first, *second)]
+    assert [len(part) for part in asked] == [5, 45, 0, 5, 45, 0]
+    assert sorted(index for part in asked for index in part) == list(range(100))
+    assert [part["items"] for part in first] == [part["items"] for part in second]
+    assert first[1]["items"] == first[2]["items"] == [index + 0.5 for index in range(100)]
+
+
 def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_path, monkeypatch):
     """Each process with the whole model or with a part of it, and a run that begins the one way goes on the other."""
     stories = tmp_path / "stories.txt"
@@ -72,6 +81,7 @@ def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_pat
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     # As accelerate's configuration has it; --shard is the same.
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    check_evaluation(*(json.loads((tmp_path / f"evaluated.{rank}").read_text()) for rank in (0, 1)))
     for name, variables in (("whole", fsdp), ("split", {})):
         out, kept = tmp_path / name, tmp_path / f"{name}.training"
         assert len(losses(kept / "metrics.jsonl")) == 5
