@@ -8,6 +8,7 @@ from pathlib import Path
 
 import evals.start.__main__ as start
 from evals.faults.__main__ import table as faults_table
+from evals.fuzz.__main__ import table as fuzz_table
 from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 
@@ -56,6 +57,12 @@ def test_what_the_probe_says_of_it():
     said = " ".join(readme.split())
     assert "keeping layers {}, {} and {}, a tenth of the cache".format(*layers.groups()) in said
     assert f"from {before} to {after} nats per token" in said
+
+
+def test_what_the_fuzzers_found():
+    assert fuzz_table() in (ROOT / "evals" / "fuzz" / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "evals" / "fuzz" / "fuzz.json").read_text(encoding="utf-8"))["rows"]
+    assert sum(row["crashes"] + row["hangs"] + row["leaks"] for row in rows) == 0
 
 
 def test_what_planted_faults_cost():
