@@ -342,5 +342,6 @@ def test_a_hub_data_set_out_of_reach(tokenizer, monkeypatch):
     text = error("someone/stories", tokenizer)
     assert text == (
         "someone/stories (split train): no file of that name, "
-        "and as a Hub data set it cannot be read: Couldn't reach it"
+        "and as a Hub data set it cannot be read: Couldn't reach it; "
+        "check the name and the network, or name a .txt, .jsonl or .parquet file"
     )

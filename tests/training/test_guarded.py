@@ -56,7 +56,12 @@ def whole(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_resumes_bit_for_bit(recipe, whole, tmp_path, monkeypatch, number, status):
+def test_a_signal_ends_the_step_saves_and_resumes_bit_for_bit(
+    recipe, whole, tmp_path, monkeypatch, request, number, status
+):
+    # A shell starts work in the background with SIGINT ignored, and a run leaves what is ignored alone.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), number))
