@@ -151,7 +151,7 @@ def test_a_broken_weight_name_is_found(folder, tmp_path, fault):
         del changed[name]
     save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
     if fault != "added":  # told before any check, as to every command that loads it
-        with pytest.raises(ModelError, match="1 weights are not there, .*gate_scale"):
+        with pytest.raises(ModelError, match=r"1 weights are not there, .*gate_scale"):
             verified(tmp_path)
         return
     reload = verified(tmp_path).checks[0]
