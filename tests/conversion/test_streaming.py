@@ -70,7 +70,7 @@ def saved(model, folder, tokenizer_folder, **options):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "long" not in row])
 def test_every_family(row, tokenizer_folder, tmp_path):
-    folder = saved(copy.deepcopy(build(row)), tmp_path / "base", tokenizer_folder, max_shard_size=30_000)
+    folder = saved(build(row), tmp_path / "base", tokenizer_folder, max_shard_size=30_000)
     files, told = both_ways(folder, tmp_path)
     assert not told
     assert len(files) > 1
@@ -78,7 +78,7 @@ def test_every_family(row, tokenizer_folder, tmp_path):
 
 @pytest.mark.parametrize("row", ["llama", "llama, tied embeddings", "mixtral"])
 def test_another_dtype(row, tokenizer_folder, tmp_path):
-    folder = saved(copy.deepcopy(build(row)), tmp_path / "base", tokenizer_folder)
+    folder = saved(build(row), tmp_path / "base", tokenizer_folder)
     files, _ = both_ways(folder, tmp_path, "dtype=bfloat16", shard_bytes=10**9, workers=2)
     assert files == ["model.safetensors"]
     found = weights(tmp_path / "files")
