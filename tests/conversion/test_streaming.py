@@ -10,10 +10,9 @@ import sys
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, initialization
 
 import linearize
 from linearize.calibration.start import convert
@@ -164,7 +163,7 @@ def test_a_checkpoint_larger_than_the_memory(tokenizer_folder, tmp_path):
         config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, width, 3 * width
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, width // 4
         torch.manual_seed(0)
-        with transformers.initialization.no_init_weights():
+        with initialization.no_init_weights():
             model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             parameter.data.uniform_()
