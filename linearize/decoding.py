@@ -104,7 +104,7 @@ class _Rows:
 
     @classmethod
     def around(cls, cache: DynamicCache, batch: int, model: Any) -> _Rows:
-        device, vocabulary = model.device, model.get_output_embeddings().weight.shape[0]
+        device, vocabulary = model.device, model.get_output_embeddings().out_features
         return cls(
             state=State(cache, torch.zeros(batch, 1, dtype=torch.long, device=device)),
             alive=torch.ones(batch, 1, 1, 1, dtype=torch.long, device=device),

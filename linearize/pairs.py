@@ -45,6 +45,11 @@ class PairedLinear(nn.Module):
         self.register_buffer("zeros", torch.zeros(layer.out_features, dtype=torch.long))
         self.columns, self.kept, self.bias = layer.columns, layer.kept, layer.bias
 
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the integers."""
+        return self.in_features * self.out_features
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
         size = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127

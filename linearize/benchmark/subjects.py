@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from linearize.conversion.convert import convert_model
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.model.modeling import family_of
+from linearize.pairs import PairedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +73,7 @@ class Subject:
         """Bytes that a step has to move at the least: weights and cache are read, of embeddings that are not also the
         output's only the rows of `batch` tokens, and a recurrence's state is written as well."""
         words = self.model.get_input_embeddings().weight
-        tied = words is self.model.get_output_embeddings().weight
+        tied = words is getattr(self.model.get_output_embeddings(), "weight", None)
         unread = 0 if tied else words.numel() * words.element_size() * max(len(words) - batch, 0) // len(words)
         written = 0
         if self.converted:
@@ -199,4 +200,5 @@ def _past(shape: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.d
 
 def _nbytes(model: Any) -> int:
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    packed = sum(module.packed_nbytes for module in model.modules() if isinstance(module, PairedLinear))
+    return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
