@@ -18,6 +18,7 @@ from linearize.conversion.source import DTYPES, Source, default_device, find_sou
 from linearize.errors import ModelError
 from linearize.evaluation.formatting import readable_bytes
 from linearize.model import LinearizedForCausalLM
+from linearize.products import leave_products, onednn_is_faster, take_products
 from linearize.quantize import to_int8
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ def bench(
     subjects = [Subject.of("teacher", teacher)] if plan.teacher else []
     if plan.teacher and device in GRAPHED:
         subjects.append(Subject.of("teacher-graph", teacher, graph=True))
+    if plan.teacher and device == "cpu" and teacher.dtype == torch.float32 and onednn_is_faster():
+        fast = sharing(teacher)
+        take_products(fast)
+        subjects.append(Subject.of("teacher-onednn", fast))
     subjects.append(Subject.of("model", model))
     if plan.int8:
         subjects.append(Subject.of("int8", to_int8(sharing(model))))
@@ -158,6 +163,7 @@ def _models(
             teacher = teacher_beside(model)
         else:
             check_convertible(loaded.config, source, spec)
+            leave_products(loaded)  # the teacher runs as transformers has it
             teacher, whole = loaded, loaded.config.num_hidden_layers
             if layers is not None:
                 cut(teacher, fewer_layers(layers, whole))

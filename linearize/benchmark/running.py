@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from linearize.benchmark.subjects import Subject
 
-TEACHERS = ("teacher", "teacher-graph")
+TEACHERS = ("teacher", "teacher-graph", "teacher-onednn")
 # Share of the free memory that a cache may take.
 _SAFE = 0.9
 # A run of decoding steps takes no longer than this, but for two steps.

@@ -30,7 +30,7 @@ class Subject:
     """One of the models that take turns.
 
     Attributes:
-        name: `teacher`, `teacher-graph`, `model` or `int8`.
+        name: `teacher`, `teacher-graph`, `teacher-onednn`, `model` or `int8`.
         weights_bytes: of its parameters and buffers; what several models share counts for each.
         graph: whether a teacher's step is one CUDA graph, see `full_cache`.
     """
@@ -200,5 +200,5 @@ def _past(shape: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.d
 
 def _nbytes(model: Any) -> int:
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = sum(module.packed_nbytes for module in model.modules() if isinstance(module, PairedLinear))
-    return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    return sum(sizes) + sum(module.packed_nbytes for module in model.modules() if isinstance(module, PairedLinear))

@@ -28,6 +28,7 @@ import linearize.model as _  # noqa: F401 - registers converted checkpoints with
 from linearize.conversion.ggufheader import MAGIC, check_gguf
 from linearize.conversion.modelfiles import check_config, check_weights
 from linearize.errors import ModelError
+from linearize.products import take_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,6 +148,7 @@ def load_model(
             reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )
     _check_loaded(model, loaded, source)
+    take_products(model)
     return model.eval() if four_bit else model.eval().to(device or default_device())
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from linearize.products import is_plain, product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +129,7 @@ def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
         whole = _side_by_side(modules)
         if whole is not None:
             # Of two dimensions a product takes its operands as they are.
-            projected = F.linear(x.view(-1, x.shape[2]), whole).view(x.shape[0], 1, -1)
+            projected = product(x.view(-1, x.shape[2]), whole).view(x.shape[0], 1, -1)
             return list(projected.split([module.out_features for module in modules], -1))
     return [module(x) for module in modules]
 
@@ -137,12 +138,7 @@ def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
     """The weights of linear layers as one matrix, which they are made views of: nothing is held twice. None where a
     module is more than its weight, such as one with a bias, an adapter or a hook."""
     for module in modules:
-        if (
-            type(module) is not nn.Linear
-            or module.bias is not None
-            or module._forward_hooks
-            or module._forward_pre_hooks
-        ):
+        if not is_plain(module) or module.bias is not None or module._forward_hooks or module._forward_pre_hooks:
             return None
         if "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
             return None

@@ -23,6 +23,7 @@ from linearize.model.layout import layer_mask, segments_of
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer import Mixer
 from linearize.model.quantized import Quantization, install
+from linearize.products import take_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +67,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         self.config = config
         if config.quantized:
             install(self, Quantization(**config.quantized))
+        take_products(self)
 
     @property
     def attention_layers(self) -> list[LinearizedAttention]:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linearize.products import is_plain, product
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -98,9 +100,9 @@ class QuantizedLinear(nn.Module):
             scale = self.scale.to(torch.bfloat16).view(-1)
             outputs = torch._weight_int8pack_mm(_aligned(rows.to(torch.bfloat16)), self.weight, scale).to(x.dtype)
         elif self.scale.shape[1] == 1:  # integers are exact in any dtype, so the scale may come last
-            outputs = F.linear(rows, self.integers().to(x.dtype)) * self.scale.to(x.dtype).view(-1)
+            outputs = product(rows, self.integers().to(x.dtype)) * self.scale.to(x.dtype).view(-1)
         else:
-            outputs = F.linear(rows, self.dequantized(x.dtype))
+            outputs = product(rows, self.dequantized(x.dtype))
         if self.columns.numel():
             outputs = outputs + F.linear(rows.index_select(1, self.columns), self.kept.to(x.dtype))
         if self.bias is not None:
@@ -145,7 +147,7 @@ def linear_layers(model: nn.Module, *, head: bool) -> Iterator[tuple[nn.Module, 
         left = whole.get_output_embeddings() if config.tie_word_embeddings else None
     for parent in model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child is not left:
+            if is_plain(child) and child is not left:
                 yield parent, name, child
 
 

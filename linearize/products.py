@@ -1,0 +1,130 @@
+"""Products with weights on a CPU: oneDNN's where torch's own are slow.
+
+torch multiplies float32 matrices with MKL, which leaves its AVX-512 kernels unused on processors that are not Intel's,
+and multiplies a single row with one thread. oneDNN, which comes with torch as well, does neither, and reads the same
+weights as they lie.
+
+Dimensions: I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch import Tensor
+
+# Multiplications from which on oneDNN's call, which takes some 10 microseconds, is worth it.
+_WORK = 2**18
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether products of this module go to oneDNN. By the kind of processor, not by a clock: on one machine the same
+    numbers come out every time."""
+    there = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x weight^T + bias` of `x` `[..., I]` and `weight` `[O, I]`."""
+    if not _goes_to_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        result: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+    return _onednn(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer by `product`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(input, self.weight, self.bias)
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer and nothing more."""
+    return type(module) is nn.Linear or type(module) is Linear
+
+
+def take_products(model: nn.Module) -> None:
+    """Lets the linear layers of `model` multiply by `product`, where that is faster on this machine."""
+    if onednn_is_faster():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                _become(module, Linear)
+
+
+def leave_products(model: nn.Module) -> None:
+    """Undoes `take_products`: the layers are torch's own again."""
+    for module in model.modules():
+        if type(module) is Linear:
+            _become(module, nn.Linear)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    # In place: parameters, hooks, names and whoever holds the module stay as they are.
+    object.__setattr__(module, "__class__", kind)
+
+
+def _goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.numel() * weight.shape[0] >= _WORK
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and onednn_is_faster()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+class _Product(torch.autograd.Function):
+    """Gradients of the same kind of product, once: nothing here is differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # What no gradient needs is not held: a frozen layer's inputs are most of a model's activations.
+        ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = _onednn(gradient, weight.t())
+        if ctx.needs_input_grad[1]:
+            of_weight = _onednn(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        return of_x, of_weight, of_bias
+
+
+def _processor() -> str:
+    told = Path("/proc/cpuinfo")
+    try:
+        with told.open(encoding="utf-8", errors="replace") as lines:
+            return lines.read(4096)
+    except OSError:
+        return platform.processor()
