@@ -200,5 +200,5 @@ def _past(shape: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.d
 
 def _nbytes(model: Any) -> int:
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    sizes: list[int] = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
     return sum(sizes) + sum(module.packed_nbytes for module in model.modules() if isinstance(module, PairedLinear))
