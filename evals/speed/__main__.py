@@ -1,10 +1,11 @@
-"""The CPU's bars for SmolLM2-135M, measured in one run: the converted model, the same with int8 weights and the teacher
-take turns, and medians of five count. Writes `smollm2-cpu.json` and prints what was asked and what was seen.
+"""The CPU's bars for SmolLM2-135M, measured in one run: the converted model, the same with int8 weights, the teacher as
+transformers has it and, where that is faster, the teacher with the same products take turns, and medians of five count.
+Writes `smollm2-cpu.json` and prints what was asked and what was seen.
 
 Memory is measured on the model's first layers, which read 100,000 tokens piece by piece, as all layers would: the
 cache, and what the process has resident, at the end against when a tenth was read.
 
-    python -m evals.speed CONVERTED            # about six minutes on two cores
+    python -m evals.speed CONVERTED            # two to six minutes on two cores
     python -m evals.speed CONVERTED --short    # a minute or two, to see that it runs
 """
 
@@ -63,6 +64,8 @@ def _bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
         ("decode", "model", 32_768, "teacher", 6.0),
         ("prefill", "model", 512, "teacher", 0.9),
         ("prefill", "model", 2048, "teacher", 1.0),
+        ("decode", "model", 2048, "teacher-onednn", 1.0),
+        ("prefill", "model", 2048, "teacher-onednn", 1.0),
         ("decode", "int8", 512, "model", 1.5),
     ]
     found = [
