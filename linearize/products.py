@@ -81,7 +81,8 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.is_cpu
+        not torch.compiler.is_compiling()
+        and x.is_cpu
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.numel() * weight.shape[0] >= _WORK
@@ -89,7 +90,6 @@ def _goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

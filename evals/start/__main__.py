@@ -64,6 +64,7 @@ class Row:
 KEEP = "mixer.keep={budget: 10%, by: recall}"
 # By least squares alone: rows longer than what landmarks keep exact, and no steps.
 CALIBRATE = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 0, source: self}"
+EXACT = ("mixer.recurrence=none", "mixer.landmarks=394")
 ROWS = (
     Row("default", "`default`, as converted", "default"),
     Row("calibrated", "`calibrated`", "calibrated"),
@@ -72,6 +73,8 @@ ROWS = (
     Row("landmarks-even", "`landmarks`, as many in every layer", "landmarks", ("mixer.landmarks_by=null",)),
     Row("landmarks", "`landmarks`, shared out by damage", "landmarks"),
     Row("landmarks-calibrated", "`landmarks`, calibrated", "landmarks", (CALIBRATE,)),
+    # What the state's bytes hold when they are slots instead: in bfloat16, where that is more of them, and so in float32.
+    Row("landmarks-exact", "394 `landmarks`, calibrated, no recurrence", "landmarks", (CALIBRATE, *EXACT)),
     Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
 )
 

@@ -13,7 +13,10 @@ from tests.model.recorded import Recorder
 QUICK = ("--steps", "2", "--repeats", "2", "--prefill-up-to", "64")
 
 
-def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_path):
+@pytest.mark.parametrize("onednn", [False, True])
+def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_path, monkeypatch, onednn):
+    """And once more the teacher with the products of the model, where these are not torch's own."""
+    monkeypatch.setattr("linearize.benchmark.bench.onednn_is_faster", lambda: onednn)
     report = tmp_path / "report"
     status, text, words = outcome(
         "bench", converted, "--lengths", "32,64,1k", "--batches", "1,3", *QUICK, "--int8", "--json", "-o", report
@@ -21,7 +24,7 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     assert status == 0 and "decode at 1,024 tokens, batch 3" in words
     facts = json.loads(text)
     places = {(row["kind"], row["system"], row["batch"], row["tokens"]) for row in facts["rows"]}
-    systems, batches = ("teacher", "model", "int8"), (1, 3)
+    systems, batches = ("teacher", *["teacher-onednn"] * onednn, "model", "int8"), (1, 3)
     read = {("prefill", s, b, n) for s in systems for b in batches for n in (32, 64)}
     assert places == read | {("decode", s, b, n) for s in systems for b in batches for n in (32, 64, 1024)}
     for row in facts["rows"]:
@@ -71,6 +74,7 @@ def test_a_wrong_command_line_is_one_line(outcome, arguments, said):
 
 def test_the_teacher_takes_part_a_second_time_as_one_graph(outcome, converted, monkeypatch):
     monkeypatch.setattr("linearize.benchmark.bench.GRAPHED", ("cpu",))
+    monkeypatch.setattr("linearize.benchmark.bench.onednn_is_faster", lambda: False)
     status, text, _ = outcome("bench", converted, "--lengths", "32,64", *QUICK, "--json")
     facts = json.loads(text)
     decoded = {(r["system"], r["tokens"]): r for r in facts["rows"] if r["kind"] == "decode"}
