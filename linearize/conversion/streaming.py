@@ -178,17 +178,22 @@ class Streamer:
         source: of kind `folder` or `hub`.
         dtype: a key of `DTYPES`, or `auto`.
         convert: swaps the attention of a teacher where it stands.
+        most: bytes of a file that is written.
 
     Attributes:
         model: converted, without data.
         revision: of the base model on the Hub.
+        units: all its weights.
+        aliases: for each name of a unit all names in the model that stand for the same weight, itself among them.
 
     Raises:
         NotStreamable: it has to be converted in memory.
         ModelError: it cannot be read.
     """
 
-    def __init__(self, source: Source, dtype: str, convert: Callable[[PreTrainedModel], LinearizedForCausalLM]) -> None:
+    def __init__(
+        self, source: Source, dtype: str, convert: Callable[[PreTrainedModel], LinearizedForCausalLM], *, most: int
+    ) -> None:
         self.reference = source.reference
         files = weight_files(source)
         self.slots = {name: slot for file in files for name, slot in read_header(file).items()}
@@ -199,7 +204,14 @@ class Streamer:
         origins = self._origins(teacher)
         self._settle_tied(teacher, origins)
         self.model = convert(teacher)
+        self.aliases: dict[str, list[str]] = {}
         self.units = list(self._units(origins))
+        self.shards = [(_header(unit.saved for unit in shard), shard) for shard in self._shards(most)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(unit.nbytes for unit in self.units)
 
     def _teacher(self, source: Source, dtype: str) -> PreTrainedModel:
         """The model as `load_model` gives it, without data."""
@@ -255,7 +267,7 @@ class Streamer:
                 continue
             (one,), (other,) = origins[target], origins[kept]
             if torch.equal(self.slots[one[0]].read(), self.slots[other[0]].read()):
-                _put(teacher, target, teacher.get_parameter(kept))
+                put_weight(teacher, target, teacher.get_parameter(kept))
             else:
                 teacher.all_tied_weights_keys.pop(target)
 
@@ -271,7 +283,7 @@ class Streamer:
         units: dict[str, list[str]] = {}
         keys: dict[str, list[tuple[str, bool]]] = {}
         for name in remove_tied_weights_from_state_dict(dict(state), model):
-            same = aliases[id(model.get_parameter_or_buffer(name))]
+            same = self.aliases[name] = aliases[id(model.get_parameter_or_buffer(name))]
             keys[name] = next((origins[alias] for alias in (name, *same) if alias in origins), [])
             unit = name
             if any(fused for _, fused in keys[name]):
@@ -287,7 +299,7 @@ class Streamer:
             saved = revert_weight_conversion(model, {name: state[name] for name in names})
             yield Unit(tuple(key for key, _ in origin), tuple(names), saved, fused)
 
-    def shards(self, most: int) -> list[list[Unit]]:
+    def _shards(self, most: int) -> list[list[Unit]]:
         """The units by file, none of more than `most` bytes unless one unit is. Within a file wider numbers come
         first, so that each tensor stands where its dtype can be read."""
         shards: list[list[Unit]] = [[]]
@@ -302,49 +314,51 @@ class Streamer:
             shard.sort(key=lambda unit: -max(tensor.element_size() for tensor in unit.saved.values()))
         return shards
 
-    def write(self, folder: Path, *, most: int, workers: int = 1) -> dict[str, str]:
+    def write(
+        self, folder: Path, *, workers: int = 1, fitted: Callable[[str], Tensor | None] = lambda name: None
+    ) -> dict[str, str]:
         """Writes the weights into `folder`.
 
         Args:
-            most: bytes of a file.
             workers: how many files are written at once; each holds a unit in memory.
+            fitted: what is written in the place of the weight of that name; None leaves it.
 
         Returns:
             the SHA-256 of each file.
 
         Raises:
-            NotStreamable: before anything is written.
             ModelError: weights that are no numbers.
             OutputError: the disk has no room for them.
         """
-        check_space(folder, sum(unit.nbytes for unit in self.units))
-        shards = self.shards(most)
-        count = len(shards)
+        check_space(folder, self.nbytes)
+        count = len(self.shards)
         files = [_SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-        headers = [_header(unit.saved for unit in shard) for shard in shards]
-        paths = [folder / file for file in files]
+
+        def write(file: str, shard: tuple[bytes, list[Unit]]) -> str:
+            return self._write_shard(folder / file, *shard, fitted)
+
         if workers == 1:  # a thread's stack and heap would be memory of their own
-            hashes = list(map(self._write_shard, paths, headers, shards))
+            hashes = list(map(write, files, self.shards))
         else:
             with ThreadPoolExecutor(workers) as pool:
-                hashes = list(pool.map(self._write_shard, paths, headers, shards))
+                hashes = list(pool.map(write, files, self.shards))
         digests = dict(zip(files, hashes, strict=True))
         if count > 1:
-            held = {name: file for file, shard in zip(files, shards, strict=True) for u in shard for name in u.saved}
-            total = {
-                "total_parameters": self.model.num_parameters(),
-                "total_size": sum(unit.nbytes for unit in self.units),
-            }
+            pairs = zip(files, self.shards, strict=True)
+            held = {name: file for file, (_, shard) in pairs for unit in shard for name in unit.saved}
+            total = {"total_parameters": self.model.num_parameters(), "total_size": self.nbytes}
             index = {"metadata": total, "weight_map": dict(sorted(held.items()))}
             (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return digests
 
-    def _write_shard(self, path: Path, header: bytes, units: Sequence[Unit]) -> str:
+    def _write_shard(
+        self, path: Path, header: bytes, units: Sequence[Unit], fitted: Callable[[str], Tensor | None]
+    ) -> str:
         digest = hashlib.sha256(header)
         with path.open("wb", buffering=0) as file:
             file.write(header)
             for unit in units:
-                weights = self._read(unit)
+                weights = self._saved(unit, fitted)
                 for name in unit.saved:
                     weight = weights.pop(name)
                     check_finite(weight, name, self.reference)
@@ -355,22 +369,33 @@ class Streamer:
                         digest.update(block)
         return digest.hexdigest()
 
-    def _read(self, unit: Unit) -> dict[str, Tensor]:
+    def _saved(self, unit: Unit, fitted: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         """The unit's weights under their names in the checkpoint."""
-        model = self.model
+        changed = {name: value for name in unit.names if (value := fitted(name)) is not None}
+        if unit.fused:
+            weights = self.load(unit) | changed
+            with self.lock:  # loading leaves other rules on the model for a moment
+                saved: dict[str, Tensor] = revert_weight_conversion(self.model, weights)
+            return saved
+        (name,) = unit.names
+        (only,) = unit.saved
+        return {only: changed[name] if changed else self.load(unit)[name]}
+
+    def load(self, unit: Unit) -> dict[str, Tensor]:
+        """The unit's weights as converted, under their names in the model."""
         if unit.fused:
             with self.lock:
-                return self._read_fused(unit)
+                return self._load_fused(unit)
         (name,) = unit.names
-        (saved,) = unit.saved
+        dtype = next(iter(unit.saved.values())).dtype
         if not unit.keys:
             owner, _, own = name.rpartition(".mixer.")
-            mixer = model.get_submodule(f"{owner}.mixer")
+            mixer = self.model.get_submodule(f"{owner}.mixer")
             assert isinstance(mixer, Mixer)  # noqa: S101 - for the type checker
-            return {saved: mixer.initial_values()[own].to(unit.saved[saved].dtype)}
-        return {saved: self.slots[unit.keys[0]].read().to(unit.saved[saved].dtype)}
+            return {name: mixer.initial_values()[own].to(dtype)}
+        return {name: self.slots[unit.keys[0]].read().to(dtype)}
 
-    def _read_fused(self, unit: Unit) -> dict[str, Tensor]:
+    def _load_fused(self, unit: Unit) -> dict[str, Tensor]:
         model: Any = self.model
         empty = {name: model.get_parameter_or_buffer(name) for name in unit.names}
         load = LoadStateDictConfig(dtype=model.dtype, weight_mapping=self.conversions)
@@ -378,9 +403,8 @@ class Streamer:
         model.__dict__.pop("_weight_conversions", None)  # see LinearizedForCausalLM.from_teacher
         weights = {name: model.get_parameter_or_buffer(name).detach() for name in unit.names}
         for name, parameter in empty.items():
-            _put(model, name, parameter)
-        saved: dict[str, Tensor] = revert_weight_conversion(model, weights)
-        return saved
+            put_weight(model, name, parameter)
+        return weights
 
 
 def _generation_config(source: Source) -> GenerationConfig:
@@ -401,9 +425,10 @@ def _is_own(name: str) -> bool:
     return ".mixer." in name
 
 
-def _put(model: nn.Module, name: str, parameter: Any) -> None:
+def put_weight(model: nn.Module, name: str, weight: Any) -> None:
+    """Puts a parameter or buffer of a model into its place."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(model.get_submodule(owner), leaf, weight)
 
 
 def _header(tensors: Iterable[dict[str, Tensor]]) -> bytes:
