@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from linearize import __version__
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
-from linearize.conversion.streaming import NotStreamable, Streamer
+from linearize.conversion.streaming import Streamer
+from linearize.conversion.weightfiles import NotStreamable
 from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files

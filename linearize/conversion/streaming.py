@@ -15,8 +15,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,65 +29,28 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
-from transformers.utils import cached_file
 
-from linearize.conversion.modelfiles import check_weights, read_index
+from linearize.conversion.modelfiles import INDEX, WEIGHTS
 from linearize.conversion.output import check_space
 from linearize.conversion.source import DTYPES, Source, check_finite, load_config, reading
-from linearize.errors import ModelError
+from linearize.conversion.weightfiles import (
+    BLOCK,
+    NotStreamable,
+    bytes_of,
+    header_of,
+    read_header,
+    weight_files,
+)
 from linearize.model.mixer import Mixer
 from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from linearize.model import LinearizedForCausalLM
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_BLOCK = 1 << 24
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class NotStreamable(Exception):
-    """Why a model has to be converted in memory."""
-
-
-class Slot(NamedTuple):
-    """Where a tensor lies: bytes `start` to `end` of `file`."""
-
-    file: Path
-    start: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own: a mapped file would count as the process's until it is closed."""
-        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
-        view = _bytes(raw)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            done = 0
-            while done < len(view):
-                got = file.readinto(view[done : done + _BLOCK])
-                if not got:
-                    raise ModelError(f"{self.file}: ends before its tensors do; fetch it again")
-                done += got
-        return raw.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -110,65 +72,6 @@ class Unit:
     @property
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.saved.values())
-
-
-def weight_files(source: Source) -> list[Path]:
-    """The safetensors files of a model.
-
-    Raises:
-        NotStreamable: there are none, or they are not all of it.
-    """
-    if source.kind == "gguf":
-        raise NotStreamable("it is a GGUF file")
-
-    def find(name: str) -> Path | None:
-        with reading(source):
-            found = cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
-
-    if find("adapter_config.json") is not None:
-        raise NotStreamable("adapters lie over its weights")
-    if getattr(load_config(source), "transformers_weights", None) is not None:
-        raise NotStreamable("its configuration names weights of its own")
-    if source.kind == "folder":
-        check_weights(Path(source.reference))
-    if (single := find(_SINGLE)) is not None:
-        return [single]
-    if (index := find(_INDEX)) is None:
-        raise NotStreamable("it has no safetensors files")
-    files = {name: find(name) for name in read_index(index)}
-    if absent := [name for name, file in files.items() if file is None]:
-        raise ModelError(f"{source.reference}: {absent[0]} is missing, which {_INDEX} names; fetch it again")
-    return [file for file in files.values() if file is not None]
-
-
-def read_header(file: Path) -> dict[str, Slot]:
-    """Where the tensors of a safetensors file are.
-
-    Raises:
-        NotStreamable: one of them has a dtype that models are not computed in.
-        ModelError: the file is damaged or cut off.
-    """
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            if length > file.stat().st_size:
-                raise ValueError("longer than the file")
-            header = json.loads(opened.read(length))
-        except ValueError as error:
-            raise ModelError(f"{file}: not a safetensors file, or damaged; fetch it again") from error
-    slots = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise NotStreamable(f"{name} is stored as {entry['dtype']}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        slots[name] = Slot(file, start, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    there, expected = file.stat().st_size, max((slot.end for slot in slots.values()), default=0)
-    if there < expected:
-        raise ModelError(f"{file}: is cut off at {there:,} of {expected:,} bytes; fetch it again")
-    return slots
 
 
 class Streamer:
@@ -206,7 +109,7 @@ class Streamer:
         self.model = convert(teacher)
         self.aliases: dict[str, list[str]] = {}
         self.units = list(self._units(origins))
-        self.shards = [(_header(unit.saved for unit in shard), shard) for shard in self._shards(most)]
+        self.shards = [(header_of(unit.saved for unit in shard), shard) for shard in self._shards(most)]
 
     @property
     def nbytes(self) -> int:
@@ -332,7 +235,7 @@ class Streamer:
         """
         check_space(folder, self.nbytes)
         count = len(self.shards)
-        files = [_SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        files = [WEIGHTS if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
         def write(file: str, shard: tuple[bytes, list[Unit]]) -> str:
             return self._write_shard(folder / file, *shard, fitted)
@@ -348,7 +251,7 @@ class Streamer:
             held = {name: file for file, (_, shard) in pairs for unit in shard for name in unit.saved}
             total = {"total_parameters": self.model.num_parameters(), "total_size": self.nbytes}
             index = {"metadata": total, "weight_map": dict(sorted(held.items()))}
-            (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return digests
 
     def _write_shard(
@@ -362,9 +265,9 @@ class Streamer:
                 for name in unit.saved:
                     weight = weights.pop(name)
                     check_finite(weight, name, self.reference)
-                    raw = _bytes(weight)
-                    for start in range(0, len(raw), _BLOCK):
-                        block = raw[start : start + _BLOCK]
+                    raw = bytes_of(weight)
+                    for start in range(0, len(raw), BLOCK):
+                        block = raw[start : start + BLOCK]
                         file.write(block)
                         digest.update(block)
         return digest.hexdigest()
@@ -416,11 +319,6 @@ def _generation_config(source: Source) -> GenerationConfig:
         )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def _is_own(name: str) -> bool:
     return ".mixer." in name
 
@@ -429,24 +327,3 @@ def put_weight(model: nn.Module, name: str, weight: Any) -> None:
     """Puts a parameter or buffer of a model into its place."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, weight)
-
-
-def _header(tensors: Iterable[dict[str, Tensor]]) -> bytes:
-    """What a safetensors file begins with.
-
-    Raises:
-        NotStreamable: a tensor would stand where its dtype cannot be read.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for saved in tensors:
-        for name, tensor in saved.items():
-            size = tensor.numel() * tensor.element_size()
-            if at % tensor.element_size() or tensor.dtype not in _NAMES:
-                raise NotStreamable(f"{name} cannot be laid out in a file of mixed dtypes")
-            offsets = [at, at + size]
-            entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-            at += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
