@@ -202,12 +202,12 @@ def _convert_files(
     if recipe.calibrate is None:
         digests = streamer.write(folder, workers=workers)
     else:
-        check_space(folder, streamer.nbytes)
         check_reach(recipe, streamer.model.config.text_config)
-        text = calibration_text(recipe.calibrate, tokenizer, None, seed=recipe.seed, say=say)
         # On the disk that has room for the checkpoint; temporary folders are often in memory.
         with TemporaryDirectory(prefix=".fitted-", dir=folder) as fitted:
             weights = FileWeights(streamer, Path(fitted))
+            check_space(folder, streamer.nbytes + weights.fitted_nbytes)
+            text = calibration_text(recipe.calibrate, tokenizer, None, seed=recipe.seed, say=say)
             start.calibration = _calibrated(weights, recipe, text, tokenizer, say=say)
             digests = streamer.write(folder, workers=workers, fitted=weights.fitted)
     start.write(folder)

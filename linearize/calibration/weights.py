@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,6 +50,12 @@ class Weights:
         self._attentions = [x for x in model.named_modules() if isinstance(x[1], LinearizedAttention)]
         self._kept: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._converted: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def fitted_nbytes(self) -> int:
+        """Bytes of all parts of all blocks, more than which is never kept."""
+        every = (self._parameters(part, index) for part in PARTS for index in range(len(self._attentions)))
+        return sum(x.nbytes for parameters in every for x in parameters.values())
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -106,7 +113,7 @@ class FileWeights(Weights):
     def __init__(self, streamer: Streamer, folder: Path) -> None:
         super().__init__(streamer.model)
         self.streamer, self.folder, self.device = streamer, folder, torch.device(default_device())
-        self._names: dict[str, int] = {}
+        self._blocks_of: dict[str, int] = {}
         self._units: dict[int | None, list[Unit]] = {}
         blocks = family_of(self.model.config.text_config).blocks + "."
         for unit in streamer.units:
@@ -114,7 +121,7 @@ class FileWeights(Weights):
             index = int(unit.names[0].removeprefix(blocks).split(".")[0]) if inside else None
             self._units.setdefault(index, []).append(unit)
             if index is not None:
-                self._names |= dict.fromkeys(unit.names, index)
+                self._blocks_of |= dict.fromkeys(unit.names, index)
         _compute_buffers(self.model, self.device)
 
     @contextmanager
@@ -139,11 +146,14 @@ class FileWeights(Weights):
 
     def fitted(self, name: str) -> Tensor | None:
         """The weight of that name, if a chosen part has it."""
-        found = None
-        if name in self._names:
-            for part in self.chosen:
-                found = self.kept(part, self._names[name]).get(name, found)
-        return found
+        files = [self._file(part, self._blocks_of[name]) for part in self.chosen if name in self._blocks_of]
+        for file in files:
+            if file.is_file():
+                with safe_open(file, "pt") as opened:
+                    if name in opened.keys():  # noqa: SIM118 - not a mapping
+                        found: Tensor = opened.get_tensor(name)
+                        return found
+        return None
 
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{index:05d}.{part}.safetensors"
