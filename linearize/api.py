@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from linearize.hub.upload import Upload
     from linearize.model import LinearizedForCausalLM
     from linearize.state import State
-    from linearize.training.finetune import FinetuneResult
+    from linearize.training.result import FinetuneResult
     from linearize.verification import Verification
 
 
@@ -116,7 +116,8 @@ def finetune(
     """
     from linearize.conversion.output import check_free, staged_folder
     from linearize.training.finetune import finetune as _finetune
-    from linearize.training.finetune import work_folder, write_result
+    from linearize.training.result import write_result
+    from linearize.training.workfolder import work_folder
 
     settings, target = _recipe(recipe, overrides), Path(output)
     if model is not None:

@@ -18,7 +18,9 @@ from linearize.evaluation.report import SystemScores, report_data, report_table,
 from linearize.evaluation.results import Results
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.evaluation.systems import BASELINES, describe, score_systems
-from linearize.training.finetune import FinetuneResult, finetune, work_folder, write_result
+from linearize.training.finetune import finetune
+from linearize.training.result import FinetuneResult, write_result
+from linearize.training.workfolder import work_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

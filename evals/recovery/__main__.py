@@ -33,8 +33,9 @@ from linearize.evaluation.comparison import FIVE
 from linearize.evaluation.results import read_results
 from linearize.recipe import DataSpec, Recipe, dump_recipe, load_recipe
 from linearize.training.data import load_data
-from linearize.training.finetune import is_resumable, write_held_out
+from linearize.training.result import write_held_out
 from linearize.training.selftext import self_written_documents
+from linearize.training.workfolder import is_resumable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

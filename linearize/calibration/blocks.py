@@ -1,14 +1,15 @@
 """The blocks of a model, called one at a time on rows of text.
 
 Calibration goes through the model layer by layer, with two streams of hidden states side by side: the teacher's, and
-the student's. So each block is called by hand, with the positions and masks that the whole model would have passed.
+the student's. So each block is called by hand, with the positions and masks that the whole model would have passed. No
+more than one block is open at a time, and nothing outside of blocks is while one is: the weights may be in files.
 
 Dimensions: L tokens of a row, C the model's width.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,48 +19,64 @@ from linearize.model import MixerConfig
 from linearize.model.attention import LinearizedAttention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from linearize.calibration.weights import Weights
     from linearize.families import Projections
-    from linearize.model import LinearizedForCausalLM
     from linearize.training.rows import Rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden states."""
 
+Text = tuple[Tensor, Tensor]
+"""Token ids `[L]` and their positions `[L]`."""
+
 
 class Blocks:
-    """The decoder blocks of `model`, first layer first.
+    """The decoder blocks of a model, first layer first.
 
     Attributes:
+        weights: where its weights are.
         attentions: what stands in the place of each layer's attention.
         teachers: the pretrained attention of each layer, with the same weights.
     """
 
-    def __init__(self, model: LinearizedForCausalLM) -> None:
-        self.model, self.attentions = model, model.attention_layers
-        self._places = self.attentions[0].family.attention_modules(model)
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.model = weights, weights.model
+        self.attentions = self.model.attention_layers
+        self._places = self.attentions[0].family.attention_modules(self.model)
         self.teachers = [_pretrained(attention) for attention in self.attentions]
+        self._tuples: bool | None = None
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def enter(self, rows: Rows) -> tuple[list[Tensor], list[list[Call]]]:
-        """The hidden states `[1, L, C]` that reach the first block, row by row, and what each block is called with."""
+    @torch.no_grad()
+    def enter(self, texts: Sequence[Text]) -> tuple[list[Tensor], list[list[Call]]]:
+        """The hidden states `[1, L, C]` that reach the first block, text by text, and what each block is called
+        with."""
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
-        tuples = self._returning_tuples(rows)
-        with self._passing(tuples, hidden, calls), torch.no_grad():
-            for ids, positions in zip(rows.input_ids, rows.position_ids, strict=True):
+
+        def passing(layer: int, given: Tensor, call: Call) -> Tensor:
+            if layer == 0:
+                hidden.append(given)
                 calls.append([])
-                device = self.model.device
-                self.model(
-                    input_ids=ids[None].to(device),
-                    position_ids=positions[None].to(device),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
+            calls[-1].append(call)
+            return given
+
+        self._find_tuples(texts[0])
+        with self.weights.outside(), self._standing_in(passing):
+            for text in texts:
+                self._call(text)
         return hidden, calls
+
+    @contextmanager
+    def leaving(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, where `weights.outside` has to be open, the model makes its logits of `hidden` `[1, L, C]`, whatever
+        tokens it is given."""
+        with self._standing_in(lambda _, __, ___: hidden):
+            yield
 
     def run(self, layer: int, hidden: Tensor, call: Call) -> Tensor:
         """What a block makes of `hidden`."""
@@ -78,9 +95,8 @@ class Blocks:
 
         attention.observer = observe
         try:
-            self.run(layer, hidden, call)
-        except _Seen:
-            pass
+            with suppress(_Seen):
+                self.run(layer, hidden, call)
         finally:
             attention.observer = None
         (found,) = seen
@@ -97,25 +113,21 @@ class Blocks:
 
         handle = output_projection(attention).register_forward_pre_hook(observe)
         try:
-            self.run(layer, hidden, call)
-        except _Seen:
-            pass
+            with suppress(_Seen):
+                self.run(layer, hidden, call)
         finally:
             handle.remove()
         (found,) = seen
         return found
 
     @contextmanager
-    def as_teacher(self, *layers: int) -> Iterator[None]:
-        """Inside, these layers (all, if none are named) have their pretrained attention."""
-        chosen = layers or range(len(self))
+    def as_teacher(self, layer: int) -> Iterator[None]:
+        """Inside, this layer has its pretrained attention."""
         try:
-            for layer in chosen:
-                self._put(layer, self.teachers[layer])
+            self._put(layer, self.teachers[layer])
             yield
         finally:
-            for layer in chosen:
-                self._put(layer, self.attentions[layer])
+            self._put(layer, self.attentions[layer])
 
     def teacher_step(
         self, layer: int, hidden: Tensor, call: Call, *, attention_output: bool
@@ -139,47 +151,55 @@ class Blocks:
         owner, name = self._places[layer]
         setattr(owner, name, attention)
 
-    def _returning_tuples(self, rows: Rows) -> list[bool]:
-        """Which blocks return their hidden states in a tuple, as some families' do."""
-        found: list[bool] = []
-        handles = [
-            block.register_forward_hook(lambda _, __, output: found.append(isinstance(output, tuple)))
-            for block, _ in self._places
-        ]
-        try:
-            with torch.no_grad():
-                self.model(input_ids=rows.input_ids[:1, :2].to(self.model.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+    def _call(self, text: Text) -> None:
+        ids, positions = (x[None].to(self.weights.device) for x in text)
+        self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+
+    def _find_tuples(self, text: Text) -> None:
+        """Finds out whether blocks return their hidden states in a tuple, as some families' do."""
+        if self._tuples is not None:
+            return
+        seen: list[tuple[Tensor, Call]] = []
+
+        def look(_: int, given: Tensor, call: Call) -> Tensor:
+            seen.append((given, call))
+            raise _Seen
+
+        with self.weights.outside(), self._standing_in(look), suppress(_Seen):
+            self._call((text[0][:2], text[1][:2]))
+        ((hidden, (arguments, keywords)),) = seen
+        with self.weights.block(0):
+            self._tuples = isinstance(self._places[0][0](hidden, *arguments, **keywords), tuple)
 
     @contextmanager
-    def _passing(self, tuples: list[bool], hidden: list[Tensor], calls: list[list[Call]]) -> Iterator[None]:
-        """Inside, blocks pass their hidden states on unchanged, and what they were called with is written down."""
+    def _standing_in(self, block: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        """Inside, this is called in the place of every block: with its number, its hidden states, and the rest."""
 
-        def passing(layer: int) -> Callable[..., Any]:
+        def at(layer: int) -> Callable[..., Any]:
             def forward(*arguments: Any, **keywords: Any) -> Any:
                 given = arguments[0] if arguments else keywords.pop("hidden_states")
-                if layer == 0:
-                    hidden.append(given)
-                calls[-1].append((arguments[1:], keywords))
-                return (given,) if tuples[layer] else given
+                output = block(layer, given, (arguments[1:], keywords))
+                return (output,) if self._tuples else output
 
             return forward
 
         blocks: list[Any] = [block for block, _ in self._places]
         try:
-            for layer, block in enumerate(blocks):
-                block.forward = passing(layer)
+            for layer, one in enumerate(blocks):
+                one.forward = at(layer)
             yield
         finally:
-            for block in blocks:
-                del block.forward
+            for one in blocks:
+                del one.forward
 
 
 class _Seen(Exception):
     """Everything that was wanted of a block has been seen."""
+
+
+def texts_of(rows: Rows) -> list[Text]:
+    """Each row as a text."""
+    return list(zip(rows.input_ids, rows.position_ids, strict=True))
 
 
 def output_projection(attention: LinearizedAttention) -> Any:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from linearize.calibration.blocks import Blocks, output_projection
+from linearize.calibration.blocks import Blocks, output_projection, texts_of
 from linearize.calibration.closed import Ridge
 from linearize.calibration.layer import LayerFit, LayerResult, projection_weight
+from linearize.calibration.reading import read_by_block
+from linearize.calibration.weights import MIXER, OUTPUT
 from linearize.errors import DataError
-from linearize.probe.damage import Damage, Reading, damage, read
+from linearize.probe.damage import Damage, Reading, damage
 from linearize.probe.needles import make_needles
 from linearize.probe.selection import SURE
 from linearize.recipe import DataSpec
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.calibration.blocks import Call
+    from linearize.calibration.weights import Weights
     from linearize.model import LinearizedForCausalLM
     from linearize.probe.needles import Needle
     from linearize.recipe.schema import CalibrateSpec
@@ -94,9 +97,12 @@ class _Stream(NamedTuple):
 
 
 def calibration_text(
-    spec: CalibrateSpec, tokenizer: Any, teacher: PreTrainedModel, *, seed: int, say: Callable[[str], None]
+    spec: CalibrateSpec, tokenizer: Any, teacher: PreTrainedModel | None, *, seed: int, say: Callable[[str], None]
 ) -> TrainingData:
     """The text to fit to, and the rows that decide.
+
+    Args:
+        teacher: which writes the text where `spec.source` is `self`.
 
     Raises:
         DataError: it cannot be read, or is too short.
@@ -109,11 +115,12 @@ def calibration_text(
         tokens=spec.tokens,
         held_out=spec.held_out,
     )
-    return load_data(data, tokenizer=tokenizer, length=spec.length, seed=seed, teacher=lambda: teacher, progress=say)
+    writes = None if teacher is None else lambda: teacher
+    return load_data(data, tokenizer=tokenizer, length=spec.length, seed=seed, teacher=writes, progress=say)
 
 
 def calibrate(
-    model: LinearizedForCausalLM,
+    weights: Weights,
     text: TrainingData,
     spec: CalibrateSpec,
     *,
@@ -121,7 +128,7 @@ def calibrate(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
-    """Calibrates `model`, which is as converted, in place.
+    """Calibrates a model, which is as converted: in place if it is in memory, and what stays is `weights.chosen`.
 
     Args:
         text: what to fit to, and the rows that decide.
@@ -131,45 +138,33 @@ def calibrate(
         DataError: no document of the text reaches beyond window and sinks.
     """
     started = time.monotonic()
-    blocks, held_out = Blocks(model), text.held_out
-    layers = _converted(model)
-    _check_reach(model, layers, text)
+    blocks, held_out = Blocks(weights), text.held_out
+    layers = _converted(blocks.model)
+    _check_reach(blocks.model, layers, text)
     found = Calibration(text.source, text.train.tokens, spec.length, len(held_out), len(needles), spec.inputs, seed)
 
-    def measure(name: str) -> Reading:
-        found.readings[name] = reading = read(model, held_out, needles)
+    def measure(name: str, *, teacher: bool = False) -> Reading:
+        found.readings[name] = reading = read_by_block(blocks, held_out, needles, teacher=teacher)
         return reading
 
-    with blocks.as_teacher():
-        measure("teacher")
-    measure("converted")
-    original = {index: _weight(blocks, index).detach().clone() for index in layers} if spec.ridge else {}
-    initial = {index: _values(blocks, index) for index in layers}
+    measure("teacher", teacher=True)
+    after = measure("converted")
     last = max(layers)
     train, held = (_enter(blocks, rows) for rows in (text.train, held_out))
     for index in range(last + 1):
         say(f"calibrate: layer {index + 1} of {last + 1}{_told(found.layers, started)}")
-        _layer(blocks, index, train, held, spec, seed, found, fits=index in layers)
+        with weights.block(index):
+            _layer(blocks, index, train, held, spec, seed, found, fits=index in layers)
     del train, held
 
-    ridged = {index: _weight(blocks, index).detach().clone() for index in original}
     say("calibrate: reading the rows held out")
-    for index, weight in original.items():
-        _put(_weight(blocks, index), weight)
-    before = found.readings["converted"]
-    after = measure("mixer")
-    if not _judge(found, "mixer", before, after):
-        for index in layers:
-            _load(blocks, index, initial[index])
-        after = before
-    if any(share < 1 for share in found.ridge.values()):
+    fitted = [MIXER, *([OUTPUT] if any(share < 1 for share in found.ridge.values()) else [])]
+    for part in fitted:
         before = after
-        for index, weight in ridged.items():
-            _put(_weight(blocks, index), weight)
-        after = measure("output")
-        if not _judge(found, "output", before, after):
-            for index, weight in original.items():
-                _put(_weight(blocks, index), weight)
+        weights.chosen.append(part)
+        after = measure(part)
+        if not _judge(found, part, before, after):
+            weights.chosen.remove(part)
             after = before
     found.readings["calibrated"] = after
     mixers = [one.mixer for one in blocks.attentions if one.mixer is not None]
@@ -193,7 +188,7 @@ def _layer(
     *,
     fits: bool,
 ) -> None:
-    """Calibrates one layer, and takes all rows through it."""
+    """Calibrates one layer, whose block is open, keeps what it fitted, and takes all rows through it."""
     attention = blocks.attentions[index]
     inputs = [stream.student if spec.inputs == "student" else stream.teacher for stream in (train, held)]
     if fits and attention.mixer is not None and attention.mixer.recurrence is not None:
@@ -207,6 +202,7 @@ def _layer(
         fit = LayerFit(attention, blocks.teachers[index], row, len(inputs[0]), decides)
         found.layers.append(fit.run(index, steps=spec.steps, lr=spec.step_size, seed=seed + index))
         del fit, decides
+        blocks.weights.keep(MIXER, index)
     ridge = fits and spec.ridge
     with torch.no_grad():
         wanted: list[list[Tensor]] = []
@@ -221,6 +217,7 @@ def _layer(
             wanted.append(outputs)
         if ridge:
             found.ridge[index] = _ridge(blocks, index, train, held, wanted)
+            blocks.weights.keep(OUTPUT, index)
         for stream in (train, held):
             for number, call in enumerate(stream.calls):
                 stream.student[number] = blocks.run(index, stream.student[number], call[index])
@@ -250,7 +247,8 @@ def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: li
             best, least = step, error
     if best is None:
         return 1.0
-    _put(weight, weight + best.to(weight.dtype))
+    with torch.no_grad():
+        weight.add_(best.to(weight.dtype))
     return least / before
 
 
@@ -267,7 +265,7 @@ def _judge(found: Calibration, name: str, before: Reading, after: Reading) -> bo
 
 
 def _enter(blocks: Blocks, rows: Rows) -> _Stream:
-    hidden, calls = blocks.enter(rows)
+    hidden, calls = blocks.enter(texts_of(rows))
     return _Stream(list(hidden), list(hidden), calls)
 
 
@@ -318,25 +316,3 @@ def _told(layers: list[LayerResult], started: float) -> str:
     last = layers[-1]
     seconds = time.monotonic() - started
     return f" ({seconds:,.0f} s; layer {last.layer + 1} leaves {100 * last.error:.0f} % of its window's error)"
-
-
-def _values(blocks: Blocks, index: int) -> dict[str, Tensor]:
-    mixer = blocks.attentions[index].mixer
-    return {} if mixer is None else {name: x.detach().clone() for name, x in mixer.named_parameters()}
-
-
-@torch.no_grad()
-def _load(blocks: Blocks, index: int, values: dict[str, Tensor]) -> None:
-    mixer = blocks.attentions[index].mixer
-    for name, value in values.items():
-        assert mixer is not None  # noqa: S101 - it had these values
-        mixer.get_parameter(name).copy_(value)
-
-
-def _weight(blocks: Blocks, index: int) -> Tensor:
-    return projection_weight(output_projection(blocks.attentions[index]))
-
-
-@torch.no_grad()
-def _put(weight: Tensor, value: Tensor) -> None:
-    weight.copy_(value)

@@ -114,8 +114,6 @@ class Ridge:
     def step(self, strength: float) -> Tensor:
         """What to add to the weight, `[Y, X]` float64: (XᵀX + λ I)⁻¹ Xᵀ rest, transposed, where λ is `strength` times
         the mean square of a channel's inputs."""
-        size = len(self.squares)
-        penalty = strength * self.squares.diagonal().mean().clamp_min(_TINY)
-        eye = torch.eye(size, dtype=torch.float64, device=self.squares.device)
-        factor = torch.linalg.cholesky(self.squares + penalty * eye)
-        return torch.cholesky_solve(self.along, factor).T
+        penalised = self.squares.clone()
+        penalised.diagonal().add_(strength * self.squares.diagonal().mean().clamp_min(_TINY))
+        return torch.cholesky_solve(self.along, torch.linalg.cholesky(penalised)).T

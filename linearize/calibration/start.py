@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
+from linearize.calibration.weights import FileWeights, Weights
 from linearize.conversion.convert import (
     SHARD_BYTES,
     base_record,
     check_convertible,
-    convert_files,
     convert_model,
     mixers_for,
     nbytes,
+    open_files,
     write_checkpoint,
 )
 from linearize.conversion.output import check_space
@@ -24,17 +27,19 @@ from linearize.conversion.source import load_model, load_tokenizer
 from linearize.errors import DataError
 from linearize.model.modeling import family_of
 from linearize.probe.report import probe_data
+from linearize.recipe import SELF
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from linearize.conversion.source import Source
+    from linearize.conversion.streaming import Streamer
     from linearize.model import LinearizedForCausalLM
     from linearize.probe import Probe
     from linearize.recipe import Recipe
+    from linearize.training.rows import TrainingData
 
 
 @dataclass
@@ -87,7 +92,7 @@ def make_start(
     """
     text = None
     if recipe.calibrate is not None:
-        check_reach(recipe, teacher)
+        check_reach(recipe, teacher.config)
         # Before the teacher is touched: it may have to write the text.
         text = calibration_text(recipe.calibrate, tokenizer, teacher, seed=recipe.seed, say=say)
     probe, why = None, list[str]()
@@ -96,20 +101,28 @@ def make_start(
         for line in why:
             say(f"select: {line}")
     start = Start(convert_model(teacher, recipe.mixer), recipe, probe, why)
-    if recipe.calibrate is not None and text is not None:
-        needles = deciding_needles(start.model, tokenizer, text.held_out, recipe.seed)
-        start.calibration = calibrate(start.model, text, recipe.calibrate, needles=needles, seed=recipe.seed, say=say)
-        for line in calibration_lines(start.calibration):
-            say(f"calibrate: {line}")
+    if text is not None:
+        start.calibration = _calibrated(Weights(start.model), recipe, text, tokenizer, say=say)
     return start
 
 
-def check_reach(recipe: Recipe, teacher: PreTrainedModel) -> None:
+def _calibrated(
+    weights: Weights, recipe: Recipe, text: TrainingData, tokenizer: Any, *, say: Callable[[str], None]
+) -> Calibration:
+    assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
+    needles = deciding_needles(weights.model, tokenizer, text.held_out, recipe.seed)
+    found = calibrate(weights, text, recipe.calibrate, needles=needles, seed=recipe.seed, say=say)
+    for line in calibration_lines(found):
+        say(f"calibrate: {line}")
+    return found
+
+
+def check_reach(recipe: Recipe, config: Any) -> None:
     """Raises:
     DataError: rows of `calibrate.length` tokens have nothing beyond what is read exactly.
     """
     assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
-    layers = family_of(teacher.config).layers(teacher.config)
+    layers = family_of(config).layers(config)
     sections = mixers_for(recipe.mixer, layers)
     reach = min(
         (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
@@ -137,8 +150,8 @@ def convert(
 ) -> Start:
     """Converts `source` by `recipe` and writes the checkpoint into `folder`, which must exist.
 
-    Where there is nothing to choose or calibrate, weights in safetensors files go from file to file, and the model
-    that is returned is on the meta device, without data.
+    Weights in safetensors files go from file to file, calibrated block by block, and the model that is returned is on
+    the meta device, without data; unless the whole model has to choose layers, or to write text.
 
     Args:
         teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
@@ -149,10 +162,11 @@ def convert(
         LinearizeError: whatever stands in the way.
     """
     tokenizer = tokenizer or load_tokenizer(source)
-    if teacher is None and not prepares(recipe):
-        model = convert_files(source, recipe, folder, tokenizer, shard_bytes=shard_bytes, workers=workers, say=say)
-        if model is not None:
-            return Start(model, recipe)
+    if teacher is None:
+        if (reason := _needs_memory(recipe)) is not None:
+            say(f"{source.name}: converted in memory, not file by file: {reason}")
+        elif (streamer := open_files(source, recipe, shard_bytes=shard_bytes, say=say)) is not None:
+            return _convert_files(source, streamer, recipe, folder, tokenizer, workers=workers, say=say)
     teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
     check_space(folder, nbytes(teacher))
@@ -161,6 +175,44 @@ def convert(
     start.write(folder)
     base = base_record(source, revision)
     write_checkpoint(folder, start.model, tokenizer, start.recipe, base, start=start.record, shard_size=shard_bytes)
+    return start
+
+
+def _needs_memory(recipe: Recipe) -> str | None:
+    """Why a conversion by `recipe` needs the whole model; None where blocks of it are enough."""
+    if selects(recipe):
+        return "which layers keep or see more is measured on the whole model"
+    if recipe.calibrate is not None and recipe.calibrate.source == SELF:
+        return "it writes the text that it is calibrated on (calibrate.source: self)"
+    return None
+
+
+def _convert_files(
+    source: Source,
+    streamer: Streamer,
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    workers: int,
+    say: Callable[[str], None],
+) -> Start:
+    """`convert`, with no more than one block in memory."""
+    start = Start(streamer.model, recipe)
+    if recipe.calibrate is None:
+        digests = streamer.write(folder, workers=workers)
+    else:
+        check_reach(recipe, streamer.model.config.text_config)
+        # On the disk that has room for the checkpoint; temporary folders are often in memory.
+        with TemporaryDirectory(prefix=".fitted-", dir=folder) as fitted:
+            weights = FileWeights(streamer, Path(fitted))
+            check_space(folder, streamer.nbytes + weights.fitted_nbytes)
+            text = calibration_text(recipe.calibrate, tokenizer, None, seed=recipe.seed, say=say)
+            start.calibration = _calibrated(weights, recipe, text, tokenizer, say=say)
+            digests = streamer.write(folder, workers=workers, fitted=weights.fitted)
+    start.write(folder)
+    base = base_record(source, streamer.revision)
+    write_checkpoint(folder, streamer.model, tokenizer, recipe, base, start=start.record, written=digests)
     return start
 
 

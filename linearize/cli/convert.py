@@ -52,8 +52,8 @@ def convert(
     finetune` wakes the recurrence, and so does the recipe's `calibrate` without any training (`--recipe calibrated`).
     `mixer.keep.budget` chooses which layers keep softmax.
 
-    Without these two, weights in safetensors files are copied one tensor after the other, so memory does not grow with
-    the model; --set dtype=bfloat16 casts them on the way.
+    Weights in safetensors files are copied one tensor after the other, and calibrated block by block where
+    `calibrate.source` is a file, so memory does not grow with the model; --set dtype=bfloat16 casts them on the way.
     """
     quiet_libraries()
     from linearize.calibration.start import convert as convert_to

@@ -41,7 +41,7 @@ def demo(
     from linearize.generation import continue_text
     from linearize.pipeline import gains_line, run_recipe
     from linearize.recipe import load_recipe
-    from linearize.training.finetune import is_resumable
+    from linearize.training.workfolder import is_resumable
 
     found = packaged_model()
     chosen = [f"model={found}"] if found else []

@@ -68,7 +68,8 @@ def finetune(
     from linearize.recipe import load_recipe
     from linearize.training import processes
     from linearize.training.finetune import finetune as train
-    from linearize.training.finetune import shared_work_folder, write_result
+    from linearize.training.result import write_result
+    from linearize.training.workfolder import shared_work_folder
 
     settings = load_recipe(recipe, overrides or ())
     if not settings.stages:

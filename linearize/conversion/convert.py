@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from linearize import __version__
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
-from linearize.conversion.streaming import NotStreamable, Streamer
+from linearize.conversion.streaming import Streamer
+from linearize.conversion.weightfiles import NotStreamable
 from linearize.errors import ModelError, RecipeError
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
@@ -147,41 +148,27 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
-def convert_files(
-    source: Source,
-    recipe: Recipe,
-    folder: Path,
-    tokenizer: Any,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    workers: int = 1,
-    say: Callable[[str], None],
-) -> LinearizedForCausalLM | None:
-    """Converts `source` by `recipe.mixer`, its weights going from file to file; see `linearize.conversion.streaming`.
+def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callable[[str], None]) -> Streamer | None:
+    """`source` converted by `recipe.mixer`, without data; its weights can go from file to file, or be calibrated block
+    by block.
 
     Args:
-        folder: an existing folder, which gets the checkpoint.
-        shard_bytes: of a file of weights.
-        workers: how many files are written at once.
+        shard_bytes: of a file of weights that is written.
         say: is told why weights have to go through memory, where they do.
 
     Returns:
-        the converted model on the meta device, without data; None where weights have to go through memory, and
-        nothing was written.
+        None where weights have to go through memory.
 
     Raises:
         ModelError: the model cannot be read or converted.
     """
     check_convertible(load_config(source), source)
     try:
-        streamer = Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer))
-        digests = streamer.write(folder, most=shard_bytes, workers=workers)
+        return Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer), most=shard_bytes)
     except NotStreamable as reason:
         if source.kind != "gguf":
             say(f"{source.name}: converted in memory, not file by file: {reason}")
         return None
-    write_checkpoint(folder, streamer.model, tokenizer, recipe, base_record(source, streamer.revision), written=digests)
-    return streamer.model
 
 
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:

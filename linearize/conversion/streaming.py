@@ -15,8 +15,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,65 +29,28 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
-from transformers.utils import cached_file
 
-from linearize.conversion.modelfiles import check_weights, read_index
+from linearize.conversion.modelfiles import INDEX, WEIGHTS
 from linearize.conversion.output import check_space
 from linearize.conversion.source import DTYPES, Source, check_finite, load_config, reading
-from linearize.errors import ModelError
+from linearize.conversion.weightfiles import (
+    BLOCK,
+    NotStreamable,
+    bytes_of,
+    header_of,
+    read_header,
+    weight_files,
+)
 from linearize.model.mixer import Mixer
 from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from linearize.model import LinearizedForCausalLM
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_BLOCK = 1 << 24
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class NotStreamable(Exception):
-    """Why a model has to be converted in memory."""
-
-
-class Slot(NamedTuple):
-    """Where a tensor lies: bytes `start` to `end` of `file`."""
-
-    file: Path
-    start: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own: a mapped file would count as the process's until it is closed."""
-        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
-        view = _bytes(raw)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            done = 0
-            while done < len(view):
-                got = file.readinto(view[done : done + _BLOCK])
-                if not got:
-                    raise ModelError(f"{self.file}: ends before its tensors do; fetch it again")
-                done += got
-        return raw.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -112,65 +74,6 @@ class Unit:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.saved.values())
 
 
-def weight_files(source: Source) -> list[Path]:
-    """The safetensors files of a model.
-
-    Raises:
-        NotStreamable: there are none, or they are not all of it.
-    """
-    if source.kind == "gguf":
-        raise NotStreamable("it is a GGUF file")
-
-    def find(name: str) -> Path | None:
-        with reading(source):
-            found = cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
-
-    if find("adapter_config.json") is not None:
-        raise NotStreamable("adapters lie over its weights")
-    if getattr(load_config(source), "transformers_weights", None) is not None:
-        raise NotStreamable("its configuration names weights of its own")
-    if source.kind == "folder":
-        check_weights(Path(source.reference))
-    if (single := find(_SINGLE)) is not None:
-        return [single]
-    if (index := find(_INDEX)) is None:
-        raise NotStreamable("it has no safetensors files")
-    files = {name: find(name) for name in read_index(index)}
-    if absent := [name for name, file in files.items() if file is None]:
-        raise ModelError(f"{source.reference}: {absent[0]} is missing, which {_INDEX} names; fetch it again")
-    return [file for file in files.values() if file is not None]
-
-
-def read_header(file: Path) -> dict[str, Slot]:
-    """Where the tensors of a safetensors file are.
-
-    Raises:
-        NotStreamable: one of them has a dtype that models are not computed in.
-        ModelError: the file is damaged or cut off.
-    """
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            if length > file.stat().st_size:
-                raise ValueError("longer than the file")
-            header = json.loads(opened.read(length))
-        except ValueError as error:
-            raise ModelError(f"{file}: not a safetensors file, or damaged; fetch it again") from error
-    slots = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise NotStreamable(f"{name} is stored as {entry['dtype']}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        slots[name] = Slot(file, start, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    there, expected = file.stat().st_size, max((slot.end for slot in slots.values()), default=0)
-    if there < expected:
-        raise ModelError(f"{file}: is cut off at {there:,} of {expected:,} bytes; fetch it again")
-    return slots
-
-
 class Streamer:
     """A model whose weights are still in its files.
 
@@ -178,17 +81,22 @@ class Streamer:
         source: of kind `folder` or `hub`.
         dtype: a key of `DTYPES`, or `auto`.
         convert: swaps the attention of a teacher where it stands.
+        most: bytes of a file that is written.
 
     Attributes:
         model: converted, without data.
         revision: of the base model on the Hub.
+        units: all its weights.
+        aliases: for each name of a unit all names in the model that stand for the same weight, itself among them.
 
     Raises:
         NotStreamable: it has to be converted in memory.
         ModelError: it cannot be read.
     """
 
-    def __init__(self, source: Source, dtype: str, convert: Callable[[PreTrainedModel], LinearizedForCausalLM]) -> None:
+    def __init__(
+        self, source: Source, dtype: str, convert: Callable[[PreTrainedModel], LinearizedForCausalLM], *, most: int
+    ) -> None:
         self.reference = source.reference
         files = weight_files(source)
         self.slots = {name: slot for file in files for name, slot in read_header(file).items()}
@@ -199,7 +107,14 @@ class Streamer:
         origins = self._origins(teacher)
         self._settle_tied(teacher, origins)
         self.model = convert(teacher)
+        self.aliases: dict[str, list[str]] = {}
         self.units = list(self._units(origins))
+        self.shards = [(header_of(unit.saved for unit in shard), shard) for shard in self._shards(most)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(unit.nbytes for unit in self.units)
 
     def _teacher(self, source: Source, dtype: str) -> PreTrainedModel:
         """The model as `load_model` gives it, without data."""
@@ -255,7 +170,7 @@ class Streamer:
                 continue
             (one,), (other,) = origins[target], origins[kept]
             if torch.equal(self.slots[one[0]].read(), self.slots[other[0]].read()):
-                _put(teacher, target, teacher.get_parameter(kept))
+                put_weight(teacher, target, teacher.get_parameter(kept))
             else:
                 teacher.all_tied_weights_keys.pop(target)
 
@@ -271,7 +186,7 @@ class Streamer:
         units: dict[str, list[str]] = {}
         keys: dict[str, list[tuple[str, bool]]] = {}
         for name in remove_tied_weights_from_state_dict(dict(state), model):
-            same = aliases[id(model.get_parameter_or_buffer(name))]
+            same = self.aliases[name] = aliases[id(model.get_parameter_or_buffer(name))]
             keys[name] = next((origins[alias] for alias in (name, *same) if alias in origins), [])
             unit = name
             if any(fused for _, fused in keys[name]):
@@ -287,7 +202,7 @@ class Streamer:
             saved = revert_weight_conversion(model, {name: state[name] for name in names})
             yield Unit(tuple(key for key, _ in origin), tuple(names), saved, fused)
 
-    def shards(self, most: int) -> list[list[Unit]]:
+    def _shards(self, most: int) -> list[list[Unit]]:
         """The units by file, none of more than `most` bytes unless one unit is. Within a file wider numbers come
         first, so that each tensor stands where its dtype can be read."""
         shards: list[list[Unit]] = [[]]
@@ -302,75 +217,88 @@ class Streamer:
             shard.sort(key=lambda unit: -max(tensor.element_size() for tensor in unit.saved.values()))
         return shards
 
-    def write(self, folder: Path, *, most: int, workers: int = 1) -> dict[str, str]:
+    def write(
+        self, folder: Path, *, workers: int = 1, fitted: Callable[[str], Tensor | None] = lambda name: None
+    ) -> dict[str, str]:
         """Writes the weights into `folder`.
 
         Args:
-            most: bytes of a file.
             workers: how many files are written at once; each holds a unit in memory.
+            fitted: what is written in the place of the weight of that name; None leaves it.
 
         Returns:
             the SHA-256 of each file.
 
         Raises:
-            NotStreamable: before anything is written.
             ModelError: weights that are no numbers.
             OutputError: the disk has no room for them.
         """
-        check_space(folder, sum(unit.nbytes for unit in self.units))
-        shards = self.shards(most)
-        count = len(shards)
-        files = [_SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-        headers = [_header(unit.saved for unit in shard) for shard in shards]
-        paths = [folder / file for file in files]
+        check_space(folder, self.nbytes)
+        count = len(self.shards)
+        files = [WEIGHTS if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+        def write(file: str, shard: tuple[bytes, list[Unit]]) -> str:
+            return self._write_shard(folder / file, *shard, fitted)
+
         if workers == 1:  # a thread's stack and heap would be memory of their own
-            hashes = list(map(self._write_shard, paths, headers, shards))
+            hashes = list(map(write, files, self.shards))
         else:
             with ThreadPoolExecutor(workers) as pool:
-                hashes = list(pool.map(self._write_shard, paths, headers, shards))
+                hashes = list(pool.map(write, files, self.shards))
         digests = dict(zip(files, hashes, strict=True))
         if count > 1:
-            held = {name: file for file, shard in zip(files, shards, strict=True) for u in shard for name in u.saved}
-            total = {
-                "total_parameters": self.model.num_parameters(),
-                "total_size": sum(unit.nbytes for unit in self.units),
-            }
+            pairs = zip(files, self.shards, strict=True)
+            held = {name: file for file, (_, shard) in pairs for unit in shard for name in unit.saved}
+            total = {"total_parameters": self.model.num_parameters(), "total_size": self.nbytes}
             index = {"metadata": total, "weight_map": dict(sorted(held.items()))}
-            (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return digests
 
-    def _write_shard(self, path: Path, header: bytes, units: Sequence[Unit]) -> str:
+    def _write_shard(
+        self, path: Path, header: bytes, units: Sequence[Unit], fitted: Callable[[str], Tensor | None]
+    ) -> str:
         digest = hashlib.sha256(header)
         with path.open("wb", buffering=0) as file:
             file.write(header)
             for unit in units:
-                weights = self._read(unit)
+                weights = self._saved(unit, fitted)
                 for name in unit.saved:
                     weight = weights.pop(name)
                     check_finite(weight, name, self.reference)
-                    raw = _bytes(weight)
-                    for start in range(0, len(raw), _BLOCK):
-                        block = raw[start : start + _BLOCK]
+                    raw = bytes_of(weight)
+                    for start in range(0, len(raw), BLOCK):
+                        block = raw[start : start + BLOCK]
                         file.write(block)
                         digest.update(block)
         return digest.hexdigest()
 
-    def _read(self, unit: Unit) -> dict[str, Tensor]:
+    def _saved(self, unit: Unit, fitted: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         """The unit's weights under their names in the checkpoint."""
-        model = self.model
+        changed = {name: value for name in unit.names if (value := fitted(name)) is not None}
+        if unit.fused:
+            weights = self.load(unit) | changed
+            with self.lock:  # loading leaves other rules on the model for a moment
+                saved: dict[str, Tensor] = revert_weight_conversion(self.model, weights)
+            return saved
+        (name,) = unit.names
+        (only,) = unit.saved
+        return {only: changed[name] if changed else self.load(unit)[name]}
+
+    def load(self, unit: Unit) -> dict[str, Tensor]:
+        """The unit's weights as converted, under their names in the model."""
         if unit.fused:
             with self.lock:
-                return self._read_fused(unit)
+                return self._load_fused(unit)
         (name,) = unit.names
-        (saved,) = unit.saved
+        dtype = next(iter(unit.saved.values())).dtype
         if not unit.keys:
             owner, _, own = name.rpartition(".mixer.")
-            mixer = model.get_submodule(f"{owner}.mixer")
+            mixer = self.model.get_submodule(f"{owner}.mixer")
             assert isinstance(mixer, Mixer)  # noqa: S101 - for the type checker
-            return {saved: mixer.initial_values()[own].to(unit.saved[saved].dtype)}
-        return {saved: self.slots[unit.keys[0]].read().to(unit.saved[saved].dtype)}
+            return {name: mixer.initial_values()[own].to(dtype)}
+        return {name: self.slots[unit.keys[0]].read().to(dtype)}
 
-    def _read_fused(self, unit: Unit) -> dict[str, Tensor]:
+    def _load_fused(self, unit: Unit) -> dict[str, Tensor]:
         model: Any = self.model
         empty = {name: model.get_parameter_or_buffer(name) for name in unit.names}
         load = LoadStateDictConfig(dtype=model.dtype, weight_mapping=self.conversions)
@@ -378,9 +306,8 @@ class Streamer:
         model.__dict__.pop("_weight_conversions", None)  # see LinearizedForCausalLM.from_teacher
         weights = {name: model.get_parameter_or_buffer(name).detach() for name in unit.names}
         for name, parameter in empty.items():
-            _put(model, name, parameter)
-        saved: dict[str, Tensor] = revert_weight_conversion(model, weights)
-        return saved
+            put_weight(model, name, parameter)
+        return weights
 
 
 def _generation_config(source: Source) -> GenerationConfig:
@@ -392,36 +319,11 @@ def _generation_config(source: Source) -> GenerationConfig:
         )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def _is_own(name: str) -> bool:
     return ".mixer." in name
 
 
-def _put(model: nn.Module, name: str, parameter: Any) -> None:
+def put_weight(model: nn.Module, name: str, weight: Any) -> None:
+    """Puts a parameter or buffer of a model into its place."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
-
-
-def _header(tensors: Iterable[dict[str, Tensor]]) -> bytes:
-    """What a safetensors file begins with.
-
-    Raises:
-        NotStreamable: a tensor would stand where its dtype cannot be read.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for saved in tensors:
-        for name, tensor in saved.items():
-            size = tensor.numel() * tensor.element_size()
-            if at % tensor.element_size() or tensor.dtype not in _NAMES:
-                raise NotStreamable(f"{name} cannot be laid out in a file of mixed dtypes")
-            offsets = [at, at + size]
-            entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-            at += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    setattr(model.get_submodule(owner), leaf, weight)

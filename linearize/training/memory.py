@@ -30,8 +30,9 @@ from linearize.conversion.source import DTYPES
 from linearize.evaluation.formatting import readable_bytes
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.modeling import family_of
-from linearize.training.finetune import add_adapters, choose_trained, wants_teacher
+from linearize.training.adapters import add_adapters, choose_trained
 from linearize.training.rehearsal import Moment, fullest_moment
+from linearize.training.teachers import wants_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,6 +16,8 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
+
 from linearize.errors import LinearizeError
 from linearize.interruption import Postponed
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+
+_ASKED_FOR = "LINEARIZE_PROCESSES"  # as accelerate's configuration has it
 
 _LONGEST_WAIT = timedelta(days=7)  # while the first process alone fetches data or writes text
 
@@ -59,6 +63,11 @@ def join() -> bool:
     splits = _is_set("ACCELERATE_USE_FSDP")
     if splits and os.environ.get("FSDP_VERSION", "1") != "2":
         raise LinearizeError("FSDP 1 is not supported; set fsdp_version: 2 in accelerate's configuration")
+    if (asked := int(os.environ.get(_ASKED_FOR, count()))) != count():
+        raise LinearizeError(
+            f"accelerate's configuration asks for {asked} processes, but it starts several on CPUs by MPI alone, which "
+            f"is not supported: pass --launch {asked} instead of the file, or on several machines use torchrun"
+        )
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # `sharding.shard` does it, on CPUs as well
     if count() > 1:
         import torch
@@ -188,7 +197,21 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def launch_with(configuration: Path, arguments: Sequence[str]) -> int:
-    """The same by `accelerate launch`, from its configuration file: on each of several machines."""
+    """The same by `accelerate launch`, from its configuration file: on each of several machines.
+
+    Raises:
+        LinearizeError: the file cannot be read.
+    """
+    try:
+        settings = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LinearizeError(f"{configuration}: cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(settings, dict):
+        raise LinearizeError(f"{configuration}: is no configuration of accelerate; `accelerate config` writes one")
+    environment = dict(os.environ)
+    # Where accelerate cannot start as many it starts one, and says nothing.
+    if isinstance(asked := settings.get("num_processes"), int) and asked > 0:
+        environment[_ASKED_FOR] = str(asked)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "-m"]
     command += ["linearize", *arguments]
-    return subprocess.run(command, check=False).returncode  # noqa: S603 - this very command again
+    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - this very command again

@@ -21,11 +21,15 @@ from safetensors.torch import save_file
 
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
+from linearize.conversion.source import load_model
 from linearize.errors import OutputError
 from linearize.resources import cache_folder
+from linearize.training import processes
 from linearize.training.objective import TopK, counted_positions, top_k_of
 from linearize.training.rows import NO_LOSS
 from linearize.training.selftext import fingerprint
+from linearize.training.sharding import is_sharded
+from linearize.training.sharding import shard as shard_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from linearize.conversion.source import Source
+    from linearize.recipe import Stage
     from linearize.training.rows import Rows
 
 FORMAT_VERSION = 1
@@ -41,6 +47,11 @@ FORMAT_VERSION = 1
 
 _SHARD_ROWS = 256
 _SECONDS_BETWEEN_REPORTS = 5.0
+
+
+def wants_teacher(stage: Stage) -> bool:
+    """Whether a stage's objective looks at the teacher."""
+    return "sft" not in stage.weights or len(stage.weights) > 1
 
 
 class KeptLogits:
@@ -154,6 +165,46 @@ def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
     finally:
         remove_hook_from_submodules(teacher)
         teacher.to(home)
+
+
+class Teacher:
+    """The pretrained model, loaded when it is first wanted.
+
+    Args:
+        model: if it is loaded already; it is not let go then.
+    """
+
+    def __init__(self, source: Source, dtype: str, model: PreTrainedModel | None) -> None:
+        self.source, self.dtype, self.model = source, dtype, model
+        self.is_ours = model is None
+
+    def __call__(self, device: str | None = None) -> PreTrainedModel:
+        if self.model is None:
+            self.model = load_model(self.source, dtype=self.dtype, device=device).requires_grad_(False)
+        return self.model
+
+    @contextmanager
+    def serving(
+        self, stage: Stage, rows: Rows, say: Callable[[str], None], *, shard: bool = False
+    ) -> Iterator[PreTrainedModel | KeptLogits | None]:
+        """What a stage's trainer is given, where its recipe wants it; None where the stage has no use for a teacher."""
+        if not wants_teacher(stage):
+            yield None
+        elif stage.teacher_at == "disk" and stage.top_k is not None:
+            options: dict[str, Any] = {"top_k": stage.top_k, "temperature": stage.temperature}
+            with processes.first_goes_ahead():
+                kept = keep_logits(self(), rows, **options, batch=stage.micro_batch, progress=say)
+            if self.is_ours:
+                self.model = None
+            yield kept
+        elif stage.teacher_at == "cpu":
+            with offloaded(self(), self().device):
+                yield self()
+        else:
+            if shard and (self.model is None or not is_sharded(self.model)):
+                with processes.in_turns():
+                    shard_model(self("cpu"))
+            yield self()
 
 
 def _part(start: int) -> slice:

@@ -12,8 +12,9 @@ import torch
 from linearize.errors import LinearizeError
 from linearize.recipe import load_recipe
 from linearize.training import processes
-from linearize.training.finetune import finetune, shared_work_folder
+from linearize.training.finetune import finetune
 from linearize.training.guarded import GuardedTrainer
+from linearize.training.workfolder import shared_work_folder
 
 
 def main(recipe: str, target: str) -> None:

@@ -13,7 +13,8 @@ from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.recipe import load_recipe
 from linearize.training import processes, trainer
-from linearize.training.finetune import finetune, shared_work_folder
+from linearize.training.finetune import finetune
+from linearize.training.workfolder import shared_work_folder
 from tests.evaluation.test_runner import Count, model
 
 

@@ -14,8 +14,8 @@ from linearize.families.base import AttentionLayer, Projections
 from linearize.model import MixerConfig
 from linearize.model.mixer import Mixer
 from linearize.recipe import LoraSpec, MixerSpec
+from linearize.training.adapters import add_adapters, choose_trained
 from linearize.training.align import Alignment, read_beyond
-from linearize.training.finetune import add_adapters, choose_trained
 from tests.model import test_families as families
 
 WINDOW, SINKS = 6, 2

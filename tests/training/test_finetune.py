@@ -16,9 +16,12 @@ from linearize.conversion.output import staged_folder
 from linearize.errors import LinearizeError, OutputError, RecipeError
 from linearize.model.attention import LinearizedAttention
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
-from linearize.training import finetune as module
+from linearize.training import metrics as module
 from linearize.training import trainer as trainer_module
-from linearize.training.finetune import finetune, is_resumable, work_folder, write_result
+from linearize.training.adapters import add_adapters, choose_trained
+from linearize.training.finetune import finetune
+from linearize.training.result import write_result
+from linearize.training.workfolder import is_resumable, work_folder
 
 
 @pytest.fixture(autouse=True)
@@ -227,9 +230,9 @@ def test_adapters_of_every_kind_start_as_the_model_train_and_merge(tiny_folder, 
     model = convert_model(AutoModelForCausalLM.from_pretrained(tiny_folder), MixerSpec(window=8))
     ids = torch.randint(5, 97, (2, 40))
     given = model(ids).logits.detach()
-    student = module.add_adapters(model, LoraSpec(kind=kind, rank=4))
+    student = add_adapters(model, LoraSpec(kind=kind, rank=4))
     torch.testing.assert_close(student(ids).logits, given, rtol=0, atol=1e-4)
-    module.choose_trained(student, "lora")
+    choose_trained(student, "lora")
     names = {name for name, p in student.named_parameters() if p.requires_grad}
     assert any(trainer_module.is_adapter(name) for name in names)
     assert all(trainer_module.is_adapter(name) or trainer_module.is_own_parameter(name) for name in names)
@@ -240,7 +243,7 @@ def test_adapters_that_do_not_fit_are_told():
     config = AutoConfig.for_model("gpt2", vocab_size=97, hidden_size=48, num_hidden_layers=1, num_attention_heads=6)
     model = convert_model(AutoModelForCausalLM.from_config(config), MixerSpec(window=8))
     with pytest.raises(RecipeError, match="lora: miss does not fit this model") as refused:
-        module.add_adapters(model, LoraSpec(kind="miss"))
+        add_adapters(model, LoraSpec(kind="miss"))
     assert "\n" not in str(refused.value)
 
 
@@ -266,9 +269,9 @@ def test_adapters_on_fused_projections_attach_train_and_merge(model_type, target
     teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ends))
     model = convert_model(teacher.eval(), Recipe().mixer.model_copy(update={"window": 8}))
     with pytest.raises(RecipeError, match=f"no module '{missing}'") as refused:
-        module.add_adapters(model, LoraSpec(targets=[missing]))
+        add_adapters(model, LoraSpec(targets=[missing]))
     assert "\n" not in str(refused.value)
-    student = module.add_adapters(model, LoraSpec(targets=targets))
+    student = add_adapters(model, LoraSpec(targets=targets))
     found = {name.split(".lora_A")[0] for name, _ in student.named_parameters() if "lora_A" in name}
     assert len(found) == 2 * len(adapted) and all(name.endswith(tuple(adapted)) for name in found)
     ids = torch.randint(97, (2, 40))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -174,6 +175,63 @@ def test_one_that_fails_ends_the_others(capfd):
     assert processes.launch(2, ["recipes", "show", "no-such-recipe"]) == 1
     told = capfd.readouterr().err
     assert "no-such-recipe" in told and "Traceback" not in told
+
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_process_ip: 127.0.0.1
+main_process_port: {port}
+mixed_precision: 'no'
+"""
+
+
+def test_accelerate_starts_two_processes_that_calibrate_once(tmp_path, monkeypatch):
+    """They start, and end, where one process does; its configuration for GPUs starts them on CPUs as well."""
+    stories = tmp_path / "stories.txt"
+    stories.write_text("\n\n".join(f"{n}: {'the cat saw a dog and a cow ' * 6}" for n in range(99)))
+    settings = load_recipe("calibrated", [
+        f"model={random_llama(tmp_path / 'tiny')}", "mixer.window=8",
+        f"calibrate={{source: {stories}, tokens: 512, length: 128, held_out: 2, steps: 4}}",
+        f"stages=[{{objective: sft, data: {{source: {stories}, tokens: 256, held_out: 0}}, length: 64, "
+        "batch_tokens: 128, lr: 0.001, mixer_lr: 0.001}]",
+    ])  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(settings))
+    (tmp_path / "one").mkdir()
+    one = finetune(settings, tmp_path / "one", say=lambda _: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "accelerate.yaml").write_text(ACCELERATE.format(port=free.getsockname()[1]))
+    command = ("linearize", "finetune", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "two"))
+    done = run(tmp_path, *command, "--accelerate-config", str(tmp_path / "accelerate.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"{tmp_path / 'two'}\n"
+    assert done.stderr.count("calibrate: layer 1 of 2") == 1
+    told = json.loads((tmp_path / "two" / "linearize.json").read_text())["start"]["calibration"]
+    assert told[1:] == one.start["calibration"][1:]  # the first line has the seconds
+    expected, found = losses(tmp_path / "one" / "metrics.jsonl"), losses(tmp_path / "two" / "metrics.jsonl")
+    assert len(expected) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    state = one.model.state_dict()
+    for weight, tensor in load_file(tmp_path / "two" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, state[weight], rtol=0, atol=1e-5)
+
+
+def test_an_accelerate_configuration_that_would_start_one_process_is_refused(small_recipe, tmp_path):
+    configuration = tmp_path / "accelerate.yaml"
+    configuration.write_text(ACCELERATE.replace("MULTI_GPU", "MULTI_CPU").format(port=29500) + "use_cpu: true\n")
+    command = ("linearize", "finetune", str(small_recipe), "-o", str(tmp_path / "out"))
+    done = run(tmp_path, *command, "--accelerate-config", str(configuration))
+    assert done.returncode == 1
+    assert "asks for 2 processes" in done.stderr and "pass --launch 2" in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+    for content in ("num_processes: [", "- 2"):
+        configuration.write_text(content)
+        with pytest.raises(LinearizeError, match=r"accelerate\.yaml: "):
+            processes.launch_with(configuration, ["finetune"])
 
 
 def test_options_that_do_not_go_together(tmp_path):

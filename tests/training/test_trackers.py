@@ -12,7 +12,8 @@ import pytest
 
 from linearize.errors import RecipeError
 from linearize.recipe import load_recipe
-from linearize.training.finetune import finetune, work_folder
+from linearize.training.finetune import finetune
+from linearize.training.workfolder import work_folder
 
 # Enough of either package for transformers' callbacks; what they are told is kept.
 _FAKE = """

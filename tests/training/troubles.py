@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linearize.training import finetune as module
+from linearize.training import metrics as module
 from linearize.training import trainer
 from linearize.training.finetune import finetune
 from linearize.training.guarded import GuardedTrainer

@@ -1,0 +1,87 @@
+"""What a fine-tuning run comes to, and how it is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from linearize.conversion.convert import base_record, write_checkpoint
+from linearize.conversion.source import find_source, sound_provenance, teacher_of
+from linearize.training.metrics import METRICS
+from linearize.training.plot import PLOT, draw_training
+from linearize.training.trainer import total_steps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from linearize.model import LinearizedForCausalLM
+    from linearize.recipe import Recipe, Stage
+    from linearize.training.rows import Rows, TrainingData
+
+HELD_OUT = "held_out.safetensors"
+
+
+@dataclass
+class FinetuneResult:
+    """What a run left in memory.
+
+    Attributes:
+        model: trained and merged.
+        teacher: the pretrained model, if a stage needed it.
+        data: of the last stage.
+        recipe: with what is kept as softmax named in it.
+        stages, start: a record of each stage, and of what came before training, as in `linearize.json`.
+    """
+
+    model: LinearizedForCausalLM
+    tokenizer: Any
+    teacher: PreTrainedModel | None
+    data: TrainingData | None
+    recipe: Recipe
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    start: dict[str, Any] = field(default_factory=dict)
+
+
+def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:
+    """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
+    source = find_source(result.recipe.model or "")
+    base = teacher_of(source)
+    record = sound_provenance(source)["base"] if source.is_converted else base_record(base, None)
+    if (work / METRICS).is_file():
+        shutil.copyfile(work / METRICS, folder / METRICS)
+        draw_training(folder / METRICS, folder / PLOT)
+    if result.data is not None and len(result.data.held_out):
+        write_held_out(folder, result.data.held_out)
+    write_checkpoint(
+        folder, result.model, result.tokenizer, result.recipe, record, result.stages, name, start=result.start
+    )
+
+
+def write_held_out(folder: Path, rows: Rows) -> None:
+    """Writes the rows that the task `held_out` scores a checkpoint on."""
+    save_file(
+        {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
+    )
+
+
+def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
+    """What `linearize.json` says of a stage."""
+    steps = total_steps(stage, len(data.train))
+    return {
+        "objective": " + ".join(f"{weight:g} {name}" for name, weight in stage.weights.items()),
+        "data": data.source,
+        "tokens": steps * stage.batch_tokens,
+        "length": stage.length,
+        "steps": steps,
+    }
+
+
+def count_skipped(record: dict[str, Any], skipped: int) -> None:
+    """Adds the steps that a stage skipped to its record, if there are any."""
+    if skipped:
+        record["skipped_steps"] = skipped
