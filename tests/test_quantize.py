@@ -186,7 +186,7 @@ def test_a_checkpoint_of_integers_is_measured_beside_a_teacher_of_the_same(conve
     quick = ("--lengths", "32", "--steps", "2", "--repeats", "1", "--int8", "--json")
     assert run(["bench", str(tmp_path / "out"), *quick]) == 0, capfd.readouterr().err
     facts = json.loads(capfd.readouterr().out)
-    assert {row["system"] for row in facts["rows"]} == {"teacher", "model", "int8"}
+    assert {row["system"] for row in facts["rows"]} >= {"teacher", "model", "int8"}
     assert all(row["tokens_per_second"] > 0 for row in facts["rows"])
     held = facts["weights_bytes"]
     assert held["teacher"] < held["model"] < 1.1 * held["teacher"] and held["model"] < 0.9 * done.cost["bytes"][0]
