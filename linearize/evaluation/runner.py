@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -150,8 +151,8 @@ class _System:
         self.model = self.load()
         if self.store is not None:
             self.key = model_key(self.model, self.tokenizer)
-            if self.stamp is not None and processes.is_first():
-                self.store.remember(self.stamp, self.key)
+            if self.stamp is not None:
+                processes.by_the_first(partial(self.store.remember, self.stamp, self.key))
             found = self._all_kept(tasks)
         with evaluating(self.model), torch.inference_mode():
             for task in tasks:
@@ -179,8 +180,8 @@ class _System:
             seconds = time.monotonic() - started
             parts = processes.everyones((own, seconds))
             new = {index: item for part, _ in parts for index, item in part.items()}
-            if self.store is not None and self.key is not None and processes.is_first():
-                self.store.write(self.key, task.digest, new)
+            if self.store is not None and self.key is not None:
+                processes.by_the_first(partial(self.store.write, self.key, task.digest, new))
             found |= new
             self._tell(task, len(chosen) - len(missing), len(chosen))
             if max(seconds for _, seconds in parts) > CHUNK_SECONDS:

@@ -104,7 +104,9 @@ def evaluate(
     with processes.first_goes_ahead():  # what it fetches, the others find
         built = build_suites(chosen, tokenizer, options)
     loaders = {system.info.name: system.load for system in systems}
-    _check_room(loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
+    processes.by_the_first(
+        partial(_check_room, loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
+    )
     scores = score_systems(
         loaders,
         tokenizer,

@@ -221,3 +221,14 @@ def test_a_recipe_is_copied_whole_or_not(outcome, tmp_path, monkeypatch):
     assert (status, out) == (1, "") and "mine.yaml: cannot be written: no space left on device" in error_of(words)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert outcome("recipes", "cp", "default", target)[0] == 0
+
+
+def test_of_several_processes_the_first_says_what_is_wrong(converted, pages, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--launch", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "linearize", *map(str, line)], capture_output=True, text=True,
+        env={**os.environ, "LINEARIZE_CACHE": str(tmp_path / "file")},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert "results cannot be kept there: Not a directory; set LINEARIZE_CACHE" in error_of(done.stderr)
