@@ -6,6 +6,7 @@ Models are named as on the command line: a Hub id, a folder, or a GGUF file.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,28 +177,33 @@ def evaluate(
     Raises:
         DataError: an unknown suite, task or baseline, or data that cannot be read.
         ModelError: a model that cannot be read, or gives results that are not finite.
+        OutputError: results cannot be kept, or another job is writing the report.
     """
+    from linearize.conversion.claims import claimed
     from linearize.evaluation.report import write_report
     from linearize.evaluation.store import Store
     from linearize.evaluation.suites import SuiteOptions
     from linearize.evaluation.systems import evaluate as _evaluate
 
-    results = _evaluate(
-        find_source(str(model), trust_remote_code=trust_remote_code),
-        tasks,
-        suites=suites,
-        baselines=baselines,
-        options=SuiteOptions(
-            data=None if data is None else Path(data), lengths=tuple(lengths), samples=samples, seed=seed
-        ),
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        store=Store(fresh=fresh),
-        say=say,
-    )
-    if report is not None:
-        write_report(results, Path(report))
+    folder = None if report is None else Path(report)
+    with nullcontext() if folder is None else claimed(folder):
+        results = _evaluate(
+            find_source(str(model), trust_remote_code=trust_remote_code),
+            tasks,
+            suites=suites,
+            baselines=baselines,
+            options=SuiteOptions(
+                data=None if data is None else Path(data), lengths=tuple(lengths), samples=samples, seed=seed
+            ),
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            store=Store(fresh=fresh),
+            report=folder,
+            say=say,
+        )
+        if folder is not None:
+            write_report(results, folder)
     return results
 
 
@@ -388,6 +394,7 @@ def push(
 
     Raises:
         HubError: the folder is not to be pushed, or the Hub does not do as asked.
+        OutputError: another push to the repository is under way on this machine, or a disk is full.
     """
     from linearize.hub.push import push as _push
 

@@ -41,7 +41,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
             raise StateError(f"{name} is offloaded; load the model without offloading")
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        weights.update(_bits(tensor))
+        weights.update(telling_bits(tensor))
     weights.update(json.dumps(scales, sort_keys=True).encode())
     return {
         "configuration": hashlib.sha256(_configuration(model).encode()).hexdigest(),
@@ -61,7 +61,8 @@ def _configuration(model: PreTrainedModel) -> str:
     return json.dumps(described, sort_keys=True, default=str)
 
 
-def _bits(tensor: Tensor) -> bytes:
+def telling_bits(tensor: Tensor) -> bytes:
+    """The sum of all bits of `tensor`, and an evenly spaced sample of them."""
     octets = tensor.detach().contiguous().flatten().view(torch.uint8)
     if octets.storage_offset() % 8:
         octets = octets.clone()

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linearize.fingerprint import telling_bits
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,18 +34,29 @@ class PairedLinear(nn.Module):
 
     Attributes:
         packed: the integers as oneDNN lays them out; not among the buffers, for nobody else can read them.
+        told: what `fingerprint` counts of them instead; without it models that differ in them would be one.
     """
 
     scale: Tensor
     zeros: Tensor
+    columns: Tensor
+    kept: Tensor
+    told: Tensor
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = torch.ops.onednn.qlinear_prepack(layer.integers(), [2, layer.in_features])
-        self.register_buffer("scale", layer.scale.float().view(-1))
-        self.register_buffer("zeros", torch.zeros(layer.out_features, dtype=torch.long))
-        self.columns, self.kept, self.bias = layer.columns, layer.kept, layer.bias
+        integers = layer.integers()
+        self.packed = torch.ops.onednn.qlinear_prepack(integers, [2, layer.in_features])
+        for name, tensor in {
+            "scale": layer.scale.float().view(-1),
+            "zeros": torch.zeros(layer.out_features, dtype=torch.long),
+            "columns": layer.columns,
+            "kept": layer.kept,
+            "told": torch.frombuffer(bytearray(telling_bits(integers)), dtype=torch.uint8),
+        }.items():
+            self.register_buffer(name, tensor)
+        self.bias = layer.bias
 
     @property
     def packed_nbytes(self) -> int:

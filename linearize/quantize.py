@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from linearize.conversion.convert import nbytes
 from linearize.errors import ModelError
 from linearize.evaluation.heldout import Estimate, paired_difference, score_rows
 from linearize.evaluation.task import evaluating
@@ -114,7 +115,7 @@ def quantize(model: Any, spec: Quantization, rows: Rows, held_out: Rows, text: s
     found = [one for one in linear_layers(model, head=False) if spec.takes(one[2])]
     if not found:
         raise ModelError("the model has no linear layers, which alone can be int8 or int4; leave --weights out")
-    before = _nbytes(model)
+    before = nbytes(model)
     tensors = [*model.parameters(), *model.buffers()]
     whole = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # of the modules; tensors are shared
     power = mean_squares(model, [linear for _, _, linear in found], rows)
@@ -132,9 +133,20 @@ def quantize(model: Any, spec: Quantization, rows: Rows, held_out: Rows, text: s
         loss=paired_difference(now, was).loss,
         kl=now.mean_kl,
         agreement=now.mean_agreement.mean,
-        nbytes=(before, _nbytes(model)),
+        nbytes=(before, nbytes(model)),
         layers=len(found),
     )
+
+
+def nbytes_after(model: nn.Module, spec: Quantization) -> int:
+    """Bytes of the checkpoint that `quantize` would make of `model`."""
+    found = nbytes(model)
+    for _, _, linear in linear_layers(model, head=False):
+        if spec.takes(linear):
+            shape = linear.in_features, linear.out_features
+            like = nn.Linear(*shape, bias=False, dtype=linear.weight.dtype, device="meta")
+            found -= linear.weight.nbytes - sum(tensor.nbytes for tensor in QuantizedLinear(like, spec).buffers())
+    return found
 
 
 @torch.no_grad()
@@ -230,12 +242,6 @@ def _round(weight: Tensor, spec: Quantization, cuts: tuple[float, ...], power: T
             )
     assert best is not None  # noqa: S101 - there is at least one cut
     return best[1], best[2].flatten(1)
-
-
-def _nbytes(model: nn.Module) -> int:
-    """Bytes of what a checkpoint holds; what is tied counts once."""
-    kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.numel()}
-    return sum(kept.values())
 
 
 def cost_record(spec: Quantization, cost: Cost) -> dict[str, Any]:

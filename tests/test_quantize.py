@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linearize import api
+from linearize.cli.app import run
+from linearize.conversion.convert import nbytes
 from linearize.conversion.source import find_source, load_model
-from linearize.errors import DataError, ModelError
+from linearize.errors import DataError, ModelError, OutputError
 from linearize.model.quantized import Quantization, QuantizedLinear
-from linearize.quantize import WEIGHTS, costliest, rounded, to_int8
+from linearize.quantize import WEIGHTS, costliest, nbytes_after, rounded, to_int8
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -170,6 +173,34 @@ def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, 
         before = AutoModelForCausalLM.from_pretrained(converted, dtype=again.dtype)(ids).logits
         apart = float((again(ids).logits - before).norm() / before.norm())
     assert 0 < apart < {"int8": 0.03, "int4": 0.4}[weights]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_checkpoint_of_integers_is_measured_beside_a_teacher_of_the_same(converted, tmp_path, weights, capfd):
+    text = tmp_path / "text.txt"
+    text.write_text("A cat sat on a mat. " * 400)
+    before = nbytes_after(load_model(find_source(str(converted))), WEIGHTS[weights])
+    done = api.export(converted, tmp_path / "out", weights=weights, text=str(text), tokens=1024)
+    assert before == done.cost["bytes"][1] == nbytes(load_model(find_source(str(tmp_path / "out"))))
+    capfd.readouterr()
+    quick = ("--lengths", "32", "--steps", "2", "--repeats", "1", "--int8", "--json")
+    assert run(["bench", str(tmp_path / "out"), *quick]) == 0, capfd.readouterr().err
+    facts = json.loads(capfd.readouterr().out)
+    assert {row["system"] for row in facts["rows"]} >= {"teacher", "model", "int8"}
+    assert all(row["tokens_per_second"] > 0 for row in facts["rows"])
+    held = facts["weights_bytes"]
+    assert held["teacher"] < held["model"] < 1.1 * held["teacher"] and held["model"] < 0.9 * done.cost["bytes"][0]
+
+
+def test_a_disk_too_small_for_integers_is_told_before_they_are_measured(converted, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("A cat sat on a mat. " * 400)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=16_000_000 + 100_000))
+    said = []
+    with pytest.raises(OutputError, match=r"out: \d+ MB are needed, and \d+ MB are free on that disk; free some"):
+        api.export(converted, tmp_path / "out", weights="int8", text=str(text), tokens=1024, say=said.append)
+    assert said == [] and [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_what_integers_do_not_do(converted, tmp_path, tiny_folder):

@@ -77,7 +77,7 @@ def measure(root: Path, trials: int, moments: random.Random, chosen: Sequence[st
         for objective, (fault, act) in itertools.product(OBJECTIVES if job.name == "finetune" else (), PLANTED):
             plant = partial(job.disturbed, 0, nothing, partial(act, objective))
             row(f"{fault}, {objective}", job, [one(job, plant)])
-        for fault, plant in DISKS[job.name == "eval" :]:  # a report asks for no room beforehand
+        for fault, plant in DISKS:
             with mounted(job.folder) as usable:
                 if usable:
                     row(fault, job, [one(job, partial(plant, job), partial(remount, job.folder, "rw"))])

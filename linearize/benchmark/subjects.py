@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from linearize.conversion.convert import convert_model
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.model.modeling import family_of
+from linearize.model.quantized import QuantizedLinear
 from linearize.pairs import PairedLinear
 
 if TYPE_CHECKING:
@@ -133,8 +134,11 @@ def teacher_beside(model: LinearizedForCausalLM) -> PreTrainedModel:
         teacher: PreTrainedModel = AutoModelForCausalLM.from_config(
             model.config.text_config, dtype=model.dtype, attn_implementation="sdpa"
         )
-    for path, module in teacher.named_modules():
+    for path, module in list(teacher.named_modules()):
         own = model.get_submodule(path)
+        if isinstance(own, QuantizedLinear):  # a teacher of integers, too: it is the mixers that are compared
+            teacher.set_submodule(path, own)
+            continue
         for name in module._parameters:
             module._parameters[name] = own._parameters[name]
         for name in module._buffers:

@@ -121,7 +121,7 @@ def bench(
     quiet_libraries()
     from linearize.benchmark.bench import Plan
     from linearize.benchmark.bench import bench as measure
-    from linearize.conversion.output import staged_folder
+    from linearize.conversion.output import check_space, staged_folder
     from linearize.recipe import load_recipe
 
     spec = load_recipe(recipe, overrides or ()).mixer
@@ -153,6 +153,7 @@ def bench(
         from linearize.benchmark.page import write_report
 
         with staged_folder(output, overwrite=overwrite) as folder:
+            check_space(output, 0)
             facts = run()
             write_report(facts, folder)
         status(f"figures and plots: {output}")

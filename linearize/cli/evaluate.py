@@ -124,6 +124,7 @@ def evaluate(
                 batch_size=batch_size,
                 dtype=dtype,
                 store=Store(fresh=fresh),
+                report=report,
                 progress=progress if first else None,
                 say=status if first else lambda _: None,
                 command=command_line(),

@@ -85,7 +85,7 @@ def probe(
     if damage not in ("layers", "heads", "none"):
         raise typer.BadParameter(f"--damage {damage}: expected layers, heads or none")
     quiet_libraries()
-    from linearize.conversion.output import staged_folder
+    from linearize.conversion.output import check_space, staged_folder
     from linearize.conversion.source import find_source
     from linearize.evaluation.progress import ProgressLine
     from linearize.probe import Budget, ProbeOptions, run_probe
@@ -106,6 +106,8 @@ def probe(
     )
     progress = ProgressLine()
     with nullcontext() if output is None else staged_folder(output, overwrite=overwrite) as folder:
+        if output is not None:
+            check_space(output, 0)
         try:
             found = run_probe(
                 source,

@@ -19,6 +19,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import staged_file
 from linearize.errors import OutputError
 from linearize.recipe import Recipe, Stage, dump_recipe, load_recipe, recipe_path, shipped_recipes
 
@@ -108,12 +109,10 @@ def copy(
         target = target / source.name
     if not target.parent.is_dir():
         raise OutputError(f"{target}: there is no folder {target.parent}; make it first")
-    content = source.read_bytes()
-    try:
-        with target.open("xb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise OutputError(f"{target}: exists already; name another file, or remove it first") from None
+    with staged_file(target) as staging:
+        if target.exists():
+            raise OutputError(f"{target}: exists already; name another file, or remove it first")
+        staging.write_bytes(source.read_bytes())
     print(target)
     status(f"copied {source.stem}; check your changes with 'linearize recipes check {target}'")
 

@@ -32,7 +32,7 @@ def beside(target: Path, kind: str) -> Path:
 
 
 @contextmanager
-def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
+def claimed(target: Path, *, wait: bool = False, name: str = "") -> Iterator[None]:
     """The right to write the file or folder `target`, for as long as the block lasts.
 
     The lock is the system's (flock, on a file beside `target`), which ends with its process: what a dead job leaves
@@ -41,6 +41,7 @@ def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
 
     Args:
         wait: until the other job is done with it, which is for what two jobs may share.
+        name: of the place in what is said to whom it is refused, if not its path.
 
     Raises:
         OutputError: another job has it, or nothing can be written there.
@@ -55,7 +56,7 @@ def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
         return
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _lock(target, wait):
+        with _lock(target, wait, name):
             _HELD[target] = 1
             try:
                 _clear(target)
@@ -69,11 +70,11 @@ def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(target: Path, wait: bool) -> Iterator[None]:
+def _lock(target: Path, wait: bool, name: str) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = _acquire(path, target, wait)
+        file = _acquire(path, wait, name or str(target))
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     try:
@@ -84,7 +85,7 @@ def _lock(target: Path, wait: bool) -> Iterator[None]:
         os.close(file)
 
 
-def _acquire(path: Path, target: Path, wait: bool) -> int:
+def _acquire(path: Path, wait: bool, name: str) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -95,7 +96,7 @@ def _acquire(path: Path, target: Path, wait: bool) -> int:
                 owner = os.pread(file, 200, 0).decode(errors="replace").strip()
                 os.close(file)
                 raise OutputError(
-                    f"{target}: another job is writing there{f' ({owner})' if owner else ''}; wait for it, or name "
+                    f"{name}: another job is writing there{f' ({owner})' if owner else ''}; wait for it, or name "
                     "another place"
                 ) from None
             if error.errno not in _WITHOUT_LOCKS:

@@ -240,8 +240,9 @@ def write_checkpoint(
 
 
 def nbytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of what a checkpoint of the model holds; what is tied counts once."""
+    kept = {id(tensor): tensor.numel() * tensor.element_size() for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(kept.values())
 
 
 def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:

@@ -86,7 +86,9 @@ def staged_files(folder: Path) -> Iterator[Path]:
     made = not folder.exists()
     staging = folder / f".{PARTIAL}-{os.getpid()}"
     try:
-        with telling(folder, inside=staging):
+        with telling(
+            folder, "nothing was left there" if made else "what was there before is as it was", inside=staging
+        ):
             folder.mkdir(parents=True, exist_ok=True)
             staging.mkdir()
             yield staging

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ Progress = Callable[[str, str, int, int], None]
 # Items between two writes; fewer where that takes long, since they are what an interruption costs.
 CHUNK = 32
 CHUNK_SECONDS = 30.0
+# About what a result and a point of its curve take, in the store as in a report.
+_ITEM_BYTES, _POINT_BYTES = 64, 24
 
 
 class StampedLoader:
@@ -91,6 +94,26 @@ def run(
     return scores
 
 
+def nbytes_to_keep(
+    systems: Mapping[str, Loader],
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    store: Store | None = None,
+) -> int:
+    """About how many bytes the results of `run` take that `store` does not have yet; without a store, those of all."""
+    found = 0
+    for name, load in systems.items():
+        system = _System(name, load, tokenizer, store, 1, None)
+        for task in tasks:
+            kept = system.kept(task)
+            new = sum(index not in kept for index in subset(task, limit, seed))
+            found += new * (_ITEM_BYTES + _POINT_BYTES * len(task.axis))
+    return found
+
+
 def subset(task: Task, limit: int | None, seed: int) -> list[int]:
     """The items to score, in the task's order: all, or `limit` of them at random."""
     everything = list(range(len(task)))
@@ -128,8 +151,8 @@ class _System:
         self.model = self.load()
         if self.store is not None:
             self.key = model_key(self.model, self.tokenizer)
-            if self.stamp is not None and processes.is_first():
-                self.store.remember(self.stamp, self.key)
+            if self.stamp is not None:
+                processes.by_the_first(partial(self.store.remember, self.stamp, self.key))
             found = self._all_kept(tasks)
         with evaluating(self.model), torch.inference_mode():
             for task in tasks:
@@ -138,9 +161,10 @@ class _System:
 
     def _all_kept(self, tasks: Sequence[Task]) -> dict[str, dict[int, Item]]:
         """As the first of several processes finds it: what it writes afterwards is not to reach some of the others."""
-        return processes.everyones({task.name: self._kept(task) for task in tasks} if processes.is_first() else {})[0]
+        return processes.everyones({task.name: self.kept(task) for task in tasks} if processes.is_first() else {})[0]
 
-    def _kept(self, task: Task) -> dict[int, Item]:
+    def kept(self, task: Task) -> dict[int, Item]:
+        """The results that the store has, as far as the model is known without loading it."""
         return self.store.read(self.key, task.digest) if self.store is not None and self.key is not None else {}
 
     def _score(self, task: Task, chosen: Sequence[int], found: dict[int, Item]) -> None:
@@ -156,8 +180,8 @@ class _System:
             seconds = time.monotonic() - started
             parts = processes.everyones((own, seconds))
             new = {index: item for part, _ in parts for index, item in part.items()}
-            if self.store is not None and self.key is not None and processes.is_first():
-                self.store.write(self.key, task.digest, new)
+            if self.store is not None and self.key is not None:
+                processes.by_the_first(partial(self.store.write, self.key, task.digest, new))
             found |= new
             self._tell(task, len(chosen) - len(missing), len(chosen))
             if max(seconds for _, seconds in parts) > CHUNK_SECONDS:

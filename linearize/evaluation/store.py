@@ -6,6 +6,7 @@ so two processes can share a folder; a line that was torn by a kill is not read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -125,9 +126,11 @@ def _append(path: Path, records: list[dict[str, Any]]) -> None:
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(file, data) < len(data):
-                raise OSError("the disk is full")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)
     except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{path.parent}: results cannot be kept there: {reason}; set LINEARIZE_CACHE") from error
+        way = "set LINEARIZE_CACHE"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            way = f"free some space, or {way}; the same command goes on after those that are kept"
+        raise OutputError(f"{path.parent}: results cannot be kept there: {error.strerror or error}; {way}") from error

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from linearize.conversion.convert import check_convertible, mixers_for, window_baseline, window_sections
+from linearize.conversion.output import check_space
 from linearize.conversion.source import DTYPES, Source, load_config, load_model, load_tokenizer, teacher_of
 from linearize.errors import DataError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
 from linearize.evaluation.heldout import score_rows
 from linearize.evaluation.results import Results, SystemInfo, SystemScores
-from linearize.evaluation.runner import Loader, StampedLoader, run
+from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec
@@ -66,6 +67,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
     store: Store | None = None,
+    report: Path | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
     command: str = "",
@@ -80,10 +82,12 @@ def evaluate(
         options: what tasks are built from; its seed also draws the items under a limit.
         limit: score so many items of each task, drawn at random.
         store: where results are kept; None keeps none.
+        report: the folder that a report is to be written to later; it only has to have room.
 
     Raises:
         DataError: an unknown suite, task or baseline, or data that cannot be read.
         ModelError: a model that cannot be read, or gives results that are not finite.
+        OutputError: a disk has no room for the results or the report.
     """
     options = options or SuiteOptions()
     if not tasks and not suites:
@@ -99,8 +103,12 @@ def evaluate(
         options = replace(options, teacher=lambda: load_model(teacher, dtype=reference))
     with processes.first_goes_ahead():  # what it fetches, the others find
         built = build_suites(chosen, tokenizer, options)
+    loaders = {system.info.name: system.load for system in systems}
+    processes.by_the_first(
+        partial(_check_room, loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
+    )
     scores = score_systems(
-        {system.info.name: system.load for system in systems},
+        loaders,
         tokenizer,
         built,
         rows=rows,
@@ -120,6 +128,25 @@ def evaluate(
         limit=limit,
         digests={task.name: task.digest for task in built},
     )
+
+
+def _check_room(
+    loaders: Mapping[str, Loader],
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    limit: int | None,
+    seed: int,
+    store: Store | None,
+    report: Path | None,
+) -> None:
+    """Refuses disks that clearly have no room, before a model is loaded. What is kept already takes none."""
+    if report is not None:
+        check_space(report, nbytes_to_keep(loaders, tasks, tokenizer, limit=limit, seed=seed))
+    if store is not None:
+        new = nbytes_to_keep(loaders, tasks, tokenizer, limit=limit, seed=seed, store=store)
+        if new:
+            check_space(store.folder, new)
 
 
 def score_systems(

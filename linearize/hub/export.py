@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.convert import base_record, versions, write_checkpoint
-from linearize.conversion.output import staged_folder
+from linearize.conversion.output import check_space, staged_folder
 from linearize.conversion.source import Source, find_source, load_model, load_tokenizer, sound_provenance
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.page import to_markdown
@@ -24,7 +24,7 @@ from linearize.evaluation.telling import tell
 from linearize.hub.card import CardFacts
 from linearize.hub.contents import Finding, is_local_path, local_things, shared_files
 from linearize.hub.licence import licence_of
-from linearize.quantize import WEIGHTS, cost_record, cost_section, quantize
+from linearize.quantize import WEIGHTS, cost_record, cost_section, nbytes_after, quantize
 from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
 from linearize.training.data import load_data
 from linearize.training.rows import Rows
@@ -117,6 +117,7 @@ def export(
         tokenizer = load_tokenizer(source)
         cost = None
         if spec is not None:
+            check_space(output, nbytes_after(model, spec))  # rounding and measuring take a while
             fitted, held_out, named = _text(source, model, tokenizer, text, tokens, recipe.seed, say)
             say(f"rounding weights to int{spec.bits}, and measuring what that costs")
             cost = quantize(model, spec, fitted, held_out, _anonymous(named))

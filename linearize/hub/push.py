@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
+from linearize.conversion.claims import claimed
 from linearize.conversion.output import sha256
-from linearize.errors import HubError
+from linearize.errors import HubError, OutputError
 from linearize.hub.contents import Finding, local_things, shared_files
+from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from linearize.hub.upload import Upload
@@ -99,6 +104,7 @@ def push(
 
     Raises:
         HubError: the folder is not to be pushed, or the Hub does not do as asked.
+        OutputError: another push to the repository is under way on this machine, or a disk is full.
     """
     from linearize.hub.upload import Hub
 
@@ -106,23 +112,38 @@ def push(
     check(parcel, force=force)
     hub = Hub()
     repo = hub.full_name(repo)
-    private = hub.check(repo, public=public)
-    confirm(parcel, repo, not public if private is None else private)
-    if names := failed():
-        told = f"{folder}: {len(names)} of its checks failed: {', '.join(names)}"
-        if not force:
-            raise HubError(f"{told}; see linearize verify {folder}, or pass --force to push it all the same")
-        say(f"{told}; pushed all the same")
-    if private and public:
-        say(f"{repo}: is private, and stays so; its settings on the Hub can change that")
-    return hub.upload(
-        folder,
-        list(parcel.files),
-        repo,
-        public=public,
-        message=message or f"Upload {folder.resolve().name} (linearize {__version__})",
-        say=say,
-    )
+    with _alone(repo):
+        hub.check_room()
+        private = hub.check(repo, public=public)
+        confirm(parcel, repo, not public if private is None else private)
+        if names := failed():
+            told = f"{folder}: {len(names)} of its checks failed: {', '.join(names)}"
+            if not force:
+                raise HubError(f"{told}; see linearize verify {folder}, or pass --force to push it all the same")
+            say(f"{told}; pushed all the same")
+        if private and public:
+            say(f"{repo}: is private, and stays so; its settings on the Hub can change that")
+        return hub.upload(
+            folder,
+            list(parcel.files),
+            repo,
+            public=public,
+            message=message or f"Upload {folder.resolve().name} (linearize {__version__})",
+            say=say,
+        )
+
+
+def _alone(repo: str) -> AbstractContextManager[None]:
+    """Keeps other pushes to `repo` from this machine out. Where its lock cannot be put, as on a file system without
+    any, nothing does."""
+    try:
+        folder = cache_folder() / "pushes"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OutputError, OSError):
+        return nullcontext()
+    if not os.access(folder, os.W_OK):
+        return nullcontext()
+    return claimed(folder / repo.replace("/", "--"), name=repo)
 
 
 def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:

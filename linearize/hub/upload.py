@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -20,11 +22,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from linearize.conversion.output import check_space
 from linearize.errors import HubError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
 _LOGIN = "log in with: hf auth login"
 _AGAIN = "run the same command again: what has arrived is not sent twice"
@@ -66,6 +68,16 @@ class Hub:
         with _told(repo):
             user = self.api.whoami()["name"]
         return repo if "/" in repo else f"{user}/{repo}"
+
+    def check_room(self) -> None:
+        """Refuses a full disk where the client keeps what lets an upload go on. How much that is it does not say, but
+        weights themselves are sent from where they are.
+
+        Raises:
+            OutputError: the disk has no room.
+        """
+        if find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET:
+            check_space(Path(constants.HF_XET_CACHE), 0)
 
     def check(self, repo: str, *, public: bool) -> bool | None:
         """Whether the repository is private; None where there is none yet.

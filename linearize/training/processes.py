@@ -22,7 +22,7 @@ from linearize.errors import LinearizeError
 from linearize.interruption import Postponed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -104,6 +104,23 @@ def everyones(mine: T) -> list[T]:
     gathered: list[Any] = [None] * count()
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
+
+
+def by_the_first(work: Callable[[], None]) -> None:
+    """Runs `work` in the first process alone. Where it fails the others end, too, and leave it to the first to say why.
+
+    Raises:
+        LinearizeError: what `work` raised, in the first.
+        SystemExit: in the others.
+    """
+    problem = None
+    if is_first():
+        try:
+            work()
+        except LinearizeError as error:
+            problem = error
+    if everyones(problem is not None)[0]:
+        raise problem or SystemExit(1)
 
 
 def wait() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import random
 import time
 from contextlib import contextmanager, suppress
@@ -20,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from linearize.errors import ModelError
+from linearize.conversion.claims import claimed
+from linearize.conversion.output import staged_file
+from linearize.errors import ModelError, OutputError
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def self_written_documents(
     random.Random(seed).shuffle(documents)  # noqa: S311 - an order, not a secret
     try:
         _write(path, documents)
-    except OSError as problem:
-        progress(f"self text: not kept for the next run, {path.parent} cannot be written ({problem.strerror})")
+    except OutputError as problem:
+        progress(f"self text: not kept for the next run; {problem}")
     return documents
 
 
@@ -338,12 +339,7 @@ def _read(path: Path) -> list[list[int]] | None:
 
 def _write(path: Path, documents: list[list[int]]) -> None:
     """Keep `documents`, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     flat = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
-    try:
-        save_file({"tokens": torch.tensor(flat, dtype=torch.int32), "lengths": torch.tensor(lengths)}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with claimed(path, wait=True), staged_file(path) as staging:  # another run may be writing the very same
+        save_file({"tokens": torch.tensor(flat, dtype=torch.int32), "lengths": torch.tensor(lengths)}, staging)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -53,6 +55,34 @@ print(float(model(ids).logits.double().sum()))
 print(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist())
 """
 """Loads a checkpoint where linearize is not installed, and prints the sum of its logits, and what it writes."""
+
+
+def says(model: Any) -> dict[str, Any]:
+    """The logits of a text in one forward and token by token, and what is written after it."""
+    import torch
+
+    ids, cache, steps = torch.arange(5, 105)[None], None, []
+    with torch.no_grad():
+        for token in ids.split(1, 1):
+            out = model(token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+        written = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 100:]
+        return {"whole": model(ids).logits, "steps": torch.cat(steps, 1), "written": written}
+
+
+SAYS_ALONE = f"""
+from importlib.util import find_spec
+from typing import Any
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+{inspect.getsource(says)}
+assert not any(map(find_spec, ("linearize", "linearize_kernels")))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+save_file(says(model), sys.argv[2])
+print(sum(type(module).__name__ == "QuantizedLinear" for module in model.modules()))
+"""
+"""Calls it where linearize is not installed, writes what it gives, and prints how many layers are of integers."""
 
 
 def run_python(home: Path, program: str, *arguments: object, site: Path | None = None, **environment: str) -> str:

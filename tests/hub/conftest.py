@@ -41,6 +41,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     monkeypatch.setattr(_http.time, "sleep", lambda _: None)
     monkeypatch.setattr(upload.time, "sleep", lambda _: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "linearize"))
     _http.close_session()
     yield local
     _http.close_session()

@@ -17,9 +17,11 @@ from linearize.errors import ModelError
 from linearize.hub.contents import local_things
 from linearize.hub.licence import front_matter, licence_of
 from linearize.hub.push import pack
+from linearize.model import LinearizedForCausalLM
+from linearize.quantize import WEIGHTS
 from linearize.recipe import load_recipe
 from tests.evaluation.results_kit import results
-from tests.hub.clean import LOAD, clean_site, run_python
+from tests.hub.clean import LOAD, SAYS_ALONE, clean_site, run_python, says
 from tests.hub.local_hub import TOKEN
 
 IDS = torch.arange(5, 105)[None]
@@ -117,19 +119,44 @@ def test_half_the_bytes(tuned, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("weights", [None, "int4"])
-def test_it_loads_with_torch_and_transformers_alone(tuned, tmp_path, weights):
-    (tuned / "held_out.safetensors").unlink()
-    export(tuned, tmp_path / "out", shard_size="1MB", weights=weights, text="self", tokens=1024)
+def test_it_loads_with_torch_and_transformers_alone(tuned, tmp_path):
+    export(tuned, tmp_path / "out", shard_size="1MB")
     home = tmp_path / "home"
     home.mkdir()
     printed = run_python(home, LOAD, tmp_path / "out", site=clean_site(tmp_path / "site"), HF_HUB_OFFLINE="1")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" if weights else tuned)
+    model = AutoModelForCausalLM.from_pretrained(tuned)
     total, tokens = printed.splitlines()
     assert float(total) == pytest.approx(float(model(IDS).logits.double().sum()), rel=1e-6)
     assert (
         json.loads(tokens) == model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist()
     )
+
+
+@pytest.fixture
+def _one_thread():
+    """As in a process with OMP_NUM_THREADS=1: sums are in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_integers_say_the_same_with_torch_and_transformers_alone(tuned, tmp_path, weights, dtype):
+    """To the last bit, in one forward, token by token (on a CPU torch's int8 kernel in bfloat16) and written."""
+    (tuned / "held_out.safetensors").unlink()
+    out, said, home = tmp_path / "out", tmp_path / "said.safetensors", tmp_path / "home"
+    done = export(tuned, out, shard_size="1MB", weights=weights, dtype=dtype, text="self", tokens=1024)
+    home.mkdir()
+    printed = run_python(home, SAYS_ALONE, out, said, site=clean_site(tmp_path / "site"), HF_HUB_OFFLINE="1")
+    assert int(printed) == done.cost["layers"] > 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(model, LinearizedForCausalLM) and model.dtype == getattr(torch, dtype)
+    alone, expected = load_file(said), says(model)
+    assert bool(alone["whole"].isfinite().all()) and float(alone["whole"].std()) > 0
+    assert {name: torch.equal(alone[name], tensor) for name, tensor in expected.items()} == dict.fromkeys(alone, True)
 
 
 def test_the_licence_is_the_base_models(hub, tuned, tmp_path):

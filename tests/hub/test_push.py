@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, teacher_of
+from linearize.errors import OutputError
 from linearize.hub.contents import is_local_path
 from linearize.hub.push import pack
 from tests.hub.clean import LOAD, clean_site, run_python
@@ -279,3 +282,59 @@ def test_the_folder_is_the_one_of_its_name(hub, checkpoint, outcome, monkeypatch
     shutil.rmtree(checkpoint)
     checkpoint.mkdir()
     assert "has no linearize.json" in outcome("push", REPO, "--dry-run")[2]
+
+
+PUSH_AND_WAIT = """
+import sys
+from pathlib import Path
+from linearize.hub.push import push
+
+def confirm(*_):
+    print("asked", flush=True)
+    sys.stdin.readline()
+
+print(push(Path(sys.argv[2]), sys.argv[1], failed=lambda: [], confirm=confirm).commit)
+"""
+"""A push that has been begun, and goes on when it is told to."""
+
+
+def test_a_second_push_to_a_repository_is_refused_while_the_first_is_under_way(hub, quick, checkpoint, outcome):
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": PACKAGES}
+    first = subprocess.Popen(
+        [sys.executable, "-c", PUSH_AND_WAIT, "smol", str(checkpoint)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **online},
+    )  # fmt: skip
+    try:
+        assert first.stdout.readline() == "asked\n"
+        status, out, words = outcome("push", REPO, checkpoint, "--yes")
+        told = f"error: {REPO}: another job is writing there (process {first.pid} on "
+        assert (status, out) == (1, "") and told in words.splitlines()[-1] and "wait for it" in words
+        assert not hub.seen("POST")
+        assert outcome("push", "me/other", checkpoint, "--yes")[0] == 0  # the folder itself is only read
+        commit, _ = first.communicate("go on\n", timeout=60)
+    finally:
+        first.kill()
+        first.wait()
+    assert hub.pushed(REPO)[0].oid == commit.strip()
+    status, _, words = outcome("push", REPO, checkpoint, "--yes")
+    assert status == 0 and "has these files already" in words and len(hub.pushed(REPO)) == 1
+    assert list(Path(os.environ["LINEARIZE_CACHE"], "pushes").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["a file", "no home"])
+def test_it_pushes_where_no_lock_can_be_kept(hub, quick, checkpoint, outcome, monkeypatch, where):
+    if where == "a file":
+        monkeypatch.setenv("LINEARIZE_CACHE", str(checkpoint / "config.json"))
+    else:
+        monkeypatch.setattr("linearize.hub.push.cache_folder", lambda: (_ for _ in ()).throw(OutputError("no home")))
+    assert outcome("push", REPO, checkpoint, "--yes")[0] == 0 and len(hub.pushed(REPO)) == 1
+
+
+def test_a_full_disk_under_the_client_is_told_before_anything_is_sent(hub, checkpoint, outcome, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    status, out, words = outcome("push", REPO, checkpoint, "--yes")
+    assert (status, out) == (1, "") and f"error: {tmp_path / 'xet'}: 16 MB are needed, and 1 MB are free" in words
+    assert not hub.seen("POST") and not hub.seen("PUT")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import ModelError
@@ -132,6 +133,20 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_cache(teacher, tok
     lines: list[str] = []
     assert sum(map(len, write(teacher, tokenizer, progress=lines.append))) == 300
     assert "not kept for the next run" in lines[-1]
+
+
+def test_a_full_disk_costs_nothing_but_the_cache(teacher, tokenizer, cache, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(selftext, "save_file", full)
+        documents = write(teacher, tokenizer, progress=lines.append)
+    assert "not kept for the next run; " in lines[-1] and "no space left on device" in lines[-1]
+    assert not cache.exists() and write(teacher, tokenizer) == documents
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_the_models_own_generation_settings_and_mode_do_not_matter_and_stay(teacher, tokenizer, cache):
