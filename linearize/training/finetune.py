@@ -54,6 +54,7 @@ from linearize.training.trainer import (
     total_steps,
     whole_trained,
 )
+from linearize.training.windows import nothing_to_recall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -244,6 +245,8 @@ def finetune(
     for number, stage in enumerate(recipe.stages):
         data = rows_of(number, stage) if ahead is None else ahead[number]
         records.append(stage_record(stage, data))
+        if not stage.hide_window and (warning := nothing_to_recall(base_of(student), data.train)):
+            say(f"stage {number + 1}: {warning}")
         if not shard:
             choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
