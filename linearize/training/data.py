@@ -5,7 +5,6 @@ records -> documents (token ids, and which of them carry loss) -> held-out | tra
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import time
@@ -240,14 +239,11 @@ def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBa
     messages = named if isinstance(named, list) else fields.get("messages")
     instruction, output = fields.get("instruction"), fields.get("output")
     text = named if spec.field else fields.get("text")
-    if spec.field and spec.field not in fields:
-        near = difflib.get_close_matches(spec.field, map(str, fields), n=1)
-        hint = f"did you mean {near[0]}" if near else "name one of them as data.field, or leave it out"
-        raise DataError(f"{where}: no field {spec.field!r}; the record has {_listed(fields)}; {hint}")
     strings = [value for value in fields.values() if isinstance(value, str)]
     if not isinstance(text, str) and not spec.field and len(strings) == 1:
         text = strings[0]
-    may_instruct = spec.format != "text" and not isinstance(named, str)
+    missing = spec.field is not None and spec.field not in fields
+    may_instruct = spec.format != "text" and not isinstance(named, str) and not missing
     templated = False
     if may_instruct and isinstance(messages, list):
         templated = bool(tokenizer.chat_template)
@@ -265,14 +261,11 @@ def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBa
             "instruction": "messages, or instruction and output",
             "auto": f"a string in {spec.field or 'text'}, messages, or instruction and output",
         }[spec.format]
+        has = ", ".join(map(str, fields)) or "none"
         raise DataError(
-            f"{where}: the fields of this record are {_listed(fields)}; expected {wanted} (data.field names another field)"
+            f"{where}: the fields of this record are {has}; expected {wanted} (data.field names another field)"
         )
     return _encode(pieces, tokenizer, begins=not templated, ends=ends)
-
-
-def _listed(fields: dict[str, Any]) -> str:
-    return ", ".join(map(str, fields)) or "none"
 
 
 def _encode(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, *, begins: bool, ends: bool) -> Document:
