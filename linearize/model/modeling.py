@@ -150,8 +150,9 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model's; `cache` is the name of `past_key_values` since transformers 5.24. Pads (mask 0) may stand on either side and change nothing; rows whose positions
-        restart are packed documents and do not see each other, as long as no mask is given and no cache continued."""
+        """As the base model's; since transformers 5.24 `past_key_values` is called `cache`. Pads (mask 0) may stand on
+        either side and change nothing; rows whose positions restart are packed documents and do not see each other, as
+        long as no mask is given and no cache continued."""
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("a converted model has no attention weights to return; leave output_attentions out")
         given = input_ids if input_ids is not None else inputs_embeds
@@ -196,8 +197,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         if held is not None and _first_memory(held) is None:
             # Layers pass over names that they do not know, so each token would be read as if it were the first.
             raise RuntimeError(
-                f"transformers {transformers.__version__} hands its cache to layers under a name that is not known here; "
-                "take an earlier version of it, or a later one of linearize"
+                f"transformers {transformers.__version__} hands its cache to layers under a name that is not known "
+                "here; take an earlier version of it, or a later one of linearize"
             )
         return output
 

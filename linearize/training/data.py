@@ -320,8 +320,8 @@ def _chat(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -
     pieces: Pieces = []
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where}: messages need a model with a chat template; this one takes instruction and output, or a field of "
-            "plain text, which data.field names"
+            f"{where}: messages need a model with a chat template; this one takes instruction and output, or a field "
+            "of plain text, which data.field names"
         )
     try:
         whole = tokenizer.apply_chat_template(messages, tokenize=False)

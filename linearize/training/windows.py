@@ -28,8 +28,8 @@ def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:
     if not reaches or longest > min(reaches):
         return None
     return (
-        f"the longest document has {longest:,} tokens, and window and sinks read {min(reaches):,} exactly: the recurrence "
-        "has nothing to learn from such text; take longer texts, or a smaller mixer.window"
+        f"the longest document has {longest:,} tokens, and window and sinks read {min(reaches):,} exactly: the "
+        "recurrence has nothing to learn from such text; take longer texts, or a smaller mixer.window"
     )
 
 

@@ -58,6 +58,7 @@ def test_text_that_never_leaves_the_window_is_told(tiny_folder):
         return pack([Document([5] * tokens, [True] * tokens)] * 8, 4 * tokens)
 
     told = nothing_to_recall(model(), rows(14))
-    assert told is not None and told.startswith("the longest document has 14 tokens, and window and sinks read 14 exactly")
+    assert told is not None
+    assert told.startswith("the longest document has 14 tokens, and window and sinks read 14 exactly")
     assert nothing_to_recall(model(), rows(15)) is None
     assert nothing_to_recall(model(covers="all"), rows(14)) is None
