@@ -55,8 +55,8 @@ def random_llama(folder: Path) -> Path:
     ends = dict.fromkeys(("bos_token", "eos_token"), "<s>")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=257, hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+        vocab_size=257, hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
         initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

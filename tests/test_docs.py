@@ -104,6 +104,18 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
         assert block.language == "text", f"{page}:{block.line}: which language?"
 
 
+# Of every command, and of transformers serve, accelerate and torchrun, and pip.
+_OTHERS = {"--help", "--continuous-batching", "--max-restarts", "--no-deps"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_options_in_the_text_are_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = {option for code in re.findall(r"`([^`\n]+)`", text) for option in re.findall(r"(?<!\S)--[a-z-]+", code)}
+    known = set(re.findall(r"(?<!\S)`?(--[a-z-]+)", reference())) | _OTHERS
+    assert named <= known, named - known
+
+
 @pytest.mark.parametrize("page", RUN)
 def test_a_page_runs(place: Path, page: str) -> None:
     run_page(f"{page}.md")

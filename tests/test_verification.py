@@ -21,6 +21,7 @@ from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model
 from linearize.errors import ModelError, VerificationError
 from linearize.model import LinearizedForCausalLM
+from linearize.model.memory import cache_nbytes
 from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe
 from linearize.verification import Verification, verify, widened
@@ -70,6 +71,11 @@ def verified(folder: Path, model: LinearizedForCausalLM | None = None, steps: in
     return verify(model or load(folder), source, tokens=80, steps=steps, **options)
 
 
+@torch.no_grad()
+def held_after(model: LinearizedForCausalLM, tokens: int) -> int:
+    return cache_nbytes(model(torch.full((1, tokens), 7), use_cache=True).past_key_values)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
     model = load(folder(kind))
@@ -92,6 +98,8 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
         assert found.distance < 0.05
     growing = "keep softmax add" in errors["memory"].detail
     assert growing == (kind == "kept")
+    # It counts what it can reach, and comes to what the layers say of themselves.
+    assert errors["memory"].detail.startswith(f"{held_after(load(folder(kind)), 100):,} bytes after 100 tokens")
 
 
 RECIPES = [*(name for name in RECURRENCES if name != "gla"), "liger-gla", "liger-hgrn2", "liger-gsa", "liger-gla-h"]

@@ -73,7 +73,7 @@ ROWS = (
     Row("landmarks-even", "`landmarks`, as many in every layer", "landmarks", ("mixer.landmarks_by=null",)),
     Row("landmarks", "`landmarks`, shared out by damage", "landmarks"),
     Row("landmarks-calibrated", "`landmarks`, calibrated", "landmarks", (CALIBRATE,)),
-    # What the state's bytes hold when they are slots instead: in bfloat16, where that is more of them, and so in float32.
+    # The bytes of the state as slots: as many as stay below a window of 512 with its sinks in bfloat16 too.
     Row("landmarks-exact", "394 `landmarks`, calibrated, no recurrence", "landmarks", (CALIBRATE, *EXACT)),
     Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
 )

@@ -19,6 +19,7 @@ from linearize.cli.console import (
     print_json,
     readable_bytes,
     readable_count,
+    status,
 )
 from linearize.cli.libraries import quiet_libraries
 from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
@@ -73,6 +74,8 @@ def inspect(
             _show_all(facts)
         return
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
+    if facts["converted"] and (recurrence or any(change.startswith("mixer") for change in overrides or ())):
+        status(f"{source.name}: converted already, shown as it is; the recipe's mixer section is not used")
     stages = stages_memory(source, settings, gpus)
     if as_json:
         print_json({**facts, "training": memory_facts(stages)})

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from linearize.model.configuration import MixerConfig
 
 
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What models call the cache that they hand to their layers: `cache` since transformers 5.24, and two names before."""
+
+
 class LinearizedAttention(nn.Module):
     """Takes the place of a pretrained attention module and keeps its weights under their names.
 
@@ -90,15 +94,16 @@ class LinearizedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         layer_past: Cache | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """`hidden_states` `[B, T, width]`; `attention_mask` is what `LinearizedForCausalLM` makes: `[B, 1, 1, T]`
-        document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. Some
-        families call the cache `layer_past`."""
+        document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. The
+        cache has each of the names that families call it by (`CACHE_NAMES`)."""
         projected = self.project(hidden_states, position_embeddings)
-        cache = past_key_values if past_key_values is not None else layer_past
+        cache = next((held for held in (cache, past_key_values, layer_past) if held is not None), None)
         memory = None
         if cache is not None:
             batch, device, dtype = hidden_states.shape[0], hidden_states.device, projected.k.dtype
@@ -231,4 +236,4 @@ def _by_group(heads: Tensor, key_value_heads: list[int]) -> Tensor:
     return groups
 
 
-__all__ = ["LinearizedAttention", "layout_of"]
+__all__ = ["CACHE_NAMES", "LinearizedAttention", "layout_of"]

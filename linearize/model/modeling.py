@@ -7,11 +7,13 @@ tensor-parallel plans, gradient checkpointing and `generate` are the base model'
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -40,6 +42,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
     # The few own parameters are small and take small updates: half precision would swallow them.
     _keep_in_fp32_modules_strict = ("mixer",)
+    # What the base model calls its cache; told by its forward.
+    _cache_name: str
 
     def __init__(self, config: LinearizedConfig, *args: Any, **kwargs: Any) -> None:
         if type(self) is LinearizedForCausalLM:
@@ -143,10 +147,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model's. Pads (mask 0) may stand on either side and change nothing; rows whose positions
-        restart are packed documents and do not see each other, as long as no mask is given and no cache continued."""
+        """As the base model's; since transformers 5.24 `past_key_values` is called `cache`. Pads (mask 0) may stand on
+        either side and change nothing; rows whose positions restart are packed documents and do not see each other, as
+        long as no mask is given and no cache continued."""
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("a converted model has no attention weights to return; leave output_attentions out")
         given = input_ids if input_ids is not None else inputs_embeds
@@ -157,7 +163,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("a converted model takes an attention mask [batch, tokens] that tells pads, and no other")
         if use_cache is None and self.training:
             use_cache = False
-        memory = _first_memory(past_key_values)
+        cache = past_key_values if cache is None else cache
+        memory = _first_memory(cache)
         continued = tokens > 1 and memory is not None and memory.seen > 0
         segments = segments_of(attention_mask, position_ids, batch, tokens, continued)
         if position_ids is None and segments is not None:
@@ -175,17 +182,25 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
         # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
         attention_mask = layer_mask(segments, given.device)
-        return super().forward(
+        kwargs[self._cache_name] = cache
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        held = getattr(output, self._cache_name, None)
+        if held is not None and _first_memory(held) is None:
+            # Layers pass over names that they do not know, so each token would be read as if it were the first.
+            raise RuntimeError(
+                f"transformers {transformers.__version__} hands its cache to layers under a name that is not known "
+                "here; take an earlier version of it, or a later one of linearize"
+            )
+        return output
 
     @staticmethod
     def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
@@ -205,7 +220,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 @cache
 def _derive(front: Any, base: Any) -> type[LinearizedForCausalLM]:
     # The name keeps the base architecture's, by which transformers finds the loss function among other things.
-    return type(f"Linearized{base.__name__}", (front, base), {"__module__": front.__module__})
+    known = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    return type(f"Linearized{base.__name__}", (front, base), {"__module__": front.__module__, "_cache_name": known})
 
 
 def derived_class(front: type[LinearizedForCausalLM], config: LinearizedConfig) -> type[LinearizedForCausalLM]:

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize.errors import RecipeError
 from linearize.families.base import Projections
-from linearize.model.attention import LinearizedAttention, layout_of
+from linearize.model.attention import CACHE_NAMES, LinearizedAttention, layout_of
 from linearize.model.layout import layer_mask, segments_of
 from linearize.model.modeling import family_of
 from linearize.training.teachers import documents_apart
+from linearize.training.windows import exact_reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ class Alignment:
         pairs = zip(student.attention_layers, (getattr(*owner) for owner in owners), strict=True)
         self.pairs: list[tuple[LinearizedAttention, nn.Module]] = [p for p in pairs if p[0].mixer is not None]
         self.recurrent = [p for p in self.pairs if p[0].mixer is not None and _has_a_share(p[0].mixer)]
-        reach = min((_reach(layer.mixer) for layer, _ in self.recurrent if layer.mixer is not None), default=0)
+        reach = min((exact_reach(layer.mixer) for layer, _ in self.recurrent if layer.mixer is not None), default=0)
         if self.recurrent and length <= reach:
             raise RecipeError(
                 f"objective align: rows of {length:,} tokens have nothing beyond window and sinks ({reach:,} tokens); "
@@ -110,11 +111,6 @@ def _has_a_share(mixer: Mixer) -> bool:
     return mixer.recurrence is not None and not mixer.config.landmarks
 
 
-def _reach(mixer: Mixer) -> int:
-    """The first tokens of a row, which leave the recurrence nothing to answer."""
-    return mixer.window + mixer.config.sinks if mixer.config.covers == "evicted" else 0
-
-
 @contextmanager
 def _recorded(attentions: Sequence[nn.Module]) -> Iterator[list[_Call]]:
     """The calls of these modules, in their order, once the model they are in has run."""
@@ -135,7 +131,7 @@ def _recorded(attentions: Sequence[nn.Module]) -> Iterator[list[_Call]]:
 
 def _whole(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask: Tensor) -> Tensor:
     """What the layer puts out, window, recurrence and kept heads together, against the teacher's attention."""
-    caches = dict.fromkeys(("past_key_values", "layer_past"))
+    caches = dict.fromkeys(CACHE_NAMES)
     output: Tensor = layer(*call.arguments, **{**call.keywords, **caches, "attention_mask": mask})[0]
     return _relative((output - call.output).float().square().sum(), call.output.float().square().sum())
 
@@ -156,7 +152,7 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
     own = rows(None)
     with torch.no_grad():
         given = rows(attention)
-    tokens, first = own.q.shape[1], _reach(mixer)
+    tokens, first = own.q.shape[1], exact_reach(mixer)
     off, mixer.branches_off = mixer.branches_off, frozenset({"window"})
     try:
         read: Tensor = mixer(own, lengths, None)[:, first:].float()
@@ -182,7 +178,7 @@ def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tens
     Returns:
         `[R, L - first, H, V]`, from query `first` on: window and sinks, or none where the state has every token.
     """
-    first, keys = _reach(mixer), slice(None)
+    first, keys = exact_reach(mixer), slice(None)
     own = layer.window
     if mixer.config.covers == "evicted":
         # Without the sinks, and a window later, the keys that count are again those up to a query's own place.

@@ -242,7 +242,8 @@ def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBa
     strings = [value for value in fields.values() if isinstance(value, str)]
     if not isinstance(text, str) and not spec.field and len(strings) == 1:
         text = strings[0]
-    may_instruct = spec.format != "text" and not isinstance(named, str)
+    missing = spec.field is not None and spec.field not in fields
+    may_instruct = spec.format != "text" and not isinstance(named, str) and not missing
     templated = False
     if may_instruct and isinstance(messages, list):
         templated = bool(tokenizer.chat_template)
@@ -319,7 +320,8 @@ def _chat(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -
     pieces: Pieces = []
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where}: messages need a model with a chat template; this one takes instruction and output, or text"
+            f"{where}: messages need a model with a chat template; this one takes instruction and output, or a field "
+            "of plain text, which data.field names"
         )
     try:
         whole = tokenizer.apply_chat_template(messages, tokenize=False)

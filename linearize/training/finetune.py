@@ -38,6 +38,7 @@ from linearize.training.teachers import Teacher, wants_teacher
 from linearize.training.trackers import check_trackers, tracker_arguments, tracking
 from linearize.training.trainer import StageTrainer, base_of, load_trained, set_trained, whole_trained
 from linearize.training.workfolder import WORK
+from linearize.training.windows import nothing_to_recall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -161,6 +162,8 @@ def finetune(
     for number, stage in enumerate(recipe.stages):
         data = rows_of(number, stage) if ahead is None else ahead[number]
         records.append(stage_record(stage, data))
+        if not stage.hide_window and (warning := nothing_to_recall(base_of(student), data.train)):
+            say(f"stage {number + 1}: {warning}")
         if not shard:
             choose_trained(student, stage.train)
         folder = work / f"stage-{number}"

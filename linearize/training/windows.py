@@ -1,4 +1,5 @@
-"""Window dropout: layers whose window is hidden for a forward pass, so that their recurrence has to answer."""
+"""What windows read exactly, and window dropout: layers whose window is hidden for a forward pass, so that their
+recurrence has to answer."""
 
 from __future__ import annotations
 
@@ -9,6 +10,27 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
+    from linearize.model.mixer import Mixer
+    from linearize.training.rows import Rows
+
+
+def exact_reach(mixer: Mixer) -> int:
+    """How many first tokens of a row leave the recurrence nothing to answer."""
+    return mixer.window + mixer.config.sinks if mixer.config.covers == "evicted" else 0
+
+
+def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:
+    """What to tell where every recurrence stays out of all of `rows`, since no document is longer than what window and
+    sinks read; None where one has something to learn."""
+    mixers = [layer.mixer for layer in student.attention_layers if layer.mixer is not None]
+    reaches = [exact_reach(mixer) for mixer in mixers if mixer.recurrence is not None]
+    longest = int(rows.position_ids.max()) + 1
+    if not reaches or longest > min(reaches):
+        return None
+    return (
+        f"the longest document has {longest:,} tokens, and window and sinks read {min(reaches):,} exactly: the "
+        "recurrence has nothing to learn from such text; take longer texts, or a smaller mixer.window"
+    )
 
 
 class WindowDropout(TrainerCallback):

@@ -142,13 +142,25 @@ def _state(subject: Subject) -> tuple[float, str]:
 
 def _held_bytes(value: Any) -> int:
     """Bytes of every tensor that can be reached from a cache, whatever it says of itself."""
+    bytes_of: dict[int, tuple[int, int]] = {}
+    for tensor in _held_tensors(value):
+        whole = tensor.untyped_storage()
+        named, _ = bytes_of.get(whole.data_ptr(), (0, 0))
+        bytes_of[whole.data_ptr()] = named + tensor.numel() * tensor.element_size(), whole.nbytes()
+    # Tensors may be views of one that is held as well, and take no more than it does.
+    return sum(min(named, there) for named, there in bytes_of.values())
+
+
+def _held_tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_held_bytes, value.values()))
-    if isinstance(value, (list, tuple, set)):
-        return sum(map(_held_bytes, value))
-    return _held_bytes(vars(value)) if isinstance(value, (Cache, LayerMemory)) else 0
+        yield value
+    elif isinstance(value, dict):
+        yield from _held_tensors(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _held_tensors(item)
+    elif isinstance(value, (Cache, LayerMemory)):
+        yield from _held_tensors(vars(value))
 
 
 def _memory(subject: Subject) -> tuple[float, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 from linearize.model import LinearizedForCausalLM
+from linearize.model.attention import CACHE_NAMES, LinearizedAttention
+from linearize.model.memory import LayerMemory
 from tests.model.test_layer import KINDS, TOKENS, close, converted, in_pieces
 
 
@@ -188,3 +190,40 @@ def test_inputs_as_embeddings(teacher, ids):
     assert torch.equal(model(inputs_embeds=embeddings).logits, model(ids).logits)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
+
+
+@torch.no_grad()
+def test_the_cache_has_each_of_its_names(teacher, ids):
+    """transformers 5.24 calls `cache` what was `past_key_values`, and its models hand it to their layers as such."""
+    model = converted(teacher)
+    whole = model(ids, use_cache=False).logits
+    for name in ("cache", "past_key_values"):
+        held = DynamicCache()
+        model(ids[:, :50], use_cache=True, **{name: held})
+        close(model(ids[:, 50:], use_cache=True, **{name: held}).logits, whole[:, 50:])
+        assert all(isinstance(layer, LayerMemory) for layer in held.layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_layer_takes_the_cache_by_each_of_its_names(teacher, ids, name):
+    model, held = converted(teacher), DynamicCache()
+    layer, hidden = model.attention_layers[0], model.get_input_embeddings()(ids)
+    rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    whole = layer(hidden, position_embeddings=rotary)[0]
+    layer(hidden[:, :-1], position_embeddings=tuple(x[:, :-1] for x in rotary), **{name: held})
+    last = layer(hidden[:, -1:], position_embeddings=tuple(x[:, -1:] for x in rotary), **{name: held})[0]
+    close(last, whole[:, -1:])
+
+
+@torch.no_grad()
+def test_a_name_of_the_cache_that_layers_do_not_know_is_an_error(teacher, ids, monkeypatch):
+    model, forward = converted(teacher), LinearizedAttention.forward
+
+    def renamed(self, *arguments, **keywords):
+        return forward(self, *arguments, **{("held" if key in CACHE_NAMES else key): x for key, x in keywords.items()})
+
+    monkeypatch.setattr(LinearizedAttention, "forward", renamed)
+    model(ids, use_cache=False)
+    with pytest.raises(RuntimeError, match=r"transformers [\d.]+ hands its cache to layers under a name"):
+        model(ids, use_cache=True)

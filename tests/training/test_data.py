@@ -306,6 +306,8 @@ def test_a_conversation_that_the_template_refuses(tmp_path, tokenizer):
 def test_a_format_that_the_records_do_not_have(tmp_path, tokenizer, stories):
     assert "expected messages, or instruction and output" in error(stories, tokenizer, format="instruction")
     assert "expected a string in body" in error(stories, tokenizer, format="text", field="body")
+    chats = jsonl(tmp_path / "chats.jsonl", [{"messages": [], "text": "x"}])  # without the field, nothing else is taken
+    assert "this record are messages, text; expected a string in txt, " in error(chats, tokenizer, field="txt")
 
 
 def test_data_that_is_too_small_says_the_numbers(stories, tokenizer):

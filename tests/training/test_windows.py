@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from linearize.conversion.convert import convert_model
 from linearize.recipe import MixerSpec
-from linearize.training.windows import WindowDropout
+from linearize.training.rows import Document, pack
+from linearize.training.windows import WindowDropout, nothing_to_recall
 
 
 @pytest.mark.parametrize("covers", ["evicted", "all"])
@@ -45,3 +46,19 @@ def test_layers_are_drawn_apart_as_often_as_asked(tiny_folder):
     before = torch.get_rng_state()
     never.draw()
     assert torch.equal(torch.get_rng_state(), before)  # runs without it stay what they were
+
+
+def test_text_that_never_leaves_the_window_is_told(tiny_folder):
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+    def model(**options):
+        return convert_model(copy.deepcopy(teacher), MixerSpec(window=12, sinks=2, **options))
+
+    def rows(tokens):
+        return pack([Document([5] * tokens, [True] * tokens)] * 8, 4 * tokens)
+
+    told = nothing_to_recall(model(), rows(14))
+    assert told is not None
+    assert told.startswith("the longest document has 14 tokens, and window and sinks read 14 exactly")
+    assert nothing_to_recall(model(), rows(15)) is None
+    assert nothing_to_recall(model(covers="all"), rows(14)) is None
