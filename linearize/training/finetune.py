@@ -37,8 +37,8 @@ from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import Teacher, wants_teacher
 from linearize.training.trackers import check_trackers, tracker_arguments, tracking
 from linearize.training.trainer import StageTrainer, base_of, load_trained, set_trained, whole_trained
-from linearize.training.workfolder import WORK
 from linearize.training.windows import nothing_to_recall
+from linearize.training.workfolder import WORK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
