@@ -199,9 +199,9 @@ def test_a_state_needs_room_and_a_place_of_its_own(outcome, converted, tmp_path,
     assert outcome(*line)[0] == 0 and [path.name for path in folder.iterdir()] == ["kept"]
 
 
-@pytest.mark.parametrize("command", ["probe", "bench"])
-def test_a_folder_of_figures_needs_room(outcome, converted, tiny_folder, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("linearize.conversion.source.load_model", never)
+@pytest.mark.parametrize(("command", "module"), [("probe", "probe.probing"), ("bench", "benchmark.bench")])
+def test_a_folder_of_figures_needs_room(outcome, tiny_folder, tmp_path, monkeypatch, command, module):
+    monkeypatch.setattr(f"linearize.{module}.load_model", never)
     with full(tmp_path):
         status, out, words = outcome(command, tiny_folder, "-o", tmp_path / "out")
     assert (status, out) == (1, "") and f"error: {tmp_path / 'out'}: 16 MB are needed" in error_of(words)
