@@ -1,7 +1,8 @@
 """The bars for one GPU, measured in one run: Llama-3-8B's shape in bfloat16 with random weights, converted with
-the default recipe, beside its teacher. Writes `llama-3-8b-GPU.json` and prints what was asked and what was seen.
+the default recipe, beside its teacher: writing, reading and steps of LoRA fine-tuning. Writes `llama-3-8b-GPU.json` and
+prints what was asked and what was seen.
 
-    python -m evals.speed.gpu              # writing after 1k to 1M tokens at batch 1 and 16, reading at batch 1
+    python -m evals.speed.gpu              # writing after 1k to 1M tokens at batch 1 and 16; at batch 1 the rest
     python -m evals.speed.gpu --dry-run    # a small shape and short lengths, on any machine; writes nothing
     python -m evals.speed.figure evals/speed/llama-3-8b-GPU.json
 """
@@ -21,6 +22,7 @@ from linearize.recipe import load_recipe
 
 FOLDER = Path(__file__).parent
 LENGTHS = tuple(1 << power for power in (10, 12, 13, 14, 15, 17, 18, 20))
+TRAIN = (2048, 4096, 8192)
 PEAK_BYTES = 16.4e9
 
 
@@ -30,11 +32,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="a small shape, to see that it runs; writes nothing")
     arguments = parser.parse_args()
     if arguments.dry_run:
-        parts = measured("smollm2-135m", (64, 128), (1, 2), read=64, layers=2, repeats=2, steps=4)
+        parts = measured("smollm2-135m", (64, 128), (1, 2), read=64, train=(64, 128), layers=2, repeats=2, steps=4)
     elif not torch.cuda.is_available():
         parser.error("there is no GPU here; --dry-run shows that the script runs")
     else:
-        parts = measured(arguments.config, LENGTHS, (1, 16), read=LENGTHS[-1])
+        parts = measured(arguments.config, LENGTHS, (1, 16), read=LENGTHS[-1], train=TRAIN)
     facts = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
     facts["copy_bytes_per_second"] = [part["copy_bytes_per_second"] for part in parts]
     facts["ahead_from"] = _merged([part["ahead_from"] for part in parts])
@@ -51,14 +53,18 @@ def measured(
     batches: tuple[int, ...],
     *,
     read: int,
+    train: tuple[int, ...],
     layers: int | None = None,
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """The facts of `linearize bench` for each batch; only the first of them reads as well, up to `read` tokens."""
+    """The facts of `linearize bench` for each batch; only the first of them reads as well, up to `read` tokens, and is
+    trained on rows of `train` tokens."""
     mixer = load_recipe("default").mixer
     found = []
     for batch in batches:
-        plan = Plan(lengths=lengths, batches=(batch,), prefill_up_to=read if batch == batches[0] else 0, **more)
+        first = batch == batches[0]
+        also: dict[str, Any] = {"prefill_up_to": read if first else 0, "train": train if first else ()}
+        plan = Plan(lengths=lengths, batches=(batch,), **also, **more)
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         found.append(bench(None, mixer, plan, config=config, layers=layers, dtype=dtype, say=print))
     return found
@@ -87,7 +93,25 @@ def bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(_bar("peak memory, GB, batch 16", f"<= {PEAK_BYTES / 1e9:.1f}", max(peaks) / 1e9))
         ahead = facts["ahead_from"]["model"]["decode"][str(batch)]
         found.append(_bar(f"ahead of the teacher from, batch {batch}", "<= 1024", ahead))
+        found += training_bars(facts, batch)
     return found
+
+
+def training_bars(facts: dict[str, Any], batch: int) -> list[dict[str, Any]]:
+    """Level with the teacher at the shortest length, ahead from the next; none where nothing was trained."""
+    paces = {
+        system: {row["tokens"]: row["tokens_per_second"] for row in sequence_of(facts["rows"], "train", system, batch)}
+        for system in ("model", "teacher")
+    }
+    both = sorted(set(paces["model"]) & set(paces["teacher"]))
+    if not both:
+        return []
+    level = f"training at {both[0]} tokens, model / teacher, batch {batch}"
+    ahead = facts["ahead_from"]["model"]["train"][str(batch)]
+    return [
+        _bar(level, ">= 1.00", paces["model"][both[0]] / paces["teacher"][both[0]]),
+        _bar(f"training ahead of the teacher from, batch {batch}", f"<= {TRAIN[1]}", ahead),
+    ]
 
 
 def _bar(what: str, asked: str, seen: float | None) -> dict[str, Any]:
@@ -99,9 +123,9 @@ def _seen(bar: dict[str, Any]) -> str:
 
 
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """`ahead_from` of several batches as one."""
+    """`ahead_from` of several batches as one; the first has all kinds."""
     return {
-        system: {kind: {k: v for part in parts for k, v in part[system][kind].items()} for kind in kinds}
+        system: {kind: {k: v for part in parts for k, v in part[system].get(kind, {}).items()} for kind in kinds}
         for system, kinds in parts[0].items()
     }
 

@@ -13,6 +13,7 @@ from linearize.benchmark.memory import bandwidth, free_bytes
 from linearize.benchmark.running import ahead_from, decode, prefill
 from linearize.benchmark.shapes import fewer_layers, named_config
 from linearize.benchmark.subjects import Subject, converted_from, cut, random_teacher, sharing, teacher_beside
+from linearize.benchmark.training import train
 from linearize.conversion.convert import check_convertible, versions
 from linearize.conversion.source import DTYPES, Source, default_device, find_source, load_model
 from linearize.errors import ModelError
@@ -46,6 +47,7 @@ class Plan:
         repeats: runs of each model at each length, of which the median counts.
         teacher: whether the teacher takes part.
         int8: whether the converted model takes part again with int8 weights.
+        train: tokens of the rows that a LoRA step takes, of model and teacher; none, and nothing is trained.
     """
 
     lengths: tuple[int, ...] = DECODE_LENGTHS
@@ -55,6 +57,7 @@ class Plan:
     repeats: int = 5
     teacher: bool = True
     int8: bool = False
+    train: tuple[int, ...] = ()
 
 
 def bench(
@@ -84,6 +87,8 @@ def bench(
     """
     device = default_device()
     teacher, model, setting = _models(reference, spec, config, layers, dtype, device, trust_remote_code)
+    if plan.train and model.config.quantized:
+        raise ModelError(f"{reference}: its weights are integers, which cannot be trained; leave --train out")
     subjects = [Subject.of("teacher", teacher)] if plan.teacher else []
     if plan.teacher and device in GRAPHED:
         subjects.append(Subject.of("teacher-graph", teacher, graph=True))
@@ -92,6 +97,7 @@ def bench(
         take_products(fast)
         subjects.append(Subject.of("teacher-onednn", fast))
     subjects.append(Subject.of("model", model))
+    trained = [subject for subject in subjects if not subject.graph] if plan.train else []
     if plan.int8:
         subjects.append(Subject.of("int8", to_int8(sharing(model))))
     limit = PREFILL_UP_TO[device] if plan.prefill_up_to is None else plan.prefill_up_to
@@ -105,6 +111,8 @@ def bench(
             for tokens in plan.lengths:
                 if tokens <= limit:
                     rows += prefill(subjects, batch, tokens, repeats=plan.repeats, say=say)
+            for tokens in plan.train:
+                rows += train(trained, batch, tokens, repeats=plan.repeats, say=say)
     for row in rows:
         if row["kind"] == "decode" and "skipped" not in row:
             row["roof_share"] = row["tokens_per_second"] / row["batch"] * row["step_bytes"] / roof
@@ -124,7 +132,7 @@ def bench(
         "ahead_from": {
             subject.name: {
                 kind: {str(batch): ahead_from(rows, kind, batch, subject.name) for batch in plan.batches}
-                for kind in ("decode", "prefill")
+                for kind in ("decode", "prefill", *(("train",) if subject in trained else ()))
             }
             for subject in subjects
             if subject.converted and plan.teacher

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PANEL = 390
-_TITLES = {"decode": "Writing: tokens per second by context length", "prefill": "Reading: tokens per second by length"}
+_TITLES = {
+    "decode": "Writing: tokens per second by context length",
+    "prefill": "Reading: tokens per second by length",
+    "train": "Training: tokens per second by length",
+}
 _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_per_second": ("tokens per second", lambda value: f"{value:g}"),
     "cache_bytes": ("cache, all sequences", lambda value: readable_bytes(value).replace(".0 ", " ")),
@@ -25,11 +29,8 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 def draw(facts: dict[str, Any]) -> dict[str, str]:
     """File name without `.svg` -> plot, for everything that was measured at two lengths or more."""
     plots = {}
-    for kind, figure, title in (
-        ("decode", "tokens_per_second", _TITLES["decode"]),
-        ("prefill", "tokens_per_second", _TITLES["prefill"]),
-        ("decode", "cache_bytes", "Memory by context length"),
-    ):
+    speeds = [(kind, "tokens_per_second", title) for kind, title in _TITLES.items()]
+    for kind, figure, title in (*speeds, ("decode", "cache_bytes", "Memory by context length")):
         series = _series(facts, kind, figure)
         lengths = sorted({x for one in series for x, _, _ in one.points})
         if len(lengths) > 1:

@@ -39,7 +39,7 @@ def decode(
     say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """A row for each subject: tokens per second of writing one token after another after `tokens` of context."""
-    runs: dict[str, _Run] = {}
+    runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for subject in subjects:
         row: dict[str, Any] = {"kind": "decode", "system": subject.name, "batch": batch, "tokens": tokens}
@@ -52,10 +52,10 @@ def decode(
         row |= {"cache_bytes": subject.cache_bytes(cache), "step_bytes": subject.step_bytes(cache, batch)}
         with PeakMemory(subject.model.device) as peak:
             decoding.warm_up()
-        row |= {"peak_bytes": _peak(subject, peak, row["cache_bytes"]), "steps": decoding.steps}
+        row |= {"peak_bytes": peak_bytes(subject, peak, row["cache_bytes"]), "steps": decoding.steps}
         rows[subject.name], runs[subject.name] = row, decoding
-    _in_turns(runs, rows, repeats, batch)
-    say(_told(rows, tokens, batch))
+    in_turns(runs, rows, repeats, batch)
+    say(told(rows, tokens, batch))
     return list(rows.values())
 
 
@@ -64,7 +64,7 @@ def prefill(
 ) -> list[dict[str, Any]]:
     """A row for each subject: tokens per second of reading `tokens` and writing a first one. The teacher reads in one
     go, a converted model in pieces, as `generate` has them do."""
-    runs: dict[str, _Run] = {}
+    runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for subject in subjects:
         if subject.graph:
@@ -76,13 +76,13 @@ def prefill(
         reading = _Reading(subject, batch, tokens)
         with PeakMemory(subject.model.device) as peak:
             reading()
-        row |= {"cache_bytes": reading.cache_bytes, "peak_bytes": _peak(subject, peak, 0)}
+        row |= {"cache_bytes": reading.cache_bytes, "peak_bytes": peak_bytes(subject, peak)}
         rows[subject.name], runs[subject.name] = row, reading
-    _in_turns(runs, rows, repeats, batch)
+    in_turns(runs, rows, repeats, batch)
     for row in rows.values():
         if "seconds" in row:
             row["first_token_seconds"] = statistics.median(row["seconds"])
-    say(_told(rows, tokens, batch))
+    say(told(rows, tokens, batch))
     return list(rows.values())
 
 
@@ -104,7 +104,7 @@ def ahead_from(rows: Sequence[dict[str, Any]], kind: str, batch: int, system: st
     return found
 
 
-class _Run(ABC):
+class Run(ABC):
     """A piece of work of one model that is timed; called, it returns how many tokens of each sequence it took."""
 
     subject: Subject
@@ -113,7 +113,7 @@ class _Run(ABC):
     def __call__(self) -> int: ...
 
 
-class _Decoding(_Run):
+class _Decoding(Run):
     """Writes so many tokens, each the most likely one, and forgets them again."""
 
     def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
@@ -175,7 +175,7 @@ class _Graph(_Decoding):
             self.step()
 
 
-class _Reading(_Run):
+class _Reading(Run):
     """Reads a text from an empty cache and picks the first new token."""
 
     def __init__(self, subject: Subject, batch: int, tokens: int) -> None:
@@ -199,7 +199,7 @@ class _Reading(_Run):
         return self.text.shape[1]
 
 
-def _in_turns(runs: dict[str, _Run], rows: dict[str, dict[str, Any]], repeats: int, batch: int) -> None:
+def in_turns(runs: dict[str, Run], rows: dict[str, dict[str, Any]], repeats: int, batch: int) -> None:
     """Times every run `repeats` times, one after the other in each round, and adds the medians to the rows."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, int] = {}
@@ -216,22 +216,28 @@ def _in_turns(runs: dict[str, _Run], rows: dict[str, dict[str, Any]], repeats: i
 
 
 def _refusal(subject: Subject, batch: int, tokens: int) -> str | None:
-    """Why a length is not measured, with what would fit; None where it is."""
-    needs, free = subject.needs(batch, tokens), free_bytes(subject.model.device)
+    return refusal("its cache", subject.needs(batch, tokens), subject.model.device, tokens)
+
+
+def refusal(what: str, needs: int, device: torch.device, tokens: int) -> str | None:
+    """Why a length is not measured for which `what` takes so many bytes, with what would fit; None where it is."""
+    free = free_bytes(device)
     if needs <= _SAFE * free:
         return None
     fits = int(_SAFE * free / (needs / tokens))
     return (
-        f"its cache needs about {readable_bytes(needs)} and {readable_bytes(free)} are free; "
+        f"{what} needs about {readable_bytes(needs)} and {readable_bytes(free)} are free; "
         f"{fits:,} tokens would fit, or more with fewer --layers or a smaller --batches"
     )
 
 
-def _peak(subject: Subject, peak: PeakMemory, cache_bytes: int) -> int | None:
+def peak_bytes(subject: Subject, peak: PeakMemory, cache_bytes: int = 0) -> int | None:
+    """Weights, a cache that was there before, and what memory grew by."""
     return None if peak.bytes is None else subject.weights_bytes + cache_bytes + peak.bytes
 
 
-def _told(rows: dict[str, dict[str, Any]], tokens: int, batch: int) -> str:
+def told(rows: dict[str, dict[str, Any]], tokens: int, batch: int) -> str:
+    """A line for people on one length."""
     found = next(iter(rows.values()))["kind"]
     speeds = ", ".join(
         f"{name} {row['tokens_per_second']:,.1f} tok/s" if "seconds" in row else f"{name} does not fit"

@@ -18,6 +18,8 @@ from linearize.model.quantized import QuantizedLinear
 from linearize.pairs import PairedLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
     from linearize.recipe import MixerSpec
@@ -146,9 +148,9 @@ def teacher_beside(model: LinearizedForCausalLM) -> PreTrainedModel:
     return teacher.eval()
 
 
-def sharing(model: Any) -> Any:
-    """A copy of the modules on the same tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
+def sharing(model: Any, apart: Callable[[str], bool] = lambda _: False) -> Any:
+    """A copy of the modules on the same tensors, but for parameters whose name `apart` wants: these are copied too."""
+    tensors = [*(p for name, p in model.named_parameters() if not apart(name)), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 

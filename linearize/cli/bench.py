@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 EPILOG = examples(
     "linearize bench ./tuned",
     "linearize bench ./tuned --lengths 512,8k,32k --int8",
+    "linearize bench ./tuned --lengths 512 --train 512,2k",
     "linearize bench --config llama-3-8b --lengths 1k,32k,128k,1M --batches 1,16 -o report",
     "linearize bench --config llama-3-8b --layers 4 --lengths 1k,8k",
 )
@@ -78,6 +79,15 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs, of which the median counts.")] = 5,
     int8: Annotated[bool, typer.Option("--int8", help="Time the model with int8 weights as well (on a CPU).")] = False,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="N,N,…",
+            help="Lengths at which a step of LoRA fine-tuning is timed as well; left out, nothing is trained.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: RecipeOption = "default",
     overrides: SetOption = None,
     dtype: Annotated[
@@ -93,7 +103,7 @@ def bench(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how fast a model reads and writes, and what it keeps in memory, beside its teacher.
+    """Measure how fast a model reads, writes and is trained, and what it keeps in memory, beside its teacher.
 
     Teacher and model share their weights and take turns, run by run; the
     first run of each is not counted, and medians are shown. The teacher runs
@@ -110,6 +120,11 @@ def bench(
     memory with random contents of its fixed size. Reading is measured on
     random tokens. Where a cache does not fit into memory, the row says what
     would.
+
+    --train times steps of LoRA fine-tuning of model and teacher, on one row
+    of random tokens for each of --batches: forward, cross-entropy, backward
+    and AdamW, with the adapters of the default recipe. They are put on
+    copies that share the frozen weights; the model is left as it is.
     """
     check_dtype(dtype)
     if (model is None) == (config is None):
@@ -117,6 +132,7 @@ def bench(
     if against not in ("teacher", "none"):
         raise typer.BadParameter(f"--against {against}: expected teacher or none")
     chosen = {name: _numbers(name, text) for name, text in (("--lengths", lengths), ("--batches", batches))}
+    trained = () if train is None else _numbers("--train", train, least=2)
     limit = None if prefill_up_to is None else _number("--prefill-up-to", prefill_up_to)
     quiet_libraries()
     from linearize.benchmark.bench import Plan
@@ -133,6 +149,7 @@ def bench(
         repeats=repeats,
         teacher=against == "teacher",
         int8=int8,
+        train=trained,
     )
 
     def run() -> dict[str, Any]:
@@ -173,11 +190,19 @@ def _number(option: str, text: str) -> int:
     return int(found[1]) * _UNITS[found[2].lower()]
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
     numbers = tuple(dict.fromkeys(_number(option, part) for part in text.split(",")))
-    if min(numbers) < 1:
-        raise typer.BadParameter(f"{option} {text}: expected numbers from 1 on")
+    if min(numbers) < least:
+        raise typer.BadParameter(f"{option} {text}: expected numbers from {least} on")
     return numbers
+
+
+_KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "decode": ("writes", "writing", ("of roof", "cache")),
+    "prefill": ("reads", "reading", ("first token",)),
+    "train": ("trains", "training", ()),
+}
+"""What a model does, the table's title for it, and columns that other tables do not have."""
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -194,12 +219,13 @@ def _show(facts: dict[str, Any]) -> None:
     }
     for name, text in rows.items():
         out.print(f"{name:8} {text}", markup=False)
-    for kind in ("decode", "prefill"):
+    for kind in _KINDS:
         if chosen := [row for row in facts["rows"] if row["kind"] == kind]:
             out.print(_table(kind, chosen))
     told = set()
     for row in facts["rows"]:
-        if "skipped" in row and (place := (row["system"], row["batch"], row["tokens"])) not in told:
+        place = (row["kind"] == "train", row["system"], row["batch"], row["tokens"])
+        if "skipped" in row and place not in told:
             told.add(place)
             out.print(
                 f"{row['system']} at {row['tokens']:,} tokens, batch {row['batch']}: {row['skipped']}", markup=False
@@ -208,13 +234,13 @@ def _show(facts: dict[str, Any]) -> None:
         for kind, found in kinds.items():
             for batch, tokens in found.items():
                 if any(row["kind"] == kind and str(row["batch"]) == batch for row in facts["rows"]):
-                    verb = {"decode": "writes", "prefill": "reads"}[kind]
+                    verb = _KINDS[kind][0]
                     where = f"from {tokens:,} tokens on" if tokens else "at no length measured"
                     out.print(f"{system}, batch {batch}: {verb} faster than the teacher {where}", markup=False)
 
 
 def _table(kind: str, rows: Sequence[dict[str, Any]]) -> Table:
-    title, more = {"decode": ("writing", ("of roof", "cache")), "prefill": ("reading", ("first token",))}[kind]
+    _, title, more = _KINDS[kind]
     teacher = {(row["batch"], row["tokens"]): row for row in rows if row["system"] == "teacher"}
     table = Table("batch", "tokens", title, "tok/s", "x teacher", *more, "peak memory")
     for column in table.columns:
@@ -234,6 +260,6 @@ def _cells(row: dict[str, Any], teacher: dict[str, Any] | None) -> list[str]:
     if row["kind"] == "decode":
         more = [f"{100 * row['roof_share']:.0f} %", readable_bytes(row["cache_bytes"])]
     else:
-        more = [f"{row['first_token_seconds']:.2f} s"]
+        more = [f"{row['first_token_seconds']:.2f} s"] if row["kind"] == "prefill" else []
     peak = "–" if row["peak_bytes"] is None else readable_bytes(row["peak_bytes"])
     return [f"{row['tokens_per_second']:,.1f}", ratio, *more, peak]

@@ -13,13 +13,14 @@ from linearize.training.trainer import is_adapter, is_own_parameter
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
-    from linearize.model import LinearizedForCausalLM
     from linearize.recipe import LoraSpec
 
 
-def add_adapters(model: LinearizedForCausalLM, lora: LoraSpec | None) -> Any:
-    """The model with peft's adapters on the targets of `lora`, in float32, or as it is; see `choose_trained`.
+def add_adapters(model: PreTrainedModel, lora: LoraSpec | None) -> Any:
+    """The model, converted or pretrained, with peft's adapters on the targets of `lora`, in float32, or as it is; see
+    `choose_trained`.
 
     Raises:
         RecipeError: a target is not there, or is of a kind that the adapters do not take.
@@ -66,13 +67,13 @@ def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> Non
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
 
 
-def _target_modules(model: LinearizedForCausalLM, targets: list[str]) -> dict[str, nn.Module]:
+def _target_modules(model: PreTrainedModel, targets: list[str]) -> dict[str, nn.Module]:
     """What the names of the modules that LoRA targets end in, with one module of each.
 
     Raises:
         RecipeError: a target is not there.
     """
-    projections = family_of(model.config.text_config).projections
+    projections = family_of(getattr(model.config, "text_config", model.config)).projections
     modules: dict[str, nn.Module] = {}
     for target in targets:
         ending = projections.get(target, target)

@@ -159,12 +159,7 @@ class StageTrainer(GuardedTrainer):
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
-            own: list[nn.Parameter] = []
-            pretrained: list[nn.Parameter] = []
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    (own if is_own_parameter(name) else pretrained).append(parameter)
-            self.optimizer = build_optimizer(self.stage, pretrained, own)
+            self.optimizer = stage_optimizer(self.model, self.stage)
         return self.optimizer
 
     def share_gradients(self) -> None:
@@ -199,6 +194,16 @@ class StageTrainer(GuardedTrainer):
         )
         self.optimizer.load_state_dict(split_state(kept, self.optimizer))
         self.lr_scheduler.load_state_dict(schedule)
+
+
+def stage_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """The optimizer that a stage names, over the parameters of `model` that require gradients."""
+    own: list[nn.Parameter] = []
+    pretrained: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (own if is_own_parameter(name) else pretrained).append(parameter)
+    return build_optimizer(stage, pretrained, own)
 
 
 def stage_arguments(

@@ -65,6 +65,8 @@ def test_a_pretrained_model_and_a_configuration_are_converted_in_memory(outcome,
         (("--config", "smollm2-135m", "--layers", "31"), "give 1 to 30"),
         (("--config", "smollm2-135m", "--lengths", "8q"), "expected a number"),
         (("--config", "smollm2-135m", "--against", "me"), "expected teacher or none"),
+        (("--config", "smollm2-135m", "--train", "2k,8q"), "--train 8q: expected a number"),
+        (("--config", "smollm2-135m", "--train", "1"), "expected numbers from 2 on"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(outcome, arguments, said):
@@ -109,6 +111,99 @@ def test_what_does_not_fit_is_left_out_with_what_would(outcome, converted, monke
     monkeypatch.setattr("linearize.benchmark.bench.free_bytes", lambda _: 3_000_000_000)
     status, _, words = outcome("bench", "--config", "llama-3.2-1b")
     assert status == 1 and "--layers 6 would fit" in words
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_a_step_of_lora_is_timed_where_it_is_asked_for(outcome, converted, tmp_path, monkeypatch, onednn):
+    """Of the model and of each teacher that is a model of its own, not of a graph or of integers."""
+    monkeypatch.setattr("linearize.benchmark.bench.onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr("linearize.benchmark.bench.GRAPHED", ("cpu",))
+    report = tmp_path / "report"
+    quick = ("--lengths", "32", *QUICK[:4], "--prefill-up-to", "0", "--int8")
+    status, text, words = outcome(
+        "bench", converted, *quick, "--train", "24,48", "--batches", "1,2", "--json", "-o", report
+    )
+    assert status == 0 and "train at 48 tokens, batch 2" in words
+    facts = json.loads(text)
+    rows = [row for row in facts["rows"] if row["kind"] == "train"]
+    systems = ("teacher", *["teacher-onednn"] * onednn, "model")
+    assert [(r["batch"], r["tokens"], r["system"]) for r in rows] == [
+        (batch, tokens, system) for batch in (1, 2) for tokens in (24, 48) for system in systems
+    ]
+    for row in rows:
+        assert len(row["seconds"]) == 2 and row["peak_bytes"] > facts["weights_bytes"][row["system"]]
+        middle = sum(row["seconds"]) / 2
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * row["tokens"] / middle)
+    assert set(facts["ahead_from"]["model"]["train"]) == {"1", "2"} and "train" not in facts["ahead_from"]["int8"]
+    assert (report / "train-tokens-per-second.svg").is_file()
+    status, text, _ = outcome("bench", converted, *quick[:-1], "--train", "24")
+    assert status == 0 and "training" in text and "model, batch 1: trains faster than the teacher" in text
+
+
+@pytest.mark.parametrize("whose", ["teacher", "model"])
+def test_a_step_is_the_objective_s_and_leaves_the_subject_as_it_is(converted, tiny_folder, whose):
+    from linearize.benchmark.subjects import Subject
+    from linearize.benchmark.training import Step, default_recipe, random_rows
+
+    model = load_model(find_source(str({"teacher": tiny_folder, "model": converted}[whose])), dtype="float32")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    subject = Subject.of(whose, model)
+    rows = random_rows(subject.base.vocab_size, 2, 48)
+    assert rows.input_ids.shape == (2, 48) and rows.position_ids[1].tolist() == list(range(48))
+    step = Step(subject, default_recipe(2, 48), rows)
+    trained = {name: p for name, p in step.student.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-4] for name in trained if ".lora_A." in name} == {"q_proj", "k_proj", "v_proj"}
+    assert any(".mixer." in name for name in trained) == (whose == "model")
+    assert step.student.training and not model.training
+
+    logits = step.student(**step.inputs, use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.input_ids[:, 1:].flatten())
+    want = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(*_: object) -> None:
+        seen.update({name: p.grad.clone() for name, p in trained.items()})
+
+    hook = step.optimizer.register_step_pre_hook(look)
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    assert step() == 48
+    for name, gradient in want.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
+    hook.remove()
+    assert all(p.grad is None for p in step.student.parameters())
+    step()  # what adapters start with of zeros takes the gradient from the other half in the first one
+    assert [name for name, p in trained.items() if torch.equal(p, start[name])] == []
+
+    assert {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])} == set()
+    frozen = {p.data_ptr() for p in step.student.parameters() if not p.requires_grad}
+    assert frozen == {p.data_ptr() for name, p in model.named_parameters() if ".mixer." not in name}  # held once
+
+
+def test_a_step_without_room_is_left_out(outcome, converted, monkeypatch):
+    asked = ("bench", converted, "--lengths", "32", *QUICK, "--train", "32,64")
+    monkeypatch.setattr("linearize.benchmark.running.free_bytes", lambda _: 300_000)
+    status, text, _ = outcome(*asked)
+    assert status == 0 and "model at 64 tokens, batch 1: a step needs about" in text and "no room" in text
+
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("linearize.benchmark.training.token_losses", full)
+    status, text, _ = outcome(*asked)
+    assert status == 0 and "teacher at 32 tokens, batch 1: a step ran out of memory; take fewer --layers" in text
+    monkeypatch.setattr("linearize.benchmark.training.token_losses", lambda *_: 1 / 0)
+    assert outcome(*asked)[0] != 0  # no other error is taken for that
+
+
+def test_integers_are_not_trained(outcome, converted, tmp_path):
+    from linearize import api
+
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a tree. " * 400, encoding="utf-8")
+    api.export(converted, tmp_path / "int8", weights="int8", text=str(text), tokens=1024)
+    status, _, words = outcome("bench", tmp_path / "int8", "--lengths", "32", *QUICK, "--train", "32", "--quiet")
+    assert status == 1 and "its weights are integers" in words and len(words.splitlines()) == 1
 
 
 def test_the_models_compared_are_the_model_and_its_teacher(converted, tiny_folder):

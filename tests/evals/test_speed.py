@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from evals.speed import __main__ as cpu
 from evals.speed import gpu
 
 
 def test_the_script_for_gpus_runs(monkeypatch, capsys):
     def small(config: str, *_: object, **__: object):
-        return measured("smollm2-135m", (16, 32), (1, 2), read=16, layers=1, repeats=1, steps=2)
+        return measured("smollm2-135m", (16, 32), (1, 2), read=16, train=(16, 32), layers=1, repeats=1, steps=2)
 
     measured = gpu.measured
     monkeypatch.setattr(gpu, "measured", small)
@@ -18,6 +19,8 @@ def test_the_script_for_gpus_runs(monkeypatch, capsys):
     gpu.main()
     table = capsys.readouterr().out
     assert "share of the copy's bandwidth, least, batch 2 | >= 0.80 |" in table
+    assert "training at 16 tokens, model / teacher, batch 1 | >= 1.00 |" in table
+    assert "training ahead of the teacher from, batch 1 | <= 4096 |" in table and "batch 2 | <= 4096" not in table
     monkeypatch.setattr("sys.argv", ["gpu"])
     with pytest.raises(SystemExit):
         gpu.main()
@@ -35,3 +38,26 @@ def test_bars_are_of_the_worst_row():
     assert seen["time per token"] == pytest.approx(0.25)
     assert seen["ahead of the teacher from"] is None
     assert [bar["seen"] for bar in gpu.bars(facts) if "largest" in bar["what"]] == pytest.approx([0.02])
+
+
+def test_training_is_to_be_level_at_first_and_ahead_from_the_next_length_on():
+    def row(system: str, tokens: int, pace: float) -> dict[str, object]:
+        return {"kind": "train", "system": system, "batch": 1, "tokens": tokens, "tokens_per_second": pace}
+
+    rows = [row("teacher", 2048, 10.0), row("model", 2048, 9.0), row("teacher", 4096, 8.0), row("model", 4096, 9.0)]
+    facts = {"rows": rows, "ahead_from": {"model": {"train": {"1": 4096}}}}
+    level, ahead = gpu.training_bars(facts, 1)
+    assert level["seen"] == pytest.approx(0.9) and ahead["seen"] == 4096
+    assert gpu.training_bars(facts, 16) == []
+
+
+def test_the_bars_of_a_cpu_are_of_what_was_measured():
+    def row(kind: str, system: str, tokens: int, pace: float) -> dict[str, object]:
+        return {"kind": kind, "system": system, "tokens": tokens, "tokens_per_second": pace}
+
+    rows = [row("train", "teacher", 2048, 4.0), row("train", "model", 2048, 6.0), row("decode", "model", 512, 1.0)]
+    long = {"cache_bytes": [100, 101], "resident_bytes": [100, 101]}
+    bars = {bar["what"]: bar for bar in cpu.bars({"rows": rows, "long_text": long})}
+    trained = bars.pop("train at 2048: model / teacher")
+    assert trained["seen"] == pytest.approx(1.5) and trained["asked"] == ">= 1.0"
+    assert len(bars) == 2  # nothing of what was not measured; memory alone
