@@ -68,17 +68,20 @@ class Step(Run):
 
     @torch.enable_grad()
     def __call__(self) -> int:
-        logits = self.student(**self.inputs, use_cache=False).logits
-        loss = token_losses(logits, self.labels, None, self.stage.weights) / self.counted
-        loss.backward()
+        self._loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.labels.shape[1]
 
+    def _loss(self) -> torch.Tensor:
+        # The logits end here: held during the backward pass they would be the largest tensor of the step.
+        logits = self.student(**self.inputs, use_cache=False).logits
+        return token_losses(logits, self.labels, None, self.stage.weights) / self.counted
+
 
 def random_rows(vocabulary: int, batch: int, tokens: int) -> Rows:
-    """Packed rows of random tokens. Each is one document, the longest past that attention can have in it, and the
-    teacher takes its causal kernel: several to a row it would read under a mask, and slower."""
+    """Packed rows of random tokens. Each is one document, the longest past that attention can have in it, which the
+    teacher reads by its causal kernel: several to a row would need a mask."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
     return pack([Document(ids, torch.ones_like(ids)) for ids in drawn], tokens)
@@ -108,8 +111,8 @@ def _warm(subject: Subject, recipe: Recipe, rows: Rows) -> Step | None:
 def _refusal(subjects: Sequence[Subject], recipe: Recipe) -> str | None:
     """Why no subject makes a step of that length, by what a step of the converted model takes beside the weights.
 
-    Nothing is told beforehand on a GPU, whose allocator says so itself, nor of models that cannot be counted: a CPU's
-    system ends the process.
+    On a CPU the system would end the process; on a GPU the allocator says so itself. Nothing is told of models that
+    cannot be counted.
     """
     subject = next(subject for subject in subjects if subject.converted)
     if subject.model.device.type != "cpu":

@@ -121,8 +121,8 @@ def bench(
     random tokens. Where a cache does not fit into memory, the row says what
     would.
 
-    --train times steps of LoRA fine-tuning of model and teacher, on one row
-    of random tokens for each of --batches: forward, cross-entropy, backward
+    --train times steps of LoRA fine-tuning of model and teacher, on as many
+    rows of random tokens as --batches says: forward, cross-entropy, backward
     and AdamW, with the adapters of the default recipe. They are put on
     copies that share the frozen weights; the model is left as it is.
     """
