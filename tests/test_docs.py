@@ -152,7 +152,7 @@ def test_a_recurrence_is_added_as_the_page_says(place: Path) -> None:
 def test_the_commands_are_functions(place: Path) -> None:
     page = run_page("python.md")
     assert list(page["results"].scores) == ["teacher", "window", "model"]
-    assert page["told"].new_tokens == 20 and page["more"].new_tokens == 5
+    assert 0 < page["told"].new_tokens <= 20 and page["more"].new_tokens == 5
     assert (place / "smol-gla" / "README.md").stat().st_size == page["shared"].files["README.md"]
     assert "### What was kept, and what was lost" in (place / "smol-gla" / "README.md").read_text()
     assert "no such folder or file" in str(page["error_seen"])

@@ -148,7 +148,8 @@ def converted(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("weights", "dtype"), [("int4", "float32"), ("int8", "bfloat16")])
-def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, dtype):
+def test_a_checkpoint_of_integers_is_one_function(converted, data_folder, tmp_path, weights, dtype):
+    """On trained weights: what rounding costs random ones says little."""
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{n} little girls had {n} red balls and a dog." for n in range(400)))
     done = api.export(converted, tmp_path / "out", weights=weights, dtype=dtype, text=str(text), tokens=2048)
@@ -162,7 +163,8 @@ def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, 
     stored = load_file(tmp_path / "out" / "model.safetensors")
     whole = load_file(converted / "model.safetensors")
     names = [name for name in stored if name.endswith(".weight") and not stored[name].is_floating_point()]
-    assert len(names) == cost["layers"] == 7 * 2
+    tied = json.loads((converted / "config.json").read_text())["text_config"]["tie_word_embeddings"]
+    assert len(names) == cost["layers"] == 7 * 2 + (not tied)
     own = sum(stored[f"{n.removesuffix('weight')}{part}"].nbytes for n in names for part in ("weight", "scale", "kept"))
     assert own < (small + 0.06) * sum(whole[name].nbytes for name in names)
     assert 0 < cost["kl"]["mean"] < {"int8": 0.01, "int4": 0.5}[weights]

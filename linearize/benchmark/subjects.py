@@ -184,7 +184,8 @@ def _filled_memory(subject: Subject, batch: int, tokens: int) -> DynamicCache:
         memory = attention.memory(batch, model.dtype, model.device)
         for tensors in memory.parts.values():
             for tensor in tensors.values():
-                tensor.uniform_(0.1, 1)  # no state of sums is negative
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.1, 1)  # no state of sums is negative
         for name, tensor in memory.past.items():
             memory.past[name] = _past((batch, tokens, *tensor.shape[2:]), 1, tensor.dtype, model.device)
         memory.counts.fill_(tokens)

@@ -57,6 +57,15 @@ def test_a_pretrained_model_and_a_configuration_are_converted_in_memory(outcome,
     assert {row["system"] for row in facts["rows"]} == {"model"} and facts["ahead_from"] == {}
 
 
+def test_landmarks_have_a_pace_as_well(outcome, tiny_folder):
+    few = ("--recipe", "landmarks", "--set", "mixer.landmarks=16", "--set", "mixer.window=16")
+    status, text, words = outcome("bench", tiny_folder, *few, "--lengths", "64,128", *QUICK, "--json")
+    assert status == 0, words
+    facts = json.loads(text)
+    held = {row["cache_bytes"] for row in facts["rows"] if (row["system"], row["kind"]) == ("model", "decode")}
+    assert len(held) == 1 and facts["mixers"][0]["landmarks"] == 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

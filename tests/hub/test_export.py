@@ -55,7 +55,7 @@ def tuned(converted, tmp_path):
 def test_a_folder_that_can_be_shared(tuned, tmp_path, tiny_folder):
     assert local_things(tuned)
     out = tmp_path / "out"
-    done = export(tuned, out, base="acme/tiny", licence="apache-2.0", shard_size="1MB")
+    done = export(tuned, out, base="acme/tiny", licence="apache-2.0", shard_size="300KB")
     assert done.findings == local_things(out) == pack(out).findings == []
     assert done.files == {path.name: path.stat().st_size for path in out.iterdir()}
     assert "held_out.safetensors" not in done.files and "metrics.jsonl" in done.files
