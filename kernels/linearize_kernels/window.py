@@ -48,7 +48,8 @@ def window_attention(
     tokens, past = q.shape[1], k.shape[1] - q.shape[1]
     if 0 < past < window - 1:
         raise ValueError(f"{past} earlier tokens were given; a window of {window} needs none or {window - 1}")
-    segment = max(_SEGMENT // window, 1) * window
+    # Whole blocks; of a wider window a part of one, which is as many scores as its queries may read and few more.
+    segment = _SEGMENT // window * window or _SEGMENT
     if tokens <= segment or torch.is_grad_enabled():
         return _attend(q, k, v, window, scale, key_exists, columns, softcap, normaliser)
     dtype = _computing(q)

@@ -72,7 +72,7 @@ def test_a_past_shorter_than_the_window_is_refused():
         window_attention(q, k, k, window=8, scale=1.0)
 
 
-@pytest.mark.parametrize(("window", "past"), [(64, 0), (64, 63), (33, 0), (700, 0)])
+@pytest.mark.parametrize(("window", "past"), [(64, 0), (64, 63), (33, 0), (700, 0), (700, 699), (512, 511)])
 def test_segments_change_nothing(window, past):
     """Without gradients a long text is taken segment by segment."""
     generator = torch.Generator().manual_seed(window)
