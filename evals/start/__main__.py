@@ -137,7 +137,8 @@ def measure(arguments: argparse.Namespace) -> None:
             recipe = load_recipe(row.recipe, [*changes, f"calibrate.source={arguments.text}"])
         folder = arguments.folder / row.name
         make(source, recipe, folder)
-        names = ("teacher", *BASELINES) if not figures["rows"] else BASELINES
+        names = BASELINES if recipe.mixer.recurrence != "none" else BASELINES[:1]
+        names = ("teacher", *names) if not figures["rows"] else names
         systems = {system.info.name: system for system in find_systems(find_source(str(folder)), source, names)}
         scores: dict[str, list[TaskScore]] = {}
         for task in tasks:
@@ -232,7 +233,8 @@ def _systems(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         if "teacher" in systems:
             yield "teacher", systems["teacher"]
         yield row["heading"], systems["model"]
-        yield "… its recurrence silent", systems["no_recurrence"]
+        if "no_recurrence" in systems:
+            yield "… its recurrence silent", systems["no_recurrence"]
         yield "… window and sinks of equal bytes", systems["window_bytes"]
 
 
