@@ -209,13 +209,14 @@ def _watch(
         if not whole.requires_grad:
             return
         new, lengths = seen[0]
+        everything = whole.detach()  # a hook that held its own tensor would never be let go
 
         @torch.no_grad()
         def arrived(gradient: Tensor) -> None:
             changes = []
             for number in numbers:
                 read = _exact(attention, spec, layer, number)(new, lengths, None).flatten(2)
-                changes.append(((read - whole.detach()).double() * gradient.double()).sum(-1)[0])
+                changes.append(((read - everything).double() * gradient.double()).sum(-1)[0])
             tell(layer, torch.stack(changes).cpu())
 
         whole.register_hook(arrived)

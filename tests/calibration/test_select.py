@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -100,6 +101,20 @@ def test_what_a_layer_loses_is_its_change_times_the_gradient(family):
     slope = (objective(1e-4) - objective(-1e-4)) / 2e-4
     # A number of landmarks that does better than a smaller one is never said to lose more.
     assert found[last].recall[1] == pytest.approx(min(max(slope, 0), found[last].recall[0]), rel=1e-3, abs=1e-9)
+
+
+def test_a_pass_back_leaves_nothing_behind():
+    """Not one of a text's tensors: of a real model those of a few texts would fill the memory."""
+    model = LinearizedForCausalLM.from_teacher(build("llama"), []).eval()
+    ids = torch.randint(5, 97, (100,), generator=torch.Generator().manual_seed(0))
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(x) is torch.Tensor for x in gc.get_objects())
+
+    before = held()
+    curves(model, MixerSpec(window=4, sinks=1, landmarks=32, landmarks_by="loss"), [0, 1], [ids, ids], [])
+    assert held() == before
 
 
 def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp_path):
