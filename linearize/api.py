@@ -6,7 +6,6 @@ Models are named as on the command line: a Hub id, a folder, or a GGUF file.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +185,7 @@ def evaluate(
     from linearize.evaluation.systems import evaluate as _evaluate
 
     folder = None if report is None else Path(report)
-    with nullcontext() if folder is None else claimed(folder):
+    with claimed(folder):
         results = _evaluate(
             find_source(str(model), trust_remote_code=trust_remote_code),
             tasks,

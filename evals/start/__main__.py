@@ -137,8 +137,9 @@ def measure(arguments: argparse.Namespace) -> None:
             recipe = load_recipe(row.recipe, [*changes, f"calibrate.source={arguments.text}"])
         folder = arguments.folder / row.name
         make(source, recipe, folder)
-        names = BASELINES if recipe.mixer.recurrence != "none" else BASELINES[:1]
-        names = ("teacher", *names) if not figures["rows"] else names
+        names = [name for name in BASELINES if name != "no_recurrence" or recipe.mixer.recurrence != "none"]
+        if not figures["rows"]:
+            names.insert(0, "teacher")
         systems = {system.info.name: system for system in find_systems(find_source(str(folder)), source, names)}
         scores: dict[str, list[TaskScore]] = {}
         for task in tasks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,7 +111,7 @@ def evaluate(
     first = processes.is_first()
     source = find_source(model, trust_remote_code=trust_remote_code)
     progress = ProgressLine()
-    with nullcontext() if report is None or not first else claimed(report):
+    with claimed(report if first else None):
         try:
             results = score(
                 source,

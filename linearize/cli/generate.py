@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +90,7 @@ def generate(
         header(load_state)
     if save_state is not None:
         check_target(save_state)
-    with nullcontext() if save_state is None else claimed(save_state):
+    with claimed(save_state):
         text = sys.stdin.read() if prompt == "-" else prompt or ""
         loaded, tokenizer, source = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         if chat and not getattr(tokenizer, "chat_template", None):

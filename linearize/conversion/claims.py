@@ -32,7 +32,7 @@ def beside(target: Path, kind: str) -> Path:
 
 
 @contextmanager
-def claimed(target: Path, *, wait: bool = False, name: str = "") -> Iterator[None]:
+def claimed(target: Path | None, *, wait: bool = False, name: str = "") -> Iterator[None]:
     """The right to write the file or folder `target`, for as long as the block lasts.
 
     The lock is the system's (flock, on a file beside `target`), which ends with its process: what a dead job leaves
@@ -40,12 +40,16 @@ def claimed(target: Path, *, wait: bool = False, name: str = "") -> Iterator[Non
     may claim the same place again inside the block. Folders that had to be made for it go again if they stay empty.
 
     Args:
+        target: None where nothing is going to be written, and nothing is claimed.
         wait: until the other job is done with it, which is for what two jobs may share.
         name: of the place in what is said to whom it is refused, if not its path.
 
     Raises:
         OutputError: another job has it, or nothing can be written there.
     """
+    if target is None:
+        yield
+        return
     target = Path(os.path.abspath(target.expanduser()))
     if target in _HELD:
         _HELD[target] += 1

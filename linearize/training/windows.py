@@ -3,6 +3,7 @@ recurrence has to answer."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def exact_reach(mixer: Mixer) -> int:
     """How many first tokens of a row leave the recurrence nothing to answer."""
-    return mixer.window + mixer.config.sinks if mixer.config.covers == "evicted" else 0
+    # The window that it has now: it may be hidden.
+    return replace(mixer.config, window=mixer.window).exact_tokens if mixer.config.covers == "evicted" else 0
 
 
 def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:

@@ -16,15 +16,7 @@ import pytest
 from linearize import api
 from linearize.errors import OutputError
 from linearize.evaluation import report, runner, store
-
-HOLD = """
-import sys
-from pathlib import Path
-from linearize.conversion.claims import claimed
-with claimed(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+from tests.jobs_kit import another_job
 
 
 @pytest.fixture(autouse=True)
@@ -56,19 +48,6 @@ def full(*folders: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", left)
         yield
-
-
-@contextmanager
-def another_job(target: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process.pid
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def error_of(words: str) -> str:
@@ -176,9 +155,9 @@ def test_a_report_is_written_by_one_job(outcome, converted, pages):
     folder = pages / "report"
     with another_job(folder) as process:
         status, out, words = outcome("eval", converted, "--tasks", "wikitext2", "--data", pages, "--report", folder)
-        told = f"report: another job is writing there (process {process} on "
+        told = f"report: another job is writing there (process {process.pid} on "
         assert (status, out) == (1, "") and told in error_of(words)
-        with pytest.raises(OutputError, match=rf"another job is writing there \(process {process} on "):
+        with pytest.raises(OutputError, match=rf"another job is writing there \(process {process.pid} on "):
             api.evaluate(converted, tasks=["wikitext2"], data=pages, report=folder)
     assert not folder.exists()
 
@@ -195,7 +174,7 @@ def test_a_state_needs_room_and_a_place_of_its_own(outcome, converted, tmp_path,
         with another_job(folder / "kept") as process:
             status, out, words = outcome(*line)
         assert (status, out) == (1, "")
-        assert f"kept: another job is writing there (process {process} on " in error_of(words)
+        assert f"kept: another job is writing there (process {process.pid} on " in error_of(words)
     assert outcome(*line)[0] == 0 and [path.name for path in folder.iterdir()] == ["kept"]
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from linearize.conversion import output
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file, staged_files, staged_folder
 from linearize.errors import OutputError
+from tests.jobs_kit import another_job
 
 HOLD = """
 import sys
@@ -31,22 +29,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@contextmanager
-def another_job(target: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_a_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     target = tmp_path / "out"
-    with another_job(target) as process:
+    with another_job(target, HOLD) as process:
         told = rf"out: another job is writing there \(process {process.pid} on .*\); wait for it, or name another place"
         for claim in (claimed, staged_folder, staged_file):
             with pytest.raises(OutputError, match=told), claim(target):

@@ -62,3 +62,6 @@ def test_text_that_never_leaves_the_window_is_told(tiny_folder):
     assert told.startswith("the longest document has 14 tokens, and window and sinks read 14 exactly")
     assert nothing_to_recall(model(), rows(15)) is None
     assert nothing_to_recall(model(covers="all"), rows(14)) is None
+    # 8 landmarks: the first block of 32 that has left the window overfills them.
+    assert nothing_to_recall(model(landmarks=8), rows(14 + 31)) is not None
+    assert nothing_to_recall(model(landmarks=8), rows(14 + 32)) is None
