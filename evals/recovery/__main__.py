@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 SYSTEMS = Path(__file__).parent / "systems"
 BUDGETS = ("0", "0.2M", "2M", "20M", "100M")
 DRY = "A dry run on a tiny model: these figures are not measurements."
-TASKS = (*FIVE, "lambada", "wikitext2", "niah_single_1", "niah_single_2", "loss_by_position", "held_out")
+SHORT = (*FIVE, "lambada", "held_out")
+LONG = ("wikitext2", "niah_single_1", "niah_single_2", "loss_by_position")
 _ALPACA_WEIGHT = 3
 
 
@@ -55,22 +56,27 @@ class Scale:
         most: different tokens of text.
         held_out: tokens.
         settings: of every recipe.
-        evaluation: options of `linearize eval`.
+        evaluation: options of `linearize eval`, of one report each.
     """
 
     most: int = 6_000_000
     held_out: int = 32 * 1024
     settings: tuple[str, ...] = ()
-    # Four times the length of training.
-    evaluation: str = f"--tasks {','.join(TASKS)} --lengths 512,1024,4096 --samples 1 --limit 60 --baseline all"
+    # Few of the texts that take seconds each; up to four times the length of training.
+    evaluation: tuple[str, ...] = (
+        f"--tasks {','.join(SHORT)} --limit 60 --baseline all",
+        f"--tasks {','.join(LONG)} --lengths 512,1024,4096 --samples 1 --limit 60 --baseline all",
+    )
 
 
 TINY = Scale(
     most=4096,
     held_out=512,
     settings=("mixer.window=16",),
-    evaluation="--tasks piqa,niah_single_1,loss_by_position,held_out --lengths 256 --samples 1 --limit 4 "
-    "--baseline teacher,window",
+    evaluation=(
+        "--tasks piqa,held_out --limit 4 --baseline teacher,window",
+        "--tasks niah_single_1,loss_by_position --lengths 256 --samples 1 --baseline teacher,window",
+    ),
 )
 
 
@@ -83,7 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", default=",".join(BUDGETS), help="training tokens, such as 0.2M")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of every recipe")
     parser.add_argument("--micro-batch", type=int, default=8 if torch.cuda.is_available() else 1, help="rows at once")
-    parser.add_argument("--evaluation", metavar="OPTIONS", help="other options of `linearize eval`, in one string")
+    parser.add_argument(
+        "--evaluation",
+        action="append",
+        metavar="OPTIONS",
+        help="other options of `linearize eval`, in one string; again for a second report",
+    )
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, tiny budgets, few items")
     given = parser.parse_args(arguments)
     folder, data = given.folder.resolve(), given.data.resolve()
@@ -93,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.dry_run and given.budgets == ",".join(BUDGETS):
         given.budgets = "0,2048"
     scale = TINY if given.dry_run else Scale()
-    scale = replace(scale, evaluation=given.evaluation or scale.evaluation)
+    scale = replace(scale, evaluation=tuple(given.evaluation or scale.evaluation))
     recovery = Recovery(folder, data, str(model), scale, given.micro_batch, given.set)
     try:
         recovery.write_text(max(map(tokens_of, given.budgets.split(","))))
@@ -210,17 +221,21 @@ class Recovery:
         write_held_out(target, rows.held_out)
 
     def score(self, system: str, budget: str) -> None:
-        """The report of a system and budget."""
+        """The reports of a system and budget."""
         target = self._cell(system, budget)
-        report = self.folder / "reports" / target.name
-        if not (report / "results.json").is_file():
-            _linearize("eval", target, *self.scale.evaluation.split(), "--data", self.data, "--report", report)
+        for number, options in enumerate(self.scale.evaluation):
+            report = self.folder / "reports" / target.name / str(number)
+            if not (report / "results.json").is_file():
+                _linearize("eval", target, *options.split(), "--data", self.data, "--report", report)
 
     def tell(self) -> None:
         """`results.json`, its table and its plots, of what has been scored so far."""
         cells = []
-        for report in sorted((self.folder / "reports").glob("*/results.json")):
-            system, budget = report.parent.name.rsplit("-", 1)
+        for reports in sorted((self.folder / "reports").iterdir()):
+            scored = sorted(reports.glob("*/results.json"))
+            if len(scored) < len(self.scale.evaluation):
+                continue
+            system, budget = reports.name.rsplit("-", 1)
             made = json.loads((self._cell(system, budget) / "linearize.json").read_text(encoding="utf-8"))
             cells.append(
                 {
@@ -228,7 +243,7 @@ class Recovery:
                     "budget": tokens_of(budget),
                     "tokens": sum(stage["tokens"] for stage in made["stages"]),
                     "seconds": self._seconds(system, budget),
-                    "figures": figures(read_results(report)),
+                    "figures": figures([read_results(path.parent) for path in scored]),
                 }
             )
         found = {**surroundings(), "teacher": Path(self.model).name, "cells": cells}

@@ -12,7 +12,7 @@ from linearize.evaluation.formatting import number, with_error
 from linearize.evaluation.task import mean_and_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from linearize.evaluation.results import Results
 
@@ -34,9 +34,13 @@ TRAINED_LENGTH = 1024
 MODEL, TEACHER, WINDOW = "model", "teacher", "window"
 
 
-def figures(results: Results) -> dict[str, dict[str, Figure]]:
-    """By system of a report, the figures that it has."""
-    return {system.name: dict(_of(results, system.name)) for system in results.systems}
+def figures(reports: Iterable[Results]) -> dict[str, dict[str, Figure]]:
+    """By system of the reports, the figures that they have."""
+    found: dict[str, dict[str, Figure]] = {}
+    for results in reports:
+        for system in results.systems:
+            found.setdefault(system.name, {}).update(_of(results, system.name))
+    return found
 
 
 def _of(results: Results, system: str) -> Iterator[tuple[str, Figure]]:

@@ -11,11 +11,14 @@ from evals.recovery.__main__ import SYSTEMS, TINY, Recovery, Scale, main, tokens
 from linearize.recipe import load_recipe
 from linearize.training.data import reserved_tokens
 
+HELD_OUT = "--tasks held_out --baseline teacher,window"
+BY_POSITION = "--tasks loss_by_position --lengths 128 --baseline teacher,window"
+
 
 def test_a_dry_run_from_text_to_plots(data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        module, "TINY", Scale(TINY.most, TINY.held_out, TINY.settings, "--tasks held_out --baseline teacher,window")
+        module, "TINY", Scale(TINY.most, TINY.held_out, TINY.settings, (HELD_OUT, f"{BY_POSITION} --samples 1"))
     )
     given = [str(tmp_path / "out"), "--data", str(data_folder), "--dry-run", "--systems", "ours"]
     main(given)
@@ -25,6 +28,7 @@ def test_a_dry_run_from_text_to_plots(data_folder, tmp_path, monkeypatch, capsys
     first, last = found["cells"]
     assert (first["budget"], first["tokens"], last["budget"]) == (0, 0, 2048) and last["tokens"] >= 2048
     for cell in (first, last):
+        assert {"kl", "loss", "late"} <= cell["figures"]["model"].keys()  # of two reports
         assert cell["figures"]["teacher"]["kl"][0] == pytest.approx(0, abs=1e-6)
         assert cell["figures"]["teacher"]["loss"] == first["figures"]["teacher"]["loss"]  # the same rows
     assert first["figures"]["model"] == first["figures"]["window"]  # nothing was trained
