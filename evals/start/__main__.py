@@ -21,6 +21,7 @@ from linearize.conversion.output import staged_folder
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.evaluation.formatting import number, readable_bytes, with_error
 from linearize.evaluation.harness import lm_eval_tasks
+from linearize.evaluation.length import length_tasks
 from linearize.evaluation.progress import ProgressLine
 from linearize.evaluation.recall import recall_tasks
 from linearize.evaluation.runner import run
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 FIGURES = Path(__file__).parent / "figures.json"
 NEEDLES = {"niah_single_1": "S-NIAH-1", "niah_single_2": "S-NIAH-2"}
+BOOK = "loss_by_position"
 CONTEXT = 2048
 PAGES = 6
 SAMPLES = 2
@@ -113,6 +115,7 @@ def measure(arguments: argparse.Namespace) -> None:
         *recall_tasks(
             tokenizer, list(NEEDLES), data=arguments.data, lengths=lengths, samples=arguments.samples, seed=0
         ),
+        *length_tasks(tokenizer, [BOOK], data=arguments.data, length=max(lengths), documents=arguments.samples),
     ]
     shipped = {recipe.name for recipe in shipped_recipes()}
     wanted = None if arguments.rows is None else arguments.rows.split(",")
@@ -194,10 +197,17 @@ def say(line: str) -> None:
 
 
 def _figures(scores: Sequence[TaskScore]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Perplexity, and the share of needles found by task and length, as name and value."""
+    """Perplexity, the share of needles found by task and length, and the loss along a book, as name and value."""
     for score in scores:
         if score.task == "wikitext2":
             yield "perplexity", {"value": score.value, "stderr": None, "n": score.n}
+            continue
+        if score.task == BOOK:
+            # Of the whole curve, the stretches that are longer than what short-sighted models see.
+            for place, last in enumerate(score.axis):
+                if last >= min(LENGTHS):
+                    value, error = mean_and_error([curve[place] for curve in score.curves])
+                    yield f"{BOOK} {last:.0f}", {"value": value, "stderr": error, "n": score.n}
             continue
         tagged = list(zip(score.tags, score.items, strict=True))
         for length in sorted({tag["length"] for tag, _ in tagged}):
@@ -211,6 +221,10 @@ def table(figures: dict[str, Any]) -> str:
     columns = ["perplexity", *(f"{task} {length}" for task in NEEDLES for length in figures["lengths"])]
     heads = [f"WikiText-2 at {figures['context']:,}"]
     heads += [f"{name} {length:,}" for name in NEEDLES.values() for length in figures["lengths"]]
+    stretches = {name for _, system in _systems(figures) for name in system["scores"] if name.startswith(BOOK)}
+    ends = sorted(int(name.split()[1]) for name in stretches)
+    columns += [f"{BOOK} {last}" for last in ends]
+    heads += [f"book, to {last:,}" for last in ends]
     lines = [f"| | memory | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for heading, system in _systems(figures):
         growth = system["growth_bytes_per_token"]
@@ -244,6 +258,8 @@ def _cell(name: str, score: dict[str, Any] | None) -> str:
         return ""
     if name == "perplexity":
         return number(score["value"], "word_perplexity")
+    if name.startswith(BOOK):
+        return number(score["value"], "loss")
     return with_error(score["value"], score["stderr"], "acc")
 
 

@@ -94,7 +94,8 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
         return Source(str(path.resolve()), "gguf", trust_remote_code)
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
     if looks_local or (path.parent.is_dir() and "/" in reference):
-        raise ModelError(f"{reference}: no such folder or file{_nearest(path)}")
+        advice = _nearest(path) or "; give a Hub id, a model's folder, or a .gguf file"
+        raise ModelError(f"{reference}: no such folder or file{advice}")
     return Source(reference, "hub", trust_remote_code)
 
 
