@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="where everything is kept")
     parser.add_argument("--data", type=Path, required=True, help="the folder with alpaca/ and the tasks' files")
     parser.add_argument("--model", help="the teacher; SmolLM2-135M-Instruct if left out")
-    parser.add_argument("--systems", default="liger,lolcats,ours", help="which, of the recipes in systems/")
+    parser.add_argument("--systems", default="liger,lolcats,ours,landmarks", help="which, of the recipes in systems/")
     parser.add_argument("--budgets", default=",".join(BUDGETS), help="training tokens, such as 0.2M")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of every recipe")
     parser.add_argument("--micro-batch", type=int, default=8 if torch.cuda.is_available() else 1, help="rows at once")

@@ -12,7 +12,7 @@ from linearize.conversion.convert import base_record, write_checkpoint
 from linearize.conversion.source import find_source, sound_provenance, teacher_of
 from linearize.training.metrics import METRICS
 from linearize.training.plot import PLOT, draw_training
-from linearize.training.trainer import total_steps
+from linearize.training.trainer import tokens_after, total_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +75,7 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
     return {
         "objective": " + ".join(f"{weight:g} {name}" for name, weight in stage.weights.items()),
         "data": data.source,
-        "tokens": steps * stage.batch_tokens,
+        "tokens": tokens_after(stage, len(data.train), steps),
         "length": stage.length,
         "steps": steps,
     }

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.errors import ModelError, OutputError
 from linearize.resources import cache_folder
+from linearize.training.writing import grouped_attention, growing_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it whenever the same arguments would give other text."""
@@ -212,7 +213,7 @@ class _Writer:
         width, device = max(map(len, prompts)), self.teacher.device
         ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        cache = DynamicCache(config=self.teacher.config.get_text_config())
+        cache = growing_cache(self.teacher)
         while live and room > 0:
             self.pace.start(sum(map(len, prompts)) + sum(map(len, answers)), ends)
             out = self._generate(ids, mask, cache, room, ends)
@@ -322,7 +323,8 @@ def _sampling(teacher: PreTrainedModel, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         try:
-            yield
+            with grouped_attention(teacher):
+                yield
         finally:
             teacher.generation_config = own
             teacher.train(was_training)

@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -99,7 +101,7 @@ class StageTrainer(GuardedTrainer):
             model=model,
             args=stage_arguments(stage, len(rows), folder, seed, reporting),
             train_dataset=RowDataset(rows),
-            callbacks=[_Reporter(stage, log), self.windows],
+            callbacks=[_Reporter(stage, len(rows), log), self.windows],
             may_skip=stage.skip_bad_batches,
             say=say,
         )
@@ -162,6 +164,16 @@ class StageTrainer(GuardedTrainer):
             self.optimizer = stage_optimizer(self.model, self.stage)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        self.lr_scheduler: Any
+        if self.lr_scheduler is None:
+            given: Any = super().create_scheduler(num_training_steps, optimizer)
+            warming: list[Callable[[int], float]] = [
+                partial(_warming, rate, self.args.warmup_steps) for rate in given.lr_lambdas
+            ]
+            self.lr_scheduler = LambdaLR(given.optimizer, warming)
+        return self.lr_scheduler
+
     def share_gradients(self) -> None:
         if self.alignment is not None:  # its layers run one by one, without the wrapper that averages gradients
             processes.mean_gradients(p for p in self.model.parameters() if p.requires_grad)
@@ -214,7 +226,7 @@ def stage_arguments(
     Raises:
         RecipeError: the rows of a step cannot be shared out among the processes.
     """
-    rows_per_step = stage.batch_tokens // stage.length
+    rows_per_step = _rows_per_step(stage)
     if rows_per_step % processes.count():
         raise RecipeError(
             f"batch_tokens / length is {rows_per_step} rows a step, which {processes.count()} processes cannot share "
@@ -251,6 +263,11 @@ def stage_arguments(
     return arguments
 
 
+def _warming(rate: Callable[[int], float], warmup: int, step: int) -> float:
+    """The rate of a schedule of transformers, whose warm-up begins at 0: its first step would train nothing."""
+    return rate(step + 1 if step < warmup else step)
+
+
 def base_of(student: Any) -> LinearizedForCausalLM:
     """The converted model, with or without peft's wrapper around it."""
     model: LinearizedForCausalLM = student.get_base_model() if hasattr(student, "get_base_model") else student
@@ -258,8 +275,23 @@ def base_of(student: Any) -> LinearizedForCausalLM:
 
 
 def total_steps(stage: Stage, rows: int) -> int:
-    """Optimizer steps of a stage over so many rows; a last step that is not full counts."""
-    return max(1, math.ceil(stage.epochs * rows * stage.length / stage.batch_tokens))
+    """Optimizer steps of a stage over so many rows; the last step of an epoch may not be full, and counts."""
+    whole, part = divmod(stage.epochs, 1)
+    return max(1, round(whole) * _epoch_steps(stage, rows) + math.ceil(round(part * rows, 6) / _rows_per_step(stage)))
+
+
+def tokens_after(stage: Stage, rows: int, steps: int) -> int:
+    """Tokens of the rows that were read in so many steps, over and over where there are several epochs."""
+    epochs, rest = divmod(steps, _epoch_steps(stage, rows))
+    return (epochs * rows + min(rest * _rows_per_step(stage), rows)) * stage.length
+
+
+def _epoch_steps(stage: Stage, rows: int) -> int:
+    return math.ceil(rows / _rows_per_step(stage))
+
+
+def _rows_per_step(stage: Stage) -> int:
+    return stage.batch_tokens // stage.length
 
 
 def is_own_parameter(name: str) -> bool:
@@ -309,8 +341,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 class _Reporter(TrainerCallback):
     """Collects the figures of each step and hands them on."""
 
-    def __init__(self, stage: Stage, log: Callable[[dict[str, Any]], None]) -> None:
-        self.stage, self.log = stage, log
+    def __init__(self, stage: Stage, rows: int, log: Callable[[dict[str, Any]], None]) -> None:
+        self.stage, self.rows, self.log = stage, rows, log
         self.started, self.first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -321,7 +353,8 @@ class _Reporter(TrainerCallback):
             return
         seconds = time.monotonic() - self.started
         done = state.global_step - self.first_step
-        speed = done * self.stage.batch_tokens / seconds if seconds > 0 else 0.0
+        tokens, before = (tokens_after(self.stage, self.rows, step) for step in (state.global_step, self.first_step))
+        speed = (tokens - before) / seconds if seconds > 0 else 0.0
         self.log(
             {
                 "step": state.global_step,
@@ -329,7 +362,7 @@ class _Reporter(TrainerCallback):
                 "loss": logs["loss"],
                 "grad_norm": float(logs.get("grad_norm", math.nan)),
                 "lr": logs.get("learning_rate"),
-                "tokens": state.global_step * self.stage.batch_tokens,
+                "tokens": tokens,
                 "tokens_per_second": speed,
                 "seconds": seconds,
                 **({"skipped": logs["skipped"]} if "skipped" in logs else {}),
