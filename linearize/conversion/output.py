@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_RESULTS = ("config.json", "linearize.json", "report.json", "probe.json")
-"""Of these every folder that linearize writes has one."""
+_RESULTS = ("linearize.json", "report.json", "probe.json")
+"""Of these every folder that linearize writes has one, and a pretrained model's has none."""
 
 _SPARE = 16_000_000
 """Bytes on top of weights: tokenizer, code, pages."""

@@ -253,9 +253,12 @@ def teacher_of(source: Source) -> Source:
     if not isinstance(base, dict) or not isinstance(base.get("model"), str):
         raise ModelError(f"{source.reference}: linearize.json does not name the base model; name it as teacher")
     try:
-        return find_source(base["model"], trust_remote_code=source.trust_remote_code)
+        teacher = find_source(base["model"], trust_remote_code=source.trust_remote_code)
     except ModelError as error:
         raise ModelError(f"the teacher of {source.name} is gone: {error}") from error
+    if teacher.is_converted:
+        raise ModelError(f"{teacher.reference}: converted, where the teacher of {source.name} was; put that back")
+    return teacher
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,10 @@ def load_data(
 
 
 def source_key(source: SourceSpec) -> str:
-    """What tells one file or data set from another."""
-    return json.dumps([source.source, source.config, source.split])
+    """What tells one file or data set from another, however a file is named."""
+    path = Path(source.source or "").expanduser()
+    name = str(path.resolve()) if path.is_file() else source.source
+    return json.dumps([name, source.config, source.split])
 
 
 def reserved_tokens(stages: Sequence[Stage]) -> dict[str, int]:
@@ -181,7 +184,7 @@ def _load(
         documents = _recall(tokenizer, seed, longest)
     else:
         progress(f"data: reading {source}")
-        documents = (_document(record, spec, tokenizer) for record in read_records(spec, seed=seed, length=length))
+        documents = (_document(record, spec, tokenizer) for record in read_records(spec, seed=seed))
     stream = (document for document in documents if any(document.loss))
     held = _take(stream, held_rows * length)
     _take(stream, reserved - sum(len(document.ids) for document in held))

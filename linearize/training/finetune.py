@@ -36,7 +36,14 @@ from linearize.training.sharding import check_shardable, mesh
 from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import Teacher, wants_teacher
 from linearize.training.trackers import check_trackers, tracker_arguments, tracking
-from linearize.training.trainer import StageTrainer, base_of, load_trained, set_trained, whole_trained
+from linearize.training.trainer import (
+    StageTrainer,
+    base_of,
+    load_trained,
+    set_trained,
+    total_steps,
+    whole_trained,
+)
 from linearize.training.windows import nothing_to_recall
 from linearize.training.workfolder import WORK
 
@@ -168,6 +175,14 @@ def finetune(
             choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
         start = newest(folder) if resume else None
+        done = step_of(start) if start else 0
+        if number < reached and done < total_steps(stage, len(data.train)):
+            # What later stages learned began at weights that are no more.
+            reached = number
+            say(f"stage {number + 1}: its last checkpoint is damaged or gone; stages after it begin anew")
+            if processes.is_first():
+                for later in range(number + 1, len(recipe.stages)):
+                    shutil.rmtree(work / f"stage-{later}", ignore_errors=True)
         if start is not None and number < reached:
             say(f"stage {number + 1}: done before")
             load_trained(student, start)
@@ -177,7 +192,7 @@ def finetune(
             work, nbytes(student) + _CHECKPOINTS * sum(p.nbytes for p in student.parameters() if p.requires_grad)
         )
         if processes.is_first():
-            forget_metrics(work / METRICS, number, step_of(start) if start else 0)
+            forget_metrics(work / METRICS, number, done)
         with teacher.serving(stage, data.train, say, shard=shard) as served:
             log = log_to(work / METRICS, number, len(recipe.stages))
             name = work.name.removesuffix(WORK)

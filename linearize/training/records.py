@@ -23,18 +23,22 @@ LONGEST_RECORD = 16_000_000
 HUB_SHUFFLE_BUFFER = 10_000
 """Records of a streamed data set that are shuffled among themselves: all of it is never on this machine."""
 
+_FEWEST_PARTS, _SHORTEST_PART, _LONGEST_PART = 64, 256, 65_536
+"""Of a text file; characters."""
+
 Record = tuple[str, Any, bool]
 """Where it stands (file:line), what stands there, and whether the document ends with it."""
 
 
-def read_records(spec: SourceSpec, *, seed: int, length: int) -> Iterator[Record]:
-    """The records of a file or of a Hub data set, in an order made from `seed`."""
+def read_records(spec: SourceSpec, *, seed: int) -> Iterator[Record]:
+    """The records of a file or of a Hub data set, in an order made from `seed` and of nothing else: what one stage
+    holds out, others recognise by its place."""
     source = spec.source or ""
     path = Path(source).expanduser()
     if not path.exists() and not _is_path(source):
         yield from _hub_records(spec, seed)
         return
-    records = _file_records(path, source, length)
+    records = _file_records(path, source)
     random.Random(seed).shuffle(records)  # noqa: S311 - an order, not a secret
     yield from records
 
@@ -47,7 +51,7 @@ def _is_path(source: str) -> bool:
     return path.parent != Path() and path.parent.is_dir()
 
 
-def _file_records(path: Path, source: str, length: int) -> list[Record]:
+def _file_records(path: Path, source: str) -> list[Record]:
     """All records of a file."""
     readable = ", ".join(sorted(TEXT_FILES | RECORD_FILES))
     if not path.exists():
@@ -78,8 +82,8 @@ def _file_records(path: Path, source: str, length: int) -> list[Record]:
         except OSError as problem:
             raise DataError(f"{source}: cannot be read: {problem.strerror}") from problem
         if path.suffix in TEXT_FILES:
-            # About a row of text each: a document is what the held-out rows are split by.
-            parts = _parts(text, 4 * length)
+            # Enough of them to hold some out, and long ones where there is much: none is seen beyond its own end.
+            parts = _parts(text, min(max(len(text) // _FEWEST_PARTS, _SHORTEST_PART), _LONGEST_PART))
             records = [(source, {"text": part}, number == len(parts)) for number, part in enumerate(parts, 1)]
         elif path.suffix == ".json" and text.lstrip().startswith("["):
             items = _parse(text, source, 1)

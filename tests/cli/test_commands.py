@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_convert_refuses_then_overwrites(outcome, tiny_folder, converted):
     status, _, error = outcome("convert", tiny_folder, "-o", converted)
     assert status == 1 and "--overwrite" in error and (converted / "config.json").read_text() == before
     assert outcome("convert", tiny_folder, "-o", converted, "--overwrite", "--set", "mixer.window=16")[0] == 0
+    status, _, error = outcome("convert", tiny_folder, "-o", tiny_folder, "--overwrite")
+    assert status == 1 and "will not be overwritten" in error and not (tiny_folder / "linearize.json").exists()
+
+
+def test_a_converted_model_is_no_teacher(outcome, converted, tmp_path):
+    own = shutil.copytree(converted, tmp_path / "own")
+    made = json.loads((own / "linearize.json").read_text())
+    (own / "linearize.json").write_text(json.dumps({**made, "base": {**made["base"], "model": str(converted)}}))
+    status, _, error = outcome("eval", own, "--tasks", "passkey", "--baseline", "teacher")
+    assert status == 1 and "converted, where the teacher of" in error
 
 
 def test_generate_streams_text_and_reports_memory(outcome, converted):

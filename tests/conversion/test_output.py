@@ -24,27 +24,28 @@ def test_a_failure_leaves_nothing(tmp_path):
 
 def test_a_failure_while_overwriting_leaves_the_old(tmp_path):
     with staged_folder(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("old")
+        (folder / "linearize.json").write_text("old")
     with pytest.raises(RuntimeError), staged_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
+        (folder / "linearize.json").write_text("new")
         raise RuntimeError
     assert leftovers(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert (tmp_path / "out" / "linearize.json").read_text() == "old"
 
 
 def test_overwriting_replaces_all_of_the_old(tmp_path):
     with staged_folder(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("old")
+        (folder / "linearize.json").write_text("old")
         (folder / "extra").write_text("old")
     with staged_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert leftovers(tmp_path / "out") == ["config.json"]
+        (folder / "linearize.json").write_text("new")
+    assert leftovers(tmp_path / "out") == ["linearize.json"]
     assert leftovers(tmp_path) == ["out"]
 
 
-def test_what_is_not_ours_is_never_overwritten(tmp_path):
+@pytest.mark.parametrize("name", ["one.jpg", "config.json"])  # the latter: a pretrained model, maybe the only copy
+def test_what_is_not_ours_is_never_overwritten(tmp_path, name):
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "one.jpg").write_text("x")
+    (tmp_path / "photos" / name).write_text("x")
     with (
         pytest.raises(OutputError, match="does not look like a result"),
         staged_folder(tmp_path / "photos", overwrite=True),
@@ -52,9 +53,9 @@ def test_what_is_not_ours_is_never_overwritten(tmp_path):
         pass
     with pytest.raises(OutputError, match="pass --overwrite"), staged_folder(tmp_path / "photos"):
         pass
-    with pytest.raises(OutputError, match="is a file"), staged_folder(tmp_path / "photos" / "one.jpg"):
+    with pytest.raises(OutputError, match="is a file"), staged_folder(tmp_path / "photos" / name):
         pass
-    assert leftovers(tmp_path / "photos") == ["one.jpg"]
+    assert leftovers(tmp_path / "photos") == [name]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])

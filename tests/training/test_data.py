@@ -160,7 +160,7 @@ def test_a_long_text_file_is_cut_into_documents_but_ends_once(tmp_path, tokenize
     assert "\ufeff" not in tokenizer.decode(ids.flatten())
     # Text without any space is cut too.
     book.write_text("x" * 5000, encoding="utf-8")
-    assert load(book, tokenizer, held_out=2).documents > 10
+    assert load(book, tokenizer, held_out=2).documents >= 10
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "jsonl", "json-lines"])

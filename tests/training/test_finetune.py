@@ -153,6 +153,32 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(tiny_folder, 
     assert all(row["grad_norm"] > 0 for row in metrics)
 
 
+def test_every_step_trains_and_tokens_are_those_that_were_read(tiny_folder, text, tmp_path):
+    # Three rows of 64 tokens, two to a step: a whole step and half of one, twice; then a stage of one step.
+    settings = recipe(tiny_folder, text, "stages.0.data.tokens=192", "stages.0.epochs=2", "stages.0.save_every=1")
+    once = settings.stages[0].model_copy(update={"epochs": 1.0, "batch_tokens": 1024})
+    settings = settings.model_copy(update={"stages": [settings.stages[0], once]})
+    (tmp_path / "work").mkdir()
+    result = finetune(settings, tmp_path / "work", say=lambda _: None)
+    assert [(stage["steps"], stage["tokens"]) for stage in result.stages] == [(4, 384), (1, 192)]
+    metrics = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in metrics] == [128, 192, 320, 384, 192]
+    assert all(row["lr"] > 0 for row in metrics)
+    alone = trained(settings.model_copy(update={"stages": [once]}), tmp_path / "alone")
+    assert any(bool(tensor.any()) for name, tensor in alone.items() if name.endswith("mix_weight"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])],
+)
+def test_a_warm_up_begins_above_nothing(tiny_folder, text, tmp_path, schedule, rates):
+    changes = ("stages.0.data.tokens=512", "stages.0.warmup=0.5", f"stages.0.schedule={schedule}", "stages.0.lr=1")
+    trained(recipe(tiny_folder, text, *changes), tmp_path / "work")
+    rows = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
+
+
 def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):
     settings = recipe(tiny_folder, text)
     settings = settings.model_copy(update={"stages": [settings.stages[0], settings.stages[0]]})
@@ -210,9 +236,18 @@ def test_a_run_that_ends_in_its_second_stage_goes_on_there(tiny_folder, text, tm
         with pytest.raises(Interrupted):
             trained(settings, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cache")  # the text is the run's own
+    shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
     resumed = trained(settings, tmp_path / "cut", resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "cache" / "self-text").exists()
+    # Without its last checkpoint the first stage is not over: an older one is gone on from, not taken for it.
+    for damaged in (tmp_path / "damaged" / "stage-0" / "checkpoint-4").iterdir():
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    said = []
+    again = finetune(settings, tmp_path / "damaged", say=said.append, resume=True).model.state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert any("stage 1: its last checkpoint is damaged" in line for line in said)
+    assert "stage 1: done before" not in said
 
 
 @pytest.mark.parametrize("train", ["mixer", "full"])

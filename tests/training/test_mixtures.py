@@ -85,6 +85,26 @@ def test_no_stage_trains_on_what_another_holds_out(tmp_path, tokenizer):
     assert not torch.equal(first.input_ids, second.input_ids)
 
 
+def test_a_text_file_is_held_out_alike_at_every_length(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "cats.txt"
+    path.write_text("\n\n".join(f"The cat has number {n}. They ran home." for n in range(900)))
+    monkeypatch.chdir(tmp_path)
+    names = ("cats.txt", str(path))  # of one file
+    stages = [
+        Stage.model_validate(
+            {"objective": "sft", "batch_tokens": length, "length": length, "data": {"source": name, "held_out": 3}}
+        )
+        for name, length in zip(names, (32, 128), strict=True)
+    ]
+    reserved, found = reserved_tokens(stages), []
+    for stage in stages:
+        data = load_data(stage.data, tokenizer=tokenizer, length=stage.length, seed=0, teacher=None, reserved=reserved)
+        sides = (told(data.train, tokenizer), told(data.held_out, tokenizer))
+        found.append([{n for row in side for n in re.findall(r"cat has number (\d+)\.", row)} for side in sides])
+    for trained, _ in found:
+        assert trained and not any(trained & held for _, held in found)
+
+
 def test_a_weight_too_small_for_a_row_is_told(tmp_path, tokenizer):
     cat, dog = texts(tmp_path, tokenizer)
     with pytest.raises(DataError, match=r"data.mix.1: .*dog.jsonl has too small a weight for a single one of 2 rows"):
