@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.errors import DataError, ModelError, is_out_of_memory
+from linearize.evaluation.runner import draw
 from linearize.evaluation.task import evaluating
+from linearize.model import LinearizedForCausalLM
+from linearize.training.teachers import documents_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 # Positions whose float32 log-probabilities exist at one time: 256 of a vocabulary of 128k take 0.13 GB each.
 CHUNK_POSITIONS = 256
+_COLUMNS = ("input_ids", "labels", "position_ids")
 
 
 class Rows(Protocol):
@@ -110,7 +114,7 @@ def score_rows(
         DataError: no rows, or a row in which nothing is counted.
         ModelError: logits that are not finite, or two vocabularies of different size.
     """
-    input_ids, labels, position_ids = (_column(rows, name) for name in ("input_ids", "labels", "position_ids"))
+    input_ids, labels, position_ids = (_column(rows, name) for name in _COLUMNS)
     if input_ids is None or labels is None or len(input_ids) == 0:
         raise DataError("no rows of tokens to score: give input_ids and labels")
     counted = labels[:, 1:] != IGNORE
@@ -195,11 +199,20 @@ def _log_probabilities(logits: Tensor, row: Tensor, step: Tensor, whose: str) ->
 
 
 def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Logits [B, L, V] in the model's own type. No attention mask: packing is told by the position ids alone."""
+    """Logits [B, L, V] in the model's own type. Packing is told by the position ids, and by a mask to those that do not
+    listen to them."""
     device = next(model.parameters()).device
     positions = None if position_ids is None else position_ids.to(device)
-    logits: Tensor = model(input_ids=input_ids.to(device), position_ids=positions, use_cache=False).logits
+    apart = {} if positions is None or isinstance(model, LinearizedForCausalLM) else documents_apart(model, positions)
+    logits: Tensor = model(input_ids=input_ids.to(device), position_ids=positions, use_cache=False, **apart).logits
     return logits
+
+
+def drawn_rows(rows: Mapping[str, Tensor] | Rows, limit: int | None, seed: int) -> dict[str, Tensor]:
+    """`limit` of the rows at random, in their order; all of them without one."""
+    columns = {name: column for name in _COLUMNS if (column := _column(rows, name)) is not None}
+    places = draw("held_out", len(columns["input_ids"]), limit, seed)
+    return {name: column[places] for name, column in columns.items()}
 
 
 def _column(rows: Mapping[str, Tensor] | Rows, name: str) -> Tensor | None:

@@ -116,11 +116,16 @@ def nbytes_to_keep(
 
 def subset(task: Task, limit: int | None, seed: int) -> list[int]:
     """The items to score, in the task's order: all, or `limit` of them at random."""
-    everything = list(range(len(task)))
-    if limit is None or limit >= len(task):
+    return draw(task.name, len(task), limit, seed)
+
+
+def draw(name: str, size: int, limit: int | None, seed: int) -> list[int]:
+    """Places of `limit` out of `size` items, in order."""
+    everything = list(range(size))
+    if limit is None or limit >= size:
         return everything
     # The first of a shuffled list: a larger subset contains a smaller one, and finds its results in the store.
-    random.Random(f"{seed} {task.name}").shuffle(everything)  # noqa: S311
+    random.Random(f"{seed} {name}").shuffle(everything)  # noqa: S311
     return sorted(everything[:limit])
 
 

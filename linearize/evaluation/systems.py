@@ -18,7 +18,7 @@ from linearize.conversion.output import check_space
 from linearize.conversion.source import DTYPES, Source, load_config, load_model, load_tokenizer, teacher_of
 from linearize.errors import DataError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
-from linearize.evaluation.heldout import score_rows
+from linearize.evaluation.heldout import drawn_rows, score_rows
 from linearize.evaluation.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
@@ -172,6 +172,8 @@ def score_systems(
         limit, seed, store, progress: as `runner.run` takes them.
     """
     scores = {}
+    if rows is not None:
+        rows = drawn_rows(rows, limit, seed)
     for name, load in systems.items():
         say(f"evaluating {name}")
         held_out = None

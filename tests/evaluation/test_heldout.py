@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from linearize.errors import DataError, ModelError
 from linearize.evaluation import heldout
@@ -84,8 +84,26 @@ def test_without_a_teacher(rows: dict[str, torch.Tensor]) -> None:
     assert torch.equal(scores.loss, score_rows(random_model(0), rows).loss)
 
 
-def test_packed_rows_equal_separate_rows() -> None:
-    model = LlamaForCausalLM.from_pretrained(tiny_model_folder(), dtype=torch.float32)
+def random_falcon() -> FalconForCausalLM:
+    """Of an architecture that does not tell documents apart by their positions."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=2000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return FalconForCausalLM(config).eval()
+
+
+def test_a_limit_draws_some_rows_and_more_of_them_contain_these(rows: dict[str, torch.Tensor]) -> None:
+    few, more, all_of_them = (heldout.drawn_rows(rows, limit, 0)["input_ids"].tolist() for limit in (2, 4, None))
+    assert len(few) == 2 and len(more) == 4 and all(row in more for row in few)
+    assert all_of_them == rows["input_ids"].tolist()
+    assert heldout.drawn_rows(rows, 2, 1)["labels"].shape == (2, 63)
+
+
+@pytest.mark.parametrize("falcon", [False, True])
+def test_packed_rows_equal_separate_rows(falcon: bool) -> None:
+    model = random_falcon() if falcon else LlamaForCausalLM.from_pretrained(tiny_model_folder(), dtype=torch.float32)
+    if falcon:
+        for parameter in model.parameters():  # attention that tells
+            parameter.data.mul_(10 if parameter.dim() > 1 else 1)
     generator = torch.Generator().manual_seed(5)
     documents = [torch.randint(3, 2000, (length,), generator=generator) for length in (40, 17, 71)]
     packed = torch.cat(documents)[None]
