@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from linearize.evaluation.task import by_row
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -22,7 +24,8 @@ class Difference:
 
     Attributes:
         value: the difference.
-        stderr: its standard error, over items; None with fewer than two.
+        stderr: its standard error, over items (or over texts, where items of one text are several); None with fewer
+            than two.
         p: two-sided, of the test that `test` names, not corrected; None where there is nothing to test with.
         test: `McNemar` (exact, for items that are right or wrong), `t` (paired, over items), or `z` (of a mean over
             tasks); empty where `p` is None.
@@ -158,7 +161,7 @@ def _pairwise(a: TaskScore, b: TaskScore) -> list[float] | None:
     if not same_items(a, b):
         return None
     of_a, of_b = contributions(a), contributions(b)
-    return None if of_a is None or of_b is None else [x - y for x, y in zip(of_a, of_b, strict=True)]
+    return None if of_a is None or of_b is None else by_row([x - y for x, y in zip(of_a, of_b, strict=True)], a.tags)
 
 
 def _error(parts: Sequence[Sequence[float]]) -> float | None:
@@ -174,6 +177,8 @@ def _ratio(value: float, error: float) -> float:
 
 
 def _binary(a: TaskScore, b: TaskScore) -> bool:
+    if any("row" in tag for tag in a.tags):
+        return False
     return all(item in (0.0, 1.0) for score in (a, b) for item in score.items) and all(
         _close(statistics.fmean(score.items), score.value) for score in (a, b)
     )

@@ -6,11 +6,11 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.drawing import Axis, HeatMap, Series, heat_maps, line_plot, log_ticks
 from linearize.evaluation.formatting import is_share, readable_bytes, readable_length
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.task import by_row, mean_and_error
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -128,13 +128,13 @@ def _measure(metric: str) -> Axis:
 
 
 def _grouped(score: TaskScore, keys: Sequence[str]) -> dict[tuple[float, ...], list[float]]:
-    """Items by these tags, where a task has them all as numbers."""
-    groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
+    """Items by these tags, where a task has them all as numbers; of several about one text, what is one value."""
+    groups: dict[tuple[float, ...], list[tuple[float, Any]]] = defaultdict(list)
     for item, tags in zip(score.items, score.tags, strict=False):
         place = tuple(tags.get(key) for key in keys)
         if all(isinstance(part, (int, float)) for part in place):
-            groups[place].append(item)  # type: ignore[index]
-    return dict(groups)
+            groups[place].append((item, tags))  # type: ignore[index]
+    return {place: by_row(*zip(*found, strict=True)) for place, found in groups.items()}
 
 
 def _words(metric: str) -> str:

@@ -91,7 +91,8 @@ class Task(ABC):
         """How many items there are."""
 
     def tags(self, index: int) -> Mapping[str, Any]:
-        """What item `index` is, for tables and plots; and, where items weigh differently, its `weight`."""
+        """What item `index` is, for tables and plots; and, where items weigh differently, its `weight`, and where
+        several are of one text, that text as `row`."""
         return {}
 
     @abstractmethod
@@ -110,7 +111,7 @@ class Task(ABC):
 
     def summary(self, values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
         """The metric over these items, and its standard error (None with fewer than two)."""
-        return mean_and_error(values)
+        return mean_and_error(by_row(values, tags))
 
 
 @contextmanager
@@ -125,6 +126,17 @@ def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def by_row(values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The values; but where items have a tag `row`, one value for each row, with the same mean: answers about one text
+    say less than as many about different ones."""
+    if not tags or "row" not in tags[0]:
+        return list(values)
+    rows: dict[Any, float] = {}
+    for value, tag in zip(values, tags, strict=True):
+        rows[tag["row"]] = rows.get(tag["row"], 0.0) + value
+    return [total * len(rows) / len(values) for total in rows.values()]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

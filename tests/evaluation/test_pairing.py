@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from linearize.evaluation.pairing import Closed, closed, contributions, difference, holm, mcnemar_p, student_p
-from linearize.evaluation.task import TaskScore, mean_and_error
+from linearize.evaluation.task import TaskScore, by_row, mean_and_error
 
 from .results_kit import accuracy, answers
 
@@ -33,6 +33,22 @@ def loss(items: list[float], **more: object) -> TaskScore:
 )
 def test_mcnemar_is_the_exact_binomial(wins: int, losses: int, p: Fraction) -> None:
     assert mcnemar_p([1.0] * wins + [-1.0] * losses + [0.0] * 7) == pytest.approx(float(p))
+
+
+def test_answers_about_one_text_are_not_independent() -> None:
+    """Four texts of five questions, all right or all wrong: as sure as four answers, not as twenty."""
+    tags = [{"length": 512, "row": row} for row in range(4) for _ in range(5)]
+    a, b = (
+        replace(loss([float(right) for right in rows for _ in range(5)]), tags=tags)
+        for rows in ((1, 1, 1, 0), (0, 1, 0, 0))
+    )
+    found = difference([(a, b)])
+    assert found is not None and found.test == "t"
+    assert (found.value, found.stderr) == (0.5, pytest.approx(statistics.stdev([1, 0, 1, 0]) / 2))
+    assert by_row(a.items, tags) == [1, 1, 1, 0]
+    # Rows of which not all answers were drawn weigh by those that were; the mean stays that of the items.
+    assert statistics.fmean(by_row(a.items[3:], tags[3:])) == pytest.approx(statistics.fmean(a.items[3:]))
+    assert by_row(a.items, [{}] * 20) == a.items
 
 
 def test_mcnemar_of_thousands_of_items() -> None:

@@ -256,6 +256,9 @@ def test_answers_are_counted(tokenizer: Any, model: PreTrainedModel) -> None:
 def test_each_query_is_scored(tokenizer: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     task = build(tokenizer, "mqar", samples=2)
     assert len(task) == 10
+    tags = [task.tags(item) for item in range(10)]
+    assert [tag["row"] for tag in tags] == [0] * 5 + [1] * 5 and "row" not in build(tokenizer, "passkey").tags(0)
+    assert task.summary([1.0] * 5 + [0.0] * 5, tags) == (0.5, pytest.approx(0.5))
 
     def all_right_but(model: Any, prompts: list[list[int]], last: int, pad: int) -> tuple[Tensor, Tensor]:
         likely = [[*prompt[1:], 0][-last:] for prompt in prompts]

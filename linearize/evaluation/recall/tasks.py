@@ -75,9 +75,11 @@ class RecallTask(Task):
         return len(self._items)
 
     def tags(self, index: int) -> Mapping[str, Any]:
-        """`length` in tokens, `depth` from 0 to 1, and `twice`."""
+        """`length` in tokens, `depth` from 0 to 1, and `twice`; `row` where more than one question is asked of one."""
         row, question = self._items[index]
-        return {"length": self.rows[row].length, "depth": self.rows[row].depths[question], "twice": self.twice}
+        of = self.rows[row]
+        tags = {"length": of.length, "depth": of.depths[question], "twice": self.twice}
+        return {**tags, "row": row} if len(of.depths) > 1 else tags
 
     def score(
         self,
