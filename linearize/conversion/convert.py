@@ -43,7 +43,8 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
 
     Raises:
-        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, or nothing is left to convert.
+        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, landmarks are asked of layers that
+            slide, or nothing is left to convert.
     """
     count = len(layers)
     named_layers = {
@@ -56,6 +57,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
+    _check_landmarks(spec, layers)
     softmax = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
     kept = {*softmax, *(set(range(count)) - set(full) if full else ())}
     common = MixerConfig(
@@ -102,6 +104,23 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     ):
         raise RecipeError("mixer.keep: nothing is left to convert")
     return sections
+
+
+def _check_landmarks(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> None:
+    """Raises:
+    RecipeError: landmarks for layers that never see beyond a sliding window of their own.
+    """
+    for index, number in sorted(spec.landmark_layers.items()):
+        if number and layers[index].window is not None:
+            raise RecipeError(
+                f"mixer.landmark_layers: layer {index} has a sliding window of its own and sees nothing beyond it, so "
+                "it has no landmarks; leave it out"
+            )
+    if spec.landmarks and all(layer.window is not None for layer in layers):
+        raise RecipeError(
+            "mixer.landmarks: all layers of this model have sliding windows of their own and see nothing beyond them, "
+            "so none has landmarks; take a recipe without them"
+        )
 
 
 def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None) -> None:

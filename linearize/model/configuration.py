@@ -45,7 +45,8 @@ class MixerConfig:
         lower_bound: least gate of the last layer; the first layer's is 0, and it grows evenly with depth.
         slots: of `gsa`; 0 means as many as a head is wide.
         negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
-        landmarks: tokens per key/value head that are kept and read exactly when they leave the window, chosen online.
+        landmarks: tokens per key/value head that are kept and read exactly when they leave the window, chosen online;
+            a layer with a sliding window of its own has none.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
 
@@ -94,7 +95,8 @@ class MixerConfig:
             return replace(bare, window=layer.window)
         if self.softmax_heads:
             raise ValueError("the layer has a sliding window of its own; keep the whole layer, not single heads")
-        return self
+        # A slot may hold a token from far beyond that window, which the pretrained layer never reads.
+        return replace(self, landmarks=0)
 
     def converts(self, layer: AttentionLayer) -> bool:
         """Whether any head of `layer` gets to do something else than its pretrained attention did."""

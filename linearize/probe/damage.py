@@ -103,7 +103,8 @@ def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec) -> lis
     Raises:
         RecipeError: there are none.
     """
-    bare = spec.model_copy(update={"keep": KeepSpec(), "recurrence": "none", "covers": "evicted"})
+    plain = {"recurrence": "none", "covers": "evicted", "landmarks": 0, "landmark_layers": {}}
+    bare = spec.model_copy(update={"keep": KeepSpec(), **plain})
     sections = mixers_for(bare, layers)
     found = sorted(index for section in sections for index in section.layers if section.converts(layers[index]))
     if not found:

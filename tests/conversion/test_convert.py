@@ -65,6 +65,8 @@ def test_what_becomes_of_each_layer(layers, changes, expected):
 def test_landmarks_of_each_layer():
     sections = mixers_for(spec("mixer.landmarks=24", "mixer.landmark_layers={1: 96, 2: 0}"), [FULL] * 4)
     assert {i: section.landmarks for section in sections for i in section.layers} == {0: 24, 1: 96, 2: 0, 3: 24}
+    mixed = mixers_for(spec("mixer.landmarks=24"), [SLIDING, FULL])
+    assert {i: section.landmarks for section in mixed for i in section.layers} == {0: 0, 1: 24}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,9 @@ def test_landmarks_of_each_layer():
     [
         ([FULL, FULL], ["mixer.landmark_layers={2: 9}"], "mixer.landmark_layers: there is no layer 2; the model has 0"),
         ([FULL], ["mixer.landmarks=8", "mixer.covers=all"], "mixer: landmarks need covers: evicted"),
+        ([SLIDING] * 2, ["mixer.landmarks=8"], "mixer.landmarks: all layers of this model have sliding windows of"),
+        ([SLIDING] * 2, ["mixer.landmark_layers={0: 0, 1: 8}"], "mixer.landmark_layers: layer 1 has a sliding window"),
+        ([SLIDING, FULL], ["mixer.landmark_layers={0: 8}"], "mixer.landmark_layers: layer 0 has a sliding window"),
         ([FULL, FULL], ["mixer.keep.layers=[2]"], "there is no layer 2; the model has 0 to 1"),
         ([FULL], ["mixer.keep.heads={0: [4]}"], "there is no key/value head 4; the layer has 0 to 3"),
         ([FULL], ["mixer.keep.layers=[0]"], "nothing is left"),

@@ -209,6 +209,8 @@ def test_a_short_window_is_the_teacher_under_a_mask(row):
 @every_row
 def test_landmarks_in_pieces_are_the_whole(row):
     layers = family_of(build(row).config).layers(build(row).config)
+    if all(layer.window is not None for layer in layers):
+        pytest.skip("layers that slide have no landmarks")
     model = convert(row, mixers_for(MixerSpec(window=WINDOW, sinks=SINKS, landmarks=8), layers))
     for name, parameter in model.named_parameters():
         if name.endswith("mix_weight"):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from linearize.conversion.convert import state_nbytes
 from linearize.families.base import AttentionLayer, Projections
-from linearize.model import LayerMemory, MixerConfig
+from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig
 from linearize.model.mixer import Mixer
+from tests.model.test_families import build
 
 QUERY_HEADS, HEADS, WIDTH, TOKENS = 4, 2, 8, 130
 LAYER = AttentionLayer(QUERY_HEADS, HEADS, WIDTH, WIDTH, scale=WIDTH**-1.0)
@@ -177,6 +179,21 @@ def test_what_is_unlike_the_text_is_kept():
     wanted = torch.tensor([100.0, 200.0, 300.0])
     torch.testing.assert_close(found(landmarks=40), wanted, rtol=0.05, atol=0)
     assert bool((found(landmarks=0, window=16 + 31 + 40) < 50).all())  # a window of as many tokens finds none
+
+
+@torch.no_grad()
+def test_a_layer_never_sees_beyond_its_own_sliding_window():
+    """A checkpoint of before, whose configuration has landmarks in such layers, reads none either."""
+    family, slots = "mistral, sliding", 48
+    sections = [MixerConfig([0, 1], recurrence="none", window=8, sinks=0, landmarks=number) for number in (slots, 0)]
+    models = [LinearizedForCausalLM.from_teacher(build(family), [section]).eval().double() for section in sections]
+    ids = torch.randint(5, 97, (1, 90), generator=torch.Generator().manual_seed(0))
+    with_landmarks, without = (model(ids, use_cache=False).logits for model in models)
+    assert torch.equal(with_landmarks, without)
+    assert state_nbytes(models[0]) == state_nbytes(models[1])
+    other = ids.clone()
+    other[:, :50] = 5 + (other[:, :50] - 4) % 92  # beyond both layers' windows of the last tokens
+    torch.testing.assert_close(models[0](other, use_cache=False).logits[:, -1], with_landmarks[:, -1])
 
 
 def test_a_state_of_all_tokens_is_refused():

@@ -101,6 +101,8 @@ def test_windows_that_leave_nothing_are_refused():
     with pytest.raises(RecipeError, match="nothing to probe"):
         convertible_layers(LAYERS[2:], MixerSpec(window=32))
     sliding = convertible_layers(LAYERS[2:], MixerSpec(window=8))
+    # What a probe leaves out of account does not stop it.
+    assert sliding == convertible_layers(LAYERS[2:], MixerSpec(window=8, landmarks=16))
     assert sliding == [0] and parts_of(LAYERS[2:], sliding, "layers") == [Part(0)]
     with pytest.raises(RecipeError, match="single heads cannot be kept"):
         parts_of(LAYERS[2:], sliding, "heads")
