@@ -13,6 +13,7 @@ from linearize.evaluation.recall.running import learned_positions
 from linearize.model import LinearizedForCausalLM
 from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
+from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles
 from linearize.probe.selection import SURE
 from linearize.probe.telling import basis
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from linearize.conversion.source import Source
     from linearize.evaluation.heldout import Estimate
+    from linearize.probe.damage import Part
     from linearize.recipe import Recipe
 
 # Of text, and as many in texts with needles: every layer is windowed once on all of them.
@@ -53,7 +55,8 @@ def select(
         teacher: made replaceable in place; convert it as if it were still the pretrained model.
 
     Raises:
-        RecipeError: the budget holds nothing, or single heads are to be kept and layers to reach farther.
+        RecipeError: the budget holds nothing or has nothing to choose from, or single heads are to be kept and layers
+            to reach farther.
         DataError: there is no text to measure on.
     """
     probe, why = None, list[str]()
@@ -67,19 +70,30 @@ def select(
 
 def _by_damage(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
-) -> tuple[Recipe, Probe, list[str]]:
-    """Chooses what to keep, and windows."""
+) -> tuple[Recipe, Probe | None, list[str]]:
+    """Chooses what to keep, and windows, both among what the recipe does not keep in any case."""
     keep, reach = recipe.mixer.keep, recipe.mixer.reach
     if reach is not None and keep.unit == "heads" and keep.budget is not None:
         raise RecipeError("mixer.reach is shared out by layers; choose keep.unit: layers")
+    unit = keep.unit if keep.budget is not None else "layers"
+    layers = family_of(teacher.config).layers(teacher.config)
+    parts = parts_of(layers, convertible_layers(layers, recipe.mixer, keep), unit, keep.heads)
+    if len(parts) == 1:
+        if keep.budget is not None:
+            raise RecipeError(
+                f"mixer.keep.budget: {_named_part(parts[0])} is all that is left to convert, so there is nothing to "
+                "choose from; leave the budget out"
+            )
+        return _with_mixer(recipe, reach=None), None, [_alone(parts[0].layer)]
     options = ProbeOptions(
         text=recipe.calibrate.source if recipe.calibrate else SELF,
         tokens=_TOKENS,
-        damage=keep.unit if keep.budget is not None else "layers",
+        damage=unit,
         by=keep.by,
         budget=None if keep.budget is None else Budget.parse(keep.budget),
         context=keep.context,
         seed=recipe.seed,
+        keep=keep,
     )
     say(f"select: measuring what each of the {options.damage} is worth")
     probe = run_probe(source, recipe, options, say=say, teacher=teacher, tokenizer=tokenizer)
@@ -87,15 +101,29 @@ def _by_damage(
     changes: dict[str, Any] = {}
     why: list[str] = []
     if keep.budget is not None:
-        named = _named(keep, probe.kept.section)
-        changes["keep"], keep = named, named
+        changes["keep"] = keep = KeepSpec(**probe.kept.section)
         why += basis(probe)
     if reach is not None:
         recall = {part.layer: one.recall for part, one in probe.parts.items() if part.layer not in keep.layers}
-        changes |= {"reach": None, "windows": share_windows(recall, recipe.mixer.window, reach)}
-        why += _windows_told(changes["windows"], recipe.mixer.window, recall)
-    mixer = recipe.mixer.model_copy(update=changes)
-    return recipe.model_copy(update={"mixer": mixer}), probe, why
+        changes["reach"] = None
+        if len(recall) == 1:
+            why.append(_alone(*recall))
+        else:
+            changes["windows"] = share_windows(recall, recipe.mixer.window, reach)
+            why += _windows_told(changes["windows"], recipe.mixer.window, recall)
+    return _with_mixer(recipe, **changes), probe, why
+
+
+def _with_mixer(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"mixer": recipe.mixer.model_copy(update=changes)})
+
+
+def _named_part(part: Part) -> str:
+    return f"layer {part.layer}" if part.head is None else f"key/value head {part.head} of layer {part.layer}"
+
+
+def _alone(layer: int) -> str:
+    return f"Windows: layer {layer} alone has one, so there is nothing to share out, and it stays as it is."
 
 
 def _landmarks(
@@ -176,14 +204,6 @@ def share_windows(recall: Mapping[int, Estimate], window: int, reach: int) -> di
         for layer in others:
             windows[layer] += spare // len(others)
     return windows
-
-
-def _named(keep: KeepSpec, chosen: Mapping[str, Any]) -> KeepSpec:
-    """What the recipe named itself, and what was chosen."""
-    heads = {layer: sorted({*found, *keep.heads.get(layer, [])}) for layer, found in chosen.get("heads", {}).items()}
-    return KeepSpec(
-        layers=sorted({*keep.layers, *chosen.get("layers", [])}), every=keep.every, heads={**keep.heads, **heads}
-    )
 
 
 def _windows_told(windows: Mapping[int, int], even: int, recall: Mapping[int, Estimate]) -> Sequence[str]:

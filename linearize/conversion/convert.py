@@ -58,7 +58,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
     full = [index for index in range(count) if layers[index].window is None]
     _check_landmarks(spec, layers)
-    softmax = {*spec.keep.layers, *(range(spec.keep.every - 1, count, spec.keep.every) if spec.keep.every else ())}
+    softmax = spec.keep.whole(count)
     kept = {*softmax, *(set(range(count)) - set(full) if full else ())}
     common = MixerConfig(
         layers=[],

@@ -7,8 +7,10 @@ layer at a time is exchanged. No weight is copied or loaded again.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from linearize.probe.needles import answer_log_probability
 from linearize.recipe.schema import KeepSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from linearize.families import AttentionLayer
     from linearize.model import LinearizedForCausalLM
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 # Tokens of a forward pass: what keeps its logits small.
 _BATCH_TOKENS = 2048
+
+
+Heads = Mapping[int, Sequence[int]]
+"""Layer -> key/value heads in it."""
+NO_HEADS: Heads = MappingProxyType({})
 
 
 class Part(NamedTuple):
@@ -97,14 +104,14 @@ def damage(base: Reading, other: Reading) -> Damage:
     return Damage(Estimate(*mean_and_error(rise)), recall)
 
 
-def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec) -> list[int]:
-    """The layers that a conversion with this window changes, were it to keep none.
+def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec, keep: KeepSpec | None = None) -> list[int]:
+    """The layers that a conversion with this window changes, were it to keep no more than `keep`.
 
     Raises:
         RecipeError: there are none.
     """
     plain = {"recurrence": "none", "covers": "evicted", "landmarks": 0, "landmark_layers": {}}
-    bare = spec.model_copy(update={"keep": KeepSpec(), **plain})
+    bare = spec.model_copy(update={"keep": keep or KeepSpec(), **plain})
     sections = mixers_for(bare, layers)
     found = sorted(index for section in sections for index in section.layers if section.converts(layers[index]))
     if not found:
@@ -114,8 +121,10 @@ def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec) -> lis
     return found
 
 
-def parts_of(layers: Sequence[AttentionLayer], convertible: Sequence[int], kind: str) -> list[Part]:
-    """What is windowed in turn: `layers` or `heads`.
+def parts_of(
+    layers: Sequence[AttentionLayer], convertible: Sequence[int], kind: str, heads: Heads = NO_HEADS
+) -> list[Part]:
+    """What is windowed in turn: `layers` or `heads`, but for the `heads` that are kept in any case.
 
     Raises:
         RecipeError: single heads of layers with a sliding window, which no recipe can keep.
@@ -124,7 +133,12 @@ def parts_of(layers: Sequence[AttentionLayer], convertible: Sequence[int], kind:
         return [Part(index) for index in convertible]
     if any(layers[index].window is not None for index in convertible):
         raise RecipeError("the layers have sliding windows of their own, so single heads cannot be kept; probe layers")
-    return [Part(index, head) for index in convertible for head in range(layers[index].key_value_heads)]
+    return [
+        Part(index, head)
+        for index in convertible
+        for head in range(layers[index].key_value_heads)
+        if head not in heads.get(index, ())
+    ]
 
 
 @contextmanager
@@ -151,18 +165,18 @@ def windowed(
             setattr(owner, name, owners[index])
 
 
-def all_but(part: Part, layers: Sequence[AttentionLayer]) -> dict[int, list[int]]:
-    """What `windowed` takes to window this part alone."""
+def all_but(part: Part, layers: Sequence[AttentionLayer], heads: Heads = NO_HEADS) -> dict[int, list[int]]:
+    """What `windowed` takes to window this part alone, but for `heads` of its layer."""
     every = range(layers[part.layer].key_value_heads)
-    return {part.layer: [] if part.head is None else [head for head in every if head != part.head]}
+    if part.head is None:
+        return {part.layer: sorted({*heads.get(part.layer, ())})}
+    return {part.layer: [head for head in every if head != part.head]}
 
 
-def everything_but(
-    parts: Sequence[Part], layers: Sequence[AttentionLayer], convertible: Sequence[int]
-) -> dict[int, list[int]]:
-    """What `windowed` takes to window all convertible layers but for these parts."""
+def everything_but(parts: Sequence[Part], convertible: Sequence[int], heads: Heads = NO_HEADS) -> dict[int, list[int]]:
+    """What `windowed` takes to window all convertible layers but for these parts and `heads`."""
     whole = {part.layer for part in parts if part.head is None}
-    kept: dict[int, list[int]] = {index: [] for index in convertible if index not in whole}
+    kept = {index: sorted({*heads.get(index, ())}) for index in convertible if index not in whole}
     for part in parts:
         if part.head is not None:
             kept[part.layer].append(part.head)

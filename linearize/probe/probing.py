@@ -31,7 +31,7 @@ from linearize.probe.damage import (
 from linearize.probe.needles import Needle, answer_log_probability, make_needles
 from linearize.probe.selection import SURE, Budget, budget_bytes, choose, keep_section, part_bytes
 from linearize.probe.statistics import HeadStatistics, Tally, mass_on, observed
-from linearize.recipe import SELF, DataSpec
+from linearize.recipe import SELF, DataSpec, KeepSpec
 from linearize.training.data import load_data
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class ProbeOptions:
         budget: of the kept caches; None is a tenth of the teacher's cache, or one part if that is more.
         context: tokens of a sequence at which the budget holds; None is the length that the model was trained on.
         seed: of the text, and of the needles.
+        keep: what is kept in any case: never windowed, and none of the parts to choose from. Its budget is left out of
+            account.
     """
 
     text: str = SELF
@@ -73,6 +75,7 @@ class ProbeOptions:
     budget: Budget | None = None
     context: int | None = None
     seed: int = 0
+    keep: KeepSpec = field(default_factory=KeepSpec)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class Kept:
 
     Attributes:
         parts: best first; empty where no damage stands out from its error.
-        section: the recipe's `mixer.keep`.
-        nbytes: of their caches at `context` tokens, and `budget` the most they may have.
+        section: the recipe's `mixer.keep`, with what is kept in any case.
+        nbytes: of the parts' caches at `context` tokens, and `budget` the most they may have.
         damage: what is left of the damage when all but these parts are windowed; None where nothing is kept.
     """
 
@@ -99,7 +102,8 @@ class Probe:
     """What a probe found.
 
     Attributes:
-        layers: the attention of each layer; `convertible` are those that a conversion would change.
+        layers: the attention of each layer; `convertible` are those that a conversion would change, and are not kept
+            in any case.
         heads: for each layer, the statistics of its query heads.
         queries: how many queries these are means over.
         source: where the text came from, for a person.
@@ -152,7 +156,7 @@ def run_probe(
 
     Args:
         recipe: its mixer's window and sinks are what the model is probed for, its dtype is the model's; `mixer.keep`
-            is left out of account, since it is what a probe is to find.
+            is left out of account, since it is what a probe is to find (`options.keep` is not).
         progress: see `runner.Progress`.
         teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
 
@@ -165,8 +169,8 @@ def run_probe(
     if config.model_type == "linearized":
         raise ModelError(f"{source.name}: is a converted model already; probe its base model")
     check_convertible(config, source)
-    spec, layers = recipe.mixer, family_of(config).layers(config)
-    convertible = convertible_layers(layers, spec)
+    spec, layers, named = recipe.mixer, family_of(config).layers(config), options.keep.heads
+    convertible = convertible_layers(layers, spec, options.keep)
     if options.length <= spec.window + spec.sinks:
         raise DataError(
             f"rows of {options.length:,} tokens have nothing beyond a window of {spec.window:,} and {spec.sinks} "
@@ -177,9 +181,9 @@ def run_probe(
     if limit is not None and options.length > limit:
         raise DataError(f"--length {options.length:,}: the model has learned {limit:,} positions; choose up to that")
     context = options.context or getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    parts = [] if options.damage == "none" else parts_of(layers, convertible, options.damage)
+    parts = [] if options.damage == "none" else parts_of(layers, convertible, options.damage, named)
     itemsize = teacher.dtype.itemsize
-    sizes = {part: part_bytes(part, layers, itemsize, context) for part in parts}
+    sizes = {part: part_bytes(part, layers, itemsize, context, named) for part in parts}
     cache = sum(part_bytes(Part(index), layers, itemsize, context) for index in range(len(layers)))
     budget = budget_bytes(options.budget, sizes, cache, context) if parts else 0
 
@@ -236,7 +240,7 @@ def run_probe(
     passes = len(parts) + 2
     say(f"damage: {passes} passes over text and needles, about {duration(passes * seconds)}")
     costs: list[Damage] = []
-    for kept in (everything_but([], layers, convertible), *(all_but(part, layers) for part in parts)):
+    for kept in (everything_but([], convertible, named), *(all_but(part, layers, named) for part in parts)):
         progress("damage", f"by {options.damage}", len(costs), passes)
         costs.append(bench.damage(kept))
     found.windowed, found.parts = costs[0], dict(zip(parts, costs[1:], strict=True))
@@ -245,9 +249,9 @@ def run_probe(
     totals = {part: one.total(found.recall_counts) for part, one in found.parts.items()}
     chosen = choose(totals, sizes, budget)
     progress("damage", f"by {options.damage}", passes - 1, passes)
-    left = bench.damage(everything_but(chosen, layers, convertible)) if chosen else None
+    left = bench.damage(everything_but(chosen, convertible, named)) if chosen else None
     nbytes = sum(sizes[part] for part in chosen)
-    found.kept = Kept(chosen, keep_section(chosen, layers), nbytes, budget, context, left)
+    found.kept = Kept(chosen, keep_section(chosen, layers, options.keep), nbytes, budget, context, left)
     return found
 
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import RecipeError
 from linearize.evaluation.formatting import readable_bytes
-from linearize.recipe.schema import BUDGET
+from linearize.probe.damage import NO_HEADS
+from linearize.recipe.schema import BUDGET, KeepSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from linearize.evaluation.heldout import Estimate
     from linearize.families import AttentionLayer
-    from linearize.probe.damage import Part
+    from linearize.probe.damage import Heads, Part
 
 DEFAULT_SHARE = 0.1
 SURE = 2.0
@@ -52,12 +53,14 @@ class Budget:
         return self.nbytes if self.nbytes is not None else int((self.share or 0.0) * cache_bytes)
 
 
-def part_bytes(part: Part, layers: Sequence[AttentionLayer], itemsize: int, context: int) -> int:
-    """Bytes that keeping `part` adds to one sequence's cache of `context` tokens."""
+def part_bytes(
+    part: Part, layers: Sequence[AttentionLayer], itemsize: int, context: int, heads: Heads = NO_HEADS
+) -> int:
+    """Bytes that keeping `part` adds to one sequence's cache of `context` tokens, which has those of `heads`."""
     layer = layers[part.layer]
-    heads = layer.key_value_heads if part.head is None else 1
+    added = layer.key_value_heads - len({*heads.get(part.layer, ())}) if part.head is None else 1
     tokens = context if layer.window is None else min(context, layer.window)
-    return tokens * heads * (layer.key_width + layer.value_width) * itemsize
+    return tokens * added * (layer.key_width + layer.value_width) * itemsize
 
 
 def budget_bytes(budget: Budget | None, sizes: Mapping[Part, int], cache_bytes: int, context: int) -> int:
@@ -95,15 +98,21 @@ def choose(totals: Mapping[Part, Estimate], sizes: Mapping[Part, int], budget: i
     return chosen
 
 
-def keep_section(parts: Sequence[Part], layers: Sequence[AttentionLayer]) -> dict[str, Any]:
-    """The recipe's `mixer.keep` for these parts; a layer of which all heads are kept is kept whole."""
-    whole = {part.layer for part in parts if part.head is None}
-    heads: dict[int, list[int]] = {}
-    for part in sorted(part for part in parts if part.head is not None):
-        heads.setdefault(part.layer, []).append(int(part.head or 0))
+def keep_section(
+    parts: Sequence[Part], layers: Sequence[AttentionLayer], keep: KeepSpec | None = None
+) -> dict[str, Any]:
+    """The recipe's `mixer.keep` for these parts, and what `keep` names; a layer of which all heads are kept is kept
+    whole."""
+    keep = keep or KeepSpec()
+    whole = {*keep.layers, *(part.layer for part in parts if part.head is None)}
+    heads = {index: {*kept} for index, kept in keep.heads.items()}
+    for part in parts:
+        if part.head is not None:
+            heads.setdefault(part.layer, set()).add(part.head)
     whole |= {index for index, kept in heads.items() if len(kept) == layers[index].key_value_heads}
-    heads = {index: kept for index, kept in heads.items() if index not in whole}
-    return {**({"layers": sorted(whole)} if whole else {}), **({"heads": heads} if heads else {})}
+    some = {index: sorted(heads[index]) for index in sorted(heads) if index not in whole}
+    named = {"layers": sorted(whole), "every": keep.every, "heads": some}
+    return {key: value for key, value in named.items() if value}
 
 
 def fragment(keep: Mapping[str, Any], comments: Sequence[str]) -> str:

@@ -50,21 +50,27 @@ def basis(probe: Probe) -> list[str]:
     kept, all_windowed = probe.kept, probe.windowed
     if kept is None or all_windowed is None:
         return ["No damage was measured, so there is nothing to choose by (--damage layers or heads)."]
+    keep = probe.options.keep
+    named = bool(keep.layers or keep.every or keep.heads)
     if kept.damage is None:
-        return [f"Nothing to keep: no damage is more than {SURE:g} standard errors above 0. More --tokens tell more."]
+        more = " beside what the recipe names" if named else ""
+        return [
+            f"Nothing to keep{more}: no damage is more than {SURE:g} standard errors above 0. More --tokens tell more."
+        ]
     kind = "layer" if probe.options.damage == "layers" else "key/value head"
     rise = f"rise of loss on {probe.rows} rows of {probe.options.length:,} tokens ({probe.source})"
     if probe.recall_counts:
         measure = f"{rise} plus fall of the log-probability of the answers to {probe.needles} needles, per token"
     else:
         measure = f"{rise}; needles do not count, since windowing all layers does not make them harder"
+    beside, every = (" beside those that the recipe names", "All others") if named else ("", "All")
     with_all, with_kept = _words(probe, all_windowed), _words(probe, kept.damage)
     return [
-        f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s, by damage per byte of cache; only damage of more than "
-        f"{SURE:g} standard errors counts.",
+        f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s{beside}, by damage per byte of cache; only damage of "
+        f"more than {SURE:g} standard errors counts.",
         f"Damage: {measure}, when that {kind} alone sees {probe.window} tokens and {probe.sinks} sinks. Nothing was "
         f"trained, and training may mend some of it. Seed {probe.options.seed}.",
-        f"All windowed: {with_all}. All but these: {with_kept} (nats per token).",
+        f"{every} windowed: {with_all}. All but these: {with_kept} (nats per token).",
         f"Caches of these at {kept.context:,} tokens: {readable_bytes(kept.nbytes)}, of {readable_bytes(kept.budget)} "
         "allowed.",
         f"As an option: --set '{set_option(kept.section)}'",

@@ -111,8 +111,8 @@ class KeepSpec(Section):
     heads: dict[int, list[int]] = {}
     """Layer -> key/value heads in it, each with the query heads that share it."""
     budget: Annotated[str | None, PlainValidator(_budget)] = None
-    """Bytes of these caches, or a share of the teacher's: `convert` then chooses what to keep by the damage of taking
-    it away, and the recipe that is saved with the result names what was chosen."""
+    """Bytes of caches, or a share of the teacher's: `convert` then chooses what to keep beside what is named here, by
+    the damage of taking it away, and the recipe that is saved with the result names what was chosen."""
     by: Literal["recall", "loss"] = "recall"
     """The damage that counts: `recall` is loss of recall and loss on text together, `loss` that on text alone."""
     unit: Literal["layers", "heads"] = "layers"
@@ -127,6 +127,10 @@ class KeepSpec(Section):
         if any(number < 0 for number in numbers):
             raise _refusal(f"expected layers and heads counted from 0, got {min(numbers)}")
         return value
+
+    def whole(self, count: int) -> set[int]:
+        """Of `count` layers those that are kept whole."""
+        return {*self.layers, *(range(self.every - 1, count, self.every) if self.every else ())}
 
 
 class MixerSpec(Section):

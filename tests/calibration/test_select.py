@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 
@@ -16,8 +17,9 @@ from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import RecipeError
 from linearize.evaluation.heldout import Estimate
 from linearize.model import LinearizedForCausalLM
+from linearize.probe.damage import Part
 from linearize.probe.needles import Needle, answer_log_probability
-from linearize.recipe import MixerSpec, load_recipe
+from linearize.recipe import CalibrateSpec, KeepSpec, MixerSpec, load_recipe
 from tests.model.test_families import build
 
 
@@ -115,6 +117,81 @@ def test_a_pass_back_leaves_nothing_behind():
     before = held()
     curves(model, MixerSpec(window=4, sinks=1, landmarks=32, landmarks_by="loss"), [0, 1], [ids, ids], [])
     assert held() == before
+
+
+@pytest.fixture
+def four_layers(tiny_folder):
+    """The tiny model's two layers twice."""
+
+    def make():
+        model = load_model(find_source(str(tiny_folder)))
+        for layer in copy.deepcopy(list(model.model.layers)):
+            layer.self_attn.layer_idx = len(model.model.layers)
+            model.model.layers.append(layer)
+        model.config.num_hidden_layers = len(model.model.layers)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def chosen(tiny_folder, four_layers, data_folder):
+    """What a recipe with these changes chooses in that model: the mixer, the probe, and why."""
+
+    def choose(*changes):
+        source, text = find_source(str(tiny_folder)), data_folder / "books" / "tinyshakespeare.txt"
+        settings = load_recipe("default", ["mixer.window=16", *changes])
+        spec = CalibrateSpec(source=str(text))
+        settings = settings.model_copy(update={"calibrate": spec})
+        found, probe, why = select(source, settings, four_layers(), load_tokenizer(source), say=lambda line: None)
+        return found.mixer, probe, why
+
+    return choose
+
+
+def test_a_budget_is_spent_beside_what_is_named(chosen):
+    (free, probe, _), wanted = chosen("mixer.keep={budget: 25%, by: loss}"), "mixer.keep={%s, budget: 25%%, by: loss}"
+    (best,) = free.keep.layers
+    named, beside, why = chosen(wanted % f"layers: [{best}]")
+    assert {part.layer for part in beside.parts} == {0, 1, 2, 3} - {best}
+    (more,) = {*named.keep.layers} - {best}
+    assert len(named.keep.layers) == 2 and beside.kept.parts == [Part(more)]
+    assert beside.kept.nbytes <= beside.kept.budget == probe.kept.budget
+    # What is windowed for comparison leaves what is named alone.
+    assert beside.windowed.loss.mean < probe.windowed.loss.mean
+    assert beside.windowed.loss.mean > beside.kept.damage.loss.mean
+    assert f"mixer.keep={{layers: {named.keep.layers}}}" in why[-1] and "beside those that the recipe names" in why[0]
+    assert named.keep == KeepSpec(layers=sorted([best, more]))
+
+
+def test_heads_that_are_kept_are_no_candidates_and_take_nothing_of_the_budget(chosen):
+    mixer, probe, _ = chosen("mixer.keep={every: 4, heads: {0: [0, 1, 2]}, budget: 6.25%, by: loss, unit: heads}")
+    heads = probe.layers[0].key_value_heads
+    assert set(probe.parts) == {Part(i, h) for i in range(3) for h in range(heads)} - {Part(0, h) for h in range(3)}
+    (part,) = probe.kept.parts
+    assert probe.sizes[part] == probe.kept.budget and mixer.keep.every == 4
+    # All heads of a layer are the whole of it.
+    assert mixer.keep.layers == ([0] if part == Part(0, 3) else [])
+    assert mixer.keep.layers or (mixer.keep.heads[0][:3] == [0, 1, 2] and part.head in mixer.keep.heads[part.layer])
+    # A layer that has lost some of its heads to `keep` is a candidate of the others' bytes.
+    mixer, probe, _ = chosen("mixer.keep={layers: [1, 2], heads: {0: [0, 1, 2]}, budget: 10%, by: loss}")
+    assert probe.sizes[Part(3)] * (heads - 3) == probe.sizes[Part(0)] * heads and set(probe.parts) == {Part(0), Part(3)}
+
+
+def test_windows_are_shared_out_among_layers_that_have_one(chosen):
+    mixer, probe, _ = chosen("mixer.keep={layers: [1], every: 4}", "mixer.reach=24")
+    assert set(probe.parts) == {Part(0), Part(2)} and set(mixer.windows) == {0, 2} and mixer.reach is None
+    assert sum(mixer.windows.values()) <= 32 and (mixer.keep.layers, mixer.keep.every) == ([1], 4)
+
+
+def test_with_one_layer_left_there_is_nothing_to_choose(chosen):
+    with pytest.raises(RecipeError, match=r"mixer.keep.budget: layer 0 is all that is left to convert"):
+        chosen("mixer.keep={layers: [2], every: 2, budget: 50%}")
+    with pytest.raises(RecipeError, match=r"mixer.keep: nothing is left to convert"):
+        chosen("mixer.keep={layers: [0, 2], every: 2, budget: 50%}")
+    mixer, probe, why = chosen("mixer.keep={layers: [2], every: 2}", "mixer.reach=64")
+    assert probe is None and mixer.reach is None and not mixer.windows
+    assert why == ["Windows: layer 0 alone has one, so there is nothing to share out, and it stays as it is."]
 
 
 def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp_path):

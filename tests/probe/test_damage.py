@@ -97,9 +97,9 @@ def test_all_windowed_is_the_conversion_without_a_recurrence(row):
     plain = LinearizedForCausalLM.from_teacher(copy.deepcopy(build(row)), [])
     with torch.no_grad():
         whole, expected = plain(tokens).logits, convert_model(copy.deepcopy(build(row)), spec)(tokens).logits
-        with windowed(plain, everything_but([], layers, convertible), window=12, sinks=3):
+        with windowed(plain, everything_but([], convertible), window=12, sinks=3):
             assert torch.equal(plain(tokens).logits, expected)
-        with windowed(plain, everything_but([Part(convertible[0])], layers, convertible), window=12, sinks=3):
+        with windowed(plain, everything_but([Part(convertible[0])], convertible), window=12, sinks=3):
             kept = spec.model_copy(update={"keep": KeepSpec(layers=convertible[:1])})
             if len(convertible) > 1:
                 assert torch.equal(plain(tokens).logits, convert_model(copy.deepcopy(build(row)), kept)(tokens).logits)
@@ -108,9 +108,9 @@ def test_all_windowed_is_the_conversion_without_a_recurrence(row):
 
 def test_everything_but_some_parts(model):
     layers = family_of(model.config.text_config).layers(model.config)
-    assert everything_but([], layers, [0, 1]) == {0: [], 1: []}
-    assert everything_but([Part(1)], layers, [0, 1]) == {0: []}
-    assert everything_but([Part(1, 1), Part(0, 0), Part(1, 0)], layers, [0, 1]) == {0: [0], 1: [1, 0]}
+    assert everything_but([], [0, 1]) == {0: [], 1: []}
+    assert everything_but([Part(1)], [0, 1]) == {0: []}
+    assert everything_but([Part(1, 1), Part(0, 0), Part(1, 0)], [0, 1]) == {0: [0], 1: [1, 0]}
     assert parts_of(layers, [1], "heads") == [Part(1, head) for head in range(layers[1].key_value_heads)]
 
 
