@@ -107,14 +107,7 @@ def calibration_text(
     Raises:
         DataError: it cannot be read, or is too short.
     """
-    data = DataSpec(
-        source=spec.source,
-        config=spec.config,
-        split=spec.split,
-        field=spec.field,
-        tokens=spec.tokens,
-        held_out=spec.held_out,
-    )
+    data = DataSpec.of(spec.text, tokens=spec.tokens, held_out=spec.held_out)
     writes = None if teacher is None else lambda: teacher
     return load_data(data, tokenizer=tokenizer, length=spec.length, seed=seed, teacher=writes, progress=say)
 

@@ -17,7 +17,7 @@ from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles
 from linearize.probe.selection import SURE
 from linearize.probe.telling import basis
-from linearize.recipe import SELF, DataSpec, KeepSpec
+from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
 from linearize.training.data import load_data
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _by_damage(
             )
         return _with_mixer(recipe, reach=None), None, [_alone(parts[0].layer)]
     options = ProbeOptions(
-        text=recipe.calibrate.source if recipe.calibrate else SELF,
+        text=_text(recipe),
         tokens=_TOKENS,
         damage=unit,
         by=keep.by,
@@ -112,6 +112,10 @@ def _by_damage(
             changes["windows"] = share_windows(recall, recipe.mixer.window, reach)
             why += _windows_told(changes["windows"], recipe.mixer.window, recall)
     return _with_mixer(recipe, **changes), probe, why
+
+
+def _text(recipe: Recipe) -> SourceSpec:
+    return recipe.calibrate.text if recipe.calibrate else SourceSpec(source=SELF)
 
 
 def _with_mixer(recipe: Recipe, **changes: Any) -> Recipe:
@@ -148,10 +152,8 @@ def _landmarks(
             f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: lower "
             "mixer.landmarks"
         )
-    origin = recipe.calibrate or DataSpec(source=SELF)
-    data = DataSpec(source=origin.source, config=origin.config, split=origin.split, field=origin.field)
     text = load_data(
-        data.model_copy(update={"tokens": TEXTS * length, "held_out": 0}),
+        DataSpec.of(_text(recipe), tokens=TEXTS * length, held_out=0),
         tokenizer=tokenizer,
         length=length,
         seed=recipe.seed,

@@ -91,12 +91,12 @@ def probe(
     from linearize.probe import Budget, ProbeOptions, run_probe
     from linearize.probe.report import probe_data, recipe_text, write_probe
     from linearize.probe.telling import basis, far_heads, hardest
-    from linearize.recipe import load_recipe
+    from linearize.recipe import SourceSpec, load_recipe
 
     settings = load_recipe(recipe, overrides or ())
     source = find_source(model, trust_remote_code=trust_remote_code)
     options = ProbeOptions(
-        text=text,
+        text=SourceSpec(source=text),
         tokens=tokens,
         length=length,
         damage=damage,  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from linearize.probe.damage import (
 from linearize.probe.needles import Needle, answer_log_probability, make_needles
 from linearize.probe.selection import SURE, Budget, budget_bytes, choose, keep_section, part_bytes
 from linearize.probe.statistics import HeadStatistics, Tally, mass_on, observed
-from linearize.recipe import SELF, DataSpec, KeepSpec
+from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
 from linearize.training.data import load_data
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ProbeOptions:
     """What a probe reads and measures.
 
     Attributes:
-        text: `self` (the teacher writes it), a file, or a data set of the Hub, as in recipes.
+        text: `self` (the teacher writes it), a file, or a data set of the Hub, with its field and so on, as in recipes.
         tokens: of text, at least two rows of it; as many again are read in texts with needles.
         length: tokens of a row, and of a text with a needle.
         damage: what is windowed in turn: `layers`, `heads` (key/value heads), or `none`.
@@ -67,7 +67,7 @@ class ProbeOptions:
             account.
     """
 
-    text: str = SELF
+    text: SourceSpec = field(default_factory=lambda: SourceSpec(source=SELF))
     tokens: int = 4096
     length: int = 512
     damage: Kind = "layers"
@@ -188,7 +188,7 @@ def run_probe(
     budget = budget_bytes(options.budget, sizes, cache, context) if parts else 0
 
     text = load_data(
-        DataSpec(source=options.text, tokens=max(options.tokens, LEAST_ROWS * options.length), held_out=0),
+        DataSpec.of(options.text, tokens=max(options.tokens, LEAST_ROWS * options.length), held_out=0),
         tokenizer=tokenizer,
         length=options.length,
         seed=options.seed,

@@ -256,6 +256,11 @@ class DataSpec(SourceSpec):
             raise _refusal("has a mix and no tokens; expected how many there are to be of all sources together")
         return self
 
+    @classmethod
+    def of(cls, source: SourceSpec, *, tokens: int, held_out: int) -> DataSpec:
+        """So much of one source."""
+        return cls(**source.model_dump(), tokens=tokens, held_out=held_out)
+
     @property
     def sources(self) -> list[SourceSpec]:
         """The one source, or all of the mixture."""
@@ -285,6 +290,11 @@ class CalibrateSpec(Section):
     """Of the first of them; it falls to 0 as a cosine does."""
     ridge: bool = True
     """Whether the output projection is fitted as well, by ridge regression."""
+
+    @property
+    def text(self) -> SourceSpec:
+        """What names the text, also that on which `convert` chooses."""
+        return SourceSpec(source=self.source, config=self.config, split=self.split, field=self.field)
 
 
 class Stage(Section):

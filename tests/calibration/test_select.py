@@ -19,7 +19,7 @@ from linearize.evaluation.heldout import Estimate
 from linearize.model import LinearizedForCausalLM
 from linearize.probe.damage import Part
 from linearize.probe.needles import Needle, answer_log_probability
-from linearize.recipe import CalibrateSpec, KeepSpec, MixerSpec, load_recipe
+from linearize.recipe import CalibrateSpec, KeepSpec, MixerSpec, SourceSpec, load_recipe
 from tests.model.test_families import build
 
 
@@ -138,11 +138,11 @@ def four_layers(tiny_folder):
 def chosen(tiny_folder, four_layers, data_folder):
     """What a recipe with these changes chooses in that model: the mixer, the probe, and why."""
 
-    def choose(*changes):
-        source, text = find_source(str(tiny_folder)), data_folder / "books" / "tinyshakespeare.txt"
-        settings = load_recipe("default", ["mixer.window=16", *changes])
-        spec = CalibrateSpec(source=str(text))
-        settings = settings.model_copy(update={"calibrate": spec})
+    play = SourceSpec(source=str(data_folder / "books" / "tinyshakespeare.txt"))
+
+    def choose(*changes, text=play):
+        source, settings = find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", *changes])
+        settings = settings.model_copy(update={"calibrate": CalibrateSpec(source=text.source, field=text.field)})
         found, probe, why = select(source, settings, four_layers(), load_tokenizer(source), say=lambda line: None)
         return found.mixer, probe, why
 
@@ -192,6 +192,21 @@ def test_with_one_layer_left_there_is_nothing_to_choose(chosen):
     mixer, probe, why = chosen("mixer.keep={layers: [2], every: 2}", "mixer.reach=64")
     assert probe is None and mixer.reach is None and not mixer.windows
     assert why == ["Windows: layer 0 alone has one, so there is nothing to share out, and it stays as it is."]
+
+
+def test_the_text_is_that_of_the_field_that_is_named(chosen, tmp_path, data_folder):
+    """And not that of `text`, where a record has it too."""
+    story = (data_folder / "books" / "tinyshakespeare.txt").read_text()[:60_000]
+    parts = [story[at : at + 2000] for at in range(0, len(story), 2000)]
+    plain, field = tmp_path / "plain.jsonl", tmp_path / "field.jsonl"
+    plain.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    field.write_text("".join(json.dumps({"text": "Aa. " * 200, "story": part}) + "\n" for part in parts))
+    wanted = "mixer.keep={layers: [1, 2], budget: 50%, by: loss}"
+    expected, found = (
+        chosen(wanted, text=text)[1]
+        for text in (SourceSpec(source=str(plain)), SourceSpec(source=str(field), field="story"))
+    )
+    assert torch.equal(found.teacher.loss, expected.teacher.loss) and found.kept == expected.kept
 
 
 def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp_path):

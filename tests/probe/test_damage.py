@@ -19,7 +19,7 @@ from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import Part, all_but, convertible_layers, damage, everything_but, parts_of, read, windowed
 from linearize.probe.needles import Needle, make_needles
-from linearize.recipe import KeepSpec, MixerSpec, load_recipe
+from linearize.recipe import KeepSpec, MixerSpec, SourceSpec, load_recipe
 from linearize.training.rows import Document, pack
 from tests.model.test_families import build, text
 from tests.probe.planted import BEFORE, COPIES, planted_folder
@@ -136,7 +136,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Probe:
     file = folder / "text.txt"
     rng = random.Random(0)  # noqa: S311
     file.write_text(" ".join(rng.choices(NOUNS, k=600)))
-    options = ProbeOptions(text=str(file), tokens=1280, length=640, damage="heads", budget=Budget(share=0.2))
+    options = ProbeOptions(
+        text=SourceSpec(source=str(file)), tokens=1280, length=640, damage="heads", budget=Budget(share=0.2)
+    )
     return run_probe(find_source(str(folder)), load_recipe("default", ["mixer.window=48"]), options)
 
 
