@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from linearize.recipe import DataSpec
 from linearize.training.data import load_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from torch import Tensor
@@ -97,19 +98,35 @@ class _Stream(NamedTuple):
 
 
 def calibration_text(
-    spec: CalibrateSpec, tokenizer: Any, teacher: PreTrainedModel | None, *, seed: int, say: Callable[[str], None]
+    spec: CalibrateSpec,
+    tokenizer: Any,
+    teacher: PreTrainedModel | None,
+    *,
+    seed: int,
+    say: Callable[[str], None],
+    reserved: Mapping[str, int] = MappingProxyType({}),
 ) -> TrainingData:
     """The text to fit to, and the rows that decide.
 
     Args:
         teacher: which writes the text where `spec.source` is `self`.
+        reserved: what stages hold out; see `reserved_tokens`.
 
     Raises:
         DataError: it cannot be read, or is too short.
     """
     data = DataSpec.of(spec.text, tokens=spec.tokens, held_out=spec.held_out)
     writes = None if teacher is None else lambda: teacher
-    return load_data(data, tokenizer=tokenizer, length=spec.length, seed=seed, teacher=writes, progress=say)
+    return load_data(
+        data,
+        tokenizer=tokenizer,
+        length=spec.length,
+        seed=seed,
+        teacher=writes,
+        reserved=reserved,
+        purpose="calibrate",
+        progress=say,
+    )
 
 
 def calibrate(

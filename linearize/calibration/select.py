@@ -18,7 +18,7 @@ from linearize.probe.needles import make_needles
 from linearize.probe.selection import SURE
 from linearize.probe.telling import basis
 from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
-from linearize.training.data import load_data
+from linearize.training.data import load_data, reserved_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Of text, and as many in texts with needles: every layer is windowed once on all of them.
 _TOKENS = 2048
+_PURPOSE = "select"
 # What a layer that recall does not need is left with, of an even share; below that many tokens none is cut.
 _LEAST_SHARE, _LEAST_WINDOW = 4, 16
 
@@ -94,6 +95,8 @@ def _by_damage(
         context=keep.context,
         seed=recipe.seed,
         keep=keep,
+        reserved=reserved_tokens(recipe.stages),
+        purpose=_PURPOSE,
     )
     say(f"select: measuring what each of the {options.damage} is worth")
     probe = run_probe(source, recipe, options, say=say, teacher=teacher, tokenizer=tokenizer)
@@ -135,7 +138,9 @@ def _landmarks(
 ) -> tuple[Recipe, list[str]]:
     """Shares landmarks out."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    layers = family_of(teacher.config).layers(teacher.config)
+    # A probe has made it replaceable already.
+    base: Any = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    layers = family_of(base).layers(base)
     sections = mixers_for(spec, layers)
     chosen = sorted(
         index
@@ -158,6 +163,8 @@ def _landmarks(
         length=length,
         seed=recipe.seed,
         teacher=lambda: teacher,
+        reserved=reserved_tokens(recipe.stages),
+        purpose=_PURPOSE,
         progress=say,
     )
     rows = text.train.input_ids

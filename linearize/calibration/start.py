@@ -28,6 +28,7 @@ from linearize.errors import DataError
 from linearize.model.modeling import family_of
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
+from linearize.training.data import reserved_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +95,7 @@ def make_start(
     if recipe.calibrate is not None:
         check_reach(recipe, teacher.config)
         # Before the teacher is touched: it may have to write the text.
-        text = calibration_text(recipe.calibrate, tokenizer, teacher, seed=recipe.seed, say=say)
+        text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
     if selects(recipe):
         recipe, probe, why = select(source, recipe, teacher, tokenizer, say=say)
@@ -104,6 +105,14 @@ def make_start(
     if text is not None:
         start.calibration = _calibrated(Weights(start.model), recipe, text, tokenizer, say=say)
     return start
+
+
+def _text(
+    recipe: Recipe, tokenizer: Any, teacher: PreTrainedModel | None, *, say: Callable[[str], None]
+) -> TrainingData:
+    assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
+    reserved = reserved_tokens(recipe.stages)
+    return calibration_text(recipe.calibrate, tokenizer, teacher, seed=recipe.seed, say=say, reserved=reserved)
 
 
 def _calibrated(
@@ -207,7 +216,7 @@ def _convert_files(
         with TemporaryDirectory(prefix=".fitted-", dir=folder) as fitted:
             weights = FileWeights(streamer, Path(fitted))
             check_space(folder, streamer.nbytes + weights.fitted_nbytes)
-            text = calibration_text(recipe.calibrate, tokenizer, None, seed=recipe.seed, say=say)
+            text = _text(recipe, tokenizer, None, say=say)
             start.calibration = _calibrated(weights, recipe, text, tokenizer, say=say)
             digests = streamer.write(folder, workers=workers, fitted=weights.fitted)
     start.write(folder)

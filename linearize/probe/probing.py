@@ -35,7 +35,7 @@ from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
 from linearize.training.data import load_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -65,6 +65,7 @@ class ProbeOptions:
         seed: of the text, and of the needles.
         keep: what is kept in any case: never windowed, and none of the parts to choose from. Its budget is left out of
             account.
+        reserved, purpose: of the text; see `load_data`.
     """
 
     text: SourceSpec = field(default_factory=lambda: SourceSpec(source=SELF))
@@ -76,6 +77,8 @@ class ProbeOptions:
     context: int | None = None
     seed: int = 0
     keep: KeepSpec = field(default_factory=KeepSpec)
+    reserved: Mapping[str, int] = field(default_factory=dict)
+    purpose: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,8 @@ def run_probe(
         length=options.length,
         seed=options.seed,
         teacher=lambda: teacher,
+        reserved=options.reserved,
+        purpose=options.purpose,
         progress=say,
     )
     if len(text.train) < LEAST_ROWS:

@@ -5,6 +5,7 @@ records -> documents (token ids, and which of them carry loss) -> held-out | tra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -51,6 +52,7 @@ def load_data(
     student: Callable[[], PreTrainedModel] | None = None,
     draw: int = 0,
     reserved: Mapping[str, int] = MappingProxyType({}),
+    purpose: str = "",
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainingData:
     """Read what `spec` names into rows of `length` tokens.
@@ -61,8 +63,10 @@ def load_data(
     source is "self" or "student".
 
     Args:
-        draw: which of many texts is made where a source has no end: stages of one run count up.
+        draw: which of many texts is made where a source has no end: stages count up, also those of earlier runs.
         reserved: by `source_key`, tokens that are left out of training at the least; see `reserved_tokens`.
+        purpose: what the text is for, where that is no stage. None of it is what stages hold out: of a file not even
+            its own held-out rows are, and what has no end is made from another seed.
 
     Raises:
         DataError: a source cannot be found or read, or is too small.
@@ -79,8 +83,9 @@ def load_data(
             held,
             tokenizer=tokenizer,
             length=length,
-            seed=seed + draw if source.source in ENDLESS else seed,
+            seed=_drawn_by(seed, purpose) + draw if source.source in ENDLESS else seed,
             reserved=reserved.get(source_key(source), 0),
+            apart=bool(purpose),
             writers=writers,
             progress=progress,
         )
@@ -92,6 +97,12 @@ def load_data(
         named = " + ".join(f"{len(part.train) / len(train):.0%} {part.source}" for part in parts)
     documents = sum(part.documents for part in parts)
     return TrainingData(train, held_out, named, documents, time.monotonic() - started)
+
+
+def _drawn_by(seed: int, purpose: str) -> int:
+    """The seed of text that has no end: texts that begin from one seed begin alike, however long each is to be."""
+    # torch takes 32 bits of a seed.
+    return int(hashlib.sha256(f"{purpose} {seed}".encode()).hexdigest()[:8], 16) if purpose else seed
 
 
 def source_key(source: SourceSpec) -> str:
@@ -149,10 +160,12 @@ def _load(
     length: int,
     seed: int,
     reserved: int,
+    apart: bool,
     writers: dict[str, Callable[[], PreTrainedModel] | None],
     progress: Callable[[str], None],
 ) -> TrainingData:
-    """One source: `rows` training rows (None for all there are), and `held_rows` before them."""
+    """One source: `rows` training rows (None for all there are) behind the first `reserved` tokens, and `held_rows`
+    among these or, where they are to be `apart`, behind them as well."""
     started = time.monotonic()
     source = spec.source or ""
     documents: Iterator[Document]
@@ -186,8 +199,10 @@ def _load(
         progress(f"data: reading {source}")
         documents = (_document(record, spec, tokenizer) for record in read_records(spec, seed=seed))
     stream = (document for document in documents if any(document.loss))
+    skipped = _take(stream, reserved) if apart else []
     held = _take(stream, held_rows * length)
-    _take(stream, reserved - sum(len(document.ids) for document in held))
+    if not apart:
+        skipped = _take(stream, reserved - sum(len(document.ids) for document in held))
     train = _take(stream, math.inf if rows is None else rows * length)
     held_out, train_rows = pack(held, length)[:held_rows], pack(train, length)[:rows]
     enough, all_of_it = len(held_out) >= held_rows, len(train_rows) < (rows or 0)
@@ -195,7 +210,8 @@ def _load(
     held_out, train_rows = held_out.scored(), train_rows.scored()
     if not enough or not len(train_rows):
         found, needed = sum(len(d.ids) for d in held + train), (held_rows + 1) * length
-        told = f"{source}: {found:,} tokens in {len(held + train):,} documents are too few for"
+        others = f", beside {sum(len(d.ids) for d in skipped):,} tokens that stages hold out," if skipped else ""
+        told = f"{source}: {found:,} tokens in {len(held + train):,} documents{others} are too few for"
         if not held_rows:
             raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
         raise DataError(

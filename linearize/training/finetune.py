@@ -142,6 +142,7 @@ def finetune(
         if shard:
             shard_model(student)
     records: list[dict[str, Any]] = list(written.get("stages", []))
+    done = len(records)  # stages of earlier runs
     data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
 
@@ -157,7 +158,7 @@ def finetune(
                 seed=recipe.seed,
                 teacher=teacher,
                 student=lambda: base_of(student).eval(),
-                draw=number,
+                draw=done + number,
                 reserved=reserved,
                 progress=say,
             )

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.calibration import calibrate as module
+from linearize.calibration import select as selecting
 from linearize.calibration.blocks import Blocks, texts_of
 from linearize.calibration.calibrate import calibrate, calibration_text
 from linearize.calibration.layer import LayerFit, LayerResult
 from linearize.calibration.start import convert, make_start
 from linearize.calibration.weights import Weights
 from linearize.conversion.convert import convert_model
-from linearize.conversion.source import find_source
+from linearize.conversion.source import find_source, load_model
 from linearize.errors import DataError
 from linearize.evaluation.heldout import paired_difference, score_rows
 from linearize.evaluation.systems import find_systems
+from linearize.probe import probing
 from linearize.probe.damage import Reading
 from linearize.recipe import load_recipe
-from linearize.training.data import Document, TrainingData, pack
+from linearize.training.data import Document, TrainingData, load_data, pack, reserved_tokens
 from linearize.training.finetune import finetune
 from tests.model.test_families import build
 
@@ -221,6 +224,48 @@ def test_training_starts_from_there(calibrated, tiny_folder, story, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     torch.testing.assert_close(found.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert found.start == {"calibration": [found.start["calibration"][0], *start.record["calibration"][1:]]}
+
+
+def test_nothing_that_stages_hold_out_is_chosen_by_or_fitted_to(tiny_folder, tmp_path, monkeypatch):
+    words, path = ("cat", "dog", "tree", "cloud", "red", "blue", "river"), tmp_path / "stories.jsonl"
+    lines = [f"Story {n} begins. " + " ".join(words[(n + k * k) % 7] for k in range(120)) for n in range(400)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    held = f"data: {{source: {path}, held_out: 8}}, batch_tokens: 256"
+    settings = load_recipe(
+        "default",
+        ["mixer={window: 16, landmarks: 16, landmarks_by: loss, keep: {budget: 50%, by: loss}}",
+         f"calibrate={{tokens: 1024, length: 128, held_out: 2, steps: 1, ridge: false, source: {path}}}",
+         f"stages=[{{objective: sft, length: 64, {held}}}, {{objective: sft, length: 256, {held}}}]"],
+    )  # fmt: skip
+    source, tokenizer = find_source(str(tiny_folder)), AutoTokenizer.from_pretrained(tiny_folder)
+
+    def stories(*sides):
+        told = " ".join(tokenizer.decode(row) for rows in sides for row in rows.input_ids)
+        return {*re.findall(r"Story (\d+) begins", told)}
+
+    read = []
+
+    def watched(*arguments, **options):
+        read.append(load_data(*arguments, **options))
+        return read[-1]
+
+    for one in (module, probing, selecting):
+        monkeypatch.setattr(one, "load_data", watched)
+    make_start(source, settings, load_model(source), tokenizer, say=lambda line: None)
+    assert len(read) == 3 and [len(text.held_out) for text in read] == [2, 0, 0]
+    for stage in settings.stages:
+        data = load_data(stage.data, tokenizer=tokenizer, length=stage.length, seed=settings.seed, teacher=None)
+        judged = stories(data.held_out)
+        assert len(judged) > 3
+        for text in read:
+            assert stories(text.train, text.held_out) and not judged & stories(text.train, text.held_out)
+    # As they would be without these stages.
+    free = calibration_text(settings.calibrate, tokenizer, None, seed=settings.seed, say=read.append)
+    assert judged & stories(free.train) and judged & stories(free.held_out)
+    with pytest.raises(DataError, match=r"beside 30,\d{3} tokens that stages hold out, are too few"):
+        reserved = dict.fromkeys(reserved_tokens(settings.stages), 30_000)
+        spec = settings.calibrate.model_copy(update={"length": 100_000})
+        calibration_text(spec, tokenizer, None, seed=0, say=read.append, reserved=reserved)
 
 
 def test_a_budget_is_resolved_into_names(tiny_folder, story, tmp_path):

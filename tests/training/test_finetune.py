@@ -19,8 +19,10 @@ from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.training import metrics as module
 from linearize.training import trainer as trainer_module
 from linearize.training.adapters import add_adapters, choose_trained
+from linearize.training.data import load_data
 from linearize.training.finetune import finetune
 from linearize.training.result import write_result
+from linearize.training.rows import read_data
 from linearize.training.workfolder import is_resumable, work_folder
 
 
@@ -197,6 +199,28 @@ def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):
     again = settings.model_copy(update={"model": str(tmp_path / "out"), "stages": settings.stages[:1]})
     (tmp_path / "work").mkdir()
     assert len(finetune(again, tmp_path / "work", say=lambda _: None).stages) == 3
+
+
+def test_a_second_run_reads_other_text_than_the_first(tiny_folder, text, tmp_path):
+    """Of the same seed, where the text is made as it is needed."""
+    own = ("stages.0.data.source=self", "stages.0.data.tokens=512", "stages.0.data.held_out=1")
+    settings, first = recipe(tiny_folder, text, *own), tmp_path / "first"
+    read, models = [], [str(tiny_folder), str(first), str(first)]
+    for number, model in enumerate(models):
+        work = tmp_path / f"work-{number}"
+        work.mkdir()
+        settings = settings.model_copy(update={"model": model})
+        result = finetune(settings, work, say=lambda _: None)
+        read.append(read_data(work / "stage-0.rows.safetensors").train.input_ids)
+        if not number:
+            with staged_folder(first) as folder:
+                write_result(folder, result, work, "first")
+    assert len(result.stages) == 2
+    spec = settings.stages[0]
+    tokenizer, teacher = result.tokenizer, AutoModelForCausalLM.from_pretrained(tiny_folder)
+    options = {"tokenizer": tokenizer, "length": spec.length, "teacher": lambda: teacher}
+    assert torch.equal(read[0], load_data(spec.data, seed=settings.seed, **options).train.input_ids)
+    assert torch.equal(read[1], read[2]) and not {*map(tuple, read[0].tolist())} & {*map(tuple, read[1].tolist())}
 
 
 def test_without_lora_only_the_layers_own_parameters_change(tiny_folder, text, tmp_path):

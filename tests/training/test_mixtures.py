@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from linearize.conversion.convert import convert_model
 from linearize.errors import DataError
 from linearize.evaluation.recall import words
 from linearize.recipe import DataSpec, MixerSpec, Stage
+from linearize.training import data as data_module
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.rows import read_data, save_data
 
@@ -169,6 +171,35 @@ def test_text_by_the_student_is_the_students(tiny_folder, tokenizer):
     assert not torch.equal(written(student).train.input_ids, data.train.input_ids)
     with pytest.raises(DataError, match="no model here that could write it"):
         load_data(spec, tokenizer=tokenizer, length=32, seed=0, teacher=None)
+
+
+def test_text_of_another_purpose_shares_nothing_with_that_of_stages(tiny_folder, tokenizer, monkeypatch):
+    teacher, seeds = AutoModelForCausalLM.from_pretrained(tiny_folder), []
+    write = data_module.self_written_documents
+
+    def writes(*arguments, seed, **options):
+        seeds.append(seed)
+        return write(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(data_module, "self_written_documents", writes)
+
+    def runs_of(seed, length, tokens=2400, **options):
+        """All runs of 24 tokens."""
+        spec = DataSpec(source="self", tokens=tokens, held_out=2)
+        options = {"tokenizer": tokenizer, "length": length, "seed": seed, "teacher": lambda: teacher, **options}
+        data = load_data(spec, **options)
+        rows = [*data.train.input_ids.tolist(), *data.held_out.input_ids.tolist()]
+        return {tuple(row[at : at + 24]) for row in rows for at in range(len(row) - 24)}
+
+    stage, next_stage = runs_of(3, 32), runs_of(3, 32, draw=1)
+    assert seeds == [3, 4]  # the text of stages is what it was
+    fitted, chosen = (runs_of(3, 64, tokens=3600, purpose=purpose) for purpose in ("calibrate", "select"))
+    assert len({*seeds}) == 4 and max(seeds) < 2**32
+    assert stage & runs_of(3, 64, tokens=3600)  # texts from one seed begin alike
+    for one, other in itertools.combinations((stage, next_stage, fitted, chosen), 2):
+        assert not one & other
+    assert fitted == runs_of(3, 64, tokens=3600, purpose="calibrate")
+    assert not fitted & runs_of(4, 64, tokens=3600, purpose="calibrate")
 
 
 def test_rows_come_back_from_their_file(tmp_path, tokenizer):
