@@ -259,6 +259,19 @@ def test_what_is_of_this_machine_stays_there(hub, checkpoint, outcome, monkeypat
         assert outcome("push", REPO, checkpoint, *SHORT, "--force")[0] == 1 and not hub.requests
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "sub/optimizer.pt"])
+def test_files_that_were_not_written_with_it_stay_there(hub, checkpoint, outcome, name):
+    (checkpoint / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (checkpoint / "README.md").write_text("# Edited\n")
+    assert pack(checkpoint).findings == []
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text("mine\n")
+    for tried in ((*SHORT,), ("--dry-run",)):
+        status, _, words = outcome("push", REPO, checkpoint, *tried)
+        assert status == 1 and f"{name} is not among the files that linearize.json names; write a folder" in words
+    assert not hub.requests
+
+
 def test_what_a_path_is():
     for text in ("/home/me/x", "/data/llama/", "~/models/a", "C:\\models\\a", "file:///srv/a b/c", "/srv/x/y.gguf"):
         assert is_local_path(text), text
