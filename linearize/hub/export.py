@@ -6,10 +6,9 @@ of the training data.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.convert import base_record, versions, write_checkpoint
@@ -22,8 +21,9 @@ from linearize.evaluation.suites import HELD_OUT
 from linearize.evaluation.systems import held_out_rows
 from linearize.evaluation.telling import tell
 from linearize.hub.card import CardFacts
-from linearize.hub.contents import Finding, is_local_path, local_things, shared_files
+from linearize.hub.contents import Finding, local_things, shared_files
 from linearize.hub.licence import licence_of
+from linearize.hub.paths import Portable, is_local_path, strings
 from linearize.quantize import WEIGHTS, cost_record, cost_section, nbytes_after, quantize
 from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
 from linearize.training.data import load_data
@@ -109,8 +109,10 @@ def export(
     made_of, written = Path(source.reference), sound_provenance(source)
     record = _base(written.get("base", {}), base)
     found = report or _results_beside(made_of)
-    measured = None if found is None else _measured(_of(read_results(found), made_of.name), made_of.name)
-    recipe = _recipe(made_of / "recipe.yaml", record)
+    as_made = load_recipe(str(made_of / "recipe.yaml"))
+    portable = Portable(strings([as_made.model_dump(), written.get("base"), written.get("stages")]))
+    measured = None if found is None else _measured(_of(read_results(found), made_of.name), made_of.name, portable)
+    recipe = _recipe(as_made, record, portable)
     rights = {"license": licence} if licence else licence_of(_bases(written.get("base", {}), base))
     with staged_folder(output, overwrite=overwrite) as folder:
         model: Any = load_model(source, dtype=dtype)
@@ -120,21 +122,21 @@ def export(
             check_space(output, nbytes_after(model, spec))  # rounding and measuring take a while
             fitted, held_out, named = _text(source, model, tokenizer, text, tokens, recipe.seed, say)
             say(f"rounding weights to int{spec.bits}, and measuring what that costs")
-            cost = quantize(model, spec, fitted, held_out, _anonymous(named))
+            cost = quantize(model, spec, fitted, held_out, portable.text(named))
         told = cost_record(spec, cost) if spec and cost else None
         say(f"writing {output}")
         for file in _ALONG:
             if (made_of / file).is_file():
-                (folder / file).write_text(_portable_file(made_of / file), encoding="utf-8")
+                (folder / file).write_text(portable.file(made_of / file), encoding="utf-8")
         write_checkpoint(
             folder,
             model,
             tokenizer,
             recipe,
             record,
-            _portable(written.get("stages", [])),
+            portable.data(written.get("stages", [])),
             name or output.resolve().name,
-            start=_portable(written.get("start", {})),
+            start=portable.data(written.get("start", {})),
             shard_size=shard_size,
             facts=CardFacts(
                 rights,
@@ -221,21 +223,16 @@ def _of(results: Results, own: str) -> Results:
     )
 
 
-def _measured(results: Results, own: str) -> str:
+def _measured(results: Results, own: str, portable: Portable) -> str:
     """The report of an evaluation as a section of a card: its words and tables."""
     page = tell(results)
     sections = [replace(section, plots=()) for section in page.sections if section.told or section.grids]
-    facts = [(key, _anonymous(text)) for key, text in page.facts]
+    facts = [(key, portable.command(text) if key == "command" else text) for key, text in page.facts]
     text = to_markdown(replace(page, facts=facts, sections=sections))
     own = own if own in results.scores else "model"
     here = f"In the tables this model is **{own}**.\n" if own in results.scores else ""
     body = re.sub(r"^# .*\n", "", re.sub(r"^##", "###", text, flags=re.MULTILINE), count=1)
     return f"## What was measured\n\n{here}{body}"
-
-
-def _anonymous(text: str) -> str:
-    """A command line without the folders of its paths."""
-    return re.sub(r"[^\s=]+", lambda word: _last_part(word[0]) if is_local_path(word[0]) else word[0], text)
 
 
 _NOT_MEASURED = """## What was measured
@@ -258,32 +255,10 @@ def _licence_section(rights: dict[str, str]) -> str:
     return f"## Licence\n\n{said}\n"
 
 
-def _recipe(path: Path, base: dict[str, Any]) -> Recipe:
+def _recipe(recipe: Recipe, base: dict[str, Any], portable: Portable) -> Recipe:
     """The checkpoint's recipe, with the base model's id for the model and no paths."""
-    values = load_recipe(str(path)).model_dump()
+    values = recipe.model_dump()
     teacher = values.get("teacher")
     values["teacher"] = None if teacher and is_local_path(teacher) else teacher
     values["model"] = base.get("model")
-    return Recipe.model_validate(_portable(values))
-
-
-def _portable(value: Any) -> Any:
-    """The same data with the last part of each path alone."""
-    if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    if isinstance(value, str):
-        return _last_part(value) if is_local_path(value) else _anonymous(value)
-    return value
-
-
-def _portable_file(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return _anonymous(text)
-    return json.dumps(_portable(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
-
-
-def _last_part(path: str) -> str:
-    return PureWindowsPath(path).name  # which takes either slash
+    return Recipe.model_validate(portable.data(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -19,7 +20,7 @@ from linearize.hub.licence import front_matter, licence_of
 from linearize.hub.push import pack
 from linearize.model import LinearizedForCausalLM
 from linearize.quantize import WEIGHTS
-from linearize.recipe import load_recipe
+from linearize.recipe import dump_recipe, load_recipe
 from tests.evaluation.results_kit import results
 from tests.hub.clean import LOAD, SAYS_ALONE, clean_site, run_python, says
 from tests.hub.local_hub import TOKEN
@@ -101,6 +102,34 @@ def test_the_card_says_what_was_measured(tuned, tmp_path):
     alone = shutil.copytree(tuned, tmp_path / "alone")
     assert export(alone, tmp_path / "more").measured is None
     assert "Nothing that is written here." in (tmp_path / "more" / "README.md").read_text()
+
+
+def test_no_path_is_left_on_the_card(tuned, tmp_path):
+    texts = {"source": "/srv/team secret/a.jsonl", "field": "text"}
+    command = [
+        "linearize", "eval", "/data/team secret/m", "--set", "stages.0.data={source: /srv/secret/x.jsonl}",
+        "--set", "data.mix=[{source: /srv/team secret/y.jsonl, weight: 2}, {source: me/texts}]",
+        "--set=teacher='/srv/it''s secret/t'", "--report", "~/secret/r", "-o/srv/secret/o", "me/smol",
+    ]  # fmt: skip
+    report = results(command=shlex.join(command))
+    (tmp_path / "run" / "results.json").write_text(json.dumps(report.to_json()))
+    recipe = load_recipe("default", ["mixer.window=16", f"stages.0.data={json.dumps(texts)}"])
+    (tuned / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tuned / "metrics.jsonl").write_text('{"data": "/srv/team secret/a.jsonl", "loss": 2.50}\n{"loss": 2.50}\ntorn')
+    provenance = json.loads((tuned / "linearize.json").read_text())
+    provenance["stages"][0]["data"] = "50% /srv/team secret/a.jsonl + 50% me/texts"
+    (tuned / "linearize.json").write_text(json.dumps(provenance))
+    assert export(tuned, tmp_path / "out", base="acme/tiny").findings == []
+    card = (tmp_path / "out" / "README.md").read_text()
+    facts = card.replace("\\", "")
+    assert (
+        "command: linearize eval m --set 'stages.0.data={source: x.jsonl}' --set "
+        "'data.mix=[{source: y.jsonl, weight: 2}, {source: me/texts}]' '--set=teacher=\"t\"' --report r -oo me/smol\n"
+    ) in facts
+    assert "source: a.jsonl" in card and "tokens of 50% a.jsonl + 50% me/texts" in card
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"data": "a.jsonl", "loss": 2.5}\n{"loss": 2.50}\ntorn'
+    for file in ("README.md", "recipe.yaml", "linearize.json", "metrics.jsonl"):
+        assert "secret" not in (tmp_path / "out" / file).read_text(), file
 
 
 def test_a_base_model_that_nobody_else_can_find_is_not_named(tuned, tmp_path, tiny_folder):
