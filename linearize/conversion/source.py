@@ -217,7 +217,7 @@ def checkpoint_digest(source: Source) -> str | None:
     files = provenance_of(source).get("files")
     if not isinstance(files, dict):
         return None
-    told = {name: digest for name, digest in files.items() if _TELLING.fullmatch(name)}
+    told = {name: digest for name, digest in files.items() if isinstance(digest, str) and _TELLING.fullmatch(name)}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest() if told else None
 
 

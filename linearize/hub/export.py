@@ -118,7 +118,8 @@ def export(
     record = _base(written.get("base", {}), base)
     shown = _report(report, source)
     as_made = load_recipe(str(made_of / "recipe.yaml"))
-    portable = Portable(strings([as_made.model_dump(), written.get("base"), written.get("stages")]))
+    trained_on = [stage["data"] for stage in written.get("stages", [])]
+    portable = Portable(strings([as_made.model_dump(), written.get("base", {}).get("model"), trained_on]))
     if shown is not None and not shown.marked:
         say(f"{shown.path}: does not say which checkpoint it is of; see that it is {made_of.name}")
     recipe = _recipe(as_made, record, portable)
