@@ -344,7 +344,8 @@ def export(
     Raises:
         ModelError: `folder` is no converted checkpoint.
         OutputError: the output cannot be written.
-        DataError: `report` has no results; `weights` is unknown; or the text cannot be read, or is too short.
+        DataError: `report` has no results, or those of another checkpoint; `weights` is unknown; or the text cannot be
+            read, or is too short.
     """
     from linearize.hub.export import export as _export
 

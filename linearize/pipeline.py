@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.calibration.start import Start, convert, prepares
 from linearize.conversion.convert import convert_model, window_baseline, window_sections
 from linearize.conversion.output import check_free, staged_folder
-from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.conversion.source import Source, checkpoint_digest, find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.report import SystemScores, report_data, report_table, write_report
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import torch
     from rich.table import Table
 
+    from linearize.evaluation.results import SystemInfo
     from linearize.evaluation.runner import Loader
     from linearize.recipe import Recipe
 
@@ -144,9 +146,13 @@ def run_recipe(
         table = report_table(scores)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         sections = {"teacher": [], "window": window_sections(mixers)}
+        dtypes = {"converted": teacher.dtype, "finetuned": trained.model.dtype}
         results = Results(
             model=source.name,
-            systems=[describe(name, _ABOUT[name], base, sections.get(name, mixers), teacher.dtype) for name in scores],
+            systems=[
+                _marked(describe(name, _ABOUT[name], base, sections.get(name, mixers), teacher.dtype), folder, dtypes)
+                for name in scores
+            ],
             scores=scores,
             command=command,
             limit=recipe.evaluate.limit,
@@ -154,6 +160,14 @@ def run_recipe(
         )
         write_report(results, folder)
     return RunResult(scores, table, figures, trained)
+
+
+def _marked(info: SystemInfo, folder: Path, dtypes: dict[str, torch.dtype]) -> SystemInfo:
+    """With the checkpoint in `folder` that the system is, if it is one."""
+    if info.name not in dtypes:
+        return info
+    made = checkpoint_digest(Source(str(folder / info.name), "folder"))
+    return replace(info, checkpoint=made, dtype=str(dtypes[info.name]).removeprefix("torch."))
 
 
 class _Again:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,6 +209,20 @@ def default_device() -> str:
 def provenance_of(source: Source) -> dict[str, Any]:
     """What `linearize.json` of a converted model says, or an empty mapping."""
     return _json_of(source, "linearize.json")
+
+
+def checkpoint_digest(source: Source) -> str | None:
+    """What tells a converted checkpoint from any other: SHA-256 over the digests of its configuration and weights, as
+    its linearize.json has them; None where it has none. Nothing else of it is read."""
+    files = provenance_of(source).get("files")
+    if not isinstance(files, dict):
+        return None
+    told = {name: digest for name, digest in files.items() if isinstance(digest, str) and _TELLING.fullmatch(name)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest() if told else None
+
+
+# Not the card, which may be edited, nor the rows of training data, which are not shared.
+_TELLING = re.compile(r"config\.json|model.*\.safetensors")
 
 
 def sound_provenance(source: Source) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class _System(_Part):
     description: str
     state_bytes: int | None
     growth_bytes_per_token: int | None
+    checkpoint: str | None = None
+    dtype: str | None = None
 
 
 class _Score(_Part):

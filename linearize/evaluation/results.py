@@ -7,7 +7,9 @@ The document, schema `linearize.results/1`::
       "model": what was evaluated, as the user named it,
       "command": the command line, "date": ISO 8601, "versions": {package: version},
       "limit": items per task, or null for all of them,
-      "systems": [{"name", "description", "state_bytes", "growth_bytes_per_token"}, ...],
+      "systems": [
+        {"name", "description", "state_bytes", "growth_bytes_per_token", "checkpoint", "dtype"}, ...
+      ],
       "tasks": [
         {
           "task", "suite", "metric", "higher_is_better", "axis", "digest",
@@ -17,11 +19,12 @@ The document, schema `linearize.results/1`::
     }
 
 `systems` are in the order to show. `state_bytes` and `growth_bytes_per_token` are the memory of one sequence, constant
-and per token, or null. A task's keys mean what `TaskScore` says; `digest` is null where it is not known, and a system
-that was not scored on a task is left out of it. Held-out rows are tasks like any other, of the suite `held-out`:
-`loss`, `perplexity`, `kl` and `agreement`, with a row's counted tokens as its tag `tokens`. Numbers are finite. The
-file that `write_report` leaves has a further key, `comparisons`, which follows from the rest and is not read back.
-Readers ignore keys they do not know.
+and per token, or null. `checkpoint` tells which converted checkpoint a system is, as a whole, and `dtype` in which it
+was scored; null where that is not recorded, and left out by earlier versions. A task's keys mean what `TaskScore` says;
+`digest` is null where it is not known, and a system that was not scored on a task is left out of it. Held-out rows are
+tasks like any other, of the suite `held-out`: `loss`, `perplexity`, `kl` and `agreement`, with a row's counted tokens
+as its tag `tokens`. Numbers are finite. The file that `write_report` leaves has a further key, `comparisons`, which
+follows from the rest and is not read back. Readers ignore keys they do not know.
 """
 
 from __future__ import annotations
@@ -70,12 +73,16 @@ class SystemInfo:
         description: a few words for people.
         state_bytes: memory of one sequence that does not depend on its length; None where it is not known.
         growth_bytes_per_token: memory of each token on top; a transformer's cache.
+        checkpoint: which converted checkpoint it is, see `checkpoint_digest`; None of any other system.
+        dtype: what that, or a pretrained model that was evaluated itself, was scored in; None where it is not recorded.
     """
 
     name: str
     description: str = ""
     state_bytes: int | None = None
     growth_bytes_per_token: int | None = None
+    checkpoint: str | None = None
+    dtype: str | None = None
 
 
 def _versions() -> dict[str, str]:

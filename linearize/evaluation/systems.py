@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 from linearize.conversion.convert import check_convertible, mixers_for, window_baseline, window_sections
 from linearize.conversion.output import check_space
-from linearize.conversion.source import DTYPES, Source, load_config, load_model, load_tokenizer, teacher_of
+from linearize.conversion.source import (
+    DTYPES,
+    Source,
+    checkpoint_digest,
+    load_config,
+    load_model,
+    load_tokenizer,
+    teacher_of,
+)
 from linearize.errors import DataError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
 from linearize.evaluation.heldout import drawn_rows, score_rows
@@ -274,7 +282,11 @@ class _Maker:
         return System(self._info(name, about, bare), load)
 
     def _whole(self, name: str, about: str, source: Source, mixers: list[dict[str, Any]]) -> System:
-        return System(self._info(name, about, mixers), self._stamped(lambda: self._load(source), source, None))
+        info = self._info(name, about, mixers)
+        if source == self.source:
+            dtype = str(self._held()).removeprefix("torch.") if self.dtype == "auto" else self.dtype
+            info = replace(info, checkpoint=checkpoint_digest(source) if source.is_converted else None, dtype=dtype)
+        return System(info, self._stamped(lambda: self._load(source), source, None))
 
     def _load(self, source: Source) -> PreTrainedModel:
         return load_model(source, dtype=self.dtype if source == self.source else _reference_dtype(self.dtype))

@@ -8,9 +8,11 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
+
+from linearize.hub.paths import is_local_path, local_paths, strings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,8 +23,10 @@ PRIVATE = ("held_out.safetensors",)
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
 _BINARY = {".safetensors", ".bin", ".gguf", ".model", ".png", ".pt"}
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-# Absolute, with a folder in it, and nothing that makes it a sentence or a template.
-_PATH = re.compile(r"(?:file://)?(?:/|~/|[A-Za-z]:[\\/])[^\n{}<>|*\\/]+(?:[\\/][^\n{}<>|*\\/]+)+[\\/]?")
+# What is told of a checkpoint, and so may quote a command or name a file within a sentence. Other data, such as chat
+# templates, are the base model's, and only a value that is a path as a whole is of some machine.
+_TOLD = {".md", ".yaml", ".yml", ".jsonl", ".svg"}
+_TOLD_DATA = {"linearize.json", "calibration.json", "selection.json"}
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,11 @@ def _in_text(name: str, text: str) -> Iterator[Finding]:
     if Path(name).name in _VOCABULARIES:
         return
     paths = [value for value in _strings(name, text) if is_local_path(value)]
+    if Path(name).suffix in _TOLD or Path(name).name in _TOLD_DATA:
+        paths += local_paths(text)
     paths += [place for place in _places() if place in text]
     if paths:
         yield Finding(name, f"names a path of this machine ({paths[0]})")
-
-
-def is_local_path(text: str) -> bool:
-    """Whether a string is an absolute path, here or on some other machine."""
-    return _PATH.fullmatch(text) is not None
 
 
 def _places() -> list[str]:
@@ -87,24 +88,13 @@ def _strings(name: str, text: str) -> Iterator[str]:
     try:
         match Path(name).suffix:
             case ".json":
-                yield from _values(json.loads(text))
+                yield from strings(json.loads(text))
             case ".jsonl":
                 for line in text.splitlines():
-                    yield from _values(json.loads(line))
+                    yield from strings(json.loads(line))
             case ".yaml" | ".yml":
                 # Not its values: aliases in them could stand for more than there is time to look at.
                 events = yaml.parse(text, Loader=yaml.SafeLoader)
                 yield from (event.value for event in events if isinstance(event, yaml.ScalarEvent))
     except (ValueError, RecursionError, yaml.YAMLError):
         return
-
-
-def _values(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _values(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _values(item)

@@ -6,15 +6,21 @@ of the training data.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.convert import base_record, versions, write_checkpoint
 from linearize.conversion.output import check_space, staged_folder
-from linearize.conversion.source import Source, find_source, load_model, load_tokenizer, sound_provenance
+from linearize.conversion.source import (
+    Source,
+    checkpoint_digest,
+    find_source,
+    load_model,
+    load_tokenizer,
+    sound_provenance,
+)
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.page import to_markdown
 from linearize.evaluation.results import FILE_NAME, read_results
@@ -22,8 +28,9 @@ from linearize.evaluation.suites import HELD_OUT
 from linearize.evaluation.systems import held_out_rows
 from linearize.evaluation.telling import tell
 from linearize.hub.card import CardFacts
-from linearize.hub.contents import Finding, is_local_path, local_things, shared_files
+from linearize.hub.contents import Finding, local_things, shared_files
 from linearize.hub.licence import licence_of
+from linearize.hub.paths import Portable, is_local_path, strings
 from linearize.quantize import WEIGHTS, cost_record, cost_section, nbytes_after, quantize
 from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
 from linearize.training.data import load_data
@@ -101,16 +108,21 @@ def export(
     Raises:
         ModelError: `source` is no converted folder.
         OutputError: `output` cannot be written.
-        DataError: `report` has no results; `weights` is unknown; or the text cannot be read, or is too short.
+        DataError: `report` has no results, or those of another checkpoint; `weights` is unknown; or the text cannot be
+            read, or is too short.
     """
     spec = _quantization(weights, outliers)
     if not (source.kind == "folder" and source.is_converted):
         raise ModelError(f"{source.name}: is not a converted folder; convert it first: linearize convert")
     made_of, written = Path(source.reference), sound_provenance(source)
     record = _base(written.get("base", {}), base)
-    found = report or _results_beside(made_of)
-    measured = None if found is None else _measured(_of(read_results(found), made_of.name), made_of.name)
-    recipe = _recipe(made_of / "recipe.yaml", record)
+    shown = _report(report, source)
+    as_made = load_recipe(str(made_of / "recipe.yaml"))
+    trained_on = [stage["data"] for stage in written.get("stages", [])]
+    portable = Portable(strings([as_made.model_dump(), written.get("base", {}).get("model"), trained_on]))
+    if shown is not None and not shown.marked:
+        say(f"{shown.path}: does not say which checkpoint it is of; see that it is {made_of.name}")
+    recipe = _recipe(as_made, record, portable)
     rights = {"license": licence} if licence else licence_of(_bases(written.get("base", {}), base))
     with staged_folder(output, overwrite=overwrite) as folder:
         model: Any = load_model(source, dtype=dtype)
@@ -120,26 +132,28 @@ def export(
             check_space(output, nbytes_after(model, spec))  # rounding and measuring take a while
             fitted, held_out, named = _text(source, model, tokenizer, text, tokens, recipe.seed, say)
             say(f"rounding weights to int{spec.bits}, and measuring what that costs")
-            cost = quantize(model, spec, fitted, held_out, _anonymous(named))
+            cost = quantize(model, spec, fitted, held_out, portable.text(named))
         told = cost_record(spec, cost) if spec and cost else None
         say(f"writing {output}")
         for file in _ALONG:
             if (made_of / file).is_file():
-                (folder / file).write_text(_portable_file(made_of / file), encoding="utf-8")
+                (folder / file).write_text(portable.file(made_of / file), encoding="utf-8")
         write_checkpoint(
             folder,
             model,
             tokenizer,
             recipe,
             record,
-            _portable(written.get("stages", [])),
+            portable.data(written.get("stages", [])),
             name or output.resolve().name,
-            start=_portable(written.get("start", {})),
+            start=portable.data(written.get("start", {})),
             shard_size=shard_size,
             facts=CardFacts(
                 rights,
                 [
-                    measured or _NOT_MEASURED,
+                    _measured(shown, portable, str(model.dtype).removeprefix("torch."), weights)
+                    if shown
+                    else _NOT_MEASURED,
                     *([cost_section(spec, cost)] if spec and cost else ()),
                     _recipe_section(recipe),
                     _licence_section(rights),
@@ -153,7 +167,7 @@ def export(
         )
         findings = local_things(folder)
         files = {file: (folder / file).stat().st_size for file in shared_files(folder)}
-    return Exported(output, files, record.get("model"), rights, found if measured else None, findings, told)
+    return Exported(output, files, record.get("model"), rights, shown.path if shown else None, findings, told)
 
 
 def _quantization(weights: str | None, outliers: float | None) -> Quantization | None:
@@ -210,9 +224,54 @@ def _results_beside(folder: Path) -> Path | None:
     return beside if folder.name in ("converted", "finetuned") and beside.is_file() else None
 
 
-def _of(results: Results, own: str) -> Results:
+@dataclass(frozen=True)
+class _Report:
+    """Figures for a card.
+
+    Attributes:
+        path: as it was named or found.
+        own: what the exported checkpoint is called in it; None where it is not there.
+        marked: whether the report says itself that it is of this checkpoint.
+        dtype: what that was scored in; None where it is not recorded.
+    """
+
+    path: Path
+    results: Results
+    own: str | None
+    marked: bool
+    dtype: str | None
+
+
+def _report(named: Path | None, source: Source) -> _Report | None:
+    """The report whose figures the card shows.
+
+    Raises:
+        DataError: the one that is named cannot be read, or is of another checkpoint.
+    """
+    folder = Path(source.reference)
+    path = named or _results_beside(folder)
+    if path is None:
+        return None
+    results, digest = read_results(path), checkpoint_digest(source)
+    # Reports of earlier versions have no marks.
+    if digest is None or not any(system.checkpoint or system.dtype for system in results.systems):
+        own = next((name for name in (folder.name, "model") if name in results.scores), None)
+        return _Report(path, _of(results, own), own, marked=False, dtype=None)
+    own_ones = {system.name: system for system in results.systems if system.checkpoint == digest}
+    if own_ones:  # one, unless training changed nothing
+        system = own_ones.get(folder.name) or next(iter(own_ones.values()))
+        return _Report(path, _of(results, system.name), system.name, marked=True, dtype=system.dtype)
+    if named is None:
+        return None
+    raise DataError(
+        f"{path}: its figures are of another checkpoint ({results.model!r}), not of {folder}; evaluate this one: "
+        f"linearize eval {folder} --baseline teacher,window --report DIR"
+    )
+
+
+def _of(results: Results, own: str | None) -> Results:
     """Without what was made of this model later: of a converted one, what became of it by training."""
-    if own != "converted" or own not in results.scores:
+    if own != "converted":
         return results
     return replace(
         results,
@@ -221,21 +280,26 @@ def _of(results: Results, own: str) -> Results:
     )
 
 
-def _measured(results: Results, own: str) -> str:
-    """The report of an evaluation as a section of a card: its words and tables."""
-    page = tell(results)
+def _measured(report: _Report, portable: Portable, dtype: str, weights: str | None) -> str:
+    """The report of an evaluation as a section of a card: its words and tables, and where they may be off.
+
+    Args:
+        dtype, weights: of what is exported.
+    """
+    page = tell(report.results)
     sections = [replace(section, plots=()) for section in page.sections if section.told or section.grids]
-    facts = [(key, _anonymous(text)) for key, text in page.facts]
+    facts = [(key, portable.command(text) if key == "command" else text) for key, text in page.facts]
     text = to_markdown(replace(page, facts=facts, sections=sections))
-    own = own if own in results.scores else "model"
-    here = f"In the tables this model is **{own}**.\n" if own in results.scores else ""
+    told = [f"In the tables this model is **{report.own}**."] if report.own else []
+    if not report.marked:
+        told.append("The report does not say which checkpoint it is of, nor in which dtype that was scored.")
+    if weights is not None or report.dtype not in (None, dtype):
+        then = "with other weights" if report.dtype is None else f"in {report.dtype}"
+        now = dtype if weights is None else f"{weights} and {dtype}"
+        told.append(f"It was scored {then}, and its weights are {now} here, so its own figures may differ.")
+    here = "".join(f"{line}\n" for line in told)
     body = re.sub(r"^# .*\n", "", re.sub(r"^##", "###", text, flags=re.MULTILINE), count=1)
     return f"## What was measured\n\n{here}{body}"
-
-
-def _anonymous(text: str) -> str:
-    """A command line without the folders of its paths."""
-    return re.sub(r"[^\s=]+", lambda word: _last_part(word[0]) if is_local_path(word[0]) else word[0], text)
 
 
 _NOT_MEASURED = """## What was measured
@@ -258,32 +322,10 @@ def _licence_section(rights: dict[str, str]) -> str:
     return f"## Licence\n\n{said}\n"
 
 
-def _recipe(path: Path, base: dict[str, Any]) -> Recipe:
+def _recipe(recipe: Recipe, base: dict[str, Any], portable: Portable) -> Recipe:
     """The checkpoint's recipe, with the base model's id for the model and no paths."""
-    values = load_recipe(str(path)).model_dump()
+    values = recipe.model_dump()
     teacher = values.get("teacher")
     values["teacher"] = None if teacher and is_local_path(teacher) else teacher
     values["model"] = base.get("model")
-    return Recipe.model_validate(_portable(values))
-
-
-def _portable(value: Any) -> Any:
-    """The same data with the last part of each path alone."""
-    if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    if isinstance(value, str):
-        return _last_part(value) if is_local_path(value) else _anonymous(value)
-    return value
-
-
-def _portable_file(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return _anonymous(text)
-    return json.dumps(_portable(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
-
-
-def _last_part(path: str) -> str:
-    return PureWindowsPath(path).name  # which takes either slash
+    return Recipe.model_validate(portable.data(values))

@@ -147,7 +147,7 @@ def _alone(repo: str) -> AbstractContextManager[None]:
 
 
 def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:
-    """Files that are not what `linearize.json` says; the card may be edited."""
+    """Files that are not what `linearize.json` says, or of which it says nothing; the card may be edited."""
     try:
         written: dict[str, Any] = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -155,8 +155,11 @@ def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:
     if not isinstance(written, dict) or not written:
         return [Finding(_PROVENANCE, "does not say what belongs to the checkpoint")]
     lost = [Finding(name, "is missing, though linearize.json names it") for name in written if name not in files]
-    return lost + [
+    edited = [
         Finding(name, "is not as it was written (linearize.json has another SHA-256)")
         for name, digest in written.items()
         if name in files and name != CARD and sha256(folder / name) != digest
     ]
+    # Git's own `.gitattributes` is hidden, and so not among the files.
+    strangers = [name for name in files if name not in written and name not in (_PROVENANCE, CARD)]
+    return [*lost, *edited, *(Finding(name, "is not among the files that linearize.json names") for name in strangers)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from linearize.conversion.source import checkpoint_digest, find_source
 from tests.conftest import random_llama
 
 
@@ -191,6 +192,11 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     told = json.loads((tmp_path / "run" / "results.json").read_text())
     sizes = {system["name"]: system["state_bytes"] for system in told["systems"]}
     assert sizes["teacher"] == 0 < sizes["window"] < sizes["converted"] == sizes["finetuned"]
+    marks = {system["name"]: system["checkpoint"] for system in told["systems"] if system["dtype"]}
+    assert marks == {
+        name: checkpoint_digest(find_source(str(tmp_path / "run" / name))) for name in ("converted", "finetuned")
+    }
+    assert len({*marks.values()} - {None}) == 2
     assert {task["suite"] for task in told["tasks"]} == {"held-out"}
     rows = {
         row["metric"]: row["values"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]

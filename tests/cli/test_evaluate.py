@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from linearize.conversion.source import checkpoint_digest, find_source
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
@@ -35,6 +37,10 @@ def test_suites_tasks_baselines_and_report(outcome, converted, data_folder, tmp_
     document = json.loads((tmp_path / "report" / "results.json").read_text())
     described = {one["name"]: one for one in document["systems"]}
     assert described["teacher"]["state_bytes"] == 0 < described["model"]["state_bytes"]
+    digest = checkpoint_digest(find_source(str(converted)))  # of the model itself alone, not of it with a branch off
+    marks = {name: (one["checkpoint"], one["dtype"]) for name, one in described.items()}
+    assert marks == {"teacher": (None, None), "no_recurrence": (None, None), "model": (digest, "float32")}
+    assert digest is not None
     assert document["command"].startswith("linearize")
     assert (tmp_path / "report" / "report.html").is_file()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +13,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.api import export
+from linearize.calibration.start import convert
 from linearize.conversion.output import sha256
-from linearize.conversion.source import Source, find_source, teacher_of
-from linearize.errors import ModelError
+from linearize.conversion.source import Source, checkpoint_digest, find_source, teacher_of
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.report import write_report
 from linearize.hub.contents import local_things
 from linearize.hub.licence import front_matter, licence_of
 from linearize.hub.push import pack
 from linearize.model import LinearizedForCausalLM
 from linearize.quantize import WEIGHTS
-from linearize.recipe import load_recipe
+from linearize.recipe import dump_recipe, load_recipe
 from tests.evaluation.results_kit import results
 from tests.hub.clean import LOAD, SAYS_ALONE, clean_site, run_python, says
 from tests.hub.local_hub import TOKEN
@@ -101,6 +105,101 @@ def test_the_card_says_what_was_measured(tuned, tmp_path):
     alone = shutil.copytree(tuned, tmp_path / "alone")
     assert export(alone, tmp_path / "more").measured is None
     assert "Nothing that is written here." in (tmp_path / "more" / "README.md").read_text()
+
+
+def marked(source, dtype="float32"):
+    """Results that say which checkpoint their system `model` is."""
+    found = results()
+    digest = checkpoint_digest(find_source(str(source)))
+    found.systems[2] = replace(found.systems[2], checkpoint=digest, dtype=dtype)
+    return found
+
+
+@pytest.fixture
+def other(converted, tiny_folder, tmp_path):
+    """Another checkpoint of the same base model."""
+    (tmp_path / "other").mkdir()
+    recipe = load_recipe("default", ["mixer.window=8", f"model={tiny_folder}"])
+    convert(find_source(str(tiny_folder)), recipe, tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_figures_of_another_model_do_not_come_onto_the_card(tuned, other, tmp_path, outcome):
+    assert len({checkpoint_digest(find_source(str(folder))) for folder in (tuned, other)}) == 2
+    wrong = tmp_path / "wrong"
+    write_report(marked(other), wrong)
+    status, _, words = outcome("export", tuned, tmp_path / "out", "--report", wrong)
+    assert status == 1 and words.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert f"{wrong}: its figures are of another checkpoint ('tuned'), not of {tuned}; evaluate this one: " in words
+    plain = results()  # of a model that was not converted
+    plain.systems[0] = replace(plain.systems[0], dtype="float32")
+    write_report(plain, wrong)
+    with pytest.raises(DataError, match="of another checkpoint"):
+        export(tuned, tmp_path / "out", report=wrong)
+    # One that is found is passed over.
+    write_report(marked(other), tuned.parent)
+    heard = []
+    assert export(tuned, tmp_path / "out", say=heard.append).measured is None
+    assert "Nothing that is written here." in (tmp_path / "out" / "README.md").read_text()
+    assert not any("checkpoint" in line for line in heard)
+
+
+def test_the_card_says_which_system_the_model_is_and_in_which_dtype(tuned, tmp_path):
+    (tuned / "README.md").write_text("# Edited\n")  # it is the same checkpoint still
+    write_report(marked(tuned), tmp_path / "report")
+    heard, told = [], {}
+    for dtype in ("auto", "bfloat16"):
+        export(tuned, tmp_path / dtype, report=tmp_path / "report", dtype=dtype, say=heard.append)
+        told[dtype] = (tmp_path / dtype / "README.md").read_text()
+        assert "In the tables this model is **model**.\n" in told[dtype]
+        assert "does not say which checkpoint" not in told[dtype] + "".join(heard)
+    differs = "It was scored in float32, and its weights are bfloat16 here, so its own figures may differ.\n"
+    assert differs in told["bfloat16"] and "figures may differ" not in told["auto"]
+    found = marked(tuned)  # named as in no other report, beside a system `model`
+    found.systems[1] = replace(found.systems[2], name="window")
+    found.systems[2] = replace(found.systems[2], checkpoint=None)
+    write_report(found, tmp_path / "report")
+    export(tuned, tmp_path / "again", report=tmp_path / "report")
+    assert "In the tables this model is **window**.\n" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_report_of_an_earlier_version_is_shown_with_a_word(tuned, tmp_path, outcome):
+    document = results().to_json()
+    for system in document["systems"]:
+        del system["checkpoint"], system["dtype"]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(document))
+    _, _, words = outcome("export", tuned, tmp_path / "out")
+    assert "results.json: does not say which checkpoint it is of; see that it is finetuned\n" in words
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The report does not say which checkpoint it is of, nor in which dtype that was scored.\n" in card
+
+
+def test_no_path_is_left_on_the_card(tuned, tmp_path):
+    texts = {"source": "/srv/team secret/a.jsonl", "field": "text"}
+    command = [
+        "linearize", "eval", "/data/team secret/m", "--set", "stages.0.data={source: /srv/secret/x.jsonl}",
+        "--set", "data.mix=[{source: /srv/team secret/y.jsonl, weight: 2}, {source: me/texts}]",
+        "--set=teacher='/srv/it''s secret/t'", "--report", "~/secret/r", "-o/srv/secret/o", "me/smol",
+    ]  # fmt: skip
+    report = results(command=shlex.join(command))
+    (tmp_path / "run" / "results.json").write_text(json.dumps(report.to_json()))
+    recipe = load_recipe("default", ["mixer.window=16", f"stages.0.data={json.dumps(texts)}"])
+    (tuned / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tuned / "metrics.jsonl").write_text('{"data": "/srv/team secret/a.jsonl", "loss": 2.50}\n{"loss": 2.50}\ntorn')
+    provenance = json.loads((tuned / "linearize.json").read_text())
+    provenance["stages"][0]["data"] = "50% /srv/team secret/a.jsonl + 50% me/texts"
+    (tuned / "linearize.json").write_text(json.dumps(provenance))
+    assert export(tuned, tmp_path / "out", base="acme/tiny").findings == []
+    card = (tmp_path / "out" / "README.md").read_text()
+    facts = card.replace("\\", "")
+    assert (
+        "command: linearize eval m --set 'stages.0.data={source: x.jsonl}' --set "
+        "'data.mix=[{source: y.jsonl, weight: 2}, {source: me/texts}]' '--set=teacher=\"t\"' --report r -oo me/smol\n"
+    ) in facts
+    assert "source: a.jsonl" in card and "tokens of 50% a.jsonl + 50% me/texts" in card
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"data": "a.jsonl", "loss": 2.5}\n{"loss": 2.50}\ntorn'
+    for file in ("README.md", "recipe.yaml", "linearize.json", "metrics.jsonl"):
+        assert "secret" not in (tmp_path / "out" / file).read_text(), file
 
 
 def test_a_base_model_that_nobody_else_can_find_is_not_named(tuned, tmp_path, tiny_folder):

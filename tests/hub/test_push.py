@@ -20,7 +20,7 @@ import linearize
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, teacher_of
 from linearize.errors import OutputError
-from linearize.hub.contents import is_local_path
+from linearize.hub.paths import Portable, is_local_path, local_paths
 from linearize.hub.push import pack
 from tests.hub.clean import LOAD, clean_site, run_python
 from tests.hub.conftest import rewrite
@@ -242,6 +242,12 @@ def test_a_model_that_does_not_verify_is_refused(hub, checkpoint, outcome):
         ),
         ("metrics.jsonl", '{"data": "C:\\\\Users\\\\me\\\\x.txt"}\n', "metrics.jsonl names a path of this machine"),
         ("README.md", "see {home}/notes for more\n", "README.md names a path of this machine"),
+        (
+            "README.md",
+            "`linearize eval 'x={{source: /srv/p/m}}'`\n",
+            "README.md names a path of this machine (/srv/p/m)",
+        ),
+        ("README.md", "from '/data/team secret/m'\n", "README.md names a path of this machine (/data/team secret/m)"),
         ("held_out.safetensors", "", "held_out.safetensors holds rows of the training data"),
         ("notes.txt", f"export HF_TOKEN={TOKEN}\n", "notes.txt holds an access token"),
     ],
@@ -259,11 +265,63 @@ def test_what_is_of_this_machine_stays_there(hub, checkpoint, outcome, monkeypat
         assert outcome("push", REPO, checkpoint, *SHORT, "--force")[0] == 1 and not hub.requests
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "sub/optimizer.pt"])
+def test_files_that_were_not_written_with_it_stay_there(hub, checkpoint, outcome, name):
+    (checkpoint / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (checkpoint / "README.md").write_text("# Edited\n")
+    assert pack(checkpoint).findings == []
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text("mine\n")
+    for tried in ((*SHORT,), ("--dry-run",)):
+        status, _, words = outcome("push", REPO, checkpoint, *tried)
+        assert status == 1 and f"{name} is not among the files that linearize.json names; write a folder" in words
+    assert not hub.requests
+
+
 def test_what_a_path_is():
-    for text in ("/home/me/x", "/data/llama/", "~/models/a", "C:\\models\\a", "file:///srv/a b/c", "/srv/x/y.gguf"):
+    for text in (
+        "/home/me/x",
+        "/data/llama/",
+        "~/models/a",
+        "~/a b",
+        "C:\\models\\a",
+        "file:///srv/a b/c",
+        "/srv/x/y.gguf",
+    ):
         assert is_local_path(text), text
     for text in ("me/smol", "/think", "{% if /a/b %}", "and/or", "/", "<s>", "https://x.org/a/b", "a /b/c"):
         assert not is_local_path(text), text
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("see (/srv/p/m), /srv/q/n.", "see (m), n."),
+        ("a,/srv/p/m:~/q;file:///srv/p/n", "a,m:q;n"),
+        ("{source: /srv/private/*.jsonl}", "{source: *.jsonl}"),
+        ('"/data/team secret/m" and `/data/team secret/n`', '"m" and `n`'),
+        ("<text>/srv/p/m</text>", "<text>m</text>"),
+        ("x=C:\\Users\\me\\m, d:/models/n", "x=m, n"),
+        ("in /runs/lr=0.1/m(1)/n /data/team\\ secret/o", "in n o"),
+    ],
+)
+def test_paths_within_a_text(text, without):
+    assert Portable().text(text) == without
+    assert local_paths(text) and not local_paths(without)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "owner/name, 1/2 and/or tokens/s",
+        "https://x.org/a/b?c=/d/e and hf://datasets/a/b",
+        "`a`/`b`/`c` +/- /think </think> <s>",
+        "../a/b ./a/b $HOME/a/b {{ x }}/a/b",
+        "(system − window) / (teacher − window)",
+    ],
+)
+def test_what_looks_like_a_path_stays(text):
+    assert Portable().text(text) == text and not local_paths(text)
 
 
 def test_old_shards_and_code_go_with_the_same_commit(hub, quick, checkpoint, outcome):

@@ -1,0 +1,140 @@
+"""Paths of some machine in texts: which there are, and the same texts without the folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+# A whole string: absolute, with a folder in it, and nothing that makes it a sentence or a template.
+_PATH = re.compile(
+    r"(?:file://)?(?:~[\\/]+[^\n{}<>|*\\/]+|(?:/+|[A-Za-z]:[\\/]+)[^\n{}<>|*\\/]+[\\/]+[^\n{}<>|*\\/]+)"
+    r"(?:[\\/]+[^\n{}<>|*\\/]+)*[\\/]*"
+)
+# A part of a text. It begins where nothing goes on, so neither in owner/name nor in 1/2, and an address of the web is
+# passed over; it ends at white space, a quote, a bracket, or a mark between items.
+_BEGIN = r"(?:(?<![\w/\\.~…%$*\])}])|(?<=\s-[A-Za-z])|(?<=^-[A-Za-z]))"
+_NAME = r"(?:[^\s\\/{}<>|\"'`,;:()\[\]]|\([^\s\\/()]*\))"
+_POSIX = rf"(?:{_NAME}|\\.)+"  # with what a shell or Markdown escapes
+_WITHIN = re.compile(
+    r"(?<!\w)(?!file:)[A-Za-z][\w+.-]*://[^\s\"'`<>{}()\[\],;]+|(?P<path>"
+    rf"{_BEGIN}(?:file://)?(?:~/+{_POSIX}|(?:(?<!:)/+|/(?!/)){_POSIX}/+{_POSIX})(?:/+{_POSIX})*/*"
+    rf"|{_BEGIN}[A-Za-z]:(?:\\+|/(?!/)){_NAME}+(?:[\\/]+{_NAME}+)+[\\/]*)"
+)
+_QUOTED = re.compile(r"""(?<!\w)(["'`])((?:file://)?(?:/|~|[A-Za-z]:)(?:(?!\1)[^\n{}<>|*])+)\1""")
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a string is an absolute path, here or on some other machine."""
+    return _PATH.fullmatch(text) is not None
+
+
+def local_paths(text: str) -> list[str]:
+    """The absolute paths in a text; one with spaces in it only where it is quoted."""
+    quoted = [found[2] for found in _QUOTED.finditer(text) if is_local_path(found[2])]
+    return quoted + [found["path"] for found in _WITHIN.finditer(text) if found["path"]]
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string that is a value in data as JSON has it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+class Portable:
+    """Leaves of each absolute path its last part.
+
+    Args:
+        known: strings among which are paths that texts may have as they are; in a text, it is not seen where one with
+            spaces ends.
+    """
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        odd = {text for text in known if is_local_path(text) and local_paths(text) != [text]}
+        self.known = sorted(odd, key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        """Words, or one path."""
+        if is_local_path(text):
+            return _last_part(text)
+        for path in self.known:
+            text = text.replace(path, _last_part(path))
+        text = _QUOTED.sub(lambda found: _without_folders(found[2], found[1], found[0]), text)
+        return _WITHIN.sub(lambda found: _last_part(found["path"]) if found["path"] else found[0], text)
+
+    def command(self, line: str) -> str:
+        """A command line."""
+        try:
+            words = shlex.split(line)
+        except ValueError:
+            return self.text(line)
+        return shlex.join(self._word(word) for word in words)
+
+    def data(self, value: Any) -> Any:
+        """Data as JSON has it."""
+        if isinstance(value, dict):
+            return {key: self.data(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.data(item) for item in value]
+        return self.text(value) if isinstance(value, str) else value
+
+    def file(self, path: Path) -> str:
+        """A file's text."""
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return json.dumps(self.data(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
+        if path.suffix == ".jsonl":
+            return "".join(self._line(line) for line in text.splitlines(keepends=True))
+        return self.text(text)
+
+    def _line(self, line: str) -> str:
+        try:
+            value = json.loads(line)
+        except ValueError:  # torn
+            return self.text(line)
+        clean = self.data(value)
+        return line if clean == value else json.dumps(clean, ensure_ascii=False) + "\n"
+
+    def _word(self, word: str) -> str:
+        key, equals, value = word.partition("=")
+        if not equals or "://" in key or is_local_path(word):
+            return self.text(word)
+        return f"{key}={self._word(value) if key.startswith('-') else self._setting(value)}"
+
+    def _setting(self, text: str) -> str:
+        """What `--set` takes: YAML, whose values end where it says, spaces or not."""
+        if is_local_path(text):
+            return _last_part(text)
+        try:
+            events = yaml.parse(text, Loader=yaml.SafeLoader)
+            scalars: list[Any] = [event for event in events if isinstance(event, yaml.ScalarEvent)]
+        except (ValueError, RecursionError, yaml.YAMLError):
+            scalars = []
+        for scalar in reversed(scalars):
+            if is_local_path(scalar.value):
+                name = _last_part(scalar.value)
+                new = json.dumps(name, ensure_ascii=False) if scalar.style else name
+                text = text[: scalar.start_mark.index] + new + text[scalar.end_mark.index :]
+        return self.text(text)
+
+
+def _without_folders(path: str, quote: str, otherwise: str) -> str:
+    return f"{quote}{_last_part(path)}{quote}" if is_local_path(path) else otherwise
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(path).name  # which takes either slash
