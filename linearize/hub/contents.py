@@ -71,10 +71,16 @@ def _in_text(name: str, text: str) -> Iterator[Finding]:
         return
     paths = [value for value in _strings(name, text) if is_local_path(value)]
     if Path(name).suffix in _TOLD or Path(name).name in _TOLD_DATA:
-        paths += local_paths(text)
+        # People write cards, and tell there of servers' addresses too: /v1/chat/completions.
+        paths += [path for path in local_paths(text) if Path(name).suffix != ".md" or _starts_here(path)]
     paths += [place for place in _places() if place in text]
     if paths:
         yield Finding(name, f"names a path of this machine ({paths[0]})")
+
+
+def _starts_here(path: str) -> bool:
+    """Whether this machine has the first folder of a path, if it is one of this system's kind."""
+    return not path.startswith("/") or Path(*Path(path).parts[:2]).exists()
 
 
 def _places() -> list[str]:

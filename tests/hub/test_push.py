@@ -244,10 +244,10 @@ def test_a_model_that_does_not_verify_is_refused(hub, checkpoint, outcome):
         ("README.md", "see {home}/notes for more\n", "README.md names a path of this machine"),
         (
             "README.md",
-            "`linearize eval 'x={{source: /srv/p/m}}'`\n",
-            "README.md names a path of this machine (/srv/p/m)",
+            "`linearize eval 'x={{source: /usr/p/m}}'`\n",
+            "README.md names a path of this machine (/usr/p/m)",
         ),
-        ("README.md", "from '/data/team secret/m'\n", "README.md names a path of this machine (/data/team secret/m)"),
+        ("README.md", "from '/usr/team secret/m'\n", "README.md names a path of this machine (/usr/team secret/m)"),
         ("held_out.safetensors", "", "held_out.safetensors holds rows of the training data"),
         ("notes.txt", f"export HF_TOKEN={TOKEN}\n", "notes.txt holds an access token"),
     ],
@@ -268,7 +268,7 @@ def test_what_is_of_this_machine_stays_there(hub, checkpoint, outcome, monkeypat
 @pytest.mark.parametrize("name", ["notes.txt", "sub/optimizer.pt"])
 def test_files_that_were_not_written_with_it_stay_there(hub, checkpoint, outcome, name):
     (checkpoint / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    (checkpoint / "README.md").write_text("# Edited\n")
+    (checkpoint / "README.md").write_text("# Edited\nServed at `/v1/chat/completions`.\n")
     assert pack(checkpoint).findings == []
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text("mine\n")
@@ -296,11 +296,11 @@ def test_what_a_path_is():
 @pytest.mark.parametrize(
     ("text", "without"),
     [
-        ("see (/srv/p/m), /srv/q/n.", "see (m), n."),
-        ("a,/srv/p/m:~/q;file:///srv/p/n", "a,m:q;n"),
+        ("see (/usr/p/m), /srv/q/n.", "see (m), n."),
+        ("a,/usr/p/m:~/q;file:///srv/p/n", "a,m:q;n"),
         ("{source: /srv/private/*.jsonl}", "{source: *.jsonl}"),
-        ('"/data/team secret/m" and `/data/team secret/n`', '"m" and `n`'),
-        ("<text>/srv/p/m</text>", "<text>m</text>"),
+        ('"/usr/team secret/m" and `/data/team secret/n`', '"m" and `n`'),
+        ("<text>/usr/p/m</text>", "<text>m</text>"),
         ("x=C:\\Users\\me\\m, d:/models/n", "x=m, n"),
         ("in /runs/lr=0.1/m(1)/n /data/team\\ secret/o", "in n o"),
     ],
