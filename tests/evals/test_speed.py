@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from evals.speed import __main__ as cpu
-from evals.speed import gpu
+from evals.speed import gpu, products
 
 
 def test_the_script_for_gpus_runs(monkeypatch, capsys):
@@ -61,3 +64,23 @@ def test_the_bars_of_a_cpu_are_of_what_was_measured():
     trained = bars.pop("train at 2048: model / teacher")
     assert trained["seen"] == pytest.approx(1.5) and trained["asked"] == ">= 1.0"
     assert len(bars) == 2  # nothing of what was not measured; memory alone
+
+
+def test_products_are_measured_and_committed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["products", "--short"])
+    monkeypatch.setattr(products, "SECONDS", 0.0)
+    monkeypatch.setattr(products, "APART", 2**20)
+    products.main()
+    made = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["products", "--table"])
+    products.main()
+    kept = capsys.readouterr().out
+    assert made.splitlines()[1] == kept.splitlines()[1] or "oneDNN" not in made  # the same columns
+    assert kept.count("\n") - 2 == 2 * len(products.LAYERS) * len(products.ROWS)
+    notes = (products.FIGURES.parent / "NOTES.md").read_text(encoding="utf-8")
+    for row in json.loads(products.FIGURES.read_text(encoding="utf-8"))["rows"]:
+        found = re.search(rf"^\| {row['layer']}, [\d,]+ x [\d,]+ \| {row['rows']} \|(.*)\|$", notes, re.MULTILINE)
+        if row["threads"] == 2 and found:
+            heads = ("float32", "float32, oneDNN", "bfloat16", "int8", "int8 in pairs")
+            told = [int(cell.replace(",", "")) for cell in found[1].split("|")]
+            assert told == [round(row["microseconds"][head]) for head in heads]
