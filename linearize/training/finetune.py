@@ -142,7 +142,7 @@ def finetune(
         if shard:
             shard_model(student)
     records: list[dict[str, Any]] = list(written.get("stages", []))
-    done = len(records)  # stages of earlier runs
+    earlier = len(records)  # stages of the runs before
     data, reserved = None, reserved_tokens(recipe.stages)
     reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
 
@@ -158,7 +158,7 @@ def finetune(
                 seed=recipe.seed,
                 teacher=teacher,
                 student=lambda: base_of(student).eval(),
-                draw=done + number,
+                draw=earlier + number,
                 reserved=reserved,
                 progress=say,
             )

@@ -221,6 +221,11 @@ def test_a_second_run_reads_other_text_than_the_first(tiny_folder, text, tmp_pat
     options = {"tokenizer": tokenizer, "length": spec.length, "teacher": lambda: teacher}
     assert torch.equal(read[0], load_data(spec.data, seed=settings.seed, **options).train.input_ids)
     assert torch.equal(read[1], read[2]) and not {*map(tuple, read[0].tolist())} & {*map(tuple, read[1].tolist())}
+    # And its second stage a third one.
+    (tmp_path / "two").mkdir()
+    finetune(settings.model_copy(update={"stages": [spec, spec]}), tmp_path / "two", say=lambda _: None)
+    third = load_data(spec.data, seed=settings.seed, draw=2, **options)
+    assert torch.equal(read_data(tmp_path / "two" / "stage-1.rows.safetensors").train.input_ids, third.train.input_ids)
 
 
 def test_without_lora_only_the_layers_own_parameters_change(tiny_folder, text, tmp_path):
