@@ -76,7 +76,7 @@ def readers() -> dict[str, Reader]:
         "index": Reader(INDEX, [index], _index),
         "safetensors": Reader(WEIGHTS, [_weights()], lambda path: check_weights(path.parent)),
         "state": Reader("a.state", [_state(model)], lambda path: _same_state(path, model)),
-        "records": Reader("d.jsonl", [lines], lambda path: list(read_records(_spec(path), seed=0, length=8))),
+        "records": Reader("d.jsonl", [lines], lambda path: list(read_records(_spec(path), seed=0))),
         "results": Reader("results.json", [_results()], read_results),
     }
 

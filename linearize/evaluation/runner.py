@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 
 from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.store import Store, model_key, whole_stamp
-from linearize.evaluation.task import Item, Task, TaskScore, evaluating
+from linearize.evaluation.task import Item, Task, TaskScore, draw, evaluating
 from linearize.training import processes
 
 if TYPE_CHECKING:
@@ -117,16 +116,6 @@ def nbytes_to_keep(
 def subset(task: Task, limit: int | None, seed: int) -> list[int]:
     """The items to score, in the task's order: all, or `limit` of them at random."""
     return draw(task.name, len(task), limit, seed)
-
-
-def draw(name: str, size: int, limit: int | None, seed: int) -> list[int]:
-    """Places of `limit` out of `size` items, in order."""
-    everything = list(range(size))
-    if limit is None or limit >= size:
-        return everything
-    # The first of a shuffled list: a larger subset contains a smaller one, and finds its results in the store.
-    random.Random(f"{seed} {name}").shuffle(everything)  # noqa: S311
-    return sorted(everything[:limit])
 
 
 class _System:

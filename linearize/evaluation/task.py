@@ -4,6 +4,7 @@ results kept, and a run that was interrupted goes on."""
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
@@ -126,6 +127,16 @@ def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def draw(name: str, size: int, limit: int | None, seed: int) -> list[int]:
+    """Places of `limit` out of `size` items, in order."""
+    everything = list(range(size))
+    if limit is None or limit >= size:
+        return everything
+    # The first of a shuffled list: a larger subset contains a smaller one, and finds its results in the store.
+    random.Random(f"{seed} {name}").shuffle(everything)  # noqa: S311
+    return sorted(everything[:limit])
 
 
 def by_row(values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from linearize.conversion.output import staged_folder
 with staged_folder(Path(sys.argv[1]), overwrite=True) as folder:
-    (folder / "config.json").write_text("half")
+    (folder / "linearize.json").write_text("half")
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -41,25 +41,25 @@ def test_a_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
         process.wait()
         assert len(names(tmp_path)) == 2
         with staged_folder(target) as folder:
-            (folder / "config.json").write_text("whole")
-    assert names(tmp_path) == ["out"] and (target / "config.json").read_text() == "whole"
+            (folder / "linearize.json").write_text("whole")
+    assert names(tmp_path) == ["out"] and (target / "linearize.json").read_text() == "whole"
 
 
 def test_a_result_that_was_being_replaced_is_put_back(tmp_path):
     (tmp_path / ".out.old-4242").mkdir()
-    (tmp_path / ".out.old-4242" / "config.json").write_text("the only one")
+    (tmp_path / ".out.old-4242" / "linearize.json").write_text("the only one")
     (tmp_path / ".out.partial-4242").mkdir()
     (tmp_path / ".out.partial-notes").write_text("not ours")
     with pytest.raises(OutputError, match="exists and is not empty"), staged_folder(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".out.partial-notes", "out"]
-    assert (tmp_path / "out" / "config.json").read_text() == "the only one"
+    assert (tmp_path / "out" / "linearize.json").read_text() == "the only one"
 
 
 def test_a_claim_can_be_taken_again_inside_and_ends_with_the_outer_one(tmp_path):
     with claimed(tmp_path / "out"):
         with claimed(tmp_path / "out"), staged_folder(tmp_path / "out") as folder:
-            (folder / "config.json").touch()
+            (folder / "linearize.json").touch()
         assert names(tmp_path) == [".out.lock", "out"]
     assert names(tmp_path) == ["out"]
 
@@ -77,7 +77,7 @@ def test_folders_made_for_a_claim_go_again_if_nothing_is_put_there(tmp_path):
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_replacing_never_leaves_neither(tmp_path, monkeypatch, swaps, interrupted):
     with staged_folder(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("old")
+        (folder / "linearize.json").write_text("old")
     if not swaps:
         monkeypatch.setattr(output, "_exchange", lambda *_: False)
         rename = Path.rename
@@ -96,11 +96,11 @@ def test_replacing_never_leaves_neither(tmp_path, monkeypatch, swaps, interrupte
         monkeypatch.setattr(output, "_exchange", interrupt)
     try:
         with staged_folder(tmp_path / "out", overwrite=True) as folder:
-            (folder / "config.json").write_text("new")
+            (folder / "linearize.json").write_text("new")
     except KeyboardInterrupt:
         assert interrupted
     assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "config.json").read_text() == ("old" if interrupted else "new")
+    assert (tmp_path / "out" / "linearize.json").read_text() == ("old" if interrupted else "new")
 
 
 def test_a_folder_that_vanishes_is_told(tmp_path):
@@ -109,7 +109,7 @@ def test_a_folder_that_vanishes_is_told(tmp_path):
         staged_folder(tmp_path / "out") as f,
     ):
         f.rmdir()
-        (f / "config.json").write_text("x")
+        (f / "linearize.json").write_text("x")
     assert names(tmp_path) == []
 
 
