@@ -242,7 +242,6 @@ class Recovery:
                     "system": system,
                     "budget": tokens_of(budget),
                     "tokens": sum(stage["tokens"] for stage in made["stages"]),
-                    "seconds": self._seconds(system, budget),
                     "figures": figures([read_results(path.parent) for path in scored]),
                 }
             )
@@ -251,13 +250,6 @@ class Recovery:
         (self.folder / "results.md").write_text(markdown(found) + "\n", encoding="utf-8")
         for name, svg in plots(found).items():
             (self.folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-
-    def _seconds(self, system: str, budget: str) -> float:
-        """Of training alone, all stages."""
-        path = self._cell(system, budget) / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        last = {line["stage"]: line["seconds"] for line in lines}
-        return round(sum(last.values()), 1)
 
     def _cell(self, system: str, budget: str) -> Path:
         return self.folder / f"{system}-{budget}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import evals.start.__main__ as start
 from evals.faults.__main__ import table as faults_table
 from evals.fuzz.__main__ import table as fuzz_table
+from evals.recovery.telling import markdown as recovery_table
 from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 
@@ -23,6 +24,16 @@ def test_what_each_start_brings():
     readme = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
     for file in (start.FIGURES, start.FIGURES.with_name("calibrated.json")):
         assert start.table(json.loads(file.read_text(encoding="utf-8"))) in readme
+
+
+def test_what_comes_back_for_how_many_tokens():
+    folder = ROOT / "evals" / "recovery"
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert recovery_table(found) in (folder / "README.md").read_text(encoding="utf-8")
+    # Better than its own start, and than the paper's recipe at the same tokens.
+    figures = {(cell["system"], cell["budget"]): cell["figures"]["model"] for cell in found["cells"]}
+    for name in ("perplexity", "kl", "loss"):
+        assert figures["ours", 200_000][name][0] < figures["ours", 0][name][0]
 
 
 def test_how_fast_it_is_on_a_cpu():
