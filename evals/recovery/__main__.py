@@ -1,4 +1,4 @@
-"""How much of SmolLM2-135M-Instruct comes back for how many tokens, by three ways of training it back.
+"""How much of SmolLM2-135M-Instruct comes back for how many tokens, by four ways of training it back.
 
     python -m evals.recovery DIR --data DATA                     everything, in hours on a CPU or on one GPU
     python -m evals.recovery DIR --data DATA --budgets 0,0.2M    the small budgets
