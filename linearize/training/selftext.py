@@ -23,7 +23,6 @@ from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.errors import ModelError, OutputError
 from linearize.resources import cache_folder
-from linearize.training.writing import grouped_attention, growing_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -213,6 +212,8 @@ class _Writer:
         width, device = max(map(len, prompts)), self.teacher.device
         ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        from linearize.training.writing import growing_cache
+
         cache = growing_cache(self.teacher)
         while live and room > 0:
             self.pace.start(sum(map(len, prompts)) + sum(map(len, answers)), ends)
@@ -314,6 +315,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 @contextmanager
 def _sampling(teacher: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seeded, in eval mode, with a bare generation config: the model's own may hold a top-p or a repetition penalty."""
+    # Here, for it loads transformers' models, which those who read data or fingerprints have no use for.
+    from linearize.training.writing import grouped_attention
+
     was_training, own = teacher.training, teacher.generation_config
     bare = GenerationConfig()
     bare.eos_token_id = copy.copy(own.eos_token_id)
