@@ -68,8 +68,8 @@ def self_written_documents(
     Each document starts with what the teacher was given (its start token, or the chat template's opening) and ends with
     the end token that it wrote, unless its length ran out. The same arguments give the same documents; they are kept in
     `cache_folder()/self-text` under a key made of all of them and of the weights themselves. `batch_size` is the number
-    of documents written at once: more is faster (steps of SmolLM2-135M on two CPU cores: 120 tokens/s at 16, 170 at 32,
-    220 at 64, about the same at 128) and takes more memory.
+    of documents written at once: more is faster (SmolLM2-135M on one CPU core, after 60 tokens: 100 tokens/s at 16, 193
+    at 64, 209 at 128) and takes more memory.
 
     Raises:
         ModelError: the teacher has no token to start from, or ends every text at once.

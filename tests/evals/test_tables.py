@@ -22,8 +22,27 @@ def test_what_smollm2_loses():
 
 def test_what_each_start_brings():
     readme = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
-    for file in (start.FIGURES, start.FIGURES.with_name("calibrated.json")):
+    for name in ("figures.json", "calibrated.json", "long.json"):
+        file = start.FIGURES.with_name(name)
         assert start.table(json.loads(file.read_text(encoding="utf-8"))) in readme
+
+
+def test_what_landmarks_find_untrained():
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = json.loads(start.FIGURES.read_text(encoding="utf-8"))["rows"]
+    exact, first = rows["landmarks-exact"]["systems"], next(iter(rows.values()))["systems"]
+
+    def above(system: str) -> str:
+        pretrained, found = (one["scores"]["perplexity"]["value"] for one in (first["teacher"], exact[system]))
+        return f"{(found / pretrained - 1) * 100:.1f} % above"
+
+    def needles(system: str) -> int:
+        scores = [exact[system]["scores"][f"{task} 2048"] for task in start.NEEDLES]
+        return round(sum(score["value"] * score["n"] for score in scores))
+
+    assert f"is {above('model')} its perplexity" in said and f"is {above('window_bytes')} it" in said
+    assert needles("model") == 20 and "finds all of 20 needles in 2,048 tokens" in said
+    assert f"and finds {needles('window_bytes')} (" in said
 
 
 def test_what_comes_back_for_how_many_tokens():
