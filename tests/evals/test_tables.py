@@ -49,10 +49,12 @@ def test_what_comes_back_for_how_many_tokens():
     folder = ROOT / "evals" / "recovery"
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert recovery_table(found) in (folder / "README.md").read_text(encoding="utf-8")
-    # Better than its own start, and than the paper's recipe at the same tokens.
+    # Better than its own start, and at the same tokens than the recipes of others.
     figures = {(cell["system"], cell["budget"]): cell["figures"]["model"] for cell in found["cells"]}
     for name in ("perplexity", "kl", "loss"):
         assert figures["ours", 200_000][name][0] < figures["ours", 0][name][0]
+        trained = [figures[system, 200_000][name][0] for system in ("ours", "lolcats", "liger")]
+        assert trained == sorted(trained)
 
 
 def test_how_fast_it_is_on_a_cpu():
