@@ -55,6 +55,12 @@ def test_what_comes_back_for_how_many_tokens():
         assert figures["ours", 200_000][name][0] < figures["ours", 0][name][0]
         trained = [figures[system, 200_000][name][0] for system in ("ours", "lolcats", "liger")]
         assert trained == sorted(trained)
+    said = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = said[said.index("With 0.2M tokens on a CPU") :]
+    shown = [figures[cell]["perplexity"][0] for cell in (("ours", 200_000), ("lolcats", 200_000), ("landmarks", 0))]
+    for value in (*shown, found["cells"][-1]["figures"]["teacher"]["perplexity"][0]):
+        assert f"{value:.2f}" in said
+    assert f"{figures['liger', 200_000]['perplexity'][0]:.1e}" in said
 
 
 def test_how_fast_it_is_on_a_cpu():
