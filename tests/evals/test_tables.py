@@ -48,7 +48,11 @@ def test_what_landmarks_find_untrained():
 def test_what_comes_back_for_how_many_tokens():
     folder = ROOT / "evals" / "recovery"
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert recovery_table(found) in (folder / "README.md").read_text(encoding="utf-8")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert recovery_table(found) in readme
+    earlier = json.loads((folder / "float32.json").read_text(encoding="utf-8"))["cells"][-1]["figures"]
+    for one in (earlier["model"], earlier["no_recurrence"]):
+        assert f"{one['kl'][0]:.4f}" in readme and f"{one['perplexity'][0]:.2f}" in readme
     # Better than its own start, and at the same tokens than the recipes of others.
     figures = {(cell["system"], cell["budget"]): cell["figures"]["model"] for cell in found["cells"]}
     for name in ("perplexity", "kl", "loss"):
@@ -56,7 +60,7 @@ def test_what_comes_back_for_how_many_tokens():
         trained = [figures[system, 200_000][name][0] for system in ("ours", "lolcats", "liger")]
         assert trained == sorted(trained)
     said = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = said[said.index("With 0.2M tokens on a CPU") :]
+    said = said[said.index("With 0.2M tokens on a CPU") : said.index("([evals/recovery]")]
     shown = [figures[cell]["perplexity"][0] for cell in (("ours", 200_000), ("lolcats", 200_000), ("landmarks", 0))]
     for value in (*shown, found["cells"][-1]["figures"]["teacher"]["perplexity"][0]):
         assert f"{value:.2f}" in said
