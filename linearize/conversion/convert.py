@@ -306,4 +306,5 @@ def versions() -> dict[str, str]:
 def open_model(reference: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any, Source]:
     """Any model, converted or not, with its tokenizer and whereabouts."""
     source = find_source(reference, trust_remote_code=trust_remote_code)
+    load_config(source)  # a name that nobody has is looked for once, where the calls below look for several files
     return load_model(source, dtype=dtype), load_tokenizer(source), source

@@ -67,9 +67,13 @@ class Source:
 
     @cached_property
     def is_converted(self) -> bool:
-        """Whether this is what `linearize convert` wrote, here or on the Hub."""
-        found = _json_of(self, "config.json").get("model_type")
-        return bool(found == "linearized")
+        """Whether this is what `linearize convert` wrote, here or on the Hub.
+
+        Raises:
+            ModelError: the Hub does not have it, or cannot be reached.
+        """
+        with reading(self):
+            return _is_ours(_json_at(self, "config.json"))
 
 
 def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
@@ -272,7 +276,7 @@ def teacher_of(source: Source) -> Source:
         teacher = find_source(base["model"], trust_remote_code=source.trust_remote_code)
     except ModelError as error:
         raise ModelError(f"the teacher of {source.name} is gone: {error}") from error
-    if teacher.is_converted:
+    if _is_ours(_json_of(teacher, "config.json")):  # whether it can be had at all is for those who load it
         raise ModelError(f"{teacher.reference}: converted, where the teacher of {source.name} was; put that back")
     return teacher
 
@@ -333,13 +337,21 @@ def _opening(reference: str) -> Iterator[None]:
 def _json_of(source: Source, name: str) -> dict[str, Any]:
     """A model's JSON file; an empty mapping where there is none, or it cannot be read."""
     try:
-        if source.kind == "hub":
-            path = cached_file(source.reference, name)
-        else:
-            path = str(Path(source.reference) / name) if source.kind == "folder" else None
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        return _json_at(source, name)
     except (OSError, ValueError, RecursionError):  # the Hub's own errors are of these
         return {}
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    return bool(config.get("model_type") == "linearized")
+
+
+def _json_at(source: Source, name: str) -> dict[str, Any]:
+    if source.kind == "hub":
+        path = cached_file(source.reference, name)
+    else:
+        path = str(Path(source.reference) / name) if source.kind == "folder" else None
+    found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     return found if isinstance(found, dict) else {}
 
 

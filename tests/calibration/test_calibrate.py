@@ -84,7 +84,9 @@ def test_what_it_says_is_what_it_did(calibrated):
     assert [one["name"] for one in figures["ingredients"] if one["kept"]] == [
         one.name for one in found.ingredients if one.kept
     ]
-    assert figures["readings"]["calibrated"]["loss"]["value"] == float(found.readings["calibrated"].loss.mean())
+    loss = float(found.readings["calibrated"].loss.mean())
+    # Torch adds the rows up in another order on some CPUs, and the last bit differs.
+    assert figures["readings"]["calibrated"]["loss"]["value"] == pytest.approx(loss, rel=1e-12)
     assert found.readings["calibrated"].loss.mean() < found.readings["converted"].loss.mean()
     told = json.loads((folder / "linearize.json").read_text())["start"]["calibration"]
     card, page = (folder / "README.md").read_text(), (folder / "calibration.md").read_text()
