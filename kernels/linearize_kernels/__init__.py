@@ -19,6 +19,7 @@ from linearize_kernels.delta import (
     delta_rule_step,
 )
 from linearize_kernels.dispatch import CHOICES, Decision, Kernels, Operation, choose, decide, say_once
+from linearize_kernels.gathered import gathered_attention
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent, gla_step
 from linearize_kernels.slots import (
     gated_values,
@@ -52,6 +53,7 @@ __all__ = [
     "gated_values_parallel",
     "gated_values_recurrent",
     "gated_values_step",
+    "gathered_attention",
     "gla",
     "gla_chunkwise",
     "gla_parallel",

@@ -14,6 +14,7 @@ from linearize_kernels import joint_attention
 from torch import Tensor
 
 from linearize.model.landmark_step import landmark_step
+from linearize.model.landmark_training import whole_rows
 from linearize.model.landmarks import (
     BLOCK,
     arriving_of,
@@ -41,6 +42,8 @@ def landmark_attention(mixer: Mixer, new: Projections, lengths: Tensor | None, m
     """`Mixer.forward` with landmarks."""
     if memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled():
         return landmark_step(mixer, new, lengths, memory)
+    if memory is None and torch.is_grad_enabled() and any(x.requires_grad for x in new):
+        return whole_rows(mixer, new)
     return _chunk(mixer, new, lengths, memory)
 
 

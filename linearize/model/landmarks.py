@@ -144,12 +144,12 @@ def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
         order = ranks(candidates, window).argsort(dim=1, descending=True, stable=True)
         kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
         lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
-    slots, others = ({name: _take(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
+    slots, others = ({name: take(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
     return slots | {"received": FADING * slots["received"]}, others
 
 
-def _take(x: Tensor, at: Tensor) -> Tensor:
-    """Slots `at` `[R, N, K]` of `x` `[R, S, K, ...]`, for each head its own."""
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """Tokens or slots `at` `[R, N, K]` of `x` `[R, S, K, ...]`, for each head its own."""
     return x.gather(1, at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from linearize.conversion.convert import state_nbytes
 from linearize.families.base import AttentionLayer, Projections
-from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig
+from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig, landmark_attention
+from linearize.model.landmark_attention import _chunk
+from linearize.model.landmark_training import whole_rows
 from linearize.model.mixer import Mixer
 from tests.model.test_families import build
 
@@ -152,6 +155,50 @@ def test_gradients_are_those_of_the_reference(case):
             continue
         assert float(other.abs().max()) > 0, name
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()), msg=name)
+
+
+TRAINED = CASES | {
+    "delta rule": {"recurrence": "gated_deltanet", "rope": True},
+    "slots": {"recurrence": "gsa"},
+    "softmax mix": {"mix": "softmax", "rope": True, "landmarks": 64},
+    "gates from queries": {"gate_source": "q"},
+    "gates from values": {"gate_source": "v"},
+}
+
+
+@pytest.mark.parametrize("off", [frozenset(), frozenset({"window"}), frozenset({"recurrence"})])
+@pytest.mark.parametrize("tokens", [40, 64, 131, 400])
+@pytest.mark.parametrize("case", TRAINED)
+def test_whole_rows_are_the_same_with_and_without_gradients(case, tokens, off):
+    """Outputs and gradients of what is trained on against those of the sequence of merges that decoding follows."""
+    mixer = mixer_of(replace(LAYER, softcap=3.0) if case == "slots" else LAYER, **TRAINED[case])
+    mixer.branches_off = off
+    new = Projections(*(x.requires_grad_() for x in projections(tokens, rows=2)))
+    given = [*new, *mixer.parameters()]
+    pull = torch.randn(2, tokens, QUERY_HEADS, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def results(output: Tensor) -> list[Tensor]:
+        pulled = (output * pull).sum() + 0.0 * new.q.sum()  # what says nothing has gradients, too: none
+        found = torch.autograd.grad(pulled, given, allow_unused=True, materialize_grads=True)
+        return [output, *found]
+
+    for one, other in zip(results(whole_rows(mixer, new)), results(_chunk(mixer, new, None, None)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max().clamp_min(1)))
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(new, None, None), whole_rows(mixer, new), rtol=0, atol=1e-12)
+
+
+def test_training_takes_whole_rows(monkeypatch):
+    called = []
+    monkeypatch.setattr(landmark_attention, "whole_rows", lambda *_: called.append(True))
+    new = projections(100)
+    mixer = mixer_of()
+    with torch.no_grad():
+        mixer(new, None, None)
+    mixer(new, None, None)  # the mixer's parameters alone: nothing goes back through slots
+    assert not called
+    mixer(new._replace(v=new.v.requires_grad_()), None, None)
+    assert called
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""Attention with landmarks over whole rows where gradients are wanted.
+
+Ranks are not differentiated, so which tokens are where is found first, without gradients and from keys alone; then all
+blocks are answered at once from the row's own keys and values. The same function as `landmark_attention`, which moves
+keys and values from block to block: going back through that costs more than everything else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from linearize_kernels import gathered_attention, joint_attention
+from torch import Tensor
+
+from linearize.model.landmarks import (
+    BLOCK,
+    arriving_of,
+    join,
+    kept_names,
+    merge,
+    novelty,
+    numbers,
+    room,
+    smoothed,
+    stored,
+    take,
+)
+
+if TYPE_CHECKING:
+    from linearize.families.base import Projections
+    from linearize.model.memory import Part
+    from linearize.model.mixer import Mixer
+
+
+def whole_rows(mixer: Mixer, new: Projections) -> Tensor:
+    """`landmark_attention` of rows without a memory, `[R, L, H, V]`."""
+    sinks, slots, tokens = mixer.config.sinks, mixer.config.landmarks, new.q.shape[1]
+    first = min(sinks + mixer.window - 1 + BLOCK, tokens)  # queries that no block has left behind
+    kept, lost = _choose(mixer, new)
+    blocks = kept.shape[1]
+
+    causal = torch.ones(first, first, dtype=torch.bool, device=new.v.device).tril()[None]
+    at = torch.arange(first, device=new.v.device).expand(len(new.q), 1, new.k.shape[2], -1)
+    parts = [_attend(mixer, new, slice(0, first), first, at, causal, [first])]
+    if blocks:
+        at, seen = _read_by_blocks(mixer, new, kept)
+        widths = [sinks + room(mixer.window) + min(slots, (block + 1) * BLOCK) for block in range(blocks)]
+        parts.append(_attend(mixer, new, slice(first, tokens), BLOCK, at, seen, widths))
+    y, logs = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    return _with_state(mixer, new, y, logs, lost, first)
+
+
+def _choose(mixer: Mixer, new: Projections) -> tuple[Tensor, Tensor]:
+    """By number, from 1 on (0 is none): which tokens are in the slots after each merge, `[R, B, N, K]`, and which have
+    lost theirs by it, `[R, B, BLOCK, K]`."""
+    config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
+    sinks, q, k = config.sinks, new.q_rotated.detach(), new.k_rotated.detach()
+    fresh, _ = novelty(new.k, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
+    received, nothing = torch.zeros_like(fresh), k[..., :0]
+    empty = fresh.new_zeros(k.shape[0], config.landmarks, k.shape[2])
+    slots: Part = {"novelty": empty, "received": empty, "number": empty.int()}
+    kept, lost = list[Tensor](), list[Tensor]()
+    start, local = 0, sinks  # the first query, and the first token of the window
+    while (end := local + window - 1 + BLOCK) < tokens:
+        query = torch.arange(start, end, device=k.device)
+        distance = query[:, None] - query.new_tensor(range(local, end))
+        filled = min(config.landmarks, local - sinks)
+        own = take(k, slots["number"][:, :filled].long() - 1)
+        keys, visible = [k[:, :sinks], own, k[:, local:end]], query[:, None] >= query.new_tensor(range(sinks))
+        _, _, shares = joint_attention(
+            q[:, start:end],
+            keys,
+            [nothing[:, : part.shape[1]] for part in keys],
+            [visible[None, None] if start < sinks else None, None, (distance >= 0)[None, None]],
+            scale=mixer.layer.scale,
+            softcap=mixer.layer.softcap,
+        )
+        received[:, local:end] += (shares[2] * (distance >= window // 4)).sum(2).transpose(1, 2)
+        slots["received"][:, :filled] += shares[1].sum(2).transpose(1, 2)
+        block = slice(local, local + BLOCK)
+        leaving = {"novelty": smoothed(fresh[:, local:], window), "received": received[:, block]}
+        slots, out = merge(slots, leaving | {"number": numbers(local + 1, received[:, block])}, window)
+        kept.append(slots["number"])
+        lost.append(out["number"])
+        start, local = end, local + BLOCK
+    if not kept:
+        none = slots["number"].new_zeros(k.shape[0], 0, 0, k.shape[2])
+        return none, none
+    return torch.stack(kept, 1).long(), torch.stack(lost, 1).long()
+
+
+def _attend(
+    mixer: Mixer, new: Projections, own: slice, size: int, at: Tensor, seen: Tensor, widths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """What the queries `own`, in blocks of `size`, read of the tokens `at`."""
+    q = new.q_rotated[:, own]
+    blocks = F.pad(q, (0, 0, 0, 0, 0, -q.shape[1] % size)).unflatten(1, (-1, size))
+    scale, softcap = mixer.layer.scale, mixer.layer.softcap
+    found = gathered_attention(blocks, new.k_rotated, new.v, at, seen, widths=widths, scale=scale, softcap=softcap)
+    y, logs = (x.flatten(1, 2)[:, : q.shape[1]] for x in found)
+    return y, logs
+
+
+def _read_by_blocks(mixer: Mixer, new: Projections, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Sinks, window and slots of each block's queries, as `gathered_attention` wants them."""
+    sinks, width, (rows, blocks, slots, heads) = mixer.config.sinks, room(mixer.window), kept.shape
+    device = kept.device
+    merged = BLOCK * torch.arange(1, blocks + 1, device=device)[:, None]
+    window = torch.arange(sinks, sinks + width, device=device) + merged
+    always = torch.arange(sinks, device=device).expand(blocks, -1)
+    exact = torch.cat([always, window.clamp(max=new.q.shape[1] - 1)], 1)
+    at = torch.cat([exact[None, :, None].expand(rows, -1, heads, -1), (kept - 1).clamp_min(0).transpose(2, 3)], -1)
+    query = torch.arange(BLOCK, device=device)[:, None]
+    recent = torch.arange(-sinks, width, device=device) < mixer.window + query
+    filled = torch.arange(slots, device=device) < merged
+    seen = [recent.expand(blocks, -1, -1), filled[:, None].expand(-1, BLOCK, -1)]
+    return at, torch.cat(seen, -1)
+
+
+def _with_state(mixer: Mixer, new: Projections, y: Tensor, logs: Tensor, lost: Tensor, first: int) -> Tensor:
+    """What the state answers joins in: one sequence, of the tokens that a merge left without a slot, which write, and
+    the queries up to the next, which read.
+
+    Args:
+        first: the first query after a merge.
+    """
+    if "window" in mixer.branches_off:
+        y = torch.zeros_like(y)
+    empty = mixer.config.landmarks // BLOCK  # merges that left none without
+    recurrence, lost = mixer.recurrence, lost[:, empty:]
+    if recurrence is None or "recurrence" in mixer.branches_off or not lost.shape[1]:
+        return y
+    given = arriving_of(mixer, new, new.k)
+    at = (lost - 1).clamp_min(0).flatten(1, 2)
+    k, v, source = stored(mixer, {name: take(given[name], at) for name in kept_names(mixer)})
+    start, blocks = first + empty * BLOCK, lost.shape[1]
+    q = (new.q_rotated if mixer.config.rope else new.q)[:, start:]
+    tokens = q.shape[1]
+    q = F.pad(q, (0, 0, 0, 0, 0, -tokens % BLOCK))
+
+    def beside(x: Tensor, after: bool) -> Tensor:
+        x = x.unflatten(1, (blocks, BLOCK))
+        silent = torch.zeros_like(x)
+        return torch.cat([silent, x] if after else [x, silent], 2).flatten(1, 2)
+
+    k, v, source = (beside(x, False) for x in (k, v, source))
+    writes = beside(lost[..., 0].flatten(1) > 0, False)
+    answers, mass = recurrence.in_segments(beside(q, True), k, v, source, writes, None)
+
+    def read(x: Tensor) -> Tensor:
+        pairs: Tensor = x.unflatten(1, (blocks, 2 * BLOCK))
+        return pairs[:, :, BLOCK:].flatten(1, 2)[:, :tokens]
+
+    mass = None if mass is None else read(mass)
+    mixed = join(mixer, y[:, start:], logs[:, start:], read(answers), mass, None)
+    return torch.cat([y[:, :start], mixed], 1)
