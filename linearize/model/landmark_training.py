@@ -64,11 +64,11 @@ def _choose(mixer: Mixer, new: Projections) -> tuple[Tensor, Tensor]:
     kept, lost = list[Tensor](), list[Tensor]()
     start, local = 0, sinks  # the first query, and the first token of the window
     while (end := local + window - 1 + BLOCK) < tokens:
-        query = torch.arange(start, end, device=k.device)
-        distance = query[:, None] - query.new_tensor(range(local, end))
+        query = torch.arange(start, end, device=k.device)[:, None]
+        distance = query - torch.arange(local, end, device=k.device)
         filled = min(config.landmarks, local - sinks)
         own = take(k, slots["number"][:, :filled].long() - 1)
-        keys, visible = [k[:, :sinks], own, k[:, local:end]], query[:, None] >= query.new_tensor(range(sinks))
+        keys, visible = [k[:, :sinks], own, k[:, local:end]], query >= torch.arange(sinks, device=k.device)
         _, _, shares = joint_attention(
             q[:, start:end],
             keys,

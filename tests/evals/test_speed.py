@@ -8,7 +8,7 @@ import re
 import pytest
 
 from evals.speed import __main__ as cpu
-from evals.speed import gpu, products
+from evals.speed import gpu, landmarks, products
 
 
 def test_the_script_for_gpus_runs(monkeypatch, capsys):
@@ -84,3 +84,12 @@ def test_products_are_measured_and_committed(monkeypatch, capsys):
             heads = ("float32", "float32, oneDNN", "bfloat16", "int8", "int8 in pairs")
             told = [int(cell.replace(",", "")) for cell in found[1].split("|")]
             assert told == [round(row["microseconds"][head]) for head in heads]
+
+
+def test_the_script_for_landmarks_in_training_runs(tmp_path):
+    landmarks.measure(((200, 40, "float32"),), tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    case = found["cases"][0]
+    assert all(case[name]["seconds"] > 0 for name in landmarks.WAYS.values())
+    assert case["merges"]["kept_bytes"] > case["trained"]["kept_bytes"] > case["teacher"]["kept_bytes"] > 0
+    assert len(landmarks.table(found).splitlines()) == 3

@@ -12,6 +12,8 @@ from evals.fuzz.__main__ import table as fuzz_table
 from evals.recovery.telling import markdown as recovery_table
 from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
+from evals.speed.landmarks import FIGURES as landmarks_figures
+from evals.speed.landmarks import table as landmarks_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +87,11 @@ def test_how_fast_it_is_on_a_cpu():
         for row in figures["rows"]
     }
     assert shown == measured
+
+
+def test_what_training_with_landmarks_costs():
+    notes = (ROOT / "evals" / "speed" / "NOTES.md").read_text(encoding="utf-8")
+    assert landmarks_table(json.loads(landmarks_figures.read_text(encoding="utf-8"))) in notes
 
 
 def test_the_first_figure_is_what_was_measured():
