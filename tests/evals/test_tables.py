@@ -24,7 +24,7 @@ def test_what_smollm2_loses():
 
 def test_what_each_start_brings():
     readme = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
-    for name in ("figures.json", "calibrated.json", "long.json"):
+    for name in ("figures.json", "calibrated.json", "long.json", "trained.json"):
         file = start.FIGURES.with_name(name)
         assert start.table(json.loads(file.read_text(encoding="utf-8"))) in readme
 
