@@ -118,6 +118,8 @@ def main() -> None:
         if arguments.folder is None or arguments.data is None:
             parser.error("name the folder of the checkpoints and --data, or --table")
         measure(arguments)
+    if not arguments.figures.is_file():
+        sys.exit(f"{arguments.figures}: no figures are there; name --rows that can be measured")
     print(table(json.loads(arguments.figures.read_text(encoding="utf-8"))))
 
 
