@@ -207,26 +207,37 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def make(source: Any, recipe: Recipe, folder: Path) -> None:
     """Converts `source` into `folder`, unless that has been done by this very recipe."""
-    made = folder.with_name(f"{folder.name}.recipe.yaml")
-    text = dump_recipe(recipe)
-    if (folder / "linearize.json").is_file() and made.is_file() and made.read_text(encoding="utf-8") == text:
+    if _is_made(folder, recipe):
         say(f"{folder.name}: converted before")
         return
     say(f"{folder.name}: converting")
     started = time.process_time()
     with staged_folder(folder, overwrite=True) as staged:
         convert(source, recipe, staged, say=say)
-    made.write_text(text, encoding="utf-8")
+    _made_by(folder).write_text(dump_recipe(recipe), encoding="utf-8")
     say(f"{folder.name}: {time.process_time() - started:,.0f} s of processor time")
 
 
 def train(untrained: Path, folder: Path, changes: Sequence[str], text: str) -> None:
-    """Trains what is in one folder into another, unless that has been done; goes on where it was interrupted."""
-    if (folder / "linearize.json").is_file():
+    """Trains what is in one folder into another, unless that has been done by this very recipe; goes on where it was
+    interrupted."""
+    recipe = load_recipe(str(TRAINING), [*changes, f"model={untrained}", f"stages.0.data.mix.0.source={text}"])
+    if _is_made(folder, recipe):
         say(f"{folder.name}: trained before")
         return
-    recipe = load_recipe(str(TRAINING), [*changes, f"model={untrained}", f"stages.0.data.mix.0.source={text}"])
-    linearize.finetune(recipe, folder, resume=is_resumable(folder, recipe), say=say)
+    linearize.finetune(recipe, folder, resume=is_resumable(folder, recipe), overwrite=True, say=say)
+    _made_by(folder).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _made_by(folder: Path) -> Path:
+    """The recipe that a folder of DIR was made by."""
+    return folder.with_name(f"{folder.name}.recipe.yaml")
+
+
+def _is_made(folder: Path, recipe: Recipe) -> bool:
+    made = _made_by(folder)
+    recorded = made.read_text(encoding="utf-8") if made.is_file() else None
+    return (folder / "linearize.json").is_file() and recorded == dump_recipe(recipe)
 
 
 def say(line: str) -> None:

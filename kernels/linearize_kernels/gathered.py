@@ -57,19 +57,9 @@ class _Gathered(torch.autograd.Function):
     """Inside, query heads of a group are rows of one matrix: `[B, n, K, G * C, D]`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        at: Tensor,
-        seen: Tensor,
-        widths: list[int],
-        scale: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.settings = (widths, scale, softcap)
-        work = _Work(q, k, v, at, seen, widths, scale, softcap)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, at, seen, *ctx.settings = given
+        work = _Work(*given)
         y = q.new_empty(*q.shape[:4], v.shape[-1], dtype=work.dtype)
         logs = q.new_empty(q.shape[:4], dtype=work.dtype)
         for blocks, width in work.parts():
