@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from linearize import statefile
-from linearize.conversion.ggufheader import check_gguf
+from linearize.conversion.ggufheader import read_head
 from linearize.conversion.modelfiles import INDEX, WEIGHTS, check_config, check_weights, read_index
 from linearize.errors import LinearizeError
 from linearize.evaluation.results import read_results
@@ -85,7 +85,7 @@ def _gguf(path: Path) -> None:
     """What is taken, gguf's own reader must take, which transformers stands on."""
     from gguf import GGUFReader
 
-    check_gguf(path)
+    read_head(path)
     try:
         GGUFReader(path)
     except Exception as error:

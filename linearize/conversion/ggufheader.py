@@ -1,7 +1,8 @@
-"""The head of a GGUF file, walked before any library believes it.
+"""The header of a GGUF file: checked before any library opens the file, and read without its vocabulary.
 
-gguf's own reader and what stands on it take counts and lengths as the file has them. Here each is held against what is
-left of the file first, so that a damaged file costs neither memory nor time, and its fault gets a name.
+gguf's own reader takes counts and lengths as the file has them. `read_head` compares each with the bytes that are left
+first, so a damaged file costs neither memory nor time, and the error names the fault. gguf's reader also makes numpy
+arrays of every token and merge, seconds for a large vocabulary; `GgufHead` keeps their number only.
 
     magic, version | counts of tensors and of key/value pairs | pairs | tensors' names, shapes, types, offsets | data
 """
@@ -9,56 +10,147 @@ left of the file first, so that a damaged file costs neither memory nor time, an
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from linearize.errors import ModelError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
+_SPLIT_COUNT, _SPLIT_NUMBER = "split.count", "split.no"
+_TOKENS = "tokenizer.ggml.tokens"
 _LONGEST_KEY, _LONGEST_NAME, _MOST_DIMS = 65_535, 64, 4
-# Of a value's type: bytes of one, by the number that stands for it; 8 is a string, 9 an array.
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# `struct` codes of scalar types, by their number in the file; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_WIDTHS = {kind: struct.calcsize(code) for kind, code in _SCALARS.items()}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+_FLOAT32 = 0
 _SHORTEST_PAIR, _SHORTEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 
 
 class _Fault(Exception):
-    """What is wrong with the file."""
+    """A fault of the file; its text says which."""
 
 
-class _Tensor(NamedTuple):
-    name: str
+class _Split(Exception):
+    """The file is one part of a split model: `number`, counted from 1, of `count`."""
+
+    def __init__(self, number: int, count: int) -> None:
+        super().__init__(number, count)
+        self.number, self.count = number, count
+
+
+class Tensor(NamedTuple):
+    """A tensor in a GGUF file.
+
+    Attributes:
+        shape: as the file has it, the fastest axis first.
+        kind: the number of its ggml type.
+        start: byte of the file at which its data begins.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
     start: int
     nbytes: int
 
 
-def check_gguf(path: Path) -> None:
-    """Refuses a file whose head is damaged, or that ends before its tensors do.
+class GgufHead(NamedTuple):
+    """The header of a GGUF file, sound.
+
+    Attributes:
+        order: `<` or `>`, the file's byte order for `struct`.
+        values: key -> scalar or string; of an array its number of elements.
+        pairs: for each key the bytes of the file that hold it with its value.
+        arrays: keys whose value is an array.
+        tensors: by name.
+    """
+
+    path: Path
+    order: str
+    values: dict[str, Any]
+    pairs: dict[str, tuple[int, int]]
+    arrays: frozenset[str]
+    tensors: dict[str, Tensor]
+
+    def floats(self, name: str) -> list[float]:
+        """The values of the float32 tensor `name`.
+
+        Raises:
+            ModelError: it has another type.
+        """
+        tensor = self.tensors[name]
+        if tensor.kind != _FLOAT32:
+            raise ModelError(f"{self.path}: the tensor {name} is of type {tensor.kind}, and only float32 can be read")
+        with self.path.open("rb") as file:
+            file.seek(tensor.start)
+            return list(struct.unpack(f"{self.order}{tensor.nbytes // 4}f", file.read(tensor.nbytes)))
+
+    def without_vocabulary(self, vocabulary: str) -> bytes:
+        """A small GGUF file with the same keys and tensor names, for libraries that read a configuration from it.
+
+        Arrays of the tokenizer are left out, and each tensor is one float32.
+
+        Args:
+            vocabulary: a key for the number of tokens, added where the file has tokens and no such key.
+        """
+        kept = [span for key, span in self.pairs.items() if not (key in self.arrays and key.startswith("tokenizer."))]
+        tokens = self.values.get(_TOKENS) if vocabulary not in self.values else None
+        number = struct.Struct(self.order + "Q").pack
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            parts = [data[:8], number(len(self.tensors)), number(len(kept) + (tokens is not None))]
+            parts += [data[start:end] for start, end in kept]
+        if tokens is not None:
+            parts += [self._name(vocabulary), struct.pack(self.order + "II", _UINT32, tokens)]
+        for name in self.tensors:
+            parts += [self._name(name), struct.pack(self.order + "IQIQ", 1, 1, _FLOAT32, 0)]
+        head = b"".join(parts)
+        alignment = self.values.get(_ALIGNMENT_KEY, _ALIGNMENT)
+        return head + bytes(-len(head) % alignment + 4)
+
+    def _name(self, text: str) -> bytes:
+        octets = text.encode()
+        return struct.pack(self.order + "Q", len(octets)) + octets
+
+
+def read_head(path: Path) -> GgufHead:
+    """The header of a GGUF file.
 
     Raises:
-        ModelError: with what is wrong.
+        ModelError: the header is damaged, the file ends before its tensors do, or it is a part of a split model.
     """
     stat = path.stat()
-    _check(path, stat.st_size, stat.st_mtime_ns)
+    return _read(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=16)
-def _check(path: Path, size: int, _changed: int) -> None:
-    """Once for each state of a file: a large vocabulary takes a tenth of a second."""
+def _read(path: Path, size: int, _changed: int) -> GgufHead:
+    """Cached by the file's size and time, because a large vocabulary takes a tenth of a second."""
     if size < 4:
         raise ModelError(f"{path}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            _walk(_Head(data))
+            return _walk(path, _Head(data))
+        except _Split as part:
+            raise ModelError(_split(path, part.number, part.count)) from None
         except _Fault as fault:
             raise ModelError(f"{path}: {fault}; fetch the file again") from None
+
+
+def _split(path: Path, number: int, count: int) -> str:
+    """The error for a part of a split model, with the command of llama.cpp that merges the parts."""
+    name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    first = f"{name[1]}-00001-of-{name[2]}.gguf" if name else "FIRST-PART.gguf"
+    whole = f"{name[1]}.gguf" if name else "WHOLE.gguf"
+    return (
+        f"{path}: part {number:,} of {count:,} of a split GGUF model, and only whole files can be read; merge the "
+        f"parts with llama.cpp: llama-gguf-split --merge {first} {whole}"
+    )
 
 
 class _Head:
@@ -68,10 +160,13 @@ class _Head:
         self.data, self.at, self.size, self.order = data, 0, len(data), "<"
 
     def number(self, code: str) -> int:
+        return int(self.scalar(code))
+
+    def scalar(self, code: str) -> Any:
         self.need(struct.calcsize(code))
         (found,) = struct.unpack_from(self.order + code, self.data, self.at)
         self.at += struct.calcsize(code)
-        return int(found)
+        return found
 
     def need(self, count: int) -> None:
         if count > self.size - self.at:
@@ -101,7 +196,7 @@ class _Head:
         return found
 
 
-def _walk(head: _Head) -> None:
+def _walk(path: Path, head: _Head) -> GgufHead:
     if head.data[:4] != MAGIC:
         raise _Fault("not a GGUF file")
     head.at = 4
@@ -111,54 +206,70 @@ def _walk(head: _Head) -> None:
     if version not in _VERSIONS:
         raise _Fault(f"the GGUF file is of version {version}, and {' and '.join(map(str, _VERSIONS))} can be read")
     tensors, pairs = head.count("tensors", _SHORTEST_TENSOR), head.count("key/value pairs", _SHORTEST_PAIR)
-    alignment = _pairs(head, pairs)
+    values, spans, arrays = _pairs(head, pairs)
+    parts, number = values.get(_SPLIT_COUNT), values.get(_SPLIT_NUMBER, 0)
+    if isinstance(parts, int) and isinstance(number, int) and parts > 1:
+        raise _Split(number + 1, parts)
+    alignment = values.get(_ALIGNMENT_KEY, _ALIGNMENT)
     found = _tensors(head, tensors, alignment)
     if not found:
         raise _Fault("the GGUF file has no tensors")
     first = -(-head.at // alignment) * alignment
     at = 0
-    for tensor in sorted(found, key=lambda one: one.start):
+    for name, tensor in sorted(found.items(), key=lambda one: one[1].start):
         if tensor.start < at:
-            raise _Fault(f"the GGUF file is damaged: the tensor {tensor.name} overlaps another")
+            raise _Fault(f"the GGUF file is damaged: the tensor {_shown(name)} overlaps another")
         at = tensor.start + tensor.nbytes
     if first + at > head.size:
         raise _Fault(f"the GGUF file is cut off at {head.size:,} of at least {first + at:,} bytes")
+    placed = {name: tensor._replace(start=first + tensor.start) for name, tensor in found.items()}
+    return GgufHead(path, head.order, values, spans, arrays, placed)
 
 
-def _pairs(head: _Head, count: int) -> int:
-    """Walks the key/value pairs; returns the alignment that they ask for."""
-    seen: set[str] = set()
-    alignment = _ALIGNMENT
+def _pairs(head: _Head, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]], frozenset[str]]:
+    """Walks the key/value pairs; see `GgufHead` for what it returns of them."""
+    values: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    arrays: set[str] = set()
     for _ in range(count):
+        start = head.at
         key = head.text("a key", _LONGEST_KEY)
-        if key in seen:
+        if key in values:
             raise _Fault(f"the GGUF file is damaged: the key {_shown(key)} is there twice")
-        seen.add(key)
         kind = head.number("I")
         if key == _ALIGNMENT_KEY:
             alignment = head.number("I") if kind == _UINT32 else 0
             if alignment == 0 or alignment & (alignment - 1):
                 raise _Fault(f"the GGUF file is damaged: {key} is {alignment}, which is no power of two")
-            continue
-        _value(head, key, kind)
-    return alignment
+            values[key] = alignment
+        else:
+            values[key] = _value(head, key, kind)
+        if kind == _ARRAY:
+            arrays.add(key)
+        spans[key] = start, head.at
+    return values, spans, frozenset(arrays)
 
 
-def _value(head: _Head, key: str, kind: int) -> None:
+def _value(head: _Head, key: str, kind: int) -> Any:
     if kind in _SCALARS:
-        head.skip(_SCALARS[kind])
-    elif kind == _STRING:
-        head.skip(head.number("Q"))
-    elif kind == _ARRAY:
+        return head.scalar(_SCALARS[kind])
+    if kind == _STRING:
+        length = head.number("Q")
+        start = head.at
+        head.skip(length)
+        return head.data[start : head.at].decode(errors="replace")
+    if kind == _ARRAY:
         inner = head.number("I")
         if inner in _SCALARS:
-            head.skip(head.number("Q") * _SCALARS[inner])
+            count = head.number("Q")
+            head.skip(count * _WIDTHS[inner])
         elif inner == _STRING:
-            _strings(head, head.count(f"strings of {_shown(key)}", 8))
+            count = head.count(f"strings of {_shown(key)}", 8)
+            _strings(head, count)
         else:
             raise _Fault(f"the GGUF file is damaged: {_shown(key)} is an array of type {inner}, which there is not")
-    else:
-        raise _Fault(f"the GGUF file is damaged: {_shown(key)} is of type {kind}, which there is not")
+        return count
+    raise _Fault(f"the GGUF file is damaged: {_shown(key)} is of type {kind}, which there is not")
 
 
 def _strings(head: _Head, count: int) -> None:
@@ -171,11 +282,12 @@ def _strings(head: _Head, count: int) -> None:
     head.skip(at - head.at)
 
 
-def _tensors(head: _Head, count: int, alignment: int) -> list[_Tensor]:
+def _tensors(head: _Head, count: int, alignment: int) -> dict[str, Tensor]:
+    """The tensors by name, each with its start counted from the first tensor's data."""
     from gguf.constants import GGML_QUANT_SIZES
 
     sizes = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
-    found: dict[str, _Tensor] = {}
+    found: dict[str, Tensor] = {}
     for _ in range(count):
         name = head.text("a tensor's name", _LONGEST_NAME)
         damaged = f"the GGUF file is damaged: the tensor {_shown(name)}"
@@ -198,8 +310,8 @@ def _tensors(head: _Head, count: int, alignment: int) -> list[_Tensor]:
             raise _Fault(f"{damaged} starts at {start:,}, which is no multiple of {alignment}")
         if start > head.size:
             raise _Fault(f"{damaged} starts at {start:,}, and the file is cut off at {head.size:,}")
-        found[name] = _Tensor(_shown(name), start, total)
-    return list(found.values())
+        found[name] = Tensor(tuple(shape), kind, start, total)
+    return found
 
 
 def _shown(name: str) -> str:

@@ -27,7 +27,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
-from linearize.conversion.ggufheader import MAGIC, check_gguf
+from linearize.conversion.ggufconfig import gguf_config
+from linearize.conversion.ggufheader import MAGIC, read_head
 from linearize.conversion.modelfiles import check_config, check_weights
 from linearize.errors import ModelError
 from linearize.products import take_products
@@ -96,7 +97,7 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
         with _opening(reference), path.open("rb") as opened:
             if opened.read(4) != MAGIC:
                 raise ModelError(f"{reference}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
-        check_gguf(path.resolve())
+        read_head(path.resolve())
         return Source(str(path.resolve()), "gguf", trust_remote_code)
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
     if looks_local or (path.parent.is_dir() and "/" in reference):
@@ -109,6 +110,8 @@ def load_config(source: Source) -> Any:
     """The model's configuration."""
     reference, keywords = source.arguments()
     with reading(source):
+        if source.kind == "gguf":
+            return gguf_config(Path(source.reference))
         return AutoConfig.from_pretrained(reference, **keywords)
 
 
@@ -141,6 +144,7 @@ def load_model(
     if source.kind == "gguf":
         # Without this the weights would stay marked as quantized, and saving them would fail.
         keywords["quantization_config"] = GgufConfig(dequantize=True)
+        keywords["config"] = load_config(source)
         dtype = "float32" if dtype == "auto" else dtype
     else:
         keywords["use_safetensors"] = True  # a pickle could run any code

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from linearize.errors import ModelError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -59,11 +61,11 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def _of_gguf(path: Path) -> dict[str, str]:
-    from gguf import GGUFReader
+    from linearize.conversion.ggufheader import read_head
 
     try:
-        fields = GGUFReader(path).fields
-        named = {key: fields.get(f"general.{key.replace('_', '.')}") for key in _KEYS}
-        return {key: str(field.contents()) for key, field in named.items() if field is not None}
-    except Exception:  # the file may be gone, or damaged since
+        values = read_head(path).values
+    except (OSError, ModelError):  # the file may be gone, or damaged since
         return {}
+    named = {key: values.get(f"general.{key.replace('_', '.')}") for key in _KEYS}
+    return {key: value for key, value in named.items() if isinstance(value, str)}

@@ -1,0 +1,250 @@
+"""The configuration of a GGUF file: as transformers maps its keys, with the rotary keys and end tokens that it drops.
+
+transformers ignores `ARCH.rope.scaling.*`, the tensors `rope_freqs.weight` and `rope_factors_{long,short}.weight`, and
+all end tokens but one. They are read here with llama.cpp's meaning (`llama_model::load_hparams`, `llama_context`,
+`ggml_rope_ext`), and put where transformers' models look for them: `rope_parameters` and `eos_token_id`. A key whose
+meaning no `rope_parameters` can express is refused by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import AutoConfig
+
+from linearize.conversion.ggufheader import GgufHead, read_head
+from linearize.errors import ModelError
+
+_ENDS = ("eos", "eot", "eom")
+"""Of a text, a turn and a message: `tokenizer.ggml.*_token_id` of each ends what a model writes."""
+
+_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_SCALING = {
+    "type", "factor", "attn_factor", "original_context_length", "finetuned", "yarn_ext_factor", "yarn_attn_factor",
+    "yarn_beta_fast", "yarn_beta_slow",
+}  # fmt: skip
+_PARTIAL = {"phi3", "stablelm"}
+"""Model types that rotate a part of each head."""
+
+_LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
+_LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
+"""Of all published models; with other numbers, factors are carried one by one."""
+_SAME = 1e-6
+
+
+def gguf_config(path: Path) -> Any:
+    """The configuration of the model in a GGUF file; no weight is read.
+
+    Raises:
+        ModelError: the file is damaged, or has a key that cannot be applied.
+    """
+    head = read_head(path)
+    config = _mapped(head)
+    ends = (head.values.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS)
+    if len(several := list(dict.fromkeys(end for end in ends if isinstance(end, int)))) > 1:
+        config.eos_token_id = several
+    if getattr(config, "rope_parameters", None):
+        _Rotary(head, config).apply()
+    return config
+
+
+def _mapped(head: GgufHead) -> Any:
+    """transformers' own mapping, of a file without the vocabulary: its reader takes seconds for a large one."""
+    size_key = f"{head.values.get('general.architecture')}.vocab_size"
+    with TemporaryDirectory(prefix="linearize-") as folder:
+        (Path(folder) / head.path.name).write_bytes(head.without_vocabulary(size_key))
+        config = AutoConfig.from_pretrained(folder, gguf_file=head.path.name)
+    size = head.values.get(size_key, head.values.get("tokenizer.ggml.tokens"))
+    if size is not None and config.vocab_size != size:  # an architecture that is counted by its tokens alone
+        config = AutoConfig.from_pretrained(str(head.path.parent), gguf_file=head.path.name)
+    config.name_or_path = str(head.path.parent)
+    return config
+
+
+class _Rotary:
+    """The rotary positions of a file.
+
+    Attributes:
+        parameters: those of the configuration that scaling applies to: all layers', or Gemma 3's global layers'.
+        inverse: how much slower each pair of dimensions turns, by the file's tensor alone; None without one.
+    """
+
+    def __init__(self, head: GgufHead, config: Any) -> None:
+        self.head, self.config = head, config
+        self.prefix = f"{head.values['general.architecture']}.rope."
+        rope = config.rope_parameters
+        self.parameters: dict[str, Any] = rope.get("full_attention", rope)
+        self.sliding: dict[str, Any] = rope.get("sliding_attention", {})
+
+    def apply(self) -> None:
+        """Completes `rope_parameters` of the configuration.
+
+        Raises:
+            ModelError: a key or tensor that cannot be applied; it is named.
+        """
+        if (base := self._number("freq_base", 0.0)) > 0:
+            self.parameters["rope_theta"] = base
+        if self.sliding and (base := self._number("freq_base_swa", 0.0)) > 0:
+            self.sliding["rope_theta"] = base
+        self._set_width()
+        self.parameters.update(self._scaling())
+        self.config.standardize_rope_params()
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a head that are rotated."""
+        config = self.config
+        head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(head * self.parameters.get("partial_rotary_factor", 1.0))
+
+    def _set_width(self) -> None:
+        stated = self.head.values.get(self.prefix + "dimension_count")
+        if not isinstance(stated, int) or stated == self.width:
+            return
+        head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        if self.config.model_type not in _PARTIAL or not 0 < stated <= head:
+            raise self._refused(
+                self.prefix + "dimension_count", f"{stated} of the {head} dimensions of a head are rotated"
+            )
+        self.parameters["partial_rotary_factor"] = stated / head
+
+    def _scaling(self) -> dict[str, Any]:
+        """The parameters that scale positions; none where nothing does."""
+        values, prefix = self.head.values, self.prefix + "scaling."
+        for key, value in values.items():
+            if key.startswith(prefix) and key.removeprefix(prefix) not in _SCALING and value:
+                raise self._refused(key, str(value))
+        kind = values.get(prefix + "type", "linear")
+        if kind not in ("none", "linear", "yarn", "longrope"):
+            raise self._refused(prefix + "type", str(kind))
+        factor = self._number("scaling.factor", 0.0) or self._number("scale_linear", 0.0) or 1.0
+        if kind == "none":
+            factor = 1.0
+        elif factor < 0:
+            raise self._refused(prefix + "factor", f"{factor}")
+        attention = self._number("scaling.attn_factor", 1.0)
+        if _LONG in self.head.tensors or _SHORT in self.head.tensors:
+            return self._long(kind, factor, attention)
+        if kind == "longrope":
+            raise self._refused(prefix + "type", f"longrope without the tensors {_LONG} and {_SHORT}")
+        if kind == "yarn" and factor != 1:
+            if _FREQS in self.head.tensors:
+                raise self._refused(_FREQS, "together with yarn")
+            return self._yarn(factor, attention)
+        if _FREQS in self.head.tensors:
+            return self._frequencies(factor, attention)
+        if attention != 1:
+            raise self._refused(prefix + "attn_factor", f"{attention} without yarn")
+        return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+    def _yarn(self, factor: float, attention: float) -> dict[str, Any]:
+        prefix = self.prefix + "scaling."
+        if self.config.model_type == "phi3":  # transformers reads yarn of Phi-3 as longrope
+            raise self._refused(prefix + "type", "yarn of phi3")
+        extrapolation = self._number("scaling.yarn_ext_factor", 1.0)
+        if extrapolation >= 0 and extrapolation != 1:  # below 0: not set
+            raise self._refused(prefix + "yarn_ext_factor", f"{extrapolation}")
+        scale = 1.0 if factor <= 1 else 1.0 + 0.1 * math.log(factor)
+        # llama.cpp ignores this key; its converter writes `attention_factor`, which includes `scale`, or the older
+        # `attn_factor`, which multiplies it.
+        stated = self._number("scaling.yarn_attn_factor", 1.0)
+        if stated != 1 and not math.isclose(stated, scale, rel_tol=1e-4):
+            raise self._refused(prefix + "yarn_attn_factor", f"{stated}, and yarn by {factor:g} has {scale:.4f}")
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": self._original() or self.config.max_position_embeddings,
+            "attention_factor": scale * attention,
+            "beta_fast": self._number("scaling.yarn_beta_fast", 32.0),
+            "beta_slow": self._number("scaling.yarn_beta_slow", 1.0),
+        }
+
+    def _long(self, kind: str, factor: float, attention: float) -> dict[str, Any]:
+        prefix = self.prefix + "scaling."
+        for name in (_LONG, _SHORT):
+            if name not in self.head.tensors:
+                raise self._refused(_SHORT if name == _LONG else _LONG, f"without {name}")
+        if _FREQS in self.head.tensors:
+            raise self._refused(_FREQS, f"together with {_LONG}")
+        if kind == "yarn":
+            raise self._refused(prefix + "type", f"yarn together with {_LONG}")
+        if factor != 1:
+            raise self._refused(prefix + "factor", f"{factor:g} together with {_LONG}")
+        original = self._original()
+        if not original:
+            raise self._refused(_LONG, f"without {prefix}original_context_length")
+        if hasattr(self.config, "original_max_position_embeddings"):  # Phi-3 reads this one
+            self.config.original_max_position_embeddings = original
+        return self._explicit(self._factors(_SHORT), self._factors(_LONG), attention, original)
+
+    def _frequencies(self, factor: float, attention: float) -> dict[str, Any]:
+        """Factors for each pair of dimensions: Llama 3's where they are, or else one by one."""
+        factors = [factor * each for each in self._factors(_FREQS)]
+        if attention == 1:
+            if all(each == 1 for each in factors):
+                return {}
+            if all(each == factors[0] for each in factors):
+                return {"rope_type": "linear", "factor": factors[0]}
+            if (found := self._llama3(factors)) is not None:
+                return found
+        return self._explicit(factors, factors, attention, self.config.max_position_embeddings)
+
+    def _llama3(self, factors: list[float]) -> dict[str, Any] | None:
+        """Llama 3's parameters, if there are ones that make `factors`."""
+        largest, base = max(factors), self.parameters["rope_theta"]
+        for original in _LLAMA3_CONTEXTS:
+            worst = 0.0
+            for index, each in enumerate(factors):
+                turns = original / (2 * math.pi * base ** (2 * index / self.width))
+                smooth = min(max((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0.0), 1.0)
+                worst = max(worst, abs((1 - smooth) / largest + smooth - 1 / each))
+            if worst <= _SAME:
+                return {
+                    "rope_type": "llama3",
+                    "factor": largest,
+                    "low_freq_factor": _LLAMA3_LOW,
+                    "high_freq_factor": _LLAMA3_HIGH,
+                    "original_max_position_embeddings": original,
+                }
+        return None
+
+    @staticmethod
+    def _explicit(short: list[float], long: list[float], attention: float, original: int) -> dict[str, Any]:
+        """transformers' only type that names each factor; equal lists are one table at any length."""
+        return {
+            "rope_type": "longrope",
+            "short_factor": short,
+            "long_factor": long,
+            "attention_factor": attention,
+            "original_max_position_embeddings": original,
+        }
+
+    def _factors(self, name: str) -> list[float]:
+        factors = self.head.floats(name)
+        if len(factors) != self.width // 2:
+            raise self._refused(name, f"{len(factors)} factors for {self.width // 2} pairs of rotated dimensions")
+        if not all(math.isfinite(each) and each > 0 for each in factors):
+            raise self._refused(name, "factors that are not positive numbers")
+        if name == _FREQS and max(factors) <= 1 and min(factors) < 1:
+            # Files of 2023 have Llama 2's frequencies under this name, which are no factors.
+            raise self._refused(name, "numbers below 1, which are frequencies and no factors")
+        return factors
+
+    def _original(self) -> int | None:
+        value = self._number("scaling.original_context_length", 0.0)
+        return int(value) or None
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.head.values.get(self.prefix + key, default)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._refused(self.prefix + key, str(value)[:40])
+        return float(value)
+
+    def _refused(self, key: str, found: str) -> ModelError:
+        return ModelError(
+            f"{self.head.path}: {key} cannot be applied ({found}), and without it positions would be wrong; convert "
+            "the model that the GGUF file was made of"
+        )
