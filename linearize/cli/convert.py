@@ -56,9 +56,7 @@ def convert(
     `calibrate.source` is a file, so memory does not grow with the model; --set dtype=bfloat16 casts them on the way.
     """
     quiet_libraries()
-    from linearize.calibration.start import convert as convert_to
     from linearize.conversion.convert import check_convertible, converted_layers, growth_nbytes, state_nbytes
-    from linearize.conversion.inspection import inspect_model
     from linearize.conversion.output import check_free, staged_folder
     from linearize.conversion.source import find_source, load_config
     from linearize.recipe import load_recipe
@@ -69,6 +67,8 @@ def convert(
     check_free(output, overwrite=overwrite)
     check_convertible(load_config(source), source, settings.mixer)
     if dry_run:
+        from linearize.conversion.inspection import inspect_model
+
         facts = inspect_model(source, settings.mixer)
         if as_json:
             print_json({"output": str(output), "written": False, **facts})
@@ -78,6 +78,8 @@ def convert(
                 f"{output}; memory per sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}"
             )
         return
+    from linearize.calibration.start import convert as convert_to
+
     started = time.monotonic()
     with staged_folder(output, overwrite=overwrite) as folder:
         status(f"converting {source.name}")

@@ -178,7 +178,16 @@ def _head(facts: dict[str, Any]) -> dict[str, str]:
         "family": f"{facts['family']} ({facts['architecture']}), {facts['layers']} layers",
         "heads": f"{facts['query_heads']} query, {facts['key_value_heads']} key/value ({group} queries share a state), "
         f"width {facts['key_width']}",
+        **({"rotary": "; ".join(map(_scaling, facts["rotary_scaling"]))} if facts["rotary_scaling"] else {}),
     }
+
+
+def _scaling(found: dict[str, Any]) -> str:
+    """`llama3 by 32: from 8,192 to 131,072 tokens`."""
+    by = f" by {found['factor']:g}" if found["factor"] else ""
+    lengths = [f"{name} {found[key]:,}" for name, key in (("from", "before"), ("to", "after")) if found[key]]
+    where = "" if found["layers"] == "all" else f" ({found['layers']})"
+    return f"{found['type']}{by}" + (f": {' '.join(lengths)} tokens" if lengths else "") + where
 
 
 def _right_aligned(*names: str) -> Table:

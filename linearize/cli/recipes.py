@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +19,10 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import staged_file
 from linearize.errors import OutputError
-from linearize.recipe import Recipe, Stage, dump_recipe, load_recipe, recipe_path, shipped_recipes
+
+if TYPE_CHECKING:
+    from linearize.recipe import Recipe, Stage
 
 app = typer.Typer(
     help="List, show, copy and check recipes.",
@@ -50,6 +51,8 @@ def list_recipes(
     as_json: JsonOption = False,
 ) -> None:
     """List the shipped recipes."""
+    from linearize.recipe import shipped_recipes
+
     rows: list[dict[str, Any]] = [{"name": one.name, "description": one.description} for one in shipped_recipes()]
     if model is not None:
         costs = _costs(model, [row["name"] for row in rows])
@@ -68,6 +71,7 @@ def _costs(model: str, names: list[str]) -> list[dict[str, Any]]:
     quiet_libraries()
     from linearize.conversion.inspection import compare_mixers
     from linearize.conversion.source import find_source
+    from linearize.recipe import load_recipe
 
     _, costs = compare_mixers(find_source(model), {name: load_recipe(name).mixer for name in names})
     return costs
@@ -88,6 +92,8 @@ def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
 )
 def show(name: NameArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Print a recipe with every default written out."""
+    from linearize.recipe import dump_recipe, load_recipe
+
     recipe = load_recipe(name, overrides or ())
     if as_json:
         print_json(recipe.model_dump(mode="json"))
@@ -103,6 +109,9 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a recipe, comments and all, to change it."""
+    from linearize.conversion.output import staged_file
+    from linearize.recipe import recipe_path
+
     source = recipe_path(name)
     target = destination or Path(source.name)
     if target.is_dir():
@@ -127,6 +136,8 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check a recipe and print what it comes to; exits 1 with the line and key of the first error."""
+    from linearize.recipe import load_recipe
+
     summary = _summary(load_recipe(file, overrides or ()))
     if as_json:
         print_json({"recipe": file, "ok": True, "summary": summary})

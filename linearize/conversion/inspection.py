@@ -62,6 +62,7 @@ class _Subject:
             "vocabulary": self.config.vocab_size,
             "trained_length": getattr(self.config, "max_position_embeddings", None),
             "dtype": str(self.held).removeprefix("torch."),
+            "rotary_scaling": rotary_scaling(self.config),
         }
 
     def bytes_per_token(self, layer: AttentionLayer, heads: int) -> int:
@@ -95,6 +96,28 @@ class _Subject:
                 layer.flops_per_key * heads // layer.key_value_heads for layer, heads in growing
             ),
         }
+
+
+def rotary_scaling(config: Any) -> list[dict[str, Any]]:
+    """The scaling of rotary positions that is in force: one entry for all layers, or for each kind of layer that has
+    one; none where positions are not scaled.
+
+    An entry has the `type` as `rope_parameters` names it, the `factor` where there is one, the `layers` (`all`, or a
+    kind of `layer_types`), and the context lengths: `before`, where the configuration names it, and `after`.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind: part for kind, part in rope.items() if isinstance(part, dict)} or {"all": rope}
+    longest = getattr(config, "max_position_embeddings", None)
+    found = []
+    for layers, parameters in kinds.items():
+        kind, factor = parameters.get("rope_type", "default"), parameters.get("factor")
+        if kind == "default":
+            continue
+        before, after = parameters.get("original_max_position_embeddings"), longest
+        if kind == "dynamic" and longest and factor:  # the only type whose configuration names the shorter length
+            before, after = longest, int(longest * factor)
+        found.append({"layers": layers, "type": kind, "factor": factor, "before": before, "after": after})
+    return found
 
 
 def weightless_layers(config: LinearizedConfig) -> list[LinearizedAttention]:
