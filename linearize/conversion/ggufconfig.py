@@ -211,11 +211,11 @@ class _Rotary:
                 }
         return None
 
-    @staticmethod
-    def _explicit(short: list[float], long: list[float], attention: float, original: int) -> dict[str, Any]:
+    def _explicit(self, short: list[float], long: list[float], attention: float, original: int) -> dict[str, Any]:
         """transformers' only type that names each factor; equal lists are one table at any length."""
         return {
             "rope_type": "longrope",
+            "factor": max(self.config.max_position_embeddings / original, 1.0),  # computes nothing beside `attention`
             "short_factor": short,
             "long_factor": long,
             "attention_factor": attention,
