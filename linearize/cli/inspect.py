@@ -185,8 +185,8 @@ def _head(facts: dict[str, Any]) -> dict[str, str]:
 def _scaling(found: dict[str, Any]) -> str:
     """`llama3 by 32: from 8,192 to 131,072 tokens`."""
     by = f" by {found['factor']:g}" if found["factor"] not in (None, 1) else ""
-    before, after = found["before"], found["after"]
-    lengths = [f"{name} {n:,}" for name, n in (("from", before), ("to", after)) if n and (n == after or before != after)]
+    before = found["before"] if found["before"] != found["after"] else None
+    lengths = [f"{word} {n:,}" for word, n in (("from", before), ("to", found["after"])) if n]
     where = "" if found["layers"] == "all" else f" ({found['layers']})"
     return f"{found['type']}{by}" + (f": {' '.join(lengths)} tokens" if lengths else "") + where
 

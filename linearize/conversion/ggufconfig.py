@@ -1,9 +1,9 @@
-"""The configuration of a GGUF file: as transformers maps its keys, with the rotary keys and end tokens that it drops.
+"""The configuration of a GGUF file: transformers' own mapping, completed by the rotary keys and end tokens it drops.
 
 transformers ignores `ARCH.rope.scaling.*`, the tensors `rope_freqs.weight` and `rope_factors_{long,short}.weight`, and
-all end tokens but one. They are read here with llama.cpp's meaning (`llama_model::load_hparams`, `llama_context`,
-`ggml_rope_ext`), and put where transformers' models look for them: `rope_parameters` and `eos_token_id`. A key whose
-meaning no `rope_parameters` can express is refused by its name.
+all end tokens but one. This module reads them with llama.cpp's meaning (`load_hparams`, `llama_context`,
+`ggml_rope_ext`) and writes `rope_parameters` and `eos_token_id`, which transformers' models read. A key that no
+`rope_parameters` can express is refused by its name, because without it positions would be wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from transformers import AutoConfig
 from linearize.conversion.ggufheader import GgufHead, read_head
 from linearize.errors import ModelError
 
+_ARCHITECTURE = "general.architecture"
 _ENDS = ("eos", "eot", "eom")
-"""Of a text, a turn and a message: `tokenizer.ggml.*_token_id` of each ends what a model writes."""
+"""`tokenizer.ggml.*_token_id`: the end of a text, of a turn and of a message. Generation stops at each of them."""
 
 _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _SCALING = {
@@ -27,12 +28,14 @@ _SCALING = {
     "yarn_beta_fast", "yarn_beta_slow",
 }  # fmt: skip
 _PARTIAL = {"phi3", "stablelm"}
-"""Model types that rotate a part of each head."""
+"""Model types whose models read `partial_rotary_factor`."""
 
 _LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
+"""Original lengths that are tried, the published one first."""
 _LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
-"""Of all published models; with other numbers, factors are carried one by one."""
+"""`low_freq_factor` and `high_freq_factor` of all published models; other values are carried as explicit factors."""
 _SAME = 1e-6
+"""Largest difference between the frequencies of recovered parameters and the tensor's, both over the unscaled ones."""
 
 
 def gguf_config(path: Path) -> Any:
@@ -42,45 +45,49 @@ def gguf_config(path: Path) -> Any:
         ModelError: the file is damaged, or has a key that cannot be applied.
     """
     head = read_head(path)
+    if not isinstance(head.values.get(_ARCHITECTURE), str):
+        raise ModelError(f"{path}: cannot be read as a model: it has no {_ARCHITECTURE}; fetch the file again")
     config = _mapped(head)
-    ends = (head.values.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS)
-    if len(several := list(dict.fromkeys(end for end in ends if isinstance(end, int)))) > 1:
-        config.eos_token_id = several
+    stated = [head.values.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
+    # Ids outside of the vocabulary mean that there is no such token; some writers put 2**32 - 1.
+    if ends := list(dict.fromkeys(end for end in stated if isinstance(end, int) and 0 <= end < config.vocab_size)):
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if getattr(config, "rope_parameters", None):
         _Rotary(head, config).apply()
     return config
 
 
 def _mapped(head: GgufHead) -> Any:
-    """transformers' own mapping, of a file without the vocabulary: its reader takes seconds for a large one."""
-    size_key = f"{head.values.get('general.architecture')}.vocab_size"
+    """transformers' own configuration. It reads a copy of the header without the vocabulary, because gguf's reader
+    takes seconds for a large one."""
+    size_key = f"{head.values[_ARCHITECTURE]}.vocab_size"
     with TemporaryDirectory(prefix="linearize-") as folder:
         (Path(folder) / head.path.name).write_bytes(head.without_vocabulary(size_key))
         config = AutoConfig.from_pretrained(folder, gguf_file=head.path.name)
     size = head.values.get(size_key, head.values.get("tokenizer.ggml.tokens"))
-    if size is not None and config.vocab_size != size:  # an architecture that is counted by its tokens alone
+    if size is not None and config.vocab_size != size:  # gpt2, starcoder2: no key for the size is mapped
         config = AutoConfig.from_pretrained(str(head.path.parent), gguf_file=head.path.name)
     config.name_or_path = str(head.path.parent)
     return config
 
 
 class _Rotary:
-    """The rotary positions of a file.
+    """The rotary keys and tensors of a file.
 
     Attributes:
-        parameters: those of the configuration that scaling applies to: all layers', or Gemma 3's global layers'.
-        inverse: how much slower each pair of dimensions turns, by the file's tensor alone; None without one.
+        parameters: the `rope_parameters` that scaling applies to: of all layers, or of Gemma 3's global layers.
+        sliding: the `rope_parameters` of Gemma 3's sliding layers, which are never scaled; empty for other models.
     """
 
     def __init__(self, head: GgufHead, config: Any) -> None:
         self.head, self.config = head, config
-        self.prefix = f"{head.values['general.architecture']}.rope."
+        self.prefix = f"{head.values[_ARCHITECTURE]}.rope."
         rope = config.rope_parameters
         self.parameters: dict[str, Any] = rope.get("full_attention", rope)
         self.sliding: dict[str, Any] = rope.get("sliding_attention", {})
 
     def apply(self) -> None:
-        """Completes `rope_parameters` of the configuration.
+        """Complete the configuration's `rope_parameters`.
 
         Raises:
             ModelError: a key or tensor that cannot be applied; it is named.
@@ -90,12 +97,16 @@ class _Rotary:
         if self.sliding and (base := self._number("freq_base_swa", 0.0)) > 0:
             self.sliding["rope_theta"] = base
         self._set_width()
-        self.parameters.update(self._scaling())
+        scaling = self._scaling()
+        self.parameters.update(scaling)
+        original = scaling.get("original_max_position_embeddings")
+        if original is not None and hasattr(self.config, "original_max_position_embeddings"):  # Phi-3 reads this one
+            self.config.original_max_position_embeddings = original
         self.config.standardize_rope_params()
 
     @property
     def width(self) -> int:
-        """Dimensions of a head that are rotated."""
+        """The number of rotated dimensions in a head."""
         config = self.config
         head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(head * self.parameters.get("partial_rotary_factor", 1.0))
@@ -112,7 +123,7 @@ class _Rotary:
         self.parameters["partial_rotary_factor"] = stated / head
 
     def _scaling(self) -> dict[str, Any]:
-        """The parameters that scale positions; none where nothing does."""
+        """The `rope_parameters` that scale positions; empty without scaling."""
         values, prefix = self.head.values, self.prefix + "scaling."
         for key, value in values.items():
             if key.startswith(prefix) and key.removeprefix(prefix) not in _SCALING and value:
@@ -176,12 +187,10 @@ class _Rotary:
         original = self._original()
         if not original:
             raise self._refused(_LONG, f"without {prefix}original_context_length")
-        if hasattr(self.config, "original_max_position_embeddings"):  # Phi-3 reads this one
-            self.config.original_max_position_embeddings = original
         return self._explicit(self._factors(_SHORT), self._factors(_LONG), attention, original)
 
     def _frequencies(self, factor: float, attention: float) -> dict[str, Any]:
-        """Factors for each pair of dimensions: Llama 3's where they are, or else one by one."""
+        """`rope_freqs.weight` divides each frequency by a factor: Llama 3's rule where it fits, or explicit factors."""
         factors = [factor * each for each in self._factors(_FREQS)]
         if attention == 1:
             if all(each == 1 for each in factors):
@@ -193,7 +202,7 @@ class _Rotary:
         return self._explicit(factors, factors, attention, self.config.max_position_embeddings)
 
     def _llama3(self, factors: list[float]) -> dict[str, Any] | None:
-        """Llama 3's parameters, if there are ones that make `factors`."""
+        """Llama 3's parameters that reproduce `factors`; None without a match."""
         largest, base = max(factors), self.parameters["rope_theta"]
         for original in _LLAMA3_CONTEXTS:
             worst = 0.0
@@ -212,7 +221,7 @@ class _Rotary:
         return None
 
     def _explicit(self, short: list[float], long: list[float], attention: float, original: int) -> dict[str, Any]:
-        """transformers' only type that names each factor; equal lists are one table at any length."""
+        """`longrope`, the only type of transformers with explicit factors; equal lists give one table at any length."""
         return {
             "rope_type": "longrope",
             "factor": max(self.config.max_position_embeddings / original, 1.0),  # computes nothing beside `attention`
@@ -239,6 +248,8 @@ class _Rotary:
 
     def _number(self, key: str, default: float) -> float:
         value = self.head.values.get(self.prefix + key, default)
+        if self.prefix + key in self.head.arrays:
+            raise self._refused(self.prefix + key, "an array")
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise self._refused(self.prefix + key, str(value)[:40])
         return float(value)

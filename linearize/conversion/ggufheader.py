@@ -14,10 +14,12 @@ import re
 import struct
 from functools import lru_cache
 from math import prod
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linearize.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -232,6 +232,7 @@ ENDS = [
     ({"tokenizer.ggml.eom_token_id": 2, "tokenizer.ggml.eot_token_id": 1}, [0, 1, 2]),
     ({"tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.eom_token_id": 2}, [0, 2]),
     ({"tokenizer.ggml.eot_token_id": 0}, 0),
+    ({"tokenizer.ggml.eot_token_id": 2**32 - 1}, 0),
     ({}, 0),
 ]
 
