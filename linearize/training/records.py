@@ -333,7 +333,8 @@ def _csv_records(path: Path, source: str, delimiter: str) -> list[Record]:
                 else:
                     records.append((where, dict(zip(header, row, strict=True)), True))
         except csv.Error as problem:
-            raise DataError(f"{source}:{begins}: not a readable table ({problem}); mend that row") from problem
+            why = "a quote is never closed" if "end of data" in str(problem) else problem
+            raise DataError(f"{source}:{begins}: not a readable table ({why}); mend that row") from problem
     return records
 
 

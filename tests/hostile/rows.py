@@ -84,7 +84,8 @@ def link(path: Path, target: str) -> Path:
 
 def folder_of(kit: Kit, files: dict[str, str | bytes]) -> Path:
     """A folder of these files."""
-    return next(kit.write(name, content) for name, content in files.items()).parent
+    paths = [kit.write(name, content) for name, content in files.items()]
+    return paths[0].parent
 
 
 def nan(name: str, value: float) -> Callable[[Kit], Path]:
@@ -355,7 +356,7 @@ DATA = [
         "d.txt: not a regular file",
     ),
     ("a CSV row cut off", data("d.csv", "text,n\nx,1\ny"), "d.csv:3: 1 cells under a header of 2; mend that row"),
-    ("a CSV quote that never ends", data("d.csv", 'text\n"x' + "y" * 9), "d.csv:2: not a readable table ("),
+    ("a CSV quote that never ends", data("d.csv", 'text\n"x' + "y" * 9), "d.csv:2: not a readable table (a quote"),
     ("a CSV cell of 100 MB", data("d.csv", b"text\n" + b"x" * LONG), "d.csv:2: not a readable table (field larger"),
     ("a gzip bomb", data("d.txt.gz", gzip.compress(bytes(4 * LONG))), "d.txt.gz: unpacks to more than 100,000,000"),
     ("a gzip file that is none", data("d.jsonl.gz", "{}"), "d.jsonl.gz: is damaged or cut off ("),
