@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.recipe import load_recipe, shipped_recipes
 from linearize.recipe.schema import DataSpec
 from linearize.state import State
-from linearize.training.records import read_records
+from linearize.training.records import open_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +77,9 @@ def readers() -> dict[str, Reader]:
         "index": Reader(INDEX, [index], _index),
         "safetensors": Reader(WEIGHTS, [_weights()], lambda path: check_weights(path.parent)),
         "state": Reader("a.state", [_state(model)], lambda path: _same_state(path, model)),
-        "records": Reader("d.jsonl", [lines], lambda path: list(read_records(_spec(path), seed=0))),
+        "records": Reader("d.jsonl", [lines], _records),
+        "table": Reader("d.csv", [b'text,n\n"a, dog",1\nb,2\n'], _records),
+        "compressed": Reader("d.jsonl.gz", [gzip.compress(lines, mtime=0)], _records),
         "results": Reader("results.json", [_results()], read_results),
     }
 
@@ -105,8 +108,9 @@ def _same_state(path: Path, model: LinearizedForCausalLM) -> None:
         raise Slipped("another state is taken for the one that was saved")
 
 
-def _spec(path: Path) -> DataSpec:
-    return DataSpec(source=str(path))
+def _records(path: Path) -> None:
+    with open_records(DataSpec(source=str(path)), seed=0) as records:
+        list(records)
 
 
 def _tiny() -> LinearizedForCausalLM:

@@ -35,6 +35,7 @@ COMMANDS = {
     "push": "push",
     "bench": "bench",
     "recipes": "recipes",
+    "data": "data",
     "run": "run",
     "demo": "demo",
     "doctor": "doctor",

@@ -201,21 +201,85 @@ class MixerSpec(Section):
         return value
 
 
+_Name = Annotated[str | None, Field(min_length=1)]
+
+RECORD_SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("tools", "system")),
+    "prompt": (("prompt", "completion"), ("tools",)),
+    "instruction": (("instruction", "output"), ("input", "system", "history")),
+    "text": (("text",), ()),
+}
+"""Shape of a record -> the fields that it must have, and those that it may have. A record has the first shape that
+fits it."""
+
+
+class Columns(Section):
+    """The fields of a record that hold what linearize reads, where they have other names than these."""
+
+    text: _Name = None
+    messages: _Name = None
+    """A conversation; found by itself under `messages`, `conversations` and `conversation`."""
+    tools: _Name = None
+    system: _Name = None
+    instruction: _Name = None
+    input: _Name = None
+    output: _Name = None
+    history: _Name = None
+    """Earlier turns of an instruction: pairs of a question and its answer."""
+    prompt: _Name = None
+    completion: _Name = None
+
+    @model_validator(mode="after")
+    def _of_one_shape(self) -> Columns:
+        if self.named and not self.shapes:
+            raise _refusal(f"{', '.join(self.named)} do not belong to one record; expected fields of one of {_SHAPES}")
+        return self
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The names that the recipe gives."""
+        return {key: name for key, name in self if name is not None}
+
+    @property
+    def shapes(self) -> list[str]:
+        """The shapes that have a place for every field named here."""
+        return [shape for shape, (must, may) in RECORD_SHAPES.items() if self.named.keys() <= {*must, *may}]
+
+
+_SHAPES = "; ".join(", ".join((*must, *may)) for must, may in RECORD_SHAPES.values())
+
+
 class SourceSpec(Section):
     """A source of text."""
 
     source: str | None = Field(default=None, min_length=1)
     """`self` (the teacher writes it), `student` (the model as it stands when the stage begins writes it), `recall`
-    (questions about facts and pairs, made on the fly), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the
-    Hub."""
+    (questions about facts and pairs, made on the fly), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also
+    compressed), a folder of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
+    """Short for `columns: {text: ...}`, or `columns: {messages: ...}` where it holds a list."""
+    columns: Columns | None = None
     format: Literal["auto", "text", "instruction"] = "auto"
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of text that a model writes."""
     sample_length: int | None = Field(default=None, ge=1)
     """Tokens of one text of `self`, `student` or `recall`; null means the stage's `length`."""
+
+    @field_validator("columns")
+    @classmethod
+    def _names_fields_once(cls, value: Columns | None, info: ValidationInfo) -> Columns | None:
+        if value is not None and info.data.get("field") is not None:
+            raise _refusal("expected field or columns, not both; columns says all that field says")
+        return value
+
+    @field_validator("format")
+    @classmethod
+    def _is_the_shape_of_columns(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" and info.data.get("columns") is not None:
+            raise _refusal("columns says the format already; leave format out")
+        return value
 
 
 class MixedSource(SourceSpec):
@@ -252,6 +316,8 @@ class DataSpec(SourceSpec):
             raise _refusal("names no text; expected a source, or sources under mix")
         if self.source is not None and self.mix:
             raise _refusal("has both source and mix; keep one of them")
+        if self.mix and self.columns is not None:
+            raise _refusal("has a mix and columns; move columns to the sources of the mix that need them")
         if self.mix and self.tokens is None:
             raise _refusal("has a mix and no tokens; expected how many there are to be of all sources together")
         return self

@@ -6,20 +6,22 @@ records -> documents (token ids, and which of them carry loss) -> held-out | tra
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from jinja2 import TemplateError
 
 from linearize.errors import DataError
 from linearize.recipe.schema import ENDLESS, RECALL, SELF, STUDENT
+from linearize.training.documents import Tally, encode, read_documents
 from linearize.training.recalltext import SHORTEST, recall_documents
-from linearize.training.records import Record, read_records
+from linearize.training.records import open_records
 from linearize.training.rows import Document, Pieces, Rows, TrainingData, pack
 from linearize.training.selftext import self_written_documents
 
@@ -30,16 +32,8 @@ if TYPE_CHECKING:
 
     from linearize.recipe.schema import DataSpec, SourceSpec, Stage
 
-# The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), word for word.
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+_SPARE_ROWS = 16
+"""Rows beyond twice the wanted ones that a preview makes."""
 
 
 def load_data(
@@ -59,8 +53,8 @@ def load_data(
 
     Documents are shuffled with `seed`; the first of them fill `spec.held_out` rows, the following the training rows, up
     to `spec.tokens` tokens (rounded up to a whole row). Only as many as that takes are tokenised. What does not fill a
-    last row is dropped. Of a mixture, each source gives its share of both. `teacher` and `student` are called only if a
-    source is "self" or "student".
+    last row is dropped. A record with the same tokens as a held-out one is not trained on. Of a mixture, each source
+    gives its share of both. `teacher` and `student` are called only if a source is "self" or "student".
 
     Args:
         draw: which of many texts is made where a source has no end: stages count up, also those of earlier runs.
@@ -75,9 +69,8 @@ def load_data(
     started = time.monotonic()
     rows = None if spec.tokens is None else math.ceil(spec.tokens / length)
     writers = {SELF: teacher, STUDENT: student}
-    shares = _shares(spec, rows)
-    parts = [
-        _load(
+    opened = [
+        _open(
             source,
             wanted,
             held,
@@ -89,14 +82,64 @@ def load_data(
             writers=writers,
             progress=progress,
         )
-        for source, wanted, held in shares
+        for source, wanted, held in _shares(spec, rows)
     ]
+    known = _digests(opened)
+    parts = [_rows(source, length, known, progress) for source in opened]
     train, held_out = (Rows.joined([getattr(part, side) for part in parts]) for side in ("train", "held_out"))
     named = parts[0].source
     if len(parts) > 1:
         named = " + ".join(f"{len(part.train) / len(train):.0%} {part.source}" for part in parts)
     documents = sum(part.documents for part in parts)
     return TrainingData(train, held_out, named, documents, time.monotonic() - started)
+
+
+def preview_data(
+    spec: DataSpec,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    rows: int,
+    draw: int = 0,
+    reserved: Mapping[str, int] = MappingProxyType({}),
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[tuple[str, Rows]]:
+    """The first training rows of each source that no model has to write, equal to those of `load_data` with the same
+    arguments. No more is read than that takes.
+
+    Args:
+        rows: of each source, at most.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    whole = None if spec.tokens is None else math.ceil(spec.tokens / length)
+    opened = []
+    for source, share, held in _shares(spec, whole):
+        if source.source in (SELF, STUDENT):
+            by = "teacher" if source.source == SELF else "student"
+            progress(f"data: {source.source} is written by the {by} when the stage begins; there is no row to show yet")
+            continue
+        # Rows without any loss are left out, so more are made than are shown.
+        enough = min(2 * rows + _SPARE_ROWS, share if share is not None else math.inf)
+        opened.append(
+            _open(
+                source,
+                int(enough),
+                held,
+                tokenizer=tokenizer,
+                length=length,
+                seed=seed + draw if source.source in ENDLESS else seed,
+                reserved=reserved.get(source_key(source), 0),
+                apart=False,
+                writers={},
+                progress=progress,
+            )
+        )
+    known = _digests(opened)
+    found = (_rows(source, length, known, progress, partly=True) for source in opened)
+    return [(data.source, data.train[:rows]) for data in found]
 
 
 def _drawn_by(seed: int, purpose: str) -> int:
@@ -108,7 +151,7 @@ def _drawn_by(seed: int, purpose: str) -> int:
 def source_key(source: SourceSpec) -> str:
     """What tells one file or data set from another, however a file is named."""
     path = Path(source.source or "").expanduser()
-    name = str(path.resolve()) if path.is_file() else source.source
+    name = str(path.resolve()) if path.exists() else source.source
     return json.dumps([name, source.config, source.split])
 
 
@@ -151,7 +194,29 @@ def _split(total: int, weights: list[float]) -> list[int]:
     return counts
 
 
-def _load(
+@dataclass
+class _Opened:
+    """A source of which the documents are taken that are kept apart from training.
+
+    Attributes:
+        name: for a person.
+        stream: the documents that follow.
+        rows, held_rows: how many rows there are to be to train on (None: all), and held out.
+        held, skipped: documents of this stage's held-out rows; those that others hold out.
+        tally: of records; None where documents are made.
+    """
+
+    name: str
+    stream: Iterator[Document]
+    rows: int | None
+    held_rows: int
+    held: list[Document]
+    skipped: list[Document]
+    tally: Tally | None
+    started: float
+
+
+def _open(
     spec: SourceSpec,
     rows: int | None,
     held_rows: int,
@@ -163,16 +228,17 @@ def _load(
     apart: bool,
     writers: dict[str, Callable[[], PreTrainedModel] | None],
     progress: Callable[[str], None],
-) -> TrainingData:
-    """One source: `rows` training rows (None for all there are) behind the first `reserved` tokens, and `held_rows`
-    among these or, where they are to be `apart`, behind them as well."""
+) -> _Opened:
+    """One source up to its first training document: behind the first `reserved` tokens, with `held_rows` among these
+    or, where they are to be `apart`, behind them as well."""
     started = time.monotonic()
     source = spec.source or ""
     documents: Iterator[Document]
+    tally = None
     if source in ENDLESS and rows is None:
         raise DataError(f"data.source is {source}: it has no end, so set data.tokens to how much of it")
-    if source in writers:
-        writer = writers[source]
+    if source in (SELF, STUDENT):
+        writer = writers.get(source)
         if writer is None or rows is None:
             raise DataError(f"data.source is {source}: there is no model here that could write it; name a file")
         longest = spec.sample_length or length
@@ -197,20 +263,47 @@ def _load(
         documents = _recall(tokenizer, seed, longest)
     else:
         progress(f"data: reading {source}")
-        documents = (_document(record, spec, tokenizer) for record in read_records(spec, seed=seed))
+        tally = Tally()
+        documents = _read(spec, seed, tokenizer, tally)
     stream = (document for document in documents if any(document.loss))
     skipped = _take(stream, reserved) if apart else []
+    if apart and tally:
+        stream = _without(stream, {_digest(document) for document in skipped}, tally)
     held = _take(stream, held_rows * length)
     if not apart:
         skipped = _take(stream, reserved - sum(len(document.ids) for document in held))
+    return _Opened(source, stream, rows, held_rows, held, skipped, tally, started)
+
+
+def _read(spec: SourceSpec, seed: int, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> Iterator[Document]:
+    with open_records(spec, seed=seed) as records:
+        yield from read_documents(records, spec, tokenizer, tally)
+
+
+def _rows(
+    opened: _Opened, length: int, known: set[bytes], progress: Callable[[str], None], *, partly: bool = False
+) -> TrainingData:
+    """The rows of a source, to train on and held out.
+
+    Args:
+        known: digests of all records that are held out; those among its own records are left out.
+        partly: these are the first of its training rows.
+    """
+    source, rows, held, held_rows = opened.name, opened.rows, opened.held, opened.held_rows
+    stream = opened.stream if opened.tally is None else _without(opened.stream, known, opened.tally)
     train = _take(stream, math.inf if rows is None else rows * length)
+    if opened.tally:
+        progress(f"data: {source}: {opened.tally}")
     held_out, train_rows = pack(held, length)[:held_rows], pack(train, length)[:rows]
     enough, all_of_it = len(held_out) >= held_rows, len(train_rows) < (rows or 0)
     # A prompt may fill a row, which then has nothing to learn or to score.
     held_out, train_rows = held_out.scored(), train_rows.scored()
     if not enough or not len(train_rows):
         found, needed = sum(len(d.ids) for d in held + train), (held_rows + 1) * length
-        others = f", beside {sum(len(d.ids) for d in skipped):,} tokens that stages hold out," if skipped else ""
+        apart = opened.skipped
+        others = f", beside {sum(len(d.ids) for d in apart):,} tokens that stages hold out," if apart else ""
+        if opened.tally and opened.tally.duplicates:
+            others += f" and {opened.tally.duplicates:,} documents that equal held-out ones"
         told = f"{source}: {found:,} tokens in {len(held + train):,} documents{others} are too few for"
         if not held_rows:
             raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
@@ -218,23 +311,43 @@ def _load(
             f"{told} {held_rows} held-out rows and a training row of {length} tokens that share no document (at "
             f"least {needed:,}): lower data.held_out or the length, or use more text"
         )
-    split = f" to train on, {held_out.tokens:,} held out," if held_rows else ""
-    progress(f"data: {train_rows.tokens:,} tokens{split} from {source}")
-    if rows is not None and all_of_it:
+    if not partly:
+        split = f" to train on, {held_out.tokens:,} held out," if held_rows else ""
+        progress(f"data: {train_rows.tokens:,} tokens{split} from {source}")
+    if rows is not None and all_of_it and not partly:
         progress(f"data: {rows * length:,} tokens were asked for; {source} has no more")
-    return TrainingData(train_rows, held_out, source, len(held) + len(train), time.monotonic() - started)
+    return TrainingData(train_rows, held_out, source, len(held) + len(train), time.monotonic() - opened.started)
+
+
+def _digests(opened: list[_Opened]) -> set[bytes]:
+    """Digests of all records that are kept apart from training, of whatever source of a mixture."""
+    return {_digest(document) for one in opened if one.tally for document in itertools.chain(one.held, one.skipped)}
+
+
+def _digest(document: Document) -> bytes:
+    ids = torch.as_tensor(document.ids, dtype=torch.int32).numpy()
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _without(stream: Iterator[Document], known: set[bytes], tally: Tally) -> Iterator[Document]:
+    """The documents whose tokens are not those of a known one."""
+    for document in stream:
+        if known and _digest(document) in known:
+            tally.duplicates += 1
+        else:
+            yield document
 
 
 def _recall(tokenizer: PreTrainedTokenizerBase, seed: int, length: int) -> Iterator[Document]:
-    empty = _encode([("a", True)], tokenizer, begins=True, ends=True).ids
-    bare = _encode([("a", True)], tokenizer, begins=False, ends=False).ids
+    empty = encode([("a", True)], tokenizer, begins=True, ends=True).ids
+    bare = encode([("a", True)], tokenizer, begins=False, ends=False).ids
     opening = empty[: empty.index(bare[0])]
     closing = empty[len(opening) + len(bare) :]
 
-    def encode(pieces: Pieces) -> Document:
-        return _encode(pieces, tokenizer, begins=False, ends=False)
+    def encoded(pieces: Pieces) -> Document:
+        return encode(pieces, tokenizer, begins=False, ends=False)
 
-    written = recall_documents(tokenizer, encode, seed=seed, length=length, ends=(opening, closing))
+    written = recall_documents(tokenizer, encoded, seed=seed, length=length, ends=(opening, closing))
     return (Document(ids, loss) for ids, loss in written)
 
 
@@ -247,113 +360,3 @@ def _take(stream: Iterator[Document], tokens: float) -> list[Document]:
         taken.append(Document(ids, loss))
         tokens -= len(document.ids)
     return taken
-
-
-def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """The record's tokens; without any loss if it holds nothing to learn (an empty text, an empty answer)."""
-    where, fields, ends = record
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: each record must be an object with named fields, not {json.dumps(fields)[:40]}")
-    named = fields.get(spec.field) if spec.field else None
-    messages = named if isinstance(named, list) else fields.get("messages")
-    instruction, output = fields.get("instruction"), fields.get("output")
-    text = named if spec.field else fields.get("text")
-    strings = [value for value in fields.values() if isinstance(value, str)]
-    if not isinstance(text, str) and not spec.field and len(strings) == 1:
-        text = strings[0]
-    missing = spec.field is not None and spec.field not in fields
-    may_instruct = spec.format != "text" and not isinstance(named, str) and not missing
-    templated = False
-    if may_instruct and isinstance(messages, list):
-        templated = bool(tokenizer.chat_template)
-        pieces = _chat(where, messages, tokenizer)
-    elif may_instruct and isinstance(instruction, str) and isinstance(output, str):
-        templated = bool(tokenizer.chat_template)
-        pieces = (
-            _alpaca(where, instruction, str(fields.get("input") or ""), output, tokenizer) if output.strip() else []
-        )
-    elif spec.format != "instruction" and isinstance(text, str):
-        pieces = [(text, True)] if text.strip() else []
-    else:
-        wanted = {
-            "text": f"a string in {spec.field or 'text'}",
-            "instruction": "messages, or instruction and output",
-            "auto": f"a string in {spec.field or 'text'}, messages, or instruction and output",
-        }[spec.format]
-        has = ", ".join(map(str, fields)) or "none"
-        raise DataError(
-            f"{where}: the fields of this record are {has}; expected {wanted} (data.field names another field)"
-        )
-    return _encode(pieces, tokenizer, begins=not templated, ends=ends)
-
-
-def _encode(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, *, begins: bool, ends: bool) -> Document:
-    """Tokenise piece by piece, so that the boundaries of the loss are boundaries of tokens.
-
-    A prompt is tokenised as it is at inference, on its own. What follows it is what the whole text has beyond it: a
-    tokenizer that puts a space before each text it is given would otherwise put one into the middle.
-    """
-    ids: list[int] = []
-    loss: list[bool] = []
-    text = ""
-    for piece, has_loss in pieces:
-        text += piece
-        whole = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if whole[: len(ids)] != ids:
-            whole = ids + tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        loss += [has_loss] * (len(whole) - len(ids))
-        ids = whole
-    if ids and ends and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-        ids, loss = [*ids, tokenizer.eos_token_id], [*loss, loss[-1]]
-    # A chat template writes its own BOS.
-    if (
-        ids
-        and begins
-        and tokenizer.bos_token_id is not None
-        and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    ):
-        ids, loss = [tokenizer.bos_token_id, *ids], [False, *loss]
-    return Document(ids, loss)
-
-
-def _alpaca(where: str, instruction: str, more: str, output: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """An Alpaca record in the tokenizer's chat template, or in Alpaca's own prompt if it has none."""
-    if tokenizer.chat_template:
-        question = f"{instruction}\n\n{more}" if more else instruction
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-        return _chat(where, turns, tokenizer)
-    prompt = (_ALPACA_INPUT if more else _ALPACA).format(instruction=instruction, input=more)
-    return [(prompt, False), (output, True)]
-
-
-def _chat(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """A conversation cut around its assistant turns, each with its end token; what follows the last one is left out.
-
-    The template is rendered up to each turn and its text compared, so that no family's tags have to be known here.
-    """
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise DataError(f"{where}: each message must be an object with a role and a content, both strings")
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    pieces: Pieces = []
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: messages need a model with a chat template; this one takes instruction and output, or a field "
-            "of plain text, which data.field names"
-        )
-    try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        done = 0
-        for number in answers:
-            opening = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-            closed = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False).rstrip()
-            # Templates that drop the reasoning of earlier turns render those differently: no loss there.
-            if whole.startswith(opening) and whole.startswith(closed) and done <= len(opening) < len(closed):
-                pieces += [(whole[done : len(opening)], False), (whole[len(opening) : len(closed)], True)]
-                done = len(closed)
-    except TemplateError as problem:
-        raise DataError(f"{where}: the model's chat template refuses this conversation: {problem}") from problem
-    if not pieces:
-        raise DataError(f"{where}: this conversation has no assistant turn to learn from; remove the record")
-    return pieces

@@ -44,7 +44,7 @@ from linearize.training.trainer import (
     total_steps,
     whole_trained,
 )
-from linearize.training.windows import nothing_to_recall
+from linearize.training.windows import check_something_to_learn
 from linearize.training.workfolder import WORK
 
 if TYPE_CHECKING:
@@ -170,7 +170,11 @@ def finetune(
     for number, stage in enumerate(recipe.stages):
         data = rows_of(number, stage) if ahead is None else ahead[number]
         records.append(stage_record(stage, data))
-        if not stage.hide_window and (warning := nothing_to_recall(base_of(student), data.train)):
+        untrained = not (earlier + number or told or recipe.teacher)
+        adapted = recipe.lora is not None
+        if warning := check_something_to_learn(
+            base_of(student), data.train, stage, adapters=adapted, untrained=untrained
+        ):
             say(f"stage {number + 1}: {warning}")
         if not shard:
             choose_trained(student, stage.train)

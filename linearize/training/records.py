@@ -1,108 +1,303 @@
-"""Reading what a recipe's `data.source` names: a text file, a file of records, or a data set of the Hub."""
+"""Read what `data.source` names: a file or a folder of text or records, a data set saved on disk, or one of the Hub."""
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import random
 import re
+import tempfile
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError
+from linearize.recipe.schema import RECORD_SHAPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from linearize.recipe.schema import SourceSpec
 
-TEXT_FILES = {".txt", ".md", ".raw", ".tokens"}
-RECORD_FILES = {".jsonl", ".json", ".parquet"}
+_TEXT = (".txt", ".md", ".raw", ".tokens")
+_KINDS = (*_TEXT, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+READABLE = f"{', '.join(_KINDS)}, also compressed ({', '.join(_COMPRESSED)})"
 LONGEST_RECORD = 16_000_000
 """Characters of one line; a document of more is a file that has lost its line breaks, and takes minutes to tokenize."""
 HUB_SHUFFLE_BUFFER = 10_000
 """Records of a streamed data set that are shuffled among themselves: all of it is never on this machine."""
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""The fields under which a conversation is found without `columns`."""
 
 _FEWEST_PARTS, _SHORTEST_PART, _LONGEST_PART = 64, 256, 65_536
 """Of a text file; characters."""
+_BOMB_BYTES, _BOMB_RATIO = 100_000_000, 200
+"""A compressed file that gives more bytes than this, and that many times its own size, is refused."""
+_BLOCK = 1 << 20
 
 Record = tuple[str, Any, bool]
 """Where it stands (file:line), what stands there, and whether the document ends with it."""
 
 
-def read_records(spec: SourceSpec, *, seed: int) -> Iterator[Record]:
-    """The records of a file or of a Hub data set, in an order made from `seed` and of nothing else: what one stage
-    holds out, others recognise by its place."""
+class Records:
+    """The records of a source, in an order made from a seed and from nothing else, so that each stage finds the
+    documents that another holds out at the same place.
+
+    Attributes:
+        shards: the file names, where the source is a folder of several files.
+        plain: the records are parts of plain text.
+    """
+
+    plain = False
+
+    def __init__(self, parts: Sequence[Sequence[Record]], seed: int, shards: Sequence[str] = ()) -> None:
+        self.parts, self.seed, self.shards = parts, seed, shards
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __iter__(self) -> Iterator[Record]:
+        order = array("q", range(len(self)))
+        random.Random(self.seed).shuffle(order)  # noqa: S311 - an order, not a secret
+        return (self[place] for place in order)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, place: int) -> Record:
+        part = bisect_right(self._ends, place)
+        return self.parts[part][place - (self._ends[part - 1] if part else 0)]
+
+    @property
+    def first(self) -> Record | None:
+        """The first record in file order."""
+        return self[0]
+
+
+class Streamed(Records):
+    """The records of a Hub data set as they arrive: only the ones in use are downloaded."""
+
+    def __init__(self, spec: SourceSpec, seed: int) -> None:
+        super().__init__((), seed)
+        self.spec = spec
+
+    def __iter__(self) -> Iterator[Record]:
+        return _hub_records(self.spec, self.seed)
+
+    @property
+    def first(self) -> None:
+        """None: the stream is shuffled, so the first record that was read is the first there is."""
+
+
+@contextmanager
+def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
+    """The records that `spec` names. JSON lines and rows are parsed one by one, when they are reached.
+
+    Raises:
+        DataError: the source cannot be found or read; also raised while records are read.
+    """
     source = spec.source or ""
     path = Path(source).expanduser()
     if not path.exists() and not _is_path(source):
-        yield from _hub_records(spec, seed)
+        yield Streamed(spec, seed)
         return
-    records = _file_records(path, source)
-    random.Random(seed).shuffle(records)  # noqa: S311 - an order, not a secret
-    yield from records
+    _check_exists(path, source)
+    if path.is_dir() and _is_saved(path):
+        yield Records([_saved(path, source, spec.split)], seed)
+        return
+    files = _shards(path, source) if path.is_dir() else [path]
+    packed = any(file.suffix.lower() in _COMPRESSED for file in files)
+    with tempfile.TemporaryDirectory(prefix="linearize-") if packed else nullcontext("") as folder:
+        parts = []
+        for number, file in enumerate(files):
+            shown = str(Path(source) / file.name) if path.is_dir() else source
+            parts.append(_file_records(file, shown, spec, Path(folder) / str(number)))
+        records = Records(parts, seed, [file.name for file in files] if path.is_dir() else ())
+        records.plain = _kind(files[0]) in _TEXT
+        if not len(records):
+            raise DataError(f"{source}: the file is empty; give one with text in it")
+        yield records
 
 
 def _is_path(source: str) -> bool:
     """Whether a source that does not exist was meant as a file; Hub ids have one slash at most, and may have dots."""
     path = Path(source)
-    if path.suffix in TEXT_FILES | RECORD_FILES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if _kind(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return True
     return path.parent != Path() and path.parent.is_dir()
 
 
-def _file_records(path: Path, source: str) -> list[Record]:
-    """All records of a file."""
-    readable = ", ".join(sorted(TEXT_FILES | RECORD_FILES))
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise DataError(f"{source}: no such file; its folder {path.parent} does not exist either")
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5)
+def _kind(path: Path) -> str | None:
+    """The ending that says how a file is read, without that of its compression."""
+    name = path.name.lower()
+    ending = Path(name.removesuffix(next((end for end in _COMPRESSED if name.endswith(end)), ""))).suffix
+    return ending if ending in _KINDS else None
+
+
+def _check_exists(path: Path, source: str) -> None:
+    if path.exists():
+        return
+    if not path.parent.is_dir():
+        raise DataError(f"{source}: no such file; its folder {path.parent} does not exist either")
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5)
+    raise DataError(f"{source}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else " in that folder"))
+
+
+def _shards(path: Path, source: str) -> list[Path]:
+    """The files of a folder in the order of their names, all of one kind."""
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+    kinds = Counter(_kind(file) or file.suffix or file.name for file in files)
+    if not any(map(_kind, files)):
+        folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+        has = f"; name one of its folders ({', '.join(folders[:5])})" if folders else ""
+        raise DataError(f"{source}: no file in this folder can be read{has}, or give one of {READABLE}")
+    if len(kinds) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raise DataError(
-            f"{source}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else " in that folder")
+            f"{source}: this folder mixes several kinds of files ({found}); name a file in it, or move all others away"
         )
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in TEXT_FILES | RECORD_FILES)
-        raise DataError(
-            f"{source}: this is a folder; name a file in it ({', '.join(inside[:5]) or f'one of {readable}'})"
-        )
+    return files
+
+
+def _file_records(path: Path, source: str, spec: SourceSpec, unpacked: Path) -> Sequence[Record]:
+    """The records of a file, which is unpacked to `unpacked` where it is compressed."""
     if not path.is_file():
-        raise DataError(f"{source}: not a regular file; give one of {readable}")
-    if path.suffix not in TEXT_FILES | RECORD_FILES:
-        raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; give one of {readable}")
-    if path.suffix == ".parquet":
-        records = _parquet_records(path, source)
-    else:
-        try:
-            # utf-8-sig drops the byte order mark that some editors put first.
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as problem:
-            byte = f"byte 0x{problem.object[problem.start]:02x} at {problem.start:,}"
-            raise DataError(f"{source}: not UTF-8 text ({byte}); convert it first, for example with iconv") from problem
-        except OSError as problem:
-            raise DataError(f"{source}: cannot be read: {problem.strerror}") from problem
-        if path.suffix in TEXT_FILES:
+        raise DataError(f"{source}: not a regular file; give one of {READABLE}")
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; give one of {READABLE}")
+    try:
+        if path.suffix.lower() in _COMPRESSED:
+            _unpack(path, source, unpacked)
+            path = unpacked
+        if kind == ".parquet":
+            return _parquet_records(path, source)
+        if kind in (".csv", ".tsv"):
+            return _csv_records(path, source, "," if kind == ".csv" else "\t")
+        if kind in _TEXT:
+            text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors put first
             # Enough of them to hold some out, and long ones where there is much: none is seen beyond its own end.
             parts = _parts(text, min(max(len(text) // _FEWEST_PARTS, _SHORTEST_PART), _LONGEST_PART))
-            records = [(source, {"text": part}, number == len(parts)) for number, part in enumerate(parts, 1)]
-        elif path.suffix == ".json" and text.lstrip().startswith("["):
-            items = _parse(text, source, 1)
-            records = [(f"{source}, record {number}", item, True) for number, item in enumerate(items, 1)]
-        else:
-            lines = enumerate(text.split("\n"), 1)
-            records = [(f"{source}:{n}", _parse(line, source, n), True) for n, line in lines if line.strip()]
-    if not records:
-        raise DataError(f"{source}: the file is empty; give one with text in it")
-    return records
+            return [(source, {"text": part}, number == len(parts)) for number, part in enumerate(parts, 1)]
+        return _json_records(path, source, spec, lines=kind == ".jsonl")
+    except UnicodeDecodeError as problem:
+        raise _not_utf8(problem, source) from problem
+    except OSError as problem:
+        raise DataError(f"{source}: cannot be read: {problem.strerror or problem}") from problem
+
+
+def _not_utf8(problem: UnicodeDecodeError, where: str) -> DataError:
+    byte = f"byte 0x{problem.object[problem.start]:02x} at {problem.start:,}"
+    return DataError(f"{where}: not UTF-8 text ({byte}); convert it first, for example with iconv")
+
+
+def _unpack(path: Path, source: str, unpacked: Path) -> None:
+    import pyarrow  # type: ignore[import-untyped]
+
+    most = max(_BOMB_BYTES, _BOMB_RATIO * path.stat().st_size)
+    try:
+        with (
+            pyarrow.input_stream(str(path), compression=_COMPRESSED[path.suffix.lower()]) as stream,
+            unpacked.open("wb") as file,
+        ):
+            while block := stream.read(_BLOCK):
+                if file.tell() > most:
+                    raise DataError(
+                        f"{source}: unpacks to more than {most:,} bytes, {_BOMB_RATIO} times its size; if that is "
+                        "right, unpack it yourself and name the result"
+                    )
+                file.write(block)
+    except (pyarrow.ArrowException, OSError) as problem:
+        if isinstance(problem, OSError) and problem.errno:
+            raise
+        reason = str(problem).splitlines()[0]
+        raise DataError(f"{source}: is damaged or cut off ({reason}); fetch it again") from problem
+
+
+class _Lines(Sequence[Record]):
+    """A file of JSON lines, of which only the places of the lines are held."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        self.path, self.source = path, source
+        self.starts, self.numbers = array("Q"), array("Q")
+        start = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    line, start = line[3:], 3
+                if len(line) > 4 * LONGEST_RECORD:  # bytes; no character has more than 4
+                    raise _too_long(f"{source}:{number}", len(line))
+                if not line.isspace() and line:
+                    self.starts.append(start)
+                    self.numbers.append(number)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, place: Any) -> Any:
+        number = self.numbers[place]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.starts[place])
+                line = file.readline().decode().rstrip()
+        except UnicodeDecodeError as problem:
+            raise _not_utf8(problem, f"{self.source}:{number}") from problem
+        except OSError as problem:
+            raise DataError(f"{self.source}: cannot be read: {problem.strerror}") from problem
+        if len(line) > LONGEST_RECORD:
+            raise _too_long(f"{self.source}:{number}", len(line))
+        return f"{self.source}:{number}", _parse(line, self.source, number), True
+
+
+def _too_long(where: str, size: int) -> DataError:
+    return DataError(f"{where}: a record of {size:,} characters; split it into records of at most {LONGEST_RECORD:,}")
+
+
+def _json_records(path: Path, source: str, spec: SourceSpec, *, lines: bool) -> Sequence[Record]:
+    """JSON lines, or the records in one JSON value: an array, an object that holds one, or a single record."""
+    broken = None
+    try:
+        found = _Lines(path, source)
+        if not len(found):
+            return []
+        head = found[0][1]
+        if (len(found) > 1 and (lines or isinstance(head, dict))) or (lines and isinstance(head, dict)):
+            return found
+    except DataError as problem:
+        broken = problem
+    if broken and lines and path.stat().st_size > LONGEST_RECORD:
+        raise broken
+    try:
+        whole = _parse(path.read_text(encoding="utf-8-sig"), source, 1)
+    except DataError:
+        if broken and lines:
+            raise broken from None
+        raise
+    if isinstance(whole, list):
+        return [(f"{source}, record {number}", item, True) for number, item in enumerate(whole, 1)]
+    if isinstance(whole, dict) and (key := _key_of_records(whole, spec)):
+        return [(f"{source}, {key} {number}", item, True) for number, item in enumerate(whole[key], 1)]
+    if (size := path.stat().st_size) > LONGEST_RECORD:
+        raise _too_long(f"{source}:1", size)
+    return [(f"{source}:1", whole, True)]
+
+
+def _key_of_records(whole: dict[str, Any], spec: SourceSpec) -> str | None:
+    """The key of an object that holds all records of a file: its only list of objects, unless it is a record."""
+    own = {spec.field, *(spec.columns.named.values() if spec.columns else ())}
+    known = {*CONVERSATIONS, *(name for must, may in RECORD_SHAPES.values() for name in (*must, *may)), *own}
+    lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 and not known & whole.keys() else None
 
 
 def _parse(text: str, source: str, line: int) -> Any:
     """The JSON in `text`, which starts at `line` of the file."""
-    if len(text) > LONGEST_RECORD and not text.startswith("["):
-        raise DataError(
-            f"{source}:{line}: a record of {len(text):,} characters; split it into records of at most "
-            f"{LONGEST_RECORD:,}"
-        )
     try:
         return json.loads(text)
     except json.JSONDecodeError as problem:
@@ -116,6 +311,97 @@ def _parse(text: str, source: str, line: int) -> Any:
         raise DataError(f"{source}:{line}: broken JSON ({str(problem).split(':')[0]}); mend that line") from problem
 
 
+def _csv_records(path: Path, source: str, delimiter: str) -> list[Record]:
+    """The rows of a table under its header, as text."""
+    csv.field_size_limit(LONGEST_RECORD)
+    records: list[Record] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        begins = 1
+        header: list[str] | None = None
+        try:
+            for row in rows:
+                where, begins = f"{source}:{begins}", rows.line_num + 1
+                if not row:
+                    continue
+                if header is None:
+                    header = row
+                    if len({*header}) < len(header):
+                        raise DataError(f"{where}: two columns have one name ({', '.join(header)}); rename one of them")
+                elif len(row) != len(header):
+                    raise DataError(f"{where}: {len(row)} cells under a header of {len(header)}; mend that row")
+                else:
+                    records.append((where, dict(zip(header, row, strict=True)), True))
+        except csv.Error as problem:
+            why = "a quote is never closed" if "end of data" in str(problem) else problem
+            raise DataError(f"{source}:{begins}: not a readable table ({why}); mend that row") from problem
+    return records
+
+
+class _Rows(Sequence[Record]):
+    """The rows of a table, made into Python's own values one by one."""
+
+    def __init__(self, source: str, length: int, row: Callable[[int], Any]) -> None:
+        self.source, self.length, self.row = source, length, row
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: Any) -> Any:
+        where = f"{self.source}, row {place + 1}"
+        # Arrow and the decoders of `datasets` raise many kinds.
+        try:
+            return where, _without_fill(self.row(place)), True
+        except Exception as problem:
+            raise DataError(f"{where}: cannot be read ({_first_line(problem)}); write the file again") from problem
+
+
+def _without_fill(value: Any, *, within: bool = False) -> Any:
+    """The value without the nulls that Arrow fills in where a key of a nested object is another row's."""
+    if isinstance(value, dict):
+        return {key: _without_fill(v, within=True) for key, v in value.items() if v is not None or not within}
+    return [_without_fill(item, within=True) for item in value] if isinstance(value, list) else value
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
+
+
+def _parquet_records(path: Path, source: str) -> _Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise DataError(f"{source}: not a readable Parquet file ({_first_line(problem)}); write it again") from problem
+    return _Rows(source, table.num_rows, lambda place: table.slice(place, 1).to_pylist()[0])
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _saved(path: Path, source: str, split: str) -> _Rows:
+    """The rows of a data set that `save_to_disk` wrote; of several splits those of `split`."""
+    import datasets
+
+    try:
+        saved: Any = datasets.load_from_disk(str(path))
+    except Exception as problem:  # of the library, of Arrow and of JSON
+        raise DataError(
+            f"{source}: not a readable folder of save_to_disk ({_first_line(problem)}); save it again"
+        ) from problem
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(f"{source}: has no split {split}; set data.split to one of {', '.join(saved)}")
+        saved = saved[split]
+    if not len(saved):
+        raise DataError(f"{source}: the data set is empty; give one with text in it")
+    return _Rows(source, len(saved), lambda place: saved[place])
+
+
 def _parts(text: str, size: int) -> list[str]:
     """`text` in parts of `size` to `2 * size` characters that begin at a paragraph, else at a line, else at a word."""
     parts = []
@@ -127,32 +413,18 @@ def _parts(text: str, size: int) -> list[str]:
     return [*parts, text] if text.strip() else parts
 
 
-def _parquet_records(path: Path, source: str) -> list[Record]:
-    """The rows of a Parquet file."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise DataError(f"{source}: not a readable Parquet file ({reason}); write it again") from problem
-    return [(f"{source}, row {number}", row, True) for number, row in enumerate(rows, 1)]
-
-
 def _hub_records(spec: SourceSpec, seed: int) -> Iterator[Record]:
-    """The records of a Hub data set, streamed: only what is used is downloaded."""
+    """The records of a Hub data set, streamed."""
     import datasets
 
     name = f"{spec.source}/{spec.config}" if spec.config else spec.source
     try:
         stream = datasets.load_dataset(spec.source, spec.config, split=spec.split, streaming=True)
         for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=HUB_SHUFFLE_BUFFER), 1):
-            yield f"{name} {spec.split}, record {number}", record, True
+            yield f"{name} {spec.split}, record {number}", _without_fill(record), True
     # The library, its HTTP client and its readers of a dozen formats all raise their own kinds.
     except Exception as problem:
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise DataError(
-            f"{name} (split {spec.split}): no file of that name, and as a Hub data set it cannot be read: {reason}; "
-            "check the name and the network, or name a .txt, .jsonl or .parquet file"
+            f"{name} (split {spec.split}): no file of that name, and as a Hub data set it cannot be read: "
+            f"{_first_line(problem)}; check the name and the network, or name a .txt, .jsonl or .parquet file"
         ) from problem

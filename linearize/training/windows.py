@@ -1,4 +1,4 @@
-"""What windows read exactly, and window dropout: layers whose window is hidden for a forward pass, so that their
+"""The tokens that windows read exactly, and window dropout, which hides a layer's window for a forward pass so that its
 recurrence has to answer."""
 
 from __future__ import annotations
@@ -9,30 +9,60 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from linearize.errors import DataError
+
 if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
     from linearize.model.mixer import Mixer
+    from linearize.recipe.schema import Stage
     from linearize.training.rows import Rows
 
 
 def exact_reach(mixer: Mixer) -> int:
-    """How many first tokens of a row leave the recurrence nothing to answer."""
-    # The window that it has now: it may be hidden.
+    """The number of first tokens of a row that a mixer reads without its recurrence."""
+    # The window in use: it may be hidden.
     return replace(mixer.config, window=mixer.window).exact_tokens if mixer.config.covers == "evicted" else 0
 
 
 def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:
-    """What to tell where every recurrence stays out of all of `rows`, since no document is longer than what window and
-    sinks read; None where one has something to learn."""
+    """A line that says so where no document in `rows` is longer than the tokens that window and sinks read: every
+    recurrence gets a gradient of 0 then. None where one has something to learn."""
     mixers = [layer.mixer for layer in student.attention_layers if layer.mixer is not None]
     reaches = [exact_reach(mixer) for mixer in mixers if mixer.recurrence is not None]
     longest = int(rows.position_ids.max()) + 1
     if not reaches or longest > min(reaches):
         return None
+    raised = ", raise the stage's length" if longest == rows.input_ids.shape[1] else ""
     return (
         f"the longest document has {longest:,} tokens, and window and sinks read {min(reaches):,} exactly: the "
-        "recurrence has nothing to learn from such text; take longer texts, or a smaller mixer.window"
+        f"recurrence has nothing to learn from such text; take longer texts (data.source){raised}, or convert with a "
+        "smaller mixer.window"
     )
+
+
+def check_something_to_learn(
+    student: LinearizedForCausalLM, rows: Rows, stage: Stage, *, adapters: bool, untrained: bool
+) -> str | None:
+    """`nothing_to_recall`, unless that leaves a stage nothing at all to learn.
+
+    Args:
+        adapters: the recipe has some, so that a stage of `train: lora` has more than its mixers to train.
+        untrained: the student's weights are still its teacher's.
+
+    Raises:
+        DataError: the stage trains its mixers alone, or by an objective that is 0 while the student does as its teacher
+            does.
+    """
+    if stage.hide_window or (warning := nothing_to_recall(student, rows)) is None:
+        return None
+    objectives = set(stage.weights)
+    if stage.train == "mixer" or (stage.train == "lora" and not adapters):
+        raise DataError(f"{warning}; this stage trains nothing but the recurrence")
+    if objectives == {"align"} or (objectives == {"distill"} and untrained):
+        raise DataError(
+            f"{warning}; objective: {objectives.pop()} is 0 on such text, so that nothing else learns either"
+        )
+    return warning
 
 
 class WindowDropout(TrainerCallback):

@@ -5,6 +5,7 @@ The faults of GGUF files carry the names that llama.cpp's own tests have for the
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -79,6 +80,12 @@ def link(path: Path, target: str) -> Path:
     path.unlink(missing_ok=True)
     path.symlink_to(target)
     return path.parent
+
+
+def folder_of(kit: Kit, files: dict[str, str | bytes]) -> Path:
+    """A folder of these files."""
+    paths = [kit.write(name, content) for name, content in files.items()]
+    return paths[0].parent
 
 
 def nan(name: str, value: float) -> Callable[[Kit], Path]:
@@ -347,6 +354,31 @@ DATA = [
             *training(kit, link(kit.folder / "d.txt", "/dev/zero") / "d.txt"),
         ],
         "d.txt: not a regular file",
+    ),
+    ("a CSV row cut off", data("d.csv", "text,n\nx,1\ny"), "d.csv:3: 1 cells under a header of 2; mend that row"),
+    ("a CSV quote that never ends", data("d.csv", 'text\n"x' + "y" * 9), "d.csv:2: not a readable table (a quote"),
+    ("a CSV cell of 100 MB", data("d.csv", b"text\n" + b"x" * LONG), "d.csv:2: not a readable table (field larger"),
+    ("a gzip bomb", data("d.txt.gz", gzip.compress(bytes(4 * LONG))), "d.txt.gz: unpacks to more than 100,000,000"),
+    ("a gzip file that is none", data("d.jsonl.gz", "{}"), "d.jsonl.gz: is damaged or cut off ("),
+    (
+        "a folder of one file and a pickle",
+        lambda kit: [
+            "finetune",
+            "default",
+            *kit.out,
+            *training(kit, folder_of(kit, {"d/a.jsonl": "{}", "d/b.pkl": pickle.dumps(1)})),
+        ],
+        "d: this folder mixes several kinds of files (1 .jsonl, 1 .pkl)",
+    ),
+    (
+        "a saved data set that is none",
+        lambda kit: ["finetune", "default", *kit.out, *training(kit, folder_of(kit, {"d/state.json": DEEP}))],
+        "d: not a readable folder of save_to_disk (",
+    ),
+    (
+        "a conversation nested too deeply in text",
+        data("d.jsonl", json.dumps({"messages": DEEP})),
+        'd.jsonl:1: messages is "[[[[',
     ),
     ("too little text", data("d.txt", "x" * 9), "d.txt: 10 tokens in 1 documents are too few"),
 ]

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from linearize.conversion.convert import convert_model
-from linearize.recipe import MixerSpec
+from linearize.errors import DataError
+from linearize.recipe import MixerSpec, Stage
 from linearize.training.rows import Document, pack
-from linearize.training.windows import WindowDropout, nothing_to_recall
+from linearize.training.windows import WindowDropout, check_something_to_learn, nothing_to_recall
 
 
 @pytest.mark.parametrize("covers", ["evicted", "all"])
@@ -65,3 +66,34 @@ def test_text_that_never_leaves_the_window_is_told(tiny_folder):
     # 8 landmarks: the first block of 32 that has left the window overfills them.
     assert nothing_to_recall(model(landmarks=8), rows(14 + 31)) is not None
     assert nothing_to_recall(model(landmarks=8), rows(14 + 32)) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "ends"),
+    [
+        ({"objective": "sft", "train": "mixer"}, {}, "this stage trains nothing but the recurrence"),
+        ({"objective": "sft"}, {"adapters": False}, "this stage trains nothing but the recurrence"),
+        ({"objective": "align"}, {}, "objective: align is 0 on such text"),
+        ({"objective": "distill"}, {"untrained": True}, "objective: distill is 0 on such text"),
+        ({"objective": "distill"}, {}, None),
+        ({"objective": {"distill": 1.0, "sft": 1.0}}, {"untrained": True}, None),
+        ({"objective": "sft", "train": "full"}, {"untrained": True}, None),
+    ],
+)
+def test_a_stage_that_would_learn_nothing_ends(tiny_folder, stage, options, ends):
+    model = convert_model(AutoModelForCausalLM.from_pretrained(tiny_folder), MixerSpec(window=12, sinks=2))
+    rows = pack([Document([5] * 14, [True] * 14)] * 8, 14)
+    spec = Stage.model_validate({"data": {"source": "a.txt"}, "length": 14, "batch_tokens": 14, **stage})
+    options = {"adapters": True, "untrained": False, **options}
+    if ends is None:
+        told = check_something_to_learn(model, rows, spec, **options)
+    else:
+        with pytest.raises(DataError, match=ends) as caught:
+            check_something_to_learn(model, rows, spec, **options)
+        told = str(caught.value)
+    for key in ("data.source", "raise the stage's length", "mixer.window"):
+        assert key in told
+    hidden = spec.model_copy(update={"hide_window": 0.5})
+    assert check_something_to_learn(model, rows, hidden, **options) is None
+    longer = pack([Document([5] * 15, [True] * 15)] * 8, 15)
+    assert check_something_to_learn(model, longer, spec, **options) is None
