@@ -180,7 +180,7 @@ def test_a_checkpoint_of_integers_is_one_function(converted, data_folder, tmp_pa
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_checkpoint_of_integers_is_measured_beside_a_teacher_of_the_same(converted, tmp_path, weights, capfd):
     text = tmp_path / "text.txt"
-    text.write_text("A cat sat on a mat. " * 400)
+    text.write_text(" ".join(f"Cat {n} sat on a mat." for n in range(400)))
     before = nbytes_after(load_model(find_source(str(converted))), WEIGHTS[weights])
     done = api.export(converted, tmp_path / "out", weights=weights, text=str(text), tokens=1024)
     assert before == done.cost["bytes"][1] == nbytes(load_model(find_source(str(tmp_path / "out"))))
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_integers_is_measured_beside_a_teacher_of_the_same(conve
 
 def test_a_disk_too_small_for_integers_is_told_before_they_are_measured(converted, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
-    text.write_text("A cat sat on a mat. " * 400)
+    text.write_text(" ".join(f"Cat {n} sat on a mat." for n in range(400)))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=16_000_000 + 100_000))
     said = []
@@ -207,7 +207,7 @@ def test_a_disk_too_small_for_integers_is_told_before_they_are_measured(converte
 
 def test_what_integers_do_not_do(converted, tmp_path, tiny_folder):
     text = tmp_path / "text.txt"
-    text.write_text("A cat sat on a mat. " * 400)
+    text.write_text(" ".join(f"Cat {n} sat on a mat." for n in range(400)))
     with pytest.raises(DataError, match="weights int3: expected int8 or int4"):
         api.export(converted, tmp_path / "none", weights="int3")
     api.export(converted, tmp_path / "out", weights="int8", text=str(text), tokens=1024)

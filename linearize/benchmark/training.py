@@ -11,11 +11,11 @@ from linearize.benchmark.running import Run, in_turns, peak_bytes, refusal, told
 from linearize.benchmark.subjects import Subject, sharing
 from linearize.errors import is_out_of_memory
 from linearize.recipe import Recipe, Stage, load_recipe
-from linearize.training.adapters import add_adapters, choose_trained
+from linearize.training.adapters import add_adapters, choose_trained, is_own_parameter
 from linearize.training.memory import training_memory
 from linearize.training.objective import token_losses
 from linearize.training.rows import NO_LOSS, Document, Rows, pack
-from linearize.training.trainer import is_own_parameter, stage_optimizer
+from linearize.training.trainer import stage_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

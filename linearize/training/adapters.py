@@ -9,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import RecipeError
 from linearize.model.modeling import family_of
-from linearize.training.trainer import is_adapter, is_own_parameter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +64,16 @@ def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> Non
         parameter.requires_grad_(chosen)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
+
+
+def is_own_parameter(name: str) -> bool:
+    """Test by its name if a parameter belongs to a mixer: neither pretrained nor an adapter's."""
+    return ".mixer." in name and not is_adapter(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Test by its name if a parameter belongs to an adapter of peft."""
+    return ".lora_" in name or ".miss_" in name
 
 
 def _target_modules(model: PreTrainedModel, targets: list[str]) -> dict[str, nn.Module]:

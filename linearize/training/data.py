@@ -49,7 +49,7 @@ def load_data(
     purpose: str = "",
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainingData:
-    """Read what `spec` names into rows of `length` tokens.
+    """Read the sources of `spec` into rows of `length` tokens.
 
     Documents are shuffled with `seed`; the first of them fill `spec.held_out` rows, the following the training rows, up
     to `spec.tokens` tokens (rounded up to a whole row). Only as many as that takes are tokenised. What does not fill a
@@ -57,10 +57,10 @@ def load_data(
     gives its share of both. `teacher` and `student` are called only if a source is "self" or "student".
 
     Args:
-        draw: which of many texts is made where a source has no end: stages count up, also those of earlier runs.
-        reserved: by `source_key`, tokens that are left out of training at the least; see `reserved_tokens`.
-        purpose: what the text is for, where that is no stage. None of it is what stages hold out: of a file not even
-            its own held-out rows are, and what has no end is made from another seed.
+        draw: added to the seed of sources without an end; stages count up, also those of earlier runs.
+        reserved: by `source_key`, the least number of tokens to leave out of training; see `reserved_tokens`.
+        purpose: names a use that is no stage, such as calibration. Its text shares nothing with the stages' held-out
+            rows: its own held-out rows of a file lie behind them, and sources without an end get another seed.
 
     Raises:
         DataError: a source cannot be found or read, or is too small.
@@ -149,7 +149,7 @@ def _drawn_by(seed: int, purpose: str) -> int:
 
 
 def source_key(source: SourceSpec) -> str:
-    """What tells one file or data set from another, however a file is named."""
+    """A key of a file, a folder or a data set: equal for all names of one file."""
     path = Path(source.source or "").expanduser()
     name = str(path.resolve()) if path.exists() else source.source
     return json.dumps([name, source.config, source.split])

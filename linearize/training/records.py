@@ -37,13 +37,13 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 """The fields under which a conversation is found without `columns`."""
 
 _FEWEST_PARTS, _SHORTEST_PART, _LONGEST_PART = 64, 256, 65_536
-"""Of a text file; characters."""
+"""Parts of a text file: their least number, and their sizes in characters."""
 _BOMB_BYTES, _BOMB_RATIO = 100_000_000, 200
 """A compressed file that gives more bytes than this, and that many times its own size, is refused."""
 _BLOCK = 1 << 20
 
 Record = tuple[str, Any, bool]
-"""Where it stands (file:line), what stands there, and whether the document ends with it."""
+"""Its place (file:line), its value, and whether the document ends with it."""
 
 
 class Records:
@@ -125,7 +125,7 @@ def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source that does not exist was meant as a file; Hub ids have one slash at most, and may have dots."""
+    """True for a missing source that names a file; Hub ids have one slash at most, and may have dots."""
     path = Path(source)
     if _kind(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return True
@@ -379,7 +379,7 @@ def _parquet_records(path: Path, source: str) -> _Rows:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    """True for a folder that `save_to_disk` of `datasets` wrote."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 

@@ -71,7 +71,7 @@ class TrainingData:
     train: Rows
     held_out: Rows
     source: str
-    """Where it came from, for a person."""
+    """The names of its sources, for a person."""
     documents: int
     """Documents that were read for these rows, on both sides."""
     seconds: float
@@ -118,7 +118,7 @@ def save_data(data: TrainingData, path: Path) -> None:
 
 
 def read_data(path: Path) -> TrainingData:
-    """What `save_data` kept."""
+    """Reads the file that `save_data` wrote."""
     sides = {}
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from linearize.errors import LinearizeError, RecipeError
 from linearize.training import processes
+from linearize.training.adapters import is_own_parameter
 from linearize.training.align import Alignment
 from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
@@ -292,16 +293,6 @@ def _epoch_steps(stage: Stage, rows: int) -> int:
 
 def _rows_per_step(stage: Stage) -> int:
     return stage.batch_tokens // stage.length
-
-
-def is_own_parameter(name: str) -> bool:
-    """Whether a parameter's name is one of the layer's own, as against the pretrained ones and the adapters'."""
-    return ".mixer." in name and not is_adapter(name)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is one of peft's."""
-    return ".lora_" in name or ".miss_" in name
 
 
 def whole_trained(model: nn.Module) -> dict[str, Tensor]:

@@ -209,7 +209,7 @@ def test_integers_are_not_trained(outcome, converted, tmp_path):
     from linearize import api
 
     text = tmp_path / "text.txt"
-    text.write_text("Once upon a time there was a tree. " * 400, encoding="utf-8")
+    text.write_text(" ".join(f"Once upon a time there was tree {n}." for n in range(400)), encoding="utf-8")
     api.export(converted, tmp_path / "int8", weights="int8", text=str(text), tokens=1024)
     status, _, words = outcome("bench", tmp_path / "int8", "--lengths", "32", *QUICK, "--train", "32", "--quiet")
     assert status == 1 and "its weights are integers" in words and len(words.splitlines()) == 1

@@ -18,7 +18,7 @@ from linearize.model.attention import LinearizedAttention
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.training import metrics as module
 from linearize.training import trainer as trainer_module
-from linearize.training.adapters import add_adapters, choose_trained
+from linearize.training.adapters import add_adapters, choose_trained, is_adapter, is_own_parameter
 from linearize.training.data import load_data
 from linearize.training.finetune import finetune
 from linearize.training.result import write_result
@@ -298,8 +298,8 @@ def test_adapters_of_every_kind_start_as_the_model_train_and_merge(tiny_folder, 
     torch.testing.assert_close(student(ids).logits, given, rtol=0, atol=1e-4)
     choose_trained(student, "lora")
     names = {name for name, p in student.named_parameters() if p.requires_grad}
-    assert any(trainer_module.is_adapter(name) for name in names)
-    assert all(trainer_module.is_adapter(name) or trainer_module.is_own_parameter(name) for name in names)
+    assert any(is_adapter(name) for name in names)
+    assert all(is_adapter(name) or is_own_parameter(name) for name in names)
     learns_and_merges(student, ids, lr=0.1, atol=1e-4)
 
 
