@@ -33,7 +33,7 @@ from linearize.errors import ModelError
 from linearize.products import take_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -181,8 +181,8 @@ def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
 
 
 def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source) -> None:
-    """Refuses what transformers would pass over: weights that were not there, and so are random, and ones that are no
-    numbers.
+    """Refuses what transformers only logs: weights that the files lack, which are random then; weights that the model
+    does not take; and values that are not finite.
 
     Raises:
         ModelError: it names the first of them.
@@ -192,8 +192,36 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
             f"{source.reference}: {len(missing):,} weights are not there, {missing[0]} among them; they are of another "
             "model, or a part of them was not fetched"
         )
+    check_taken(loaded["unexpected_keys"], source)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, name, source.reference)
+
+
+# Buffers that older versions of transformers saved and newer ones compute: rotary frequencies, positions, causal masks.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|attn\.bias|attn\.masked_bias)$")
+_SCALES = re.compile(r"scale|qweight|qzeros|absmax|quant_map|weight_packed|zero_point|amax")
+
+
+def check_taken(unexpected: Iterable[str], source: Source) -> None:
+    """Refuses weights that the model has no parameter for, because transformers drops them.
+
+    Args:
+        unexpected: the `unexpected_keys` of `from_pretrained`, without what the model's class says to ignore.
+
+    Raises:
+        ModelError: it counts them and names the first ones.
+    """
+    left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
+    if not left:
+        return
+    if any(_SCALES.search(name.rpartition(".")[2]) for name in left):
+        why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
+    elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):
+        why = "it is a classifier or a reward model; take the language model that it was made of"
+    else:
+        why = "config.json announces none, so the model would be another without them; correct it, or fetch both again"
+    named = ", ".join(left[:3])
+    raise ModelError(f"{source.reference}: {len(left):,} weights have no place in the model ({named}): {why}")
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
@@ -315,6 +343,8 @@ def _reason(error: Exception, source: Source) -> str:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"
     if "ignore_mismatched_sizes" in text:
         return "its weights are not of the shapes that config.json asks for; they are of another model"
+    if "Float8" in text:
+        return "its weights are float8, and config.json names no dtype; add one, or pass --set dtype=bfloat16"
     told = text if type(error).__name__.startswith("StrictDataclass") else lines[0]  # its first line says nothing
     return f"cannot be read as a model: {type(error).__name__}: {told[:300]}"
 
