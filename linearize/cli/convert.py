@@ -57,6 +57,7 @@ def convert(
     """
     quiet_libraries()
     from linearize.calibration.start import convert as convert_to
+    from linearize.calibration.start import tokenizer_for
     from linearize.conversion.convert import check_convertible, converted_layers, growth_nbytes, state_nbytes
     from linearize.conversion.inspection import inspect_model
     from linearize.conversion.output import check_free, staged_folder
@@ -67,8 +68,10 @@ def convert(
     settings = load_recipe(recipe, overrides or ())
     source = find_source(model, trust_remote_code=trust_remote_code)
     check_free(output, overwrite=overwrite)
-    check_convertible(load_config(source), source, settings.mixer)
+    config = load_config(source)
+    check_convertible(config, source, settings.mixer)
     if dry_run:
+        tokenizer_for(source, settings, config, say=status)
         facts = inspect_model(source, settings.mixer)
         if as_json:
             print_json({"output": str(output), "written": False, **facts})

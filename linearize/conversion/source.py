@@ -28,6 +28,7 @@ from transformers.utils import cached_file
 
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
 from linearize.conversion.ggufheader import MAGIC, check_gguf
+from linearize.conversion.limits import guard_embeddings
 from linearize.conversion.modelfiles import check_config, check_weights
 from linearize.errors import ModelError
 from linearize.products import take_products
@@ -112,8 +113,48 @@ def load_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(reference, **keywords)
 
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether the model has files of a tokenizer; a GGUF file is taken to hold one.
+
+    Raises:
+        ModelError: the Hub cannot be reached.
+    """
+    if source.kind == "gguf":
+        return True
+    if source.kind == "folder":
+        return any((Path(source.reference) / name).is_file() for name in _TOKENIZER_FILES)
+    with reading(source):
+        found = (
+            cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False)
+            for name in _TOKENIZER_FILES
+        )
+        return any(file is not None for file in found)
+
+
 def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer."""
+    """Loads the model's tokenizer.
+
+    Raises:
+        ModelError: it has none, or one that cannot be read.
+    """
+    if not has_tokenizer(source):
+        raise ModelError(
+            f"{source.reference}: has no tokenizer (no tokenizer.json), and text cannot be read without; save the one "
+            "that it was trained with into the folder"
+        )
     reference, keywords = source.arguments()
     with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
@@ -156,6 +197,7 @@ def load_model(
         )
     _check_loaded(model, loaded, source)
     take_products(model)
+    guard_embeddings(model)
     return model.eval() if four_bit else model.eval().to(device or default_device())
 
 

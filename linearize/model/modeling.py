@@ -150,9 +150,15 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model's; since transformers 5.24 `past_key_values` is called `cache`. Pads (mask 0) may stand on
-        either side and change nothing; rows whose positions restart are packed documents and do not see each other, as
-        long as no mask is given and no cache continued."""
+        """Computes logits as the base model does; since transformers 5.24 `past_key_values` is called `cache`.
+
+        Pads (mask 0) may stand on either side and change nothing. Without a mask and before a cache continues, rows
+        whose `position_ids` restart are packed documents, which do not attend to each other; such a call makes no
+        cache.
+
+        Raises:
+            ValueError: attention weights, a mask of another form, or a cache of packed rows is asked for.
+        """
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("a converted model has no attention weights to return; leave output_attentions out")
         given = input_ids if input_ids is not None else inputs_embeds
@@ -167,6 +173,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         memory = _first_memory(cache)
         continued = tokens > 1 and memory is not None and memory.seen > 0
         segments = segments_of(attention_mask, position_ids, batch, tokens, continued)
+        if attention_mask is None and segments is not None:
+            # A memory has a row for each row of the batch, and packed documents are more rows than that.
+            if use_cache or cache is not None:
+                raise ValueError("position_ids restart, so the rows are packed documents, which no cache can continue")
+            use_cache = False
         if position_ids is None and segments is not None:
             past = memory.counts[:, None] if memory else 0
             position_ids = (segments.cumsum(1) - 1).clamp_min(0) + past

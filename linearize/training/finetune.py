@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from linearize.calibration.start import convert, make_start, prepares
 from linearize.conversion.convert import check_convertible, nbytes
+from linearize.conversion.limits import check_length, check_tokens, vocabulary_warning
 from linearize.conversion.output import check_space, staged_folder
 from linearize.conversion.source import (
     Source,
@@ -91,6 +92,9 @@ def finetune(
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
     teacher = Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
+    config: Any = load_config(source) if pretrained is None else pretrained.config
+    if warning := vocabulary_warning(tokenizer, config, source.name):
+        say(warning)
     set_seed(recipe.seed)
     written: dict[str, Any] = {}
     told: dict[str, Any] = {}
@@ -110,7 +114,7 @@ def finetune(
         started = work / "start"
         recipe, told = _started(source, recipe, tokenizer, started, resume=resume, say=say)
     elif source.is_converted:
-        if load_config(source).quantized:
+        if config.quantized:
             raise ModelError(
                 f"{source.name}: its weights are integers, which cannot be trained; train what it was exported from"
             )
@@ -137,8 +141,9 @@ def finetune(
 
     with processes.in_turns() if shard else contextlib.nullcontext():
         student = student_of(converted(four_bit=four_bit, device="cpu" if shard else None))
-        for stage in recipe.stages:
+        for number, stage in enumerate(recipe.stages):
             choose_trained(student, stage.train)  # what a later stage lacks is told now
+            check_length(base_of(student), stage.length, f"stages.{number}.length")
         if shard:
             shard_model(student)
     records: list[dict[str, Any]] = list(written.get("stages", []))
@@ -162,6 +167,8 @@ def finetune(
                 reserved=reserved,
                 progress=say,
             )
+            for side in (found.train, found.held_out):
+                check_tokens(side.input_ids, tokenizer, config, f"stages.{number}.data")
             save_data(found, kept)
             return found
 
