@@ -27,6 +27,7 @@ from linearize.conversion.output import check_space
 from linearize.conversion.source import has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.errors import DataError
 from linearize.model.modeling import family_of
+from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
 from linearize.training.data import reserved_tokens
@@ -191,8 +192,10 @@ def convert(
     Raises:
         LinearizeError: whatever stands in the way.
     """
+    config = load_config(source) if teacher is None else teacher.config
+    for line in rotary_notes(config):
+        say(f"{source.name}: {line}")
     if tokenizer is None:
-        config = load_config(source) if teacher is None else teacher.config
         tokenizer = tokenizer_for(source, recipe, config, say=say)
     if teacher is None:
         if (reason := _needs_memory(recipe)) is not None:

@@ -73,6 +73,8 @@ def convert(
     if dry_run:
         tokenizer_for(source, settings, config, say=status)
         facts = inspect_model(source, settings.mixer)
+        for line in facts["positions"]:
+            status(f"{source.name}: {line}")
         if as_json:
             print_json({"output": str(output), "written": False, **facts})
         else:

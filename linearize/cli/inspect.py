@@ -178,6 +178,7 @@ def _head(facts: dict[str, Any]) -> dict[str, str]:
         "family": f"{facts['family']} ({facts['architecture']}), {facts['layers']} layers",
         "heads": f"{facts['query_heads']} query, {facts['key_value_heads']} key/value ({group} queries share a state), "
         f"width {facts['key_width']}",
+        **({"positions": "; ".join(facts["positions"])} if facts["positions"] else {}),
     }
 
 

@@ -24,6 +24,7 @@ from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import layer_mask, segments_of
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer import Mixer
+from linearize.model.positions import renew_rotary, settle_rotary
 from linearize.model.quantized import Quantization, install
 from linearize.products import take_products
 
@@ -44,6 +45,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ("mixer",)
     # What the base model calls its cache; told by its forward.
     _cache_name: str
+    # Phi-3's own drops the cache where its rotary table changes; a converted model has one table.
+    prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def __init__(self, config: LinearizedConfig, *args: Any, **kwargs: Any) -> None:
         if type(self) is LinearizedForCausalLM:
@@ -111,7 +114,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_teacher(cls, teacher: PreTrainedModel, mixers: Sequence[MixerConfig]) -> LinearizedForCausalLM:
         """Converts `teacher` where it stands: no weight is copied, and the teacher must not be used afterwards.
 
-        A teacher that is a converted model is converted anew, as if it were still the pretrained one.
+        A teacher that is a converted model is converted anew, as if it were still the pretrained one. Rotary positions
+        that depend on the length of a text get one table, see `settle_rotary`.
 
         Raises:
             ValueError: the architecture is not supported, or a mixer section names a layer that is not there.
@@ -124,6 +128,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"the model has layers 0 to {len(layers) - 1}; the mixer names {mixer.layers}")
             for index in mixer.layers:
                 Mixer.check(mixer.fitted(layers[index]), layers[index])  # before the teacher is touched
+        if settle_rotary(base):
+            renew_rotary(teacher, base)
         config = LinearizedConfig(text_config=base, mixers=[asdict(mixer) for mixer in mixers], dtype=teacher.dtype)
         model: Any = teacher
         model.__class__ = derived_class(cls, config)

@@ -25,6 +25,7 @@ from linearize.conversion.source import (
     teacher_of,
 )
 from linearize.errors import ModelError, RecipeError
+from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.training import processes
 from linearize.training.adapters import add_adapters, choose_trained
@@ -121,6 +122,10 @@ def finetune(
         written = sound_provenance(source)
         told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
+
+    elif begin is None:
+        for line in rotary_notes(config):
+            say(f"{source.name}: {line}")
 
     def converted(**options: Any) -> Any:
         nonlocal recipe, told
