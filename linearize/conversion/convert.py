@@ -56,6 +56,13 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         for index in sorted(named):
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
+    for index, heads in sorted(spec.keep.heads.items()):
+        for head in heads:
+            if head not in range(layers[index].key_value_heads):
+                most = layers[index].key_value_heads - 1
+                raise RecipeError(
+                    f"mixer.keep.heads.{index}: there is no key/value head {head}; the layer has 0 to {most}"
+                )
     full = [index for index in range(count) if layers[index].window is None]
     _check_landmarks(spec, layers)
     softmax = spec.keep.whole(count)

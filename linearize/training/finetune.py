@@ -124,6 +124,7 @@ def finetune(
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
 
     elif begin is None:
+        check_convertible(config, source, recipe.mixer)  # before anything is loaded
         for line in rotary_notes(config):
             say(f"{source.name}: {line}")
 

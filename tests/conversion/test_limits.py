@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -147,3 +148,28 @@ def test_a_model_without_a_tokenizer_converts(llama, tmp_path, run):
         assert (code, "has no tokenizer (no tokenizer.json)" in told) == (1, True), told
     with pytest.raises(ModelError, match="has no tokenizer"):
         load_tokenizer(find_source(str(bare)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ("landmark_layers={5: 9}", "mixer.landmark_layers: there is no layer 5; the model has 0 to 1"),
+        ("windows={7: 32}", "mixer.windows: there is no layer 7; the model has 0 to 1"),
+        ("keep.layers=[9]", "mixer.keep: there is no layer 9; the model has 0 to 1"),
+        ("keep.heads={1: [7]}", "mixer.keep.heads.1: there is no key/value head 7; the layer has 0 to 3"),
+    ],
+)
+def test_a_recipe_of_a_larger_model_is_refused_before_anything_is_loaded(changes, told, llama, tmp_path, run):
+    (tmp_path / "model").mkdir()
+    shutil.copy(llama / "config.json", tmp_path / "model")
+    for file in llama.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    model, change = tmp_path / "model", ["--set", f"mixer.{changes}"]
+    for command in (
+        ["convert", model, "-o", tmp_path / "out", "--dry-run"],
+        ["convert", model, "-o", tmp_path / "out"],
+        ["inspect", model],
+        ["finetune", "demo", "-o", tmp_path / "tuned", "--set", f"model={model}"],
+        ["run", "demo", "-o", tmp_path / "run", "--set", f"model={model}"],
+    ):
+        assert run(*command, *change) == (1, f"error: {told}")
