@@ -34,18 +34,14 @@ def check_length(model: Any, length: int, key: str) -> None:
         raise DataError(f"{key} {length:,}: the model has learned {limit:,} positions; choose up to that")
 
 
-def tokens_without_rows(tokenizer: Any, config: Any) -> dict[int, str]:
-    """The tokens of `tokenizer`, by their ids, that the embedding of a model of this configuration has no row for."""
-    rows: int = config.get_text_config().vocab_size
-    return {index: token for token, index in sorted(tokenizer.get_vocab().items()) if index >= rows}
-
-
 def vocabulary_warning(tokenizer: Any, config: Any, name: str) -> str | None:
-    """One line with the sizes of a tokenizer and an embedding that do not fit each other; None where they do."""
-    beyond = tokens_without_rows(tokenizer, config)
+    """One line with the sizes of `tokenizer` and of the embedding that `config` asks for, where the embedding has no row
+    for some of the tokenizer's ids; None where it has."""
+    rows: int = config.get_text_config().vocab_size
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
     if not beyond:
         return None
-    rows, first = config.get_text_config().vocab_size, min(beyond)
+    first = min(beyond)
     return (
         f"{name}: its tokenizer has {max(beyond) + 1:,} tokens and its embedding {rows:,} rows, so text with "
         f"{beyond[first]!r} ({first}) or above cannot be read; resize the embedding to use them"
@@ -54,13 +50,12 @@ def vocabulary_warning(tokenizer: Any, config: Any, name: str) -> str | None:
 
 def check_tokens(ids: Tensor, tokenizer: Any, config: Any, where: str) -> None:
     """Raises:
-    DataError: `ids`, of text that `where` names, has tokens of `tokenizer` that the embedding has no row for.
+    DataError: `ids`, of text that `where` names, has a token that the embedding has no row for.
     """
-    beyond = tokens_without_rows(tokenizer, config)
-    if beyond and ids.numel() and (most := int(ids.max())) >= (rows := config.get_text_config().vocab_size):
-        raise DataError(
-            f"{where}: has {beyond.get(most)!r}, token {most:,}, and the model's embedding has {rows:,} rows"
-        )
+    rows: int = config.get_text_config().vocab_size
+    if ids.numel() and (most := int(ids.max())) >= rows:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise DataError(f"{where}: has {token!r}, token {most:,}, and the model's embedding has {rows:,} rows")
 
 
 def guard_embeddings(model: Any) -> None:

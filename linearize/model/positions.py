@@ -49,7 +49,7 @@ def _settled(section: dict[str, Any], config: Any, told: list[str]) -> dict[str,
         trained = getattr(config, "original_max_position_embeddings", None)
         trained = int(trained or section.get("original_max_position_embeddings") or most)
         taken, other = ("long", "short") if most > trained else ("short", "long")
-        where = f"up to {trained:,}" if most > trained else f"beyond {trained:,}"
+        where = f"up to {trained:,}" if most > trained else f"more than {trained:,}"
         told.append(
             f"LongRoPE: converted, texts of all lengths are read with the {taken} factors; the pretrained model takes "
             f"the {other} ones for texts of {where} tokens, so there the two differ before training"
