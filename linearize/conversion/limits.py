@@ -35,8 +35,8 @@ def check_length(model: Any, length: int, key: str) -> None:
 
 
 def vocabulary_warning(tokenizer: Any, config: Any, name: str) -> str | None:
-    """One line with the sizes of `tokenizer` and of the embedding that `config` asks for, where the embedding has no row
-    for some of the tokenizer's ids; None where it has."""
+    """One line with the sizes of `tokenizer` and of the embedding that `config` asks for, where some ids have no row;
+    None where all have one."""
     rows: int = config.get_text_config().vocab_size
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
     if not beyond:
