@@ -270,8 +270,10 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raises:
     ModelError: the weight `name` of the model at `where` has values that are no numbers.
     """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize == 1:  # float8 has no reductions
+        return
     # One pass without a copy; NaN and infinities show in the extremes.
-    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+    if not all(map(math.isfinite, torch.aminmax(tensor))):
         raise ModelError(f"{where}: {name} has values that are not finite; fetch the weights again")
 
 
