@@ -56,8 +56,8 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         for index in sorted(named):
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
-    for index, heads in sorted(spec.keep.heads.items()):
-        for head in heads:
+    for index, chosen in sorted(spec.keep.heads.items()):
+        for head in chosen:
             if head not in range(layers[index].key_value_heads):
                 most = layers[index].key_value_heads - 1
                 raise RecipeError(
