@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.source import find_source, load_config, load_model, load_tokenizer
+from linearize.conversion.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.errors import DataError, ModelError, RecipeError
 from linearize.recipe import Recipe, load_recipe
 
@@ -300,7 +300,7 @@ def verify(
         raise ModelError(
             f"{source.name}: is not a converted model; convert it first: linearize convert {model} -o converted"
         )
-    special = load_tokenizer(source).all_special_ids
+    special = load_tokenizer(source).all_special_ids if has_tokenizer(source) else ()
     loaded: Any = load_model(source, dtype=dtype)
     return _verify(loaded, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=tick)
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from linearize.conversion.limits import learned_positions
+from linearize.errors import DataError
 from linearize.model.memory import recount
 from linearize.state import State, prepared, read_through, without_last
 
@@ -158,7 +160,7 @@ class Engine:
         write: Callable[[Tensor], None] | None = None,
         keep: bool = False,
     ) -> Written:
-        """Continues B texts.
+        """Continues B texts; none beyond the last position that the model has learned, where it has learned positions.
 
         Args:
             input_ids, attention_mask: `[B, T]` what to read first, see `State.read`; may be left out with a state.
@@ -168,8 +170,9 @@ class Engine:
             keep: whether to return the state after what was written.
 
         Raises:
-            DataError, StateError: see `State.read`.
+            DataError, StateError: see `State.read`; also where a text needs more positions than the model has learned.
         """
+        sampling = self._within_positions(sampling, input_ids, attention_mask, state)
         # Buffers must outlive an inference mode of the caller's.
         with _on(self.device), torch.inference_mode(False), torch.no_grad():
             rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
@@ -181,6 +184,22 @@ class Engine:
                 after = rows.state.fork() if keep else None
                 _ROWS[self.model] = rows
             return Written(tokens.to(self.device), after)
+
+    def _within_positions(
+        self, sampling: Sampling, input_ids: Tensor | None, attention_mask: Tensor | None, state: State | None
+    ) -> Sampling:
+        """Lowers `sampling.max_new_tokens` to what the model has learned positions for."""
+        learned = learned_positions(self.model)
+        if learned is None:
+            return sampling
+        longest = 0 if state is None else int(state.tokens.max())
+        if input_ids is not None:
+            longest += input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
+        if longest > learned:
+            raise DataError(
+                f"a text has {longest:,} tokens and the model has learned {learned:,} positions; shorten it"
+            )
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, learned - longest))
 
     def forget(self) -> None:
         """Gives back the buffers that are kept for the next text."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, TextStreamer
 
+from linearize.conversion.limits import check_tokens, learned_positions
 from linearize.errors import DataError
-from linearize.evaluation.recall.running import learned_positions
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.state import State
 
@@ -28,6 +28,8 @@ class Continuation:
         tokens_per_second: of the tokens after the first.
         memory_bytes: of the cache at the end.
         constant: whether that memory is of fixed size.
+        last_position: the position at which the text had to stop, because the model has learned no further one; None
+            where it stopped for another reason.
         state: after everything read and written; None for a model that was not converted.
     """
 
@@ -38,6 +40,7 @@ class Continuation:
     tokens_per_second: float
     memory_bytes: int
     constant: bool
+    last_position: int | None
     state: State | None
 
 
@@ -80,7 +83,8 @@ def continue_text(
         write: called with each piece of new text as soon as it is there.
 
     Raises:
-        DataError: the prompt has no tokens, or the state holds several texts.
+        DataError: the prompt has no tokens, a token that the embedding has no row for, or more tokens than the model
+            has positions for; or the state holds several texts.
         StateError: a state, or reading alone, is asked of a model that was not converted.
     """
     if state is not None and state.last.shape[0] != 1:
@@ -89,14 +93,22 @@ def continue_text(
     ids = _prompt_ids(tokenizer, prompt, chat, state).to(model.device)
     if ids.shape[1] == 0 and state is None:
         raise DataError("the prompt is empty; give some text to continue")
+    check_tokens(ids, tokenizer, model.config, "the prompt")
     converted = isinstance(model, LinearizedForCausalLM)
-    if converted:
-        reads, way = learned_positions(model), ""
-    else:
+    read = ids.shape[1] + (0 if state is None else int(state.tokens))
+    learned = learned_positions(model)
+    reads, way = learned, ""
+    if learned is None and not converted:
         # It has never seen further positions, and its attention takes time with the square of the length.
         reads, way = getattr(model.config.get_text_config(), "max_position_embeddings", None), ", or convert it"
-    if reads is not None and ids.shape[1] > reads:
-        raise DataError(f"the prompt has {ids.shape[1]:,} tokens, and the model reads {reads:,}; shorten it{way}")
+    if reads is not None and read > reads:
+        what = "the prompt has" if state is None else "the state and the prompt have"
+        raise DataError(f"{what} {read:,} tokens, and the model reads {reads:,}; shorten it{way}")
+    asked = max_new_tokens
+    if learned is not None and asked:
+        if read == learned:
+            raise DataError(f"the text fills all {learned:,} positions that the model has learned; shorten it")
+        max_new_tokens = min(asked, learned - read)
     streamer = _Streamer(tokenizer, write)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -128,6 +140,7 @@ def continue_text(
         prefill_seconds=(times[1] if written else time.monotonic()) - started,
         tokens_per_second=(written - 1) / (times[-1] - times[1]) if written > 1 else 0.0,
         memory_bytes=cache_nbytes(cache) if converted else _nbytes(cache),
+        last_position=learned if written == max_new_tokens < asked else None,
         constant=after is not None and not any(layer.past for layer in after.layers),
         state=after,
     )

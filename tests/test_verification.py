@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from linearize.calibration.start import convert
 from linearize.cli.app import run
@@ -230,6 +230,45 @@ def test_learned_positions_that_end_are_no_obstacle(tmp_path):
     assert found.failed == [] and found.tokens == 128
     with pytest.raises(VerificationError, match="128 positions"):
         verify(model, source, tokens=129)
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.0, 2.0, 4.0, 8.0] * 2,
+    "original_max_position_embeddings": 100,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "most", "told"),
+    [
+        ("phi3", LONGROPE, 1000, "LongRoPE: converted, texts of all lengths are read with the long factors; the "),
+        ("llama", DYNAMIC, 100, "dynamic NTK: converted, texts of all lengths are read with the base for 400 tokens"),
+    ],
+)
+def test_rotary_tables_that_change_with_the_length_are_one_and_said(kind, rope, most, told, tmp_path, capfd):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    own = {"original_max_position_embeddings": 100} if kind == "phi3" else {}
+    config = AutoConfig.for_model(
+        kind, **sizes, **heads, **own, rope_parameters=rope, max_position_embeddings=most, initializer_range=0.2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base, target = str(tmp_path / "base"), str(tmp_path / "converted")
+    for command in (["inspect", base], ["convert", base, "-o", target, "--dry-run"], ["convert", base, "-o", target]):
+        assert run([*command, "--set", "mixer.window=16"]) == 0
+        text, words = capfd.readouterr()
+        assert (text if command[0] == "inspect" else words).count(told) == 1
+    assert run(["inspect", target]) == 0
+    assert told[:10] not in capfd.readouterr().out
+    assert run(["verify", target, "--steps", "300"]) == 0, capfd.readouterr().out
 
 
 def test_rows_must_fill_window_and_sinks(folder):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
 from linearize.conversion.convert import mixers_for
+from linearize.conversion.limits import learned_positions
 from linearize.errors import RecipeError
-from linearize.evaluation.recall.running import learned_positions
 from linearize.model import LinearizedForCausalLM
 from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe

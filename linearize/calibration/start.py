@@ -22,10 +22,12 @@ from linearize.conversion.convert import (
     open_files,
     write_checkpoint,
 )
+from linearize.conversion.limits import check_length, vocabulary_warning
 from linearize.conversion.output import check_space
-from linearize.conversion.source import load_model, load_tokenizer
+from linearize.conversion.source import has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.errors import DataError
 from linearize.model.modeling import family_of
+from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
 from linearize.training.data import reserved_tokens
@@ -83,6 +85,25 @@ def prepares(recipe: Recipe) -> bool:
     return recipe.calibrate is not None or selects(recipe)
 
 
+def tokenizer_for(source: Source, recipe: Recipe, config: Any, *, say: Callable[[str], None]) -> Any:
+    """Loads the tokenizer of a model to convert; None where it has none and `recipe` reads no text to convert.
+
+    Args:
+        config: the model's.
+        say: gets a line where there is no tokenizer, or one with more tokens than the embedding has rows.
+
+    Raises:
+        ModelError: it has none and conversion reads text, or one that cannot be read.
+    """
+    if not prepares(recipe) and not has_tokenizer(source):
+        say(f"{source.name}: has no tokenizer, so the result has none; finetune, eval and generate need it")
+        return None
+    tokenizer = load_tokenizer(source)
+    if warning := vocabulary_warning(tokenizer, config, source.name):
+        say(warning)
+    return tokenizer
+
+
 def make_start(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> Start:
@@ -94,6 +115,7 @@ def make_start(
     text = None
     if recipe.calibrate is not None:
         check_reach(recipe, teacher.config)
+        check_length(teacher, recipe.calibrate.length, "calibrate.length")
         # Before the teacher is touched: it may have to write the text.
         text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
@@ -170,7 +192,11 @@ def convert(
     Raises:
         LinearizeError: whatever stands in the way.
     """
-    tokenizer = tokenizer or load_tokenizer(source)
+    config = load_config(source) if teacher is None else teacher.config
+    for line in rotary_notes(config):
+        say(f"{source.name}: {line}")
+    if tokenizer is None:
+        tokenizer = tokenizer_for(source, recipe, config, say=say)
     if teacher is None:
         if (reason := _needs_memory(recipe)) is not None:
             say(f"{source.name}: converted in memory, not file by file: {reason}")
@@ -212,6 +238,7 @@ def _convert_files(
         digests = streamer.write(folder, workers=workers)
     else:
         check_reach(recipe, streamer.model.config.text_config)
+        check_length(streamer.model, recipe.calibrate.length, "calibrate.length")
         # On the disk that has room for the checkpoint; temporary folders are often in memory.
         with TemporaryDirectory(prefix=".fitted-", dir=folder) as fitted:
             weights = FileWeights(streamer, Path(fitted))

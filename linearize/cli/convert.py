@@ -65,11 +65,16 @@ def convert(
     settings = load_recipe(recipe, overrides or ())
     source = find_source(model, trust_remote_code=trust_remote_code)
     check_free(output, overwrite=overwrite)
-    check_convertible(load_config(source), source, settings.mixer)
+    config = load_config(source)
+    check_convertible(config, source, settings.mixer)
     if dry_run:
+        from linearize.calibration.start import tokenizer_for
         from linearize.conversion.inspection import inspect_model
 
+        tokenizer_for(source, settings, config, say=status)
         facts = inspect_model(source, settings.mixer)
+        for line in facts["positions"]:
+            status(f"{source.name}: {line}")
         if as_json:
             print_json({"output": str(output), "written": False, **facts})
         else:

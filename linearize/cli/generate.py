@@ -125,6 +125,7 @@ def generate(
             "tokens_per_second": result.tokens_per_second,
             "memory_bytes": result.memory_bytes,
             "memory_is_constant": result.constant,
+            "last_position": result.last_position,
             "seconds": time.monotonic() - started,
         }
         if state is not None:
@@ -143,6 +144,8 @@ def generate(
         f"{result.prompt_tokens} tokens read in {result.prefill_seconds:.2f} s; {written}"
         f"memory {readable_bytes(result.memory_bytes)}, {kind}"
     )
+    if result.last_position is not None:
+        status(f"stopped at position {result.last_position:,}, the last that the model has learned")
     for verb in ("loaded", "saved"):
         if kept := facts.get(f"{verb}_state"):
             nbytes = f", {readable_bytes(kept['bytes'])}" if "bytes" in kept else ""

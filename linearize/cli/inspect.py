@@ -179,6 +179,7 @@ def _head(facts: dict[str, Any]) -> dict[str, str]:
         "heads": f"{facts['query_heads']} query, {facts['key_value_heads']} key/value ({group} queries share a state), "
         f"width {facts['key_width']}",
         **({"rotary": "; ".join(map(_scaling, facts["rotary_scaling"]))} if facts["rotary_scaling"] else {}),
+        **({"positions": "; ".join(facts["positions"])} if facts["positions"] else {}),
     }
 
 

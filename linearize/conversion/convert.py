@@ -56,6 +56,13 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         for index in sorted(named):
             if index not in range(count):
                 raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
+    for index, chosen in sorted(spec.keep.heads.items()):
+        for head in chosen:
+            if head not in range(layers[index].key_value_heads):
+                most = layers[index].key_value_heads - 1
+                raise RecipeError(
+                    f"mixer.keep.heads.{index}: there is no key/value head {head}; the layer has 0 to {most}"
+                )
     full = [index for index in range(count) if layers[index].window is None]
     _check_landmarks(spec, layers)
     softmax = spec.keep.whole(count)
@@ -214,6 +221,7 @@ def write_checkpoint(
 
     Args:
         folder: an existing folder.
+        tokenizer: None where the base model has none.
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
         name: the checkpoint's name on its card.
@@ -234,7 +242,8 @@ def write_checkpoint(
         model.save_pretrained(folder, max_shard_size=shard_size)
     else:
         _write_configurations(folder, model)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     for file, source in carried_files().items():
         (folder / file).write_text(source, encoding="utf-8")
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -307,4 +316,5 @@ def open_model(reference: str, *, dtype: str = "auto", trust_remote_code: bool =
     """Any model, converted or not, with its tokenizer and whereabouts."""
     source = find_source(reference, trust_remote_code=trust_remote_code)
     load_config(source)  # a name that nobody has is looked for once, where the calls below look for several files
-    return load_model(source, dtype=dtype), load_tokenizer(source), source
+    tokenizer = load_tokenizer(source)
+    return load_model(source, dtype=dtype), tokenizer, source

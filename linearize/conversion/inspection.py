@@ -19,6 +19,7 @@ from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig
 from linearize.model.fused import decide_mixer
 from linearize.model.modeling import family_of
+from linearize.model.positions import rotary_notes
 from linearize.model.recurrences import RECURRENCES
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class _Subject:
         config: the base model's.
         mixers: of a converted checkpoint, which has its own; None for any other model.
         held: dtype of keys and values in a cache.
+        positions: what conversion does to rotary positions that depend on the length of a text, in sentences.
     """
 
     source: Source
@@ -45,6 +47,7 @@ class _Subject:
     family: Family
     layers: list[AttentionLayer]
     held: torch.dtype
+    positions: list[str]
 
     def head(self) -> dict[str, Any]:
         """What is so whatever the mixer."""
@@ -60,6 +63,7 @@ class _Subject:
             "key_width": first.key_width,
             "value_width": first.value_width,
             "vocabulary": self.config.vocab_size,
+            "positions": self.positions,
             "trained_length": getattr(self.config, "max_position_embeddings", None),
             "dtype": str(self.held).removeprefix("torch."),
             "rotary_scaling": rotary_scaling(self.config),
@@ -241,4 +245,6 @@ def _read(source: Source, dtype: torch.dtype | None) -> _Subject:
     except ValueError as error:
         raise ModelError(f"{source.name}: {error}") from error
     held = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    return _Subject(source, config, outer.mixers if converted else None, family, family.layers(config), held)
+    return _Subject(
+        source, config, outer.mixers if converted else None, family, family.layers(config), held, rotary_notes(config)
+    )

@@ -29,12 +29,13 @@ from transformers.utils import cached_file
 import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
 from linearize.conversion.ggufconfig import gguf_config
 from linearize.conversion.ggufheader import MAGIC, read_head
+from linearize.conversion.limits import guard_embeddings
 from linearize.conversion.modelfiles import check_config, check_weights
 from linearize.errors import ModelError
 from linearize.products import take_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -115,8 +116,48 @@ def load_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(reference, **keywords)
 
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether the model has files of a tokenizer; a GGUF file is taken to hold one.
+
+    Raises:
+        ModelError: the Hub cannot be reached.
+    """
+    if source.kind == "gguf":
+        return True
+    if source.kind == "folder":
+        return any((Path(source.reference) / name).is_file() for name in _TOKENIZER_FILES)
+    with reading(source):
+        found = (
+            cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False)
+            for name in _TOKENIZER_FILES
+        )
+        return any(file is not None for file in found)
+
+
 def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer."""
+    """Loads the model's tokenizer.
+
+    Raises:
+        ModelError: it has none, or one that cannot be read.
+    """
+    if not has_tokenizer(source):
+        raise ModelError(
+            f"{source.reference}: has no tokenizer (no tokenizer.json), and text cannot be read without; save the one "
+            "that it was trained with into the folder"
+        )
     reference, keywords = source.arguments()
     with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
@@ -160,6 +201,7 @@ def load_model(
         )
     _check_loaded(model, loaded, source)
     take_products(model)
+    guard_embeddings(model)
     return model.eval() if four_bit else model.eval().to(device or default_device())
 
 
@@ -185,8 +227,8 @@ def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
 
 
 def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source) -> None:
-    """Refuses what transformers would pass over: weights that were not there, and so are random, and ones that are no
-    numbers.
+    """Refuses what transformers only logs: weights that the files lack, which are random then; weights that the model
+    does not take; and values that are not finite.
 
     Raises:
         ModelError: it names the first of them.
@@ -196,16 +238,46 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
             f"{source.reference}: {len(missing):,} weights are not there, {missing[0]} among them; they are of another "
             "model, or a part of them was not fetched"
         )
+    check_taken(loaded["unexpected_keys"], source)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, name, source.reference)
+
+
+# Buffers that older versions of transformers saved and newer ones compute: rotary frequencies, positions, causal masks.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|attn\.bias|attn\.masked_bias)$")
+_SCALES = re.compile(r"scale|qweight|qzeros|absmax|quant_map|weight_packed|zero_point|amax")
+
+
+def check_taken(unexpected: Iterable[str], source: Source) -> None:
+    """Refuses weights that the model has no parameter for, because transformers drops them.
+
+    Args:
+        unexpected: the `unexpected_keys` of `from_pretrained`, without what the model's class says to ignore.
+
+    Raises:
+        ModelError: it counts them and names the first ones.
+    """
+    left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
+    if not left:
+        return
+    if any(_SCALES.search(name.rpartition(".")[2]) for name in left):
+        why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
+    elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):
+        why = "it is a classifier or a reward model; take the language model that it was made of"
+    else:
+        why = "config.json announces none, so the model would be another without them; correct it, or fetch both again"
+    named = ", ".join(left[:3])
+    raise ModelError(f"{source.reference}: {len(left):,} weights have no place in the model ({named}): {why}")
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raises:
     ModelError: the weight `name` of the model at `where` has values that are no numbers.
     """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize == 1:  # float8 has no reductions
+        return
     # One pass without a copy; NaN and infinities show in the extremes.
-    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+    if not all(map(math.isfinite, torch.aminmax(tensor))):
         raise ModelError(f"{where}: {name} has values that are not finite; fetch the weights again")
 
 
@@ -319,6 +391,8 @@ def _reason(error: Exception, source: Source) -> str:
         return "neither a local folder or file nor a Hub id (those look like owner/name)"
     if "ignore_mismatched_sizes" in text:
         return "its weights are not of the shapes that config.json asks for; they are of another model"
+    if "Float8" in text:
+        return "its weights are float8, and config.json names no dtype; add one, or pass --set dtype=bfloat16"
     told = text if type(error).__name__.startswith("StrictDataclass") else lines[0]  # its first line says nothing
     return f"cannot be read as a model: {type(error).__name__}: {told[:300]}"
 

@@ -32,7 +32,7 @@ from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights
 
 from linearize.conversion.modelfiles import INDEX, WEIGHTS
 from linearize.conversion.output import check_space
-from linearize.conversion.source import DTYPES, Source, check_finite, load_config, reading
+from linearize.conversion.source import DTYPES, Source, check_finite, check_taken, load_config, reading
 from linearize.conversion.weightfiles import (
     BLOCK,
     NotStreamable,
@@ -98,9 +98,12 @@ class Streamer:
         self, source: Source, dtype: str, convert: Callable[[PreTrainedModel], LinearizedForCausalLM], *, most: int
     ) -> None:
         self.reference = source.reference
+        config = load_config(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise NotStreamable("its weights are quantized")
         files = weight_files(source)
         self.slots = {name: slot for file in files for name, slot in read_header(file).items()}
-        teacher = self._teacher(source, dtype)
+        teacher = self._teacher(source, config, dtype)
         self.revision = getattr(teacher.config, "_commit_hash", None)
         self.conversions = get_model_conversion_mapping(teacher)
         self.lock = threading.Lock()
@@ -116,11 +119,8 @@ class Streamer:
         """Of all weights."""
         return sum(unit.nbytes for unit in self.units)
 
-    def _teacher(self, source: Source, dtype: str) -> PreTrainedModel:
+    def _teacher(self, source: Source, config: Any, dtype: str) -> PreTrainedModel:
         """The model as `load_model` gives it, without data."""
-        config = load_config(source)
-        if getattr(config, "quantization_config", None) is not None:
-            raise NotStreamable("its weights are quantized")
         if source.trust_remote_code and hasattr(config, "auto_map"):
             raise NotStreamable("it brings code of its own")
         empty = {name: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for name, slot in self.slots.items()}
@@ -142,6 +142,7 @@ class Streamer:
         missing = sorted(found["missing_keys"])
         if missing:
             raise NotStreamable(f"its files lack {len(missing)} weights, {missing[0]} among them")
+        check_taken(found["unexpected_keys"], source)
         model: PreTrainedModel = teacher.eval()
         return model
 

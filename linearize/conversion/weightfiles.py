@@ -112,7 +112,7 @@ def read_header(file: Path) -> dict[str, Slot]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise NotStreamable(f"{name} is stored as {entry['dtype']}")
+            raise NotStreamable(f"{name} is stored as {entry['dtype']}, whose values are taken as they are")
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         slots[name] = Slot(file, start, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
     there, expected = file.stat().st_size, max((slot.end for slot in slots.values()), default=0)

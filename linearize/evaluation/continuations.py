@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from linearize.conversion.limits import learned_positions
 from linearize.errors import ModelError, is_out_of_memory
 from linearize.evaluation.reading import Kept, greedy, sampled, write
-from linearize.evaluation.recall.running import learned_positions
 from linearize.evaluation.task import Item, Task, evaluating
 from linearize.training.selftext import fingerprint
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from linearize.conversion.limits import learned_positions
 from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.excerpts import book_rows
 from linearize.evaluation.reading import Kept, losses
-from linearize.evaluation.recall.running import learned_positions
 from linearize.evaluation.task import Item, Task, evaluating
 
 if TYPE_CHECKING:

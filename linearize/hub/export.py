@@ -17,6 +17,7 @@ from linearize.conversion.source import (
     Source,
     checkpoint_digest,
     find_source,
+    has_tokenizer,
     load_model,
     load_tokenizer,
     sound_provenance,
@@ -126,7 +127,7 @@ def export(
     rights = {"license": licence} if licence else licence_of(_bases(written.get("base", {}), base))
     with staged_folder(output, overwrite=overwrite) as folder:
         model: Any = load_model(source, dtype=dtype)
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source) if spec is not None or has_tokenizer(source) else None
         cost = None
         if spec is not None:
             check_space(output, nbytes_after(model, spec))  # rounding and measuring take a while

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from linearize.model.landmarks import BLOCK
+from linearize.model.positions import settle_rotary
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
 
+_LOG = logging.get_logger(__name__)
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
@@ -126,10 +129,12 @@ class LinearizedConfig(PreTrainedConfig):
         base = self.text_config
         if base is None:
             base = {"model_type": "llama"}  # transformers builds a default instance to compare against when saving
-        if isinstance(base, dict):
+        if stored := isinstance(base, dict):
             base = dict(base)
             base = CONFIG_MAPPING[base.pop("model_type")](**base)
         self.mixers = [m if isinstance(m, dict) else asdict(m) for m in self.mixers or []]
+        if (told := settle_rotary(base)) and stored:
+            _LOG.warning_once(f"linearize: converted by an earlier version, so convert and train again; {told[0]}")
         # The library must not find the base model's attributes on this level, or it would write them here as well.
         self.text_config = None
         super().__post_init__(**kwargs)

@@ -24,6 +24,7 @@ from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import layer_mask, segments_of
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer import Mixer
+from linearize.model.positions import renew_rotary, settle_rotary
 from linearize.model.quantized import Quantization, install
 from linearize.products import take_products
 
@@ -44,6 +45,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ("mixer",)
     # What the base model calls its cache; told by its forward.
     _cache_name: str
+    # Phi-3's own drops the cache where its rotary table changes; a converted model has one table.
+    prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def __init__(self, config: LinearizedConfig, *args: Any, **kwargs: Any) -> None:
         if type(self) is LinearizedForCausalLM:
@@ -111,7 +114,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_teacher(cls, teacher: PreTrainedModel, mixers: Sequence[MixerConfig]) -> LinearizedForCausalLM:
         """Converts `teacher` where it stands: no weight is copied, and the teacher must not be used afterwards.
 
-        A teacher that is a converted model is converted anew, as if it were still the pretrained one.
+        A teacher that is a converted model is converted anew, as if it were still the pretrained one. Rotary positions
+        that depend on the length of a text get one table, see `settle_rotary`.
 
         Raises:
             ValueError: the architecture is not supported, or a mixer section names a layer that is not there.
@@ -124,6 +128,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"the model has layers 0 to {len(layers) - 1}; the mixer names {mixer.layers}")
             for index in mixer.layers:
                 Mixer.check(mixer.fitted(layers[index]), layers[index])  # before the teacher is touched
+        if settle_rotary(base):
+            renew_rotary(teacher, base)
         config = LinearizedConfig(text_config=base, mixers=[asdict(mixer) for mixer in mixers], dtype=teacher.dtype)
         model: Any = teacher
         model.__class__ = derived_class(cls, config)
@@ -150,9 +156,15 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model's; since transformers 5.24 `past_key_values` is called `cache`. Pads (mask 0) may stand on
-        either side and change nothing; rows whose positions restart are packed documents and do not see each other, as
-        long as no mask is given and no cache continued."""
+        """Computes logits as the base model does; since transformers 5.24 `past_key_values` is called `cache`.
+
+        Pads (mask 0) may stand on either side and change nothing. Without a mask and before a cache continues, rows
+        whose `position_ids` restart are packed documents, which do not attend to each other; such a call makes no
+        cache.
+
+        Raises:
+            ValueError: attention weights, a mask of another form, or a cache of packed rows is asked for.
+        """
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("a converted model has no attention weights to return; leave output_attentions out")
         given = input_ids if input_ids is not None else inputs_embeds
@@ -167,6 +179,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         memory = _first_memory(cache)
         continued = tokens > 1 and memory is not None and memory.seen > 0
         segments = segments_of(attention_mask, position_ids, batch, tokens, continued)
+        if attention_mask is None and segments is not None:
+            # A memory has a row for each row of the batch, and packed documents are more rows than that.
+            if use_cache or cache is not None:
+                raise ValueError("position_ids restart, so the rows are packed documents, which no cache can continue")
+            use_cache = False
         if position_ids is None and segments is not None:
             past = memory.counts[:, None] if memory else 0
             position_ids = (segments.cumsum(1) - 1).clamp_min(0) + past

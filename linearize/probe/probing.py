@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from linearize.conversion.convert import check_convertible, versions
+from linearize.conversion.limits import learned_positions
 from linearize.conversion.source import Source, load_config, load_model, load_tokenizer
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.progress import duration
-from linearize.evaluation.recall.running import learned_positions
 from linearize.model import LinearizedForCausalLM
 from linearize.model.modeling import family_of
 from linearize.probe.damage import (

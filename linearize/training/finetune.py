@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from linearize.calibration.start import convert, make_start, prepares
 from linearize.conversion.convert import check_convertible, nbytes
+from linearize.conversion.limits import check_length, check_tokens, vocabulary_warning
 from linearize.conversion.output import check_space, staged_folder
 from linearize.conversion.source import (
     Source,
@@ -24,6 +25,7 @@ from linearize.conversion.source import (
     teacher_of,
 )
 from linearize.errors import ModelError, RecipeError
+from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.training import processes
 from linearize.training.adapters import add_adapters, choose_trained
@@ -91,6 +93,9 @@ def finetune(
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
     teacher = Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
+    config: Any = load_config(source) if pretrained is None else pretrained.config
+    if warning := vocabulary_warning(tokenizer, config, source.name):
+        say(warning)
     set_seed(recipe.seed)
     written: dict[str, Any] = {}
     told: dict[str, Any] = {}
@@ -110,13 +115,18 @@ def finetune(
         started = work / "start"
         recipe, told = _started(source, recipe, tokenizer, started, resume=resume, say=say)
     elif source.is_converted:
-        if load_config(source).quantized:
+        if config.quantized:
             raise ModelError(
                 f"{source.name}: its weights are integers, which cannot be trained; train what it was exported from"
             )
         written = sound_provenance(source)
         told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
+
+    elif begin is None:
+        check_convertible(config, source, recipe.mixer)  # before anything is loaded
+        for line in rotary_notes(config):
+            say(f"{source.name}: {line}")
 
     def converted(**options: Any) -> Any:
         nonlocal recipe, told
@@ -137,8 +147,9 @@ def finetune(
 
     with processes.in_turns() if shard else contextlib.nullcontext():
         student = student_of(converted(four_bit=four_bit, device="cpu" if shard else None))
-        for stage in recipe.stages:
+        for number, stage in enumerate(recipe.stages):
             choose_trained(student, stage.train)  # what a later stage lacks is told now
+            check_length(base_of(student), stage.length, f"stages.{number}.length")
         if shard:
             shard_model(student)
     records: list[dict[str, Any]] = list(written.get("stages", []))
@@ -162,6 +173,8 @@ def finetune(
                 reserved=reserved,
                 progress=say,
             )
+            for side in (found.train, found.held_out):
+                check_tokens(side.input_ids, tokenizer, config, f"stages.{number}.data")
             save_data(found, kept)
             return found
 

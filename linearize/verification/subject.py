@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from linearize.conversion.limits import learned_positions
 from linearize.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Subject:
         vocabulary = torch.arange(model.config.vocab_size)
         self._allowed = vocabulary[~torch.isin(vocabulary, torch.tensor(sorted(special), dtype=torch.long))]
         widest, least, default = _lengths(model)
-        most = self._positions = _positions(model)
+        most = self._positions = learned_positions(model)
         self.tokens = tokens or max(min(default, most or default), least)
         if self.tokens < least:
             raise VerificationError(
@@ -122,13 +123,6 @@ def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
     widest = max((mixer.window for mixer in ours or mixers), default=0)
     least = max((mixer.config.exact_tokens for mixer in ours), default=0) + _SLACK
     return widest, least, max(_LEAST_TOKENS, min(4 * widest, _MOST_TOKENS), least)
-
-
-def _positions(model: LinearizedForCausalLM) -> int | None:
-    """How many positions a model has that learned one embedding for each; None where positions have no end."""
-    if any(attention.layer.rotary for attention in model.attention_layers):
-        return None
-    return getattr(model.config, "max_position_embeddings", None)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

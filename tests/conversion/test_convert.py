@@ -79,6 +79,8 @@ def test_landmarks_of_each_layer():
         ([SLIDING, FULL], ["mixer.landmark_layers={0: 8}"], "mixer.landmark_layers: layer 0 has a sliding window"),
         ([FULL, FULL], ["mixer.keep.layers=[2]"], "there is no layer 2; the model has 0 to 1"),
         ([FULL], ["mixer.keep.heads={0: [4]}"], "there is no key/value head 4; the layer has 0 to 3"),
+        ([SLIDING, FULL], ["mixer.keep.heads={0: [4]}"], "mixer.keep.heads.0: there is no key/value head 4"),
+        ([FULL], ["mixer.windows={1: 32}"], "mixer.windows: there is no layer 1; the model has 0 to 0"),
         ([FULL], ["mixer.keep.layers=[0]"], "nothing is left"),
         ([FULL], ["mixer.keep.heads={0: [0, 1, 2, 3]}"], "nothing is left"),
         ([SLIDING, FULL], ["mixer.keep.layers=[1]"], "nothing is left"),

@@ -67,11 +67,11 @@ def saved(model, folder, tokenizer_folder, **options):
     return folder
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "long" not in row])
+@pytest.mark.parametrize("row", ROWS)
 def test_every_family(row, tokenizer_folder, tmp_path):
     folder = saved(build(row), tmp_path / "base", tokenizer_folder, max_shard_size=30_000)
     files, told = both_ways(folder, tmp_path)
-    assert not told
+    assert all("LongRoPE" in line for line in told)
     assert len(files) > 1
 
 
@@ -116,7 +116,10 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     held["model.norm.weight"] = held["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     _, told = both_ways(folder, tmp_path)
-    assert told == ["base: converted in memory, not file by file: model.norm.weight is stored as F8_E4M3"]
+    assert told == [
+        "base: converted in memory, not file by file: model.norm.weight is stored as F8_E4M3, whose values are "
+        "taken as they are"
+    ]
     del held["model.norm.weight"]
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     shutil.rmtree(tmp_path / "files")
@@ -124,6 +127,81 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     with pytest.raises(ModelError, match=r"1 weights are not there, model\.norm\.weight among them"):
         convert(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
     assert told[1].endswith("its files lack 1 weights, model.norm.weight among them")
+
+
+def scaled(name):
+    """Stores projections as float8 with a scale of that name each, as several quantizers do."""
+
+    def change(held):
+        for key in [key for key in held if "_proj." in key]:
+            held[key] = held[key].to(torch.float8_e4m3fn)
+            held[f"{key}{name}"] = torch.ones(1)
+
+    return change
+
+
+def biased(held):
+    for key in [key for key in held if "_proj." in key]:
+        held[key.replace("weight", "bias")] = torch.ones(held[key].shape[0])
+
+
+def as_classifier(held):
+    del held["lm_head.weight"]
+    held["score.weight"] = torch.ones(3, 48)
+
+
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "told"),
+    [
+        (scaled("_scale_inv"), {}, r"14 weights have no place .*\.down_proj\.weight_scale_inv, .*are quantized"),
+        (scaled("_scale"), {"quantization_config": MODELOPT}, r"14 weights have no place .*weight_scale, .*quantized"),
+        (biased, {}, r"14 weights have no place .*0\.mlp\.down_proj\.bias, .*config\.json announces none"),
+        (
+            as_classifier,
+            {"tie_word_embeddings": True},
+            r"1 weights have no place .*\(score\.weight\): it is a classifier",
+        ),
+    ],
+    ids=["scales", "an unknown quantizer", "biases", "a classifier"],
+)
+@pytest.mark.parametrize("way", ["files", "memory"])
+def test_weights_that_the_model_does_not_take_are_refused_by_name(
+    change, settings, told, way, tokenizer_folder, tmp_path
+):
+    folder = saved(copy.deepcopy(build("llama")), tmp_path / "base", tokenizer_folder)
+    held = weights(folder)
+    change(held)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    source = find_source(str(folder))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=told) as refused:
+        load_model(source) if way == "memory" else convert(source, load_recipe("default"), tmp_path / "out")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_converted_model_refuses_weights_that_it_does_not_take(tiny_folder, tmp_path):
+    linearize.convert(tiny_folder, tmp_path / "out")
+    held = weights(tmp_path / "out")
+    held["model.layers.0.self_attn.mixer.unknown"] = torch.ones(2)
+    save_file(held, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights have no place .*mixer\.unknown"):
+        load_model(find_source(str(tmp_path / "out")))
+
+
+def test_buffers_that_are_computed_may_be_in_the_files(tokenizer_folder, tmp_path):
+    folder = saved(build("gpt2"), tmp_path / "base", tokenizer_folder)
+    held = weights(folder)
+    held |= {
+        f"transformer.h.{n}.attn.{name}": torch.ones(1, 1, 4, 4) for n in (0, 1) for name in ("bias", "masked_bias")
+    }
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    _, told = both_ways(folder, tmp_path)
+    assert not told
 
 
 _MEASURED = """

@@ -165,8 +165,17 @@ def test_packed_rows_equal_separate_rows(teacher, ids, kind):
     borders = (0, 30, 31, 100, TOKENS)
     pieces = list(itertools.pairwise(borders))
     positions = torch.cat([torch.arange(stop - start) for start, stop in pieces]).expand(2, -1)
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-    close(packed, torch.cat([model(ids[:, a:b], use_cache=False).logits for a, b in pieces], 1))
+    packed = model(ids, position_ids=positions)  # by default with no cache, which has no row for each document
+    assert packed.past_key_values is None
+    close(packed.logits, torch.cat([model(ids[:, a:b], use_cache=False).logits for a, b in pieces], 1))
+
+
+def test_packed_rows_have_no_cache(teacher, ids):
+    model = converted(teacher)
+    positions = torch.cat([torch.arange(30), torch.arange(TOKENS - 30)]).expand(2, -1)
+    for asked in ({"use_cache": True}, {"past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match="packed documents, which no cache can continue"):
+            model(ids, position_ids=positions, **asked)
 
 
 def test_gradients_do_not_depend_on_pads(teacher, ids):

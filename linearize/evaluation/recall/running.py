@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -97,20 +97,6 @@ def expected(model: Any, prompts: Sequence[Sequence[int]], last: int, pad: int) 
         real = mask[:, -output.logits.shape[1] :].bool()
         sound = (_sound(output.logits) | ~real).all(1)
         return output.logits.argmax(-1).cpu(), sound.cpu()
-
-
-def learned_positions(model: Any) -> int | None:
-    """How many positions a model has learned an embedding of, beyond which it cannot read; None for rotary models and
-    others that have no such table."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    for module in model.modules():
-        # Some tables have two entries more than positions, for pads.
-        table = isinstance(module, nn.Embedding) and module is not words
-        if table and limit and 0 <= module.num_embeddings - limit <= 2:
-            return int(limit)
-    return None
 
 
 class _Watch(LogitsProcessor):

@@ -8,8 +8,9 @@ from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from linearize.conversion.limits import learned_positions
 from linearize.errors import ModelError, is_out_of_memory
-from linearize.evaluation.recall.running import expected, learned_positions, written
+from linearize.evaluation.recall.running import expected, written
 from linearize.evaluation.task import Item, Task, evaluating
 
 if TYPE_CHECKING:
