@@ -59,6 +59,11 @@ if TYPE_CHECKING:
 _CHECKPOINTS = 9
 """Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
 
+_WIDENED = (
+    "its weights are float16, whose small gradients become 0; trained and written in float32 (dtype: bfloat16 takes "
+    "half the memory)"
+)
+
 
 def finetune(
     recipe: Recipe,
@@ -120,21 +125,25 @@ def finetune(
         told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
 
-    # Only `auto` can come to float16 here. Float32 holds its values exactly.
-    half = bool(recipe.stages) and recipe.dtype == "auto" and load_config(source).dtype == torch.float16
+    # A model in 4 bits cannot be cast, so it is loaded in float32 where its configuration says float16.
+    half = four_bit and recipe.dtype == "auto" and load_config(source).dtype == torch.float16
     if half:
-        say(
-            f"{source.name}: its weights are float16, whose small gradients become 0; trained and written in float32 "
-            "(dtype: bfloat16 takes half the memory)"
-        )
+        say(f"{source.name}: {_WIDENED}")
 
     def converted(**options: Any) -> Any:
+        """In float32 where a stage would train float16, which `auto` alone can come to; float32 holds it exactly."""
+        nonlocal half
         model = as_converted(**options)
-        return model.float() if half and not options.get("four_bit") else model  # 4 bits cannot be cast
+        if not recipe.stages or options.get("four_bit") or all(p.dtype != torch.float16 for p in model.parameters()):
+            return model
+        if not half:
+            half = True
+            say(f"{source.name}: {_WIDENED}")
+        return model.float()
 
     def as_converted(**options: Any) -> Any:
         nonlocal recipe, told
-        options["dtype"] = "float32" if half and four_bit else recipe.dtype
+        options["dtype"] = "float32" if half and options.get("four_bit") else recipe.dtype
         if source.is_converted or started is not None:
             return load_model(source if started is None else find_source(str(started)), **options)
         if begin is None:
