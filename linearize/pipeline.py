@@ -18,7 +18,7 @@ from linearize.evaluation.report import SystemScores, report_data, report_table,
 from linearize.evaluation.results import Results
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.evaluation.systems import BASELINES, describe, score_systems
-from linearize.training.finetune import finetune
+from linearize.training.finetune import check_dtype, finetune
 from linearize.training.result import FinetuneResult, write_result
 from linearize.training.workfolder import work_folder
 
@@ -75,6 +75,7 @@ def run_recipe(
     """
     if recipe.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    check_dtype(recipe)
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     if source.is_converted:
         raise ModelError(f"{source.name}: is converted already; use `linearize finetune` and `linearize eval`")

@@ -130,6 +130,7 @@ def evaluate(
             )
         finally:
             progress.clear()
+        processes.leave()
         if not first:
             return
         if report is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ from linearize.cli.console import (
 )
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
+from linearize.cli.memory import memory_facts, show_memory, stages_memory
 
 if TYPE_CHECKING:
     from linearize.recipe import Recipe
@@ -48,7 +48,12 @@ def finetune(
         bool, typer.Option("--shard", help="Split weights, gradients and optimizer among the processes (FSDP2).")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each stage takes per GPU, and stop.")] = False,
-    gpus: GpusOption = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus", metavar="N", min=1, help="GPUs that --dry-run counts with: as many as are launched, or 8."
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -57,50 +62,71 @@ def finetune(
 
     The recipe's `model` is a converted folder, or a model that is converted first. While training runs, checkpoints and
     metrics.jsonl are in OUT.training beside OUT; with an interruption they stay, and --resume goes on from them.
+    It takes the recipe that is saved there: --set need not be repeated.
 
     Several processes share the rows of each step: losses are those of one, and the recipe is the same.
     """
-    if launch is not None or accelerate_config is not None:
+    from linearize.training import processes
+    from linearize.training.workfolder import finished_stages, recipe_to_resume, shared_work_folder
+
+    target = output or Path(Path(recipe).stem)
+    if resume and not overwrite and (stages := finished_stages(target)):
+        if processes.is_first():
+            status(f"{target}: this run is finished, so there is nothing to resume")
+            _show_result(target, stages, as_json)
+        return
+    if not dry_run and (launch is not None or accelerate_config is not None):
         raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()
     from linearize.conversion.output import check_free, staged_folder
     from linearize.errors import RecipeError
     from linearize.recipe import load_recipe
-    from linearize.training import processes
-    from linearize.training.finetune import finetune as train
-    from linearize.training.result import write_result
-    from linearize.training.workfolder import shared_work_folder
 
     settings = load_recipe(recipe, overrides or ())
     if not settings.stages:
         raise RecipeError(
             f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"
         )
-    target = output or Path(Path(recipe).stem)
     if dry_run:
-        _show_memory(settings, gpus, trust_remote_code, as_json)
+        if processes.is_first():
+            configured = None if accelerate_config is None else processes.asked_for(accelerate_config)
+            started = processes.count() if processes.count() > 1 else None
+            _show_memory(settings, gpus or launch or configured or started or 8, trust_remote_code, as_json)
         return
-    shard = processes.join() or shard
+    from linearize.training.finetune import finetune as train
+    from linearize.training.result import write_result
+
     say = status if processes.is_first() else _nothing
+    if resume:
+        settings = recipe_to_resume(target, settings, overrides or (), name=recipe, say=say)
+    shard = processes.join() or shard
     if processes.is_first():
         check_free(target, overwrite=overwrite)
     with shared_work_folder(target, settings, resume=resume) as work:
         result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
+        processes.leave()
         if not processes.is_first():
             return
         with staged_folder(target, overwrite=overwrite) as folder:
             write_result(folder, result, work, target.name)
+    _show_result(target, result.stages, as_json)
+    if not as_json:
+        status(f"next: linearize eval {target} --baseline teacher,window")
+
+
+def _show_result(target: Path, stages: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print_json({"output": str(target), "stages": result.stages})
-        return
-    print(target)
-    status(f"next: linearize eval {target} --baseline teacher,window")
+        print_json({"output": str(target), "stages": stages})
+    else:
+        print(target)
 
 
 def _show_memory(settings: Recipe, gpus: int, trust_remote_code: bool, as_json: bool) -> None:
     from linearize.conversion.source import find_source
     from linearize.errors import RecipeError
+    from linearize.training.finetune import check_dtype
 
+    check_dtype(settings)
     if settings.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
     stages = stages_memory(find_source(settings.model, trust_remote_code=trust_remote_code), settings, gpus)

@@ -1,50 +1,138 @@
-"""What of a model a stage trains: adapters on its projections, its mixers' own parameters, or everything."""
+"""Select a stage's trainable parameters (adapters, mixer parameters or all weights), and merge adapters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from peft import LoraConfig, MissConfig, PeftConfig, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linearize.errors import RecipeError
+from linearize.errors import ModelError, RecipeError
 from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable, Iterator
+
     from transformers import PreTrainedModel
 
+    from linearize.model import LinearizedForCausalLM
     from linearize.recipe import LoraSpec
+    from linearize.training.rows import Rows
+
+_MERGE_TOKENS = 256
+_MERGE_NOISE = 8.0
+"""Merging may change logits by so many times what one rounding of the merged weights changes."""
 
 
-def add_adapters(model: PreTrainedModel, lora: LoraSpec | None) -> Any:
+def add_adapters(model: PreTrainedModel, lora: LoraSpec | None, say: Callable[[str], None] = lambda _: None) -> Any:
     """The model, converted or pretrained, with peft's adapters on the targets of `lora`, in float32, or as it is; see
     `choose_trained`.
 
+    Args:
+        say: gets a line where a target is in some of the layers only, or beside fused experts.
+
     Raises:
-        RecipeError: a target is not there, or is of a kind that the adapters do not take.
+        RecipeError: a target is not there, shares its weight with another module, or is of a kind that the adapters do
+            not take.
     """
     model.requires_grad_(False)
     if lora is None:
         return model
-    modules = _target_modules(model, lora.targets)
+    targets = _targets(model, lora.targets)
+    for line in _coverage(model, targets):
+        say(line)
     try:
-        return get_peft_model(model, _adapter_config(lora, modules))
+        return get_peft_model(model, _adapter_config(lora, targets))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(f"lora: {lora.kind} does not fit this model: {str(error).splitlines()[0]}") from error
 
 
-def _adapter_config(lora: LoraSpec, modules: dict[str, nn.Module]) -> PeftConfig:
-    if lora.kind == "miss":
-        return MissConfig(
-            r=lora.rank, miss_dropout=lora.dropout, target_modules=list(modules), task_type=TaskType.CAUSAL_LM
+def merged(student: Any, rows: Rows, kept: str) -> Any:
+    """`student` without its adapters, which are merged into the weights, after a check: logits of one row are the same
+    before and after.
+
+    A merged weight is rounded once to its dtype. That sets the tolerance: the change of the logits when each of these
+    weights is moved at random by up to one unit of rounding.
+
+    Args:
+        rows: the first one is read.
+        kept: the folder that still has the adapters, for the error.
+
+    Raises:
+        ModelError: the logits differ by more, or are not finite.
+    """
+    student.eval()
+    base = base_of(student)
+    names = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    before = _logits(base, rows)
+    try:
+        model = student.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # values that are not finite
+        raise ModelError(f"adapters cannot be merged: {str(error).splitlines()[0]}; {kept} has them") from error
+    after = _logits(model, rows)
+    with _rounded([model.get_submodule(name) for name in names]):
+        rounded = _logits(model, rows)
+    # The median over tokens: an expert or a landmark that is chosen otherwise moves single tokens by any amount.
+    change, noise = ((x - after).norm(dim=-1).median().item() for x in (before, rounded))
+    if not change <= _MERGE_NOISE * noise:
+        raise ModelError(
+            f"merging adapters changed the model: logits moved by {change:.1e}, and rounding explains {noise:.1e}; "
+            f"nothing was written, and {kept} has the adapters"
         )
+    return model
+
+
+@torch.no_grad()
+def _logits(model: Any, rows: Rows) -> Tensor:
+    """`[T, V]` float32 of the first tokens of the first row."""
+    ids, positions = (x[:1, :_MERGE_TOKENS].to(model.device) for x in (rows.input_ids, rows.position_ids))
+    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    return logits.float() if logits.dtype != torch.float64 else logits
+
+
+@contextmanager
+def _rounded(modules: list[Any]) -> Iterator[None]:
+    """Within it the weight of each module is off by random rounding while the module runs; one at a time is copied."""
+    held: dict[nn.Module, Tensor] = {}
+
+    def begin(module: Any, _: Any) -> None:
+        weight = held[module] = module.weight.data
+        generator = torch.Generator(weight.device).manual_seed(0)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        noise = torch.rand(wide.shape, generator=generator, device=wide.device, dtype=wide.dtype)
+        # The recurrence and softmax are float32, also where weights are float64.
+        unit = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+        module.weight.data = (wide * (1 + unit * (2 * noise - 1))).to(weight.dtype)
+
+    def end(module: Any, *_: Any) -> None:
+        module.weight.data = held.pop(module)
+
+    hooks = [
+        hook
+        for module in modules
+        for hook in (module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adapter_config(lora: LoraSpec, targets: list[_Target]) -> PeftConfig:
+    endings = [target.ending for target in targets]
+    if lora.kind == "miss":
+        return MissConfig(r=lora.rank, miss_dropout=lora.dropout, target_modules=endings, task_type=TaskType.CAUSAL_LM)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(modules),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        target_modules=endings,
+        fan_in_fan_out=any(isinstance(target.modules[name], Conv1D) for target in targets for name in target.modules),
         task_type=TaskType.CAUSAL_LM,
         use_rslora=lora.kind == "rslora",
         use_dora=lora.kind == "dora",
@@ -53,7 +141,7 @@ def _adapter_config(lora: LoraSpec, modules: dict[str, nn.Module]) -> PeftConfig
 
 
 def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:
-    """Lets gradients reach what a stage trains, and nothing else.
+    """Sets `requires_grad` on the parameters that a stage trains, and on no other.
 
     Raises:
         RecipeError: nothing is left to train.
@@ -66,6 +154,12 @@ def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> Non
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
 
 
+def base_of(student: Any) -> LinearizedForCausalLM:
+    """The converted model, with or without peft's wrapper around it."""
+    model: LinearizedForCausalLM = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return model
+
+
 def is_own_parameter(name: str) -> bool:
     """Test by its name if a parameter belongs to a mixer: neither pretrained nor an adapter's."""
     return ".mixer." in name and not is_adapter(name)
@@ -76,18 +170,77 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name or ".miss_" in name
 
 
-def _target_modules(model: PreTrainedModel, targets: list[str]) -> dict[str, nn.Module]:
-    """What the names of the modules that LoRA targets end in, with one module of each.
+class _Target(NamedTuple):
+    """A name in `lora.targets`, the ending of module names that it stands for, and all modules of that ending."""
 
-    Raises:
-        RecipeError: a target is not there.
+    name: str
+    ending: str
+    modules: dict[str, nn.Module]
+
+
+def _targets(model: PreTrainedModel, names: list[str]) -> list[_Target]:
+    """Raises:
+    RecipeError: a target is not there, or shares its weight with another module.
     """
     projections = family_of(getattr(model.config, "text_config", model.config)).projections
-    modules: dict[str, nn.Module] = {}
-    for target in targets:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    targets: dict[str, _Target] = {}
+    for target in names:
         ending = projections.get(target, target)
-        found = next((module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")), None)
-        if found is None:
-            raise RecipeError(f"lora.targets: the model has no module {target!r} ({ending})")
-        modules[ending] = found
-    return modules
+        found = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")}
+        if not found:
+            experts = sorted(_fused_experts(model))
+            hint = f"; its experts ({', '.join(experts)}) are fused, and adapters do not reach them" if experts else ""
+            raise RecipeError(f"lora.targets: the model has no module {target!r} ({ending}){hint}")
+        for name, module in found.items():
+            for parameter in module.parameters(recurse=False):
+                others = [other for other in owners[id(parameter)] if other.rpartition(".")[0] != name]
+                if others:
+                    raise RecipeError(
+                        f"lora.targets: {target!r} shares its weight with {others[0]}, which merging its adapter would "
+                        "change too; leave it out, or train the shared weight by train: full"
+                    )
+        targets.setdefault(ending, _Target(target, ending, found))
+    return list(targets.values())
+
+
+def _fused_experts(model: PreTrainedModel) -> dict[str, int]:
+    """Names within a layer of 3-D parameters, which hold all experts in one, each with the number of layers that have
+    it."""
+    found: dict[str, int] = {}
+    for block in _blocks(model):
+        for name, parameter in block.named_parameters():
+            if parameter.dim() == 3 and not is_own_parameter(f".{name}"):
+                found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _coverage(model: PreTrainedModel, targets: list[_Target]) -> list[str]:
+    """Lines on targets that are in some layers only, and on fused experts that stay without an adapter beside them."""
+    blocks = _blocks(model)
+    lines, beside = [], []
+    experts = _fused_experts(model)
+    parts = {name.partition(".")[0] for name in experts}  # mlp, say
+    for target in targets:
+        modules = set(target.modules.values())
+        inside = [{name for name, module in block.named_modules() if module in modules} for block in blocks]
+        names, count = sorted(set().union(*inside)), sum(map(bool, inside))
+        where = f"{target.name} ({', '.join(names)}) in {count} of {len(blocks)} layers"
+        if 0 < count < len(blocks):
+            lines.append(f"lora: {where} only")
+        if any(name.partition(".")[0] in parts for name in names):
+            beside.append(where)
+    if beside:
+        lines.append(
+            f"lora: adapts {'; '.join(beside)}. The fused experts ({', '.join(sorted(experts))}) are not adapted; "
+            "train: full trains them"
+        )
+    return lines
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    family = family_of(getattr(model.config, "text_config", model.config))
+    blocks: Any = model.get_submodule(family.blocks)
+    return list(blocks)

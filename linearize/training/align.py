@@ -7,9 +7,12 @@ error of one layer reaches another and no gradient crosses layers. Two losses, o
              renormalised:  Σ_s p_ts v_s / Σ_s p_ts  over sinks < s <= t - W
     whole    the layer's output against the output of the teacher's attention, both after W_o
 
-The first is there because the second alone can be served by the window: a recurrence that starts with nothing to say
-would then stay silent. Layers with landmarks have the second alone: which tokens the state stands for is then decided
-as the text is read. Both are the squared error over the squared target, so 1 is a layer that answers 0.
+The first is there because the window alone can lower the second: a recurrence that starts at 0 would then stay there.
+Layers with landmarks have the second alone: which tokens the state stands for is then decided as the text is read.
+
+Both are the squared error over the squared target, so 1 is a layer that answers 0. The ratio is taken per row, and rows
+are averaged: the loss and gradients of a step do not depend on how its rows are split into batches and processes. A row
+whose target is 0 (no document in it is longer than window and sinks) contributes 0, and is counted.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from linearize_kernels import full_attention, window_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +55,7 @@ class _Call(NamedTuple):
 
 
 class Alignment:
-    """The loss of a student's converted layers beside its teacher's.
+    """The losses of a student's converted layers beside its teacher's.
 
     Args:
         student: its own weights may carry adapters; only the attention layers are run.
@@ -77,13 +81,13 @@ class Alignment:
                 "raise the stage's length"
             )
 
-    def loss(self, input_ids: Tensor, position_ids: Tensor, *, beyond: bool) -> Tensor:
-        """The mean over layers of one of the two losses, for packed rows `[B, T]`."""
+    def losses(self, input_ids: Tensor, position_ids: Tensor, *, beyond: bool) -> Tensor:
+        """`[B]`: the mean over layers of one of the two losses, for each of the packed rows `[B, T]`."""
         rows, tokens = input_ids.shape
         mask = layer_mask(segments_of(None, position_ids, rows, tokens, continued=False), input_ids.device)
-        return self.loss_of(input_ids, position_ids, mask, documents_apart(self.teacher, position_ids), beyond=beyond)
+        return self.losses_of(input_ids, position_ids, mask, documents_apart(self.teacher, position_ids), beyond=beyond)
 
-    def loss_of(
+    def losses_of(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None,
@@ -103,7 +107,7 @@ class Alignment:
                 losses.append(checkpoint(layer_loss, layer, attention, call, mask, use_reentrant=False))
             else:
                 losses.append(layer_loss(layer, attention, call, mask))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean(0)
 
 
 def _has_a_share(mixer: Mixer) -> bool:
@@ -130,14 +134,15 @@ def _recorded(attentions: Sequence[nn.Module]) -> Iterator[list[_Call]]:
 
 
 def _whole(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask: Tensor) -> Tensor:
-    """What the layer puts out, window, recurrence and kept heads together, against the teacher's attention."""
+    """`[B]`: the layer's output (window, recurrence and kept heads) against the teacher's attention."""
     caches = dict.fromkeys(CACHE_NAMES)
     output: Tensor = layer(*call.arguments, **{**call.keywords, **caches, "attention_mask": mask})[0]
-    return _relative((output - call.output).float().square().sum(), call.output.float().square().sum())
+    error, size = (x.float().square().sum((1, 2)) for x in (output - call.output, call.output))
+    return _relative(error, size)
 
 
 def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask: Tensor) -> Tensor:
-    """What the recurrence answers alone, against what the teacher reads where the window does not reach."""
+    """`[B]`: the recurrence's output alone, against the teacher's attention beyond window and sinks."""
     mixer = layer.mixer
     assert mixer is not None  # noqa: S101 - for the type checker; the caller has looked
     layout = layout_of(mask) if mask.numel() else None
@@ -152,21 +157,22 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
     own = rows(None)
     with torch.no_grad():
         given = rows(attention)
-    tokens, first = own.q.shape[1], exact_reach(mixer)
+    documents, tokens, first = *own.q.shape[:2], exact_reach(mixer)
     off, mixer.branches_off = mixer.branches_off, frozenset({"window"})
     try:
         read: Tensor = mixer(own, lengths, None)[:, first:].float()
     finally:
         mixer.branches_off = off
     if tokens <= first:
-        return read.sum() * 0.0
+        batch = documents if layout is None else layout.batch
+        return read.sum() * read.new_zeros(batch)
     with torch.no_grad():
         target = read_beyond(given, layer.layer, mixer).float()
-    error, size = (x.square().sum((2, 3)) for x in (read - target, target))
-    if lengths is not None:
-        real = torch.arange(first, tokens, device=error.device) < lengths[:, None]
-        error, size = (torch.where(real, x, 0) for x in (error, size))
-    return _relative(error.sum(), size.sum())
+    # [documents, tokens], then back to the rows that the documents are packed in.
+    error, size = (F.pad(x.square().sum((2, 3)), (first, 0)) for x in (read - target, target))
+    if layout is not None:
+        error, size = layout.scatter(error), layout.scatter(size)
+    return _relative(error.sum(1), size.sum(1))
 
 
 def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tensor:
@@ -191,5 +197,5 @@ def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tens
 
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:
-    found: Tensor = error / size.clamp_min(_TINY)
-    return found
+    """`error / size` of each row, 0 where there is no target."""
+    return torch.where(size > _TINY, error / size.clamp_min(_TINY), 0)

@@ -8,6 +8,7 @@ import io
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 from transformers import set_seed
 
@@ -28,7 +29,7 @@ from linearize.errors import ModelError, RecipeError
 from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.training import processes
-from linearize.training.adapters import add_adapters, choose_trained
+from linearize.training.adapters import add_adapters, base_of, choose_trained, merged
 from linearize.training.checkpoints import checkpoints, manifest, newest, step_of
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.metrics import METRICS, forget_metrics, log_to
@@ -40,7 +41,6 @@ from linearize.training.teachers import Teacher, wants_teacher
 from linearize.training.trackers import check_trackers, tracker_arguments, tracking
 from linearize.training.trainer import (
     StageTrainer,
-    base_of,
     load_trained,
     set_trained,
     total_steps,
@@ -59,6 +59,11 @@ if TYPE_CHECKING:
 
 _CHECKPOINTS = 9
 """Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
+
+_WIDENED = (
+    "its weights are float16, whose small gradients become 0; trained and written in float32 (dtype: bfloat16 takes "
+    "half the memory)"
+)
 
 
 def finetune(
@@ -89,6 +94,7 @@ def finetune(
     if recipe.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
     check_trackers(recipe.report_to)
+    check_dtype(recipe)
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
     teacher = Teacher(base, recipe.dtype, pretrained if base == source else None)
@@ -122,15 +128,29 @@ def finetune(
         written = sound_provenance(source)
         told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
-
     elif begin is None:
         check_convertible(config, source, recipe.mixer)  # before anything is loaded
         for line in rotary_notes(config):
             say(f"{source.name}: {line}")
+    # A model in 4 bits cannot be cast, so it is loaded in float32 where its configuration says float16.
+    half = four_bit and recipe.dtype == "auto" and config.dtype == torch.float16
+    if half:
+        say(f"{source.name}: {_WIDENED}")
 
     def converted(**options: Any) -> Any:
+        """In float32 where a stage would train float16, which `auto` alone can come to; float32 holds it exactly."""
+        nonlocal half
+        model = as_converted(**options)
+        if not recipe.stages or options.get("four_bit") or all(p.dtype != torch.float16 for p in model.parameters()):
+            return model
+        if not half:
+            half = True
+            say(f"{source.name}: {_WIDENED}")
+        return model.float()
+
+    def as_converted(**options: Any) -> Any:
         nonlocal recipe, told
-        options["dtype"] = recipe.dtype
+        options["dtype"] = "float32" if half and options.get("four_bit") else recipe.dtype
         if source.is_converted or started is not None:
             return load_model(source if started is None else find_source(str(started)), **options)
         if begin is None:
@@ -142,11 +162,12 @@ def finetune(
         recipe, told = begun.recipe, begun.record
         return begun.model
 
-    def student_of(model: Any) -> Any:
-        return add_adapters(model, recipe.lora if any(stage.train == "lora" for stage in recipe.stages) else None)
+    def student_of(model: Any, **options: Any) -> Any:
+        adapted = any(stage.train == "lora" for stage in recipe.stages)
+        return add_adapters(model, recipe.lora if adapted else None, **options)
 
     with processes.in_turns() if shard else contextlib.nullcontext():
-        student = student_of(converted(four_bit=four_bit, device="cpu" if shard else None))
+        student = student_of(converted(four_bit=four_bit, device="cpu" if shard else None), say=say)
         for number, stage in enumerate(recipe.stages):
             choose_trained(student, stage.train)  # what a later stage lacks is told now
             check_length(base_of(student), stage.length, f"stages.{number}.length")
@@ -155,7 +176,8 @@ def finetune(
     records: list[dict[str, Any]] = list(written.get("stages", []))
     earlier = len(records)  # stages of the runs before
     data, reserved = None, reserved_tokens(recipe.stages)
-    reached = _stage_to_resume(work, len(recipe.stages)) if resume else 0
+    # The first process looks and tells the others: it also removes checkpoints, and a shared disk may show them late.
+    reached = processes.from_the_first(lambda: _stage_to_resume(work, len(recipe.stages)) if resume else 0)
 
     def rows_of(number: int, stage: Stage) -> TrainingData:
         kept = work / f"stage-{number}.rows.safetensors"
@@ -192,7 +214,7 @@ def finetune(
         if not shard:
             choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
-        start = newest(folder) if resume else None
+        start = processes.from_the_first(lambda folder=folder: newest(folder) if resume else None)
         done = step_of(start) if start else 0
         if number < reached and done < total_steps(stage, len(data.train)):
             # What later stages learned began at weights that are no more.
@@ -229,9 +251,20 @@ def finetune(
         student = student_of(converted(device="cpu"))
         choose_trained(student, recipe.stages[-1].train)
         set_trained(student, trained)
-    merged = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
-    merged.requires_grad_(False).eval()
-    return FinetuneResult(merged, tokenizer, teacher.model, data, recipe, records, told)
+    if isinstance(student, PeftModel) and data is not None and processes.is_first():
+        student = merged(student, data.train, str(work))
+    elif isinstance(student, PeftModel):
+        student = student.merge_and_unload(safe_merge=True)
+    student.requires_grad_(False).eval()
+    return FinetuneResult(student, tokenizer, teacher.model, data, recipe, records, told)
+
+
+def check_dtype(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: stages in float16, whose small gradients are 0 without loss scaling, which training does not do.
+    """
+    if recipe.stages and recipe.dtype == "float16":
+        raise RecipeError("dtype: float16 turns small gradients into 0; take bfloat16 or float32 to train")
 
 
 def _started(

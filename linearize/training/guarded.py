@@ -35,8 +35,6 @@ class GuardedTrainer(Trainer):
 
     Attributes:
         skipped: how many were; kept in checkpoints.
-        part: the share of the micro-batch's rows that is being computed, 1 unless memory did not hold all of it. A loss
-            that is a mean over rows has to be multiplied by it.
     """
 
     def __init__(
@@ -44,7 +42,7 @@ class GuardedTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.may_skip, self.say = may_skip, say
-        self.skipped, self.part = 0, 1.0
+        self.skipped = 0
         self._rows = self.args.per_device_train_batch_size
         self._of_step: list[dict[str, Any]] = []
         self._bad = False
@@ -121,7 +119,6 @@ class GuardedTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for start in range(0, rows, self._rows):
             part = {name: value[start : start + self._rows] for name, value in inputs.items()}
-            self.part = min(self._rows, rows - start) / rows
             try:
                 total = total + super().training_step(model, part, counted)
             except NotFinite as error:
@@ -129,8 +126,6 @@ class GuardedTrainer(Trainer):
                 inner = self.accelerator.unwrap_model(model)
                 where = first_unsound(inner, partial(self.run_again, inner, given))
                 self._pass_over(f"{error} at step {self.state.global_step + 1}, first in {where}")
-            finally:
-                self.part = 1.0
         return total
 
     def _halve(self, error: Exception) -> None:

@@ -175,6 +175,8 @@ def _pair(config: Any, recipe: Recipe, stage: Stage) -> _Pair:
     pretrained = config if mixers is None else config.text_config
     with torch.device("meta"):
         teacher, base = (AutoModelForCausalLM.from_config(pretrained, dtype=dtype).eval() for _ in range(2))
+    if dtype == torch.float16:
+        base.float()  # as `finetune` trains it
     converted = (
         convert_model(base, recipe.mixer) if mixers is None else LinearizedForCausalLM.from_teacher(base, mixers)
     )

@@ -144,20 +144,25 @@ def _whole(q_log: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) and its gradient for q's logits; `teacher` are p's logits."""
     p_log = torch.log_softmax(teacher, -1)
     p = p_log.exp()
-    return (p_log - q_log).mul_(p).sum(), q_log.exp().sub_(p)
+    # 0 log 0 is 0, and a logit of minus infinity would make it NaN.
+    divergence = torch.where(p > 0, (p_log - q_log) * p, 0).sum()
+    return divergence, q_log.exp().sub_(p)
 
 
 def _top_k(q_log: Tensor, index: Tensor, p_log: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where all tokens but k are one, with the probabilities p_r and q_r. The gradient is q - p at the k and
-    q (1 - p_r / q_r) at the others."""
-    p_log = torch.log_softmax(p_log, -1)  # they sum to one, whatever they were rounded to
+    """The same where all tokens but k are one, with the probabilities p_r and q_r.
+
+    The gradient is q - p at the k, and q - p_r (q / q_r) at the others. The ratio q / q_r is the exponential of a
+    difference of logarithms: q and q_r alone are 0 in float32 once q_r is below e^-103, and p_r / q_r is infinite.
+    """
+    p_log = torch.log_softmax(p_log, -1)  # the stored values are rounded, and need not sum to one
     p = p_log.exp()
     rest = q_log.scatter(1, index, -math.inf).logsumexp(-1, keepdim=True)
     known = q_log.gather(1, index)
-    # What is never said costs nothing, and both of its logarithms may be minus infinity.
     divergence = torch.where(p > 0, p * (p_log - torch.cat([known, rest], 1)), 0).sum()
-    share = torch.where(p[:, -1:] > 0, (p_log[:, -1:] - rest).exp(), 0)
-    slope = q_log.exp().mul_(1 - share)
+    # Where p_r is 0 (k covers the vocabulary, or the teacher is certain) `rest` may be minus infinity.
+    of_rest = torch.where(p[:, -1:] > 0, (q_log - rest).exp_() * p[:, -1:], 0)
+    slope = q_log.exp().sub_(of_rest)
     return divergence, slope.scatter_(1, index, known.exp() - p[:, :-1])
 
 

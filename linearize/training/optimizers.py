@@ -6,6 +6,7 @@ trained in half precision has a float32 copy; the optimizer works on the copy, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from linearize.errors import RecipeError
 
 if TYPE_CHECKING:
     from linearize.recipe import Stage
+
+# The shape and the share of the steps that do best in Hägele et al. 2024 (arXiv 2405.18392).
+_WSD_DECAY = 0.2
 
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups], torch.optim.Optimizer]
@@ -41,6 +45,35 @@ def build_optimizer(stage: Stage, pretrained: list[nn.Parameter], own: list[nn.P
     if all(p.dtype in (torch.float32, torch.float64) for group in groups for p in group["params"]):
         return build(groups)
     return MasterWeights(groups, build)
+
+
+def rate_at(step: int, *, schedule: str, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate in optimizer step `step`, counted from 0; it is above 0 in each of them.
+
+    With w = ceil(warmup * steps) steps of warm-up, n = steps - w steps after it, and d = min(ceil(steps / 5), n):
+
+        step < w                (step + 1) / w
+        constant                1
+        linear                  1 - i / n                       i = step - w, from 0 to n - 1
+        cosine                  (1 + cos(pi i / n)) / 2
+        wsd                     1, and 1 - sqrt(j / d) in the last d steps, j from 0 to d - 1
+
+    These are transformers' schedules, but for the warm-up: theirs begins at a rate of 0, and leaves the last step at 0
+    where nothing comes after it.
+    """
+    first = math.ceil(warmup * steps)
+    if step < first:
+        return (step + 1) / first
+    after = max(1, steps - first)
+    progress = (step - first) / after
+    if schedule == "linear":
+        return max(0.0, 1 - progress)
+    if schedule == "cosine":
+        return max(0.0, (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+    if schedule == "wsd":
+        decay = min(math.ceil(_WSD_DECAY * steps), after)
+        return 1 - math.sqrt(min(max(0, step - steps + decay) / decay, 1.0))
+    return 1.0
 
 
 def _adafactor(groups: Groups) -> torch.optim.Optimizer:

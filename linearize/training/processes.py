@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 
@@ -104,6 +104,23 @@ def everyones(mine: T) -> list[T]:
     gathered: list[Any] = [None] * count()
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
+
+
+def from_the_first(find: Callable[[], T]) -> T:
+    """The result of `find`, which the first process alone calls; the others wait for it."""
+    return find() if count() == 1 else cast("T", everyones(find() if is_first() else None)[0])
+
+
+def leave() -> None:
+    """Ends the process group, once all processes are here and nothing is shared any more. Its threads are joined: an
+    interpreter that ends while one runs may be aborted, and its exit status is 134 then.
+    """
+    if count() > 1:
+        import torch
+
+        if torch.distributed.is_initialized():
+            wait()
+            torch.distributed.destroy_process_group()
 
 
 def by_the_first(work: Callable[[], None]) -> None:
@@ -219,16 +236,26 @@ def launch_with(configuration: Path, arguments: Sequence[str]) -> int:
     Raises:
         LinearizeError: the file cannot be read.
     """
+    environment = dict(os.environ)
+    # Where accelerate cannot start as many it starts one, and says nothing.
+    if (asked := asked_for(configuration)) is not None:
+        environment[_ASKED_FOR] = str(asked)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "-m"]
+    command += ["linearize", *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - this very command again
+
+
+def asked_for(configuration: Path) -> int | None:
+    """How many processes accelerate's configuration file names, on all machines together; None where it names none.
+
+    Raises:
+        LinearizeError: the file cannot be read.
+    """
     try:
         settings = yaml.safe_load(configuration.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise LinearizeError(f"{configuration}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict):
         raise LinearizeError(f"{configuration}: is no configuration of accelerate; `accelerate config` writes one")
-    environment = dict(os.environ)
-    # Where accelerate cannot start as many it starts one, and says nothing.
-    if isinstance(asked := settings.get("num_processes"), int) and asked > 0:
-        environment[_ASKED_FOR] = str(asked)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "-m"]
-    command += ["linearize", *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - this very command again
+    number = settings.get("num_processes")
+    return number if isinstance(number, int) and number > 0 else None

@@ -182,7 +182,7 @@ def _loss(
     """As `StageTrainer.compute_loss` has it, for rows of which every token counts."""
     if "align" in stage.weights and teacher is not None:
         aligned = Alignment(base, teacher, stage.length, checkpointing=checkpointing)
-        return aligned.loss_of(ids, None, torch.empty(0, device=ids.device), _mask_of(ids), beyond=False)
+        return aligned.losses_of(ids, None, torch.empty(0, device=ids.device), _mask_of(ids), beyond=False).mean()
     logits = student(input_ids=ids, use_cache=False).logits
     positions = torch.zeros(ids.shape[0] * (ids.shape[1] - 1), dtype=torch.long, device=ids.device)
     said: Any = None

@@ -19,31 +19,27 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from linearize.errors import LinearizeError, RecipeError
 from linearize.training import processes
-from linearize.training.adapters import is_own_parameter
+from linearize.training.adapters import base_of, is_own_parameter
 from linearize.training.align import Alignment
 from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
-from linearize.training.optimizers import build_optimizer
+from linearize.training.optimizers import build_optimizer, rate_at
 from linearize.training.rows import NO_LOSS
 from linearize.training.sharding import is_sharded, part_like, split_state, whole, whole_state
 from linearize.training.teachers import KeptLogits, documents_apart
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Stage
     from linearize.training.rows import Rows
 
 _TRAINED = "trained.safetensors"
-_SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
-# The shape and the share of the steps that do best in Hägele et al. 2024 (arXiv 2405.18392).
-_WSD_DECAY = 0.2
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed rows, one to an item."""
+    """Packed rows, one to an item; `real` is False for a repeated row, see `StageTrainer.get_batch_samples`."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -58,6 +54,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             "labels": rows.labels[index],
             "position_ids": rows.position_ids[index],
             "row": torch.tensor(index),
+            "real": torch.tensor(True),
         }
 
 
@@ -87,7 +84,7 @@ class StageTrainer(GuardedTrainer):
         say: Callable[[str], None] = lambda _: None,
         reporting: Mapping[str, Any] | None = None,
     ) -> None:
-        self.stage, self.teacher = stage, teacher
+        self.stage, self.teacher, self.rows = stage, teacher, len(rows)
         inner: Any = model
         student = base_of(model)
         self.windows = WindowDropout(student, stage.hide_window)
@@ -121,19 +118,40 @@ class StageTrainer(GuardedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         self.windows.draw()
+        labels, rows, real = (inputs.pop(name) for name in ("labels", "row", "real"))
         if self.alignment is not None:
-            # Rows are of one length, so each batch of a step counts alike.
-            return self.checked(self._aligned(inputs) * self.part / self.current_gradient_accumulation_steps)
-        labels, rows = inputs.pop("labels"), inputs.pop("row")
+            losses = torch.where(real, self._aligned(inputs), 0)
+            return self.checked(losses.sum() / self._rows_of_step() * processes.count())
         outputs = model(**inputs, use_cache=False)
         teacher = self._teacher_on(inputs, labels, rows) if "distill" in self.stage.weights else None
         total = token_losses(outputs.logits, labels, teacher, self.stage.weights, self.stage.temperature)
         counted = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != NO_LOSS).sum()
-        loss = total / counted
+        loss = total / torch.as_tensor(counted).clamp_min(1)
         if num_items_in_batch is not None:
             loss = loss * processes.count()  # it counts the tokens of all processes, whose gradients are averaged
         loss = self.checked(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As the Trainer's. In the last step of an epoch accelerate repeats rows until all processes have equally many
+        (`even_batches`); those carry no loss, so that the step is that of one process."""
+        first = self.state.global_step % _epoch_steps(self.stage, self.rows) * self.args.gradient_accumulation_steps
+        return super().get_batch_samples(self._marked(epoch_iterator, first), num_batches, device)
+
+    def _marked(self, batches: Iterator[dict[str, Tensor]], first: int) -> Iterator[dict[str, Tensor]]:
+        """This process's batches of an epoch from number `first` on. Batches go to the processes in turns, and repeated
+        rows come after all others."""
+        size = self.args.per_device_train_batch_size
+        for number, batch in enumerate(batches, first):
+            labels = batch["labels"]
+            start = (number * processes.count() + processes.rank()) * size
+            real = torch.arange(start, start + len(labels), device=labels.device) < self.rows
+            yield {**batch, "labels": labels.masked_fill(~real[:, None], NO_LOSS), "real": real}
+
+    def _rows_of_step(self) -> int:
+        """Rows of the current optimizer step, in all processes together."""
+        before, after = (tokens_after(self.stage, self.rows, self.state.global_step + n) for n in (0, 1))
+        return (after - before) // self.stage.length
 
     def run_again(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         if self.alignment is not None:
@@ -144,7 +162,7 @@ class StageTrainer(GuardedTrainer):
     def _aligned(self, inputs: dict[str, Any]) -> Tensor:
         assert self.alignment is not None  # noqa: S101 - the callers have looked
         beyond = self.state.global_step < math.ceil(self.stage.beyond * self.state.max_steps)
-        return self.alignment.loss(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
+        return self.alignment.losses(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
 
     def _teacher_on(self, inputs: dict[str, Any], labels: Tensor, rows: Tensor) -> Tensor | TopK | None:
         """What the teacher says to the same rows."""
@@ -168,11 +186,9 @@ class StageTrainer(GuardedTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         self.lr_scheduler: Any
         if self.lr_scheduler is None:
-            given: Any = super().create_scheduler(num_training_steps, optimizer)
-            warming: list[Callable[[int], float]] = [
-                partial(_warming, rate, self.args.warmup_steps) for rate in given.lr_lambdas
-            ]
-            self.lr_scheduler = LambdaLR(given.optimizer, warming)
+            rate = partial(rate_at, schedule=self.stage.schedule, steps=num_training_steps, warmup=self.stage.warmup)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), rate)
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def share_gradients(self) -> None:
@@ -236,16 +252,12 @@ def stage_arguments(
     rows_per_step //= processes.count()
     micro = math.gcd(stage.micro_batch, rows_per_step)
     steps = total_steps(stage, rows)
-    decay = {"num_decay_steps": math.ceil(_WSD_DECAY * steps), "decay_type": "1-sqrt"}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=rows_per_step // micro,
         max_steps=steps,
         learning_rate=stage.lr,
-        lr_scheduler_type=_SCHEDULES.get(stage.schedule, stage.schedule),
-        lr_scheduler_kwargs=decay if stage.schedule == "wsd" else None,
-        warmup_steps=math.ceil(stage.warmup * steps),
         max_grad_norm=stage.clip,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -262,17 +274,6 @@ def stage_arguments(
     # With several GPUs in sight the Trainer would split batches by threads (DataParallel), teacher and all.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _warming(rate: Callable[[int], float], warmup: int, step: int) -> float:
-    """The rate of a schedule of transformers, whose warm-up begins at 0: its first step would train nothing."""
-    return rate(step + 1 if step < warmup else step)
-
-
-def base_of(student: Any) -> LinearizedForCausalLM:
-    """The converted model, with or without peft's wrapper around it."""
-    model: LinearizedForCausalLM = student.get_base_model() if hasattr(student, "get_base_model") else student
-    return model
 
 
 def total_steps(stage: Stage, rows: int) -> int:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import telling
 from linearize.errors import OutputError
-from linearize.recipe import dump_recipe
+from linearize.recipe import dump_recipe, load_recipe
 from linearize.training import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from linearize.recipe import Recipe
 
 WORK = ".training"
 """What the name of a run's working folder ends in."""
 _CHECKPOINT = "stage-*/checkpoint-*"
+_LISTED = 5
 
 
 @contextlib.contextmanager
@@ -44,6 +46,56 @@ def is_resumable(target: Path, recipe: Recipe) -> bool:
     """Whether an interrupted run of this very recipe is waiting beside `target`."""
     kept = _work(target) / "recipe.yaml"
     return kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(recipe)
+
+
+def recipe_to_resume(
+    target: Path, given: Recipe, overrides: Sequence[str], *, name: str, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe of the unfinished run beside `target`, or `given` where there is none.
+
+    Args:
+        given: the recipe `name` with `overrides` laid over it.
+        say: gets a line where the two recipes differ.
+
+    Raises:
+        OutputError: `overrides` change the run's recipe.
+    """
+    kept = _work(target) / "recipe.yaml"
+    if not kept.is_file():
+        return given
+    own = load_recipe(str(kept))
+    if keys := _differences(own.model_dump(), load_recipe(str(kept), overrides).model_dump()):
+        raise OutputError(
+            f"{kept}: --resume goes on with this recipe, and --set changes {_listed(keys)} in it; leave --set out, or "
+            "begin anew with another -o"
+        )
+    if keys := _differences(own.model_dump(), given.model_dump()):
+        say(f"resuming with the run's own recipe, {kept}; {name} differs from it in {_listed(keys)}")
+    return own
+
+
+def finished_stages(target: Path) -> list[dict[str, Any]]:
+    """The stages of the finished run that wrote `target`; empty where there is none, or an unfinished one beside it."""
+    try:
+        stages = json.loads((target / "linearize.json").read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return stages if isinstance(stages, list) and not _work(target).exists() else []
+
+
+def _differences(a: Any, b: Any, key: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [key]
+    inside = (_differences(a.get(k), b.get(k), f"{key}.{k}".lstrip(".")) for k in {**a, **b})
+    return sorted(one for keys in inside for one in keys)
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(keys[:_LISTED]) + more
 
 
 def _work(target: Path) -> Path:
@@ -77,7 +129,8 @@ def _working(work: Path, text: str, resume: bool) -> Iterator[Path]:
         raise OutputError(f"{kept}: the unfinished run has another recipe; resume it with that one")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        kept.write_text(text, encoding="utf-8")
+        if not resume:  # or another process may be reading it
+            kept.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{work}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     done = False

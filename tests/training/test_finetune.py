@@ -95,6 +95,23 @@ def test_aligned_layers_answer_more_like_the_teachers(tiny_folder, text, tmp_pat
     assert any(bool(after[name].any()) for name in after if name.endswith("mix_weight"))
 
 
+@pytest.mark.parametrize("objective", ["align", "{distill: 0.5, sft: 0.5}"])
+def test_a_step_is_the_same_however_its_rows_are_split(tiny_folder, text, tmp_path, objective):
+    """Seven rows, four to a step: the second step of an epoch has three."""
+    changes = ("stages.0.data.tokens=448", "stages.0.batch_tokens=256", "stages.0.epochs=2")
+    found = []
+    for size in (4, 2, 1):
+        work = tmp_path / str(size)
+        more = (f"stages.0.objective={objective}", f"stages.0.micro_batch={size}")
+        trained(recipe(tiny_folder, text, *changes, *more), work)
+        found.append([json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()])
+    assert [len(lines) for lines in found] == [4, 4, 4]
+    for key in ("loss", "grad_norm"):
+        whole, *parts = (torch.tensor([line[key] for line in lines]) for lines in found)
+        for part in parts:
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=0)
+
+
 INTERRUPTED = {
     "distill": [],
     "align": ["stages.0.objective=align"],
@@ -170,15 +187,24 @@ def test_every_step_trains_and_tokens_are_those_that_were_read(tiny_folder, text
     assert any(bool(tensor.any()) for name, tensor in alone.items() if name.endswith("mix_weight"))
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_a_stage_of_one_step_trains(tiny_folder, text, tmp_path, schedule):
+    changes = ("stages.0.data.tokens=128", f"stages.0.schedule={schedule}", "stages.0.save_every=1")
+    after = trained(recipe(tiny_folder, text, *changes), tmp_path / "work")
+    (row,) = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    assert row["lr"] > 0
+    assert any(bool(tensor.any()) for name, tensor in after.items() if name.endswith("mix_weight"))
+
+
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])],
 )
 def test_a_warm_up_begins_above_nothing(tiny_folder, text, tmp_path, schedule, rates):
-    changes = ("stages.0.data.tokens=512", "stages.0.warmup=0.5", f"stages.0.schedule={schedule}", "stages.0.lr=1")
+    changes = ("stages.0.data.tokens=512", "stages.0.warmup=0.5", f"stages.0.schedule={schedule}", "stages.0.lr=1e-3")
     trained(recipe(tiny_folder, text, *changes), tmp_path / "work")
     rows = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["lr"] for row in rows] == pytest.approx(rates)
+    assert [row["lr"] * 1000 for row in rows] == pytest.approx(rates)
 
 
 def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):

@@ -74,3 +74,39 @@ def test_all_tokens_on_top_are_the_whole_divergence_and_certainty_stays_finite()
     for top in (few, halved):
         found = token_losses(student, labels, top, {"distill": 1.0})
         assert bool(torch.isfinite(found)) and bool(torch.isfinite(torch.autograd.grad(found, student)[0]).all())
+
+
+@pytest.mark.parametrize("gap", [10, 80, 88, 104, 1e3, 1e5])
+def test_a_student_that_gives_the_rest_nothing_has_finite_gradients(gap):
+    """float32 against autograd in float64, at any gap between the k tokens and all others."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(1, 5, 31, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(0, 31, (1, 5))
+    positions = counted_positions(labels)
+    top = top_k_of(teacher.flatten(0, 1)[positions], 4, 1.0)
+    rows = student.flatten(0, 1)
+    rows[positions[:, None], top.tokens] += gap
+    others = torch.ones_like(rows, dtype=torch.bool)
+    others[positions[:, None], top.tokens] = False
+    wide = student.clone().requires_grad_()
+    q_log = wide.flatten(0, 1)[positions].log_softmax(-1)
+    rest = q_log.masked_fill(~others[positions], -torch.inf).logsumexp(-1, keepdim=True)
+    expected = (top.log.exp() * (top.log - torch.cat([q_log.gather(1, top.tokens), rest], 1))).sum()
+    (gradient,) = torch.autograd.grad(expected, wide)
+    narrow = student.float().requires_grad_()
+    found = token_losses(narrow, labels, TopK(top.tokens, top.log.float()), {"distill": 1.0})
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    # Logits of 1e5 hold 2^-7 of a nat in float32.
+    atol = 1e-5 if gap <= 1e3 else 1e-2
+    torch.testing.assert_close(torch.autograd.grad(found, narrow)[0].double(), gradient, rtol=0, atol=atol)
+    assert float(gradient.abs().max()) > 0.1
+
+
+def test_tokens_that_the_teacher_rules_out_cost_nothing():
+    teacher, labels = torch.randn(1, 5, 11), torch.randint(0, 11, (1, 5))
+    teacher[..., 7:] = -torch.inf
+    for student in (torch.randn(1, 5, 11), torch.randn(1, 5, 11).index_fill(2, torch.tensor([8]), -torch.inf)):
+        student.requires_grad_()
+        for said in (teacher, top_k_of(teacher.flatten(0, 1)[counted_positions(labels)], 7, 1.0)):
+            found = token_losses(student, labels, said, {"distill": 1.0})
+            assert bool(torch.isfinite(found)) and bool(torch.isfinite(torch.autograd.grad(found, student)[0]).all())

@@ -116,6 +116,33 @@ def small_recipe(tmp_path):
     return tmp_path / "recipe.yaml"
 
 
+def test_the_last_step_of_an_epoch_reads_no_row_twice(small_recipe, tmp_path, monkeypatch):
+    """Also where one process has fewer rows than the other, or none; a run goes on within such an epoch, from the
+    checkpoint that the first process finds."""
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    expected = {}
+    for name, rows, *changes in (
+        ("align", 7, "objective=align", "micro_batch=2"),
+        ("mixed", 7, "objective={distill: 0.5, sft: 0.5}", "micro_batch=2"),
+        ("one-row", 5, "objective=distill", "top_k=8", "teacher_at=disk"),
+    ):
+        common = (f"data.tokens={32 * rows}", "epochs=2", "save_every=1", *changes)
+        settings = load_recipe(str(small_recipe), [f"stages.0.{change}" for change in common])
+        (tmp_path / "uneven").mkdir(exist_ok=True)
+        (tmp_path / "uneven" / f"{name}.yaml").write_text(dump_recipe(settings))
+        for count in ("one", "two"):
+            (tmp_path / "uneven" / f"{name}-{count}").mkdir()
+        finetune(settings, tmp_path / "uneven" / f"{name}-one", say=lambda _: None)
+        expected[name] = losses(tmp_path / "uneven" / f"{name}-one" / "metrics.jsonl")
+        assert len(expected[name]) == 4
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    done = run(tmp_path, *launcher, "tests.training.uneven", str(tmp_path / "uneven"))
+    assert done.returncode == 0, done.stderr[:6000]
+    for name, alone in expected.items():
+        together = losses(tmp_path / "uneven" / f"{name}-two" / "metrics.jsonl")
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
 def test_a_loss_that_is_no_number_in_one_process_is_passed_over_in_all(small_recipe, tmp_path):
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     done = run(tmp_path, *launcher, "tests.training.bad_loss", str(small_recipe), str(tmp_path / "out"))

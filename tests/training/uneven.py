@@ -1,0 +1,50 @@
+"""A process of `test_processes.py`: trainings whose epochs end in a step that is not full, cut off before it and
+resumed, and one by the command. Run under torch.distributed.run."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from linearize.cli.app import run
+from linearize.recipe import load_recipe
+from linearize.training import finetune as module
+from linearize.training import processes, trainer
+
+
+class Cut(Exception):
+    pass
+
+
+def main(folder: Path) -> None:
+    processes.join()
+    told = trainer._Reporter.on_log
+    cuts = True
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        if cuts and state.global_step == 2:
+            raise Cut
+        told(self, args, state, control, logs, **more)
+
+    def stale(_: Path) -> NoReturn:
+        raise AssertionError("a process that is not the first looks for checkpoints")
+
+    trainer._Reporter.on_log = on_log
+    if not processes.is_first():
+        module.newest = module.checkpoints = stale
+    for recipe in sorted(folder.glob("*.yaml")):
+        settings, work = load_recipe(str(recipe)), folder / f"{recipe.stem}-two"
+        for cuts in (True, False):
+            with contextlib.suppress(Cut):
+                module.finetune(settings, work, say=lambda _: None, resume=not cuts)
+    # A command ends the process group itself: threads of it that outlive the interpreter abort the process.
+    assert run(["finetune", str(folder / "align.yaml"), "-o", str(folder / "out")]) == 0
+    assert not torch.distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
