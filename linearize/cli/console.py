@@ -53,6 +53,10 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings. Off unless you say so.")
 ]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="ID|FOLDER", help="The pretrained model, if not what MODEL was converted from."),
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 def beside(target: Path, kind: str) -> Path:
     """Where this process keeps what is to become `target` (`PARTIAL`), or what was there (`OLD`)."""
     return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+def final_name(path: Path) -> str:
+    """The name that `path` has in the end: that of its target where `beside` staged it, else its own."""
+    path = Path(os.path.abspath(path))
+    staged = re.fullmatch(rf"\.(.+)\.{PARTIAL}-\d+", path.name)
+    return staged[1] if staged else path.name
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from linearize import __version__
 from linearize.errors import OutputError
 from linearize.evaluation.baselines import branches_off
 from linearize.evaluation.task import Item
-from linearize.fingerprint import fingerprint
+from linearize.fingerprint import fingerprint, tokenizer_fingerprint
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_VERSION = 2  # of the keys: raise it whenever the same model and tokenizer would get others
 _DIGITS = 32  # of a SHA-256 in a file's name: enough that no two are ever equal
 
 
@@ -85,23 +86,14 @@ class Store:
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all that a result depends on besides the task: configuration, weights, dtype, tokenizer, branches
     that are off, and this package's version."""
-    parts = [__version__, fingerprint(model), _tokenizer(tokenizer), branches_off(model)]
+    parts = [_VERSION, __version__, fingerprint(model), tokenizer_fingerprint(tokenizer), branches_off(model)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def whole_stamp(stamp: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A loader's stamp with what else `model_key` depends on."""
-    return hashlib.sha256(json.dumps([__version__, stamp, _tokenizer(tokenizer)]).encode()).hexdigest()
-
-
-def _tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    if backend is not None:
-        for passing in ("padding", "truncation"):  # what the last call asked for
-            rules.pop(passing, None)
-    settings = [rules, tokenizer.special_tokens_map, tokenizer.model_max_length, getattr(tokenizer, "add_bos_token", 0)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    parts = [_VERSION, __version__, stamp, tokenizer_fingerprint(tokenizer)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,11 +23,11 @@ from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.conversion.source import load_model
 from linearize.errors import OutputError
+from linearize.fingerprint import fingerprint
 from linearize.resources import cache_folder
 from linearize.training import processes
 from linearize.training.objective import TopK, counted_positions, top_k_of
 from linearize.training.rows import NO_LOSS
-from linearize.training.selftext import fingerprint
 from linearize.training.sharding import is_sharded
 from linearize.training.sharding import shard as shard_model
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from linearize.recipe import Stage
     from linearize.training.rows import Rows
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache's key: raise it whenever the files come to hold something else."""
 
 _SHARD_ROWS = 256
@@ -168,18 +168,20 @@ def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
 
 
 class Teacher:
-    """The pretrained model, loaded when it is first wanted.
+    """The pretrained model, loaded at its first use.
 
     Args:
-        model: if it is loaded already; it is not let go then.
+        source: None where no stage uses a teacher.
+        model: if it is loaded already; it is not released then.
     """
 
-    def __init__(self, source: Source, dtype: str, model: PreTrainedModel | None) -> None:
+    def __init__(self, source: Source | None, dtype: str, model: PreTrainedModel | None) -> None:
         self.source, self.dtype, self.model = source, dtype, model
         self.is_ours = model is None
 
     def __call__(self, device: str | None = None) -> PreTrainedModel:
         if self.model is None:
+            assert self.source is not None  # noqa: S101 - for the type checker
             self.model = load_model(self.source, dtype=self.dtype, device=device).requires_grad_(False)
         return self.model
 
