@@ -37,6 +37,7 @@ COMMANDS = {
     "recipes": "recipes",
     "run": "run",
     "demo": "demo",
+    "cache": "cache",
     "doctor": "doctor",
 }
 """Each command and its module in this package.

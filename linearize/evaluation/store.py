@@ -12,7 +12,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from linearize import __version__
+from linearize import __version__, cache
 from linearize.errors import OutputError
 from linearize.evaluation.baselines import branches_off
 from linearize.evaluation.task import Item
@@ -39,6 +39,10 @@ class Store:
 
     def __init__(self, folder: Path | None = None, *, fresh: bool = False) -> None:
         self.folder, self.fresh = folder or cache_folder() / "evaluation", fresh
+        self._limited = folder is None
+        if self._limited:
+            cache.limit()  # a limit that is no size is refused before any work
+        self._held: dict[Path, object | None] = {}
 
     def read(self, model: str, task: str) -> dict[int, Item]:
         """The results of a model on a task, by item.
@@ -50,7 +54,10 @@ class Store:
         if self.fresh:
             return {}
         found = {}
-        for line in _lines(self._file(model, task)):
+        path = self._file(model, task)
+        if path.parent.is_dir():
+            self._hold(path.parent)
+        for line in _lines(path):
             if isinstance(line.get("item"), int) and isinstance(line.get("value"), float):
                 found[line["item"]] = Item(line["value"], tuple(line.get("curve", ())))
         return found
@@ -61,13 +68,22 @@ class Store:
         Raises:
             OutputError: the folder cannot be written.
         """
+        path = self._file(model, task)
+        self._hold(path.parent)
         _append(
-            self._file(model, task),
+            path,
             [
                 {"item": index, "value": float(item.value), **({"curve": list(item.curve)} if item.curve else {})}
                 for index, item in items.items()
             ],
         )
+        if self._limited:
+            cache.make_room(path.parent)
+
+    def _hold(self, folder: Path) -> None:
+        """Keeps a model's results in the cache while this object lives."""
+        if self._limited and folder not in self._held:
+            self._held[folder] = cache.hold(folder)
 
     def model_of(self, stamp: str) -> str | None:
         """The `model_key` of the files that have this stamp, where they were loaded before."""

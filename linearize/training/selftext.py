@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from linearize import cache
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.errors import ModelError, OutputError
@@ -80,8 +81,10 @@ def self_written_documents(
     ends = teacher.generation_config.eos_token_id
     key = json.dumps([FORMAT_VERSION, *sampling, ends, fingerprint(teacher), tokenizer_fingerprint(tokenizer)])
     path = cache_folder() / "self-text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    cache.limit()  # a limit that is no size is refused before any work
     kept = _read(path)
     if kept is not None:
+        cache.used(path)
         progress(f"self text: {tokens:,} tokens, written before")
         return kept
     writer = _Writer(teacher, tokenizer, sample_length, batch_size, temperature, _Pace(tokens, progress))
@@ -92,6 +95,7 @@ def self_written_documents(
     random.Random(seed).shuffle(documents)  # noqa: S311 - an order, not a secret
     try:
         _write(path, documents)
+        cache.make_room(path, progress)
     except OutputError as problem:
         progress(f"self text: not kept for the next run; {problem}")
     return documents

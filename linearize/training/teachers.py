@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from linearize import cache
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.conversion.source import load_model
@@ -60,10 +61,11 @@ class KeptLogits:
     Args:
         folder: where the shards are; all of them.
         rows: how many there are.
+        held: keeps the folder in the cache for as long as it lives.
     """
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: Path, rows: int, held: object | None = None) -> None:
+        self.folder, self.rows, self._held = folder, rows, held
         self._open: dict[int, Any] = {}
 
     def of(self, rows: Tensor, device: torch.device) -> TopK:
@@ -96,7 +98,9 @@ def keep_logits(
     """
     key = json.dumps([FORMAT_VERSION, fingerprint(teacher), _digest(rows), top_k, temperature, _SHARD_ROWS])
     folder = cache_folder() / "teacher-logits" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    most = cache.limit()
     folder.mkdir(parents=True, exist_ok=True)
+    held = cache.hold(folder)
     starts = range(0, len(rows), _SHARD_ROWS)
     missing = [n for n in range(len(starts)) if not _shard(folder, n).is_file()]
     counted = int((rows.labels[:, 1:] != NO_LOSS).sum())
@@ -106,6 +110,11 @@ def keep_logits(
             f"{folder}: {size / 1e9:.1f} GB of the teacher's logits do not fit into {free / 1e9:.1f} GB; lower top_k "
             "or data.tokens, or take teacher_at: device"
         )
+    if size > most:
+        progress(
+            f"teacher: {size / 1e9:.1f} GB of logits are more than the {most / 1e9:g} GB that the cache keeps "
+            f"({cache.LIMIT}): they may be removed after this run"
+        )
     if not missing:
         progress(f"teacher: top {top_k} of {counted:,} tokens, written before")
     reported, began = time.monotonic(), time.monotonic()
@@ -114,12 +123,13 @@ def keep_logits(
         with claimed(path, wait=True):  # another run may be writing the very same
             if not path.is_file():
                 _write(path, teacher, rows[_part(starts[number])], top_k, temperature, batch)
+                cache.make_room(folder, progress)
         now = time.monotonic()
         if now - reported > _SECONDS_BETWEEN_REPORTS or done + 1 == len(missing):
             reported = now
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
             progress(f"teacher: top {top_k}, shard {done + 1:,} of {len(missing):,}, {left:,.0f} s left")
-    return KeptLogits(folder, len(rows))
+    return KeptLogits(folder, len(rows), held)
 
 
 def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
