@@ -41,6 +41,12 @@ def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> Recipe:
     return load_recipe(str(recipe), overrides)
 
 
+def _written(model: LinearizedForCausalLM, output: str | Path) -> LinearizedForCausalLM:
+    """`model` with the name of its folder, as `from_pretrained(output)` sets it; peft names an adapter's base by it."""
+    model.name_or_path = model.config.name_or_path = str(output)
+    return model
+
+
 def convert(
     model: str | Path,
     output: str | Path,
@@ -82,7 +88,7 @@ def convert(
     if converted.device.type == "meta":  # its weights went from file to file
         read: Any = load_model(find_source(str(output)))
         converted = read
-    return converted
+    return _written(converted, output)
 
 
 def finetune(
@@ -90,6 +96,7 @@ def finetune(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    teacher: str | Path | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
@@ -102,6 +109,7 @@ def finetune(
         recipe: a shipped recipe's name, a file, or a recipe that was read already.
         output: the folder to write; while training runs, checkpoints and metrics.jsonl are beside it.
         model: what to train, converted or not, instead of the recipe's `model`.
+        teacher: the pretrained model, instead of the recipe's `teacher` or what the model was converted from.
         overrides: changes of single keys, such as `stages.0.lr=5e-4`.
         resume: go on with an interrupted run from its last checkpoint.
         overwrite: replace the output if it exists.
@@ -122,6 +130,8 @@ def finetune(
     settings, target = _recipe(recipe, overrides), Path(output)
     if model is not None:
         settings = settings.model_copy(update={"model": str(model)})
+    if teacher is not None:
+        settings = settings.model_copy(update={"teacher": str(teacher)})
     if not settings.stages:
         raise RecipeError("the recipe has no stages, so there is nothing to train")
     check_free(target, overwrite=overwrite)
@@ -129,6 +139,7 @@ def finetune(
         result = _finetune(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code)
         with staged_folder(target, overwrite=overwrite) as folder:
             write_result(folder, result, work, target.name)
+    _written(result.model, target)
     return result
 
 
@@ -138,6 +149,7 @@ def evaluate(
     suites: Sequence[str] = (),
     tasks: Sequence[str] = (),
     baselines: Sequence[str] = (),
+    teacher: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
     lengths: Sequence[int] = (),
@@ -158,6 +170,7 @@ def evaluate(
         tasks: names of single tasks, and `held_out`. With no suites either: the rows that fine-tuning held out where
             the folder has some, otherwise the suite `core`.
         baselines: of `teacher`, `window`, `window_bytes`, `no_recurrence`, `no_window`, `neither`; or `all`.
+        teacher: the pretrained model, if not what the model was converted from.
         limit: score so many items of each task, drawn at random.
         seed: of the limit, and of tasks that draw their items.
         lengths: tokens of the texts, for tasks that sweep lengths.
@@ -175,7 +188,8 @@ def evaluate(
 
     Raises:
         DataError: an unknown suite, task or baseline, or data that cannot be read.
-        ModelError: a model that cannot be read, or gives results that are not finite.
+        ModelError: a model that cannot be read, or gives results that are not finite; or no teacher where a baseline or
+            a task needs it.
         OutputError: results cannot be kept, or another job is writing the report.
     """
     from linearize.conversion.claims import claimed
@@ -191,6 +205,7 @@ def evaluate(
             tasks,
             suites=suites,
             baselines=baselines,
+            teacher=None if teacher is None else str(teacher),
             options=SuiteOptions(
                 data=None if data is None else Path(data), lengths=tuple(lengths), samples=samples, seed=seed
             ),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linearize.fingerprint import telling_bits
+from linearize.fingerprint import digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +33,8 @@ class PairedLinear(nn.Module):
     """An int8 layer with a scale per output channel, for float activations on a CPU.
 
     Attributes:
-        packed: the integers as oneDNN lays them out; not among the buffers, for nobody else can read them.
-        told: what `fingerprint` counts of them instead; without it models that differ in them would be one.
+        packed: the integers in the layout of oneDNN; no buffer, because nothing else reads that layout.
+        told: the SHA-256 of the integers, which `fingerprint` reads in their place.
     """
 
     scale: Tensor
@@ -53,7 +53,7 @@ class PairedLinear(nn.Module):
             "zeros": torch.zeros(layer.out_features, dtype=torch.long),
             "columns": layer.columns,
             "kept": layer.kept,
-            "told": torch.frombuffer(bytearray(telling_bits(integers)), dtype=torch.uint8),
+            "told": torch.frombuffer(bytearray(digest_of(integers)), dtype=torch.uint8),
         }.items():
             self.register_buffer(name, tensor)
         self.bias = layer.bias

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from linearize.model import LayerMemory, LinearizedForCausalLM
 
-FORMAT, VERSION = "linearize-state", "1"
+FORMAT, VERSION = "linearize-state", "2"
 _DIGITS = 12  # of a number of tokens; all of one width, so that files have one size
 
 _Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]

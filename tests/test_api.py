@@ -16,14 +16,16 @@ from linearize.cli.app import COMMANDS
 PUBLIC = {
     "convert": ["model", "output", "recipe", "overrides", "overwrite", "trust_remote_code", "say"],
     "evaluate": [
-        "model", "suites", "tasks", "baselines", "limit", "seed", "lengths", "samples", "data", "report", "fresh",
-        "batch_size", "dtype", "trust_remote_code", "say",
+        "model", "suites", "tasks", "baselines", "teacher", "limit", "seed", "lengths", "samples", "data", "report",
+        "fresh", "batch_size", "dtype", "trust_remote_code", "say",
     ],
     "export": [
         "folder", "output", "name", "base", "licence", "report", "dtype", "weights", "outliers", "text", "tokens",
         "shard_size", "overwrite", "say",
     ],
-    "finetune": ["recipe", "output", "model", "overrides", "resume", "overwrite", "trust_remote_code", "say"],
+    "finetune": [
+        "recipe", "output", "model", "teacher", "overrides", "resume", "overwrite", "trust_remote_code", "say",
+    ],
     "generate": [
         "model", "prompt", "tokenizer", "state", "chat", "max_new_tokens", "temperature", "top_p", "seed", "dtype",
         "trust_remote_code", "write",

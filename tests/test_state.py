@@ -287,7 +287,7 @@ def nan(name: str) -> Change:
         (lambda _, h: h.pop("tokens"), "how many tokens"),
         (lambda _, h: h.pop("sha256"), "not what was written"),
         (lambda _, h: h.pop("weights"), "another model"),
-        (lambda _, h: h.update(version="2", linearize="9.0"), "format is 2, and this version reads 1"),
+        (lambda _, h: h.update(version="3", linearize="9.0"), "format is 3, and this version reads 2"),
         (lambda _, h: h.clear(), "is not a state"),
     ],
 )  # fmt: skip

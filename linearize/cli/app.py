@@ -38,6 +38,7 @@ COMMANDS = {
     "data": "data",
     "run": "run",
     "demo": "demo",
+    "cache": "cache",
     "doctor": "doctor",
 }
 """Each command and its module in this package.

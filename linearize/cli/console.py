@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from contextlib import contextmanager, redirect_stderr
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from linearize.cache import bytes_of
 from linearize.evaluation.formatting import readable_bytes as readable_bytes
 from linearize.resources import shipped_folder
 
@@ -52,6 +52,10 @@ RecipeArgument = Annotated[
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings. Off unless you say so.")
+]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="ID|FOLDER", help="The pretrained model, if not what MODEL was converted from."),
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
@@ -131,9 +135,8 @@ def parse_size(text: str, option: str) -> int:
     Raises:
         BadParameter: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
-    size = int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")) if match else 0
-    if size <= 0:
+    size = bytes_of(text)
+    if not size:
         raise typer.BadParameter(f"{option} {text}: expected a size, such as 500MB or 5GB")
     return size
 

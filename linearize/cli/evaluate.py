@@ -13,6 +13,7 @@ from linearize.cli.console import (
     Int8Option,
     JsonOption,
     ModelArgument,
+    TeacherOption,
     TrustOption,
     check_dtype,
     command_line,
@@ -61,6 +62,7 @@ def evaluate(
             "these off); all.",
         ),
     ] = "",
+    teacher: TeacherOption = None,
     limit: Annotated[
         int | None,
         typer.Option("--limit", min=1, help="N items of each task, drawn at random with --seed."),
@@ -91,7 +93,7 @@ def evaluate(
     """Score a model, converted or not, on suites of tasks and on held-out rows.
 
     Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
-    evaluation that was interrupted goes on where it stopped.
+    evaluation that was interrupted goes on where it stopped. A converted model whose base is gone is scored alone.
     """
     check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
@@ -118,6 +120,7 @@ def evaluate(
                 _names(tasks),
                 suites=_names(suite),
                 baselines=_names(baseline),
+                teacher=teacher,
                 options=SuiteOptions(data=data, lengths=sweep, samples=samples, seed=seed),
                 limit=limit,
                 batch_size=batch_size,

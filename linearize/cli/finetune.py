@@ -12,6 +12,7 @@ from linearize.cli.console import (
     OverwriteOption,
     RecipeArgument,
     SetOption,
+    TeacherOption,
     TrustOption,
     examples,
     print_json,
@@ -28,6 +29,7 @@ EPILOG = examples(
     "linearize finetune default -o tuned --set model=./converted",
     "linearize finetune mine.yaml -o tuned --set stages.0.lr=5e-4",
     "linearize finetune mine.yaml -o tuned --resume",
+    "linearize finetune mine.yaml -o tuned --teacher HuggingFaceTB/SmolLM2-135M-Instruct",
     "linearize finetune mine.yaml -o tuned --launch 8 --shard",
 )
 
@@ -39,6 +41,7 @@ def finetune(
         typer.Option("--output", "-o", metavar="OUT", help="The folder to write; the recipe's name if left out."),
     ] = None,
     overrides: SetOption = None,
+    teacher: TeacherOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
     ] = False,
@@ -83,6 +86,8 @@ def finetune(
     from linearize.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
+    if teacher is not None:
+        settings = settings.model_copy(update={"teacher": teacher})
     if not settings.stages:
         raise RecipeError(
             f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 def beside(target: Path, kind: str) -> Path:
     """Where this process keeps what is to become `target` (`PARTIAL`), or what was there (`OLD`)."""
     return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+def final_name(path: Path) -> str:
+    """The name that `path` has in the end: that of its target where `beside` staged it, else its own."""
+    path = Path(os.path.abspath(path))
+    staged = re.fullmatch(rf"\.(.+)\.{PARTIAL}-\d+", path.name)
+    return staged[1] if staged else path.name
 
 
 @contextmanager
@@ -87,6 +95,48 @@ def _lock(target: Path, wait: bool, name: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()  # while the lock is held: who has just opened the file sees that it is gone
         os.close(file)
+
+
+class SharedLock:
+    """A lock that several processes hold at once; it ends with the object."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+def shared_lock(path: Path) -> SharedLock | None:
+    """A shared lock on the file `path`, made with its folder; None without locks, or where nothing can be written."""
+    while fcntl is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = SharedLock(file := os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return lock
+        except FileNotFoundError:  # the file or its folder was removed between two calls
+            continue
+        except OSError:
+            break
+    return None
+
+
+@contextmanager
+def locked_alone(path: Path) -> Iterator[bool]:
+    """Whether no process holds the lock on the file `path`, and none can take it until the block ends."""
+    if fcntl is None:
+        yield True
+        return
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            alone = error.errno in _WITHOUT_LOCKS
+        else:
+            alone = True
+        yield alone
 
 
 def _acquire(path: Path, wait: bool, name: str) -> int:

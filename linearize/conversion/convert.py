@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
+from linearize.conversion.claims import final_name
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import Streamer
@@ -224,7 +225,7 @@ def write_checkpoint(
         tokenizer: None where the base model has none.
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
-        name: the checkpoint's name on its card.
+        name: the checkpoint's name on its card; the folder's own, if left out.
         start: what was kept and calibrated before any training, in lines by heading.
         shard_size: the most that one file of weights holds.
         written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
@@ -244,6 +245,7 @@ def write_checkpoint(
         _write_configurations(folder, model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _name_tokenizer_class(folder / "tokenizer_config.json")
     for file, source in carried_files().items():
         (folder / file).write_text(source, encoding="utf-8")
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -257,7 +259,12 @@ def write_checkpoint(
         **(more or {}),
     }
     card = model_card(
-        name or base["name"], provenance, model.config.mixers or [], state_nbytes(model), growth_nbytes(model), facts
+        name or final_name(folder),
+        provenance,
+        model.config.mixers or [],
+        state_nbytes(model),
+        growth_nbytes(model),
+        facts,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     known = written or {}
@@ -265,6 +272,16 @@ def write_checkpoint(
         path.name: known.get(path.name) or sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Writes transformers' generic tokenizer class under the name that versions before 5, which lack the newer name,
+    know as well: a tokenizer then loads there without the model's configuration, and so without its code."""
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def nbytes(model: torch.nn.Module) -> int:

@@ -337,24 +337,33 @@ _PARTS: dict[str, type] = {"base": dict, "stages": list, "start": dict, "version
 _STAGE: dict[str, type] = {"objective": str, "data": str, "tokens": int}
 
 
-def teacher_of(source: Source) -> Source:
+def teacher_of(source: Source, named: str | None = None) -> Source:
     """The pretrained model that a converted one was made from; any other model is its own teacher.
+
+    Args:
+        named: the user's own choice of teacher, which is taken as it is.
 
     Raises:
         ModelError: the folder does not say, or what it names is gone.
     """
+    if named is not None:
+        return find_source(named, trust_remote_code=source.trust_remote_code)
     if not source.is_converted:
         return source
     base = provenance_of(source).get("base")
     if not isinstance(base, dict) or not isinstance(base.get("model"), str):
-        raise ModelError(f"{source.reference}: linearize.json does not name the base model; name it as teacher")
+        raise ModelError(f"{source.reference}: linearize.json does not name the base model; {_NAME_ONE}")
     try:
         teacher = find_source(base["model"], trust_remote_code=source.trust_remote_code)
     except ModelError as error:
-        raise ModelError(f"the teacher of {source.name} is gone: {error}") from error
-    if _is_ours(_json_of(teacher, "config.json")):  # whether it can be had at all is for those who load it
-        raise ModelError(f"{teacher.reference}: converted, where the teacher of {source.name} was; put that back")
+        reason = str(error).split(";")[0]  # its advice is for a model that the user named
+        raise ModelError(f"the teacher of {source.name} is gone: {reason}; {_NAME_ONE}") from error
+    if _is_ours(_json_of(teacher, "config.json")):  # load_model tells later if it cannot be had at all
+        raise ModelError(f"{teacher.reference}: converted, where the teacher of {source.name} was; {_NAME_ONE}")
     return teacher
+
+
+_NAME_ONE = "name the teacher with --teacher ID|FOLDER"
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""What a converted model is measured against besides its teacher: windows that cost no training, and the model itself
-with one of its branches off."""
+"""Baselines of a converted model: its teacher, windows that cost no training, and the model with a branch off."""
 
 from __future__ import annotations
 
@@ -8,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.convert import BASELINE_SINKS
 from linearize.conversion.inspection import weightless_layers
+from linearize.conversion.source import load_config, teacher_of
+from linearize.errors import ModelError
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
+    from linearize.conversion.source import Source
     from linearize.model import LinearizedForCausalLM
 
 BRANCHES_OFF = {
@@ -24,6 +26,45 @@ BRANCHES_OFF = {
     "neither": ("recurrence", "window"),
 }
 """Name of a baseline -> the branches of the model's own mixers that are silent in it."""
+
+
+_SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+def teacher_beside(source: Source, named: str | None, say: Callable[[str], None]) -> Source | None:
+    """The teacher of `source`, or None, after a word to `say`, where it is gone.
+
+    Args:
+        named: the user's own choice: a Hub id, a folder or a GGUF file.
+
+    Raises:
+        ModelError: `named` is not what `source` was converted from, or `source` was not converted.
+    """
+    if named is None:
+        try:
+            return teacher_of(source)
+        except ModelError as error:
+            say(alone(error))
+            return None
+    if not source.is_converted:
+        raise ModelError(f"{source.name}: is not converted, so it is its own teacher; leave --teacher out")
+    teacher = teacher_of(source, named)
+    if teacher.is_converted:
+        raise ModelError(f"{teacher.name}: is a converted model; name the pretrained one with --teacher")
+    base, found = load_config(source).text_config, load_config(teacher).get_text_config()
+    for key in _SHAPE:
+        own, other = getattr(base, key, None), getattr(found, key, None)
+        if own != other:
+            raise ModelError(
+                f"{teacher.name}: {source.name} was not converted from it ({key} is {other}, not {own}); name another "
+                "with --teacher"
+            )
+    return teacher
+
+
+def alone(why: ModelError) -> str:
+    """A line that says that a model is scored without its teacher."""
+    return f"no teacher, so no baselines made of it and no divergence from it: {why}"
 
 
 def silence(model: LinearizedForCausalLM, branches: Sequence[str]) -> LinearizedForCausalLM:

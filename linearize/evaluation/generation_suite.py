@@ -39,15 +39,18 @@ GENERATION = {
 }
 """Task name -> a description of one line."""
 
+TEACHERLESS = ("repetition", FewShot.name)
+"""Tasks that score a model alone."""
+
 NGRAM = 4
-_VERSION = 1
+_VERSION = 2
 
 
 def generation_tasks(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     *,
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Callable[[], PreTrainedModel] | None,
     data: Path | None,
     samples: int = 32,
     seed: int = 0,
@@ -60,7 +63,7 @@ def generation_tasks(
         tokenizer: the teacher's, and that of all models that are scored.
         names: of `GENERATION`.
         teacher: loads the teacher, on its device. It is called once, when a digest or a result first needs it, and the
-            teacher lives as long as the tasks; what it wrote is shared by them.
+            teacher lives as long as the tasks; what it wrote is shared by them. None goes with `TEACHERLESS` alone.
         data: the folder that holds `excerpts.PAGES`; not needed for `few_shot_exact`.
         samples: items of each task.
         seed: of the choice of prompts and of the sampling in `kl_own_text`.

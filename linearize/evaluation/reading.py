@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from linearize.errors import ModelError
 from linearize.evaluation.baselines import branches_off
-from linearize.training.selftext import fingerprint
+from linearize.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,8 +145,8 @@ def sampled(seed: int, items: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
 
 
 class Kept:
-    """What was made for items of the last model, so that tasks share it. A model is told by its weights and by the
-    branches that are off: one that was trained in between is another one, and so is one that lacks its recurrence."""
+    """Results for items of the last model, which tasks share. Its key is the fingerprint and the branches that are off:
+    a model that was trained in between is another one, and so is one without its recurrence."""
 
     def __init__(self) -> None:
         self._whose: object = None

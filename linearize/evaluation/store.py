@@ -12,11 +12,11 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from linearize import __version__
+from linearize import __version__, cache
 from linearize.errors import OutputError
 from linearize.evaluation.baselines import branches_off
 from linearize.evaluation.task import Item
-from linearize.fingerprint import fingerprint
+from linearize.fingerprint import fingerprint, tokenizer_fingerprint
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_VERSION = 2  # of the keys: raise it whenever the same model and tokenizer would get others
 _DIGITS = 32  # of a SHA-256 in a file's name: enough that no two are ever equal
 
 
@@ -38,6 +39,10 @@ class Store:
 
     def __init__(self, folder: Path | None = None, *, fresh: bool = False) -> None:
         self.folder, self.fresh = folder or cache_folder() / "evaluation", fresh
+        self._limited = folder is None
+        if self._limited:
+            cache.limit()  # a limit that is no size is refused before any work
+        self._held: dict[Path, object | None] = {}
 
     def read(self, model: str, task: str) -> dict[int, Item]:
         """The results of a model on a task, by item.
@@ -49,7 +54,10 @@ class Store:
         if self.fresh:
             return {}
         found = {}
-        for line in _lines(self._file(model, task)):
+        path = self._file(model, task)
+        if path.parent.is_dir():
+            self._hold(path.parent)
+        for line in _lines(path):
             if isinstance(line.get("item"), int) and isinstance(line.get("value"), float):
                 found[line["item"]] = Item(line["value"], tuple(line.get("curve", ())))
         return found
@@ -60,13 +68,22 @@ class Store:
         Raises:
             OutputError: the folder cannot be written.
         """
+        path = self._file(model, task)
+        self._hold(path.parent)
         _append(
-            self._file(model, task),
+            path,
             [
                 {"item": index, "value": float(item.value), **({"curve": list(item.curve)} if item.curve else {})}
                 for index, item in items.items()
             ],
         )
+        if self._limited:
+            cache.make_room(path.parent)
+
+    def _hold(self, folder: Path) -> None:
+        """Keeps a model's results in the cache while this object lives."""
+        if self._limited and folder not in self._held:
+            self._held[folder] = cache.hold(folder)
 
     def model_of(self, stamp: str) -> str | None:
         """The `model_key` of the files that have this stamp, where they were loaded before."""
@@ -85,23 +102,14 @@ class Store:
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all that a result depends on besides the task: configuration, weights, dtype, tokenizer, branches
     that are off, and this package's version."""
-    parts = [__version__, fingerprint(model), _tokenizer(tokenizer), branches_off(model)]
+    parts = [_VERSION, __version__, fingerprint(model), tokenizer_fingerprint(tokenizer), branches_off(model)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def whole_stamp(stamp: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A loader's stamp with what else `model_key` depends on."""
-    return hashlib.sha256(json.dumps([__version__, stamp, _tokenizer(tokenizer)]).encode()).hexdigest()
-
-
-def _tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    if backend is not None:
-        for passing in ("padding", "truncation"):  # what the last call asked for
-            rules.pop(passing, None)
-    settings = [rules, tokenizer.special_tokens_map, tokenizer.model_max_length, getattr(tokenizer, "add_bos_token", 0)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    parts = [_VERSION, __version__, stamp, tokenizer_fingerprint(tokenizer)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

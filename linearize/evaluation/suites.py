@@ -74,11 +74,14 @@ def _recall() -> Suite:
 
 
 def _generation() -> Suite:
-    from linearize.evaluation.generation_suite import GENERATION, generation_tasks
+    from linearize.evaluation.generation_suite import GENERATION, TEACHERLESS, generation_tasks
 
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
-        if options.teacher is None:
-            raise DataError("the suite generation compares with a teacher; name one")
+        if options.teacher is None and (compared := [name for name in names if name not in TEACHERLESS]):
+            raise DataError(
+                f"{', '.join(compared)}: compared with the teacher; name it with --teacher ID|FOLDER, or take "
+                f"--tasks {','.join(TEACHERLESS)}"
+            )
         made = {} if options.samples is None else {"samples": options.samples}
         return generation_tasks(tokenizer, names, teacher=options.teacher, data=options.data, seed=options.seed, **made)
 

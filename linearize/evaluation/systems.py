@@ -22,10 +22,16 @@ from linearize.conversion.source import (
     load_config,
     load_model,
     load_tokenizer,
-    teacher_of,
 )
-from linearize.errors import DataError
-from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.baselines import (
+    BRANCHES_OFF,
+    alone,
+    equal_bytes,
+    memory_bytes,
+    silence,
+    teacher_beside,
+)
 from linearize.evaluation.heldout import drawn_rows, score_rows
 from linearize.evaluation.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
@@ -53,6 +59,7 @@ BASELINES = {
     "neither": "the model with its recurrence, window and sinks off",
 }
 """What a model can be measured against, by name."""
+_OF_TEACHER = BASELINES.keys() - BRANCHES_OFF
 ALL = "all"
 
 
@@ -70,6 +77,7 @@ def evaluate(
     *,
     suites: Sequence[str] = (),
     baselines: Sequence[str] = (),
+    teacher: str | None = None,
     options: SuiteOptions | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -82,11 +90,15 @@ def evaluate(
 ) -> Results:
     """Scores `source` and its baselines.
 
+    Without its teacher a converted checkpoint is scored alone, and `say` reports it; only a baseline or a task that
+    needs the teacher is refused then.
+
     Args:
         source: a converted checkpoint, or any other model, which then is its own teacher.
         tasks: names of any suite's tasks, and `held_out`; with no suites either, `default_tasks(source)`.
         suites: names of `SUITES`: all their tasks.
         baselines: of `BASELINES`, or `all` for those that the model has.
+        teacher: a Hub id, a folder or a GGUF file; None is what `source` was converted from.
         options: what tasks are built from; its seed also draws the items under a limit.
         limit: score so many items of each task, drawn at random.
         store: where results are kept; None keeps none.
@@ -94,33 +106,42 @@ def evaluate(
 
     Raises:
         DataError: an unknown suite, task or baseline, or data that cannot be read.
-        ModelError: a model that cannot be read, or gives results that are not finite.
+        ModelError: a model that cannot be read, or gives results that are not finite; or `teacher` is not the one that
+            `source` was converted from.
         OutputError: a disk has no room for the results or the report.
     """
     options = options or SuiteOptions()
     if not tasks and not suites:
         tasks = default_tasks(source)
-    teacher = teacher_of(source) if source.is_converted else source
-    systems = find_systems(source, teacher, baselines, dtype)
+    pretrained = teacher_beside(source, teacher, say)
+    systems = find_systems(source, pretrained, baselines, dtype)
     rows = held_out_rows(source) if HELD_OUT in tasks else None
     # Names first, then data, then models: what is wrong is told before anything costs time.
     chosen = choose_tasks([task for task in tasks if task != HELD_OUT], suites)
     tokenizer = load_tokenizer(source)
     reference = _reference_dtype(dtype)
-    if options.teacher is None:
-        options = replace(options, teacher=lambda: load_model(teacher, dtype=reference))
+    if options.teacher is None and pretrained is not None:
+        options = replace(options, teacher=partial(load_model, pretrained, dtype=reference))
     with processes.first_goes_ahead():  # what it fetches, the others find
         built = build_suites(chosen, tokenizer, options)
     loaders = {system.info.name: system.load for system in systems}
     processes.by_the_first(
         partial(_check_room, loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
     )
+    beside = None
+    if rows is not None and pretrained is not None:
+        try:
+            beside = load_model(pretrained, dtype=reference)
+        except ModelError as error:
+            if teacher is not None or loaders.keys() & _OF_TEACHER:
+                raise
+            say(alone(error))
     scores = score_systems(
         loaders,
         tokenizer,
         built,
         rows=rows,
-        teacher=load_model(teacher, dtype=reference) if rows is not None else None,
+        teacher=beside,
         limit=limit,
         seed=options.seed,
         batch_size=batch_size,
@@ -228,11 +249,14 @@ def held_out_rows(source: Source) -> dict[str, Any]:
     return rows
 
 
-def find_systems(source: Source, teacher: Source, baselines: Sequence[str], dtype: str = "auto") -> list[System]:
+def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str], dtype: str = "auto") -> list[System]:
     """The baselines in the order of `BASELINES`, and the model last.
 
+    Args:
+        teacher: None where it is gone; `all` leaves out the baselines that are made of it.
+
     Raises:
-        DataError: an unknown baseline, or one that needs a converted model where there is none.
+        DataError: an unknown baseline, or one that needs a converted model or a teacher where there is none.
         ModelError: a model that cannot be read or converted.
     """
     for name in baselines:
@@ -242,11 +266,13 @@ def find_systems(source: Source, teacher: Source, baselines: Sequence[str], dtyp
             raise DataError(f"unknown baseline {name!r}; {hint}")
         if name in BRANCHES_OFF and not source.is_converted:
             raise DataError(f"baseline {name}: {source.name} is not converted, so it has no branches to turn off")
-    wanted = [
-        name
-        for name in BASELINES
-        if name in baselines or (ALL in baselines and (source.is_converted or name not in BRANCHES_OFF))
-    ]
+        if name in _OF_TEACHER and teacher is None:
+            raise DataError(f"baseline {name}: needs the teacher of {source.name}; name it with --teacher ID|FOLDER")
+
+    def has(name: str) -> bool:
+        return teacher is not None if name in _OF_TEACHER else source.is_converted
+
+    wanted = [name for name in BASELINES if name in baselines or (ALL in baselines and has(name))]
     maker = _Maker(source, teacher, dtype)
     # A model that is not converted is the teacher itself.
     found = [maker.system(name) for name in wanted if name != "teacher" or source.is_converted]
@@ -256,11 +282,17 @@ def find_systems(source: Source, teacher: Source, baselines: Sequence[str], dtyp
 class _Maker:
     """Makes the systems of one model."""
 
-    def __init__(self, source: Source, teacher: Source, dtype: str) -> None:
-        self.source, self.teacher, self.dtype = source, teacher, dtype
+    def __init__(self, source: Source, teacher: Source | None, dtype: str) -> None:
+        self.source, self.dtype = source, dtype
+        self._teacher = teacher
         self.config = load_config(source)
         self.base = self.config.text_config if source.is_converted else self.config
         self.mixers: list[dict[str, Any]] = self.config.mixers if source.is_converted else []
+
+    @property
+    def teacher(self) -> Source:
+        assert self._teacher is not None  # noqa: S101 - find_systems makes no system of a teacher that is gone
+        return self._teacher
 
     def system(self, name: str) -> System:
         if name == "teacher":

@@ -30,11 +30,11 @@ tags: [linearize, gated-linear-attention, recurrent]
 ## How to load it
 
 ```python
-import linearize  # or do without the package, and pass trust_remote_code=True to both calls below
+import linearize  # without the package: leave this out, and pass trust_remote_code=True for the model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({quoted})
-tokenizer = AutoTokenizer.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted}, trust_remote_code=False)  # needs no code
 ```
 
 `linearize.json` says how this checkpoint was made and holds the SHA-256 of each file.

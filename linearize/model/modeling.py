@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from linearize.families import FAMILIES, Family
 from linearize.model.attention import LinearizedAttention
@@ -72,6 +73,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"layer {index}: {error}") from error
             setattr(owner, name, attention)
         self.config = config
+        # Base classes set it from `text_config`, which names no checkpoint. peft names an adapter's base by it.
+        self.name_or_path = config.name_or_path
         if config.quantized:
             install(self, Quantization(**config.quantized))
         take_products(self)
@@ -237,8 +240,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 @cache
 def _derive(front: Any, base: Any) -> type[LinearizedForCausalLM]:
     # The name keeps the base architecture's, by which transformers finds the loss function among other things.
+    name = f"Linearized{base.__name__}"
     known = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    return type(f"Linearized{base.__name__}", (front, base), {"__module__": front.__module__, "_cache_name": known})
+    # `pipeline` and the label smoothing of `Trainer` know a causal LM by its class name, in the values of this table.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{LinearizedConfig.model_type}:{base.__name__}"] = name
+    return type(name, (front, base), {"__module__": front.__module__, "_cache_name": known})
 
 
 def derived_class(front: type[LinearizedForCausalLM], config: LinearizedConfig) -> type[LinearizedForCausalLM]:

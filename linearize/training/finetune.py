@@ -96,7 +96,9 @@ def finetune(
     check_trackers(recipe.report_to)
     check_dtype(recipe)
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
-    base = find_source(recipe.teacher, trust_remote_code=trust_remote_code) if recipe.teacher else teacher_of(source)
+    asked = any(wants_teacher(stage) or _reads(stage, SELF) for stage in recipe.stages)
+    # A converted model's base may be gone; a stage that never calls it does not need it.
+    base = teacher_of(source, recipe.teacher) if asked or recipe.teacher or not source.is_converted else None
     teacher = Teacher(base, recipe.dtype, pretrained if base == source else None)
     tokenizer = tokenizer or load_tokenizer(source)
     config: Any = load_config(source) if pretrained is None else pretrained.config
@@ -112,9 +114,7 @@ def finetune(
     if four_bit:
         _check_four_bit(recipe, shard)
     # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
-    shared = (
-        base == source and not (shard or four_bit) and any(wants_teacher(s) or _reads(s, SELF) for s in recipe.stages)
-    )
+    shared = base == source and not (shard or four_bit) and asked
     started = None
     apart = processes.count() > 1 or four_bit
     if not source.is_converted and begin is None and apart and prepares(recipe):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from linearize.conversion.convert import base_record, write_checkpoint
-from linearize.conversion.source import find_source, sound_provenance, teacher_of
+from linearize.conversion.source import find_source, sound_provenance
 from linearize.training.metrics import METRICS
 from linearize.training.plot import PLOT, draw_training
 from linearize.training.trainer import tokens_after, total_steps
@@ -50,8 +50,7 @@ class FinetuneResult:
 def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:
     """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
     source = find_source(result.recipe.model or "")
-    base = teacher_of(source)
-    record = sound_provenance(source)["base"] if source.is_converted else base_record(base, None)
+    record = sound_provenance(source)["base"] if source.is_converted else base_record(source, None)
     if (work / METRICS).is_file():
         shutil.copyfile(work / METRICS, folder / METRICS)
         draw_training(folder / METRICS, folder / PLOT)

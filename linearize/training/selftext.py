@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from linearize import cache
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.errors import ModelError, OutputError
+from linearize.fingerprint import fingerprint, tokenizer_fingerprint
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key: raise it whenever the same arguments would give other text."""
 
 SHORTEST_QUESTION = 16
@@ -39,7 +41,6 @@ SHORTEST_QUESTION = 16
 LONGEST_QUESTION = 128
 """One that is not over by then is dropped: the few long ones would keep the whole batch waiting."""
 
-_VALUES_PER_TENSOR = 1024
 _EMPTY_BATCHES = 3
 _SECONDS_BETWEEN_REPORTS = 5.0
 _PLACEHOLDER = "placeholder"
@@ -77,10 +78,13 @@ def self_written_documents(
     limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     sample_length = min(sample_length, limit or sample_length)
     sampling = [tokens, seed, temperature, sample_length, batch_size]
-    key = json.dumps([FORMAT_VERSION, *sampling, fingerprint(teacher), tokenizer_fingerprint(tokenizer)])
+    ends = teacher.generation_config.eos_token_id
+    key = json.dumps([FORMAT_VERSION, *sampling, ends, fingerprint(teacher), tokenizer_fingerprint(tokenizer)])
     path = cache_folder() / "self-text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    cache.limit()  # a limit that is no size is refused before any work
     kept = _read(path)
     if kept is not None:
+        cache.used(path)
         progress(f"self text: {tokens:,} tokens, written before")
         return kept
     writer = _Writer(teacher, tokenizer, sample_length, batch_size, temperature, _Pace(tokens, progress))
@@ -91,6 +95,7 @@ def self_written_documents(
     random.Random(seed).shuffle(documents)  # noqa: S311 - an order, not a secret
     try:
         _write(path, documents)
+        cache.make_room(path, progress)
     except OutputError as problem:
         progress(f"self text: not kept for the next run; {problem}")
     return documents
@@ -292,30 +297,10 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in present if turns.count(i) < 2), present[0])
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the configuration and over the names, types, shapes and an evenly strided sample of all tensors."""
-    config = model.config.to_dict()
-    for changes_nothing in ("_name_or_path", "transformers_version"):
-        config.pop(changes_nothing, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // _VALUES_PER_TENSOR)].float().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over vocabulary, special tokens and chat template."""
-    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 @contextmanager
 def _sampling(teacher: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seeded, in eval mode, with a bare generation config: the model's own may hold a top-p or a repetition penalty."""
-    # Here, for it loads transformers' models, which those who read data or fingerprints have no use for.
+    # A lazy import: it loads transformers' models, and reading data needs none of them.
     from linearize.training.writing import grouped_attention
 
     was_training, own = teacher.training, teacher.generation_config

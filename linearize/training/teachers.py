@@ -19,15 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from linearize import cache
 from linearize.conversion.claims import claimed
 from linearize.conversion.output import staged_file
 from linearize.conversion.source import load_model
 from linearize.errors import OutputError
+from linearize.fingerprint import fingerprint
 from linearize.resources import cache_folder
 from linearize.training import processes
 from linearize.training.objective import TopK, counted_positions, top_k_of
 from linearize.training.rows import NO_LOSS
-from linearize.training.selftext import fingerprint
 from linearize.training.sharding import is_sharded
 from linearize.training.sharding import shard as shard_model
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from linearize.recipe import Stage
     from linearize.training.rows import Rows
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache's key: raise it whenever the files come to hold something else."""
 
 _SHARD_ROWS = 256
@@ -60,10 +61,11 @@ class KeptLogits:
     Args:
         folder: where the shards are; all of them.
         rows: how many there are.
+        held: keeps the folder in the cache for as long as it lives.
     """
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: Path, rows: int, held: object | None = None) -> None:
+        self.folder, self.rows, self._held = folder, rows, held
         self._open: dict[int, Any] = {}
 
     def of(self, rows: Tensor, device: torch.device) -> TopK:
@@ -96,7 +98,9 @@ def keep_logits(
     """
     key = json.dumps([FORMAT_VERSION, fingerprint(teacher), _digest(rows), top_k, temperature, _SHARD_ROWS])
     folder = cache_folder() / "teacher-logits" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    most = cache.limit()
     folder.mkdir(parents=True, exist_ok=True)
+    held = cache.hold(folder)
     starts = range(0, len(rows), _SHARD_ROWS)
     missing = [n for n in range(len(starts)) if not _shard(folder, n).is_file()]
     counted = int((rows.labels[:, 1:] != NO_LOSS).sum())
@@ -106,6 +110,11 @@ def keep_logits(
             f"{folder}: {size / 1e9:.1f} GB of the teacher's logits do not fit into {free / 1e9:.1f} GB; lower top_k "
             "or data.tokens, or take teacher_at: device"
         )
+    if size > most:
+        progress(
+            f"teacher: {size / 1e9:.1f} GB of logits are more than the {most / 1e9:g} GB that the cache keeps "
+            f"({cache.LIMIT}): they may be removed after this run"
+        )
     if not missing:
         progress(f"teacher: top {top_k} of {counted:,} tokens, written before")
     reported, began = time.monotonic(), time.monotonic()
@@ -114,12 +123,13 @@ def keep_logits(
         with claimed(path, wait=True):  # another run may be writing the very same
             if not path.is_file():
                 _write(path, teacher, rows[_part(starts[number])], top_k, temperature, batch)
+                cache.make_room(folder, progress)
         now = time.monotonic()
         if now - reported > _SECONDS_BETWEEN_REPORTS or done + 1 == len(missing):
             reported = now
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
             progress(f"teacher: top {top_k}, shard {done + 1:,} of {len(missing):,}, {left:,.0f} s left")
-    return KeptLogits(folder, len(rows))
+    return KeptLogits(folder, len(rows), held)
 
 
 def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
@@ -168,18 +178,20 @@ def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
 
 
 class Teacher:
-    """The pretrained model, loaded when it is first wanted.
+    """The pretrained model, loaded at its first use.
 
     Args:
-        model: if it is loaded already; it is not let go then.
+        source: None where no stage uses a teacher.
+        model: if it is loaded already; it is not released then.
     """
 
-    def __init__(self, source: Source, dtype: str, model: PreTrainedModel | None) -> None:
+    def __init__(self, source: Source | None, dtype: str, model: PreTrainedModel | None) -> None:
         self.source, self.dtype, self.model = source, dtype, model
         self.is_ours = model is None
 
     def __call__(self, device: str | None = None) -> PreTrainedModel:
         if self.model is None:
+            assert self.source is not None  # noqa: S101 - for the type checker
             self.model = load_model(self.source, dtype=self.dtype, device=device).requires_grad_(False)
         return self.model
 

@@ -271,8 +271,11 @@ CHECKPOINTS = [
     ("a path of 10,000 characters", lambda kit: ["inspect", "./" + "a" * 10_000], "cannot be looked for"),
     (
         "a provenance that is no object",
-        lambda kit: ["eval", write(kit.model(kit.converted), "linearize.json", "[1]"), "--tasks", "wikitext2"],
-        "linearize.json does not name the base model; name it as teacher",
+        lambda kit: [
+            *("eval", write(kit.model(kit.converted), "linearize.json", "[1]")),
+            *("--tasks", "wikitext2", "--baseline", "teacher"),
+        ],
+        "needs the teacher of model; name it with --teacher ID|FOLDER",
     ),
 ]
 

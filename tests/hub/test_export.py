@@ -207,7 +207,7 @@ def test_a_base_model_that_nobody_else_can_find_is_not_named(tuned, tmp_path, ti
     assert done.base is None and not done.findings
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model" not in front_matter(card) and tiny_folder.name in card
-    with pytest.raises(ModelError, match="does not name the base model; name it as teacher"):
+    with pytest.raises(ModelError, match="does not name the base model; name the teacher with --teacher"):
         teacher_of(find_source(str(tmp_path / "out")))
 
 

@@ -4,36 +4,67 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_imports
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+import linearize
 from linearize.calibration.start import convert
 from linearize.conversion.convert import convert_model, state_nbytes
-from linearize.conversion.output import sha256
+from linearize.conversion.output import sha256, staged_folder
 from linearize.conversion.source import find_source, load_model, teacher_of
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
 
-_WITHOUT_PACKAGE = """
+_BLOCKED = """
 import importlib.abc, sys
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] in ("linearize", "linearize_kernels", "triton", "fla"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
+"""
+_WITHOUT_PACKAGE = """
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(float(model(torch.arange(5, 105)[None]).logits.double().sum()))
 print(model.generate(torch.arange(5, 105)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist())
+"""
+_TOKENIZER = """
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+for tokenizer in (
+    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False),
+    PreTrainedTokenizerFast.from_pretrained(sys.argv[1]),
+):
+    print(tokenizer("Once upon a time").input_ids)
+assert not any("transformers_modules" in name for name in sys.modules)
+"""
+_ADAPTER = """
+from peft import AutoPeftModelForCausalLM
+import torch
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model.base_model.model).__module__)
+print(float(model(torch.arange(5, 105)[None]).logits.double().sum()))
+"""
+_PIPELINE = """
+from transformers import pipeline
+from transformers.utils.logging import disable_progress_bar
+disable_progress_bar()
+for _ in range(2):
+    writer = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+print(writer("Once upon", max_new_tokens=2, do_sample=False, return_full_text=True)[0]["generated_text"][:9])
 """
 
 
@@ -88,16 +119,117 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
         changes = ["mixer.window=16", "mixer.landmarks=24", "mixer.landmarks_by=null"]
         convert(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_PACKAGE, str(checkpoint)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    total, tokens = without_package(_WITHOUT_PACKAGE, checkpoint).stdout.strip().splitlines()[-2:]
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     prompt = torch.arange(5, 105)[None]
-    total, tokens = done.stdout.strip().splitlines()[-2:]
     assert float(total) == pytest.approx(float(model(prompt).logits.double().sum()), rel=1e-6)
     expected = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist()
     assert json.loads(tokens) == expected
+
+
+def without_package(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `code` where the package cannot be imported, and nobody answers a question."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKED + code, str(folder)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_tokenizer_runs_no_code(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    done = without_package(_TOKENIZER, checkpoint)
+    ids = AutoTokenizer.from_pretrained(checkpoint)("Once upon a time").input_ids
+    assert done.stdout == f"{ids}\n{ids}\n"  # and no question
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    # transformers 4 looks this name up before it asks for the model's configuration, and has not the newer one.
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_the_card_names_the_folder_and_its_code_runs(tiny_folder, checkpoint, tmp_path, monkeypatch):
+    with staged_folder(tmp_path / "my-model") as folder:
+        convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
+    assert "\n# my-model\n" in (tmp_path / "my-model" / "README.md").read_text()
+    card = (checkpoint / "README.md").read_text()
+    assert f"\n# {checkpoint.name}\n" in card
+    monkeypatch.chdir(checkpoint.parent)
+    exec(card.partition("```python")[2].partition("```")[0], found := {})  # noqa: S102
+    assert found["tokenizer"]("Once").input_ids and found["model"].name_or_path == checkpoint.name
+
+
+def test_an_adapter_finds_the_model_that_it_was_trained_on(checkpoint, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert model.name_or_path == str(checkpoint)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(model, settings)
+    ids = torch.arange(5, 105)[None]
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(ids, labels=ids).loss.backward()
+    optimizer.step()
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        checkpoint
+    )
+    expected = adapted.eval()(ids).logits
+    assert not torch.equal(expected, AutoModelForCausalLM.from_pretrained(checkpoint)(ids).logits)
+    for auto in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        again = auto.from_pretrained(tmp_path / "adapter").eval()
+        assert torch.equal(again(ids).logits, expected), auto
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    module, total = without_package(_ADAPTER, tmp_path / "adapter").stdout.splitlines()[-2:]
+    assert module.startswith("transformers_modules.")
+    assert float(total) == pytest.approx(float(expected.double().sum()), rel=1e-6)
+
+
+def test_a_fresh_conversion_has_not_the_name_of_its_teacher(tiny_folder, tmp_path):
+    """An adapter that names the pretrained model would load onto that."""
+    model = convert_model(load_model(find_source(str(tiny_folder))), load_recipe("default").mixer)
+    assert not model.name_or_path
+    written = linearize.convert(tiny_folder, tmp_path / "out", overrides=["mixer.window=16"])
+    assert written.name_or_path == written.config.name_or_path == str(tmp_path / "out")
+
+
+def test_a_pipeline_knows_the_class(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    done = without_package(_PIPELINE, checkpoint)
+    assert done.stdout.strip() == "Once upon" and "not supported" not in done.stderr
+    with capture_logs() as told:
+        writer = pipeline("text-generation", model=str(checkpoint))
+        pipeline("text-generation", model=writer.model, tokenizer=writer.tokenizer)
+    assert told == []
+    # The table of names is one of transformers' own, and its other readers still find their classes.
+    kept = list(MODEL_FOR_CAUSAL_LM_MAPPING.keys())
+    assert LinearizedConfig in kept and len(MODEL_FOR_CAUSAL_LM_MAPPING.values()) == len(kept)
+
+
+def test_label_smoothing_of_a_trainer_shifts_labels(tiny_folder, tmp_path):
+    """`Trainer` knows by the class's name that labels are the next tokens."""
+    source = find_source(str(tiny_folder))
+    teacher = load_model(source)
+    model = convert_model(load_model(source), load_recipe("default", ["mixer.window=256"]).mixer)
+    settings = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[])
+    ids = torch.arange(5, 105)[None]
+    given = {"input_ids": ids, "labels": ids}
+    ours, theirs = (Trainer(one, settings).compute_loss(one, dict(given)).item() for one in (model, teacher))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@contextmanager
+def capture_logs():
+    """What transformers says of at least a warning's weight."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_reloaded_model_can_be_saved_again(checkpoint, tmp_path):

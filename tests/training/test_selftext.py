@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import ModelError
+from linearize.fingerprint import fingerprint
 from linearize.training import selftext
 from linearize.training.selftext import (
     _Pace,
     _Writer,
     chat_pieces,
-    fingerprint,
     self_written_documents,
     start_token,
 )
