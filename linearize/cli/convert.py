@@ -71,7 +71,8 @@ def convert(
         from linearize.calibration.start import tokenizer_for
         from linearize.conversion.inspection import inspect_model
 
-        tokenizer_for(source, settings, config, say=status)
+        if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
+            tokenizer_for(source, settings, config, say=status)
         facts = inspect_model(source, settings.mixer)
         for line in facts["positions"]:
             status(f"{source.name}: {line}")
