@@ -330,7 +330,17 @@ GGUFS = [
         "'k' is an array of type 9, which there is not",
     ),
     ("a key that is not UTF-8", gguf_file(pairs=(pair("k", U32, bytes(4)).replace(b"k", b"\xff"),)), "not UTF-8"),
-    ("no architecture", gguf_file(), "cannot be read as a model"),
+    ("no architecture", gguf_file(), "cannot be read as a model: it has no general.architecture"),
+    (
+        "an architecture that is a number",
+        gguf_file(pairs=(pair("general.architecture", U32, bytes(4)),)),
+        "cannot be read as a model: it has no general.architecture",
+    ),
+    (
+        "a part of 4,294,967,295",
+        gguf_file(pairs=(pair("split.count", U32, b"\xff" * 4), pair("split.no", I32, b"\xff" * 4))),
+        "part 0 of 4,294,967,295 of a split GGUF model",
+    ),
 ]
 
 DATA = [
