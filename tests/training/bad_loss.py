@@ -40,6 +40,7 @@ def main(recipe: str, target: str) -> None:
         error = str(stopped)
     told = {"said": [line for line in said if "passed over" in line], "weights": weights, "error": error}
     Path(f"{target}.{0 if first else 1}").write_text(json.dumps(told))
+    processes.leave()
 
 
 if __name__ == "__main__":

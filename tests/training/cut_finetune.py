@@ -38,6 +38,7 @@ def main(folder: Path) -> None:
             finetune(settings, work, say=lambda _: None, shard=shard)
     finetune(load_recipe(str(folder / "align.yaml"), ()), folder / "align-two", say=lambda _: None)
     evaluate(folder, load_tokenizer(find_source(settings.model)))
+    processes.leave()
 
 
 def evaluate(folder: Path, tokenizer) -> None:
