@@ -7,16 +7,23 @@ PIP = $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 READY = $(VENV)/.installed
 WITH_KERNELS = $(VENV)/.installed-kernels
 MKDOCS ?= $(VENV)/bin/mkdocs
+DATA ?= $(or $(LINEARIZE_TEST_DATA),../shared/data)
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-slow test-kernels test-docs docs lint types licences fuzz faults audit clean
+.PHONY: demo test test-public test-slow test-kernels test-docs docs lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
 
 # Two processes of one thread each; the longest tests start first.
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not triton"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not triton and not public"
+
+# What reads data sets, on the public ones; `make test` brings made-up ones.
+test-public: $(READY)
+	@if [ -d "$(DATA)" ]; \
+	then LINEARIZE_TEST_DATA="$(DATA)" $(PYTEST) -n 2 --dist loadgroup -m "(data or public) and not real and not slow and not triton"; \
+	else echo "$(DATA): no such folder, so nothing was run on the public data sets; name it with DATA=FOLDER" >&2; fi
 
 test-slow: $(READY)
 	$(PYTEST) -m slow

@@ -77,12 +77,14 @@ def convert(
         OutputError: the output cannot be written.
     """
     from linearize.calibration.start import convert as _convert
-    from linearize.conversion.convert import check_convertible
+    from linearize.conversion.convert import check_convertible, check_reach
     from linearize.conversion.output import staged_folder
 
     settings = _recipe(recipe, overrides)
     source = find_source(str(model), trust_remote_code=trust_remote_code)
-    check_convertible(load_config(source), source, settings.mixer)
+    config = load_config(source)
+    check_convertible(config, source, settings.mixer)
+    check_reach(settings, config)
     with staged_folder(Path(output), overwrite=overwrite) as folder:
         converted = _convert(source, settings, folder, say=say).model
     if converted.device.type == "meta":  # its weights went from file to file
@@ -289,7 +291,7 @@ def verify(
     model: str | Path,
     *,
     tokens: int | None = None,
-    steps: int = 4096,
+    steps: int | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
     tick: Callable[[str, int, int], None] | None = None,
@@ -298,8 +300,8 @@ def verify(
 
     Args:
         model: which one.
-        tokens: length of the rows of random tokens; None for four of the widest window, at least 256.
-        steps: single decode steps of the drift check.
+        tokens: length of the rows of random tokens; None for three of the widest window, at least 192.
+        steps: single decode steps of the drift check; None for two rows' length.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         trust_remote_code: run Python code that the model brings.
         tick: called with a check's name, the steps it has done, and how many there are.

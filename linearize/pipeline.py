@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.start import Start, convert, prepares
-from linearize.conversion.convert import check_convertible, convert_model, window_baseline, window_sections
+from linearize.conversion.convert import check_convertible, check_reach, convert_model, window_baseline, window_sections
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import Source, checkpoint_digest, find_source, load_config, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
@@ -79,7 +79,9 @@ def run_recipe(
     source = find_source(recipe.model, trust_remote_code=trust_remote_code)
     if source.is_converted:
         raise ModelError(f"{source.name}: is converted already; use `linearize finetune` and `linearize eval`")
-    check_convertible(load_config(source), source, recipe.mixer)
+    config = load_config(source)
+    check_convertible(config, source, recipe.mixer)
+    check_reach(recipe, config)
     chosen = choose_tasks([task for task in recipe.evaluate.tasks if task != HELD_OUT])
     check_free(target, overwrite=overwrite)
     seconds: dict[str, float] = {}

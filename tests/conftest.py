@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from tests import made
+
 # A second OpenMP thread on a busy machine can be many times slower than none; it must be said before torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_DATA = Path(os.environ.get("LINEARIZE_TEST_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the README's commands first and the tests of the real model next, each in one process: they take longest,
-    and the model is made ready once."""
+    and the model is made ready once. Marks what reads data sets, which `make test-public` runs on the public ones."""
     for item in items:
+        if "data_folder" in getattr(item, "fixturenames", ()) or hasattr(getattr(item, "module", None), "data_folder"):
+            item.add_marker("data")
         if item.get_closest_marker("real"):
             item.add_marker(pytest.mark.xdist_group("readme" if "test_readme" in item.nodeid else "real"))
     items.sort(key=lambda item: _GROUPS.index(getattr(item.get_closest_marker("xdist_group"), "args", ("",))[0]))
@@ -28,17 +30,23 @@ _GROUPS = ("readme", "real", "")
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Public evaluation and training sets, beside the repository or where LINEARIZE_TEST_DATA says."""
-    if not _DATA.is_dir():
-        pytest.skip("the public data sets are not at hand (LINEARIZE_TEST_DATA names their folder)")
-    return _DATA
+    """Evaluation and training sets: made-up ones, or the public ones that LINEARIZE_TEST_DATA names."""
+    return made.data_folder()
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trained Llama with a tokenizer where the data folder has one, otherwise one with random weights."""
-    trained = _DATA / "models" / "tinystories-656k"
-    return trained if trained.is_dir() else random_llama(tmp_path_factory.mktemp("tiny"))
+def public_folder() -> Path:
+    """The public sets, for tests marked `public`, which hold only there."""
+    folder = made.public_folder()
+    if folder is None:
+        pytest.skip("the public data sets are not at hand (LINEARIZE_TEST_DATA names their folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """A tiny trained Llama with a tokenizer of words."""
+    return made.tiny_folder()
 
 
 def random_llama(folder: Path) -> Path:

@@ -148,7 +148,7 @@ def converted(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("weights", "dtype"), [("int4", "float32"), ("int8", "bfloat16")])
-def test_a_checkpoint_of_integers_is_one_function(converted, data_folder, tmp_path, weights, dtype):
+def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, dtype):
     """On trained weights: what rounding costs random ones says little."""
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{n} little girls had {n} red balls and a dog." for n in range(400)))

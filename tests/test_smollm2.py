@@ -72,9 +72,10 @@ def test_perplexity_equals_the_masked_teachers(teacher, converted, smollm2_path,
 
 
 @pytest.mark.slow
-def test_perplexity_equals_the_masked_teachers_on_all_of_wikitext2(teacher, converted, smollm2_path, data_folder):
+@pytest.mark.public
+def test_perplexity_equals_the_masked_teachers_on_all_of_wikitext2(teacher, converted, smollm2_path, public_folder):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    check_perplexity(teacher, converted, wikitext_rows(data_folder, tokenizer, 280))
+    check_perplexity(teacher, converted, wikitext_rows(public_folder, tokenizer, 280))
 
 
 @torch.inference_mode()

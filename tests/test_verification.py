@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from linearize.calibration.start import convert
+from linearize.cli import console
 from linearize.cli.app import run
 from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model
@@ -302,13 +303,22 @@ def test_the_command_says_what_it_found(folder, tiny_folder, monkeypatch, capfd)
     assert "linearize verify" in capfd.readouterr().out.split("Examples:")[1]
 
 
+def test_progress_names_the_check_and_its_place(folder, monkeypatch, capfd):
+    """Off a terminal a line now and then, and on one a line that is written over."""
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert run(["verify", str(folder("default")), "--tokens", "80", "--steps", "20"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert f"verifying: reload (1 of {len(ALL)})" in lines
+    assert f"verifying: drift ({len(ALL)} of {len(ALL)}), 20 of 20 steps" in lines
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_passes_and_does_not_drift_over_4096_steps(smollm2_gguf, tmp_path):
     """A short run of the command is in the README, whose test runs it."""
     source = find_source(str(smollm2_gguf))
     convert(source, load_recipe("default"), tmp_path)
-    found = verify(load(tmp_path), find_source(str(tmp_path)))
+    found = verify(load(tmp_path), find_source(str(tmp_path)), steps=4096)
     assert found.failed == [] and found.steps == 4096, found
     assert found.moved >= 0.05
 

@@ -2,7 +2,8 @@
 
 A decay from token s to token t is exp(c_t - c_s), c being the running sum of log-gates. Its two factors exp(c_t) and
 exp(-c_s) make it a matrix product, but alone they leave the range of float32 as soon as gates are strong. So they are
-taken against a point between the two: half of the chunk's decay where that is safe, else the border of a sub-chunk.
+taken against a point between the two: half of the chunk's decay where that is known to be safe, else the border of two
+halves, of the chunk and of halves again down to single tokens.
 """
 
 from __future__ import annotations
@@ -101,9 +102,13 @@ def lower_triangle(tokens: int, like: Tensor) -> Tensor:
 
 
 def splits(cumulative: Tensor) -> bool:
-    """Whether decays inside a chunk `[..., C, D]` are weak enough for one factor per query and one per key."""
-    # Without data, to see what it takes in memory, decays are those of a fresh model: weak.
-    return cumulative.is_meta or bool(cumulative[..., -1, :].amin() >= -_SAFE_LOG_DECAY)
+    """True where decays inside a chunk `[..., C, D]` are known to be weak enough for one factor per query and one per
+    key. Only a CPU reads the decays: on any other device the host would wait for the value, up to four times a layer,
+    so False is returned there."""
+    # Meta tensors have no values; count the memory of a fresh model, whose decays are weak.
+    if cumulative.device.type != "cpu":
+        return cumulative.is_meta
+    return bool(cumulative[..., -1, :].amin() >= -_SAFE_LOG_DECAY)
 
 
 def folded(queries: Tensor, keys: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -141,20 +146,19 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
         keys = k * exp_like(middle - earlier, k)
         return folded(queries, keys.transpose(-1, -2)).tril(diagonal)
 
-    chunk, rows = k.shape[-2], []
-    for start in range(0, chunk, SUB_CHUNK):
-        own = slice(start, min(start + SUB_CHUNK, chunk))
-        decay = pair_decay(later[..., own, :], earlier[..., own, :], dim=later.dim() - 2, strict=strict)
-        pairs = k[..., None, own, :] * decay.to(k.dtype)  # [..., c, c, D]
-        row = torch.einsum("...gtd,...tsd->...gts", q[..., own, :], pairs)
-        if start:
-            # Against the decay at the sub-chunk's border both exponents are <= 0 for every earlier key.
-            border = earlier[..., start - 1 : start, :]
-            queries = q[..., own, :] * exp_like(later[..., own, :] - border, q).unsqueeze(-3)
-            keys = k[..., :start, :] * exp_like(border - earlier[..., :start, :], k)
-            row = torch.cat([folded(queries, keys.transpose(-1, -2)), row], -1)
-        rows.append(F.pad(row, (0, chunk - own.stop)))
-    return torch.cat(rows, -2)
+    tokens = k.shape[-2]
+    last = earlier[..., -1:, :]
+    q, k, later, earlier = (_filled(x, fill) for x, fill in ((q, None), (k, None), (later, last), (earlier, last)))
+    own = torch.zeros_like(k) if strict else k * exp_like(later - earlier, k)
+    rows = (q * own.unsqueeze(-3)).sum(-1)[..., None, None]  # [..., G, N, c, c], N blocks of c tokens; here c = 1
+    for half in _halves(k.shape[-2]):
+        of_queries, of_keys = _border_decay(later, earlier, half, k)
+        queries = q.unflatten(-2, (-1, 2, half))[..., 1, :, :] * of_queries.unsqueeze(-4)
+        keys = k.unflatten(-2, (-1, 2, half))[..., 0, :, :] * of_keys
+        across = queries @ keys.unsqueeze(-4).transpose(-1, -2)
+        first, second = rows.unflatten(-3, (-1, 2)).unbind(-3)
+        rows = torch.cat([F.pad(first, (0, half)), torch.cat([across, second], -1)], -2)
+    return rows.squeeze(-3)[..., :tokens, :tokens]
 
 
 def decayed_sum(scores: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
@@ -171,15 +175,42 @@ def decayed_sum(scores: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
         middle = cumulative[..., -1:, :] / 2
         summed = folded(scores, v * exp_like(middle - cumulative, v))
         return summed * exp_like(cumulative - middle, v).unsqueeze(-3)
-    rows = []
-    for start in range(0, v.shape[-2], SUB_CHUNK):
-        own = slice(start, min(start + SUB_CHUNK, v.shape[-2]))
-        block = cumulative[..., own, :]
-        pairs = v[..., None, own, :] * pair_decay(block, block, dim=block.dim() - 2).to(v.dtype)  # [..., c, c, V]
-        row = torch.einsum("...gts,...tsv->...gtv", scores[..., own, own], pairs)
-        if start:
-            border = cumulative[..., start - 1 : start, :]
-            values = v[..., :start, :] * exp_like(border - cumulative[..., :start, :], v)
-            row = row + folded(scores[..., own, :start], values) * exp_like(block - border, v).unsqueeze(-3)
-        rows.append(row)
-    return torch.cat(rows, -2)
+    tokens = v.shape[-2]
+    v, cumulative = _filled(v, None), _filled(cumulative, cumulative[..., -1:, :])
+    missing = v.shape[-2] - tokens
+    scores = F.pad(scores, (0, missing, 0, missing))
+    summed = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v.unsqueeze(-3)
+    for half in _halves(v.shape[-2]):
+        of_queries, of_keys = _border_decay(cumulative, cumulative, half, v)
+        values = v.unflatten(-2, (-1, 2, half))[..., 0, :, :] * of_keys
+        pairs = scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))[..., 1, :, :, 0, :]
+        across = pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., G, N, c, c]
+        rows = (across @ values.unsqueeze(-4)) * of_queries.unsqueeze(-4)
+        summed = summed + F.pad(rows, (0, 0, half, 0)).flatten(-3, -2)
+    return summed[..., :tokens, :]
+
+
+def _filled(x: Tensor, row: Tensor | None) -> Tensor:
+    """`[..., C, D]` filled with `row` `[..., 1, D]`, or with zeros, until C is a power of two. Running decays are
+    filled with the last one of the chunk, because then no decay between two tokens is above 1."""
+    missing = (1 << (x.shape[-2] - 1).bit_length()) - x.shape[-2]
+    if not missing:
+        return x
+    if row is None:
+        return F.pad(x, (0, 0, 0, missing))
+    return torch.cat([x, row.expand(*row.shape[:-2], missing, -1)], -2)
+
+
+def _halves(tokens: int) -> list[int]:
+    """1, 2, 4, ... below `tokens`. Each pair s < t of a chunk lies, for just one of these, in one block of twice as
+    many tokens, s in its first half and t in its second."""
+    return [1 << level for level in range(tokens.bit_length() - 1)]
+
+
+def _border_decay(later: Tensor, earlier: Tensor, half: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """For blocks of two halves: the decay from the end of the first half to each token of the second, and from each
+    token of the first half to its end, `[..., N, half, D]` each. Neither exponent is above 0."""
+    first = earlier.unflatten(-2, (-1, 2, half))[..., 0, :, :]
+    border = first[..., -1:, :]
+    second = later.unflatten(-2, (-1, 2, half))[..., 1, :, :]
+    return exp_like(second - border, like), exp_like(border - first, like)

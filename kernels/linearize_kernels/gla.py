@@ -87,8 +87,8 @@ def gla_chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk: matrix products inside a chunk, the state carried between chunks; O(T) time and memory.
 
-    Safe for gates of any strength: where the decay inside a chunk is too strong to be split into one factor per
-    query and one per key, chunks are cut into sub-chunks whose factors cannot overflow.
+    Safe for gates of any strength: where the decay inside a chunk may be too strong to be split into one factor per
+    query and one per key, chunks are halved repeatedly, and factors against the border of two halves cannot overflow.
     """
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     tokens = q.shape[1]

@@ -16,8 +16,8 @@ from linearize.conversion.convert import (
     SHARD_BYTES,
     base_record,
     check_convertible,
+    check_reach,
     convert_model,
-    mixers_for,
     nbytes,
     open_files,
     write_checkpoint,
@@ -25,8 +25,6 @@ from linearize.conversion.convert import (
 from linearize.conversion.limits import check_length, vocabulary_warning
 from linearize.conversion.output import check_space
 from linearize.conversion.source import has_tokenizer, load_config, load_model, load_tokenizer
-from linearize.errors import DataError
-from linearize.model.modeling import family_of
 from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
@@ -113,8 +111,8 @@ def make_start(
         LinearizeError: whatever stands in the way.
     """
     text = None
+    check_reach(recipe, teacher.config)
     if recipe.calibrate is not None:
-        check_reach(recipe, teacher.config)
         check_length(teacher, recipe.calibrate.length, "calibrate.length")
         # Before the teacher is touched: it may have to write the text.
         text = _text(recipe, tokenizer, teacher, say=say)
@@ -146,26 +144,6 @@ def _calibrated(
     for line in calibration_lines(found):
         say(f"calibrate: {line}")
     return found
-
-
-def check_reach(recipe: Recipe, config: Any) -> None:
-    """Raises:
-    DataError: rows of `calibrate.length` tokens have nothing beyond what is read exactly.
-    """
-    assert recipe.calibrate is not None  # noqa: S101 - the caller has looked
-    layers = family_of(config).layers(config)
-    sections = mixers_for(recipe.mixer, layers)
-    reach = min(
-        (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
-        default=None,
-    )
-    if reach is None:
-        raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
-    if recipe.calibrate.length <= reach:
-        raise DataError(
-            f"calibrate.length {recipe.calibrate.length:,}: the first {reach:,} tokens are all read exactly, so such "
-            "rows leave the recurrence nothing to answer: raise it"
-        )
 
 
 def convert(

@@ -81,10 +81,18 @@ def build_app() -> typer.Typer:
         if isinstance(group, typer.Typer):
             for command in group.registered_commands:
                 command.callback = _with_quiet(command.callback)
+                command.help = _paragraphs(command.callback.__doc__)
             app.add_typer(group, name=name)
         else:
-            app.command(name, epilog=getattr(module, "EPILOG", None))(_with_quiet(getattr(module, module_name)))
+            callback = _with_quiet(getattr(module, module_name))
+            app.command(name, help=_paragraphs(callback.__doc__), epilog=getattr(module, "EPILOG", None))(callback)
     return app
+
+
+def _paragraphs(docstring: str | None) -> str:
+    """A docstring with one line per paragraph. Typer prints line breaks as they stand, and they fit no other width."""
+    paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _with_quiet(command: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free, check_space, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +127,8 @@ def bench(
     and AdamW, with the adapters of the default recipe. They are put on
     copies that share the frozen weights; the model is left as it is.
     """
+    from linearize.recipe import load_recipe
+
     check_dtype(dtype)
     if (model is None) == (config is None):
         raise typer.BadParameter("give a MODEL, or a --config for random weights, and not both")
@@ -134,13 +137,13 @@ def bench(
     chosen = {name: _numbers(name, text) for name, text in (("--lengths", lengths), ("--batches", batches))}
     trained = () if train is None else _numbers("--train", train, least=2)
     limit = None if prefill_up_to is None else _number("--prefill-up-to", prefill_up_to)
+    spec = load_recipe(recipe, overrides or ()).mixer
+    if output is not None:
+        check_free(output, overwrite=overwrite)
     quiet_libraries()
     from linearize.benchmark.bench import Plan
     from linearize.benchmark.bench import bench as measure
-    from linearize.conversion.output import check_space, staged_folder
-    from linearize.recipe import load_recipe
 
-    spec = load_recipe(recipe, overrides or ()).mixer
     plan = Plan(
         lengths=chosen["--lengths"],
         batches=chosen["--batches"],

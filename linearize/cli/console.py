@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 stderr = Console(stderr=True, highlight=False)
 """For progress bars and tables that are not the command's data."""
+
+_SECONDS_BETWEEN_LINES = 20.0
 
 SetOption = Annotated[
     list[str] | None,
@@ -78,19 +81,23 @@ def silence(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
-    """On a terminal a line that says how far something is, written over; elsewhere nothing.
+    """On a terminal a line that says how far something is, written over; elsewhere a line now and then.
 
     Yields:
         what to call with a part's name, its steps that are done, and how many there are.
     """
-    if not stderr.is_terminal:
-        yield lambda *_: None
-        return
-    line = stderr.status(doing)
+    line, told = stderr.status(doing), time.monotonic()
 
     def tick(name: str, done: int, total: int) -> None:
+        nonlocal told
+        words = f"{doing}: {name}" + (f", {done:,} of {total:,} steps" if done else "")
+        if not stderr.is_terminal:
+            if time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                status(words)
+            return
         line.start()  # not before: what comes first may ask, or show bars of its own
-        line.update(f"{doing}: {name}" + (f" {done:,} of {total:,} steps" if done else ""))
+        line.update(words)
         if done >= total:
             line.stop()
 

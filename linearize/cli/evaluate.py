@@ -23,6 +23,8 @@ from linearize.cli.console import (
 )
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_writable
+from linearize.evaluation.suites import choose_tasks
 
 if TYPE_CHECKING:
     from linearize.evaluation.results import Results
@@ -97,6 +99,9 @@ def evaluate(
     """
     check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
+    choose_tasks(_names(tasks), _names(suite))
+    if report is not None:
+        check_writable(report)
     if launch is not None or accelerate_config is not None:
         raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()

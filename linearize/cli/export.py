@@ -18,6 +18,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free
 
 EPILOG = examples(
     "linearize export out/finetuned smol-gla --base HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -106,6 +107,7 @@ def export(
     of this machine and rows of the training data stay behind.
     """
     check_dtype(dtype)
+    check_free(output, overwrite=overwrite)
     quiet_libraries()
     from linearize.api import export as write
 

@@ -69,6 +69,9 @@ def finetune(
 
     Several processes share the rows of each step: losses are those of one, and the recipe is the same.
     """
+    from linearize.conversion.output import check_free, staged_folder
+    from linearize.errors import RecipeError
+    from linearize.recipe import load_recipe
     from linearize.training import processes
     from linearize.training.workfolder import finished_stages, recipe_to_resume, shared_work_folder
 
@@ -78,13 +81,6 @@ def finetune(
             status(f"{target}: this run is finished, so there is nothing to resume")
             _show_result(target, stages, as_json)
         return
-    if not dry_run and (launch is not None or accelerate_config is not None):
-        raise typer.Exit(launched(launch, accelerate_config))
-    quiet_libraries()
-    from linearize.conversion.output import check_free, staged_folder
-    from linearize.errors import RecipeError
-    from linearize.recipe import load_recipe
-
     settings = load_recipe(recipe, overrides or ())
     if teacher is not None:
         settings = settings.model_copy(update={"teacher": teacher})
@@ -92,6 +88,11 @@ def finetune(
         raise RecipeError(
             f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"
         )
+    if not dry_run and processes.is_first():
+        check_free(target, overwrite=overwrite)
+    if not dry_run and (launch is not None or accelerate_config is not None):
+        raise typer.Exit(launched(launch, accelerate_config))
+    quiet_libraries()
     if dry_run:
         if processes.is_first():
             configured = None if accelerate_config is None else processes.asked_for(accelerate_config)
@@ -105,8 +106,6 @@ def finetune(
     if resume:
         settings = recipe_to_resume(target, settings, overrides or (), name=recipe, say=say)
     shard = processes.join() or shard
-    if processes.is_first():
-        check_free(target, overwrite=overwrite)
     with shared_work_folder(target, settings, resume=resume) as work:
         result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
         processes.leave()
@@ -127,14 +126,18 @@ def _show_result(target: Path, stages: list[dict[str, Any]], as_json: bool) -> N
 
 
 def _show_memory(settings: Recipe, gpus: int, trust_remote_code: bool, as_json: bool) -> None:
-    from linearize.conversion.source import find_source
+    from linearize.conversion.convert import check_reach
+    from linearize.conversion.source import find_source, load_config
     from linearize.errors import RecipeError
     from linearize.training.finetune import check_dtype
 
     check_dtype(settings)
     if settings.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
-    stages = stages_memory(find_source(settings.model, trust_remote_code=trust_remote_code), settings, gpus)
+    source = find_source(settings.model, trust_remote_code=trust_remote_code)
+    if not source.is_converted:
+        check_reach(settings, load_config(source))
+    stages = stages_memory(source, settings, gpus)
     if as_json:
         print_json(memory_facts(stages))
     else:

@@ -22,13 +22,16 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import GpusOption, memory_facts, show_memory, stages_memory
+from linearize.cli.memory import memory_facts, show_memory, stages_memory
 from linearize.hub.card import ranges
+
+_GPUS = 8
 
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
     "linearize inspect ./model.gguf --set mixer.window=256",
     "linearize inspect ./model.gguf --recurrence all",
+    "linearize inspect ./model.gguf --training --gpus 4",
     "linearize inspect ./converted --json",
 )
 
@@ -46,23 +49,29 @@ def inspect(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
-    gpus: GpusOption = 8,
+    training: Annotated[
+        bool, typer.Option("--training", help="Show as well what each stage of the recipe takes on a GPU.")
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", metavar="N", min=1, help="How many share that work, 8 if left out; implies --training."),
+    ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's family and heads, what converts, its cache against the converted model's memory, and what the
-    recipe's training takes.
+    """Show a model's family and heads, what converts, and its cache against the converted model's memory.
 
     Reads the configuration only; no weights are loaded.
     """
+    from linearize.recipe import load_recipe
+
     check_dtype(dtype)
+    chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
+    settings = load_recipe(recipe, [*(overrides or ()), *chosen])
     quiet_libraries()
     from linearize.conversion.inspection import compare_mixers, every_recurrence, inspect_model
     from linearize.conversion.source import DTYPES, find_source
-    from linearize.recipe import load_recipe
 
-    chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
-    settings = load_recipe(recipe, [*(overrides or ()), *chosen])
     spec = settings.mixer
     source = find_source(model, trust_remote_code=trust_remote_code)
     if recurrence == "all":
@@ -76,12 +85,14 @@ def inspect(
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
     if facts["converted"] and (recurrence or any(change.startswith("mixer") for change in overrides or ())):
         status(f"{source.name}: converted already, shown as it is; the recipe's mixer section is not used")
-    stages = stages_memory(source, settings, gpus)
+    processes = gpus or _GPUS
+    stages = stages_memory(source, settings, processes) if training or gpus else None
     if as_json:
-        print_json({**facts, "training": memory_facts(stages)})
+        print_json(facts if stages is None else {**facts, "training": memory_facts(stages)})
         return
     _show(facts)
-    show_memory(settings, stages, gpus)
+    if stages is not None:
+        show_memory(settings, stages, processes)
 
 
 def _show(facts: dict[str, Any]) -> None:

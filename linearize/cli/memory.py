@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -12,10 +11,6 @@ if TYPE_CHECKING:
     from linearize.conversion.source import Source
     from linearize.recipe import Recipe
     from linearize.training.memory import Engine, TrainingMemory
-
-GpusOption = Annotated[
-    int, typer.Option("--gpus", metavar="N", min=1, help="How many share the work, where memory for several is told.")
-]
 
 
 def stages_memory(source: Source, recipe: Recipe, processes: int) -> list[dict[Engine, TrainingMemory]]:

@@ -24,6 +24,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free, check_space, staged_folder
 
 EPILOG = examples(
     "linearize probe HuggingFaceTB/SmolLM2-135M-Instruct -o probe",
@@ -82,18 +83,20 @@ def probe(
     Every layer (or key/value head) sees its window and sinks alone in turn, while the rest stays as it is. Those that
     lose most per byte of cache are named as a recipe's mixer.keep. Nothing is trained.
     """
+    from linearize.recipe import SourceSpec, load_recipe
+
     if damage not in ("layers", "heads", "none"):
         raise typer.BadParameter(f"--damage {damage}: expected layers, heads or none")
+    settings = load_recipe(recipe, overrides or ())
+    if output is not None:
+        check_free(output, overwrite=overwrite)
     quiet_libraries()
-    from linearize.conversion.output import check_space, staged_folder
     from linearize.conversion.source import find_source
     from linearize.evaluation.progress import ProgressLine
     from linearize.probe import Budget, ProbeOptions, run_probe
     from linearize.probe.report import probe_data, recipe_text, write_probe
     from linearize.probe.telling import basis, far_heads, hardest
-    from linearize.recipe import SourceSpec, load_recipe
 
-    settings = load_recipe(recipe, overrides or ())
     source = find_source(model, trust_remote_code=trust_remote_code)
     options = ProbeOptions(
         text=SourceSpec(source=text),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -43,7 +44,9 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 
 def _section(path: tuple[str, ...], command: Any) -> str:
     name = " ".join(path)
-    lines = ["#" * len(path) + f" {name}", "", inspect.cleandoc(command.help or ""), ""]
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    about = "\n\n".join(textwrap.fill(one, 120, break_on_hyphens=False, break_long_words=False) for one in paragraphs)
+    lines = ["#" * len(path) + f" {name}", "", about, ""]
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     options = [one for one in command.params if one.param_type_name == "option" and one.name != "help"]
     if not hasattr(command, "commands"):

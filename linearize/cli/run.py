@@ -21,6 +21,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free
 
 EPILOG = examples(
     "linearize run demo -o out",
@@ -46,11 +47,13 @@ def run(
 
     DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data.
     """
-    quiet_libraries()
-    from linearize.pipeline import gains_line, run_recipe
     from linearize.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
+    check_free(output, overwrite=overwrite)
+    quiet_libraries()
+    from linearize.pipeline import gains_line, run_recipe
+
     result = run_recipe(
         settings,
         output,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "linearize verify ./converted",
-    "linearize verify ./tuned --dtype bfloat16 --steps 1000",
+    "linearize verify ./tuned --dtype bfloat16 --steps 4096",
     "linearize verify ./tuned --steps 64 --json",
 )
 
@@ -39,11 +39,14 @@ def verify(
         typer.Option(
             "--tokens",
             min=1,
-            help="Length of the rows, more than window and sinks. If left out: four of the widest window, but at "
-            "least 256, and at most 2,048 unless a window made by conversion needs more.",
+            help="Length of the rows, more than window and sinks. If left out: three of the widest window, but at "
+            "least 192, and at most 2,048 unless a window made by conversion needs more.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Single decode steps of the drift check.")] = 4096,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Single decode steps of the drift check; two rows' length if left out."),
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

@@ -14,7 +14,7 @@ from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.weightfiles import NotStreamable
-from linearize.errors import ModelError, RecipeError
+from linearize.errors import DataError, ModelError, RecipeError
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LinearizedForCausalLM, MixerConfig
@@ -144,6 +144,43 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
         raise ModelError(f"{source.name}: {error}") from error
     if spec is not None:
         mixers_for(spec, family.layers(config))
+
+
+def check_reach(recipe: Recipe, config: Any) -> None:
+    """Refuses a recipe that calibrates, or shares landmarks out, where no text is longer than what is read exactly.
+
+    Args:
+        config: of the pretrained model.
+
+    Raises:
+        DataError: rows of `calibrate.length` tokens are too short.
+        RecipeError: the model's context is too short.
+    """
+    if recipe.calibrate is None and recipe.mixer.landmarks_by is None:
+        return
+    layers = family_of(config).layers(config)
+    sections = mixers_for(recipe.mixer, layers)
+    reach = min(
+        (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
+        default=None,
+    )
+    if reach is None:
+        if recipe.calibrate is None:
+            return
+        raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and context <= reach:
+        landmarks = f" and {recipe.mixer.landmarks:,} landmarks" if recipe.mixer.landmarks else ""
+        raise RecipeError(
+            f"mixer: a window of {recipe.mixer.window:,}, {recipe.mixer.sinks:,} sinks{landmarks} read the first "
+            f"{reach:,} tokens of a text exactly, and this model's context is {context:,} tokens: lower "
+            f"{'mixer.landmarks or ' if landmarks else ''}mixer.window"
+        )
+    if recipe.calibrate is not None and recipe.calibrate.length <= reach:
+        raise DataError(
+            f"calibrate.length {recipe.calibrate.length:,}: the first {reach:,} tokens are all read exactly, so such "
+            "rows leave the recurrence nothing to answer: raise it"
+        )
 
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:

@@ -167,8 +167,30 @@ def check_file(target: Path) -> None:
         raise OutputError(f"{target}: the folder {parent} cannot be written to; name another")
 
 
+def check_writable(target: Path, *, below: Path | None = None) -> None:
+    """Refuses the folder `target` where it, or the nearest folder that is there already, cannot be written to.
+
+    Args:
+        below: a folder that has to be writable instead of `target`.
+
+    Raises:
+        OutputError: a file stands in the way, or permissions do.
+    """
+    place = Path(os.path.abspath((below or target).expanduser()))
+    nearest = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"{target}: cannot be written: {nearest} is a file, and not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: cannot be written: the folder {nearest} is closed to you; name another")
+
+
 def check_free(target: Path, *, overwrite: bool) -> None:
-    """Refuses a place that is taken, unless it may be overwritten."""
+    """Refuses a place that cannot be written, or that is taken and may not be overwritten.
+
+    Raises:
+        OutputError: see above.
+    """
+    check_writable(target, below=Path(os.path.abspath(target.expanduser())).parent)
     if target.is_file():
         raise OutputError(f"{target}: is a file; name a folder")
     if target.is_dir() and any(target.iterdir()):

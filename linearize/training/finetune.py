@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from linearize.calibration.start import convert, make_start, prepares
-from linearize.conversion.convert import check_convertible, nbytes
+from linearize.conversion.convert import check_convertible, check_reach, nbytes
 from linearize.conversion.limits import check_length, check_tokens, vocabulary_warning
 from linearize.conversion.output import check_space, staged_folder
 from linearize.conversion.source import (
@@ -100,8 +100,10 @@ def finetune(
     # A converted model's base may be gone; a stage that never calls it does not need it.
     base = teacher_of(source, recipe.teacher) if asked or recipe.teacher or not source.is_converted else None
     teacher = Teacher(base, recipe.dtype, pretrained if base == source else None)
-    tokenizer = tokenizer or load_tokenizer(source)
     config: Any = load_config(source) if pretrained is None else pretrained.config
+    if not source.is_converted and begin is None:
+        check_reach(recipe, config)
+    tokenizer = tokenizer or load_tokenizer(source)
     if warning := vocabulary_warning(tokenizer, config, source.name):
         say(warning)
     set_seed(recipe.seed)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
 
 ROWS = 3
-_LEAST_TOKENS, _MOST_TOKENS = 256, 2048
+_WINDOWS, _LEAST_TOKENS, _MOST_TOKENS = 3, 192, 2048
 _SLACK = 16
 
 
@@ -32,8 +32,8 @@ class Subject:
     Args:
         model: loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
         special: token ids that do not stand inside a text.
-        tokens: length of the rows; None for four of the widest window, at least 256.
-        steps: single decode steps of the drift check.
+        tokens: length of the rows; None for three of the widest window, at least 192.
+        steps: single decode steps of the drift check; None for two rows' length.
         tick: called by long checks with how many of their steps are done, and of how many.
 
     Attributes:
@@ -52,16 +52,17 @@ class Subject:
         dtype: str,
         special: Collection[int],
         tokens: int | None,
-        steps: int,
+        steps: int | None,
         tick: Callable[[int, int], None],
     ) -> None:
-        self.model, self.source, self.dtype, self.steps, self.tick = model, source, dtype, steps, tick
+        self.model, self.source, self.dtype, self.tick = model, source, dtype, tick
         self.tolerance = 0.0
         vocabulary = torch.arange(model.config.vocab_size)
         self._allowed = vocabulary[~torch.isin(vocabulary, torch.tensor(sorted(special), dtype=torch.long))]
         widest, least, default = _lengths(model)
         most = self._positions = learned_positions(model)
         self.tokens = tokens or max(min(default, most or default), least)
+        self.steps = steps or 2 * self.tokens
         if self.tokens < least:
             raise VerificationError(
                 f"{source.name}: {self.tokens} tokens do not fill its window and sinks; give --tokens {least} or more"
@@ -116,13 +117,13 @@ class Subject:
 
 def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
     """The widest window; the fewest tokens that fill each window that conversion made and its sinks; and how many to
-    take by default: four windows, but no more than `_MOST_TOKENS` for the sake of a model's own sliding windows, which
+    take by default: `_WINDOWS` windows, but no more than `_MOST_TOKENS` because of a model's own sliding windows, which
     count as the widest only where conversion made none."""
     mixers = [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
     ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
     widest = max((mixer.window for mixer in ours or mixers), default=0)
     least = max((mixer.config.exact_tokens for mixer in ours), default=0) + _SLACK
-    return widest, least, max(_LEAST_TOKENS, min(4 * widest, _MOST_TOKENS), least)
+    return widest, least, max(_LEAST_TOKENS, min(_WINDOWS * widest, _MOST_TOKENS), least)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

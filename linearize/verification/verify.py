@@ -87,7 +87,7 @@ def verify(
     dtype: str = "auto",
     special: Collection[int] = (),
     tokens: int | None = None,
-    steps: int = 4096,
+    steps: int | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Runs every check. Weights that are changed meanwhile (see `awake`, `widened`) are put back bit for bit.
@@ -95,9 +95,10 @@ def verify(
     Args:
         model: as loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
         special: token ids that do not stand inside a text.
-        tokens: length of the rows; None for four of the widest window, at least 256.
-        steps: single decode steps of the drift check.
-        tick: called with a check's name, the steps it has done, and how many there are.
+        tokens: length of the rows; None for three of the widest window, at least 192.
+        steps: single decode steps of the drift check; None for two rows' length, because most of a verification's time
+            goes with single steps, and what drifts at all shows more with each window that passes.
+        tick: called with a check's name and number, the steps it has done, and how many there are.
 
     Raises:
         VerificationError: `tokens` do not fill a window and its sinks, or are more than the model has positions for.
@@ -106,7 +107,7 @@ def verify(
 
     def report(done: int, total: int) -> None:
         if tick is not None:
-            tick(name, done, total)
+            tick(f"{name} ({list(KINDS).index(name) + 1} of {len(KINDS)})", done, total)
 
     subject = Subject(model, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=report)
     checks = []
@@ -130,7 +131,7 @@ def verify(
                     report(0, 1)
                     checks[place] = _check(subject, name)
     kind = str(model.dtype).removeprefix("torch.")
-    return Verification(checks, kind, subject.tokens, steps, woken, moved, distance)
+    return Verification(checks, kind, subject.tokens, subject.steps, woken, moved, distance)
 
 
 def _check(subject: Subject, name: str) -> Check:

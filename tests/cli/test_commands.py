@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from linearize.cli.app import COMMANDS
 from linearize.conversion.source import checkpoint_digest, find_source
 from tests.conftest import random_llama
 
@@ -220,6 +223,97 @@ def test_help_is_quick_to_import_and_has_examples():
         )
         assert done.stdout.strip().endswith("[]"), command
         assert f"linearize {command}" in done.stdout.split("Examples:")[1]
+
+
+BEFORE_TORCH = """
+import sys
+from linearize.cli.app import run
+
+for line in sys.stdin.read().splitlines():
+    status = run(line.split("|"))
+    loaded = sorted({"torch", "transformers", "lm_eval", "datasets"} & set(sys.modules))
+    print(status, *loaded)
+"""
+
+
+def test_a_recipe_its_changes_and_the_output_are_checked_before_torch_is_loaded(tmp_path):
+    """In one process, so a single command that loads torch shows in all after it."""
+    taken = write(tmp_path / "taken" / "notes.txt", "mine").parent
+    below_a_file = taken / "notes.txt" / "out"
+    commands = [
+        (["convert", "m", "-o", "out", "-r", "landmark"], "unknown recipe 'landmark'"),
+        (["convert", "m", "-o", "out", "--set", "mixer.windw=3"], "did you mean 'mixer.window'"),
+        (["convert", "m", "-o", taken], "exists and is not empty"),
+        (["convert", "m", "-o", below_a_file], "is a file, and not a folder"),
+        (["run", "landmark", "-o", "out"], "unknown recipe 'landmark'"),
+        (["run", "default", "-o", taken], "exists and is not empty"),
+        (["finetune", "landmark", "-o", "out"], "unknown recipe 'landmark'"),
+        (["finetune", "landmark", "-o", "out", "--launch", "2"], "unknown recipe 'landmark'"),
+        (["finetune", "default", "-o", taken], "exists and is not empty"),
+        (["finetune", "landmarks", "-o", "out"], "has no stages"),
+        (["inspect", "m", "-r", "landmark"], "unknown recipe 'landmark'"),
+        (["inspect", "m", "--recurrence", "kdaa"], "did you mean 'kda'"),
+        (["probe", "m", "--set", "mixer.windw=3"], "did you mean 'mixer.window'"),
+        (["probe", "m", "-o", below_a_file], "is a file, and not a folder"),
+        (["bench", "m", "-r", "landmark"], "unknown recipe 'landmark'"),
+        (["bench", "m", "-o", taken], "exists and is not empty"),
+        (["demo", "-o", taken], "exists and is not empty"),
+        (["export", "m", taken], "exists and is not empty"),
+        (["eval", "m", "--suite", "recal"], "no suite called 'recal'"),
+        (["eval", "m", "--report", below_a_file], "is a file, and not a folder"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_TORCH], capture_output=True, text=True, check=True, cwd=tmp_path,
+        input="\n".join("|".join(map(str, command)) for command, _ in commands),
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["1"] * len(commands), done.stderr
+    for (command, told), line in zip(commands, done.stderr.splitlines(), strict=True):
+        assert told in line, command
+
+
+def test_a_folder_that_is_closed_is_told_before_any_work(tmp_path, monkeypatch, outcome):
+    monkeypatch.setattr("linearize.conversion.output.os.access", lambda path, mode: False)
+    status, _, error = outcome("convert", "m", "-o", tmp_path / "a" / "b")
+    assert status == 1 and f"the folder {tmp_path} is closed to you" in error
+
+
+@pytest.mark.parametrize("recipe", ["landmarks-exact", "landmarks"])
+def test_a_context_as_short_as_what_is_read_exactly_is_refused_at_once(outcome, tmp_path, monkeypatch, recipe):
+    folder = random_llama(tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    monkeypatch.setattr("linearize.calibration.start.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    commands = [["convert", folder, "-o", tmp_path / "out", "-r", recipe], ["run", recipe, "-o", tmp_path / "out"]]
+    stage = "stages=[{objective: sft, length: 64, data: {source: self, tokens: 640}}]"
+    commands.append(["finetune", recipe, "-o", tmp_path / "out", "--set", stage])
+    for command in commands:
+        model = () if command[0] == "convert" else ("--set", f"model={folder}")
+        for more in ((), ("--dry-run",)) if command[0] != "run" else ((),):
+            status, text, error = outcome(*command, *model, *more)
+            assert (status, text) == (1, ""), command
+            (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+            assert "of a text exactly, and this model's context is 256 tokens: lower mixer.landmarks" in line
+    # Landmarks that leave something of the context to answer are converted.
+    small = ("--set", "mixer.landmarks=32", "--set", "mixer.window=16", "--dry-run")
+    assert outcome(*commands[0], *small)[0] == 0
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_breaks_lines_at_the_width_of_the_terminal(width):
+    """A paragraph's lines are full: the first word of the next would not have fitted."""
+    environment = {**os.environ, "COLUMNS": str(width), "TERMINAL_WIDTH": str(width)}
+    code = (
+        "import sys; from linearize.cli.app import COMMANDS, run\n"
+        "for name in COMMANDS: print('\\f'); run([name, '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    pages = done.stdout.split("\f")[1:]
+    assert len(pages) == len(COMMANDS)
+    for page in pages:
+        about = [line.strip() for line in page.split("╭", 1)[0].splitlines()]
+        for line, following in itertools.pairwise(about):
+            if line and following:
+                assert len(f" {line} {following.split()[0]}") > width - 2, (line, following)
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -18,6 +18,10 @@ def test_inspect_and_a_dry_run_tell_the_same(outcome, tiny_folder, converted):
     assert json.loads(outcome(*dry, "--json")[1]) == told
     assert set(told[0]["fsdp2"]["fits_gb"]) == {"16", "24", "48", "80", "141"}
     assert outcome(*dry)[1] in text
+    # Only where it is asked for.
+    assert outcome("inspect", tiny_folder, "--training", *small)[1].count("stage 1: ") == 1
+    assert "stage 1" not in outcome("inspect", tiny_folder, *small)[1]
+    assert "training" not in json.loads(outcome("inspect", tiny_folder, *small, "--json")[1])
     # A converted model has its own mixer, whatever the recipe says.
     own = ("finetune", "default", "--dry-run", "--json", "--set", f"model={converted}")
     one, other = (json.loads(outcome(*own, "--set", f"mixer.window={window}")[1]) for window in (8, 200))

@@ -174,7 +174,7 @@ def test_repeated_ngrams() -> None:
     assert repeated([1, 2, 3, 4, 9, 1, 2, 3, 4], frozenset({9})) == 0
 
 
-def test_prompts(tokenizer: Any, data: Path, data_folder: Path) -> None:  # a tokenizer of words
+def test_prompts(tokenizer: Any, data: Path) -> None:
     prompts = page_prompts(tokenizer, data, samples=7, tokens=24, seed=0)
     assert [len(prompt) for prompt in prompts] == [24] * 7
     assert prompts == page_prompts(tokenizer, data, samples=9, tokens=24, seed=0)[:7]

@@ -181,11 +181,15 @@ def test_tasks_have_the_answers_of_the_plain_way(copyable: bool, monkeypatch: py
 
 @torch.inference_mode()
 def test_a_token_that_spans_context_and_continuation() -> None:
-    # The tokenizer has tokens of several words, so that the last word alone may take no token of its own.
+    # The tokenizer has tokens of several words, so that the last word alone may take no token of its own, which it does
+    # in every tenth text.
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder()).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder())
     (task,) = lm_eval_tasks(["lambada"], data_folder())
-    (answer,) = task.answers(model, tokenizer, [42], 1)
-    (context, continuation) = answer.arguments[0]
-    assert len(tokenizer.encode(context + continuation)) <= len(tokenizer.encode(context))
-    assert answer.responses[0][0] < -1
+    spanned = 0
+    for answer in task.answers(model, tokenizer, range(60), 1):
+        (context, continuation) = answer.arguments[0]
+        if len(tokenizer.encode(context + continuation)) <= len(tokenizer.encode(context)):
+            spanned += 1
+            assert answer.responses[0][0] < -1
+    assert spanned

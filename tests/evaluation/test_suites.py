@@ -48,12 +48,12 @@ def test_an_unknown_name_is_told_with_the_nearest(tasks: list[str], suites: list
 
 def test_options_reach_the_tasks() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder())
-    options = SuiteOptions(data=data_folder(), lengths=(128, 256), samples=2)
+    options = SuiteOptions(data=data_folder(), lengths=(192, 256), samples=2)
     piqa, passkey, rise = build_suites(choose_tasks(["piqa", "passkey", "loss_rise"]), tokenizer, options)
     assert (piqa.suite, passkey.suite, rise.suite) == ("core", "recall", "length")
-    assert {passkey.tags(index)["length"] for index in range(len(passkey))} == {128, 256}
+    assert {passkey.tags(index)["length"] for index in range(len(passkey))} == {192, 256}
     assert len(rise) == 2
-    (other,) = build_suites({"recall": ["passkey"]}, tokenizer, SuiteOptions(lengths=(128, 256), samples=2, seed=1))
+    (other,) = build_suites({"recall": ["passkey"]}, tokenizer, SuiteOptions(lengths=(192, 256), samples=2, seed=1))
     assert other.digest != passkey.digest
     with pytest.raises(DataError, match="compares with a teacher"):
         build_suites({"generation": ["agreement"]}, tokenizer, options)

@@ -34,7 +34,7 @@ BESIDE_THE_SCORE = {
     "should_decontaminate",
     "doc_to_decontamination_query",
 }
-ITEMS = {
+PUBLIC_ITEMS = {
     "piqa": 1838,
     "arc_easy": 2376,
     "arc_challenge": 1172,
@@ -43,6 +43,14 @@ ITEMS = {
     "lambada": 5153,
     "wikitext2": 62,
 }
+
+
+def items_of(name: str, folder: Path) -> int:
+    """How many items the task's file has: its lines, or its titles of pages."""
+    local = task_definitions()[name].local
+    assert local is not None
+    text = (folder / local.path).read_text(encoding="utf-8")
+    return len(re.findall(r"^ = [^=\n]+ = $" if name == "wikitext2" else r"^\{", text, flags=re.MULTILINE))
 
 
 def test_every_task_has_a_line_of_description() -> None:
@@ -84,8 +92,17 @@ def test_definition_is_that_of_lm_eval(name: str) -> None:
 
 
 def test_all_local_files_are_read_whole() -> None:
-    built = build_tasks(list(ITEMS), data_folder())
-    assert {name: len(groups[""].eval_docs) for name, groups in built.items()} == ITEMS
+    built = build_tasks(list(STOCK), data_folder())
+    found = {name: len(groups[""].eval_docs) for name, groups in built.items()}
+    assert found == {name: items_of(name, data_folder()) for name in STOCK} and min(found.values()) > 10
+
+
+@pytest.mark.public
+def test_the_public_sets_have_all_their_items(public_folder: Path) -> None:
+    built = build_tasks([*STOCK, "mmlu"], public_folder)
+    mmlu = built.pop("mmlu")
+    assert {name: len(groups[""].eval_docs) for name, groups in built.items()} == PUBLIC_ITEMS
+    assert sum(len(task.eval_docs) for task in mmlu.values()) == 14042
 
 
 def test_wikitext_aggregations_are_the_defaults() -> None:
@@ -197,7 +214,8 @@ def test_local_data_touches_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(datasets, "load_dataset", forbidden)
     monkeypatch.setattr("socket.socket.connect", forbidden)
     shutil.copytree(data_folder() / "arc", tmp_path / "arc")
-    assert len(build_tasks(["arc_easy"], tmp_path)["arc_easy"][""].eval_docs) == ITEMS["arc_easy"]
+    documents = build_tasks(["arc_easy"], tmp_path)["arc_easy"][""].eval_docs
+    assert len(documents) == items_of("arc_easy", data_folder())
 
 
 def test_mmlu_is_that_of_lm_eval() -> None:
@@ -210,7 +228,7 @@ def test_mmlu_is_that_of_lm_eval() -> None:
     files = sorted(path for path in folder.glob("mmlu_*.yaml"))
     built, definition = build_tasks(["mmlu"], data_folder())["mmlu"], task_definitions()["mmlu"]
     assert len(files) == len(built) == 57
-    assert sum(len(task.eval_docs) for task in built.values()) == 14042
+    assert sum(len(task.eval_docs) for task in built.values()) == items_of("mmlu", data_folder())
     for number, path in enumerate(files):
         stock = load_yaml(path)
         subject = stock["dataset_name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from linearize_kernels import (
 )
 from torch import Tensor
 
+# `linearize_kernels.gla` is the function of that name.
+SPLITTING = [importlib.import_module(f"linearize_kernels.{name}") for name in ("decay", "gla")]
 Form = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -270,3 +273,19 @@ def test_heads_that_do_not_divide_are_refused(name):
     q, *others = inputs(KERNELS[name], 4, 1.0, group=1)
     with pytest.raises(ValueError, match="cannot share"):
         KERNELS[name].run(torch.cat([q, q[:, :, :1]], 2), *others)
+
+
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.gates != "head"])
+@pytest.mark.parametrize("tokens", [5, 40, 48, 130])
+@pytest.mark.parametrize("gates", [0.01, 1.0, "channels"])
+def test_halves_give_the_numbers_of_one_split(name, tokens, gates, monkeypatch):
+    """Other devices than a CPU take halves whatever the gates are, because they read no value."""
+    kernel = KERNELS[name]
+    arguments = inputs(kernel, tokens, gates, width=17)
+    reference = run(literal(kernel), arguments, torch.float64)
+    plain = error(run(kernel.forms[0], arguments, torch.float32), reference)
+    for module in SPLITTING:
+        monkeypatch.setattr(module, "splits", lambda cumulative: False)
+    assert max(error(run(kernel.forms[1], arguments, torch.float64), reference)) < 1e-11
+    for ours, theirs in zip(error(run(kernel.forms[1], arguments, torch.float32), reference), plain, strict=True):
+        assert ours <= 2 * theirs + 1e-6

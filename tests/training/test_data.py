@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,6 @@ from linearize.errors import DataError
 from linearize.training.data import load_data
 from linearize.training.rows import Document, Rows, pack
 
-DATA = Path(os.environ.get("LINEARIZE_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
-TINY = DATA / "models" / "tinystories-656k"
 CHAT = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
@@ -35,10 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tokenizer():
-    if not TINY.is_dir():
-        pytest.skip("the tiny test model is not there")
-    return AutoTokenizer.from_pretrained(TINY)
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 def load(source, tokenizer, length=16, seed=0, teacher=None, progress=lambda line: None, **spec):
@@ -242,8 +237,8 @@ def test_rows_that_a_prompt_fills_are_left_out(tmp_path, tokenizer):
     assert all(bool((rows.labels != -100).any(1).all()) for rows in (data.train, data.held_out))
 
 
-def test_text_written_by_the_teacher(tokenizer):
-    teacher = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+def test_text_written_by_the_teacher(tiny_folder, tokenizer):
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     data = load("self", tokenizer, length=32, tokens=200, held_out=2, teacher=lambda: teacher)
     assert len(data.train) == 7
     assert len(data.held_out) == 2

@@ -72,7 +72,7 @@ def losses(work: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("objective", ["sft", "distill", "{distill: 0.9, sft: 0.1}"])
-def test_the_loss_falls_and_only_what_should_changes(tiny_folder, data_folder, text, tmp_path, objective):
+def test_the_loss_falls_and_only_what_should_changes(tiny_folder, text, tmp_path, objective):
     settings = recipe(tiny_folder, text, f"stages.0.objective={objective}", "stages.0.epochs=2")
     after = trained(settings, tmp_path / "work")
     found = losses(tmp_path / "work")

@@ -113,7 +113,7 @@ def test_a_weight_too_small_for_a_row_is_told(tmp_path, tokenizer):
         load(tokenizer, mix=[cat, {**dog, "weight": 0.1}], tokens=128)
 
 
-def test_recall_text_asks_for_what_it_told(tokenizer, data_folder):  # a tokenizer of words, that rows hold it all
+def test_recall_text_asks_for_what_it_told(tokenizer):
     data = load(tokenizer, length=256, source="recall", tokens=12 * 256, held_out=2)
     assert (len(data.train), len(data.held_out)) == (12, 2)
     kinds = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,10 @@ from linearize.training.selftext import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DATA = Path(os.environ.get("LINEARIZE_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
-TINY = DATA / "models" / "tinystories-656k"
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}{{ eos_token }}"
     "{% else %}A: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 )
-pytestmark = pytest.mark.skipif(not TINY.is_dir(), reason="the tiny test model is not there")
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +37,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def teacher() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+def teacher(tiny_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(TINY)
+def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 def write(teacher, tokenizer, tokens=300, seed=0, **options):
@@ -61,7 +57,7 @@ def test_documents_have_the_asked_for_tokens_and_end_once(teacher, tokenizer):
     assert all(d[0] == tokenizer.bos_token_id and len(d) <= 200 for d in documents)
     assert any(d[-1] == tokenizer.eos_token_id for d in documents)
     assert all(tokenizer.eos_token_id not in d[:-1] and tokenizer.bos_token_id not in d[1:-1] for d in documents)
-    assert "Once upon a time" in tokenizer.decode(documents[0])
+    assert any("Once upon a time" in tokenizer.decode(document) for document in documents)
 
 
 def test_a_seed_decides_the_text_and_leaves_the_global_generator_alone(teacher, tokenizer, cache):
