@@ -87,8 +87,8 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def digest_of(tensor: Tensor) -> bytes:
     """SHA-256 of all bytes of `tensor`."""
-    octets = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
-    return hashlib.sha256(octets.numpy()).digest()
+    octets: Any = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(octets).digest()
 
 
 def _configuration(model: PreTrainedModel) -> str:

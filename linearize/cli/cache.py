@@ -64,7 +64,7 @@ def remove_entries(
     if bool(names) == everything:
         raise typer.BadParameter("give names of entries or kinds, or --all")
     chosen = cache.entries() if everything else cache.named(names or ())
-    removed, kept = [], []
+    removed, kept = list[cache.Entry](), list[cache.Entry]()
     for entry in chosen:
         (removed if cache.remove(entry) else kept).append(entry)
     if as_json:

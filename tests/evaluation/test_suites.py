@@ -55,7 +55,7 @@ def test_options_reach_the_tasks() -> None:
     assert len(rise) == 2
     (other,) = build_suites({"recall": ["passkey"]}, tokenizer, SuiteOptions(lengths=(192, 256), samples=2, seed=1))
     assert other.digest != passkey.digest
-    with pytest.raises(DataError, match="compares with a teacher"):
+    with pytest.raises(DataError, match="agreement: compared with the teacher; name it with --teacher"):
         build_suites({"generation": ["agreement"]}, tokenizer, options)
 
 

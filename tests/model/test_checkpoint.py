@@ -146,8 +146,8 @@ def test_a_tokenizer_runs_no_code(checkpoint, tmp_path, monkeypatch):
     ids = AutoTokenizer.from_pretrained(checkpoint)("Once upon a time").input_ids
     assert done.stdout == f"{ids}\n{ids}\n"  # and no question
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
-    # transformers 4 looks this name up before it asks for the model's configuration, and has not the newer one.
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # transformers 4 looks the class up before the model's configuration, and has none of this name.
+    assert settings["tokenizer_class"] != "TokenizersBackend"
 
 
 def test_the_card_names_the_folder_and_its_code_runs(tiny_folder, checkpoint, tmp_path, monkeypatch):
