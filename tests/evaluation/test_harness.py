@@ -95,7 +95,7 @@ def test_items_equal_those_of_lm_eval(tmp_path: Path) -> None:
     reference = HFLM(pretrained=str(tiny_model_folder()), device="cpu", batch_size=8)
     names = ["piqa", "winogrande", "arc_challenge"]
     last = min(items_of(name, data_folder()) for name in names) - 1
-    assert_equal_to_stock(reference, model.eval(), tokenizer, names, [*range(20), 111, last // 2, last], tmp_path)
+    assert_equal_to_stock(reference, model.eval(), tokenizer, names, [*range(20), last // 2, last], tmp_path)
 
 
 @pytest.mark.slow

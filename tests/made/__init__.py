@@ -39,7 +39,12 @@ def data_folder() -> Path:
     """The public data sets that LINEARIZE_TEST_DATA names, otherwise made-up ones."""
     from tests.made.data import write_data
 
-    return _named() or write_data(Path(_own().name) / "data")
+    if (named := _named()) is not None:
+        return named
+    folder = write_data(Path(_own().name) / "data")
+    (folder / "models").mkdir()
+    (folder / "models" / "tinystories-656k").symlink_to(tiny_folder())
+    return folder
 
 
 @cache

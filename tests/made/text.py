@@ -1,7 +1,7 @@
 """Deterministic English-like text, in which what a document says early comes again late.
 
-Each document has a cast: people with a thing, its colour and a place of their own. Sentences about a person name these,
-so a model that remembers the cast has a lower loss than one that sees the last few words alone.
+Each document has a cast: a few of all names, things, colours and places. Its sentences draw from these, so a model that
+remembers the words of a whole document has a lower loss than one that sees the last few alone.
 """
 
 from __future__ import annotations
@@ -65,28 +65,32 @@ _BETWEEN = (
 
 
 class Cast:
-    """People of one document, and what belongs to each."""
+    """The words that one document draws from, and what belongs to each person."""
 
     def __init__(self, draw: random.Random, people: int = 3) -> None:
         self.draw, self.names = draw, draw.sample(NAMES, people)
         self.animal = draw.choice(ANIMALS)
-        self.own = {
-            name: {"colour": draw.choice(COLOURS), "thing": draw.choice(THINGS), "place": draw.choice(PLACES)}
-            for name in self.names
+        self.words = {
+            "colour": draw.sample(COLOURS, 3),
+            "thing": draw.sample(THINGS, 7),
+            "place": draw.sample(PLACES, 6),
+            "mood": draw.sample(MOODS, 4),
         }
+        self.own = {name: self._some() for name in self.names}
+
+    def _some(self) -> dict[str, str]:
+        return {kind: self.draw.choice(words) for kind, words in self.words.items()}
 
     def sentence(self) -> str:
         name, other = self.draw.sample(self.names, 2)
         wording = self.draw.choice(_ABOUT if self.draw.random() < 0.7 else _BETWEEN)
-        return wording.format(
-            name=name, other=other, animal=self.animal, mood=self.draw.choice(MOODS), **self.own[name]
-        )
+        return wording.format(name=name, other=other, animal=self.animal, **self._some())
 
     def sentences(self, count: int) -> str:
         return " ".join(self.sentence() for _ in range(count))
 
 
-def stories(seed: str, sentences: tuple[int, int] = (4, 24)) -> Iterator[str]:
+def stories(seed: str, sentences: tuple[int, int] = (6, 30)) -> Iterator[str]:
     """Stories without end."""
     draw = random.Random(seed)  # noqa: S311 - to be repeated
     while True:
@@ -102,7 +106,7 @@ def play(seed: str, characters: int) -> str:
     draw, scenes, size = random.Random(seed), [], 0  # noqa: S311 - to be repeated
     while size < characters:
         cast = Cast(draw, 4)
-        turns = [f"{draw.choice(cast.names)}:\n{cast.sentences(draw.randint(1, 3))}" for _ in range(16)]
+        turns = [f"{draw.choice(cast.names)}:\n{cast.sentences(draw.randint(1, 3))}" for _ in range(40)]
         scenes.append("\n\n".join(turns))
         size += len(scenes[-1]) + 2
     return "\n\n".join(scenes) + "\n"

@@ -21,9 +21,9 @@ from tests.made.data import alpaca
 from tests.made.text import book, play, stories, wiki_pages
 
 _UNKNOWN, _START, _END = "<unk>", "<|start_story|>", "<|end_story|>"
-_VOCABULARY, _LENGTH = 1024, 320
+_VOCABULARY, _LENGTH = 1024, 288
 # Rows per step, learning rates of the first and the last step, and steps.
-_PHASES = ((12, 4e-3, 4e-3, 400), (6, 2.5e-3, 0.0, 120))
+_PHASES = ((8, 4e-3, 4e-3, 250), (8, 4e-3, 0.0, 150))
 
 
 def documents(seed: str) -> Iterator[str]:
@@ -92,7 +92,7 @@ def train(tokenizer: Tokenizer) -> LlamaForCausalLM:
             optimizer.step()
             optimizer.zero_grad()
             if step % 50 == 0:
-                print(f"step {step}: loss {float(loss):.3f}", flush=True)
+                print(f"step {step}: loss {float(loss.detach()):.3f}", flush=True)
     return model
 
 
