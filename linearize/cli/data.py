@@ -45,7 +45,7 @@ def _group() -> None:
 )
 def preview(
     recipe: RecipeArgument,
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows of each source to show.")] = 2,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each source to show.")] = 2,
     stage: Annotated[int | None, typer.Option("--stage", min=1, help="Show this stage alone, counted from 1.")] = None,
     overrides: SetOption = None,
     trust_remote_code: TrustOption = False,

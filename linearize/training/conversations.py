@@ -75,7 +75,8 @@ def messages_of(where: str, turns: list[Any], notes: Counter[str]) -> tuple[list
         DataError: a turn is no message.
         Skip: a message other than an answer is null.
     """
-    messages, learned = [], set()
+    messages: list[Message] = []
+    learned: set[int] = set()
     for turn in turns:
         message, weighs = _message(where, turn)
         if message["role"] == "assistant" and weighs:

@@ -265,7 +265,7 @@ def _open(
         progress(f"data: reading {source}")
         tally = Tally()
         documents = _read(spec, seed, tokenizer, tally)
-    stream = (document for document in documents if any(document.loss))
+    stream: Iterator[Document] = (document for document in documents if any(document.loss))
     skipped = _take(stream, reserved) if apart else []
     if apart and tally:
         stream = _without(stream, {_digest(document) for document in skipped}, tally)

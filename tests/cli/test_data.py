@@ -46,7 +46,7 @@ def test_rows_are_those_of_training(asked, outcome, tiny_folder):
 
 
 def test_what_carries_loss_is_marked(asked, outcome):
-    status, text, _ = outcome("data", "preview", *asked, "--stage", 2, "-n", 1)
+    status, text, _ = outcome("data", "preview", *asked, "--stage", 2, "--rows", 1)
     assert status == 0
     assert text.startswith("=== stage 2, sft: row 1 of foxes.jsonl, ") and text.count("===") == 2
     assert "--- tokens 0 to " in text and "Response:\n⟦It is fox " in text and "⟧\n" in text
