@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import shutil
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,7 +217,7 @@ def finetune(
         if not shard:
             choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
-        start = processes.from_the_first(lambda folder=folder: newest(folder) if resume else None)
+        start = processes.from_the_first(partial(newest, folder)) if resume else None
         done = step_of(start) if start else 0
         if number < reached and done < total_steps(stage, len(data.train)):
             # What later stages learned began at weights that are no more.
