@@ -105,7 +105,9 @@ def bench(
     limit = PREFILL_UP_TO[device] if plan.prefill_up_to is None else plan.prefill_up_to
     steps = plan.steps or STEPS[device]
     # A converted model goes on from one repeat to the next, because its memory does not grow.
-    check_length(model, max(plan.lengths, default=0) + steps * (plan.repeats + 2), "--lengths, measured steps included,")
+    check_length(
+        model, max(plan.lengths, default=0) + steps * (plan.repeats + 2), "--lengths, measured steps included,"
+    )
     check_length(model, max(plan.train, default=0), "--train")
     rows: list[dict[str, Any]] = []
     roof = bandwidth(torch.device(device))
