@@ -15,6 +15,7 @@ from linearize.benchmark.shapes import fewer_layers, named_config
 from linearize.benchmark.subjects import Subject, converted_from, cut, random_teacher, sharing, teacher_beside
 from linearize.benchmark.training import train
 from linearize.conversion.convert import check_convertible, versions
+from linearize.conversion.limits import check_length
 from linearize.conversion.source import DTYPES, Source, default_device, find_source, load_model
 from linearize.errors import ModelError
 from linearize.evaluation.formatting import readable_bytes
@@ -84,6 +85,7 @@ def bench(
 
     Raises:
         ModelError: the model cannot be read, is not supported, or does not fit into memory.
+        DataError: the model has learned fewer positions than are measured.
     """
     device = default_device()
     teacher, model, setting = _models(reference, spec, config, layers, dtype, device, trust_remote_code)
@@ -102,6 +104,11 @@ def bench(
         subjects.append(Subject.of("int8", to_int8(sharing(model))))
     limit = PREFILL_UP_TO[device] if plan.prefill_up_to is None else plan.prefill_up_to
     steps = plan.steps or STEPS[device]
+    # A converted model goes on from one repeat to the next, because its memory does not grow.
+    check_length(
+        model, max(plan.lengths, default=0) + steps * (plan.repeats + 2), "--lengths, measured steps included,"
+    )
+    check_length(model, max(plan.train, default=0), "--train")
     rows: list[dict[str, Any]] = []
     roof = bandwidth(torch.device(device))
     with torch.no_grad():

@@ -89,6 +89,12 @@ def test_a_state_goes_on_to_the_last_position(gpt2):
         state.generate(model, torch.arange(1, 30)[None], max_new_tokens=2, do_sample=False)
 
 
+def test_a_benchmark_beyond_the_last_position_is_refused(gpt2, run):
+    code, told = run("bench", gpt2 / "converted", "--lengths", "64,128")
+    assert (code, told.endswith("the model has learned 128 positions; choose up to that")) == (1, True), told
+    assert "--lengths, measured steps included, " in told
+
+
 def test_rows_of_more_tokens_than_positions_are_refused_before_training(gpt2, tmp_path, run):
     (tmp_path / "text.txt").write_text("some text " * 200)
     sets = [f"stages.0.data.source={tmp_path / 'text.txt'}", "stages.0.length=256"]
