@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import shutil
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,7 +170,7 @@ def finetune(
     earlier = len(records)  # stages of the runs before
     data, reserved = None, reserved_tokens(recipe.stages)
     # The first process looks and tells the others: it also removes checkpoints, and a shared disk may show them late.
-    reached = processes.from_the_first(lambda: _stage_to_resume(work, len(recipe.stages)) if resume else 0)
+    reached = processes.from_the_first(partial(_stage_to_resume, work, len(recipe.stages))) if resume else 0
 
     def rows_of(number: int, stage: Stage) -> TrainingData:
         kept = work / f"stage-{number}.rows.safetensors"
@@ -200,7 +201,7 @@ def finetune(
         if not shard:
             choose_trained(student, stage.train)
         folder = work / f"stage-{number}"
-        start = processes.from_the_first(lambda folder=folder: newest(folder) if resume else None)
+        start = processes.from_the_first(partial(newest, folder)) if resume else None
         done = step_of(start) if start else 0
         if number < reached and done < total_steps(stage, len(data.train)):
             # What later stages learned began at weights that are no more.
