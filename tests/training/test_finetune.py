@@ -156,7 +156,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(tiny_folder, 
     calls, forward = [], LinearizedAttention.forward
 
     def counted(self, *args, **keywords):
-        calls[-1] += 1
+        calls[-1] += torch.is_grad_enabled()  # the check of the merge is not training
         return forward(self, *args, **keywords)
 
     monkeypatch.setattr(LinearizedAttention, "forward", counted)
