@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,9 @@ def both_ways(folder, target, *changes, teacher=None, shard_bytes=20_000, **opti
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     for name in ("config.json", "generation_config.json"):
         assert (target / "files" / name).read_text() == (target / "memory" / name).read_text()
-    cards = ((target / way / "README.md").read_text().replace(f"# {way}\n", "", 1) for way in ("files", "memory"))
-    assert next(cards) == next(cards)  # but for their title, the folder's name
+    named = re.compile(r'(?:^# |from_pretrained\("|linearize eval )(?:files|memory)', re.MULTILINE)  # the folder's name
+    cards = {named.sub("", (target / way / "README.md").read_text()) for way in ("files", "memory")}
+    assert len(cards) == 1
     files = json.loads((target / "files" / "linearize.json").read_text())["files"]
     assert files == {name: sha256(target / "files" / name) for name in files}
     return sorted(path.name for path in (target / "files").glob("*.safetensors")), told
@@ -128,7 +130,7 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     (tmp_path / "files").mkdir()
     with pytest.raises(ModelError, match=r"1 weights are not there, model\.norm\.weight among them"):
         convert(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
-    assert told[1].endswith("its files lack 1 weights, model.norm.weight among them")
+    assert any(line.endswith("its files lack 1 weights, model.norm.weight among them") for line in told)
 
 
 def scaled(name):
