@@ -16,7 +16,7 @@ from linearize.errors import ModelError, RecipeError
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.report import SystemScores, report_data, report_table, write_report
 from linearize.evaluation.results import Results
-from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
+from linearize.evaluation.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.evaluation.systems import BASELINES, describe, score_systems
 from linearize.training.finetune import check_dtype, finetune
 from linearize.training.result import FinetuneResult, write_result
@@ -82,7 +82,7 @@ def run_recipe(
     config = load_config(source)
     check_convertible(config, source, recipe.mixer)
     check_reach(recipe, config)
-    chosen = choose_tasks([task for task in recipe.evaluate.tasks if task != HELD_OUT])
+    chosen = choose_tasks(recipe.evaluate.tasks)
     check_free(target, overwrite=overwrite)
     seconds: dict[str, float] = {}
     with (

@@ -28,6 +28,7 @@ _BLOCK = re.compile(
 # The commands are those of the page; what they are given on top makes them short.
 _STAGE = ["data.tokens=512", "data.held_out=2", "length=64", "batch_tokens=128"]
 _SMALL = {
+    "convert": ["mixer.window=16"],
     "finetune": ["mixer.window=16", *(f"stages.0.{one}" for one in _STAGE)],
     "run": ["mixer.window=16", *(f"stages.0.{one}" for one in _STAGE), "evaluate.tasks=[]"],
 }

@@ -71,7 +71,7 @@ def sinks_that_drift(patch: pytest.MonkeyPatch) -> None:
 
     def forward(self, new, lengths, memory):
         if memory and new.q.shape[1] == 1:
-            memory.parts["sinks"]["v"] *= 1 + 1.5e-6
+            memory.parts["sinks"]["v"] *= 1 + 3e-6
         return own(self, new, lengths, memory)
 
     patch.setattr(Mixer, "forward", forward)

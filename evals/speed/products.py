@@ -107,7 +107,8 @@ def _contenders(linears: list[nn.Linear], x: Tensor) -> dict[str, list[Callable[
     kinds["bfloat16"] = [partial(F.linear, half, weight) for weight in halves]
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         kinds["float32, oneDNN"] = [partial(_onednn, x, linear.weight) for linear in linears]
-        kinds["bfloat16, oneDNN"] = [partial(_onednn, half, weight) for weight in halves]
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            kinds["bfloat16, oneDNN"] = [partial(_onednn, half, weight) for weight in halves]
     integers = [rounded(linear, Quantization()) for linear in linears]
     for layer in integers:
         layer.fast = True

@@ -262,7 +262,7 @@ def check_taken(unexpected: Iterable[str], source: Source) -> None:
     left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
     if not left:
         return
-    if any(_SCALES.search(name.rpartition(".")[2]) for name in left):
+    if any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
         why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
     elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):
         why = "it is a classifier or a reward model; take the language model that it was made of"

@@ -117,7 +117,7 @@ def evaluate(
     systems = find_systems(source, pretrained, baselines, dtype)
     rows = held_out_rows(source) if HELD_OUT in tasks else None
     # Names first, then data, then models: what is wrong is told before anything costs time.
-    chosen = choose_tasks([task for task in tasks if task != HELD_OUT], suites)
+    chosen = choose_tasks(tasks, suites)
     tokenizer = load_tokenizer(source)
     reference = _reference_dtype(dtype)
     if options.teacher is None and pretrained is not None:

@@ -180,7 +180,7 @@ def finetune(
     earlier = len(records)  # stages of the runs before
     data, reserved = None, reserved_tokens(recipe.stages)
     # The first process looks and tells the others: it also removes checkpoints, and a shared disk may show them late.
-    reached = processes.from_the_first(lambda: _stage_to_resume(work, len(recipe.stages)) if resume else 0)
+    reached = processes.from_the_first(partial(_stage_to_resume, work, len(recipe.stages))) if resume else 0
 
     def rows_of(number: int, stage: Stage) -> TrainingData:
         kept = work / f"stage-{number}.rows.safetensors"

@@ -63,6 +63,7 @@ def calibrated(tiny_folder, story, tmp_path_factory):
     return folder, convert(find_source(str(tiny_folder)), recipe(story), folder)
 
 
+@pytest.mark.public  # rests on a model that was trained well
 def test_it_beats_a_window_of_equal_bytes_and_lives_on_its_recurrence(calibrated, tiny_folder, story):
     folder, start = calibrated
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
@@ -230,7 +231,7 @@ def test_training_starts_from_there(calibrated, tiny_folder, story, tmp_path):
 
 def test_nothing_that_stages_hold_out_is_chosen_by_or_fitted_to(tiny_folder, tmp_path, monkeypatch):
     words, path = ("cat", "dog", "tree", "cloud", "red", "blue", "river"), tmp_path / "stories.jsonl"
-    lines = [f"Story {n} begins. " + " ".join(words[(n + k * k) % 7] for k in range(120)) for n in range(400)]
+    lines = [f"Story {n} begins. " + " ".join(words[(n + k * k) % 7] for k in range(60)) for n in range(400)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     held = f"data: {{source: {path}, held_out: 8}}, batch_tokens: 256"
     settings = load_recipe(

@@ -149,6 +149,7 @@ def chosen(tiny_folder, four_layers, data_folder):
     return choose
 
 
+@pytest.mark.public  # rests on a model that was trained well
 def test_a_budget_is_spent_beside_what_is_named(chosen):
     (free, probe, _), wanted = chosen("mixer.keep={budget: 25%, by: loss}"), "mixer.keep={%s, budget: 25%%, by: loss}"
     (best,) = free.keep.layers

@@ -345,7 +345,7 @@ def config(folder: Path, **values: object) -> Path:
         (lambda t, _: ["convert", config(t / "m", model_type="t5"), "-o", t / "out"], "encoder-decoder"),
         (lambda t, _: ["convert", config(t / "m", model_type="mamba"), "-o", t / "out"], "has linear layers already"),
         (lambda t, _: ["inspect", config(t / "m", model_type="nonsense")], "cannot be read"),
-        (lambda t, _: ["convert", config(t / "m", model_type="llama"), "-o", t / "out"], "cannot be read"),
+        (lambda t, _: ["convert", config(t / "m", model_type="llama"), "-o", t / "out"], "has no weights"),
         (lambda t, _: ["inspect", write(t / "m" / "config.json", "{").parent], "cannot be read"),
         (lambda t, _: ["inspect", "owner/nothing-of-this-name"], "Hub"),
         (lambda t, m: ["convert", m, "-o", t / "out", "--set", "mixer.windw=3"], "did you mean 'mixer.window'"),

@@ -111,6 +111,9 @@ def test_scaled_positions_are_those_of_the_model_in_safetensors(name, tmp_path):
     source = find_source(str(write_gguf(tmp_path / "m.gguf", plain, keys, tensors)))
     teacher = load_model(source)
     torch.testing.assert_close(logits(teacher, ids), wanted, atol=1e-4, rtol=0)
+    if "long_factor" in rope:  # a conversion has one table for texts of all lengths
+        rope = {**rope, "short_factor": rope["long_factor"]}
+        wanted = logits(tiny("llama", rope_parameters={**rope, "rope_theta": 1e4}), ids)
     (tmp_path / "out").mkdir()
     start = convert(source, load_recipe("default", [f"mixer.window={LENGTH}"]), tmp_path / "out")
     torch.testing.assert_close(logits(start.model, ids), wanted, atol=1e-4, rtol=0)

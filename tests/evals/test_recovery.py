@@ -27,7 +27,7 @@ def test_a_dry_run_from_text_to_plots(data_folder, tmp_path, monkeypatch, capsys
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     first, last = found["cells"]
     assert (first["budget"], first["tokens"], last["budget"]) == (0, 0, 2048)
-    assert 1536 < last["tokens"] <= 2048  # rows that a prompt fills are left out
+    assert 1024 < last["tokens"] <= 2048  # rows that a prompt fills are left out
     for cell in (first, last):
         assert {"kl", "loss", "late"} <= cell["figures"]["model"].keys()  # of two reports
         assert cell["figures"]["teacher"]["kl"][0] == pytest.approx(0, abs=1e-6)

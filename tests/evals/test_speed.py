@@ -75,7 +75,8 @@ def test_products_are_measured_and_committed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["products", "--table"])
     products.main()
     kept = capsys.readouterr().out
-    assert made.splitlines()[1] == kept.splitlines()[1] or "oneDNN" not in made  # the same columns
+    columns, known = ({*text.splitlines()[0].split("|")} for text in (made, kept))
+    assert columns <= known and len(columns) > 4  # a processor may lack a contender
     assert kept.count("\n") - 2 == 2 * len(products.LAYERS) * len(products.ROWS)
     notes = (products.FIGURES.parent / "NOTES.md").read_text(encoding="utf-8")
     for row in json.loads(products.FIGURES.read_text(encoding="utf-8"))["rows"]:

@@ -183,6 +183,7 @@ def test_baselines_of_a_model_that_is_not_converted(folder: Path) -> None:
         find_systems(source, source, ["teecher"])
 
 
+@pytest.mark.public  # rests on a model that was trained well
 def test_a_branch_that_is_off_shows_in_scores(folder: Path) -> None:
     results = evaluate(find_source(str(folder)), ["wikitext2"], baselines=["all"], options=_options(), limit=1)
     loss = {name: scores.tasks[0].value for name, scores in results.scores.items()}

@@ -30,7 +30,7 @@ def broken(tiny: Any) -> Any:
     model, generator = copy.deepcopy(tiny), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)
+            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
     return model
 
 

@@ -73,6 +73,7 @@ def test_a_recurrence_multiplied_by_zero(teacher: Any, measured: Any, tmp_path: 
     assert "does nothing" not in text and "With its recurrence off" in told_of_the_model(text)
 
 
+@pytest.mark.public  # rests on a model that was trained well
 def test_a_window_one_token_short(teacher: Any, measured: Any, tmp_path: Path) -> None:
     short = converted(teacher, weight=0.0)
     for attention in short.attention_layers:

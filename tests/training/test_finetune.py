@@ -156,7 +156,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(tiny_folder, 
     calls, forward = [], LinearizedAttention.forward
 
     def counted(self, *args, **keywords):
-        calls[-1] += 1
+        calls[-1] += torch.is_grad_enabled()  # the check of the merge is not training
         return forward(self, *args, **keywords)
 
     monkeypatch.setattr(LinearizedAttention, "forward", counted)
@@ -326,7 +326,7 @@ def test_adapters_of_every_kind_start_as_the_model_train_and_merge(tiny_folder, 
     names = {name for name, p in student.named_parameters() if p.requires_grad}
     assert any(is_adapter(name) for name in names)
     assert all(is_adapter(name) or is_own_parameter(name) for name in names)
-    learns_and_merges(student, ids, lr=0.1, atol=1e-4)
+    learns_and_merges(student, ids, lr=0.02, atol=1e-4)
 
 
 def test_adapters_that_do_not_fit_are_told():
