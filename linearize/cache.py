@@ -180,8 +180,8 @@ def named(names: Iterable[str]) -> list[Entry]:
     found, chosen = entries(), dict[str, Entry]()
     for name in names:
         fitting = [entry for entry in found if name == entry.kind or entry.name.startswith(name)]
-        if not fitting and name not in KINDS:
-            raise OutputError(f"{name}: no such entry of the cache; `linearize cache ls` shows them")
+        if not name or (not fitting and name not in KINDS):
+            raise OutputError(f"{name or repr(name)}: no such entry of the cache; `linearize cache ls` shows them")
         if len(fitting) > 1 and name not in KINDS:
             raise OutputError(f"{name}: {len(fitting)} entries of the cache begin so; write more of the name")
         chosen |= {entry.name: entry for entry in fitting}

@@ -218,6 +218,8 @@ def test_ls_and_rm(root, outcome, monkeypatch):
     assert outcome("cache", "rm")[0] == outcome("cache", "rm", "--all", "self-text")[0] == 2
     status, _, words = outcome("cache", "rm", "self-tex")
     assert status == 1 and "self-tex: 2 entries of the cache begin so; write more of the name" in words
+    status, _, words = outcome("cache", "rm", "self-text/b", "")
+    assert status == 1 and "'': no such entry of the cache" in words and len(cache.entries()) == 3
     status, printed, words = outcome("cache", "rm", "self-text/a")
     assert (status, printed) == (0, f"self-text/{'a' * 32}.safetensors\n") and "removed 1 entries, 1.0 kB" in words
     status, _, words = outcome("cache", "rm", "teacher-logits")

@@ -57,6 +57,7 @@ _DISK_HINTS = {
     errno.EROFS: "name a folder that can be written to",
     errno.EACCES: "check the permissions, or name another path",
     errno.EPERM: "check the permissions, or name another path",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 

@@ -244,7 +244,9 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
 
 
 # Buffers that older versions of transformers saved and newer ones compute: rotary frequencies, positions, causal masks.
-_COMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|attn\.bias|attn\.masked_bias)$")
+_COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|attn\.bias|attn\.masked_bias)$"
+)
 _SCALES = re.compile(r"scale|qweight|qzeros|absmax|quant_map|weight_packed|zero_point|amax")
 
 

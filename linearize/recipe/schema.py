@@ -470,7 +470,7 @@ class Recipe(Section):
     stages: list[Stage] = []
     lora: LoraSpec | None = LoraSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers that training reports to, besides its metrics.jsonl; each is a package of its own."""

@@ -115,6 +115,10 @@ def _message(where: str, turn: Any) -> tuple[Message, bool]:
     if content is None and role in ("user", "system"):
         raise Skip(f"the content of a message by {role} is null")
     message = {**kept, "role": role, "content": _content(where, content)}
+    if role == "assistant" and isinstance(old := kept.get("function_call"), dict) and "tool_calls" not in kept:
+        # Before tools there was one function a turn, which templates do not know.
+        del kept["function_call"], message["function_call"]
+        kept["tool_calls"] = [{"type": "function", "function": old}]
     if "tool_calls" in kept:
         message["tool_calls"] = _calls(where, kept["tool_calls"])
         if not message["tool_calls"]:

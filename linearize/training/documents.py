@@ -52,6 +52,7 @@ class Tally:
         skipped: records that hold nothing to learn from, by the reason, with the place of one of them.
         notes: what chat templates left out.
         duplicates: documents that equal one that is held out.
+        shards, beside: files of a folder that are read; files that are not.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Tally:
     duplicates: int = 0
     plain: bool = False
     shards: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def skip(self, reason: str, where: str) -> None:
         """Counts a record that is left out."""
@@ -75,6 +77,8 @@ class Tally:
         parts = []
         if len(self.shards) > 1:
             parts.append(f"{len(self.shards):,} files, {self.shards[0]} to {self.shards[-1]}")
+        if self.beside:
+            parts.append(f"files not read: {_listed(self.beside)}")
         if self.plain:
             parts.append(f"{self.shapes.total():,} parts of plain text")
         else:
@@ -110,7 +114,7 @@ def read_documents(
         DataError: a record cannot be used; where the first one in the file cannot either, the error is about that.
             Also where no record at all holds anything to learn.
     """
-    tally.plain, tally.shards = records.plain, tuple(records.shards)
+    tally.plain, tally.shards, tally.beside = records.plain, tuple(records.shards), tuple(records.beside)
     first = None
     for record in records:
         first = first or record
@@ -155,6 +159,10 @@ def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBa
     values = {role: fields.get(name) for role, name in names.items()}
     reader = _Reader(where, names, values, tokenizer, tally)
     pieces, templated = getattr(reader, shape)()
+    try:
+        "".join(piece for piece, _ in pieces).encode()
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, and tokenizers refuse it
+        raise Skip("its text has half of a surrogate pair, which is no character") from None
     document = encode(pieces, tokenizer, begins=not templated, ends=ends)
     if not any(document.loss):
         raise Skip("it has no token to learn")

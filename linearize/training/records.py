@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
 import random
 import re
 import tempfile
@@ -33,6 +34,17 @@ LONGEST_RECORD = 16_000_000
 """Characters of one line; a document of more is a file that has lost its line breaks, and takes minutes to tokenize."""
 HUB_SHUFFLE_BUFFER = 10_000
 """Records of a streamed data set that are shuffled among themselves: all of it is never on this machine."""
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|contributing|code_of_conduct|use_policy)([._-].*)?"
+    r"|dataset_infos?\.json|croissant\.json",
+    re.IGNORECASE,
+)
+"""Files that come with a data set and hold none of its records."""
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+"""Words in the names of files -> the split, as `datasets` reads them."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """The fields under which a conversation is found without `columns`."""
 
@@ -52,13 +64,16 @@ class Records:
 
     Attributes:
         shards: the file names, where the source is a folder of several files.
+        beside: names of the folder's other files, which are not read.
         plain: the records are parts of plain text.
     """
 
     plain = False
 
-    def __init__(self, parts: Sequence[Sequence[Record]], seed: int, shards: Sequence[str] = ()) -> None:
-        self.parts, self.seed, self.shards = parts, seed, shards
+    def __init__(
+        self, parts: Sequence[Sequence[Record]], seed: int, shards: Sequence[str] = (), beside: Sequence[str] = ()
+    ) -> None:
+        self.parts, self.seed, self.shards, self.beside = parts, seed, shards, beside
         self._ends = list(accumulate(map(len, parts)))
 
     def __iter__(self) -> Iterator[Record]:
@@ -110,14 +125,14 @@ def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
     if path.is_dir() and _is_saved(path):
         yield Records([_saved(path, source, spec.split)], seed)
         return
-    files = _shards(path, source) if path.is_dir() else [path]
+    files, beside = _shards(path, source, spec.split) if path.is_dir() else ([path], [])
     packed = any(file.suffix.lower() in _COMPRESSED for file in files)
     with tempfile.TemporaryDirectory(prefix="linearize-") if packed else nullcontext("") as folder:
         parts = []
         for number, file in enumerate(files):
             shown = str(Path(source) / file.name) if path.is_dir() else source
             parts.append(_file_records(file, shown, spec, Path(folder) / str(number)))
-        records = Records(parts, seed, [file.name for file in files] if path.is_dir() else ())
+        records = Records(parts, seed, [file.name for file in files] if path.is_dir() else (), beside)
         records.plain = _kind(files[0]) in _TEXT
         if not len(records):
             raise DataError(f"{source}: the file is empty; give one with text in it")
@@ -148,9 +163,15 @@ def _check_exists(path: Path, source: str) -> None:
     raise DataError(f"{source}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else " in that folder"))
 
 
-def _shards(path: Path, source: str) -> list[Path]:
-    """The files of a folder in the order of their names, all of one kind."""
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+def _shards(path: Path, source: str, split: str) -> tuple[list[Path], list[str]]:
+    """The files of a folder in the order of their names, all of one kind, and the names of those that are not read:
+    what a data set says about itself, and other splits."""
+    found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+    files = [file for file in found if not _ABOUT.fullmatch(file.name)]
+    # A folder of pages may have a README among them, which is a text like the others.
+    if {*map(_kind, files)} <= {*_TEXT}:
+        files += [file for file in found if file not in files and files and _kind(file) in {*map(_kind, files)}]
+    files = _of_split(sorted(files), source, split)
     kinds = Counter(_kind(file) or file.suffix or file.name for file in files)
     if not any(map(_kind, files)):
         folders = sorted(p.name for p in path.iterdir() if p.is_dir())
@@ -161,7 +182,20 @@ def _shards(path: Path, source: str) -> list[Path]:
         raise DataError(
             f"{source}: this folder mixes several kinds of files ({found}); name a file in it, or move all others away"
         )
-    return files
+    return files, [file.name for file in found if file not in files]
+
+
+def _of_split(files: list[Path], source: str, split: str) -> list[Path]:
+    """Those files of a split whose names say so; all of them where the names tell of one split, or of none."""
+    words = {file: re.split(r"[-_. 0-9]+", file.name.lower()) for file in files}
+    named = {file: next((_SPLITS[word] for word in words[file] if word in _SPLITS), None) for file in files}
+    # A name without a split among others makes the words parts of titles.
+    if len({*named.values()}) < 2 or None in named.values():
+        return files
+    if split not in named.values():
+        has = ", ".join(sorted({str(one) for one in named.values()}))
+        raise DataError(f"{source}: has no file of a split {split}; set data.split to one of {has}")
+    return [file for file in files if named[file] == split]
 
 
 def _file_records(path: Path, source: str, spec: SourceSpec, unpacked: Path) -> Sequence[Record]:
@@ -299,7 +333,7 @@ def _key_of_records(whole: dict[str, Any], spec: SourceSpec) -> str | None:
 def _parse(text: str, source: str, line: int) -> Any:
     """The JSON in `text`, which starts at `line` of the file."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_constant)
     except json.JSONDecodeError as problem:
         at = line + problem.lineno - 1
         raise DataError(
@@ -309,6 +343,11 @@ def _parse(text: str, source: str, line: int) -> Any:
         raise DataError(f"{source}:{line}: broken JSON (nested too deeply); mend that line") from None
     except ValueError as problem:  # more digits than Python reads
         raise DataError(f"{source}:{line}: broken JSON ({str(problem).split(':')[0]}); mend that line") from problem
+
+
+def _constant(name: str) -> float | None:
+    """NaN is null, as pandas writes an empty cell so."""
+    return None if name == "NaN" else float(name)
 
 
 def _csv_records(path: Path, source: str, delimiter: str) -> list[Record]:
@@ -357,7 +396,10 @@ class _Rows(Sequence[Record]):
 
 
 def _without_fill(value: Any, *, within: bool = False) -> Any:
-    """The value without the nulls that Arrow fills in where a key of a nested object is another row's."""
+    """The value without the nulls that Arrow fills in where a key of a nested object is another row's. NaN, an empty
+    cell of pandas, is null."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, dict):
         return {key: _without_fill(v, within=True) for key, v in value.items() if v is not None or not within}
     return [_without_fill(item, within=True) for item in value] if isinstance(value, list) else value

@@ -46,6 +46,11 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
             "error: /out/x: No space left on device; free some space, or name a folder on another disk\n",
         ),
         (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 9),
+            1,
+            "error: xxxxxxxxx: File name too long; give a shorter name\n",
+        ),
+        (
             PermissionError(errno.EACCES, "Permission denied", "/out/x"),
             1,
             "error: /out/x: Permission denied; check the permissions, or name another path\n",

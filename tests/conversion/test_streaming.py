@@ -208,6 +208,16 @@ def test_buffers_that_are_computed_may_be_in_the_files(tokenizer_folder, tmp_pat
     assert not told
 
 
+def test_rotary_tables_may_be_in_the_files(tokenizer_folder, tmp_path):
+    folder = saved(build("llama"), tmp_path / "base", tokenizer_folder)
+    held = weights(folder)
+    for name in ("inv_freq", "cos_cached", "sin_cached"):
+        held[f"model.layers.0.self_attn.rotary_emb.{name}"] = torch.ones(4)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    _, told = both_ways(folder, tmp_path / "out")
+    assert not told
+
+
 _MEASURED = """
 import json, resource, sys, time
 from pathlib import Path

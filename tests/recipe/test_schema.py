@@ -117,6 +117,12 @@ def test_stages_that_are_refused(keys: dict[str, object]) -> None:
         stage(**keys)
 
 
+def test_a_seed_is_one_that_all_generators_take() -> None:
+    assert Recipe(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ValidationError):
+        Recipe(seed=2**32)
+
+
 def test_softmax_mix_needs_a_normaliser() -> None:
     assert MixerSpec(mix="softmax").normalize
     with pytest.raises(ValidationError, match="mix: softmax needs normalize: true"):

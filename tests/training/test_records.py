@@ -201,6 +201,13 @@ def test_calls_by_speakers_are_calls(tmp_path, qwen):
     assert text == qwen.apply_chat_template(USED, tools=TOOLS, tokenize=False).rstrip()
 
 
+def test_the_one_call_of_a_turn_is_a_call(tmp_path, qwen):
+    old = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    text, learned, _ = read(tmp_path / "a.jsonl", [{"tools": TOOLS, "messages": [ASKED, old, TOLD, SAID]}], qwen)
+    assert text == qwen.apply_chat_template(USED, tools=TOOLS, tokenize=False).rstrip()
+    assert learned == f"{CALLED[1:]}<|im_end|>|It is 21 degrees.<|im_end|>"
+
+
 def test_a_template_that_shows_no_tools_is_told(tmp_path, qwen):
     qwen.chat_template = PLAIN
     _, learned, lines = read(tmp_path / "a.jsonl", [{"tools": TOOLS, "messages": USED}], qwen)
@@ -319,8 +326,55 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, tokenizer):
     lines: list[str] = []
     assert torch.equal(load(shards, tokenizer, length=64, lines=lines).train.input_ids, expected)
     assert lines[1] == f"data: {shards}: 2 files, b-1.jsonl.gz to b-2.jsonl; 40 texts (text)"
-    (shards / "README.md").write_text("x")
+    (shards / "notes.md").write_text("x")
     assert "mixes several kinds of files (2 .jsonl, 1 .md); name a file in it" in error(shards, tokenizer)
+
+
+def test_what_a_data_set_says_about_itself_is_no_data(tmp_path, tokenizer):
+    expected = load(write(tmp_path / "b.jsonl", RECORDS), tokenizer, length=64).train.input_ids
+    hub = tmp_path / "hub"
+    (hub / "data").mkdir(parents=True)
+    for name in ("README.md", "LICENSE", "LICENSE-MIT.txt", "dataset_infos.json"):
+        (hub / name).write_text("A card of a data set. " * 99)
+    # The records lie in a folder: the card is not trained on in their place.
+    assert "no file in this folder can be read; name one of its folders (data)" in error(hub, tokenizer)
+    write(hub / "a.jsonl", RECORDS)
+    lines: list[str] = []
+    assert torch.equal(load(hub, tokenizer, length=64, lines=lines).train.input_ids, expected)
+    assert "files not read: LICENSE, LICENSE-MIT.txt, README.md, dataset_infos.json; 40 texts" in lines[1]
+    # Among pages a README is a page.
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for name in ("README.md", "a.md"):
+        (pages / name).write_text(f"The page {name}. " * 99)
+    assert "README" in tokenizer.decode(load(pages, tokenizer, length=64).train.input_ids.flatten())
+
+
+def test_of_shards_of_several_splits_one_is_read(tmp_path, tokenizer):
+    for name, said in {"train-0-of-2": "fox", "train-1-of-2": "fox", "test-0-of-1": "owl", "validation": "elk"}.items():
+        write(tmp_path / f"{name}.jsonl", [{"text": f"The {said} number {n} saw {name}."} for n in range(9)])
+    lines: list[str] = []
+    text = tokenizer.decode(load(tmp_path, tokenizer, lines=lines).train.input_ids.flatten())
+    assert text.count("fox") == 18 and "owl" not in text and "elk" not in text
+    assert "2 files, train-0-of-2.jsonl to train-1-of-2.jsonl; files not read: test-0-of-1.jsonl, valid" in lines[1]
+    text = tokenizer.decode(load(tmp_path, tokenizer, split="test").train.input_ids.flatten())
+    assert text.count("owl") == 9 and "fox" not in text
+    wanted = "has no file of a split dev; set data.split to one of test, train, validation"
+    assert wanted in error(tmp_path, tokenizer, split="dev")
+    # Among names that tell of none, the words are parts of titles.
+    write(tmp_path / "more.jsonl", [{"text": "A cat."}])
+    lines.clear()
+    load(tmp_path, tokenizer, lines=lines)
+    assert "5 files, more.jsonl to validation.jsonl; 37 texts (text)" in lines[1]
+
+
+def test_numbers_that_are_none_are_null_and_half_a_character_is_skipped(tmp_path, tokenizer):
+    good = {"instruction": "Which?", "input": float("nan"), "output": "This one."}
+    bad = [{**good, "output": float("nan")}, {**good, "output": "Half \ud83d of it."}]
+    text, _, lines = read(tmp_path / "a.jsonl", [good, *bad], tokenizer)
+    assert "nan" not in text and "### Input" not in text
+    assert "2 skipped: " in summary(lines) and "1 because output is null" in summary(lines)
+    assert "1 because its text has half of a surrogate pair, which is no character" in summary(lines)
 
 
 def test_rows_of_tables_and_saved_data_sets(tmp_path, qwen):
