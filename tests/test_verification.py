@@ -170,7 +170,7 @@ def test_weights_come_back_after_an_interruption(folder):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
         def interrupt(name: str, done: int, total: int) -> None:
-            if name == "decode":
+            if name.startswith("decode "):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

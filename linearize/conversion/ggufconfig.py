@@ -92,9 +92,9 @@ class _Rotary:
         Raises:
             ModelError: a key or tensor that cannot be applied; it is named.
         """
-        if (base := self._number("freq_base", 0.0)) > 0:
+        if (base := self._base("freq_base")) is not None:
             self.parameters["rope_theta"] = base
-        if self.sliding and (base := self._number("freq_base_swa", 0.0)) > 0:
+        if self.sliding and (base := self._base("freq_base_swa")) is not None:
             self.sliding["rope_theta"] = base
         self._set_width()
         scaling = self._scaling()
@@ -245,6 +245,14 @@ class _Rotary:
     def _original(self) -> int | None:
         value = self._number("scaling.original_context_length", 0.0)
         return int(value) or None
+
+    def _base(self, key: str) -> float | None:
+        """The base of rotary frequencies; None where the file has no such key."""
+        if self.prefix + key not in self.head.values:
+            return None
+        if (base := self._number(key, 0.0)) <= 0:
+            raise self._refused(self.prefix + key, f"{base}")
+        return base
 
     def _number(self, key: str, default: float) -> float:
         value = self.head.values.get(self.prefix + key, default)

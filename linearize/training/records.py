@@ -178,9 +178,9 @@ def _shards(path: Path, source: str, split: str) -> tuple[list[Path], list[str]]
         has = f"; name one of its folders ({', '.join(folders[:5])})" if folders else ""
         raise DataError(f"{source}: no file in this folder can be read{has}, or give one of {READABLE}")
     if len(kinds) > 1:
-        found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        mixed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raise DataError(
-            f"{source}: this folder mixes several kinds of files ({found}); name a file in it, or move all others away"
+            f"{source}: this folder mixes several kinds of files ({mixed}); name a file in it, or move all others away"
         )
     return files, [file.name for file in found if file not in files]
 

@@ -172,6 +172,7 @@ def test_phi_3_keeps_its_partial_rotation_and_its_two_tables(tmp_path):
         ({"rope.scaling.factor": "four"}, {}, "llama.rope.scaling.factor cannot be applied (four)"),
         ({"rope.scaling.factor": float("nan")}, {}, "llama.rope.scaling.factor cannot be applied (nan)"),
         ({"rope.scaling.factor": -2.0}, {}, "llama.rope.scaling.factor cannot be applied (-2.0)"),
+        ({"rope.freq_base": 0.0}, {}, "llama.rope.freq_base cannot be applied (0.0)"),
         (YARN, {"rope_freqs.weight": SLOW}, "rope_freqs.weight cannot be applied (together with yarn)"),
         ({}, {"rope_freqs.weight": SLOW[:8]}, "rope_freqs.weight cannot be applied (8 factors for 16 pairs"),
         ({}, {"rope_freqs.weight": [0.0, *SLOW[1:]]}, "rope_freqs.weight cannot be applied (factors that are not"),
