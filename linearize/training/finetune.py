@@ -100,6 +100,8 @@ def finetune(
     asked = any(wants_teacher(stage) or _reads(stage, SELF) for stage in recipe.stages)
     # A converted model's base may be gone; a stage that never calls it does not need it.
     base = teacher_of(source, recipe.teacher) if asked or recipe.teacher or not source.is_converted else None
+    if source.is_converted and base == source:
+        raise RecipeError(f"teacher: {base.name} is the model itself; name the pretrained model that it was made from")
     teacher = Teacher(base, recipe.dtype, pretrained if base == source else None)
     config: Any = load_config(source) if pretrained is None else pretrained.config
     if not source.is_converted and begin is None:

@@ -146,6 +146,13 @@ def test_stages_that_use_a_teacher_need_one(outcome, orphan, base, text, tmp_pat
     assert status == 0, words
 
 
+def test_a_model_is_not_its_own_teacher(outcome, moved, text, tmp_path):
+    arguments = ("finetune", "default", "-o", tmp_path / "out", "--set", f"model={moved}", "--teacher", moved)
+    status, _, words = outcome(*arguments, "--set", f"stages.0.data.source={text}", *SHORT)
+    assert status == 1 and "is the model itself" in words
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_that_the_hub_no_longer_has(outcome, moved, text, tmp_path):
     """Only loading it shows that it is gone, which is after all names were read."""
     arguments = ("finetune", "default", "-o", tmp_path / "tuned", "--set", f"model={moved}", *SHORT)
