@@ -70,7 +70,7 @@ def error_of(text: str, *overrides: str) -> str:
         ("", "x.yaml: expected a mapping of recipe keys, got an empty document"),
         ("[1]", "x.yaml: expected a mapping of recipe keys, got [1]"),
         ("seed: " + "[" * 5000, "x.yaml: nested too deeply"),
-        ("seed: " + "9" * 5000, "x.yaml:1: seed: expected an integer >= 0, got '999"),
+        ("seed: " + "9" * 5000, "x.yaml:1: seed: expected an integer >= 0 and < 4294967296, got '999"),
     ],
 )
 def test_errors_in_a_recipe(text: str, message: str) -> None:
