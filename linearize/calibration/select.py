@@ -86,9 +86,11 @@ def _by_damage(
                 "choose from; leave the budget out"
             )
         return _with_mixer(recipe, reach=None), None, [_alone(parts[0].layer)]
+    length = ProbeOptions.length
     options = ProbeOptions(
         text=_text(recipe),
         tokens=_TOKENS,
+        length=min(length, learned_positions(teacher) or length),
         damage=unit,
         by=keep.by,
         budget=None if keep.budget is None else Budget.parse(keep.budget),

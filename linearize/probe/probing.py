@@ -177,7 +177,7 @@ def run_probe(
     if options.length <= spec.window + spec.sinks:
         raise DataError(
             f"rows of {options.length:,} tokens have nothing beyond a window of {spec.window:,} and {spec.sinks} "
-            "sinks: raise --length"
+            "sinks: raise --length of `linearize probe`, or lower mixer.window"
         )
     tokenizer, teacher = tokenizer or load_tokenizer(source), teacher or load_model(source, dtype=recipe.dtype)
     limit = learned_positions(teacher)

@@ -55,7 +55,8 @@ def basis(probe: Probe) -> list[str]:
     if kept.damage is None:
         more = " beside what the recipe names" if named else ""
         return [
-            f"Nothing to keep{more}: no damage is more than {SURE:g} standard errors above 0. More --tokens tell more."
+            f"Nothing to keep{more}: no damage is more than {SURE:g} standard errors above 0. More text tells more "
+            "(`linearize probe --tokens`)."
         ]
     kind = "layer" if probe.options.damage == "layers" else "key/value head"
     rise = f"rise of loss on {probe.rows} rows of {probe.options.length:,} tokens ({probe.source})"

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from linearize.errors import DataError
+from linearize.training.rows import NO_LOSS
 
 if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
@@ -43,16 +44,21 @@ def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:
 def check_something_to_learn(
     student: LinearizedForCausalLM, rows: Rows, stage: Stage, *, adapters: bool, untrained: bool
 ) -> str | None:
-    """`nothing_to_recall`, unless that leaves a stage nothing at all to learn.
+    """`nothing_to_recall`, unless a stage has nothing at all to learn.
 
     Args:
         adapters: the recipe has some, so that a stage of `train: lora` has more than its mixers to train.
         untrained: the student's weights are still its teacher's.
 
     Raises:
-        DataError: the stage trains its mixers alone, or by an objective that is 0 while the student does as its teacher
-            does.
+        DataError: no token carries loss, or the stage trains its mixers alone, or by an objective that is 0 while the
+            student does as its teacher does.
     """
+    if set(stage.weights) != {"align"} and not bool((rows.labels != NO_LOSS).any()):
+        raise DataError(
+            f"no token of the rows carries loss, because prompts fill rows of {rows.input_ids.shape[1]:,} tokens; "
+            "raise the stage's length"
+        )
     if stage.hide_window or (warning := nothing_to_recall(student, rows)) is None:
         return None
     objectives = set(stage.weights)

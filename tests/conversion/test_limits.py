@@ -95,6 +95,15 @@ def test_a_benchmark_beyond_the_last_position_is_refused(gpt2, run):
     assert "--lengths, measured steps included, " in told
 
 
+def test_what_to_keep_is_measured_on_as_many_tokens_as_there_are_positions(gpt2, tmp_path, run):
+    config = GPT2Config.from_pretrained(gpt2 / "base", n_positions=448)  # a question takes 374 of these bytes
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    load_tokenizer(find_source(str(gpt2 / "base"))).save_pretrained(tmp_path / "base")
+    changes = ("--set", "mixer.window=16", "--set", "mixer.keep={budget: 60%, by: loss}")
+    code, told = run("convert", tmp_path / "base", "-o", tmp_path / "out", *changes)
+    assert (code, "of 2 layers" in told) == (0, True), told
+
+
 def test_rows_of_more_tokens_than_positions_are_refused_before_training(gpt2, tmp_path, run):
     (tmp_path / "text.txt").write_text("some text " * 200)
     sets = [f"stages.0.data.source={tmp_path / 'text.txt'}", "stages.0.length=256"]

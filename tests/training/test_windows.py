@@ -97,3 +97,17 @@ def test_a_stage_that_would_learn_nothing_ends(tiny_folder, stage, options, ends
     assert check_something_to_learn(model, rows, hidden, **options) is None
     longer = pack([Document([5] * 15, [True] * 15)] * 8, 15)
     assert check_something_to_learn(model, longer, spec, **options) is None
+
+
+def test_rows_without_loss_are_refused(tiny_folder):
+    student = convert_model(AutoModelForCausalLM.from_pretrained(tiny_folder), MixerSpec(window=4, sinks=2))
+    rows = pack([Document([5] * 32, [False] * 32)] * 2, 16)
+
+    def check(objective):
+        stage = {"data": {"source": "a.txt"}, "length": 16, "batch_tokens": 16, "objective": objective}
+        return check_something_to_learn(student, rows, Stage.model_validate(stage), adapters=True, untrained=False)
+
+    for objective in ("sft", "distill"):
+        with pytest.raises(DataError, match=r"no token of the rows carries loss, .* rows of 16 tokens; raise"):
+            check(objective)
+    assert check("align") is None  # it compares the layers' outputs, on all tokens
