@@ -21,9 +21,9 @@ from tests.made.data import alpaca
 from tests.made.text import book, play, stories, wiki_pages
 
 _UNKNOWN, _START, _END = "<unk>", "<|start_story|>", "<|end_story|>"
-_VOCABULARY, _LENGTH = 1024, 512
+_VOCABULARY, _LENGTH = 1024, 288
 # Rows per step, learning rates of the first and the last step, and steps.
-_PHASES = ((5, 4e-3, 4e-3, 220), (5, 4e-3, 0.0, 150))
+_PHASES = ((8, 4e-3, 4e-3, 250), (8, 4e-3, 0.0, 150))
 
 
 def documents(seed: str) -> Iterator[str]:
