@@ -30,7 +30,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 
     Weights count with their names, shapes, dtypes and all their bits, so a CPU and a GPU agree. Hashing 538 MB takes
     0.5 s on one core with SHA instructions. The digests are kept with `model`; a later call sums the tensors' 64-bit
-    words, which takes 0.06 s, and hashes only what was written to or replaced since.
+    words, which takes 0.1 s, and hashes only what was written to or replaced since.
 
     Raises:
         StateError: weights are offloaded, so that they are not at hand.
@@ -60,6 +60,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 _State = tuple[Any, ...]
 _KEPT: WeakKeyDictionary[PreTrainedModel, dict[str, tuple[_State, str]]] = WeakKeyDictionary()
 """By model the digest of each tensor, and the tensor's state when it was computed."""
+_FOLD = 4093
+"""Words of a tensor are weighted by their place modulo this prime, of which no usual width of a row is a multiple."""
 
 
 def _state(tensor: Tensor) -> _State:
@@ -68,8 +70,13 @@ def _state(tensor: Tensor) -> _State:
     if octets.storage_offset() % 8:
         octets = octets.clone()
     whole = octets.numel() // 8 * 8
-    total = octets[:whole].view(torch.int64).sum() + octets[whole:].sum()
-    # `_version` alone misses fused optimizers and writes through `.data`; the sum of 64-bit words shows those.
+    words = octets[:whole].view(torch.int64)
+    folded = words.numel() // _FOLD * _FOLD
+    sums = words[:folded].view(-1, _FOLD).sum(0)
+    sums[: words.numel() - folded] += words[folded:]
+    # `_version` alone misses fused optimizers and writes through `.data`; a sum of 64-bit words shows those. Weights by
+    # place show rows that changed places, too.
+    total = (sums * torch.arange(1, 2 * _FOLD, 2, device=sums.device)).sum() + octets[whole:].sum()
     return _place(tensor), -1 if tensor.is_inference() else tensor._version, int(total)
 
 

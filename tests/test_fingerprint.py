@@ -123,6 +123,7 @@ def test_tensors_are_hashed_once_and_again_when_they_change(model, hashed):
     changes = [
         optimizer.step,
         lambda: weight.data.add_(1.0),
+        lambda: weight.data.copy_(weight.data.flip(0)),  # whose sum stays
         lambda: setattr(weight, "data", weight.data * 2),
         lambda: replace_a_row(model),
     ]
