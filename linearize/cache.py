@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from linearize.conversion.claims import claimed, final_name, locked_alone, shared_lock
 from linearize.errors import OutputError
+from linearize.evaluation.formatting import readable_bytes
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ KINDS = {
 
 @dataclass
 class Entry:
-    """What is removed as a whole.
+    """A file or folder of the cache, removed as a whole.
 
     Attributes:
         path: its file or folder.
@@ -134,10 +135,10 @@ def make_room(kept: Path, say: Callable[[str], None] = lambda _: None) -> list[E
             removed.append(entry)
             excess -= entry.nbytes
     if removed:
-        freed = sum(entry.nbytes for entry in removed) / 1e9
+        freed = sum(entry.nbytes for entry in removed)
         say(
-            f"cache: removed {len(removed)} least recently used entries, {freed:.2f} GB, to stay within "
-            f"{allowed / 1e9:g} GB ({LIMIT} changes that)"
+            f"cache: removed {len(removed)} least recently used entries, {readable_bytes(freed)}, to stay within "
+            f"{readable_bytes(allowed)} ({LIMIT} changes that)"
         )
     return removed
 
@@ -162,7 +163,7 @@ def remove(entry: Entry) -> bool:
 
 
 def in_use(entry: Entry) -> bool:
-    """Whether a process holds or writes the entry."""
+    """True while a process holds or writes the entry."""
     is_file = KINDS[entry.kind].file is None
     lock = entry.path.with_name(f".{entry.path.name}.lock") if is_file else entry.path / _LOCK
     if not lock.exists():

@@ -20,7 +20,7 @@ from linearize.cli.console import (
 )
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import memory_facts, show_memory, stages_memory
+from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
 
 if TYPE_CHECKING:
     from linearize.recipe import Recipe
@@ -54,7 +54,7 @@ def finetune(
     gpus: Annotated[
         int | None,
         typer.Option(
-            "--gpus", metavar="N", min=1, help="GPUs that --dry-run counts with: as many as are launched, or 8."
+            "--gpus", metavar="N", min=1, help=f"GPUs that --dry-run counts with: as many as are launched, or {GPUS}."
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -97,7 +97,7 @@ def finetune(
         if processes.is_first():
             configured = None if accelerate_config is None else processes.asked_for(accelerate_config)
             started = processes.count() if processes.count() > 1 else None
-            _show_memory(settings, gpus or launch or configured or started or 8, trust_remote_code, as_json)
+            _show_memory(settings, gpus or launch or configured or started or GPUS, trust_remote_code, as_json)
         return
     from linearize.training.finetune import finetune as train
     from linearize.training.result import write_result

@@ -22,10 +22,8 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import memory_facts, show_memory, stages_memory
+from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
 from linearize.hub.card import ranges
-
-_GPUS = 8
 
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -54,7 +52,9 @@ def inspect(
     ] = False,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", metavar="N", min=1, help="How many share that work, 8 if left out; implies --training."),
+        typer.Option(
+            "--gpus", metavar="N", min=1, help=f"How many share that work, {GPUS} if left out; implies --training."
+        ),
     ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -85,7 +85,7 @@ def inspect(
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
     if facts["converted"] and (recurrence or any(change.startswith("mixer") for change in overrides or ())):
         status(f"{source.name}: converted already, shown as it is; the recipe's mixer section is not used")
-    processes = gpus or _GPUS
+    processes = gpus or GPUS
     stages = stages_memory(source, settings, processes) if training or gpus else None
     if as_json:
         print_json(facts if stages is None else {**facts, "training": memory_facts(stages)})

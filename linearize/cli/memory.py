@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from linearize.recipe import Recipe
     from linearize.training.memory import Engine, TrainingMemory
 
+GPUS = 8
+"""GPUs that share the work, where a command line names none."""
+
 
 def stages_memory(source: Source, recipe: Recipe, processes: int) -> list[dict[Engine, TrainingMemory]]:
     """For each stage of `recipe` what it takes by engine, with `source` as its model."""

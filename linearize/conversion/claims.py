@@ -125,7 +125,7 @@ def shared_lock(path: Path) -> SharedLock | None:
 
 @contextmanager
 def locked_alone(path: Path) -> Iterator[bool]:
-    """Whether no process holds the lock on the file `path`, and none can take it until the block ends."""
+    """Yields True if no process holds the lock on the file `path`; then none can take it until the block ends."""
     if fcntl is None:
         yield True
         return

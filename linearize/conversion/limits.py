@@ -12,8 +12,8 @@ from linearize.errors import DataError
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions a model has learned an embedding of, beyond which it cannot read; None for rotary models and
-    others that have no such table."""
+    """The number of positions that a model has learned an embedding of, beyond which it cannot read; None for rotary
+    models and others that have no such table."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     words = model.get_input_embeddings()

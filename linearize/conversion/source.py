@@ -130,7 +130,7 @@ _TOKENIZER_FILES = (
 
 
 def has_tokenizer(source: Source) -> bool:
-    """Whether the model has files of a tokenizer; a GGUF file is taken to hold one.
+    """True if the model has files of a tokenizer; a GGUF file is taken to hold one.
 
     Raises:
         ModelError: the Hub cannot be reached.

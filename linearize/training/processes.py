@@ -246,7 +246,7 @@ def launch_with(configuration: Path, arguments: Sequence[str]) -> int:
 
 
 def asked_for(configuration: Path) -> int | None:
-    """How many processes accelerate's configuration file names, on all machines together; None where it names none.
+    """The number of processes in accelerate's configuration file, on all machines together; None where it names none.
 
     Raises:
         LinearizeError: the file cannot be read.
