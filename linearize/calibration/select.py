@@ -108,6 +108,10 @@ def _by_damage(
     if keep.budget is not None:
         changes["keep"] = keep = KeepSpec(**probe.kept.section)
         why += basis(probe)
+        windows = recipe.mixer.windows
+        if unused := sorted(keep.whole(len(layers)) & {*windows}):
+            changes["windows"] = {layer: windows[layer] for layer in windows if layer not in unused}
+            why.append(f"Windows: kept layers have none; mixer.windows named {', '.join(map(str, unused))}.")
     if reach is not None:
         recall = {part.layer: one.recall for part, one in probe.parts.items() if part.layer not in keep.layers}
         changes["reach"] = None

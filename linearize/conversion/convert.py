@@ -44,8 +44,8 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
 
     Raises:
-        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, landmarks are asked of layers that
-            slide, or nothing is left to convert.
+        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, `windows` names a layer that stays
+            as it is, landmarks are asked of layers that slide, or nothing is left to convert.
     """
     count = len(layers)
     named_layers = {
@@ -68,6 +68,9 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     _check_landmarks(spec, layers)
     softmax = spec.keep.whole(count)
     kept = {*softmax, *(set(range(count)) - set(full) if full else ())}
+    for index in sorted(kept & {*spec.windows}):
+        why = "is kept as softmax by mixer.keep" if index in softmax else "has a sliding window of its own, which stays"
+        raise RecipeError(f"mixer.windows: layer {index} {why}, so no other window is used there; leave it out")
     common = MixerConfig(
         layers=[],
         recurrence=spec.recurrence,

@@ -31,7 +31,7 @@ from linearize.conversion.ggufconfig import gguf_config
 from linearize.conversion.ggufheader import MAGIC, read_head
 from linearize.conversion.limits import guard_embeddings
 from linearize.conversion.modelfiles import check_config, check_weights
-from linearize.errors import ModelError
+from linearize.errors import ModelError, counted
 from linearize.products import take_products
 
 if TYPE_CHECKING:
@@ -233,12 +233,15 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
     Raises:
         ModelError: it names the first of them.
     """
-    if missing := sorted(loaded["missing_keys"]):
+    unexpected = list(map(str, loaded["unexpected_keys"]))
+    missing = sorted(loaded["missing_keys"])
+    if missing and _wrapped(unexpected) is None:
+        number = counted(len(missing), "weight is", "weights are")
         raise ModelError(
-            f"{source.reference}: {len(missing):,} weights are not there, {missing[0]} among them; they are of another "
-            "model, or a part of them was not fetched"
+            f"{source.reference}: {number} not there, {missing[0]} among them; the files are of another model, or a "
+            "part of them was not fetched"
         )
-    check_taken(loaded["unexpected_keys"], source)
+    check_taken(unexpected, source)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, name, source.reference)
 
@@ -262,14 +265,27 @@ def check_taken(unexpected: Iterable[str], source: Source) -> None:
     left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
     if not left:
         return
-    if any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
+    if (wrapped := _wrapped(left)) is not None:
+        why = wrapped
+    elif any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
         why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
     elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):
         why = "it is a classifier or a reward model; take the language model that it was made of"
     else:
         why = "config.json announces none, so the model would be another without them; correct it, or fetch both again"
     named = ", ".join(left[:3])
-    raise ModelError(f"{source.reference}: {len(left):,} weights have no place in the model ({named}): {why}")
+    number = counted(len(left), "weight has", "weights have")
+    raise ModelError(f"{source.reference}: {number} no place in the model ({named}): {why}")
+
+
+def _wrapped(names: Iterable[str]) -> str | None:
+    """The wrapper that a model was saved in, which renames weights, and what to do; None where no name shows one."""
+    for name in names:
+        if name.startswith("base_model.model.") or ".lora_" in name or ".base_layer." in name:
+            return "adapters of peft are in it; merge them first (model.merge_and_unload()) and save that model"
+        if "_orig_mod." in name:
+            return "it was saved within torch.compile; save model._orig_mod instead"
+    return None
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:

@@ -41,6 +41,7 @@ from linearize.conversion.weightfiles import (
     read_header,
     weight_files,
 )
+from linearize.errors import counted
 from linearize.model.mixer import Mixer
 from linearize.model.modeling import family_of
 
@@ -141,7 +142,7 @@ class Streamer:
             teacher.generation_config = _generation_config(source)
         missing = sorted(found["missing_keys"])
         if missing:
-            raise NotStreamable(f"its files lack {len(missing)} weights, {missing[0]} among them")
+            raise NotStreamable(f"its files lack {counted(len(missing), 'weight', 'weights')}, {missing[0]} among them")
         check_taken(found["unexpected_keys"], source)
         model: PreTrainedModel = teacher.eval()
         return model

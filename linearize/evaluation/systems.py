@@ -125,7 +125,7 @@ def evaluate(
     with processes.first_goes_ahead():  # what it fetches, the others find
         built = build_suites(chosen, tokenizer, options)
     loaders = {system.info.name: system.load for system in systems}
-    processes.by_the_first(
+    processes.from_the_first(
         partial(_check_room, loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
     )
     beside = None

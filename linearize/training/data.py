@@ -339,10 +339,9 @@ def _without(stream: Iterator[Document], known: set[bytes], tally: Tally) -> Ite
 
 
 def _recall(tokenizer: PreTrainedTokenizerBase, seed: int, length: int) -> Iterator[Document]:
-    empty = encode([("a", True)], tokenizer, begins=True, ends=True).ids
-    bare = encode([("a", True)], tokenizer, begins=False, ends=False).ids
-    opening = empty[: empty.index(bare[0])]
-    closing = empty[len(opening) + len(bare) :]
+    bare = len(encode([("a", True)], tokenizer, begins=False, ends=False).ids)
+    opening = encode([("a", True)], tokenizer, begins=True, ends=False).ids[:-bare]
+    closing = encode([("a", True)], tokenizer, begins=False, ends=True).ids[bare:]
 
     def encoded(pieces: Pieces) -> Document:
         return encode(pieces, tokenizer, begins=False, ends=False)
