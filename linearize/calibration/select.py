@@ -111,7 +111,8 @@ def _by_damage(
         windows = recipe.mixer.windows
         if unused := sorted(keep.whole(len(layers)) & {*windows}):
             changes["windows"] = {layer: windows[layer] for layer in windows if layer not in unused}
-            why.append(f"Windows: kept layers have none; mixer.windows named {', '.join(map(str, unused))}.")
+            named = ", ".join(map(str, unused))
+            why.append(f"Windows: those of mixer.windows for layers {named} are dropped, because these layers are kept.")
     if reach is not None:
         recall = {part.layer: one.recall for part, one in probe.parts.items() if part.layer not in keep.layers}
         changes["reach"] = None
