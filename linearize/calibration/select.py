@@ -112,7 +112,9 @@ def _by_damage(
         if unused := sorted(keep.whole(len(layers)) & {*windows}):
             changes["windows"] = {layer: windows[layer] for layer in windows if layer not in unused}
             named = ", ".join(map(str, unused))
-            why.append(f"Windows: those of mixer.windows for layers {named} are dropped, because these layers are kept.")
+            why.append(
+                f"Windows: those of mixer.windows for layers {named} are dropped, because these layers are kept."
+            )
     if reach is not None:
         recall = {part.layer: one.recall for part, one in probe.parts.items() if part.layer not in keep.layers}
         changes["reach"] = None
