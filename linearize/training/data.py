@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from linearize.errors import DataError
+from linearize.errors import DataError, counted
 from linearize.recipe.schema import ENDLESS, RECALL, SELF, STUDENT
 from linearize.training.documents import Tally, encode, read_documents
 from linearize.training.recalltext import SHORTEST, recall_documents
@@ -304,7 +304,8 @@ def _rows(
         others = f", beside {sum(len(d.ids) for d in apart):,} tokens that stages hold out," if apart else ""
         if opened.tally and opened.tally.duplicates:
             others += f" and {opened.tally.duplicates:,} documents that equal held-out ones"
-        told = f"{source}: {found:,} tokens in {len(held + train):,} documents{others} are too few for"
+        documents = counted(len(held + train), "document", "documents")
+        told = f"{source}: {found:,} tokens in {documents}{others} are too few for"
         if not held_rows:
             raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
         raise DataError(
