@@ -70,7 +70,9 @@ def recall_documents(
         loss = [learned for question in questions for learned in question.loss]
         misses = 0 if any(loss) else misses + 1
         if misses == _MOST_MISSES:
-            raise DataError(f"data.source is recall: {length} tokens of this tokenizer hold no question; take more")
+            raise DataError(
+                f"data.source is recall: {length} tokens of this tokenizer hold no question; try {2 * length}"
+            )
         if misses:
             continue
         told = [token for part in body for token in part]
@@ -80,7 +82,8 @@ def recall_documents(
 def _needles(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
 ) -> tuple[list[list[int]], list[Document]]:
-    """Facts about people in sentences about nothing, and questions about them in another order."""
+    """Facts about people in sentences about nothing, and questions about them in another order; nothing where no fact
+    fits."""
     names = _names(rng, rng.randint(1, max(1, min(_MOST_FACTS, room // _TOKENS_PER_FACT))))
     facts = [(name, rng.choice(_THINGS), _value(rng)) for name in names]
     told = _tokens(tokenizer, [f" {name} has the {thing} {value}." for name, thing, value in facts])
@@ -102,7 +105,8 @@ def _needles(
 def _pairs(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
 ) -> tuple[list[list[int]], list[Document]]:
-    """As many keys with their values as the row holds, then some of the keys again in another order."""
+    """As many keys with their values as the row holds, then some of the keys again in another order; nothing where no
+    question fits."""
     pairs = [(name, _value(rng)) for name in _names(rng, room // _QUESTIONS)]
     lines = _tokens(tokenizer, [f"\n{name} has {value}" for name, value in pairs])
     questions = [encode([("\n\nOnce more:", False)])]
@@ -117,6 +121,8 @@ def _pairs(
             break
         questions.append(question)
         left -= len(question.ids)
+    if len(questions) == 1:
+        return [], []
     filling = _filling(rng, tokenizer, room - used - sum(len(q.ids) for q in questions))
     return [*filling, *lines[:kept]], questions
 

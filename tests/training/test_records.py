@@ -379,7 +379,7 @@ def test_cells_may_be_separated_otherwise_than_the_name_says(tmp_path, tokenizer
     (tmp_path / name).write_text("text\n" + "\n".join(f'"{n}; {n}, {n}\t{n}"' for n in range(40)))
     lines.clear()
     load(tmp_path / name, tokenizer, lines=lines)
-    assert not any("separated" in line for line in lines)
+    assert not any("cells separated by" in line for line in lines)
 
 
 def test_of_shards_of_several_splits_one_is_read(tmp_path, tokenizer):
@@ -511,13 +511,13 @@ def test_a_file_of_one_record_again_and_again_is_too_small(tmp_path, tokenizer):
 
 def test_a_preview_is_of_the_rows_that_are_trained_on(tmp_path, qwen):
     path = write(tmp_path / "a.jsonl", RECORDS * 2)
-    mix = [{"source": str(path)}, {"source": "recall", "sample_length": 64}, {"source": "self"}]
-    spec = DataSpec.model_validate({"mix": mix, "tokens": 64 * 30, "held_out": 6})
+    mix = [{"source": str(path)}, {"source": "recall", "sample_length": 128}, {"source": "self"}]
+    spec = DataSpec.model_validate({"mix": mix, "tokens": 128 * 30, "held_out": 6})
     lines: list[str] = []
-    options = {"tokenizer": qwen, "length": 64, "seed": 0}
+    options = {"tokenizer": qwen, "length": 128, "seed": 0}
     shown = preview_data(spec, rows=3, progress=lines.append, **options)
     assert [len(rows) for _, rows in shown] == [3, 3]
     assert any("self is written by the teacher when the stage begins" in line for line in lines)
-    spec = DataSpec.model_validate({**mix[0], "tokens": 64 * 10, "held_out": 2})
+    spec = DataSpec.model_validate({**mix[0], "tokens": 128 * 10, "held_out": 2})
     whole = load_data(spec, teacher=None, **options)
     assert torch.equal(shown[0][1].labels, whole.train.labels[:3])
