@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -402,11 +402,11 @@ def _csv_records(path: Path, source: str, usual: str, about: dict[str, None]) ->
 def _separator(path: Path, usual: str) -> str:
     """The separator of a table's cells: `usual`, unless the header is one cell by it, and exactly one other separator
     splits header and first row into one number of cells."""
-    widths: dict[str, list[int]] = {}
-    for delimiter in _SEPARATORS:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = (len(row) for row in csv.reader(file, delimiter=delimiter) if row)
-            widths[delimiter] = list(islice(rows, 2))
+    widths: dict[str, list[int]] = {delimiter: [] for delimiter in _SEPARATORS}
+    for delimiter, cells in widths.items():
+        # `_csv_records` meets an error of csv again, and says in which row.
+        with path.open(encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
+            cells.extend(islice((len(row) for row in csv.reader(file, delimiter=delimiter) if row), 2))
     fitting = [delimiter for delimiter, cells in widths.items() if cells[:1] > [1] and len({*cells}) == 1]
     return fitting[0] if widths[usual][:1] == [1] and len(fitting) == 1 else usual
 
