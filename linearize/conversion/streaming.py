@@ -41,8 +41,8 @@ from linearize.conversion.weightfiles import (
     read_header,
     weight_files,
 )
+from linearize.families import family_of
 from linearize.model.mixer import Mixer
-from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
