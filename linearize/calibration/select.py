@@ -10,8 +10,8 @@ from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
 from linearize.conversion.convert import mixers_for
 from linearize.conversion.limits import learned_positions
 from linearize.errors import RecipeError
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
-from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles

@@ -1,4 +1,8 @@
-"""Conversion: the swap itself, and the checkpoint folder that comes out of it."""
+"""Conversion: the swap itself, and the checkpoint folder that comes out of it.
+
+The checks and `mixers_for` need a configuration only. What builds or reads a model imports transformers' modeling
+modules by itself, because they take seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,13 @@ from linearize import __version__
 from linearize.conversion.claims import final_name
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
-from linearize.conversion.streaming import Streamer
 from linearize.conversion.weightfiles import NotStreamable
 from linearize.errors import DataError, ModelError, RecipeError
+from linearize.families import family_of
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
-from linearize.model import LinearizedForCausalLM, MixerConfig
+from linearize.model.configuration import MixerConfig
 from linearize.model.mixer import Mixer
-from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from linearize.conversion.streaming import Streamer
     from linearize.families import AttentionLayer
+    from linearize.model import LinearizedForCausalLM
 
 PROVENANCE = "linearize.json"
 BASELINE_SINKS = 4
@@ -188,6 +193,8 @@ def check_reach(recipe: Recipe, config: Any) -> None:
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
     """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
+    from linearize.model import LinearizedForCausalLM
+
     base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
     return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, family_of(base).layers(base)))
 
@@ -212,6 +219,8 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
     """`teacher`, which is used up, with `window_sections(mixers)`: what costs no training at all."""
+    from linearize.model import LinearizedForCausalLM
+
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
@@ -230,6 +239,8 @@ def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callabl
         ModelError: the model cannot be read or converted.
     """
     check_convertible(load_config(source), source)
+    from linearize.conversion.streaming import Streamer
+
     try:
         return Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer), most=shard_bytes)
     except NotStreamable as reason:

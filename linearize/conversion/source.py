@@ -1,4 +1,8 @@
-"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error."""
+"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error.
+
+transformers' modeling modules and tokenizers are imported where a model or a tokenizer is loaded, because they take
+seconds and a configuration needs neither.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GgufConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
-import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
+import linearize.model.configuration as _  # noqa: F401 - registers converted checkpoints with AutoConfig
 from linearize.conversion.ggufconfig import gguf_config
 from linearize.conversion.ggufheader import MAGIC, read_head
 from linearize.conversion.limits import guard_embeddings
 from linearize.conversion.modelfiles import check_config, check_weights
+from linearize.conversion.validators import import_validators
 from linearize.errors import ModelError, counted
 from linearize.products import take_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,6 +109,7 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
 
 def load_config(source: Source) -> Any:
     """The model's configuration."""
+    import_validators()
     reference, keywords = source.arguments()
     with reading(source):
         if source.kind == "gguf":
@@ -158,6 +159,8 @@ def load_tokenizer(source: Source) -> Any:
             f"{source.reference}: has no tokenizer (no tokenizer.json), and text cannot be read without; save the one "
             "that it was trained with into the folder"
         )
+    from transformers import AutoTokenizer
+
     reference, keywords = source.arguments()
     with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
@@ -181,6 +184,8 @@ def load_model(
         from linearize.quantize import to_int8  # which measures, and so stands above this module
 
         return to_int8(load_model(source, device=device))
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     reference, keywords = source.arguments()
     if source.kind == "gguf":
         # Without this the weights would stay marked as quantized, and saving them would fail.
@@ -216,6 +221,8 @@ def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     if dtype is None:
         own = getattr(load_config(source), "dtype", None)
         dtype = own if isinstance(own, torch.dtype) else torch.float32
+    from transformers import BitsAndBytesConfig
+
     # Quantized scales cost no accuracy (Dettmers et al. 2023, arXiv 2305.14314); a mixer's own layers are tiny.
     return BitsAndBytesConfig(
         load_in_4bit=True,

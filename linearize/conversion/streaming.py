@@ -42,8 +42,8 @@ from linearize.conversion.weightfiles import (
     weight_files,
 )
 from linearize.errors import counted
+from linearize.families import family_of
 from linearize.model.mixer import Mixer
-from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -36,7 +36,7 @@ from linearize.evaluation.heldout import drawn_rows, score_rows
 from linearize.evaluation.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 from linearize.recipe import MixerSpec
 from linearize.training import processes
 

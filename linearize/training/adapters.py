@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import ModelError, RecipeError
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
