@@ -6,7 +6,6 @@ token ends nothing, so that all items weigh the same. "The teacher's text" is it
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from abc import abstractmethod
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
 from linearize.evaluation.continuations import BatchedTask, Texts
 from linearize.evaluation.excerpts import page_prompts
 from linearize.evaluation.fewshot import FewShot
@@ -62,9 +61,7 @@ def generation_tasks(
     """
     for name in names:
         if name not in GENERATION:
-            near = difflib.get_close_matches(name, GENERATION, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(GENERATION)}"
-            raise DataError(f"no generation task called '{name}': {hint}")
+            raise DataError(f"no generation task called '{name}': {hint_for(name, GENERATION, most=1)}")
     for what, value in (("samples", samples), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if value < 1:
             raise DataError(f"{what} is {value}: give 1 or more")

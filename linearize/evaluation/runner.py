@@ -87,7 +87,7 @@ def run(
     for name, load in systems.items():
         system = _System(name, load, tokenizer, store, batch_size, progress)
         found = system.results(tasks, chosen)
-        scores[name] = [_score(task, chosen[task.name], found[task.name], limit, seed) for task in tasks]
+        scores[name] = [_score(task, chosen[task.name], found[task.name], seed) for task in tasks]
         del system
         gc.collect()  # a model is full of cycles, and the next one wants its memory
     return scores
@@ -218,7 +218,7 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], limit: int | None, seed: int) -> TaskScore:
+def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], seed: int) -> TaskScore:
     items = [found[index] for index in chosen]
     tags = [dict(task.tags(index)) for index in chosen]
     values = [item.value for item in items]

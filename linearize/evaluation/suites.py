@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
 from linearize.evaluation.names import GENERATION, LENGTH, RECALL, TEACHERLESS, TWICE
 from linearize.evaluation.tasks import available_tasks
 
@@ -129,7 +128,7 @@ def choose_tasks(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, 
     chosen: dict[str, dict[str, None]] = {}
     for name in suites:
         if name not in SUITES:
-            raise DataError(_unknown("suite", name, list(SUITES)))
+            raise DataError(f"no suite called '{name}': {hint_for(name, SUITES)}")
         chosen[name] = dict.fromkeys(SUITES[name]().names)
     owners: dict[str, str] = {}
     for name in tasks:
@@ -141,7 +140,7 @@ def choose_tasks(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, 
             if name in owners:
                 break
         if name not in owners:
-            raise DataError(_unknown("task", name, [*owners, HELD_OUT]))
+            raise DataError(f"no task called '{name}': {hint_for(name, [*owners, HELD_OUT])}")
         chosen.setdefault(owners[name], {})[name] = None
     return {suite: list(names) for suite, names in chosen.items()}
 
@@ -153,9 +152,3 @@ def build_suites(chosen: Mapping[str, Sequence[str]], tokenizer: Any, options: S
         DataError: data that cannot be read, or options that do not fit a task.
     """
     return [task for suite, names in chosen.items() for task in SUITES[suite]().build(tokenizer, names, options)]
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose from {', '.join(known)}"
-    return f"no {kind} called '{name}': {hint}"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from linearize.errors import RecipeError, counted
 from linearize.recipe import wording
 from linearize.recipe.document import DocumentError, parse_document, write_document
-from linearize.recipe.schema import Recipe
+from linearize.recipe.schema import GONE, Recipe
 from linearize.resources import shipped_folder
 
 if TYPE_CHECKING:
@@ -113,6 +113,10 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: 
         RecipeError: one line, with the file and line of the key.
     """
     draft = _draft(text, where, () if path is None else (path,))
+    for section, key in GONE:
+        values = draft.value.get(section)
+        if isinstance(values, dict) and values.get(key, ...) is None:
+            del values[key]
     parsed = [_parse_override(text) for text in overrides]
     for override in parsed:
         _apply(draft.value, override)

@@ -124,3 +124,14 @@ def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
     plain = convert_model(load_model(source), spec("mixer.window=16"))
     assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-3)
     assert isinstance(again, LinearizedForCausalLM)
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_a_window_of_its_own_for_each_layer(tiny_folder, tmp_path):
+    recipe = load_recipe("default", ["mixer.windows={0: 8, 1: 24}"])
+    source = find_source(str(tiny_folder))
+    model = convert(source, recipe, tmp_path, teacher=load_model(source)).model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [again.config.mixer_of(layer).window for layer in (0, 1)] == [8, 24]
+    ids = torch.arange(5, 105)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)

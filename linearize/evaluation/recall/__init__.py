@@ -19,12 +19,11 @@ items, so that the two pair up, in up to 2 L tokens.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import random
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
 from linearize.evaluation.names import RECALL, TWICE
 from linearize.evaluation.recall import texts
 from linearize.evaluation.recall.tasks import ExpectedRecall, RecallTask, Row, WrittenRecall
@@ -94,7 +93,8 @@ def recall_tasks(
     for name in names:
         base = name if name in RECALL else name.removesuffix(TWICE)
         if base not in RECALL:
-            raise DataError(_unknown(name))
+            hint = hint_for(name, [*RECALL, *(one + TWICE for one in RECALL)])
+            raise DataError(f"no recall task called '{name}': {hint}")
         chosen[base, name != base] = None
         if twice:
             chosen[base, True] = None
@@ -205,10 +205,3 @@ class Writer:
     def _encoded(self, text: str, **options: Any) -> Any:
         # The chat template has the special tokens already.
         return self.tokenizer(text, add_special_tokens=not self.chat, **options)
-
-
-def _unknown(name: str) -> str:
-    known = [*RECALL, *(base + TWICE for base in RECALL)]
-    nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose from {', '.join(RECALL)}"
-    return f"no recall task called '{name}': {hint}"
