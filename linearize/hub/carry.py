@@ -1,9 +1,9 @@
 """The Python files that a converted checkpoint carries.
 
 They load it with `trust_remote_code=True` where linearize is not installed. `modeling_linearized.py` is the model: the
-modules that `linearize.model.modeling` imports at its top, one after the other, in the order in which Python runs them.
-A module that is imported inside a function only (it needs triton or fla) starts a file of its own, with the modules
-that nothing else needs. Triton reads a kernel's source, so kernels have to lie in files.
+modules that `linearize.model.modeling` imports, one after the other, each after those that it imports at its top. A
+module that only functions import, and that needs a package which may be missing (triton or fla), starts a file of its
+own, with the modules that nothing else needs. Triton reads a kernel's source, so kernels have to lie in files.
 
 The modules of a file share one namespace, so `carried_files` refuses two that bind the same name to different things.
 """
@@ -48,17 +48,18 @@ def carried_files() -> dict[str, str]:
     for root in roots:  # grows
         reached[root] = _order(root)
         roots += sorted({late for module in reached[root] for late in _imports(module)[1]} - set(roots))
+    plain = {root for root in roots if root == _ENTRY or not any(map(_may_fail, reached[root]))}
     files = defaultdict[tuple[str, ...], list[str]](list)
     for module in dict.fromkeys(module for order in reached.values() for module in order):
         needed_by = tuple(root for root in roots if module in reached[root])
-        files[(_ENTRY,) if _ENTRY in needed_by else needed_by].append(module)
-    named = {_flat(modules[-1]): modules for modules in files.values()}
+        files[() if plain.intersection(needed_by) else needed_by].append(module)
+    named = {_flat(modules[-1]) if key else _FILE: modules for key, modules in files.items()}
     home = {module: name for name, modules in named.items() for module in modules}
     return {f"{name}.py": _File(name, home).written(modules) for name, modules in named.items()}
 
 
 def _flat(module: str) -> str:
-    return _FILE if module == _ENTRY else module.replace(".", "_")
+    return module.replace(".", "_")
 
 
 def _is_ours(module: str | None) -> bool:
@@ -83,6 +84,12 @@ def _imports(module: str) -> tuple[list[str], list[str]]:
         elif not _for_types(node):
             late += [str(inner.module) for inner in _ours_within(node)]
     return early, late
+
+
+def _may_fail(module: str) -> bool:
+    """Whether `module` tries to import a package, as for one that may be missing."""
+    tries = [node for node in ast.parse(_source(module)).body if isinstance(node, ast.Try)]
+    return any(isinstance(inner, ast.Import | ast.ImportFrom) for node in tries for inner in node.body)
 
 
 def _order(root: str) -> list[str]:

@@ -40,7 +40,7 @@ def files() -> dict[str, str]:
     return carry.carried_files()
 
 
-def test_a_file_for_the_model_and_one_for_each_lazy_import(files):
+def test_a_file_for_the_model_and_one_for_each_set_of_kernels(files):
     assert sorted(files) == [
         "linearize_kernels_fla_ops.py",
         "linearize_kernels_liger_autograd.py",
@@ -103,14 +103,20 @@ if TYPE_CHECKING:
 __all__ = ["answer"]
 def answer(of: Sequence[int]) -> float:
     from linearize.model.mixer import size as other
+    from linearize.model.late import none
     from linearize_kernels.lazy import (
         double,
     )
-    return math.sqrt(size_of()) + other() + double(WIDTH)
+    return math.sqrt(size_of()) + other() + double(WIDTH) + none()
 ''',
             "linearize.model.mixer": "from linearize.model.parts import WIDTH\ndef size():\n    return WIDTH\n",
             "linearize.model.parts": "WIDTH = 4\n",
+            "linearize.model.late": "from linearize.model.modeling import answer\ndef none():\n    return 0\n",
             "linearize_kernels.lazy": """
+try:
+    import json
+except ImportError as error:
+    raise ImportError("no json") from error
 from linearize.model.parts import WIDTH
 from linearize_kernels.deep import twice
 def double(x):
