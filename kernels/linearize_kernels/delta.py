@@ -55,7 +55,7 @@ def delta_rule(
         from linearize_kernels.fla_ops import delta_rule_fla
 
         return delta_rule_fla(q, k, v, log_gate, a, b, initial_state)
-    run = _FORMS[form or form_for(q.shape[1])]
+    run = _DELTA_FORMS[form or form_for(q.shape[1])]
     return run(q, k, v, log_gate, a, b, initial_state)
 
 
@@ -154,4 +154,4 @@ def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, a: Tensor, b:
     return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
 
 
-_FORMS = {"parallel": delta_rule_parallel, "chunkwise": delta_rule_chunkwise, "recurrent": delta_rule_recurrent}
+_DELTA_FORMS = {"parallel": delta_rule_parallel, "chunkwise": delta_rule_chunkwise, "recurrent": delta_rule_recurrent}

@@ -46,8 +46,6 @@ _ON_GPU: dict[Operation, _Row] = {
 _PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}
 _OLDEST = (8, 0)  # Ampere: bfloat16 in tensor cores
 
-_LOG = logging.getLogger("linearize_kernels")
-
 
 class UnknownKernelsError(ValueError):
     """`LINEARIZE_KERNELS` is none of the choices."""
@@ -168,7 +166,7 @@ def settled(device: torch.device) -> bool:
 @cache
 def say_once(message: str) -> None:
     """Not a warning of Python's: commands hide those of the libraries they use."""
-    _LOG.warning("linearize: %s", message)
+    logging.getLogger("linearize_kernels").warning("linearize: %s", message)
 
 
 def interpreted() -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Scores that exist at one time, 4 bytes each.
-_SCORES = 2**22
+_SCORES_AT_ONCE = 2**22
 
 
 def gathered_attention(
@@ -122,7 +122,7 @@ class _Work:
         start, blocks = 0, len(self.widths)
         while start < blocks:
             stop = start + 1
-            while stop < blocks and (stop + 1 - start) * self.widths[stop] * self.row_scores <= _SCORES:
+            while stop < blocks and (stop + 1 - start) * self.widths[stop] * self.row_scores <= _SCORES_AT_ONCE:
                 stop += 1
             yield slice(start, stop), self.widths[stop - 1]
             start = stop

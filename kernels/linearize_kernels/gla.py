@@ -49,7 +49,7 @@ def gla(
         from linearize_kernels.fla_ops import gla_fla
 
         return gla_fla(q, k, v, log_gate, initial_state)
-    run = _FORMS[form or form_for(q.shape[1])]
+    run = _GLA_FORMS[form or form_for(q.shape[1])]
     return run(q, k, v, log_gate, initial_state)
 
 
@@ -141,4 +141,4 @@ def gla_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> Te
     return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
 
 
-_FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}
+_GLA_FORMS = {"parallel": gla_parallel, "chunkwise": gla_chunkwise, "recurrent": gla_recurrent}

@@ -26,10 +26,6 @@ from linearize_kernels.dispatch import interpreted
 from linearize_kernels.gla import gla_chunkwise
 from linearize_kernels.window import window_attention
 
-Mix = Literal["fixed", "learned", "softmax"]
-Covers = Literal["all", "evicted"]
-FeatureMap = Literal["softmax", "identity"]
-
 # A mass that is this small is not divided by, and a recurrence outweighs a window by e^60 at most.
 TINY = torch.finfo(torch.float32).tiny
 MOST_LOG_RATIO = 60.0
@@ -84,10 +80,10 @@ class LigerOptions:
     window: int
     scale: float
     softcap: float | None = None
-    mix: Mix = "learned"
-    covers: Covers = "evicted"
+    mix: Literal["fixed", "learned", "softmax"] = "learned"
+    covers: Literal["all", "evicted"] = "evicted"
     normalize: bool = True
-    feature_map: FeatureMap = "softmax"
+    feature_map: Literal["softmax", "identity"] = "softmax"
 
 
 def liger_attention(
@@ -222,7 +218,7 @@ def liger_attention_composed(
     reads = _features(q.to(dtype), options)
 
     exists = None if counts is None else place >= (window - counts)[:, None]
-    seen = None if columns is None else (columns.k, columns.v, _visible(columns, number, window))
+    seen = None if columns is None else (columns.k, columns.v, _columns_seen(columns, number, window))
     y, normaliser = window_attention(
         q_rotated,
         k_rotated,
@@ -270,7 +266,7 @@ def mix_outputs(
     read: Tensor,
     mass: Tensor | None,
     *,
-    mix: Mix,
+    mix: Literal["fixed", "learned", "softmax"],
     normalize: bool,
     weight: Tensor | None,
 ) -> Tensor:
@@ -327,7 +323,7 @@ def _features(x: Tensor, options: LigerOptions) -> Tensor:
     return x.softmax(-1) if options.feature_map == "softmax" else x
 
 
-def _visible(columns: Columns, number: Tensor, window: int) -> Tensor:
+def _columns_seen(columns: Columns, number: Tensor, window: int) -> Tensor:
     """`[R, L, M]`: which columns the queries of these numbers `[R, L]` see."""
     sink = torch.arange(columns.sinks, device=number.device)
     others = columns.k.shape[1] - columns.sinks

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.liger import Columns, Gate, LigerOptions, longest_row, row_starts
-from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks
-from linearize_kernels.liger_forward import write_outputs as write_outputs_kernel
+from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks, write_outputs_kernel
 from linearize_kernels.liger_key_gradients import (
     carry_gradients,
     gate_gradients,
@@ -20,8 +19,7 @@ from linearize_kernels.liger_key_gradients import (
     keys_of_states,
     read_chunks,
 )
-from linearize_kernels.liger_query_gradients import column_gradients as column_gradients_kernel
-from linearize_kernels.liger_query_gradients import query_gradients
+from linearize_kernels.liger_query_gradients import column_gradients_kernel, query_gradients
 from linearize_kernels.liger_tiles import tl, triton
 
 if TYPE_CHECKING:

@@ -383,7 +383,7 @@ def shares(mass, normaliser, weight, live, MIX: tl.constexpr, NORMALIZE: tl.cons
 
 
 @triton.jit
-def write_outputs(
+def write_outputs_kernel(
     q_rotated,
     k_rotated,
     v,

@@ -382,7 +382,7 @@ def query_gradients(
 
 
 @triton.jit
-def column_gradients(
+def column_gradients_kernel(
     q_rotated,
     column_k,
     column_v,

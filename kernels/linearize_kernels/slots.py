@@ -48,7 +48,7 @@ def gated_values(
         from linearize_kernels.fla_ops import gated_values_fla
 
         return gated_values_fla(q, k, v, log_gate, initial_state)
-    run = _FORMS[form or form_for(q.shape[1])]
+    run = _VALUE_FORMS[form or form_for(q.shape[1])]
     return run(q, k, v, log_gate, initial_state)
 
 
@@ -111,4 +111,8 @@ def gated_values_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tens
     return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)
 
 
-_FORMS = {"parallel": gated_values_parallel, "chunkwise": gated_values_chunkwise, "recurrent": gated_values_recurrent}
+_VALUE_FORMS = {
+    "parallel": gated_values_parallel,
+    "chunkwise": gated_values_chunkwise,
+    "recurrent": gated_values_recurrent,
+}

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Part = dict[str, "Tensor"]
-
 
 @dataclass(frozen=True)
 class Step:

@@ -116,7 +116,7 @@ def _features(
 
 
 @triton.jit
-def step(
+def step_kernel(
     q,
     k,
     v,

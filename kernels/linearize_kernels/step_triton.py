@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from linearize_kernels.step_kernel import step as kernel
+from linearize_kernels.step_kernel import step_kernel
 
 if TYPE_CHECKING:
-    from linearize_kernels.step import Part, Step, StepWeights
+    from linearize_kernels.step import Step, StepWeights
 
 # Entries that a thread holds of the largest product of its program; twice as many no longer fit its registers.
 _ENTRIES = 32
@@ -24,7 +24,7 @@ def step_triton(
     step: Step,
     weights: StepWeights,
     projections: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    parts: dict[str, Part],
+    parts: dict[str, dict[str, Tensor]],
     counts: Tensor,
     lengths: Tensor | None = None,
 ) -> Tensor:
@@ -56,7 +56,7 @@ def step_triton(
     strides = [s for x in (q, k, v, q_rotated, k_rotated) for s in (x.stride(0), x.stride(2))]
     absent = q  # a pointer that is not read
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        kernel[(batch, key_value_heads)](
+        step_kernel[(batch, key_value_heads)](
             q,
             k,
             v,

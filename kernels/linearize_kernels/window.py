@@ -16,7 +16,7 @@ from linearize_kernels.decay import computing_dtype
 # Queries are cut into blocks of the window's width, but no narrower than this: thinner ones waste launches.
 _NARROWEST_BLOCK = 32
 # Tokens that are taken at once where no gradient is wanted, so that scores stay in the processor's cache.
-_SEGMENT = 512
+_WINDOW_SEGMENT = 512
 
 
 def window_attention(
@@ -51,9 +51,9 @@ def window_attention(
     if 0 < past < window - 1:
         raise ValueError(f"{past} earlier tokens were given; a window of {window} needs none or {window - 1}")
     # Whole blocks; of a wider window a part of one, which is as many scores as its queries may read and few more.
-    segment = _SEGMENT // window * window or _SEGMENT
+    segment = _WINDOW_SEGMENT // window * window or _WINDOW_SEGMENT
     if tokens <= segment or torch.is_grad_enabled():
-        return _attend(q, k, v, window, scale, key_exists, columns, softcap, normaliser)
+        return _attend_window(q, k, v, window, scale, key_exists, columns, softcap, normaliser)
     dtype = computing_dtype(q)
     outputs = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
     logs = q.new_empty(q.shape[:3], dtype=dtype) if normaliser else None
@@ -62,7 +62,7 @@ def window_attention(
         seen = slice(max(past + start - window + 1, 0), past + start + segment)
         exists = None if key_exists is None else key_exists[:, seen]
         exact = None if columns is None else (columns[0], columns[1], columns[2][:, own])
-        outputs[:, own], log = _attend(
+        outputs[:, own], log = _attend_window(
             q[:, own], k[:, seen], v[:, seen], window, scale, exists, exact, softcap, normaliser
         )
         if logs is not None and log is not None:
@@ -139,7 +139,7 @@ def joint_attention(
     return outputs, logs, [piece.detach().sum(2) for piece in pieces]
 
 
-def _attend(
+def _attend_window(
     q: Tensor,
     k: Tensor,
     v: Tensor,

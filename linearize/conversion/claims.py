@@ -1,4 +1,8 @@
-"""One job at a time for each output: a second one is refused, and what a dead one left is cleared away."""
+"""One job at a time for each output: a second one is refused, and what a dead one left is cleared away.
+
+`fcntl.flock` directly, not the package `filelock`: that has no shared lock on the same file, which the cache needs, and
+leaves its lock file beside the output.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _LOGIN = "log in with: hf auth login"
 _AGAIN = "run the same command again: what has arrived is not sent twice"
-# Of the whole upload. The client itself tries each file's transfer several times.
+# Seconds before the whole upload is tried again. The client retries transfers itself, but neither `create_repo` nor
+# `create_commit`; its `upload_large_folder` makes several commits and deletes nothing.
 _WAITS = (1.0, 4.0)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils.logging import get_logger
 
 from linearize.model.landmarks import BLOCK
 from linearize.model.positions import settle_rotary
@@ -14,7 +14,7 @@ from linearize.model.positions import settle_rotary
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
 
-_LOG = logging.get_logger(__name__)
+_LOG = get_logger(__name__)
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]

@@ -247,6 +247,16 @@ def _derive(front: Any, base: Any) -> type[LinearizedForCausalLM]:
     return type(name, (front, base), {"__module__": front.__module__, "_cache_name": known})
 
 
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[LinearizedForCausalLM]:
+        """Returns the derived class of this name: pickles, and checkpoints that `save_pretrained` writes, name it."""
+        base = getattr(transformers, name.removeprefix("Linearized"), None) if name.startswith("Linearized") else None
+        if base is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _derive(LinearizedForCausalLM, base)
+
+
 def derived_class(front: type[LinearizedForCausalLM], config: LinearizedConfig) -> type[LinearizedForCausalLM]:
     """The class of a converted model of `config`'s base architecture."""
     family_of(config.text_config)

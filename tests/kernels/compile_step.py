@@ -12,7 +12,7 @@ CASES = {
     "llama-3-8b": ((32, 8, 128, 64, 4), {"gate": "channel", "mix": "learned"}),
     "smollm2": ((9, 3, 64, 64, 4), {"gate": "channel", "mix": "softmax", "features": "learned", "qk_norm": True}),
 }
-KERNEL = step_triton.kernel
+KERNEL = step_triton.step_kernel
 _TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
@@ -45,7 +45,7 @@ def compiled(case: str) -> dict:
         "state": {"state": torch.zeros(1, groups, features, width + 1)},
     }
     new = tuple(half(1, n) for n in (heads, groups, groups, heads, groups))
-    step_triton.kernel = recorder = _Recorder()
+    step_triton.step_kernel = recorder = _Recorder()
     step = Step(window=window, sinks=sinks, scale=1.0, **options)
     count = torch.zeros(1, dtype=torch.long)
     step_triton.step_triton(step, weights, new, parts, count, count)

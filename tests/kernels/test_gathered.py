@@ -46,7 +46,7 @@ def results(of, leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("at_once", [1, 400, 2**22])
 def test_equals_dense_attention(softcap, at_once, monkeypatch):
-    monkeypatch.setattr(gathered, "_SCORES", at_once)
+    monkeypatch.setattr(gathered, "_SCORES_AT_ONCE", at_once)
     leaves, at, seen = inputs(torch.float64)
     ours = results(lambda: gathered_attention(*leaves, at, seen, widths=WIDTHS, scale=0.7, softcap=softcap), leaves)
     for one, other in zip(ours, results(lambda: dense(leaves, at, seen, softcap), leaves), strict=True):

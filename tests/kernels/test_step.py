@@ -193,14 +193,14 @@ def test_a_layer_takes_one_launch_and_moves_no_tensor(monkeypatch):
     from linearize_kernels import step_triton
 
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
-    grids, kernel = [], step_triton.kernel
+    grids, kernel = [], step_triton.step_kernel
 
     class Counting:
         def __getitem__(self, grid):
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(step_triton, "kernel", Counting())
+    monkeypatch.setattr(step_triton, "step_kernel", Counting())
     layer = make_layer()
     mixer, memory = make_mixer(layer), None
     memory = empty(mixer, 2, torch.float32)
@@ -214,7 +214,7 @@ def test_gradients_and_silent_branches_take_plain_torch(monkeypatch):
     from linearize_kernels import step_triton
 
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
-    monkeypatch.setattr(step_triton, "kernel", None)
+    monkeypatch.setattr(step_triton, "step_kernel", None)
     layer = make_layer()
     mixer = make_mixer(layer)
     new = tokens_of(layer, 1, 1, torch.float32)
