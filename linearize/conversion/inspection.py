@@ -17,7 +17,7 @@ from linearize.conversion.source import Source, load_config
 from linearize.errors import ModelError, RecipeError
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig
-from linearize.model.fused import decide_mixer
+from linearize.model.mixer.fused import decide_mixer
 from linearize.model.modeling import family_of
 from linearize.model.positions import rotary_notes
 from linearize.model.recurrences import RECURRENCES

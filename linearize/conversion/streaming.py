@@ -41,7 +41,7 @@ from linearize.conversion.weightfiles import (
     read_header,
     weight_files,
 )
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from torch import Tensor
 from linearize.conversion.convert import state_nbytes
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig, landmark_attention
-from linearize.model.landmark_attention import _chunk
-from linearize.model.landmark_training import whole_rows
-from linearize.model.mixer import Mixer
+from linearize.model.landmarks.chunks import _chunk
+from linearize.model.landmarks.training import whole_rows
+from linearize.model.mixer.mixer import Mixer
 from tests.model.test_families import build
 
 QUERY_HEADS, HEADS, WIDTH, TOKENS = 4, 2, 8, 130
