@@ -41,6 +41,7 @@ class Mixer(MixerBase):
     def forward(
         self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, *, fused: bool | None = None
     ) -> Tensor:
+        """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
@@ -152,7 +153,7 @@ class Mixer(MixerBase):
         def slots(count: int, *names: str) -> Part:
             return {name: empty_slots(self.layer, name, (batch, count), dtype, device) for name in names}
 
-        # What only the state needs of a token is kept where it will ask for it once the window lets go.
+        # The state receives a token when it leaves the window, so the window keeps the tensors that the state takes.
         waits = self.recurrence is not None and self.config.covers == "evicted"
         more = ("k", "source") if waits and self.config.gate_source == "q" else ("k",) if waits else ()
         if self.config.landmarks:
