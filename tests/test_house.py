@@ -109,5 +109,15 @@ def test_this_package(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.argv", ["house", "--json", "--root", str(ROOT)])
     main()
     found = json.loads(capsys.readouterr().out)
-    assert found["reading"]["gla, plain"]["lines"] < found["reading"]["gla"]["lines"] < found["lines"]
+    mixer, plain, whole = (found["reading"][name] for name in ("gla, mixer", "gla, plain", "gla"))
+    assert mixer["lines"] < plain["lines"] < whole["lines"] < found["lines"]
+    assert mixer["files"] <= 6 and plain["files"] <= 8 and plain["lines"] <= 700  # a newcomer reads the layer at once
     assert found["docstrings"]["What"] < found["docstrings"]["all"]
+
+
+def test_modules_of_the_model_make_no_circle() -> None:
+    house = House(ROOT)
+    inside = {module for module in house.trees if module.startswith("linearize.model")}
+    edges = {module: {target for target, _ in house.imports[module].values()} & inside - {module} for module in inside}
+    assert edges["linearize.model.landmarks.chunks"] >= {"linearize.model.mixer.base", "linearize.model.memory"}
+    assert circles(edges) == []

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.model import LayerMemory, modeling
-from linearize.model.mixer import Mixer
+from linearize.model.mixer import mixer as mixing
+from linearize.model.mixer.mixer import Mixer
 from linearize.state import State
 
 
@@ -31,16 +32,19 @@ def no_packing(patch: pytest.MonkeyPatch) -> None:
 
 def ring_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """After more than one token at once."""
-    own = Mixer._slide
 
-    def slide(self, new, lengths, memory, query_index):
-        result = own(self, new, lengths, memory, query_index)
-        if memory is not None and new.q.shape[1] > 1:
-            for tensor in memory.parts["window"].values():
-                tensor.copy_(tensor.roll(1, 1))
-        return result
+    def rolled(own):
+        def written(mixer, new, *rest):
+            result = own(mixer, new, *rest)
+            if new.q.shape[1] > 1:
+                for tensor in rest[-1].parts["window"].values():
+                    tensor.copy_(tensor.roll(1, 1))
+            return result
 
-    patch.setattr(Mixer, "_slide", slide)
+        return written
+
+    for name in ("fill", "slide"):
+        patch.setattr(mixing, name, rolled(getattr(mixing, name)))
 
 
 def nothing_counted(patch: pytest.MonkeyPatch) -> None:

@@ -24,13 +24,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Definition = tuple[str, str]  # ("linearize.model.mixer", "Mixer.forward")
+Definition = tuple[str, str]  # ("linearize.model.mixer.mixer", "Mixer.forward")
 OPENINGS = ("What", "Whether", "Where", "Of", "Whoever")
-_GLA = "MixerConfig LinearizedAttention.forward Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"
+_MIXER = "MixerConfig Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"
+# Left aside in a plain reading: landmarks, fused kernels and the single step; the cache; pads; heads that keep softmax;
+# the rotary table of one token.
+_ASIDE = (
+    "Mixer._alternative fuses steps LinearizedAttention.memory memory_of starts fill slide store layout_of "
+    "LinearizedAttention._attend LinearizedAttention.select _by_group LinearizedAttention._turn _joined"
+)
 # Name -> entries, `end of the module:name` where a name is not unique; and the alternatives that are left aside.
 READINGS = {
-    "gla": (_GLA, ""),
-    "gla, plain": (_GLA, "landmark_attention landmark_parts fuses fused_step fused_attention steps step"),
+    "gla": (f"LinearizedAttention.forward {_MIXER}", ""),
+    "gla, plain": (f"LinearizedAttention.forward {_MIXER}", _ASIDE),
+    "gla, mixer": (_MIXER, _ASIDE),
     "conversion": ("cli.convert:convert", ""),
     "conversion, plain": ("cli.convert:convert", "inspect_model select calibration_text calibrate deciding_needles"),
 }

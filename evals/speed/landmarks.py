@@ -24,9 +24,9 @@ from torch import Tensor
 from evals.recurrences.toy import surroundings, write
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import MixerConfig
-from linearize.model.landmark_attention import _chunk
-from linearize.model.landmark_training import whole_rows
-from linearize.model.mixer import Mixer
+from linearize.model.landmarks.chunks import _chunk
+from linearize.model.landmarks.training import whole_rows
+from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,11 +24,7 @@ from torch import Tensor
 
 from linearize_kernels.dispatch import interpreted
 from linearize_kernels.gla import gla_chunkwise
-from linearize_kernels.window import window_attention
-
-# A mass that is this small is not divided by, and a recurrence outweighs a window by e^60 at most.
-TINY = torch.finfo(torch.float32).tiny
-MOST_LOG_RATIO = 60.0
+from linearize_kernels.window import mix_outputs, window_attention
 
 # Bytes that the largest kernel takes for heads of 256 channels in two bytes, or of 128 in four; others take 99328.
 _WIDE_SHARED_MEMORY = 164864
@@ -258,44 +254,6 @@ def liger_attention_composed(
     )
     mixed = torch.where(live[:, :, None, None], mixed, y[:, lag:])
     return _flat(torch.cat([y[:, :lag], mixed], 1), real).to(v.dtype), final
-
-
-def mix_outputs(
-    y: Tensor,
-    normaliser: Tensor | None,
-    read: Tensor,
-    mass: Tensor | None,
-    *,
-    mix: Literal["fixed", "learned", "softmax"],
-    normalize: bool,
-    weight: Tensor | None,
-) -> Tensor:
-    """Joins window and recurrence. Where there is no mass the window's output stays.
-
-    Args:
-        y: the window's outputs `[..., H, V]`. normaliser: `[..., H]`, the log of their denominator, for `mix: softmax`.
-        read: what the recurrence read `[..., H, V]`. mass: its mass `[..., H, 1]`; None where that has no meaning.
-        mix, normalize: see `LigerOptions`.
-        weight: `[H, V]` for `mix: learned`, `[H]` for `mix: softmax`.
-    """
-    if mix == "softmax" and mass is not None:
-        assert weight is not None and normaliser is not None  # noqa: S101 - for the type checker
-        # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of either
-        # sign keeps the denominator positive and the derivative at 0 alive.
-        by_head = weight[:, None].to(y.dtype)
-        log_ratio = mass.clamp_min(TINY).log() - normaliser[..., None]
-        ratio = log_ratio.clamp_max(MOST_LOG_RATIO).exp()
-        share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
-        return y + share * (read / mass.clamp_min(TINY) - y)
-    part: Tensor | float = 0.5 if weight is None else weight if weight.dtype == y.dtype else weight.to(y.dtype)
-    if mass is None or not normalize:
-        return torch.lerp(y, read, part)
-    # A reading without mass has underflowed, and is no average of anything.
-    if not torch.is_grad_enabled() and y.dtype == read.dtype:
-        # The same in fewer launches: without mass there is no reading either, and the window's output stays by itself.
-        change = torch.addcmul(read, mass, y, value=-1).div_(mass.clamp_min(TINY))
-        return torch.addcmul(y, change, part) if isinstance(part, Tensor) else y.add(change, alpha=part)
-    return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(TINY), part), y)
 
 
 def build_log_gate(k: Tensor, gate: Gate) -> Tensor:

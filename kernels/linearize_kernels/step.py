@@ -4,7 +4,7 @@
     state    S = g ⊙ S + φ(k)ᵀ [v, 1] , with the new token or with the one that the window lets go
     out      mix(window, φ(q) S)
 
-`linearize.model.mixer.Mixer` has the same in plain torch, and is its reference. The kernel is in `step_triton.py`.
+The reference in plain PyTorch is `linearize.model.mixer.mixer.Mixer`. The kernel is in `step_triton.py`.
 """
 
 from __future__ import annotations

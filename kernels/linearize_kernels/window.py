@@ -1,4 +1,5 @@
-"""Softmax attention over a sliding window, plus a few exact columns (sinks) that every later query may read.
+"""Softmax attention over a sliding window, plus a few exact columns (sinks) that every later query may read; and the
+mix of its outputs with those of a recurrence.
 
 y_t = Σ_s p_ts v_s ,   p_t = softmax over {last W tokens} ∪ {visible columns} of  scale · q_t·k_s
 """
@@ -6,12 +7,17 @@ y_t = Σ_s p_ts v_s ,   p_t = softmax over {last W tokens} ∪ {visible columns}
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from linearize_kernels.decay import computing_dtype
+
+# A mass that is this small is not divided by, and a recurrence outweighs a window by e^60 at most.
+TINY = torch.finfo(torch.float32).tiny
+MOST_LOG_RATIO = 60.0
 
 # Queries are cut into blocks of the window's width, but no narrower than this: thinner ones waste launches.
 _NARROWEST_BLOCK = 32
@@ -137,6 +143,44 @@ def joint_attention(
     outputs = sum(read[1:], read[0]).view(*shape, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
     logs = joined.logsumexp(-1).permute(0, 3, 1, 2).flatten(2, 3)
     return outputs, logs, [piece.detach().sum(2) for piece in pieces]
+
+
+def mix_outputs(
+    y: Tensor,
+    normaliser: Tensor | None,
+    read: Tensor,
+    mass: Tensor | None,
+    *,
+    mix: Literal["fixed", "learned", "softmax"],
+    normalize: bool,
+    weight: Tensor | None,
+) -> Tensor:
+    """Joins window and recurrence. Where the mass is 0 the window's output stays.
+
+    Args:
+        y: the window's outputs `[..., H, V]`. normaliser: `[..., H]`, the log of their denominator, for `mix: softmax`.
+        read: the recurrence's outputs `[..., H, V]`. mass: their mass `[..., H, 1]`; None if the recurrence has none.
+        mix, normalize: see `LigerOptions`.
+        weight: `[H, V]` for `mix: learned`, `[H]` for `mix: softmax`.
+    """
+    if mix == "softmax" and mass is not None:
+        assert weight is not None and normaliser is not None  # noqa: S101 - for the type checker
+        # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of either
+        # sign keeps the denominator positive and the derivative at 0 alive.
+        by_head = weight[:, None].to(y.dtype)
+        log_ratio = mass.clamp_min(TINY).log() - normaliser[..., None]
+        ratio = log_ratio.clamp_max(MOST_LOG_RATIO).exp()
+        share = torch.where(mass > 0, by_head * ratio / (1 + by_head.abs() * ratio), 0)
+        return y + share * (read / mass.clamp_min(TINY) - y)
+    part: Tensor | float = 0.5 if weight is None else weight if weight.dtype == y.dtype else weight.to(y.dtype)
+    if mass is None or not normalize:
+        return torch.lerp(y, read, part)
+    # A reading without mass has underflowed, and is no average of anything.
+    if not torch.is_grad_enabled() and y.dtype == read.dtype:
+        # The same in fewer launches: without mass there is no reading either, and the window's output stays by itself.
+        change = torch.addcmul(read, mass, y, value=-1).div_(mass.clamp_min(TINY))
+        return torch.addcmul(y, change, part) if isinstance(part, Tensor) else y.add(change, alpha=part)
+    return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(TINY), part), y)
 
 
 def _attend_window(

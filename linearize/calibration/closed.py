@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from linearize_kernels.liger import mix_outputs
+from linearize_kernels.window import mix_outputs
 from torch import Tensor
 
 if TYPE_CHECKING:

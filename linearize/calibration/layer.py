@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from linearize.families import Projections
     from linearize.model.attention import LinearizedAttention
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.mixer import Mixer
 
 # Rows that the closed forms are made of; they have few numbers to find.
 _CLOSED_ROWS = 4
@@ -215,7 +215,7 @@ class LayerFit:
 
         mixer.mix = look  # type: ignore[method-assign]
         try:
-            mixer.run(self._mixed(new), lengths, None, fused=False)
+            mixer(self._mixed(new), lengths, None, fused=False)
         finally:
             del mixer.mix
         if not seen:

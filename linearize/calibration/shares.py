@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from linearize.calibration.blocks import output_projection
 from linearize.model import MixerConfig
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

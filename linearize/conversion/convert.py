@@ -22,7 +22,7 @@ from linearize.families import family_of
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model.configuration import MixerConfig
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from linearize.errors import ModelError, RecipeError
 from linearize.families import family_of
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig
-from linearize.model.fused import decide_mixer
+from linearize.model.mixer.fused import decide_mixer
 from linearize.model.positions import rotary_notes
 from linearize.model.recurrences import RECURRENCES
 

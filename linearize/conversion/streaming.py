@@ -43,7 +43,7 @@ from linearize.conversion.weightfiles import (
 )
 from linearize.errors import counted
 from linearize.families import family_of
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

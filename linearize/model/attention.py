@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from linearize.families.base import AttentionLayer, Family, Projections
 from linearize.model.layout import Layout
 from linearize.model.memory import LayerMemory, memory_of
-from linearize.model.mixer import Mixer, empty_slots
+from linearize.model.mixer.base import empty_slots
+from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

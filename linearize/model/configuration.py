@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.logging import get_logger
 
-from linearize.model.landmarks import BLOCK
 from linearize.model.positions import settle_rotary
 
 if TYPE_CHECKING:
@@ -19,6 +18,13 @@ Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
+BLOCK = 32
+"""Tokens that leave the window together, and are merged into the landmarks at once."""
+
+
+def room(window: int) -> int:
+    """The most tokens that a window of that width holds with landmarks: a block stays until all of it has left."""
+    return window + BLOCK - 1
 
 
 @dataclass
@@ -82,8 +88,8 @@ class MixerConfig:
         return (self.window or 1) + self.sinks + merged
 
     def fitted(self, layer: AttentionLayer) -> MixerConfig:
-        """What this asks for in `layer`: a layer never sees beyond its own sliding window, and where ours is as wide
-        there is nothing left for sinks or a recurrence to add.
+        """This section limited to `layer`. A layer never sees beyond its own sliding window, so where ours is as wide
+        sinks and a recurrence have nothing to add.
 
         Raises:
             ValueError: heads to keep that are not there, or in a layer with a sliding window.
@@ -102,7 +108,7 @@ class MixerConfig:
         return replace(self, landmarks=0)
 
     def converts(self, layer: AttentionLayer) -> bool:
-        """Whether any head of `layer` gets to do something else than its pretrained attention did."""
+        """True if any head of `layer` computes something else than its pretrained attention."""
         fitted = self.fitted(layer)
         return fitted.window not in (None, layer.window) and len(set(fitted.softmax_heads)) < layer.key_value_heads
 

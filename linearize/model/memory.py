@@ -20,21 +20,13 @@ if TYPE_CHECKING:
 Part = dict[str, Tensor]
 
 
-class Flow(Part):
-    """A part whose tensors keep their history, so that a gradient reaches what they were made from. They are replaced
-    instead of written over."""
-
-
 def store(part: Part, name: str, value: Tensor) -> None:
-    """Writes a tensor of `part`: in place and without history, unless it is a `Flow`."""
-    if isinstance(part, Flow):
-        part[name] = value.to(part[name].dtype)
-    else:
-        part[name].copy_(value.detach())
+    """Copy `value` into a tensor of `part`, in place and without its autograd history."""
+    part[name].copy_(value.detach())
 
 
 class LayerMemory(CacheLayerMixin):
-    """What one converted layer remembers of a batch of sequences, in bytes that do not depend on their length.
+    """The cache of one converted layer for a batch of sequences, of a size that does not depend on their length.
 
     Attributes:
         parts: name of a part -> its tensors, each `[B, ...]`.
@@ -89,7 +81,7 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether no tensor ever changes its shape or address, and generate() asked for that."""
+        """True for a static cache of `generate`: no tensor ever changes its shape or address."""
         return self.capacity is not None
 
     @property
@@ -170,8 +162,7 @@ class LayerMemory(CacheLayerMixin):
             held = next(iter(self.past.values())).shape[1]
             if not self.ragged:
                 joined = {name: torch.cat([self.past[name], x.to(self.past[name].dtype)], 1) for name, x in new.items()}
-                flows = isinstance(self.past, Flow)
-                self.past = Flow(joined) if flows else {name: x.detach() for name, x in joined.items()}
+                self.past = {name: x.detach() for name, x in joined.items()}
                 return held, joined["k_rotated"], joined["v"]
             room = {name: F.pad(x, (0, 0, 0, 0, 0, tokens)) for name, x in self.past.items()}
         else:

@@ -24,7 +24,7 @@ from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import layer_mask, segments_of
 from linearize.model.memory import LayerMemory
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 from linearize.model.positions import renew_rotary, settle_rotary
 from linearize.model.quantized import Quantization, install
 from linearize.products import take_products

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from linearize.families.base import AttentionLayer
     from linearize.model import LinearizedForCausalLM
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.mixer import Mixer
 
 _TINY = 1e-12
 

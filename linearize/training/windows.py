@@ -14,7 +14,7 @@ from linearize.training.rows import NO_LOSS
 
 if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.mixer import Mixer
     from linearize.recipe.schema import Stage
     from linearize.training.rows import Rows
 

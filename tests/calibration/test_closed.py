@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from linearize_kernels.liger import mix_outputs
+from linearize_kernels.window import mix_outputs
 
 from linearize.calibration.closed import Ridge, bisect, channel_weights, decay_of, mass_weights
 

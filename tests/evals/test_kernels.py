@@ -17,7 +17,7 @@ from evals.kernels.telling import markdown, plot
 from evals.kernels.work import Shape, Work
 from linearize.families.base import AttentionLayer
 from linearize.model.configuration import MixerConfig
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape("small", 6, 2, 16, 5, 2)

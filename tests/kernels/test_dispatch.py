@@ -13,7 +13,7 @@ from linearize_kernels.dispatch import UnknownKernelsError, choose, say_once
 
 from linearize.families.base import AttentionLayer
 from linearize.model.configuration import MixerConfig
-from linearize.model.fused import decide_mixer, refusal
+from linearize.model.mixer.fused import decide_mixer, refusal
 from linearize.model.recurrences import RECURRENCES
 from tests.kernels.test_forms import KERNELS, inputs
 

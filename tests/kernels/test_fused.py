@@ -10,7 +10,7 @@ import torch
 from linearize_kernels import liger
 
 from linearize.families.base import Projections
-from linearize.model import fused
+from linearize.model.mixer import fused
 from tests.kernels.test_step import DEVICE, empty, make_layer, make_mixer, pytestmark, tokens_of
 
 __all__ = ["pytestmark"]

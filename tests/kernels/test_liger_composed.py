@@ -12,7 +12,7 @@ from torch import Tensor
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model.configuration import MixerConfig
 from linearize.model.memory import LayerMemory
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 
 LENGTHS = (19, 4, 31)
 HEADS, GROUPS, WIDTH, VALUES, WINDOW, SINKS = 6, 2, 8, 5, 7, 3

@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model.configuration import MixerConfig
-from linearize.model.fused import refusal
 from linearize.model.memory import LayerMemory
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.fused import refusal
+from linearize.model.mixer.mixer import Mixer
 from tests.model.test_layer import KINDS, close, converted, in_pieces
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ import torch
 from linearize_kernels import say_once
 
 from linearize.families.base import AttentionLayer
-from linearize.model import mixer as mixing
-from linearize.model import trial
 from linearize.model.configuration import MixerConfig
-from linearize.model.mixer import Mixer
+from linearize.model.mixer import mixer as mixing
+from linearize.model.mixer import trial
+from linearize.model.mixer.mixer import Mixer
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def mixer(window: int = 8) -> Mixer:
 
 
 def sound(one, new, lengths, memory):
-    return one.run(new, lengths, memory, fused=False)
+    return one.forward(new, lengths, memory, fused=False)
 
 
 def off(one, new, lengths, memory):

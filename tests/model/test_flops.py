@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.families import AttentionLayer
 from linearize.model import MixerConfig
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 from linearize.model.recurrences import RECURRENCES, build_recurrence
 from linearize.model.recurrences.slots import Elementwise
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from linearize.conversion.convert import state_nbytes
 from linearize.families.base import AttentionLayer, Projections
-from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig, landmark_attention
-from linearize.model.landmark_attention import _chunk
-from linearize.model.landmark_training import whole_rows
-from linearize.model.mixer import Mixer
+from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig
+from linearize.model.landmarks import chunks
+from linearize.model.landmarks.chunks import _chunk
+from linearize.model.landmarks.training import whole_rows
+from linearize.model.mixer.mixer import Mixer
 from tests.model.test_families import build
 
 QUERY_HEADS, HEADS, WIDTH, TOKENS = 4, 2, 8, 130
@@ -190,7 +191,7 @@ def test_whole_rows_are_the_same_with_and_without_gradients(case, tokens, off):
 
 def test_training_takes_whole_rows(monkeypatch):
     called = []
-    monkeypatch.setattr(landmark_attention, "whole_rows", lambda *_: called.append(True))
+    monkeypatch.setattr(chunks, "whole_rows", lambda *_: called.append(True))
     new = projections(100)
     mixer = mixer_of()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from linearize.conversion.convert import convert_model
 from linearize.errors import RecipeError
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import MixerConfig
-from linearize.model.mixer import Mixer
+from linearize.model.mixer.mixer import Mixer
 from linearize.recipe import LoraSpec, MixerSpec
 from linearize.training.adapters import add_adapters, choose_trained
 from linearize.training.align import Alignment, read_beyond

@@ -1,9 +1,9 @@
-"""One token of decoding, where all rows have seen the same number of tokens.
+"""One token of decoding, for rows that have seen the same number of tokens.
 
-What `Mixer.forward` works out with masks and indices is then known as plain numbers: which slot of the window is
-written over, how many slots are filled, and whether what leaves is a sink or goes into the state. So nothing is masked,
-nothing of the window is moved, and the memory is updated where it lies. Sinks and window lie side by side, so that one
-product reads both.
+`slide` computes masks and indices per row. Here the same values are plain numbers: the slot of the window that is
+overwritten, the number of filled slots, and the use of the token that leaves (a sink, or a write to the state). So
+nothing is masked, the window does not move, and the memory is updated in place. Sinks and window lie side by side, so
+that one product reads both.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
     from linearize.families.base import Projections
     from linearize.model.memory import LayerMemory, Part
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
 
-def steps(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> bool:
-    """Whether `step` answers this call: one real token in every row, rows of one length, and no gradient."""
+def steps(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> bool:
+    """True if `step` computes this call: one real token in every row, rows of one length, and no gradient."""
     alone = new.q.shape[1] == 1 and lengths is None and not mixer.branches_off
     return alone and memory is not None and memory.uniform is not None and not torch.is_grad_enabled()
 
 
-def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
-    """As `Mixer.forward`, for the calls that `steps` names."""
+def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
+    """`Mixer.forward` for the calls that `steps` accepts."""
     config, window, count, recurrence = mixer.config, mixer.window, memory.uniform, mixer.recurrence
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
     leaving = count - window  # the number of the token that the new one pushes out; below 0 there is none
@@ -40,7 +40,7 @@ def step(mixer: Mixer, new: Projections, memory: LayerMemory) -> Tensor:
     if recurrence is None or (config.covers == "evicted" and leaving < config.sinks):
         recurrence = None  # nothing has been written yet
     elif config.covers == "evicted":
-        # First of all, while what leaves is still where it was.
+        # Before the window is written, because `place` still holds the token that leaves.
         v, k = place["v"], place["k_rotated" if config.rope or "k" not in place else "k"]
         source = place.get("source", v if config.gate_source == "v" else place.get("k", k))
         read, mass = recurrence(q, k, v, source, None, memory.parts["state"])

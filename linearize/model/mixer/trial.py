@@ -1,7 +1,7 @@
-"""Fused kernels on trial: what a compiler or a driver does to a kernel, no test on another machine can know.
+"""The check of a fused kernel on the device at hand, because a compiler or a driver may break it there alone.
 
-Before a GPU's first call of a kind, the mixer runs on made-up tokens with the kernel and in plain torch, and the kernel
-is used only if outputs, memory and gradients agree.
+Before a GPU's first call of a kind, the mixer runs on random tokens with the kernel and in plain PyTorch. The kernel is
+used only if outputs, memory and gradients agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from linearize.families.base import Projections
 from linearize.model.memory import LayerMemory
 
 if TYPE_CHECKING:
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
 # In Triton's interpreter there is no compiler to doubt.
 ON_TRIAL = {"cuda"}
@@ -27,8 +27,8 @@ _TOLERANCE = {torch.float32: 2e-3}
 _HALF_TOLERANCE = 4e-2
 
 
-def passes(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel for `operation` agrees with plain torch on this device; tried once for each kind of mixer."""
+def passes(operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype) -> bool:
+    """True if the kernel for `operation` agrees with plain PyTorch on this device; checked once per kind of mixer."""
     if device.type not in ON_TRIAL:
         return True
     kind = (operation, mixer.kind, device, dtype)
@@ -39,11 +39,11 @@ def passes(operation: Operation, mixer: Mixer, device: torch.device, dtype: torc
     return _VERDICTS[kind]
 
 
-def _agrees(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.dtype) -> bool:
+def _agrees(operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype) -> bool:
     weight = mixer._parameters.get("mix_weight")
     try:
         if weight is not None:
-            # A recurrence that still sleeps would hide what is read from it.
+            # A mix weight of 0 would hide the outputs of the recurrence.
             mixer._parameters["mix_weight"] = nn.Parameter(torch.full_like(weight, 0.5), requires_grad=False)
         plain = _run(operation, mixer, device, dtype, fused=False)
         try:
@@ -66,7 +66,9 @@ def _agrees(operation: Operation, mixer: Mixer, device: torch.device, dtype: tor
     return True
 
 
-def _run(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.dtype, *, fused: bool) -> list[Tensor]:
+def _run(
+    operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype, *, fused: bool
+) -> list[Tensor]:
     """Outputs, memory and, of a prompt, gradients of a mixer on tokens that are the same at every call."""
     generator = torch.Generator().manual_seed(0)
 
@@ -84,9 +86,7 @@ def _run(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.
             memory = LayerMemory(mixer.parts(_ROWS, dtype, device), _ROWS, device)
             for count, lengths in ((prompt, None), (more, None), (more, [more, more // 2]), (more, None)):
                 real = None if lengths is None else torch.tensor(lengths, device=device)
-                mixed = mixer.run(
-                    tokens(count), real, memory, fused=fused and (operation == "attention") == (count > 1)
-                )
+                mixed = mixer(tokens(count), real, memory, fused=fused and (operation == "attention") == (count > 1))
                 memory.advance(count, real)
                 if real is not None:
                     mixed = mixed[torch.arange(count, device=device) < real[:, None]]
@@ -95,7 +95,7 @@ def _run(operation: Operation, mixer: Mixer, device: torch.device, dtype: torch.
         if operation == "attention":
             with torch.enable_grad():
                 given = Projections(*(x.requires_grad_() for x in tokens(prompt)))
-                mixed = mixer.run(given, None, None, fused=fused)
+                mixed = mixer(given, None, None, fused=fused)
                 weights = torch.randn(mixed.shape, generator=generator).to(mixed)
                 grads = torch.autograd.grad(mixed, given, weights, allow_unused=True)
             found += [mixed, *(x for x in grads if x is not None)]

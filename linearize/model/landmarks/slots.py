@@ -34,14 +34,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.model.configuration import BLOCK, room
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from linearize.families.base import Projections
     from linearize.model.memory import Part
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
-BLOCK = 32
 REACH = 2
 FADING = 0.8
 MOST_AGAINST = 1.0
@@ -49,12 +50,7 @@ _SCORES = ("novelty", "received")
 _LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
 
-def room(window: int) -> int:
-    """The most tokens that a window of that width holds: a block stays until all of it has left."""
-    return window + BLOCK - 1
-
-
-def landmark_parts(mixer: Mixer, empty: Callable[..., Part], batch: int, device: torch.device) -> dict[str, Part]:
+def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, device: torch.device) -> dict[str, Part]:
     """The exact parts of `Mixer.parts` with landmarks; `empty` makes room for so many tokens' tensors of some names.
     Tokens are numbered from 1 in `number`; 0 is an empty slot."""
     layer, slots = mixer.layer, mixer.config.landmarks
@@ -75,8 +71,9 @@ def landmark_parts(mixer: Mixer, empty: Callable[..., Part], batch: int, device:
     return parts
 
 
-def kept_names(mixer: Mixer) -> tuple[str, ...]:
-    """What is kept of a token: what attention reads, and what the state will ask for should the token lose its slot."""
+def kept_names(mixer: MixerBase) -> tuple[str, ...]:
+    """The tensors kept of a token: those that attention reads, and those that the state takes if the token loses its
+    slot."""
     config = mixer.config
     if mixer.recurrence is None:
         return ("k_rotated", "v")
@@ -84,20 +81,23 @@ def kept_names(mixer: Mixer) -> tuple[str, ...]:
 
 
 @overload
-def merges(mixer: Mixer, tokens: int) -> int: ...
+def merges(mixer: MixerBase, tokens: int) -> int: ...
 @overload
-def merges(mixer: Mixer, tokens: Tensor) -> Tensor: ...
+def merges(mixer: MixerBase, tokens: Tensor) -> Tensor: ...
 @overload
-def merges(mixer: Mixer, tokens: Tensor | int) -> Tensor | int: ...
-def merges(mixer: Mixer, tokens: Tensor | int) -> Tensor | int:
+def merges(mixer: MixerBase, tokens: Tensor | int) -> Tensor | int: ...
+def merges(mixer: MixerBase, tokens: Tensor | int) -> Tensor | int:
     """How many blocks have been merged for the last of that many tokens of a row."""
     left = tokens - mixer.window - mixer.config.sinks
     return max(left, 0) // BLOCK if isinstance(left, int) else left.clamp_min(0) // BLOCK
 
 
 def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Of tokens with keys `k` `[R, L, K, D]`, after earlier ones whose keys of length 1 sum up to `before` `[R, K, D]`:
-    how unlike the keys before it each is, `[R, L, K]`, and the sums after each, `[R, L, K, D]`."""
+    """The novelty of tokens with keys `k` `[R, L, K, D]`; earlier keys, of length 1, sum up to `before` `[R, K, D]`.
+
+    Returns:
+        minus the cosine between each key and the mean before it, `[R, L, K]`, and the sums after each, `[R, L, K, D]`.
+    """
     unit = F.normalize(k.detach().float(), dim=-1)
     sums = before[:, None] + unit.cumsum(1)
     return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
@@ -144,11 +144,11 @@ def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
         order = ranks(candidates, window).argsort(dim=1, descending=True, stable=True)
         kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
         lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
-    slots, others = ({name: take(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
+    slots, others = ({name: take_by_head(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
     return slots | {"received": FADING * slots["received"]}, others
 
 
-def take(x: Tensor, at: Tensor) -> Tensor:
+def take_by_head(x: Tensor, at: Tensor) -> Tensor:
     """Tokens or slots `at` `[R, N, K]` of `x` `[R, S, K, ...]`, for each head its own."""
     return x.gather(1, at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:]))
 
@@ -160,14 +160,14 @@ def where(rows: Tensor | None, a: Part, b: Part) -> Part:
     return {name: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, b[name]) for name, x in a.items()}
 
 
-def stored(mixer: Mixer, tokens: Part) -> tuple[Tensor, Tensor, Tensor]:
+def stored(mixer: MixerBase, tokens: Part) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and what gates are built from, as the state takes them, of tokens that lose their slots."""
     k = tokens["k_rotated" if mixer.config.rope else "k"]
     source = tokens.get("source", tokens["v"] if mixer.config.gate_source == "v" else k)
     return k, tokens["v"], source
 
 
-def arriving_of(mixer: Mixer, new: Projections, fresh: Tensor) -> Part:
+def arriving_of(mixer: MixerBase, new: Projections, fresh: Tensor) -> Part:
     """The new tokens as the window keeps them."""
     given = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": mixer.source(new)}
     names = kept_names(mixer)
@@ -186,8 +186,8 @@ def rows_of(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(1, at.view(*at.shape, *[1] * (x.dim() - 2)).expand(*at.shape, *x.shape[2:]))
 
 
-def join(mixer: Mixer, y: Tensor, log: Tensor, read: Tensor, mass: Tensor | None, empty: Tensor | None) -> Tensor:
-    """The exact part's output with the state's; an empty state has no opinion, and the exact part stays as it is."""
+def join(mixer: MixerBase, y: Tensor, log: Tensor, read: Tensor, mass: Tensor | None, empty: Tensor | None) -> Tensor:
+    """Mix the exact branch's outputs with the state's. Queries with an empty state keep the exact branch's output."""
     normaliser = log if mixer.config.mix == "softmax" else None
     mixed = mixer.mix(y, normaliser, read, None if mass is None else mass[..., None])
     return mixed if empty is None else torch.where(empty[:, :, None, None], y, mixed)

@@ -14,27 +14,26 @@ import torch.nn.functional as F
 from linearize_kernels import gathered_attention, joint_attention
 from torch import Tensor
 
-from linearize.model.landmarks import (
-    BLOCK,
+from linearize.model.configuration import BLOCK, room
+from linearize.model.landmarks.slots import (
     arriving_of,
     join,
     kept_names,
     merge,
     novelty,
     numbers,
-    room,
     smoothed,
     stored,
-    take,
+    take_by_head,
 )
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
     from linearize.model.memory import Part
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
 
-def whole_rows(mixer: Mixer, new: Projections) -> Tensor:
+def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
     """`landmark_attention` of rows without a memory, `[R, L, H, V]`."""
     sinks, slots, tokens = mixer.config.sinks, mixer.config.landmarks, new.q.shape[1]
     first = min(sinks + mixer.window - 1 + BLOCK, tokens)  # queries that no block has left behind
@@ -52,7 +51,7 @@ def whole_rows(mixer: Mixer, new: Projections) -> Tensor:
     return _with_state(mixer, new, y, logs, lost, first)
 
 
-def _choose(mixer: Mixer, new: Projections) -> tuple[Tensor, Tensor]:
+def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     """By number, from 1 on (0 is none): which tokens are in the slots after each merge, `[R, B, N, K]`, and which have
     lost theirs by it, `[R, B, BLOCK, K]`."""
     config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
@@ -67,7 +66,7 @@ def _choose(mixer: Mixer, new: Projections) -> tuple[Tensor, Tensor]:
         query = torch.arange(start, end, device=k.device)[:, None]
         distance = query - torch.arange(local, end, device=k.device)
         filled = min(config.landmarks, local - sinks)
-        own = take(k, slots["number"][:, :filled].long() - 1)
+        own = take_by_head(k, slots["number"][:, :filled].long() - 1)
         keys, visible = [k[:, :sinks], own, k[:, local:end]], query >= torch.arange(sinks, device=k.device)
         _, _, shares = joint_attention(
             q[:, start:end],
@@ -92,9 +91,9 @@ def _choose(mixer: Mixer, new: Projections) -> tuple[Tensor, Tensor]:
 
 
 def _attend(
-    mixer: Mixer, new: Projections, own: slice, size: int, at: Tensor, seen: Tensor, widths: list[int]
+    mixer: MixerBase, new: Projections, own: slice, size: int, at: Tensor, seen: Tensor, widths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """What the queries `own`, in blocks of `size`, read of the tokens `at`."""
+    """Attention of the queries `own`, in blocks of `size`, to the tokens `at`."""
     q = new.q_rotated[:, own]
     blocks = F.pad(q, (0, 0, 0, 0, 0, -q.shape[1] % size)).unflatten(1, (-1, size))
     scale, softcap = mixer.layer.scale, mixer.layer.softcap
@@ -103,8 +102,8 @@ def _attend(
     return y, logs
 
 
-def _read_by_blocks(mixer: Mixer, new: Projections, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Sinks, window and slots of each block's queries, as `gathered_attention` wants them."""
+def _read_by_blocks(mixer: MixerBase, new: Projections, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Sinks, window and slots of each block's queries, as `gathered_attention` takes them."""
     sinks, width, (rows, blocks, slots, heads) = mixer.config.sinks, room(mixer.window), kept.shape
     device = kept.device
     merged = BLOCK * torch.arange(1, blocks + 1, device=device)[:, None]
@@ -119,9 +118,9 @@ def _read_by_blocks(mixer: Mixer, new: Projections, kept: Tensor) -> tuple[Tenso
     return at, torch.cat(seen, -1)
 
 
-def _with_state(mixer: Mixer, new: Projections, y: Tensor, logs: Tensor, lost: Tensor, first: int) -> Tensor:
-    """What the state answers joins in: one sequence, of the tokens that a merge left without a slot, which write, and
-    the queries up to the next, which read.
+def _with_state(mixer: MixerBase, new: Projections, y: Tensor, logs: Tensor, lost: Tensor, first: int) -> Tensor:
+    """Mix in the outputs of the state. One sequence holds the tokens that a merge left without a slot, which write, and
+    then the queries up to the next merge, which read.
 
     Args:
         first: the first query after a merge.
@@ -134,7 +133,7 @@ def _with_state(mixer: Mixer, new: Projections, y: Tensor, logs: Tensor, lost: T
         return y
     given = arriving_of(mixer, new, new.k)
     at = (lost - 1).clamp_min(0).flatten(1, 2)
-    k, v, source = stored(mixer, {name: take(given[name], at) for name in kept_names(mixer)})
+    k, v, source = stored(mixer, {name: take_by_head(given[name], at) for name in kept_names(mixer)})
     start, blocks = first + empty * BLOCK, lost.shape[1]
     q = (new.q_rotated if mixer.config.rope else new.q)[:, start:]
     tokens = q.shape[1]

@@ -8,15 +8,14 @@ import torch
 from linearize_kernels import joint_attention
 from torch import Tensor
 
-from linearize.model.landmarks import (
-    BLOCK,
+from linearize.model.configuration import BLOCK, room
+from linearize.model.landmarks.slots import (
     arriving_of,
     join,
     merge,
     merges,
     novelty,
     numbers,
-    room,
     smoothed,
     stored,
     where,
@@ -25,11 +24,11 @@ from linearize.model.landmarks import (
 if TYPE_CHECKING:
     from linearize.families.base import Projections
     from linearize.model.memory import LayerMemory, Part
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
 
 class _Seen(NamedTuple):
-    """What the new token reads once it is in its place.
+    """The slots that the new token reads once it is in its place.
 
     Attributes:
         sinks, landmarks, window: how many slots of each, from the first on.
@@ -47,7 +46,7 @@ class _Seen(NamedTuple):
     written: Tensor | int
 
 
-def landmark_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
+def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """As `landmark_attention`, for one token a row and no gradient."""
     config, parts = mixer.config, memory.parts
     fresh, sums = novelty(new.k, parts["keys"]["sum"])
@@ -84,7 +83,7 @@ def landmark_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory
     return join(mixer, y, log, read, mass, empty)
 
 
-def _alike(mixer: Mixer, memory: LayerMemory, arriving: Part, count: int) -> _Seen:
+def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, count: int) -> _Seen:
     """Takes in a token where all rows have seen `count` of them: everything is a plain number."""
     config, parts = mixer.config, memory.parts
     merged = merges(mixer, count + 1)
@@ -106,13 +105,13 @@ def _alike(mixer: Mixer, memory: LayerMemory, arriving: Part, count: int) -> _Se
     )
 
 
-def _apart(mixer: Mixer, memory: LayerMemory, arriving: Part, lengths: Tensor | None) -> _Seen:
+def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, lengths: Tensor | None) -> _Seen:
     """Takes in a token in rows that differ: those of length 0 stay as they are."""
     config, parts, counts = mixer.config, memory.parts, memory.counts
     real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
     before, merged = merges(mixer, counts), merges(mixer, counts + 1)
     goes = real & (merged > before)
-    # Only a device that does not have to be waited for is asked, and not while what is repeated is recorded.
+    # `any` syncs a GPU, and a recorded step must not depend on a value of the host; merging no row is a no-op.
     if goes.device.type != "cpu" or not memory.counts_on_host or bool(goes.any()):
         _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, goes)
     place = counts - config.sinks - torch.where(real, merged, before) * BLOCK
@@ -140,7 +139,7 @@ def _apart(mixer: Mixer, memory: LayerMemory, arriving: Part, lengths: Tensor | 
     )
 
 
-def _merge(mixer: Mixer, memory: LayerMemory, first: Tensor | int, goes: Tensor | None) -> None:
+def _merge(mixer: MixerBase, memory: LayerMemory, first: Tensor | int, goes: Tensor | None) -> None:
     """Merges the window's oldest block into the landmarks, in the rows that `goes` names, and moves the rest of the
     window to its place; `first` is the number of the block's first token."""
     window, landmarks = memory.parts["window"], memory.parts["landmarks"]

@@ -1,4 +1,4 @@
-"""Attention with landmarks; `landmarks.py` says what they are.
+"""Attention with landmarks; `slots.py` defines them.
 
 Any number of tokens goes block by block: between two merges all queries read the same sinks, the same slots and the
 same state.
@@ -13,32 +13,33 @@ import torch.nn.functional as F
 from linearize_kernels import joint_attention
 from torch import Tensor
 
-from linearize.model.landmark_step import landmark_step
-from linearize.model.landmark_training import whole_rows
-from linearize.model.landmarks import (
-    BLOCK,
+from linearize.model.configuration import BLOCK, room
+from linearize.model.landmarks.slots import (
     arriving_of,
     join,
     merge,
     merges,
     novelty,
     numbers,
-    room,
     rows_of,
     smoothed,
     stored,
     where,
 )
+from linearize.model.landmarks.step import landmark_step
+from linearize.model.landmarks.training import whole_rows
 from linearize.model.memory import store
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
     from linearize.model.memory import LayerMemory, Part
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
 
 @torch.compiler.disable(reason="which tokens are kept depends on what they are")  # type: ignore[untyped-decorator]
-def landmark_attention(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+def landmark_attention(
+    mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None
+) -> Tensor:
     """`Mixer.forward` with landmarks."""
     if memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled():
         return landmark_step(mixer, new, lengths, memory)
@@ -84,7 +85,7 @@ class _Rows(NamedTuple):
 
 
 def _lay_out(
-    mixer: Mixer, new: Projections, arriving: Part, window: Part, lengths: Tensor | None, memory: LayerMemory | None
+    mixer: MixerBase, new: Projections, arriving: Part, window: Part, lengths: Tensor | None, memory: LayerMemory | None
 ) -> _Rows:
     tokens, sinks, width = new.q.shape[1], mixer.config.sinks, room(mixer.window)
     q_state = new.q_rotated if mixer.config.rope else new.q
@@ -107,13 +108,13 @@ def _lay_out(
     return _Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
 
 
-def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
     """Any number of tokens, whole rows without a memory among them."""
     config, window, device = mixer.config, mixer.window, new.v.device
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
     fresh, sums = novelty(new.k, parts["keys"]["sum"])
     rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), parts["window"], lengths, memory)
-    held, landmarks, sinks = rows.held, dict(parts["landmarks"]), _sinks(mixer, new, lengths, memory)
+    held, landmarks, sinks = rows.held, dict(parts["landmarks"]), _sinks_of(mixer, new, lengths, memory)
     ys, logs, recall = list[Tensor](), list[Tensor](), _Recall(mixer, rows)
     start, stop, block = rows.first, rows.first + rows.q.shape[1], 0
     while start < stop:
@@ -141,8 +142,10 @@ def _chunk(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: Layer
     return rows.back(recall.join(torch.cat(ys, 1), torch.cat(logs, 1), memory), new.q.shape[1])
 
 
-def _block(mixer: Mixer, rows: _Rows, places: slice, block: int, sinks: Part, landmarks: Part) -> tuple[Tensor, Tensor]:
-    """What the queries at some places read that have left as many blocks behind; adds to what is `received`.
+def _block(
+    mixer: MixerBase, rows: _Rows, places: slice, block: int, sinks: Part, landmarks: Part
+) -> tuple[Tensor, Tensor]:
+    """Attention of the queries at `places`, which have left `block` blocks behind; adds their shares to `received`.
 
     Returns:
         outputs and the log of the softmax's denominator, as of `joint_attention`.
@@ -182,12 +185,12 @@ def _block(mixer: Mixer, rows: _Rows, places: slice, block: int, sinks: Part, la
 
 
 class _Recall:
-    """What the queries of a chunk read from the state, between the merges that write into it.
+    """The reads of a chunk's queries from the state, between the merges that write into it.
 
-    Writing and reading are gathered and then run as one sequence, in which a token that is read for writes nothing.
+    Writes and reads are gathered and then run as one sequence, in which the places of the queries write nothing.
     """
 
-    def __init__(self, mixer: Mixer, rows: _Rows) -> None:
+    def __init__(self, mixer: MixerBase, rows: _Rows) -> None:
         self.mixer, self.q, self.first = mixer, rows.q_state, rows.first
         self.on = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
         self.waiting: list[tuple[Tensor, ...]] = []  # written, but not read yet
@@ -197,7 +200,7 @@ class _Recall:
         self.start, self.length = 0, 0
 
     def write(self, lost: Part, goes: Tensor | None) -> None:
-        """What a merge lost, in the rows that `goes` names."""
+        """Queue the tokens that a merge left without a slot, in the rows that `goes` selects."""
         if not self.on:
             return
         writes = lost["number"][:, :, 0] > 0
@@ -242,7 +245,7 @@ class _Recall:
         return torch.cat([y[:, :start], mixed], 1) if start else mixed
 
 
-def _sinks(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Part:
+def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Part:
     """Keys and values of the sinks `[R, M, K, D or V]` once the new tokens are there."""
     sinks, (rows, tokens) = mixer.config.sinks, new.v.shape[:2]
     if not sinks:

@@ -1,9 +1,9 @@
-"""A mixer on the fused kernels: what it is in their terms, which of them takes it, and the call.
+"""A mixer on the fused kernels: its options as the kernels take them, the choice of a kernel, and the call.
 
     fused_step        one token a row, no gradient: everything in one launch, in place
     fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
 
-`fuses` says whether they are to run; otherwise `Mixer` does the same in plain torch.
+`fuses` decides if they run; otherwise `Mixer.forward` does the same in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
 from torch import Tensor
 
 from linearize.model.memory import store
-from linearize.model.trial import passes
+from linearize.model.mixer.trial import passes
+from linearize.model.mixer.window import fill, slide, starts
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer, Projections
     from linearize.model.configuration import MixerConfig
     from linearize.model.memory import LayerMemory, Part
-    from linearize.model.mixer import Mixer
+    from linearize.model.mixer.base import MixerBase
 
 # The recurrences that the kernels know, with what has a gate of its own and the sign of the gate's input.
 _GATES: dict[str, tuple[Any, float]] = {
@@ -41,7 +42,7 @@ _WIDEST = 256
 
 
 def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
-    """Why no fused kernel takes a mixer of this configuration; None if one does."""
+    """The reason why no fused kernel takes a mixer of this configuration; None if one does."""
     if config.landmarks:
         return "no fused kernel for landmarks"
     if config.recurrence not in _GATES and (operation == "attention" or config.recurrence != "none"):
@@ -57,8 +58,8 @@ def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) ->
 def decide_mixer(
     config: MixerConfig, layer: AttentionLayer, device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Decision]:
-    """What runs a mixer of this configuration on a device and in a dtype, and why: `prefill` and training, a decoding
-    `step`, and the `recurrence` alone where it is not part of a fused kernel.
+    """The kernels that run a mixer of this configuration on a device and in a dtype, with the reasons: `prefill` (and
+    training), a decoding `step`, and the `recurrence` alone if it is not part of a fused kernel.
 
     Raises:
         UnknownKernelsError: `LINEARIZE_KERNELS` is none of its choices.
@@ -77,8 +78,8 @@ def decide_mixer(
     return found
 
 
-def fuses(mixer: Mixer, new: Projections, memory: LayerMemory | None) -> bool:
-    """Whether a fused kernel is to run `Mixer.forward` on these arguments."""
+def fuses(mixer: MixerBase, new: Projections, memory: LayerMemory | None) -> bool:
+    """True if a fused kernel runs `Mixer.forward` on these arguments."""
     # Compiled code fuses on its own, and the kernels' launches have not been tried in it.
     if mixer.branches_off or torch.compiler.is_compiling() or settled(new.v.device):
         return False
@@ -90,7 +91,7 @@ def fuses(mixer: Mixer, new: Projections, memory: LayerMemory | None) -> bool:
     return choose(operation, device, dtype, refusal=reason) == "triton" and passes(operation, mixer, device, dtype)
 
 
-def fused_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
+def fused_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """`Mixer.forward` for one token a row, without a gradient."""
     from linearize_kernels.step_triton import step_triton
 
@@ -98,21 +99,23 @@ def fused_step(mixer: Mixer, new: Projections, lengths: Tensor | None, memory: L
 
 
 def fused_attention(
-    mixer: Mixer,
+    mixer: MixerBase,
     new: Projections,
     lengths: Tensor | None,
     memory: LayerMemory | None,
-    whole: Part | None,
-    columns: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """`Mixer.forward` for several tokens a row.
-
-    Args:
-        whole: with a memory, what its window held, oldest first, and the new tokens behind: `[R, W + L, K, D or V]`.
-        columns: the sinks, as `window_attention` wants them.
-    """
-    config, recurrence, past = mixer.config, mixer.recurrence, 0 if whole is None else mixer.window
+    """`Mixer.forward` for several tokens a row."""
+    config, recurrence = mixer.config, mixer.recurrence
     assert recurrence is not None  # noqa: S101 - for the type checker; `refusal` has looked
+    whole: Part | None = None  # of a memory with tokens: its window, oldest first, and the new ones `[R, W + L, ...]`
+    if memory is None or starts(memory, lengths):
+        columns = mixer.sinks(new)
+        if memory is not None:
+            fill(mixer, new, memory)
+    else:
+        span = slide(mixer, new, lengths, memory)
+        whole, columns = span.whole, span.columns
+    past = 0 if whole is None else mixer.window
     source = mixer.source(new)
     given = {"k": new.k, "k_rotated": new.k_rotated, "v": new.v, "source": source}
     if whole is not None:
@@ -149,10 +152,10 @@ def fused_attention(
     )
     sinks = None if columns is None else Columns(columns[0].to(dtype), columns[1].to(dtype), config.sinks)
     rows, tokens = new.q.shape[:2]
-    starts: Tensor | int = rows
+    row_starts: Tensor | int = rows
     of_query = of_keys = None
     if lengths is not None:
-        starts, of_query, of_keys = _packing(lengths, tokens, past)
+        row_starts, of_query, of_keys = _packing(lengths, tokens, past)
     choices = (of_query, of_keys, of_keys, of_query, of_keys)
     q_rotated, k_rotated, v, q, k = (_chosen(x.to(dtype), at) for x, at in zip(operands, choices, strict=True))
     state = memory.parts["state"]["state"] if memory is not None else None
@@ -166,7 +169,7 @@ def fused_attention(
         options,
         mix_weight=mixer._parameters.get("mix_weight"),
         columns=sinks,
-        rows=starts,
+        rows=row_starts,
         longest=tokens,
         counts=memory.counts.clone() if memory is not None and whole is not None else None,
         # A backward pass may want what is written over below.
@@ -181,9 +184,9 @@ def fused_attention(
 
 
 def _packing(lengths: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of unequal lengths one after the other, without what fills them up: where each starts `[R + 1]`, and which
-    queries of `[R, tokens]` and keys of `[R, past + tokens]` are real. Worked out once and kept on `lengths`, for the
-    layers of a model share it, and how many there are has to be asked of the device."""
+    """Rows of unequal lengths one after the other, without their padding: the start of each row `[R + 1]`, and the
+    indices of the real queries in `[R, tokens]` and of the real keys in `[R, past + tokens]`. Cached on `lengths`,
+    because all layers share it and `nonzero` syncs the device."""
     kept = lengths.__dict__.setdefault("_packings", {})
     if (tokens, past) not in kept:
         real = torch.arange(tokens, device=lengths.device) < lengths[:, None]
@@ -199,7 +202,7 @@ def _chosen(x: Tensor, at: Tensor | None) -> Tensor:
     return flat if at is None else flat[at]
 
 
-def _gate_weights(mixer: Mixer, device: torch.device) -> tuple[Tensor, Tensor]:
+def _gate_weights(mixer: MixerBase, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and bias of a gate per channel, `[K, D]`."""
     recurrence = mixer.recurrence
     assert recurrence is not None  # noqa: S101 - for the type checker
@@ -211,8 +214,8 @@ def _gate_weights(mixer: Mixer, device: torch.device) -> tuple[Tensor, Tensor]:
     return scale, bias
 
 
-def _step_of(mixer: Mixer) -> Step:
-    """What a decoding step of `mixer` is."""
+def _step_of(mixer: MixerBase) -> Step:
+    """The options of a decoding step of `mixer`, as the kernel takes them."""
     config, recurrence = mixer.config, mixer.recurrence
     window: dict[str, Any] = {
         "window": mixer.window,
@@ -242,7 +245,7 @@ def _step_of(mixer: Mixer) -> Step:
     )
 
 
-def _weights_of(mixer: Mixer) -> StepWeights:
+def _weights_of(mixer: MixerBase) -> StepWeights:
     """The parameters that go with `_step_of`."""
     own = {} if mixer.recurrence is None else mixer.recurrence._parameters
     return StepWeights(

@@ -1,0 +1,1 @@
+"""Landmarks: exact keys and values beside window and sinks. Read `slots.py` first."""

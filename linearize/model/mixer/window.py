@@ -1,0 +1,165 @@
+"""Window and sinks of rows that continue a memory.
+
+The window is a ring: token i of a row stands in slot i mod W. `slide` writes the new tokens into it, returns the keys
+that their queries read, and the tokens that leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.model.memory import store
+
+if TYPE_CHECKING:
+    from linearize.families.base import Projections
+    from linearize.model.memory import LayerMemory, Part
+    from linearize.model.mixer.base import ExactColumns, MixerBase
+
+
+@dataclass
+class Evicted:
+    """The tokens that leave the window, one for each query from query `first` on.
+
+    Attributes:
+        k, k_rotated, v: `[R, E, K, D or V]` keys without and with positions, and values.
+        source: `[R, E, K, D]` the input of their gates.
+        index: `[R or 1, E]` each token's number in its row; a number below 0 stands for no token.
+        writes: `[R or 1, E]` True for the tokens that the state receives; None means all.
+    """
+
+    k: Tensor
+    k_rotated: Tensor
+    v: Tensor
+    source: Tensor
+    index: Tensor
+    writes: Tensor | None
+    first: int
+
+    def without(self, tokens: int) -> Evicted:
+        """All but the first `tokens`."""
+        k, k_rotated, v, source = (x[:, tokens:] for x in (self.k, self.k_rotated, self.v, self.source))
+        return Evicted(k, k_rotated, v, source, self.index[:, tokens:], self.writes, self.first + tokens)
+
+
+@dataclass
+class Span:
+    """The keys that new queries read, and the tokens that their window lets go.
+
+    Attributes:
+        k_rotated, v: `[R, P + L, K, D or V]`, the P tokens before the first query, then those of the queries.
+        exists: `[R, P + L]`, True for real tokens.
+        columns: the sinks; None without sinks.
+        evicted: the tokens that leave and are not sinks.
+        whole: for several queries, the W tokens of the memory and the new ones, by name; otherwise None.
+    """
+
+    k_rotated: Tensor
+    v: Tensor
+    exists: Tensor
+    columns: ExactColumns | None
+    evicted: Evicted
+    whole: Part | None
+
+
+def starts(memory: LayerMemory, lengths: Tensor | None) -> bool:
+    """True if the memory is empty and all new tokens are real, so that the rows start together and have one length."""
+    return lengths is None and memory.uniform == 0
+
+
+def fill(mixer: MixerBase, new: Projections, memory: LayerMemory) -> None:
+    """Write the first tokens of the rows into an empty memory: the last W into the window, the sinks that it lets go
+    into their slots."""
+    ring, window, tokens = memory.parts["window"], mixer.window, new.q.shape[1]
+    for name, tensor in ring.items():
+        arriving = mixer.source(new) if name == "source" else getattr(new, name)
+        latest = arriving[:, -window:]
+        if tokens < window:
+            store(ring, name, torch.cat([latest.to(tensor.dtype), tensor[:, tokens:]], 1))
+        else:
+            store(ring, name, latest.roll(tokens % window, 1))  # token i stands in slot i mod W
+    for name, tensor in memory.parts.get("sinks", {}).items():
+        count = max(min(tensor.shape[1], tokens - window), 0)
+        tensor[:, :count].copy_(getattr(new, name)[:, :count].detach())
+
+
+def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Span:
+    """Move the window over the new tokens `[R, L, ...]`, and keep the sinks among those that leave it."""
+    window, tokens = mixer.window, new.q.shape[1]
+    query_index = memory.counts[:, None] + torch.arange(tokens, device=new.q.device)  # [R, L]
+    index = query_index - window  # of the token that query t pushes out
+    count = None if lengths is not None else memory.uniform
+    ring = memory.parts["window"]
+    arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": mixer.source(new)}
+    real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
+    writes = None if count is not None and count >= window else (index >= 0) & real
+    whole: Part | None = None
+    if tokens == 1:
+        # The order of keys does not matter to softmax, so one slot is exchanged and nothing else moves.
+        slot = (query_index % window)[:, :, None, None]
+        held: Part = {}
+        for name, tensor in ring.items():
+            at = slot.expand(-1, 1, *tensor.shape[2:])
+            held[name] = tensor.gather(1, at)
+            incoming = arriving[name].detach().to(tensor.dtype)
+            tensor.scatter_(1, at, torch.where(real[:, :, None, None], incoming, held[name]))
+        exists = torch.arange(window, device=slot.device) <= query_index
+        # The next step writes into the ring, and a backward pass reads these tensors after it.
+        seen = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
+    else:
+        past = torch.arange(window, device=index.device)
+        order = (memory.counts[:, None] + past) % window  # oldest first
+        exists = past >= window - memory.counts[:, None]
+        whole = {n: torch.cat([take_tokens(t, order), arriving[n].to(t.dtype)], 1) for n, t in ring.items()}
+        held = {name: tensor[:, :tokens] for name, tensor in whole.items()}
+        seen = {name: whole[name][:, 1:] for name in ("k_rotated", "v")}
+        first_kept = tokens if lengths is None else lengths[:, None]
+        kept = (first_kept + past).expand(order.shape)
+        slots = (memory.counts[:, None] + kept) % window
+        for name, tensor in ring.items():
+            tensor.scatter_(1, slots[:, :, None, None].expand_as(tensor), take_tokens(whole[name], kept).detach())
+        exists = F.pad(exists[:, 1:], (0, tokens), value=True)
+    k = held.get("k", held["k_rotated"])
+    source = held.get("source", held["v"] if mixer.config.gate_source == "v" else k)
+    evicted = Evicted(k, held["k_rotated"], held["v"], source, index, writes, 0)
+    columns: ExactColumns | None = None
+    if mixer.config.sinks:
+        columns, evicted = _split_sinks(mixer, evicted, memory, query_index)
+    return Span(seen["k_rotated"], seen["v"], exists, columns, evicted, whole)
+
+
+def _split_sinks(
+    mixer: MixerBase, evicted: Evicted, memory: LayerMemory, query_index: Tensor
+) -> tuple[ExactColumns, Evicted]:
+    """Keep the first tokens of each row as they leave the window. Returns the sinks, and the other tokens."""
+    sinks, part = mixer.config.sinks, memory.parts["sinks"]
+    number = torch.arange(sinks, device=query_index.device)
+    visible = number <= (query_index - mixer.window)[:, :, None]
+    count = memory.uniform if evicted.writes is None else 0
+    if count is not None and count >= mixer.window + sinks:
+        return (part["k_rotated"], part["v"], visible), evicted
+    rows = evicted.v.shape[0]
+    place = (number - evicted.index[:, :1]).expand(rows, -1)  # of sink j in `evicted`, if it leaves now
+    inside = place.clamp(0, evicted.index.shape[1] - 1)
+    arrives = place == inside
+    if evicted.writes is not None:
+        arrives = arrives & evicted.writes.expand(rows, -1).gather(1, inside)
+    here = arrives[:, :, None, None]
+    k, v = take_tokens(evicted.k_rotated, inside), take_tokens(evicted.v, inside)
+    k, v = torch.where(here, k, part["k_rotated"]), torch.where(here, v, part["v"])
+    store(part, "k_rotated", k)
+    store(part, "v", v)
+    if evicted.writes is None:
+        # The rows are of one length, so the sinks are the same few columns in each.
+        return (k, v, visible), evicted.without(max(sinks - max((count or 0) - mixer.window, 0), 0))
+    evicted.writes = evicted.writes & (evicted.index >= sinks)
+    return (k, v, visible), evicted
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` `[R, N]` along the token axis of `x` `[R, T, heads, width]`."""
+    return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
