@@ -17,13 +17,12 @@ from linearize.cli.console import (
     check_dtype,
     examples,
     print_json,
-    readable_bytes,
-    readable_count,
     status,
 )
 from linearize.cli.libraries import quiet_libraries
 from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
 from linearize.hub.card import ranges
+from linearize.report.formatting import readable_bytes, readable_count
 
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
