@@ -57,7 +57,7 @@ def _damage_of_heads(probe: Probe) -> list[HeatMap]:
     for name, count in (("loss", probe.rows), ("recall", probe.needles)):
         found = {part: max(_estimate(probe, part, name).mean, 0.0) for part in probe.parts}
         most = max(found.values())
-        cells = {
+        cells: dict[tuple[float, ...], tuple[float, int]] = {
             (float(part.layer), float(part.head or 0)): (value / most if most else 0.0, count)
             for part, value in found.items()
         }

@@ -255,22 +255,23 @@ class Plot:
     def _figure(self, drawing: _Drawing) -> Figure:
         from matplotlib.figure import Figure
 
-        across = min(self.panels[0].across, len(self.panels))
-        count = math.ceil(len(self.panels) / across)
+        panels: Sequence[Lines | HeatMap] = self.panels
+        across = min(panels[0].across, len(panels))
+        count = math.ceil(len(panels) / across)
         title, words = (textwrap.wrap(svg.clean(text), 50) for text in (self.title, self.words))
-        names = _legend_names([panel for panel in self.panels if isinstance(panel, Lines)])
+        names = _legend_names([panel for panel in panels if isinstance(panel, Lines)])
         columns = max(1, int(svg.WIDTH / (_CHARACTER * max(map(len, names.values()), default=1) + 52)))
         legend_lines = math.ceil(len(names) / columns) if len(names) > 1 else 0
         head, foot = _LINE * (len(title) + legend_lines) + 10, _LINE * len(words)
-        scaled = any(isinstance(panel, HeatMap) and not panel.written for panel in self.panels)
-        height = head + foot + count * max(panel.height for panel in self.panels) + (50 if scaled else 0)
+        scaled = any(isinstance(panel, HeatMap) and not panel.written for panel in panels)
+        height = head + foot + count * max(panel.height for panel in panels) + (50 if scaled else 0)
         drawing.height = height
         figure = Figure(figsize=(svg.WIDTH / 72, height / 72), dpi=72)
         figure.set_layout_engine("constrained", rect=(0, foot / height, 1, 1 - (head + foot) / height))
         every = list(figure.subplots(count, across, squeeze=False).flat)
-        for axes, panel in zip(every, self.panels, strict=False):
+        for axes, panel in zip(every, panels, strict=False):
             panel.draw(axes, drawing)
-        for axes in every[len(self.panels) :]:
+        for axes in every[len(panels) :]:
             axes.set_visible(False)
         if drawing.mesh is not None:
             bar = figure.colorbar(

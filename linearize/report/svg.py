@@ -65,6 +65,7 @@ def element(
         paths = zip(body[start:end].split("/>"), told, strict=False)
         inner = told[0] + body[start:end] if len(told) == 1 else "".join(f"{path}>{one}</path>" for path, one in paths)
         body = body[:start] + inner + body[end:]
+    body = re.sub(r">\s+<", "><", body)
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
     body = re.sub(r"<[^>]+>", lambda tag: _tag(tag[0], name, used), body)
     described = f"<desc>{escape(' '.join(words))}</desc>" if words else ""

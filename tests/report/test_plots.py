@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_labels_do_not_touch_and_a_plot_of_one_point_is_a_plot() -> None:
     crowded = axis("x", ticks=[1000.0 * i for i in range(1, 41)])
     labels = crowded.labels(1000, 40_000, 400)
     assert labels[-1] == 40_000 and 4 <= len(labels) <= 10
-    assert {b - a for a, b in zip(labels, labels[1:], strict=False)} == {labels[1] - labels[0]}
+    assert {b - a for a, b in itertools.pairwise(labels)} == {labels[1] - labels[0]}
     for log in (False, True):
         one = Lines(axis("x", log=log, ticks=[8.0]), axis("y", log=log), [Series("s", [(8.0, 2.0, None)], 0)])
         assert {"8", "2"} <= {*texts(Plot("one", "One", [one]))}
