@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import matplotlib
 import pytest
 
+from linearize import report
 from linearize.report.formatting import readable_bytes, readable_count, readable_length
 from linearize.report.plots import Axis, HeatMap, Lines, Plot, Series, log_ticks
 from linearize.report.svg import STYLE
@@ -146,3 +148,10 @@ def test_no_library_is_imported_before_a_plot_is_drawn() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_room_stands_below_all_others() -> None:
+    rooms = set()
+    for path in Path(report.__file__).parent.glob("*.py"):
+        rooms |= {*re.findall(r"^\s*(?:from|import) linearize\.?(\w*)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert rooms == {"report"}
