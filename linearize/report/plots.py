@@ -47,17 +47,6 @@ class Axis:
     limits: tuple[float, float] | None = None
     ticks: Sequence[float] | None = None
 
-    def range_of(self, values: Sequence[float], margin: float) -> tuple[float, float]:
-        """The limits, or the range of the values with a margin, as a share of it, on either side."""
-        if self.limits is not None:
-            return self.limits
-        low, high = min(values), max(values)
-        if self.log:
-            factor = (high / low) ** margin if high > low else 2.0
-            return low / factor, high * factor
-        pad = margin * (high - low) or 0.05 * abs(high) or 1.0
-        return low - pad, high + pad
-
     def labels(self, low: float, high: float, pixels: float) -> list[float]:
         """Every n-th of the ticks, counted from the last one, for the smallest n whose labels do not touch."""
         ticks = sorted(tick for tick in self.ticks or () if low <= tick <= high)
@@ -94,34 +83,27 @@ class Lines:
 
     def draw(self, axes: Axes, drawing: _Drawing) -> None:
         """Draws into `axes`."""
-        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
+        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-        points = [point for one in self.series for point in one.points]
-        edges = [edge for _, y, error in points for edge in (y - (error or 0), y + (error or 0))]
-        xs = [x for x, _, _ in points]
-        half = 0.5 if self.bars else 0.0
-        low, high = self.x.range_of([min(xs) - half, max(xs) + half], 0.03)
-        if self.y.log:
-            edges = [edge for edge in edges if edge > 0] or [1.0]
-        bottom, top = self.y.range_of([*edges, 0.0] if self.bars else edges, 0.08)
-        for axis, scale, limits in ((axes.xaxis, self.x, (low, high)), (axes.yaxis, self.y, (bottom, top))):
-            (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log" if scale.log else "linear")
-            (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(*limits)
-            few = scale.log and limits[1] / limits[0] < 100
+        axes.set_xscale("log" if self.x.log else "linear")
+        axes.set_yscale("log" if self.y.log else "linear")
+        axes.margins(0.03, 0.08)
+        # Dashes last: of two lines that are one, both can be seen.
+        for one in sorted(self.series, key=lambda one: _DASHES[one.look % len(_DASHES)] is not None):
+            (self._bars if self.bars else self._line)(axes, one, drawing)
+        axes.set_ylim(self.y.limits)
+        for axis, scale, (low, high) in ((axes.xaxis, self.x, axes.get_xlim()), (axes.yaxis, self.y, axes.get_ylim())):
             if scale.ticks is not None:
-                axis.set_major_locator(FixedLocator(scale.labels(*limits, 0.85 * svg.WIDTH)))
+                axis.set_major_locator(FixedLocator(scale.labels(low, high, 0.85 * svg.WIDTH)))
             elif scale.log:
-                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,), numticks=8))
             else:
                 axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-            axis.set_minor_locator(FixedLocator([]))
+            axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _, write=scale.write: write(value)))
         axes.set_xlabel(self.x.title)
         axes.set_title(self.y.title)
         axes.grid(axis="y", linewidth=1)
-        # Dashes last: of two lines that are one, both can be seen.
-        for one in sorted(self.series, key=lambda one: _DASHES[one.look % len(_DASHES)] is not None):
-            (self._bars if self.bars else self._line)(axes, one, drawing)
 
     def words(self) -> list[str]:
         """The figures as text: a line for each series."""
