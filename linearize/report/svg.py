@@ -39,11 +39,11 @@ def settings(salt: str) -> dict[Any, Any]:
         "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False,
         "font.size": FONT, "font.sans-serif": ["DejaVu Sans"], "text.color": INK,
         "figure.facecolor": PAPER, "axes.facecolor": PAPER, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT,
-        "axes.titlecolor": SOFT, "axes.titlesize": FONT, "axes.titlelocation": "left", "axes.titlepad": 9, "axes.axisbelow": True,
+        "axes.titlecolor": SOFT, "axes.titlesize": FONT, "axes.titlelocation": "left", "axes.titlepad": 9,
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": GRID,
         "xtick.color": SOFT, "ytick.color": SOFT, "ytick.major.size": 0, "image.cmap": "cividis", "image.lut": 32,
-        "legend.frameon": False, "legend.borderpad": 0.1, "legend.borderaxespad": 0, "legend.columnspacing": 1,
-        "lines.linewidth": 2, "lines.markersize": 6.5, "lines.markeredgewidth": 1.8,
+        "axes.axisbelow": True, "legend.frameon": False, "legend.borderpad": 0.1, "legend.borderaxespad": 0,
+        "legend.columnspacing": 1, "lines.linewidth": 2, "lines.markersize": 6.5, "lines.markeredgewidth": 1.8,
     }  # fmt: skip
 
 
