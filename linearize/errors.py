@@ -36,9 +36,14 @@ class HubError(LinearizeError):
     """The Hub cannot be reached, or does not do as asked; or what should go there should not."""
 
 
+def counted(number: int, one: str, more: str) -> str:
+    """The number with the words for it: `1 entry`, `1,200 entries`."""
+    return f"{number:,} {one if number == 1 else more}"
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, by the error or by what it came from. On a CPU torch says so with a plain
-    RuntimeError, and torch is not imported here."""
+    """True if an allocation failed, by the error or by its cause. On a CPU torch raises a plain RuntimeError, and torch
+    is not imported here."""
     while error is not None:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
             return True

@@ -10,8 +10,8 @@ from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
 from linearize.conversion.convert import mixers_for
 from linearize.conversion.limits import learned_positions
 from linearize.errors import RecipeError
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
-from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles
@@ -108,6 +108,13 @@ def _by_damage(
     if keep.budget is not None:
         changes["keep"] = keep = KeepSpec(**probe.kept.section)
         why += basis(probe)
+        windows = recipe.mixer.windows
+        if unused := sorted(keep.whole(len(layers)) & {*windows}):
+            changes["windows"] = {layer: windows[layer] for layer in windows if layer not in unused}
+            named = ", ".join(map(str, unused))
+            why.append(
+                f"Windows: those of mixer.windows for layers {named} are dropped, because these layers are kept."
+            )
     if reach is not None:
         recall = {part.layer: one.recall for part, one in probe.parts.items() if part.layer not in keep.layers}
         changes["reach"] = None

@@ -76,10 +76,11 @@ def convert(
     check_convertible(config, source, settings.mixer)
     check_reach(settings, config)
     if dry_run:
-        from linearize.calibration.start import tokenizer_for
         from linearize.conversion.inspection import inspect_model
 
         if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
+            from linearize.calibration.start import tokenizer_for
+
             tokenizer_for(source, settings, config, say=status)
         facts = inspect_model(source, settings.mixer)
         for line in facts["positions"]:

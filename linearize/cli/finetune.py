@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,9 +104,10 @@ def finetune(
     from linearize.training.result import write_result
 
     say = status if processes.is_first() else _nothing
-    if resume:
-        settings = recipe_to_resume(target, settings, overrides or (), name=recipe, say=say)
     shard = processes.join() or shard
+    if resume:
+        kept = partial(recipe_to_resume, target, settings, overrides or (), name=recipe, say=say)
+        settings = processes.from_the_first(kept)
     with shared_work_folder(target, settings, resume=resume) as work:
         result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
         processes.leave()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,8 +21,13 @@ from linearize.cli.console import (
 )
 from linearize.cli.libraries import quiet_libraries
 from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
+from linearize.errors import DataError, RecipeError
 from linearize.hub.card import ranges
 from linearize.report.formatting import readable_bytes, readable_count
+
+if TYPE_CHECKING:
+    from linearize.conversion.source import Source
+    from linearize.recipe import Recipe
 
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -80,10 +85,13 @@ def inspect(
             print_json(facts)
         else:
             _show_all(facts)
+        _say_refusal(source, settings)
         return
     facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
     if facts["converted"] and (recurrence or any(change.startswith("mixer") for change in overrides or ())):
         status(f"{source.name}: converted already, shown as it is; the recipe's mixer section is not used")
+    if not facts["converted"]:
+        _say_refusal(source, settings)
     processes = gpus or GPUS
     stages = stages_memory(source, settings, processes) if training or gpus else None
     if as_json:
@@ -92,6 +100,17 @@ def inspect(
     _show(facts)
     if stages is not None:
         show_memory(settings, stages, processes)
+
+
+def _say_refusal(source: Source, recipe: Recipe) -> None:
+    """Say why `linearize convert` refuses `recipe` for `source` though its mixer section fits, if so."""
+    from linearize.conversion.convert import check_reach
+    from linearize.conversion.source import load_config
+
+    try:
+        check_reach(recipe, load_config(source))
+    except (DataError, RecipeError) as error:
+        status(f"`linearize convert` refuses this: {error}")
 
 
 def _show(facts: dict[str, Any]) -> None:

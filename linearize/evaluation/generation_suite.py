@@ -20,6 +20,7 @@ from linearize.errors import DataError
 from linearize.evaluation.continuations import BatchedTask, Texts
 from linearize.evaluation.excerpts import page_prompts
 from linearize.evaluation.fewshot import FewShot
+from linearize.evaluation.names import GENERATION
 from linearize.evaluation.reading import agreements, divergences
 from linearize.evaluation.task import Item, Task
 
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-GENERATION = {
-    "agreement": "share of the teacher's tokens that are the model's most likely ones, along the teacher's text",
-    "common_prefix": "how far the model's own greedy text is the teacher's, as a share of its length",
-    "kl_teacher_text": "KL(teacher || model) in nats per token along the teacher's text",
-    "kl_own_text": "KL(teacher || model) in nats per token along text that the model samples itself",
-    "repetition": "share of 4-grams in the model's own greedy text that were there before",
-    "few_shot_exact": FewShot.about,
-}
-"""Task name -> a description of one line."""
-
-TEACHERLESS = ("repetition", FewShot.name)
-"""Tasks that score a model alone."""
 
 NGRAM = 4
 _VERSION = 2
@@ -108,7 +96,8 @@ class GenerationTask(BatchedTask):
 
     @cached_property
     def digest(self) -> str:  # type: ignore[override]
-        """Of prompts, settings and, where its texts count, the teacher's weights: the first use loads the teacher."""
+        """Digest of prompts, settings and, where its texts count, the teacher's weights; the first use loads the
+        teacher."""
         texts = self.texts
         content: list[Any] = [_VERSION, self.name, texts.prompts, texts.new_tokens, texts.seed, sorted(texts.special)]
         if self.needs_teacher:

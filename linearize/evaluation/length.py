@@ -16,6 +16,7 @@ from torch import Tensor
 from linearize.conversion.limits import learned_positions
 from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.excerpts import book_rows
+from linearize.evaluation.names import LENGTH
 from linearize.evaluation.reading import Kept, losses
 from linearize.evaluation.task import Item, Task, evaluating
 
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LENGTH = {
-    "loss_by_position": "loss along stretches of a book, by how much of them has been read",
-    "loss_rise": "loss late in the text minus loss early in it: above zero where a memory fills up and collapses",
-}
-"""Task name -> a description of one line."""
 
 DEFAULT_LENGTH = 8192
 SHORTEST_LENGTH = 64

@@ -146,7 +146,7 @@ class _System:
         if self.store is not None:
             self.key = model_key(self.model, self.tokenizer)
             if self.stamp is not None:
-                processes.by_the_first(partial(self.store.remember, self.stamp, self.key))
+                processes.from_the_first(partial(self.store.remember, self.stamp, self.key))
             found = self._all_kept(tasks)
         with evaluating(self.model), torch.inference_mode():
             for task in tasks:
@@ -175,7 +175,7 @@ class _System:
             parts = processes.everyones((own, seconds))
             new = {index: item for part, _ in parts for index, item in part.items()}
             if self.store is not None and self.key is not None:
-                processes.by_the_first(partial(self.store.write, self.key, task.digest, new))
+                processes.from_the_first(partial(self.store.write, self.key, task.digest, new))
             found |= new
             self._tell(task, len(chosen) - len(missing), len(chosen))
             if max(seconds for _, seconds in parts) > CHUNK_SECONDS:

@@ -1,4 +1,4 @@
-"""The suites of tasks by name, and the tasks in them; a suite's module is imported when it is asked for."""
+"""The suites of tasks by name, and the tasks in them; a suite's module is imported when its tasks are built."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError
+from linearize.evaluation.names import GENERATION, LENGTH, RECALL, TEACHERLESS, TWICE
 from linearize.evaluation.tasks import available_tasks
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What tasks are built from, besides the tokenizer.
+    """Options that tasks are built from, besides the tokenizer.
 
     Attributes:
         data: the folder of the tasks' files; None reads from the Hub where a task can.
@@ -65,18 +66,18 @@ def _lm_eval(suite: str) -> Suite:
 
 
 def _recall() -> Suite:
-    from linearize.evaluation.recall import RECALL, TWICE, recall_tasks
-
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
+        from linearize.evaluation.recall import recall_tasks
+
         return recall_tasks(tokenizer, names, data=options.data, seed=options.seed, **_swept(options))
 
     return Suite(RECALL, build, [name + TWICE for name in RECALL])
 
 
 def _generation() -> Suite:
-    from linearize.evaluation.generation_suite import GENERATION, TEACHERLESS, generation_tasks
-
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
+        from linearize.evaluation.generation_suite import generation_tasks
+
         if options.teacher is None and (compared := [name for name in names if name not in TEACHERLESS]):
             raise DataError(
                 f"{', '.join(compared)}: compared with the teacher; name it with --teacher ID|FOLDER, or take "
@@ -89,9 +90,9 @@ def _generation() -> Suite:
 
 
 def _length() -> Suite:
-    from linearize.evaluation.length import LENGTH, length_tasks
-
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
+        from linearize.evaluation.length import length_tasks
+
         made = {} if options.samples is None else {"documents": options.samples}
         longest = max(options.lengths, default=None)
         return length_tasks(tokenizer, names, data=options.data, length=longest, seed=options.seed, **made)
@@ -100,7 +101,7 @@ def _length() -> Suite:
 
 
 def _swept(options: SuiteOptions) -> dict[str, Any]:
-    """What the user said of lengths and samples; a suite has its own defaults."""
+    """The user's lengths and samples; a suite has its own defaults."""
     said: dict[str, Any] = {"lengths": options.lengths} if options.lengths else {}
     return said if options.samples is None else {**said, "samples": options.samples}
 
@@ -134,7 +135,6 @@ def choose_tasks(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, 
     for name in tasks:
         if name == HELD_OUT:
             continue
-        # The suites that take longest to look up come last, and are often not needed.
         for suite in SUITES if name not in owners else ():
             looked_up = SUITES[suite]()
             owners |= dict.fromkeys([*looked_up.names, *looked_up.more], suite)

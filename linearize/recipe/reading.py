@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from linearize.errors import RecipeError
+from linearize.errors import RecipeError, counted
 from linearize.recipe import wording
 from linearize.recipe.document import DocumentError, parse_document, write_document
 from linearize.recipe.schema import Recipe
@@ -260,6 +260,6 @@ def _check_key(target: Any, part: str | int, override: _Override, parent: KeyPat
 
 def _check_index(target: list[Any], part: str | int, override: _Override, parent: KeyPath) -> None:
     if not isinstance(part, int) or part >= len(target):
-        items = f"{len(target)} item{'s' if len(target) != 1 else ''}"
+        items = counted(len(target), "item", "items")
         hint = f"the list has {items}, counted from 0" if target else "the list is empty, set it as a whole"
         raise _override_error(override.text, f"{wording.dotted(parent)}: no item {part!r}; {hint}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PLOT = "training.svg"
 _POINTS = 40
-"""At most this many points per stage. A stage of more steps joins several into one point with a standard error."""
+"""Points of a stage's line; with more steps, several steps become one point with its standard error."""
 
 
 def draw_training(metrics: Path, plot: Path) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from linearize.errors import LinearizeError, RecipeError
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 from linearize.recipe.schema import STUDENT
 from linearize.training import processes
 
@@ -76,7 +76,7 @@ def shard(model: Any) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
+    """True if `shard` was applied to the model."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 

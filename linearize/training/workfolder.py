@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linearize.recipe import Recipe
 
 WORK = ".training"
-"""What the name of a run's working folder ends in."""
+"""Suffix of a run's working folder."""
 _CHECKPOINT = "stage-*/checkpoint-*"
 _LISTED = 5
 
@@ -43,25 +43,27 @@ def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterato
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:
-    """Whether an interrupted run of this very recipe is waiting beside `target`."""
+    """True if an interrupted run of this recipe lies beside `target`."""
     kept = _work(target) / "recipe.yaml"
     return kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(recipe)
 
 
 def recipe_to_resume(
-    target: Path, given: Recipe, overrides: Sequence[str], *, name: str, say: Callable[[str], None]
+    target: Path, given: Recipe | None, overrides: Sequence[str], *, name: str | None, say: Callable[[str], None]
 ) -> Recipe:
     """The recipe of the unfinished run beside `target`, or `given` where there is none.
 
     Args:
-        given: the recipe `name` with `overrides` laid over it.
+        given: the recipe `name` with `overrides` laid over it; None if the command names no recipe.
         say: gets a line where the two recipes differ.
 
     Raises:
-        OutputError: `overrides` change the run's recipe.
+        OutputError: `overrides` change the run's recipe, or there is neither such a run nor `given`.
     """
     kept = _work(target) / "recipe.yaml"
     if not kept.is_file():
+        if given is None:
+            raise OutputError(f"{_work(target)}: no unfinished run to resume; name a recipe and leave --resume out")
         return given
     own = load_recipe(str(kept))
     if keys := _differences(own.model_dump(), load_recipe(str(kept), overrides).model_dump()):
@@ -69,7 +71,7 @@ def recipe_to_resume(
             f"{kept}: --resume goes on with this recipe, and --set changes {_listed(keys)} in it; leave --set out, or "
             "begin anew with another -o"
         )
-    if keys := _differences(own.model_dump(), given.model_dump()):
+    if given is not None and (keys := _differences(own.model_dump(), given.model_dump())):
         say(f"resuming with the run's own recipe, {kept}; {name} differs from it in {_listed(keys)}")
     return own
 

@@ -179,6 +179,13 @@ def test_heads_that_are_kept_are_no_candidates_and_take_nothing_of_the_budget(ch
     assert probe.sizes[Part(3)] * (heads - 3) == probe.sizes[Part(0)] * heads and set(probe.parts) == {Part(0), Part(3)}
 
 
+def test_a_window_of_a_layer_that_is_chosen_is_dropped(chosen):
+    mixer, _, why = chosen("mixer.keep={layers: [1, 2], budget: 50%, by: loss}", "mixer.windows={0: 32, 3: 8}")
+    (kept,) = {0, 3} & {*mixer.keep.layers}
+    assert set(mixer.windows) == {0, 3} - {kept}
+    assert f"mixer.windows for layers {kept} are dropped" in why[-1]
+
+
 def test_windows_are_shared_out_among_layers_that_have_one(chosen):
     mixer, probe, _ = chosen("mixer.keep={layers: [1], every: 4}", "mixer.reach=24")
     assert set(probe.parts) == {Part(0), Part(2)} and set(mixer.windows) == {0, 2} and mixer.reach is None

@@ -81,6 +81,13 @@ def test_landmarks_of_each_layer():
         ([FULL], ["mixer.keep.heads={0: [4]}"], "there is no key/value head 4; the layer has 0 to 3"),
         ([SLIDING, FULL], ["mixer.keep.heads={0: [4]}"], "mixer.keep.heads.0: there is no key/value head 4"),
         ([FULL], ["mixer.windows={1: 32}"], "mixer.windows: there is no layer 1; the model has 0 to 0"),
+        (
+            [FULL] * 2,
+            ["mixer.windows={0: 32, 1: 32}", "mixer.keep.layers=[1]"],
+            "mixer.windows: layer 1 is kept as softmax by mixer.keep, so no other window is used there; leave it out",
+        ),
+        ([FULL] * 2, ["mixer.windows={1: 32}", "mixer.keep.every=2"], "mixer.windows: layer 1 is kept as softmax"),
+        ([SLIDING, FULL], ["mixer.windows={0: 32}"], "mixer.windows: layer 0 has a sliding window of its own, which"),
         ([FULL], ["mixer.keep.layers=[0]"], "nothing is left"),
         ([FULL], ["mixer.keep.heads={0: [0, 1, 2, 3]}"], "nothing is left"),
         ([SLIDING, FULL], ["mixer.keep.layers=[1]"], "nothing is left"),

@@ -123,7 +123,11 @@ RECIPES = [
     ("a key twice", recipe("seed: 1\nseed: 2\n"), "r.yaml:2: seed: key given twice (first on line 1); remove one"),
     ("a tag", recipe("seed: !!python/object/apply:os.system ['true']\n"), "r.yaml:1: tags (!...) are not allowed"),
     ("an alias bomb", recipe(BOMB), "r.yaml:1: anchors and aliases are not allowed in a recipe; write the value out"),
-    ("a number as a string", recipe('seed: "1"\n'), "r.yaml:1: seed: expected an integer >= 0 and < 4294967296, got '1'"),
+    (
+        "a number as a string",
+        recipe('seed: "1"\n'),
+        "r.yaml:1: seed: expected an integer >= 0 and < 4294967296, got '1'",
+    ),
     ("10 MB", recipe(b"description: " + b"x" * 10_000_000), "r.yaml: larger than 1000 kB; this is not a recipe"),
     ("a NUL byte", recipe(b"seed: 1\0\n"), "r.yaml: contains NUL bytes; a recipe is UTF-8 text"),
     ("not UTF-8", recipe("a: ü".encode("latin-1")), "r.yaml:1: not UTF-8 text; save the file as UTF-8"),
@@ -223,7 +227,7 @@ CHECKPOINTS = [
     (
         "a missing tensor",
         convert(lambda kit: kit.weights(lambda t: t.pop(PROJECTION))),
-        f"1 weights are not there, {PROJECTION} among them",
+        f"1 weight is not there, {PROJECTION} among them",
     ),
     (
         "weights of another model",
@@ -368,7 +372,7 @@ DATA = [
         ],
         "d.txt: not a regular file",
     ),
-    ("a CSV row cut off", data("d.csv", "text,n\nx,1\ny"), "d.csv:3: 1 cells under a header of 2; mend that row"),
+    ("a CSV row cut off", data("d.csv", "text,n\nx,1\ny"), "d.csv:3: 1 cell under a header of 2; mend that row"),
     ("a CSV quote that never ends", data("d.csv", 'text\n"x' + "y" * 9), "d.csv:2: not a readable table (a quote"),
     ("a CSV cell of 100 MB", data("d.csv", b"text\n" + b"x" * LONG), "d.csv:2: not a readable table (field larger"),
     ("a gzip bomb", data("d.txt.gz", gzip.compress(bytes(4 * LONG))), "d.txt.gz: unpacks to more than 100,000,000"),
@@ -393,7 +397,7 @@ DATA = [
         data("d.jsonl", json.dumps({"messages": DEEP})),
         'd.jsonl:1: messages is "[[[[',
     ),
-    ("too little text", data("d.txt", "x" * 9), "d.txt: 10 tokens in 1 documents are too few"),
+    ("too little text", data("d.txt", "x" * 9), "d.txt: 10 tokens in 1 document are too few"),
 ]
 
 STATES = [

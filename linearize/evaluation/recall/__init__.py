@@ -25,32 +25,20 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError
+from linearize.evaluation.names import RECALL, TWICE
 from linearize.evaluation.recall import texts
 from linearize.evaluation.recall.tasks import ExpectedRecall, RecallTask, Row, WrittenRecall
-from linearize.evaluation.recall.texts import ESSAY, Draft, Essay
+from linearize.evaluation.recall.texts import Draft, Essay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["DEPTHS", "LENGTHS", "RECALL", "SAMPLES", "TWICE", "RecallTask", "Writer", "recall_tasks"]
+__all__ = ["DEPTHS", "LENGTHS", "SAMPLES", "RecallTask", "Writer", "recall_tasks"]
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = 5
 SAMPLES = 5
-TWICE = "_twice"
-
-_ESSAY_NOTE = f"in a book ({ESSAY}, not RULER's essays)"
-RECALL = {
-    "niah_single_1": "RULER S-NIAH-1: a word's number in sentences that repeat",
-    "niah_single_2": f"RULER S-NIAH-2: a word's number {_ESSAY_NOTE}",
-    "niah_single_3": f"RULER S-NIAH-3: a word's uuid {_ESSAY_NOTE}",
-    "niah_multikey_1": f"RULER MK-NIAH-1: one of four words' numbers {_ESSAY_NOTE}",
-    "passkey": "Landmark Attention's pass key of five digits in sentences that repeat",
-    "mqar": "multi-query associative recall in words: many pairs, then some keys again, each value scored",
-    "kv_retrieval": "Lost in the Middle's JSON of uuid pairs: the value of one key",
-}
-"""Task name -> a description of one line."""
 
 _ESSAY_TASKS: dict[str, dict[str, Any]] = {
     "niah_single_2": {},
@@ -163,7 +151,7 @@ class Writer:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def units(self, task: str, draft: Draft, length: int) -> int:
-        """How much filling makes the longest text that is not above `length` tokens, counted once.
+        """Units of filling that make the longest text of at most `length` tokens; cached.
 
         Raises:
             DataError: not even the least filling fits.
