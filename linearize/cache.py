@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from linearize.conversion.claims import claimed, final_name, locked_alone, shared_lock
 from linearize.errors import OutputError, counted
-from linearize.evaluation.formatting import readable_bytes
+from linearize.report.formatting import readable_bytes
 from linearize.resources import cache_folder
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from evals.recurrences import toy
-from linearize.evaluation.drawing import Axis, Series, line_plot, standing_alone
+from linearize.report.plots import Axis, Lines, Plot, Series
 
 _CONTENDERS = ("fused", "composed", "causal")
 
@@ -45,9 +45,10 @@ def plot(result: dict[str, Any]) -> str:
     title = f"Forward and backward, {shape}, {result['device']}"
     if result.get("dry_run"):
         title += " (dry run: not measurements)"
-    x = Axis("tokens per text, the same number in all", lambda value: f"{value:,.0f}", log=True)
+    ticks = [tokens for tokens, _, _ in points["fused"]]
+    x = Axis("tokens per text, the same number in all", lambda value: f"{value:,.0f}", log=True, ticks=ticks)
     y = Axis("milliseconds", lambda value: f"{value:.3g}", log=True)
-    return standing_alone(line_plot(title, x, y, lines, sorted({p[0] for p in points["fused"]})))
+    return Plot("kernels", title, [Lines(x, y, lines)]).alone
 
 
 def _cases(result: dict[str, Any]) -> dict[tuple[str, str, int, int], dict[str, dict[str, Any]]]:

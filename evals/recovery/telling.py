@@ -7,9 +7,9 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.comparison import FIVE
-from linearize.evaluation.drawing import Axis, Series, line_plot, standing_alone
-from linearize.evaluation.formatting import number, with_error
 from linearize.evaluation.task import mean_and_error
+from linearize.report.formatting import number, with_error
+from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -106,6 +106,9 @@ def plots(found: dict[str, Any]) -> dict[str, str]:
         return {}
     none = trained[0] / 10  # zero has no place on a logarithmic axis
     places = {budget: budget or none for budget in budgets}
+    x = Axis(
+        "training tokens", lambda place: "0" if place == none else f"{place:,.0f}", log=True, ticks=[*places.values()]
+    )
     systems = sorted({cell["system"] for cell in found["cells"]})
     drawn = {}
     for name, (heading, _) in FIGURES.items():
@@ -123,8 +126,6 @@ def plots(found: dict[str, Any]) -> dict[str, str]:
             if of is not None and series:
                 series.append(Series(beside, [(place, *of[name]) for place in places.values()], look))
         if series:
-            x = Axis("training tokens", lambda place: "0" if place == none else f"{place:,.0f}", log=True)
-            y = Axis(heading, lambda value: f"{value:g}")
-            svg = line_plot(heading, x, y, series, list(places.values()))
-            drawn[name] = standing_alone(svg)
+            y = Axis("", lambda value: f"{value:g}")
+            drawn[name] = Plot(name, heading, [Lines(x, y, series)]).alone
     return drawn

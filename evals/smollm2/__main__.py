@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.evaluation.comparison import FIVE, compare_systems
-from linearize.evaluation.formatting import number, readable_bytes, with_error
 from linearize.evaluation.pairing import contributions
 from linearize.evaluation.results import Results, read_results
 from linearize.evaluation.task import mean_and_error
+from linearize.report.formatting import number, readable_bytes, with_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 from linearize.benchmark.page import overview
-from linearize.evaluation.drawing import standing_alone
 
 FIGURES = Path(__file__).parent / "smollm2-cpu.json"
 TARGET = Path(__file__).parents[2] / "docs" / "speed.svg"
@@ -26,11 +25,11 @@ def main() -> None:
 
 
 def figure(figures: Path = FIGURES) -> str:
-    """The picture as a file of its own."""
+    """The SVG, as a file of its own."""
     drawn = overview(json.loads(figures.read_text(encoding="utf-8")))
     if drawn is None:
         raise SystemExit(f"{figures}: has no two context lengths to draw")
-    return standing_alone(drawn)
+    return drawn.alone
 
 
 if __name__ == "__main__":

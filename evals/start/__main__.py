@@ -21,7 +21,6 @@ from linearize.calibration.start import convert
 from linearize.cli.demo import packaged_model
 from linearize.conversion.output import staged_folder
 from linearize.conversion.source import find_source, load_tokenizer
-from linearize.evaluation.formatting import number, readable_bytes, with_error
 from linearize.evaluation.harness import lm_eval_tasks
 from linearize.evaluation.length import length_tasks
 from linearize.evaluation.progress import ProgressLine
@@ -31,6 +30,7 @@ from linearize.evaluation.store import Store
 from linearize.evaluation.systems import find_systems
 from linearize.evaluation.task import mean_and_error
 from linearize.recipe import dump_recipe, load_recipe, shipped_recipes
+from linearize.report.formatting import number, readable_bytes, with_error
 from linearize.training.workfolder import is_resumable
 
 if TYPE_CHECKING:

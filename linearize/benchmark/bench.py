@@ -18,10 +18,10 @@ from linearize.conversion.convert import check_convertible, versions
 from linearize.conversion.limits import check_length
 from linearize.conversion.source import DTYPES, Source, default_device, find_source, load_model
 from linearize.errors import ModelError
-from linearize.evaluation.formatting import readable_bytes
 from linearize.model import LinearizedForCausalLM
 from linearize.products import leave_products, onednn_is_faster, take_products
 from linearize.quantize import to_int8
+from linearize.report.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

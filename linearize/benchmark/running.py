@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from linearize.benchmark.memory import PeakMemory, free_bytes, wait_for
 from linearize.benchmark.subjects import full_cache
 from linearize.decoding import CudaGraphs, Engine
-from linearize.evaluation.formatting import readable_bytes
+from linearize.report.formatting import readable_bytes
 from linearize.sampling import Sampling
 from linearize.state import State
 

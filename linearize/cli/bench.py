@@ -19,11 +19,11 @@ from linearize.cli.console import (
     check_dtype,
     examples,
     print_json,
-    readable_bytes,
     status,
 )
 from linearize.cli.libraries import quiet_libraries
 from linearize.conversion.output import check_free, check_space, staged_folder
+from linearize.report.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

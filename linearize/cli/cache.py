@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from linearize import cache
-from linearize.cli.console import JsonOption, examples, print_json, readable_bytes, status
+from linearize.cli.console import JsonOption, examples, print_json, status
 from linearize.errors import OutputError, counted
+from linearize.report.formatting import readable_bytes
 from linearize.resources import cache_folder
 
 app = typer.Typer(

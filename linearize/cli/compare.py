@@ -15,7 +15,7 @@ from rich.text import Text
 from linearize.cli.console import JsonOption, examples, print_json, status
 
 if TYPE_CHECKING:
-    from linearize.evaluation.page import Grid
+    from linearize.report.pages import Grid
 
 EPILOG = examples(
     "linearize compare reports/gla reports/gated_deltanet",
@@ -42,8 +42,8 @@ def compare(
         raise typer.BadParameter("give two or more results to compare")
     from linearize.conversion.claims import claimed
     from linearize.conversion.output import staged_files
-    from linearize.evaluation.page import write_pages
     from linearize.evaluation.sidebyside import put_side_by_side, read_all, side_by_side_data, side_by_side_page
+    from linearize.report.pages import write_pages
 
     found = put_side_by_side(read_all(results))
     data = side_by_side_data(found)

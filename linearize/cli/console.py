@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from linearize.cache import bytes_of
-from linearize.evaluation.formatting import readable_bytes as readable_bytes
+from linearize.report.formatting import readable_bytes
 from linearize.resources import shipped_folder
 
 if TYPE_CHECKING:
@@ -110,15 +110,6 @@ def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
 def print_json(value: Any) -> None:
     """Print JSON on stdout. NaN and infinities, which JSON does not have, become null."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def readable_count(count: float) -> str:
-    """`70778880` as `70.8 M`."""
-    for unit in ("", " k", " M", " G"):
-        if count < 1000:
-            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
-        count /= 1000
-    return f"{count:.1f} T"
 
 
 def memory_words(constant: int, growth: int) -> str:

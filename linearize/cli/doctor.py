@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
-from linearize.cli.console import JsonOption, examples, print_json, readable_bytes
+from linearize.cli.console import JsonOption, examples, print_json
 from linearize.cli.libraries import quiet_libraries
 from linearize.errors import LinearizeError, counted
+from linearize.report.formatting import readable_bytes
 
 EPILOG = examples("linearize doctor", "linearize doctor --json > environment.json")
 

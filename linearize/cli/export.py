@@ -7,18 +7,10 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.console import (
-    DtypeOption,
-    JsonOption,
-    OverwriteOption,
-    check_dtype,
-    examples,
-    print_json,
-    readable_bytes,
-    status,
-)
+from linearize.cli.console import DtypeOption, JsonOption, OverwriteOption, check_dtype, examples, print_json, status
 from linearize.cli.libraries import quiet_libraries
 from linearize.conversion.output import check_free
+from linearize.report.formatting import readable_bytes
 
 EPILOG = examples(
     "linearize export out/finetuned smol-gla --base HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -17,10 +17,10 @@ from linearize.cli.console import (
     check_dtype,
     examples,
     print_json,
-    readable_bytes,
     status,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.report.formatting import readable_bytes
 
 EPILOG = examples(
     'linearize generate ./tuned "The capital of France is"',

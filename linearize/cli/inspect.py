@@ -17,14 +17,13 @@ from linearize.cli.console import (
     check_dtype,
     examples,
     print_json,
-    readable_bytes,
-    readable_count,
     status,
 )
 from linearize.cli.libraries import quiet_libraries
 from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
 from linearize.errors import DataError, RecipeError
 from linearize.hub.card import ranges
+from linearize.report.formatting import readable_bytes, readable_count
 
 if TYPE_CHECKING:
     from linearize.conversion.source import Source

@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearize.cli.console import (
-    JsonOption,
-    YesOption,
-    examples,
-    print_json,
-    readable_bytes,
-    status,
-    status_line,
-)
+from linearize.cli.console import JsonOption, YesOption, examples, print_json, status, status_line
 from linearize.cli.libraries import quiet_libraries
+from linearize.report.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

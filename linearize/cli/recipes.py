@@ -8,18 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linearize.cli.console import (
-    JsonOption,
-    SetOption,
-    examples,
-    print_json,
-    readable_bytes,
-    readable_count,
-    recipe_names,
-    status,
-)
+from linearize.cli.console import JsonOption, SetOption, examples, print_json, recipe_names, status
 from linearize.cli.libraries import quiet_libraries
 from linearize.errors import OutputError
+from linearize.report.formatting import readable_bytes, readable_count
 
 if TYPE_CHECKING:
     from linearize.recipe import Recipe, Stage

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from linearize.evaluation.task import by_row
+from linearize.report.formatting import number, with_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,27 @@ class Closed:
 
     value: float
     stderr: float | None
+
+
+def difference_text(found: Difference | None, metric: str) -> str:
+    """`−0.8 ± 0.3 *`, where * marks a significant one."""
+    if found is None:
+        return "–"
+    sign = "+" if found.value > 0 and number(found.value, metric).strip("0.") else ""
+    return sign + with_error(found.value, found.stderr, metric) + (" *" if found.significant else "")
+
+
+def p_text(found: Difference | None) -> str:
+    """The corrected p: `0.013`."""
+    if found is None or found.p_corrected is None:
+        return "–"
+    p = found.p_corrected
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def closed_text(found: Closed | None) -> str:
+    """`41.0 ± 12.3 %`."""
+    return "–" if found is None else f"{with_error(found.value, found.stderr, 'acc')} %"
 
 
 def same_items(a: TaskScore, b: TaskScore) -> bool:

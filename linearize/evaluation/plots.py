@@ -1,16 +1,15 @@
-"""The plots of a report: loss along a text, recall by length and depth, and memory by length."""
+"""The plots of an evaluation: loss along a text, recall by length and depth, and memory by length."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.drawing import Axis, HeatMap, Series, heat_maps, line_plot, log_ticks
-from linearize.evaluation.formatting import is_share, readable_bytes, readable_length
 from linearize.evaluation.task import by_row, mean_and_error
+from linearize.report.formatting import is_share, readable_bytes, readable_length
+from linearize.report.plots import Axis, HeatMap, Lines, Plot, Series, log_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -19,38 +18,31 @@ if TYPE_CHECKING:
     from linearize.evaluation.task import TaskScore
 
 _LENGTHS = tuple(2**power for power in range(8, 21))
+BYTES = Axis("", lambda size: readable_bytes(size).replace(".0 ", " "), log=True)
+"""A logarithmic axis of sizes in memory."""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A plot: the name of its file without `.svg`, the suite that it belongs to (None: memory), and the SVG."""
-
-    name: str
-    suite: str | None
-    svg: str
-
-
-def draw_plots(results: Results) -> list[Plot]:
-    """All plots that the results have figures for."""
+def plots_of(results: Results) -> dict[str | None, list[Plot]]:
+    """All plots that the results have figures for, by their suite; those of memory under None."""
     looks = {system.name: index for index, system in enumerate(results.systems)}
-    plots: list[Plot] = []
-    suite: str | None = None
+    plots: dict[str | None, list[Plot]] = defaultdict(list)
+    taken: set[str] = set()
 
-    def add(name: str, svg: str | None) -> None:
-        if svg is not None:
-            plots.append(Plot(_free(_file_name(name), {plot.name for plot in plots}), suite, svg))
+    def add(suite: str | None, name: str, title: str, panels: Sequence[Lines] | Sequence[HeatMap]) -> None:
+        if panels:
+            plots[suite].append(Plot(_free(_file_name(name), taken), title, panels))
+            taken.add(plots[suite][-1].name)
 
     for (task, metric), scores in results.tasks().items():
-        suite = next(iter(scores.values())).suite
-        add(f"{task}-{metric}-by-position", _by_position(f"{task}: {_words(metric)} by position", scores, looks))
-        add(f"{task}-{metric}-by-length", _by_length(f"{task}: {_words(metric)} by length", metric, scores, looks))
-        add(f"{task}-{metric}-by-depth", _by_depth(f"{task}: {_words(metric)} by length and depth", metric, scores))
-    suite = None
-    add("memory", _memory(results, looks))
-    return plots
+        suite, name, words = next(iter(scores.values())).suite, f"{task}-{metric}", f"{task}: {_words(metric)}"
+        add(suite, f"{name}-by-position", f"{words} by position", _by_position(metric, scores, looks))
+        add(suite, f"{name}-by-length", f"{words} by length", _by_length(metric, scores, looks))
+        add(suite, f"{name}-by-depth", f"{words} by length and depth, in percent", _by_depth(metric, scores))
+    add(None, "memory", "Memory of one sequence by context length", _memory(results, looks))
+    return dict(plots)
 
 
-def _by_position(title: str, scores: dict[str, TaskScore], looks: dict[str, int]) -> str | None:
+def _by_position(metric: str, scores: dict[str, TaskScore], looks: dict[str, int]) -> list[Lines]:
     series = []
     for name, score in scores.items():
         points = [
@@ -60,15 +52,14 @@ def _by_position(title: str, scores: dict[str, TaskScore], looks: dict[str, int]
         ]
         if points:
             series.append(Series(name, points, looks[name]))
-    if not series:
-        return None
     positions = [point[0] for one in series for point in one.points]
-    metric = next(iter(scores.values())).metric
-    x = Axis("position in the text (tokens)", readable_length, log=True)
-    return line_plot(title, x, _measure(metric), series, log_ticks(min(positions), max(positions)))
+    if not positions:
+        return []
+    ticks = log_ticks(min(positions), max(positions))
+    return [Lines(_tokens("position in the text (tokens)", ticks), _measure(metric), series)]
 
 
-def _by_length(title: str, metric: str, scores: dict[str, TaskScore], looks: dict[str, int]) -> str | None:
+def _by_length(metric: str, scores: dict[str, TaskScore], looks: dict[str, int]) -> list[Lines]:
     series = []
     for name, score in scores.items():
         groups = _grouped(score, ("length",))
@@ -77,33 +68,27 @@ def _by_length(title: str, metric: str, scores: dict[str, TaskScore], looks: dic
             series.append(Series(name, points, looks[name]))
     lengths = sorted({point[0] for one in series for point in one.points})
     if len(lengths) < 2:
-        return None
+        return []
     ticks = lengths if len(lengths) <= 8 else log_ticks(lengths[0], lengths[-1])
-    return line_plot(
-        title, Axis("length of the text (tokens)", readable_length, log=True), _measure(metric), series, ticks
-    )
+    return [Lines(_tokens("length of the text (tokens)", ticks), _measure(metric), series)]
 
 
-def _by_depth(title: str, metric: str, scores: dict[str, TaskScore]) -> str | None:
+def _by_depth(metric: str, scores: dict[str, TaskScore]) -> list[HeatMap]:
     if not is_share(metric):
-        return None
-    maps = []
-    for name, score in scores.items():
-        groups = _grouped(score, ("depth", "length"))
-        cells = {
-            (depth, length): (math.fsum(items) / len(items), len(items)) for (depth, length), items in groups.items()
-        }
-        if cells:
-            maps.append(HeatMap(name, cells))
-    if not maps:
-        return None
+        return []
+    cells = {
+        name: {place: (math.fsum(items) / len(items), len(items)) for place, items in groups.items()}
+        for name, score in scores.items()
+        if (groups := _grouped(score, ("depth", "length")))
+    }
     # Depths are shares of the text, or already percent where a benchmark writes them so.
-    percent = max(depth for one in maps for depth, _ in one.cells) > 1
-    rows = Axis("depth", lambda depth: f"{depth if percent else 100 * depth:.0f} %")
-    return heat_maps(title, "depth", "length of the text (tokens)", rows, Axis("length", readable_length), maps)
+    percent = any(depth > 1 for found in cells.values() for depth, _ in found)
+    depth = Axis("depth", lambda depth: f"{depth if percent else 100 * depth:.0f} %")
+    length = Axis("length (tokens)", readable_length)
+    return [HeatMap(name, length, depth, found) for name, found in cells.items()]
 
 
-def _memory(results: Results, looks: dict[str, int]) -> str | None:
+def _memory(results: Results, looks: dict[str, int]) -> list[Lines]:
     series = []
     for system in results.systems:
         if system.state_bytes is None and system.growth_bytes_per_token is None:
@@ -112,11 +97,11 @@ def _memory(results: Results, looks: dict[str, int]) -> str | None:
         points = [(float(n), float(constant + n * growth), None) for n in _LENGTHS]
         if all(size > 0 for _, size, _ in points):
             series.append(Series(system.name, points, looks[system.name]))
-    if not series:
-        return None
-    x = Axis("context (tokens)", readable_length, log=True)
-    y = Axis("memory of one sequence", lambda size: readable_bytes(size).replace(".0 ", " "), log=True)
-    return line_plot("Memory by context length", x, y, series, [float(n) for n in _LENGTHS[::2]])
+    return [Lines(_tokens("context (tokens)", _LENGTHS[::2]), BYTES, series)] if series else []
+
+
+def _tokens(title: str, ticks: Sequence[float]) -> Axis:
+    return Axis(title, readable_length, log=True, ticks=ticks)
 
 
 def _measure(metric: str) -> Axis:

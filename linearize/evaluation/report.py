@@ -10,10 +10,10 @@ from rich.table import Table
 from linearize.conversion.output import staged_files
 from linearize.errors import DataError
 from linearize.evaluation.comparison import TEACHER, compare_systems, comparison_data, percent_of_teacher
-from linearize.evaluation.formatting import heading, with_error
-from linearize.evaluation.page import write_pages
 from linearize.evaluation.results import FILE_NAME, HELDOUT, SystemScores
 from linearize.evaluation.telling import tell
+from linearize.report.formatting import heading, with_error
+from linearize.report.pages import write_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,19 +6,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError
-from linearize.evaluation.formatting import difference_text, heading, p_text, with_error
-from linearize.evaluation.page import Grid, Page, Section
-from linearize.evaluation.pairing import Difference, difference, holm, same_items
-from linearize.evaluation.plots import draw_plots
+from linearize.evaluation.pairing import Difference, difference, difference_text, holm, p_text, same_items
+from linearize.evaluation.plots import plots_of
 from linearize.evaluation.results import FILE_NAME, Results, SystemScores, read_results
-from linearize.evaluation.telling import READING, suite_title
+from linearize.evaluation.telling import READING, memory_section, suite_title
+from linearize.report.formatting import heading, with_error
+from linearize.report.pages import Grid, Page, Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from linearize.evaluation.plots import Plot
     from linearize.evaluation.task import TaskScore
+    from linearize.report.plots import Plot
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,12 @@ def side_by_side_page(found: SideBySide) -> Page:
     facts = [(label, f"{one.model}, {one.date}{_limit(one)}") for label, one in found.results.items()]
     if found.left_out:
         facts.append(("only in one", ", ".join(found.left_out)))
-    plots = draw_plots(_merged(found))
+    plots = plots_of(_merged(found))
     sections = []
     for suite in dict.fromkeys(task.suite for task in found.tasks):
         tasks = [task for task in found.tasks if task.suite == suite]
-        sections.append(_section(suite, tasks, [plot for plot in plots if plot.suite == suite]))
-    memory = [plot for plot in plots if plot.suite is None]
-    sections += [Section("Memory", plots=memory)] if memory else []
+        sections.append(_section(suite, tasks, plots.get(suite, [])))
+    sections += memory_section(plots)
     sections.append(Section("How to read this", [("In the tables", READING)]))
     return Page(f"{' and '.join(found.results)} side by side", facts, sections)
 

@@ -7,31 +7,24 @@ from typing import TYPE_CHECKING
 
 from linearize.evaluation.branches import MODEL, branch_sentences
 from linearize.evaluation.comparison import TEACHER, WINDOW, SuiteTable, compare_systems
-from linearize.evaluation.formatting import (
-    closed_text,
-    difference_text,
-    heading,
-    p_text,
-    percent_text,
-    readable_bytes,
-    with_error,
-)
-from linearize.evaluation.page import Grid, Page, Section
-from linearize.evaluation.plots import draw_plots
+from linearize.evaluation.pairing import closed_text, difference_text, p_text
+from linearize.evaluation.plots import plots_of
 from linearize.evaluation.results import HELDOUT
+from linearize.report.formatting import heading, percent_text, readable_bytes, with_error
+from linearize.report.pages import Grid, Page, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from linearize.evaluation.comparison import Cell, Row
-    from linearize.evaluation.plots import Plot
     from linearize.evaluation.results import Results, SystemInfo
+    from linearize.report.plots import Plot
 
 # A length at which memory is told in words; the plot has the others.
 _FAR = 131_072
 
 READING = (
-    "± is one standard error, over items. ↑ marks figures of which more is better, ↓ those of which less is.",
+    "± is one standard error, over items. ↑ higher is better, ↓ lower is better.",
     "Differences are paired over the same items; those of shares are in percentage points. * marks p < 0.05.",
     "p is two-sided, and corrected by Holm's method over all tests of its table. The tests: McNemar's exact one where "
     "items are right or wrong, otherwise a paired t over items, and z for means over tasks.",
@@ -48,13 +41,11 @@ _BASELINES = (
 def tell(results: Results, tables: Sequence[SuiteTable] | None = None) -> Page:
     """The report of one evaluation."""
     tables = compare_systems(results) if tables is None else tables
-    plots = draw_plots(results)
+    plots = plots_of(results)
     sections = [Section("What was kept, and what was lost", summary(results, tables), [_systems(results)])]
     for table in tables:
-        sections.append(suite_section(table, [system.name for system in results.systems], plots))
-    memory = [plot for plot in plots if plot.suite is None]
-    if memory:
-        sections.append(Section("Memory", plots=memory))
+        sections.append(suite_section(table, [system.name for system in results.systems], plots.get(table.suite, [])))
+    sections += memory_section(plots)
     sections.append(Section("How to read this", [("In the tables", [*READING, *_BASELINES])]))
     return Page(f"Evaluation of {results.model}", facts(results), sections)
 
@@ -82,14 +73,19 @@ def suite_title(suite: str) -> str:
     return (suite or "Benchmarks").replace("_", " ").replace("held-out", "Held-out rows").capitalize()
 
 
-def suite_section(table: SuiteTable, systems: Sequence[str], plots: Iterable[Plot]) -> Section:
+def memory_section(plots: Mapping[str | None, Sequence[Plot]]) -> list[Section]:
+    """A section with the plots of memory, if there are any."""
+    return [Section("Memory", plots=plots[None])] if None in plots else []
+
+
+def suite_section(table: SuiteTable, systems: Sequence[str], plots: Sequence[Plot]) -> Section:
     """A suite's scores, differences and plots."""
     present = [name for name in systems if any(name in row.cells for row in table.rows)]
     grids = [_scores(table, present)]
     differences = _differences(table, present)
     if differences is not None:
         grids.append(differences)
-    return Section(suite_title(table.suite), grids=grids, plots=[plot for plot in plots if plot.suite == table.suite])
+    return Section(suite_title(table.suite), grids=grids, plots=plots)
 
 
 def summary(results: Results, tables: Sequence[SuiteTable]) -> list[tuple[str, list[str]]]:

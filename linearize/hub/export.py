@@ -23,7 +23,6 @@ from linearize.conversion.source import (
     sound_provenance,
 )
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.page import to_markdown
 from linearize.evaluation.results import FILE_NAME, read_results
 from linearize.evaluation.suites import HELD_OUT
 from linearize.evaluation.systems import held_out_rows
@@ -34,6 +33,7 @@ from linearize.hub.licence import licence_of
 from linearize.hub.paths import Portable, is_local_path, strings
 from linearize.quantize import WEIGHTS, cost_record, cost_section, nbytes_after, quantize
 from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
+from linearize.report.pages import to_markdown
 from linearize.training.data import load_data
 from linearize.training.rows import Rows
 

@@ -6,7 +6,7 @@ layers or heads are worth their cache.
     damage.py       loss and recall with one layer, or one key/value head, that sees its window alone
     selection.py    what to keep within a budget of bytes, as a recipe
     probing.py      all of it in order
-    telling.py      the figures in words and tables; pictures.py draws them, report.py writes the files
+    telling.py      the figures in words and tables; plots.py draws them, report.py writes the files
 """
 
 from linearize.probe.probing import Probe, ProbeOptions, run_probe

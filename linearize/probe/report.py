@@ -1,4 +1,4 @@
-"""What a probe leaves behind: its figures as data, what to keep as a recipe, and a report with pictures."""
+"""The files of a probe: its figures as data, what to keep as a recipe, and a report with plots."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.page import write_pages
 from linearize.evaluation.task import mean_and_error
 from linearize.probe.selection import fragment, set_option
 from linearize.probe.telling import basis, tell
+from linearize.report.pages import write_pages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ RECIPE_NAME = "keep.yaml"
 
 
 def write_probe(probe: Probe, folder: Path) -> None:
-    """Writes `probe.json`, `report.md`, `report.html`, the pictures as `.svg` (the heads are `probe.svg`) and, where
+    """Writes `probe.json`, `report.md`, `report.html`, the plots as `.svg` (the heads are `probe.svg`) and, where
     something is to be kept, `keep.yaml`."""
     document = json.dumps(probe_data(probe), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE_NAME).write_text(document + "\n", encoding="utf-8")

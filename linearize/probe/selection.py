@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import RecipeError
-from linearize.evaluation.formatting import readable_bytes
 from linearize.probe.damage import NO_HEADS
 from linearize.recipe.schema import BUDGET, KeepSpec
+from linearize.report.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from linearize.evaluation.formatting import number, readable_bytes, with_error
-from linearize.evaluation.page import Grid, Page, Section
-from linearize.probe.pictures import draw
+from linearize.probe.plots import plots_of
 from linearize.probe.selection import SURE, set_option
+from linearize.report.formatting import number, readable_bytes, with_error
+from linearize.report.pages import Grid, Page, Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ _READING = (
 
 def tell(probe: Probe) -> Page:
     """The report of one probe."""
-    plots = {plot.name: plot for plot in draw(probe)}
+    plots = {plot.name: plot for plot in plots_of(probe)}
     grids = [_layers_grid(probe), _heads_grid(probe)]
     sections = [Section("What the heads attend to", _attention(probe), grids, [plots.pop("probe")])]
     if probe.windowed is not None:

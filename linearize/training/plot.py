@@ -1,4 +1,4 @@
-"""How training went, as a picture beside its figures: the loss along the tokens that were read."""
+"""The loss of a training along the tokens that were read, as a plot beside its metrics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.drawing import Axis, Series, line_plot, standing_alone
-from linearize.evaluation.formatting import readable_length
 from linearize.evaluation.task import mean_and_error
+from linearize.report.formatting import readable_length
+from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,12 +30,9 @@ def draw_training(metrics: Path, plot: Path) -> None:
     if not stages:
         return
     series = [Series(f"stage {stage + 1}", _joined(steps), stage) for stage, steps in stages.items()]
-    places = [x for one in series for x, _, _ in one.points]
-    low, high = min(places), max(places)
-    ticks = sorted({low + (high - low) * i / 4 for i in range(5)})
-    read = Axis("tokens trained on", lambda value: readable_length(round(value)))
+    read = Axis("tokens trained on", readable_length)
     loss = Axis("loss, nats per token", lambda value: f"{value:.3g}")
-    plot.write_text(standing_alone(line_plot("Training", read, loss, series, ticks)), encoding="utf-8")
+    plot.write_text(Plot("training", "Training", [Lines(read, loss, series)]).alone, encoding="utf-8")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -220,8 +220,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes", "ls"], ["recipes", "check", "demo"]])
 def test_light_commands_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
     program = (
-        "import sys; from linearize.cli.app import run; status = run(sys.argv[1:]); heavy = "
-        "{'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules); sys.exit(str(heavy) if heavy else status)"
+        "import sys; from linearize.cli.app import run; status = run(sys.argv[1:]); heavy = {'torch', 'transformers', "
+        "'numpy', 'datasets', 'matplotlib', 'jinja2'} & set(sys.modules); sys.exit(str(heavy) if heavy else status)"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -114,10 +114,10 @@ def test_errors(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captu
         assert err.count("\n") == 1
 
 
-def test_it_needs_no_torch(folders: tuple[Path, Path]) -> None:
+def test_json_needs_no_torch_and_no_plots(folders: tuple[Path, Path]) -> None:
     program = (
         "import sys; from linearize.cli.app import run; status = run(sys.argv[1:]); "
-        "sys.exit('torch' if 'torch' in sys.modules else status)"
+        "loaded = {'torch', 'matplotlib', 'jinja2'} & set(sys.modules); sys.exit(str(loaded) if loaded else status)"
     )
     arguments = ["compare", *map(str, folders), "--json"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)

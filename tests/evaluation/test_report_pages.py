@@ -11,14 +11,21 @@ from pathlib import Path
 import pytest
 
 from linearize.evaluation.comparison import compare_systems
-from linearize.evaluation.formatting import difference_text, p_text, percent_text, with_error
+from linearize.evaluation.pairing import difference_text, p_text
 from linearize.evaluation.report import write_report
 from linearize.evaluation.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.telling import summary, tell
+from linearize.report.formatting import percent_text, with_error
+from linearize.report.svg import STYLE
 
 from .results_kit import accuracy, answers, needles, results, system
 
 HOSTILE = '<script>alert("x")</script> & | `[a](b)` *\x1b[31m'
+
+
+def _fetches(name: str, value: str) -> bool:
+    """Whether an attribute fetches or runs something: references within the page do not."""
+    return name.startswith("on") or (name in ("src", "href", "xlink:href") and not value.startswith("#"))
 
 
 class Checker(HTMLParser):
@@ -40,7 +47,7 @@ class Checker(HTMLParser):
     def check(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "link", "iframe", "img", "object", "embed"):
             self.faults.append(tag)
-        self.faults += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href") or name.startswith("on")]
+        self.faults += [f"{tag} {name}" for name, value in attrs if _fetches(name, value or "")]
 
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open.pop() != tag:
@@ -57,9 +64,11 @@ def check_page(folder: Path) -> str:
     checker.feed(page)
     checker.close()
     assert (checker.faults, checker.open) == ([], [])
-    assert "url(" not in page
+    assert set(re.findall(r"url\(.", page)) <= {"url(#"}
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and {*re.findall(r"""(?:url\(|href=")#([^")]+)""", page)} <= {*ids}
     assert "@import" not in page
-    assert set(re.findall(r"https?://[^\"' ]+", page)) <= {"http://www.w3.org/2000/svg"}
+    assert set(re.findall(r"https?://[^\"' ]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     # Also XML, once the doctype is gone.
     ET.fromstring(page.partition("\n")[2])  # noqa: S314 - written by us
     for svg in folder.glob("*.svg"):
@@ -100,7 +109,20 @@ def test_every_plot_is_a_file_and_in_the_page(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text().count("<svg ") == 4
     markdown = (tmp_path / "report.md").read_text()
     assert all(f"({name}.svg)" in markdown for name in names)
-    assert "<style>" in (tmp_path / "memory.svg").read_text()
+    assert f"<style>{STYLE}</style>" in (tmp_path / "memory.svg").read_text()
+
+
+def test_the_page_is_for_light_and_dark_screens_and_for_phones(tmp_path: Path) -> None:
+    write_report(results(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(STYLE) == 1 and "color-scheme:light dark" in page
+    assert page.count("prefers-color-scheme:dark") == 2 and 'name="viewport"' in page
+    tables = page.count("<table>")
+    assert page.count('<div class="scroll" role="region" tabindex="0" aria-label="') == tables
+    assert 0 < page.count('class="hint"') <= tables and ".hint{display:block}" in page
+    assert all(f'aria-label="{title}"' in page for title in ("books: loss by position", "needle: accuracy by length"))
+    shown = check_page(tmp_path)
+    assert "teacher: 4 at 32, 3.5 at 128, 3.15 at 512." in shown
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

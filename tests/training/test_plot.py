@@ -1,4 +1,4 @@
-"""The picture of a training."""
+"""The plot of a training."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ def test_a_line_per_stage(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.svg")
     text = (tmp_path / "training.svg").read_text()
-    ElementTree.fromstring(text)  # noqa: S314 - written a line above
-    assert "stage 1" in text and "stage 2" in text and "loss, nats per token" in text
-    groups = re.findall(r"<title>stage \d</title>(.*?)</g>", text)
-    points = [group.count("mark") for group in groups]
-    assert max(points) <= 40 and min(points) == 3, points
+    root = ElementTree.fromstring(text)  # noqa: S314 - written a line above
+    assert ">stage 1<" in text and ">stage 2<" in text and ">loss, nats per token<" in text
+    # Three steps are a point: the first of stage 1 is their mean, the last of stage 2 lies behind all of stage 1.
+    [described] = [element.text for element in root.iter("{http://www.w3.org/2000/svg}desc")]
+    first, second = described.split(". stage 2: ")
+    assert first.startswith("stage 1: 3.98 at 128, ")
+    assert second == "2.5 at 6,464, 2.5 at 6,528, 2.5 at 6,592."
+    points = [path.count("L") + 1 for path in re.findall(r'<path d="([^"]+)"[^>]*stroke-width: 2', text)]
+    assert 34 in points and 3 in points
     assert "nan" not in text
 
 
