@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from linearize.hub.export import Exported
     from linearize.hub.push import Parcel
     from linearize.hub.upload import Upload
+    from linearize.jobs.result import FinetuneResult
     from linearize.model import LinearizedForCausalLM
     from linearize.state import State
-    from linearize.training.result import FinetuneResult
     from linearize.verification import Verification
 
 
@@ -76,9 +76,9 @@ def convert(
         RecipeError: the recipe is not valid, or does not fit the model.
         OutputError: the output cannot be written.
     """
-    from linearize.calibration.start import convert as _convert
     from linearize.conversion.convert import check_convertible, check_reach
     from linearize.conversion.output import staged_folder
+    from linearize.jobs.convert import convert as _convert
 
     settings = _recipe(recipe, overrides)
     source = find_source(str(model), trust_remote_code=trust_remote_code)
@@ -125,8 +125,8 @@ def finetune(
         LinearizeError: the recipe, the model, the data or the output is not usable.
     """
     from linearize.conversion.output import check_free, staged_folder
-    from linearize.training.finetune import finetune as _finetune
-    from linearize.training.result import write_result
+    from linearize.jobs.finetune import finetune as _finetune
+    from linearize.jobs.result import write_result
     from linearize.training.workfolder import work_folder
 
     settings, target = _recipe(recipe, overrides), Path(output)

@@ -76,8 +76,8 @@ def convert(
     check_convertible(config, source, settings.mixer)
     check_reach(settings, config)
     if dry_run:
-        from linearize.calibration.start import tokenizer_for
         from linearize.conversion.inspection import inspect_model
+        from linearize.jobs.convert import tokenizer_for
 
         if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
             tokenizer_for(source, settings, config, say=status)
@@ -92,7 +92,7 @@ def convert(
                 f"{output}; memory per sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}"
             )
         return
-    from linearize.calibration.start import convert as convert_to
+    from linearize.jobs.convert import convert as convert_to
 
     started = time.monotonic()
     with staged_folder(output, overwrite=overwrite) as folder:

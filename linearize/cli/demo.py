@@ -46,7 +46,7 @@ def demo(
     check_free(output, overwrite=overwrite)
     quiet_libraries()
     from linearize.generation import continue_text
-    from linearize.pipeline import gains_line, run_recipe
+    from linearize.jobs.run import gains_line, run_recipe
     from linearize.training.workfolder import is_resumable
 
     status(f"model: {recipe.model}")

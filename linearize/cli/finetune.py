@@ -99,8 +99,8 @@ def finetune(
             started = processes.count() if processes.count() > 1 else None
             _show_memory(settings, gpus or launch or configured or started or GPUS, trust_remote_code, as_json)
         return
-    from linearize.training.finetune import finetune as train
-    from linearize.training.result import write_result
+    from linearize.jobs.finetune import finetune as train
+    from linearize.jobs.result import write_result
 
     say = status if processes.is_first() else _nothing
     if resume:
@@ -129,7 +129,7 @@ def _show_memory(settings: Recipe, gpus: int, trust_remote_code: bool, as_json: 
     from linearize.conversion.convert import check_reach
     from linearize.conversion.source import find_source, load_config
     from linearize.errors import RecipeError
-    from linearize.training.finetune import check_dtype
+    from linearize.jobs.finetune import check_dtype
 
     check_dtype(settings)
     if settings.model is None:

@@ -52,7 +52,7 @@ def run(
     settings = load_recipe(recipe, overrides or ())
     check_free(output, overwrite=overwrite)
     quiet_libraries()
-    from linearize.pipeline import gains_line, run_recipe
+    from linearize.jobs.run import gains_line, run_recipe
 
     result = run_recipe(
         settings,

@@ -12,8 +12,6 @@ from linearize import __version__
 from linearize.conversion.claims import final_name
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
-from linearize.conversion.streaming import Streamer
-from linearize.conversion.weightfiles import NotStreamable
 from linearize.errors import DataError, ModelError, RecipeError
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
@@ -23,7 +21,7 @@ from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -210,29 +208,6 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
     """`teacher`, which is used up, with `window_sections(mixers)`: what costs no training at all."""
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
-
-
-def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callable[[str], None]) -> Streamer | None:
-    """`source` converted by `recipe.mixer`, without data; its weights can go from file to file, or be calibrated block
-    by block.
-
-    Args:
-        shard_bytes: of a file of weights that is written.
-        say: is told why weights have to go through memory, where they do.
-
-    Returns:
-        None where weights have to go through memory.
-
-    Raises:
-        ModelError: the model cannot be read or converted.
-    """
-    check_convertible(load_config(source), source)
-    try:
-        return Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer), most=shard_bytes)
-    except NotStreamable as reason:
-        if source.kind != "gguf":
-            say(f"{source.name}: converted in memory, not file by file: {reason}")
-        return None
 
 
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:

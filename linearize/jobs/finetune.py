@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from linearize.calibration.start import convert, make_start, prepares
 from linearize.conversion.convert import check_convertible, check_reach, nbytes
 from linearize.conversion.limits import check_length, check_tokens, vocabulary_warning
 from linearize.conversion.output import check_space, staged_folder
@@ -27,6 +26,8 @@ from linearize.conversion.source import (
     teacher_of,
 )
 from linearize.errors import ModelError, RecipeError
+from linearize.jobs.convert import convert_into, make_start, prepares
+from linearize.jobs.result import FinetuneResult, count_skipped, stage_record
 from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.training import processes
@@ -34,7 +35,6 @@ from linearize.training.adapters import add_adapters, base_of, choose_trained, m
 from linearize.training.checkpoints import checkpoints, manifest, newest, step_of
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.metrics import METRICS, forget_metrics, log_to
-from linearize.training.result import FinetuneResult, count_skipped, stage_record
 from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.sharding import check_shardable, mesh
 from linearize.training.sharding import shard as shard_model
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from linearize.calibration.start import Start
+    from linearize.jobs.convert import Start
 
 _CHECKPOINTS = 9
 """Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
@@ -67,7 +67,7 @@ _WIDENED = (
 )
 
 
-def finetune(
+def run_stages(
     recipe: Recipe,
     work: Path,
     *,
@@ -281,7 +281,7 @@ def _started(
         if processes.is_first() and not (resume and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
             with staged_folder(folder) as staging:
-                convert(source, recipe, staging, say=say, tokenizer=tokenizer)
+                convert_into(source, recipe, staging, say=say, tokenizer=tokenizer)
     kept = load_recipe(str(folder / "recipe.yaml"))
     return kept, sound_provenance(find_source(str(folder))).get("start", {})
 

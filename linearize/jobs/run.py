@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from linearize.calibration.start import Start, convert, prepares
 from linearize.conversion.convert import check_convertible, check_reach, convert_model, window_baseline, window_sections
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import Source, checkpoint_digest, find_source, load_config, load_model, load_tokenizer
@@ -18,8 +17,9 @@ from linearize.evaluation.report import SystemScores, report_data, report_table,
 from linearize.evaluation.results import Results
 from linearize.evaluation.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.evaluation.systems import BASELINES, describe, score_systems
-from linearize.training.finetune import check_dtype, finetune
-from linearize.training.result import FinetuneResult, write_result
+from linearize.jobs.convert import Start, convert_into, prepares
+from linearize.jobs.finetune import check_dtype, run_stages
+from linearize.jobs.result import FinetuneResult, write_result
 from linearize.training.workfolder import work_folder
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def run_recipe(
             say(f"converting {source.name}")
             (folder / "converted").mkdir()
             teacher, tokenizer = load_model(source, dtype=recipe.dtype), load_tokenizer(source)
-            start = convert(
+            start = convert_into(
                 source,
                 recipe,
                 folder / "converted",
@@ -110,7 +110,7 @@ def run_recipe(
                 loads = _Again(lambda: load_model(written), start)
             del start
         with _timed(seconds, "finetune"):
-            trained = finetune(
+            trained = run_stages(
                 recipe,
                 work,
                 say=say,

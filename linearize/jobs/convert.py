@@ -19,12 +19,13 @@ from linearize.conversion.convert import (
     check_reach,
     convert_model,
     nbytes,
-    open_files,
     write_checkpoint,
 )
 from linearize.conversion.limits import check_length, vocabulary_warning
 from linearize.conversion.output import check_space
 from linearize.conversion.source import has_tokenizer, load_config, load_model, load_tokenizer
+from linearize.conversion.streaming import Streamer
+from linearize.conversion.weightfiles import NotStreamable
 from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.conversion.source import Source
-    from linearize.conversion.streaming import Streamer
     from linearize.model import LinearizedForCausalLM
     from linearize.probe import Probe
     from linearize.recipe import Recipe
@@ -146,7 +146,7 @@ def _calibrated(
     return found
 
 
-def convert(
+def convert_into(
     source: Source,
     recipe: Recipe,
     folder: Path,
@@ -191,6 +191,29 @@ def convert(
     return start
 
 
+def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callable[[str], None]) -> Streamer | None:
+    """`source` converted by `recipe.mixer`, without data; its weights can go from file to file, or be calibrated block
+    by block.
+
+    Args:
+        shard_bytes: of a file of weights that is written.
+        say: is told why weights have to go through memory, where they do.
+
+    Returns:
+        None where weights have to go through memory.
+
+    Raises:
+        ModelError: the model cannot be read or converted.
+    """
+    check_convertible(load_config(source), source)
+    try:
+        return Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer), most=shard_bytes)
+    except NotStreamable as reason:
+        if source.kind != "gguf":
+            say(f"{source.name}: converted in memory, not file by file: {reason}")
+        return None
+
+
 def _needs_memory(recipe: Recipe) -> str | None:
     """Why a conversion by `recipe` needs the whole model; None where blocks of it are enough."""
     if selects(recipe):
@@ -210,7 +233,7 @@ def _convert_files(
     workers: int,
     say: Callable[[str], None],
 ) -> Start:
-    """`convert`, with no more than one block in memory."""
+    """`convert_into`, with no more than one block in memory."""
     start = Start(streamer.model, recipe)
     if recipe.calibrate is None:
         digests = streamer.write(folder, workers=workers)
