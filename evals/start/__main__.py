@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import linearize
-from linearize.cli.demo import packaged_model
 from linearize.conversion.output import staged_folder
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.evaluation.formatting import number, readable_bytes, with_error
@@ -30,6 +29,7 @@ from linearize.evaluation.store import Store
 from linearize.evaluation.systems import find_systems
 from linearize.evaluation.task import mean_and_error
 from linearize.jobs.convert import convert_into
+from linearize.jobs.demo import packaged_model
 from linearize.recipe import dump_recipe, load_recipe, shipped_recipes
 from linearize.training.workfolder import is_resumable
 

@@ -13,6 +13,7 @@ from linearize.cli.console import (
     OverwriteOption,
     check_dtype,
     examples,
+    parse_size,
     print_json,
     readable_bytes,
     status,
@@ -107,9 +108,10 @@ def export(
     of this machine and rows of the training data stay behind.
     """
     check_dtype(dtype)
+    parse_size(shard_size, "--max-shard-size")
     check_free(output, overwrite=overwrite)
     quiet_libraries()
-    from linearize.api import export as write
+    from linearize.jobs.export import export as write
 
     done = write(
         folder,

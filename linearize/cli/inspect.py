@@ -14,6 +14,7 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    begin,
     check_dtype,
     examples,
     print_json,
@@ -21,8 +22,7 @@ from linearize.cli.console import (
     readable_count,
     status,
 )
-from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
+from linearize.cli.memory import GPUS, memory_facts, show_memory
 from linearize.hub.card import ranges
 
 EPILOG = examples(
@@ -63,30 +63,28 @@ def inspect(
 
     Reads the configuration only; no weights are loaded.
     """
-    from linearize.recipe import load_recipe
-
     check_dtype(dtype)
     chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
-    settings = load_recipe(recipe, [*(overrides or ()), *chosen])
-    quiet_libraries()
-    from linearize.conversion.inspection import compare_mixers, every_recurrence, inspect_model
-    from linearize.conversion.source import DTYPES, find_source
+    settings = begin(recipe, [*(overrides or ()), *chosen])
+    from linearize.jobs import inspect as job
 
-    spec = settings.mixer
-    source = find_source(model, trust_remote_code=trust_remote_code)
     if recurrence == "all":
-        facts, rows = compare_mixers(source, every_recurrence(spec), dtype=DTYPES.get(dtype))
-        facts = {**facts, "mixer": spec.model_dump(mode="json", exclude={"recurrence"}), "recurrences": rows}
+        facts = job.inspect_recurrences(model, settings, dtype=dtype, trust_remote_code=trust_remote_code)
         if as_json:
             print_json(facts)
         else:
             _show_all(facts)
         return
-    facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
-    if facts["converted"] and (recurrence or any(change.startswith("mixer") for change in overrides or ())):
-        status(f"{source.name}: converted already, shown as it is; the recipe's mixer section is not used")
     processes = gpus or GPUS
-    stages = stages_memory(source, settings, processes) if training or gpus else None
+    facts, stages = job.inspect(
+        model,
+        settings,
+        dtype=dtype,
+        gpus=processes if training or gpus else None,
+        chosen=bool(recurrence) or any(change.startswith("mixer") for change in overrides or ()),
+        trust_remote_code=trust_remote_code,
+        say=status,
+    )
     if as_json:
         print_json(facts if stages is None else {**facts, "training": memory_facts(stages)})
         return

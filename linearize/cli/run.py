@@ -15,13 +15,12 @@ from linearize.cli.console import (
     RecipeArgument,
     SetOption,
     TrustOption,
+    begin,
     command_line,
     examples,
     print_json,
     status,
 )
-from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free
 
 EPILOG = examples(
     "linearize run demo -o out",
@@ -47,11 +46,7 @@ def run(
 
     DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data.
     """
-    from linearize.recipe import load_recipe
-
-    settings = load_recipe(recipe, overrides or ())
-    check_free(output, overwrite=overwrite)
-    quiet_libraries()
+    settings = begin(recipe, overrides, output, overwrite=overwrite)
     from linearize.jobs.run import gains_line, run_recipe
 
     result = run_recipe(

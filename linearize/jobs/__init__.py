@@ -1,4 +1,5 @@
-"""The commands, one file each: the only body of a command, which `linearize.cli` and `linearize.api` call.
+"""The commands, one file each. A job is the only body of its command: `linearize.cli` parses its arguments and prints
+its result, `linearize.api` names the public ones.
 
-No module below the jobs imports one of them.
+Nothing below the jobs imports one of them. A job imports torch at its top, so the command line imports it last.
 """

@@ -1,4 +1,4 @@
-"""From a recipe to a model that can be used or trained: what is kept, the swap, and calibration."""
+"""`linearize convert`: choose what keeps softmax, swap the attention, calibrate it, and write the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from linearize.conversion.convert import (
     nbytes,
     write_checkpoint,
 )
+from linearize.conversion.inspection import inspect_model
 from linearize.conversion.limits import check_length, vocabulary_warning
-from linearize.conversion.output import check_space
-from linearize.conversion.source import has_tokenizer, load_config, load_model, load_tokenizer
+from linearize.conversion.output import check_free, check_space, staged_folder
+from linearize.conversion.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.weightfiles import NotStreamable
+from linearize.jobs.checks import quiet, read_recipe
 from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
 from linearize.training.data import reserved_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -76,6 +78,107 @@ class Start:
         if self.calibration is not None:
             _write_json(folder / "calibration.json", calibration_data(self.calibration))
             (folder / "calibration.md").write_text(calibration_text_report(self.calibration), encoding="utf-8")
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe = "default",
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = quiet,
+) -> LinearizedForCausalLM:
+    """Converts a pretrained model by a recipe's mixer section, calibrated where it says so, and writes the checkpoint.
+
+    Args:
+        model: what to convert.
+        output: the folder to write.
+        recipe: a shipped recipe's name, a file, or a recipe that was read already.
+        overrides: changes of single keys, such as `mixer.window=128`; `--set` on the command line.
+        overwrite: replace the output if it exists.
+        trust_remote_code: run Python code that the model brings.
+        say: gets lines for the person at the terminal.
+
+    Returns:
+        the converted model, as it was written.
+
+    Raises:
+        ModelError: the model cannot be read or converted.
+        RecipeError: the recipe is not valid, or does not fit the model.
+        OutputError: the output cannot be written.
+    """
+    start = run_convert(
+        model,
+        output,
+        recipe,
+        overrides=overrides,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
+    converted: Any = start.model
+    if converted.device.type == "meta":  # its weights went from file to file
+        converted = load_model(find_source(str(output)))
+    return named_after(converted, output)
+
+
+def run_convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe = "default",
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    say: Callable[[str], None] = quiet,
+) -> Start:
+    """`convert`, with the options and the result of `convert_into`."""
+    settings, target = read_recipe(recipe, overrides), Path(output)
+    source, _ = _checked(model, target, settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    with staged_folder(target, overwrite=overwrite) as folder:
+        say(f"converting {source.name}")
+        return convert_into(source, settings, folder, say=say, shard_bytes=shard_bytes, workers=workers)
+
+
+def plan_convert(
+    model: str | Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = quiet,
+) -> tuple[Source, dict[str, Any]]:
+    """Check what `run_convert` checks and write nothing; `inspect_model` gives the facts."""
+    source, config = _checked(model, output, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
+        tokenizer_for(source, recipe, config, say=say)
+    facts = inspect_model(source, recipe.mixer)
+    for line in facts["positions"]:
+        say(f"{source.name}: {line}")
+    return source, facts
+
+
+def _checked(
+    model: str | Path, output: Path, recipe: Recipe, *, overwrite: bool, trust_remote_code: bool
+) -> tuple[Source, Any]:
+    """The model and its configuration, once output, model and recipe go together."""
+    check_free(output, overwrite=overwrite)
+    source = find_source(str(model), trust_remote_code=trust_remote_code)
+    config = load_config(source)
+    check_convertible(config, source, recipe.mixer)
+    check_reach(recipe, config)
+    return source, config
+
+
+def named_after(model: LinearizedForCausalLM, output: str | Path) -> LinearizedForCausalLM:
+    """Set the model's name as `from_pretrained(output)` does, because peft names an adapter's base by it."""
+    model.name_or_path = model.config.name_or_path = str(output)
+    return model
 
 
 def prepares(recipe: Recipe) -> bool:

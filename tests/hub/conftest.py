@@ -79,7 +79,7 @@ def _verification(_shareable: Path) -> Verification:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, _verification: Verification) -> None:
     """The checkpoint was verified before: for tests of what comes after that."""
-    monkeypatch.setattr("linearize.api.verify", lambda *_, **__: _verification)
+    monkeypatch.setattr("linearize.jobs.push.verify", lambda *_, **__: _verification)
 
 
 @pytest.fixture
