@@ -37,14 +37,14 @@ _LOG = logging.getLogger("linearize")
 
 
 class Recorder(Protocol):
-    """What records a piece of work on fixed buffers, and gives what does it again."""
+    """Records work on fixed buffers and returns a function that replays it."""
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]: ...
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The generated tokens.
 
     Attributes:
         tokens: `[B, N]`, with pads where a row had ended.
@@ -247,7 +247,7 @@ class Engine:
         return rows, recorded, ready
 
     def _record(self, rows: _Rows, rule: Sampling) -> list[Callable[[], None]] | None:
-        """What to replay for a token; None where a step runs call by call."""
+        """The function that replays a step; None if a step runs eagerly."""
         if self._recorder is None or any(layer.past for layer in rows.state.layers):
             return None
         works: dict[Any, Callable[[], None]] = {
@@ -353,5 +353,5 @@ def _recorder_of(model: Any) -> Recorder | None:
 
 
 def _addresses(model: Any) -> tuple[int, ...]:
-    """Where the weights are: what was recorded reads them there."""
+    """Addresses of the weights; a recorded graph reads them there."""
     return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))

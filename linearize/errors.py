@@ -37,8 +37,8 @@ class HubError(LinearizeError):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, by the error or by what it came from. On a CPU torch says so with a plain
-    RuntimeError, and torch is not imported here."""
+    """True if an allocation failed, by the error or by its cause. On a CPU torch raises a plain RuntimeError, and torch
+    is not imported here."""
     while error is not None:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
             return True

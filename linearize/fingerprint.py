@@ -110,7 +110,7 @@ def _configuration(model: PreTrainedModel) -> str:
 
 
 def _adapters(model: nn.Module) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Of peft: the prefixes of tensors that no active adapter uses, and the scale of each adapter that is active."""
+    """The adapters of peft: prefixes of tensors that no active adapter uses, and the scale of each active adapter."""
     unused, scales = [], {}
     for path, module in model.named_modules():
         layer: Any = module

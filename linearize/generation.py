@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was written.
+    """The generated text and its figures.
 
     Attributes:
         text: the new text alone.

@@ -81,13 +81,13 @@ class PairedLinear(nn.Module):
 
 
 def pairs_are_fast() -> bool:
-    """Whether the processor multiplies int8 by itself, and torch has what uses it: without, products of these pairs
-    are slow, and their sums may not be exact."""
+    """True if the processor has int8 products and torch uses them; without them, products of these pairs are slow, and
+    their sums may not be exact."""
     known = getattr(torch.cpu, "_is_vnni_supported", None)
     return known is not None and bool(known()) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 def takes_pairs(layer: QuantizedLinear) -> bool:
-    """Whether the layer is faster so."""
+    """True if the layer is faster as pairs."""
     alike = layer.spec.bits == 8 and layer.scale.shape[1] == 1
     return alike and layer.weight.numel() >= _LARGE and pairs_are_fast()

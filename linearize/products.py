@@ -30,7 +30,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether products of this module go to oneDNN. By the kind of processor, not by a clock: on one machine the same
+    """True if products of this module go to oneDNN. The kind of processor decides, not a clock: on one machine the same
     numbers come out every time."""
     there = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
@@ -55,7 +55,7 @@ class Linear(nn.Linear):
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer and nothing more."""
+    """True if a module is exactly a linear layer."""
     return type(module) is nn.Linear or type(module) is Linear
 
 

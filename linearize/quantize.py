@@ -37,7 +37,7 @@ WEIGHTS = {
     "int8": Quantization(bits=8, kept=1 / 64),
     "int4": Quantization(bits=4, group=32, kept=1 / 64),
 }
-"""What `linearize export --weights` offers."""
+"""Choices of `linearize export --weights`."""
 # Of a group's largest weight: rounding the others finer may be worth cutting it.
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 _LEAST = torch.finfo(torch.float32).tiny
@@ -45,7 +45,7 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Cost:
-    """What quantised weights cost on rows of text that they were not fitted to.
+    """Loss of quantised weights on rows of text that they were not fitted to.
 
     Attributes:
         text: where the rows came from, and `rows`, `tokens` how many there were; `fitted` tokens were read to choose
@@ -151,7 +151,7 @@ def nbytes_after(model: nn.Module, spec: Quantization) -> int:
 
 @torch.no_grad()
 def mean_squares(model: PreTrainedModel, layers: list[nn.Linear], rows: Rows) -> dict[nn.Linear, Tensor]:
-    """Of each layer's inputs on `rows`, float32 [I]; ones for a layer that no row reaches."""
+    """Mean squares of each layer's inputs on `rows`, float32 [I]; ones for a layer that no row reaches."""
     sums = {layer: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
     counts = dict.fromkeys(layers, 0)
 
@@ -245,7 +245,7 @@ def _round(weight: Tensor, spec: Quantization, cuts: tuple[float, ...], power: T
 
 
 def cost_record(spec: Quantization, cost: Cost) -> dict[str, Any]:
-    """What `linearize.json` says of it."""
+    """The cost as a record for `linearize.json`."""
     return {
         "weights": f"int{spec.bits}",
         "group": spec.group,

@@ -1,4 +1,4 @@
-"""Where the files that ship beside the code are: recipes and evaluation tasks.
+"""Folders of the files that ship with the code (recipes, evaluation tasks), and of the cache.
 
 In a wheel they lie under `linearize/_data`; in a checkout (an editable install) they are the repository's own folders.
 """
@@ -21,7 +21,7 @@ def shipped_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where results that are costly to make again are kept (`$LINEARIZE_CACHE`, else `~/.cache/linearize`).
+    """Folder of cached results (`$LINEARIZE_CACHE`, else `~/.cache/linearize`).
 
     Raises:
         OutputError: nobody says where, and the user has no home folder.

@@ -1,5 +1,5 @@
-"""How the next token is chosen from logits: the settings of transformers' `generate` that can be followed without
-asking the device anything, so that a step is the same work each time.
+"""Choose the next token from logits, by the settings of transformers' `generate` that need no sync with the device, so
+that every step launches the same kernels.
 
 What is chosen is what transformers chooses, sampled tokens included: the same operations in the same order, on the
 same random numbers.
@@ -37,7 +37,7 @@ _FOLLOWED = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which token comes next, and when a text ends.
+    """Choice of the next token, and conditions that end a text.
 
     Attributes:
         max_new_tokens: the most that are written.
@@ -59,7 +59,7 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: GenerationConfig, options: Mapping[str, Any]) -> Sampling | None:
-        """What transformers would do under `settings` and further options of `generate`; None where that is more than
+        """The sampling of transformers under `settings` and further options of `generate`; None where that is more than
         is done here (beams, a text's own length as limit, processors that look at the text, ...)."""
         merged = copy.deepcopy(settings)
         if merged.update(**options) or merged.max_new_tokens is None:
@@ -92,7 +92,7 @@ class Sampling:
 
     @property
     def rule(self) -> Sampling:
-        """What a step does: the same for texts of any length."""
+        """The rule of a step; it is the same for texts of any length."""
         return replace(self, max_new_tokens=0)
 
     def warpers(self) -> LogitsProcessorList:

@@ -1,4 +1,4 @@
-"""What a converted model remembers of a text, as a thing to keep: read once, then continued any number of times.
+"""A converted model's state after a text: read the text once, then continue it any number of times.
 
     state = State.read(model, tokenizer(manual, return_tensors="pt").input_ids)
     state.save("manual.state", model)
@@ -36,7 +36,7 @@ _SHORTEST = 256  # a piece has a whole window to bring along
 
 
 def prefill_chunk(device: torch.device, rows: int = 1) -> int:
-    """How many tokens of each of `rows` texts are read at once."""
+    """Number of tokens of each of `rows` texts that are read at once."""
     return max(_PIECE.get(device.type, _PIECE["cpu"]) // max(rows, 1), _SHORTEST)
 
 

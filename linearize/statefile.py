@@ -88,7 +88,7 @@ def read(path: Path, model: LinearizedForCausalLM) -> tuple[list[LayerMemory], T
 
 
 def header(path: Path) -> dict[str, str]:
-    """What a state's file says of itself.
+    """The header of a state's file.
 
     Raises:
         StateError: no such file, or not a state that this version reads.

@@ -1,4 +1,4 @@
-"""What the chunkwise forms share: chunks, running decays, and products of pairs of tokens under decay.
+"""Helpers of the chunkwise forms: chunks, cumulative decays, and products of token pairs under decay.
 
 A decay from token s to token t is exp(c_t - c_s), c being the running sum of log-gates. Its two factors exp(c_t) and
 exp(-c_s) make it a matrix product, but alone they leave the range of float32 as soon as gates are strong. So they are

@@ -1,4 +1,4 @@
-"""Which kernels run, and why: by operation, device and dtype, or as `LINEARIZE_KERNELS` says.
+"""Choose the kernels by operation, device and dtype, or as `LINEARIZE_KERNELS` says, and record the reason.
 
     reference   the parallel forms, and token by token: what a reader checks the others against
     torch       the chunkwise forms in plain torch: every device, every option
@@ -55,7 +55,7 @@ class UnknownKernelsError(ValueError):
 
 @dataclass(frozen=True)
 class Decision:
-    """What runs, and why it and nothing faster.
+    """The chosen kernels, and the reason why no faster ones run.
 
     Attributes:
         lost: whether something faster was asked for, or could be had on this machine, and does not run.
@@ -67,7 +67,7 @@ class Decision:
 
 
 def pinned() -> Kernels | None:
-    """What `LINEARIZE_KERNELS` asks for, if anything.
+    """The value of `LINEARIZE_KERNELS`, or None if it is unset.
 
     Raises:
         UnknownKernelsError: it is none of the choices.
@@ -83,7 +83,7 @@ def pinned() -> Kernels | None:
 def decide(
     operation: Operation, device: torch.device | str, dtype: torch.dtype, *, refusal: str | None = None
 ) -> Decision:
-    """What runs an operation on a device and in a dtype.
+    """Choose the kernels for an operation on a device and in a dtype.
 
     Args:
         refusal: why kernels other than torch's cannot take this case, if so.
@@ -154,14 +154,14 @@ def choose(operation: Operation, device: torch.device, dtype: torch.dtype, *, re
 
 
 def through_fla(operation: Operation, q: torch.Tensor) -> bool:
-    """Whether a recurrence on these queries is flash-linear-attention's to run."""
+    """True if flash-linear-attention runs a recurrence on these queries."""
     if torch.compiler.is_compiling() or settled(q.device):
         return False
     return choose(operation, q.device, q.dtype) == "fla"
 
 
 def settled(device: torch.device) -> bool:
-    """Whether it is plain torch without looking further: a CPU, and nothing pinned."""
+    """True if plain torch runs and no check is needed: the device is a CPU and no kernels are pinned."""
     return device.type == "cpu" and not os.environ.get(VARIABLE)
 
 
@@ -172,5 +172,5 @@ def say_once(message: str) -> None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run on the CPU, for tests; decided when triton is imported."""
+    """True if Triton's interpreter runs kernels on the CPU (for tests); fixed when triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

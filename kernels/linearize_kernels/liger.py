@@ -68,7 +68,7 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class LigerOptions:
-    """What is the same for all tokens.
+    """Options that do not vary by token.
 
     Attributes:
         window: W, tokens in the window, the query's own included.
@@ -182,7 +182,7 @@ def unsupported(
 
 
 def _interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, which is decided when triton is imported."""
+    """True if Triton's interpreter runs kernels on the CPU; fixed when triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

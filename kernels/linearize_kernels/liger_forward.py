@@ -128,7 +128,8 @@ def carry_states(
     FROM_STATE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What each chunk writes becomes the state that enters it, in place: S_{n+1} = exp(total_n) S_n + written_n.
+    """Replace, in place, the sums that each chunk writes by the state that enters it: S_{n+1} = exp(total_n) S_n +
+    written_n.
 
     Of `initial` and `final` `[R, K, F, COLUMNS]` these are the V columns from COLUMN on.
     """
@@ -288,8 +289,8 @@ def read_recurrence(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What the query features `reads` `[GROUP * SUB, BF]` of a sub-chunk read after their own tokens: outputs
-    `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. Its first token is `i` of the stream.
+    """Read the state after a sub-chunk's own tokens by its query features `reads` `[GROUP * SUB, BF]`: outputs `[GROUP
+    * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. Its first token is `i` of the stream.
 
     `number` is that of token 0 of the stream; `slot` is the row of the chunk in arrays `[slots * K, ...]`.
     """

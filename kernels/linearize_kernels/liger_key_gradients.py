@@ -103,7 +103,8 @@ def carry_gradients(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What each chunk reads becomes the gradient of the state that leaves it, in place: `carry_states` backwards."""
+    """Replace, in place, the gradient of what each chunk reads by the gradient of the state that leaves it; this is
+    `carry_states` backwards."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
@@ -173,7 +174,7 @@ def keys_of_states(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """What the state that leaves a chunk gives to its key features and its values, `dk` and `dv` in float32; and
+    """Gradients `dk` and `dv`, in float32, that the state leaving a chunk gives to its key features and values; and
     `flow`, φ(k) dk, what of the state's gradient goes through each key.
 
     Some programs take channels of the values, the others channels of the keys.

@@ -1,4 +1,4 @@
-"""What the Triton kernels of Liger attention share: gates, features, decays and scores of tiles.
+"""Tile helpers of the Triton kernels of Liger attention: gates, features, decays and scores.
 
 Decays are exponentials of sums of log-gates over the very tokens that they span, never of differences of longer sums.
 So gates of any strength stay finite, and a strong gate costs the weak ones beside it no digits.

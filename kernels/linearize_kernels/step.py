@@ -1,4 +1,4 @@
-"""What one decoding step of a layer does, said in numbers: the interface of the fused step.
+"""The interface of the fused decoding step: a layer's sizes, options and tensors.
 
     window   the new key and value take a slot of the ring; softmax over the ring and the visible sinks
     state    S = g ⊙ S + φ(k)ᵀ [v, 1] , with the new token or with the one that the window lets go

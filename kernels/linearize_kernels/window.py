@@ -206,7 +206,7 @@ def _cap(scores: Tensor, softcap: float | None) -> Tensor:
 def _in_window(
     block: int, window: int, before: int, blocks: int, key_exists: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Whether a query may read a key of its block, `[1 or B, 1 or N, C, before + C]`."""
+    """Mask of the keys in a block that each query may read, `[1 or B, 1 or N, C, before + C]`."""
     span = before + block
     query = torch.arange(block, device=device)[:, None] + before
     key = torch.arange(span, device=device)[None]

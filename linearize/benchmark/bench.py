@@ -39,7 +39,7 @@ STEPS = {"cpu": 8, "cuda": 128}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """Options of a benchmark: lengths, batches and subjects.
 
     Attributes:
         lengths: tokens of context, for decoding.

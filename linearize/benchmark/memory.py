@@ -1,4 +1,4 @@
-"""How much memory is free, how fast it is, and how much a piece of work takes at its peak."""
+"""Measure free memory, memory bandwidth, and the peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be asked for on that device."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         # What the allocator holds without using it is free as well.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -30,7 +30,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """What the process has resident now, or 0 where that cannot be told (it is read from Linux's /proc)."""
+    """Resident bytes of the process, or 0 where Linux's /proc is missing."""
     return _resident("VmRSS")
 
 

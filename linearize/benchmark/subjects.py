@@ -1,4 +1,4 @@
-"""What is timed: a converted model and its teacher on the same weights, and memories as they are after a long text."""
+"""The timed models: a converted model and its teacher on the same weights, with caches as after a long text."""
 
 from __future__ import annotations
 

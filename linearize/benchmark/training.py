@@ -1,4 +1,4 @@
-"""How fast a LoRA step is: the converted model's beside the teacher's own, on copies that share the frozen weights."""
+"""Time LoRA steps of the converted model and of the teacher, on copies that share the frozen weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `convert` does to a model besides swapping its attention, without training it.
+"""Steps of `convert` besides the swap: choose what keeps softmax, and fit layers, without training.
 
 weights.py    where the weights are: in memory, or in files but for one block
 blocks.py     the blocks of a model, called one at a time

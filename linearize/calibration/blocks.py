@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from linearize.training.rows import Rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is called with beside its hidden states."""
+"""Arguments of a block besides its hidden states."""
 
 Text = tuple[Tensor, Tensor]
 """Token ids `[L]` and their positions `[L]`."""
@@ -79,14 +79,14 @@ class Blocks:
             yield
 
     def run(self, layer: int, hidden: Tensor, call: Call) -> Tensor:
-        """What a block makes of `hidden`."""
+        """The output of a block for `hidden`."""
         arguments, keywords = call
         result = self._places[layer][0](hidden, *arguments, **keywords)
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
 
     def projections(self, layer: int, hidden: Tensor, call: Call) -> tuple[Projections, Tensor | None]:
-        """What the layer's attention would mix, as rows of real tokens with their lengths (None: all)."""
+        """Queries, keys and values of the layer's attention, as rows of real tokens with their lengths (None: all)."""
         attention, seen = self._attention(layer), []
 
         def observe(new: Projections, lengths: Tensor | None) -> None:
@@ -103,7 +103,7 @@ class Blocks:
         return found
 
     def heads(self, layer: int, hidden: Tensor, call: Call) -> Tensor:
-        """What the layer's output projection gets, `[1, L, H V]`."""
+        """The input of the layer's output projection, `[1, L, H V]`."""
         seen: list[Tensor] = []
         attention = self._attention(layer)
 
@@ -132,7 +132,7 @@ class Blocks:
     def teacher_step(
         self, layer: int, hidden: Tensor, call: Call, *, attention_output: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What the pretrained block makes of `hidden`, and what its attention added where that is asked for."""
+        """The output of the pretrained block for `hidden`, and its attention's contribution if requested."""
         seen: list[Tensor] = []
         handle = self.teachers[layer].register_forward_hook(lambda _, __, output: seen.append(output[0]))
         try:

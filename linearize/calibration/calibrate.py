@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from linearize.training.rows import Rows, TrainingData
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Of the ridge penalty that are tried, in mean squares of an input channel over all tokens."""
+"""Ridge penalties that are tried, in mean squares of an input channel over all tokens."""
 
 
 @dataclass
 class Ingredient:
-    """What one part of the calibration did to the whole model.
+    """Effect of one part of the calibration on the whole model.
 
     Attributes:
         name: `mixer` or `output`.
@@ -60,7 +60,7 @@ class Ingredient:
 
 @dataclass
 class Calibration:
-    """What calibration found.
+    """Result of a calibration.
 
     Attributes:
         layers: by layer, what was tried and kept.
@@ -84,7 +84,7 @@ class Calibration:
 
     @property
     def recall_counts(self) -> bool:
-        """Whether the needles tell anything: the teacher finds them better than the model as converted."""
+        """True if the needles are usable: the teacher finds them better than the converted model."""
         lost = damage(self.readings["teacher"], self.readings["converted"]).recall
         return lost.mean > SURE * (lost.stderr or 0.0)
 
@@ -263,7 +263,7 @@ def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: li
 
 
 def _judge(found: Calibration, name: str, before: Reading, after: Reading) -> bool:
-    """Whether an ingredient stays: it lowers the loss or raises recall, by more than chance, and costs the other less.
+    """True if an ingredient stays: it lowers the loss or raises recall, by more than chance, and costs the other less.
     The two are compared as shares of what the conversion had cost the model."""
     change, cost = damage(before, after), damage(found.readings["teacher"], found.readings["converted"])
     pairs = [(change.loss, cost.loss), *([(change.recall, cost.recall)] if found.recall_counts else [])]

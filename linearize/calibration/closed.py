@@ -1,4 +1,4 @@
-"""What of a layer can be calibrated in closed form.
+"""Closed-form fits of a layer's parameters.
 
     mix     how much of the recurrence's reading is taken, by least squares
     gate    how slowly the state forgets, from how far back the teacher's attention looks
@@ -86,7 +86,7 @@ def decay_of(mass: Tensor, available: Tensor) -> Tensor:
 
 
 def bisect(function: Callable[[Tensor], Tensor], wanted: Tensor, low: Tensor, high: Tensor, steps: int = 60) -> Tensor:
-    """Where an increasing function of each entry has the value `wanted`, between `low` and `high`."""
+    """Solve, per entry, an increasing function for the value `wanted` between `low` and `high`."""
     for _ in range(steps):
         middle = (low + high) / 2
         below = function(middle) < wanted
@@ -112,8 +112,8 @@ class Ridge:
         self.along += x.T @ rest.double()
 
     def step(self, strength: float) -> Tensor:
-        """What to add to the weight, `[Y, X]` float64: (XᵀX + λ I)⁻¹ Xᵀ rest, transposed, where λ is `strength` times
-        the mean square of a channel's inputs."""
+        """Update of the weight, `[Y, X]` float64: (XᵀX + λ I)⁻¹ Xᵀ rest, transposed, where λ is `strength` times the
+        mean square of a channel's inputs."""
         penalised = self.squares.clone()
         penalised.diagonal().add_(strength * self.squares.diagonal().mean().clamp_min(_TINY))
         return torch.cholesky_solve(self.along, torch.linalg.cholesky(penalised)).T

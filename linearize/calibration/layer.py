@@ -47,7 +47,7 @@ Lesson = tuple[Row, Tensor, Tensor]
 
 
 class Read(NamedTuple):
-    """What a mixer is about to join, of the tokens that its recurrence has something to say to: `[N, H, V or none]`."""
+    """The branches before they are mixed, for the tokens whose recurrence is not empty: `[N, H, V or none]`."""
 
     y: Tensor
     normaliser: Tensor | None
@@ -59,7 +59,7 @@ class Read(NamedTuple):
 
 @dataclass
 class LayerResult:
-    """What became of one layer: shares of the error that window and sinks alone leave on the rows held out.
+    """Result of one layer: shares of the error that window and sinks alone leave on the held-out rows.
 
     Attributes:
         errors: by step that was tried, in order.
@@ -139,7 +139,7 @@ class LayerFit:
         return result
 
     def target(self, new: Projections, lengths: Tensor | None) -> Tensor:
-        """What the teacher's attention reads, `[R, L, H, V]` of the heads that are mixed."""
+        """The output of the teacher's attention, `[R, L, H, V]`, for the heads that are mixed."""
         heads = self.teacher._mix(new, lengths, None)
         if not self.attention.softmax_heads:
             return heads
@@ -147,7 +147,7 @@ class LayerFit:
         return groups[:, :, self.attention.mixed_heads].flatten(2, 3)
 
     def output(self, new: Projections, lengths: Tensor | None) -> Tensor:
-        """What the student's mixer makes of the same, `[R, L, H, V]`."""
+        """The output of the student's mixer for the same inputs, `[R, L, H, V]`."""
         output: Tensor = self.mixer(self._mixed(new), lengths, None)
         return output
 
@@ -206,7 +206,7 @@ class LayerFit:
         return True
 
     def _read(self, new: Projections, lengths: Tensor | None) -> Read | None:
-        """What the mixer joins in one row; None where nothing leaves its window."""
+        """The branches that the mixer joins in one row; None if no token leaves its window."""
         mixer, seen = self.mixer, []
 
         def look(y: Tensor, normaliser: Tensor | None, read: Tensor, mass: Tensor | None) -> Tensor:
@@ -378,7 +378,7 @@ def projection_weight(module: torch.nn.Module) -> Tensor:
 
 
 def _scale(name: str, parameter: Tensor) -> float:
-    """How large a step is, beside the learning rate: weights of a mass have no scale of their own."""
+    """Factor of the learning rate: weights of a mass have no scale of their own."""
     if name != "mix_weight" or parameter.dim() > 1:
         return 1.0
     return float(parameter.detach().abs().mean()) or 1.0

@@ -1,4 +1,4 @@
-"""What a model says to rows of text and to needles, where no more than one of its blocks is in memory."""
+"""Score a model on rows of text and on needles with at most one of its blocks in memory."""
 
 from __future__ import annotations
 

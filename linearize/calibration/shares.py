@@ -51,7 +51,7 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Curve:
-    """What a layer alone loses with so many landmarks, in nats per token.
+    """Loss of one layer by its number of landmarks, in nats per token.
 
     Attributes:
         numbers: of landmarks, rising.

@@ -1,4 +1,4 @@
-"""What a calibration did, in lines, as a page, and as data."""
+"""Write a calibration's result as lines, a page and data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READINGS = {
 
 
 def calibration_lines(found: Calibration) -> list[str]:
-    """What was fitted to what, what of it stayed, and what the model gained."""
+    """Lines that name what was fitted, what was kept, and the gain of the whole model."""
     lines = [
         f"{found.tokens:,} tokens of {found.source}, in rows of {found.length:,}; {found.held_out} rows held out and "
         f"{found.needles} needles decided. No training. Seed {found.seed}. {found.seconds:,.0f} s."

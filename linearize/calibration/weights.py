@@ -1,4 +1,4 @@
-"""Where the weights are while a model is calibrated: all in memory, or in its files but for the block at hand.
+"""Weights of a model during calibration: all in memory, or in files but for the block at hand.
 
 Either way a block is opened, changed, and what was fitted in it is kept beside it, part by part. The next time that it
 is opened it is as converted again, with the parts that are `chosen` laid over it; so what does no good is taken back by
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MIXER, OUTPUT = "mixer", "output"
 PARTS = (MIXER, OUTPUT)
-"""What calibration fits in a block: the mixer's own parameters, and the weight of the output projection."""
+"""Fitted parts of a block: the mixer's own parameters, and the weight of the output projection."""
 
 
 class Weights:
@@ -78,7 +78,7 @@ class Weights:
         self._kept[part, index] = {name: _copy(x) for name, x in self._parameters(part, index).items()}
 
     def kept(self, part: str, index: int) -> dict[str, Tensor]:
-        """What was kept last, by names in the model; empty where nothing was."""
+        """The parts kept last, by their names in the model; empty if none were."""
         return self._kept.get((part, index), {})
 
     def _lay_over(self, index: int) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PROVENANCE = "linearize.json"
 BASELINE_SINKS = 4
 SHARD_BYTES = 5_000_000_000
-"""Of a file of weights, where nobody says otherwise."""
+"""Default size of a file of weights."""
 
 
 def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
@@ -211,7 +211,7 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
 
 
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:
-    """What `linearize.json` says of the base model."""
+    """The base model's record in `linearize.json`."""
     return {"model": source.reference, "name": source.name, "kind": source.kind, "revision": revision}
 
 
@@ -303,7 +303,7 @@ def nbytes(model: torch.nn.Module) -> int:
 
 
 def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:
-    """What `save_pretrained` writes beside the weights."""
+    """Write the files that `save_pretrained` writes beside the weights."""
     config: Any = model.config
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -319,7 +319,7 @@ def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None)
 
 
 def converted_layers(model: LinearizedForCausalLM) -> int:
-    """How many layers do something else than their pretrained attention did."""
+    """Number of layers that compute something else than their pretrained attention."""
     config = model.config
     layers = family_of(config.text_config).layers(config.text_config)
     return sum(config.mixer_of(index).converts(layer) for index, layer in enumerate(layers))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _RESULTS = ("linearize.json", "report.json", "probe.json")
-"""Of these every folder that linearize writes has one, and a pretrained model's has none."""
+"""Every folder that linearize writes has one of these files; a pretrained model's folder has none."""
 
 _SPARE = 16_000_000
 """Bytes on top of weights: tokenizer, code, pages."""

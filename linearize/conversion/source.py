@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hub id, a folder, or a GGUF file; and one clear line when it cannot be read."""
+"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Source:
 
     @cached_property
     def is_converted(self) -> bool:
-        """Whether this is what `linearize convert` wrote, here or on the Hub.
+        """True if `linearize convert` wrote this model, here or on the Hub.
 
         Raises:
             ModelError: the Hub does not have it, or cannot be reached.
@@ -79,7 +79,7 @@ class Source:
 
 
 def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
-    """What `reference` means; a path is looked at, a Hub id is believed.
+    """Resolve `reference`; a path is checked on disk, a Hub id is not checked yet.
 
     Raises:
         ModelError: a path that is not there, a folder without a configuration, a file that is not GGUF or damaged.
@@ -289,13 +289,13 @@ def default_device() -> str:
 
 
 def provenance_of(source: Source) -> dict[str, Any]:
-    """What `linearize.json` of a converted model says, or an empty mapping."""
+    """The contents of a converted model's `linearize.json`, or an empty mapping."""
     return _json_of(source, "linearize.json")
 
 
 def checkpoint_digest(source: Source) -> str | None:
-    """What tells a converted checkpoint from any other: SHA-256 over the digests of its configuration and weights, as
-    its linearize.json has them; None where it has none. Nothing else of it is read."""
+    """Identity of a converted checkpoint: SHA-256 over the digests of its configuration and weights, as its
+    linearize.json has them; None where it has none. Nothing else of it is read."""
     files = provenance_of(source).get("files")
     if not isinstance(files, dict):
         return None

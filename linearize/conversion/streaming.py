@@ -116,7 +116,7 @@ class Streamer:
 
     @property
     def nbytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return sum(unit.nbytes for unit in self.units)
 
     def _teacher(self, source: Source, config: Any, dtype: str) -> PreTrainedModel:

@@ -39,7 +39,7 @@ class NotStreamable(Exception):
 
 
 class Slot(NamedTuple):
-    """Where a tensor lies: bytes `start` to `end` of `file`."""
+    """A tensor's place: bytes `start` to `end` of `file`."""
 
     file: Path
     start: int
@@ -93,7 +93,7 @@ def weight_files(source: Source) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Slot]:
-    """Where the tensors of a safetensors file are.
+    """The places of the tensors in a safetensors file.
 
     Raises:
         NotStreamable: one of them has a dtype that models are not computed in.
@@ -122,7 +122,7 @@ def read_header(file: Path) -> dict[str, Slot]:
 
 
 def header_of(tensors: Iterable[dict[str, Tensor]]) -> bytes:
-    """What a safetensors file begins with.
+    """The header of a safetensors file.
 
     Raises:
         NotStreamable: a tensor would stand where its dtype cannot be read.

@@ -1,1 +1,1 @@
-"""How good a model is beside its teacher: benchmark tasks (lm-eval), held-out rows of tokens, the report of both."""
+"""Evaluate a model beside its teacher: benchmark tasks (lm-eval), held-out rows of tokens, and a report of both."""

@@ -91,7 +91,7 @@ def branches_off(model: Any) -> dict[str, list[str]]:
 
 
 def memory_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Of each layer the bytes of one sequence's memory that do not depend on its length, and those of each token.
+    """Bytes of each layer's memory for one sequence: those independent of its length, and those per token.
 
     Args:
         config: the base model's.

@@ -1,4 +1,4 @@
-"""What a model loses when one of its branches is off, in a sentence: a branch may be there and do nothing."""
+"""Say in a sentence what a model loses when one of its branches is off, because a branch may do nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def branch_sentences(results: Results) -> list[str]:
 
 
 def _same(whole: TaskScore, off: TaskScore) -> bool:
-    """Whether every item has the same score, but for what another order of additions does to it."""
+    """True if every item has the same score up to rounding."""
     return whole.n == off.n and all(
         math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in zip(whole.items, off.items, strict=True)
     )

@@ -1,4 +1,4 @@
-"""What follows from results: each system beside the teacher and the baseline, task by task and over a suite."""
+"""Compare each system with the teacher and the baseline, task by task and over a suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the teacher and the model that is scored write after prompts, and tasks that look at texts in batches."""
+"""Continuations of prompts by the teacher and the scored model, and tasks that read texts in batches."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class BatchedTask(Task):
         return found
 
     def not_finite(self, index: int, tokens: int, whose: str = "model") -> ModelError:
-        """What to raise when the logits of item `index` after so many tokens are not numbers."""
+        """The error for logits of item `index` that are not finite after so many tokens."""
         return ModelError(
             f"task {self.name}, item {index + 1}: the {whose}'s logits after {tokens:,} tokens are not finite: nothing "
             "to score; try another dtype, or look at the weights"

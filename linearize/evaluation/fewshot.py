@@ -103,7 +103,7 @@ def questions(samples: int, seed: int) -> list[Question]:
 
 
 def is_right(written: str, answer: str) -> bool:
-    """Whether the rest of the line, up to its end, is the answer and nothing else."""
+    """True if the rest of the line is exactly the answer."""
     return written.split("\n")[0].strip() == answer
 
 

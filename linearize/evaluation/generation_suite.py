@@ -108,7 +108,8 @@ class GenerationTask(BatchedTask):
 
     @cached_property
     def digest(self) -> str:  # type: ignore[override]
-        """Of prompts, settings and, where its texts count, the teacher's weights: the first use loads the teacher."""
+        """Digest of prompts, settings and, where its texts count, the teacher's weights; the first use loads the
+        teacher."""
         texts = self.texts
         content: list[Any] = [_VERSION, self.name, texts.prompts, texts.new_tokens, texts.seed, sorted(texts.special)]
         if self.needs_teacher:

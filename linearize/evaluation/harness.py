@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered on one item.
+    """A model's answer on one item.
 
     Attributes:
         arguments: what was asked, as lm-eval words it: (context, continuation) of each choice, or one whole document.
@@ -160,7 +160,7 @@ def lm_eval_tasks(names: Sequence[str], data: Path | None = None, **options: Any
 
 
 def _requests(task: Any, document: Any) -> list[Any]:
-    """What lm-eval's `build_all_requests` asks about a document."""
+    """The requests of lm-eval's `build_all_requests` for a document."""
     context = task.fewshot_context(
         document, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(document)
     )

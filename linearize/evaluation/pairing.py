@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the corrected p is below 0.05."""
+        """True if the corrected p is below 0.05."""
         return self.p_corrected is not None and self.p_corrected < ALPHA
 
 
@@ -53,7 +53,7 @@ class Closed:
 
 
 def same_items(a: TaskScore, b: TaskScore) -> bool:
-    """Whether two results of one task can be paired: as many items, and of the same kinds in the same order."""
+    """True if two results of one task can be paired: as many items, of the same kinds, in the same order."""
     return a.n == b.n and list(a.tags) == list(b.tags)
 
 

@@ -47,7 +47,7 @@ class Query:
 
     @property
     def context(self) -> Tokens:
-        """What is read before the first target is predicted."""
+        """Tokens that are read before the first target is predicted."""
         return self.tokens[: len(self.tokens) - len(self.targets) + 1]
 
 
@@ -76,12 +76,12 @@ class Group:
         return len(self.prefix) + sum(map(len, self.rests))
 
     def tail(self, queries: Sequence[Query]) -> int:
-        """How many of the prefix's last positions predict a target."""
+        """Number of the prefix's last positions that predict a target."""
         return max(len(queries[n].targets) - len(rest) for rest, members in self.rests.items() for n in members)
 
 
 def common_length(rows: Sequence[Tokens]) -> int:
-    """How many tokens all rows begin with."""
+    """Number of tokens that all rows begin with."""
     first, last = min(rows), max(rows)  # in the order of their tokens, where all others are between them
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
@@ -112,7 +112,7 @@ def plan(queries: Sequence[Query]) -> list[Group]:
 def log_likelihoods(
     model: Any, queries: Sequence[Query], *, batch_size: int, max_length: int
 ) -> list[tuple[float, bool]] | None:
-    """Of each query the summed log-probability of its targets in nats, and whether each is the most likely token.
+    """Per query: the summed log-probability of its targets in nats, and True if each target is the most likely token.
 
     Args:
         model: a causal LM on its device, in eval mode.
@@ -181,7 +181,7 @@ def log_likelihoods(
 
 
 def _score(logits: Tensor, targets: Tokens) -> tuple[float, bool]:
-    """Of `[>= T, V]`, whose last T rows predict the T targets."""
+    """Score logits `[>= T, V]`, whose last T rows predict the T targets."""
     wanted = torch.tensor(targets, device=logits.device)
     total, likeliest = 0.0, True
     for rows, tokens in zip(logits[-len(targets) :].split(_CHUNK), wanted.split(_CHUNK), strict=True):

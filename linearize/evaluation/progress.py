@@ -1,4 +1,4 @@
-"""How far an evaluation is: one line that is written over on a terminal, a line now and then elsewhere."""
+"""Progress of an evaluation: one line that is overwritten on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

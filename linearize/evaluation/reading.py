@@ -60,8 +60,8 @@ def losses(model: Any, ids: Tensor) -> Iterator[Tensor]:
 
 
 def agreements(model: Any, ids: Tensor, prompt: int) -> Tensor:
-    """Whether each token from place `prompt` on is the model's most likely one: `[B, T - prompt]` float64 on the CPU,
-    1 or 0, and NaN where the logits are."""
+    """Agreement of each token from place `prompt` on with the model's most likely one: `[B, T - prompt]` float64 on the
+    CPU, 1 or 0, and NaN where the logits are."""
     found = []
     for start, logits in pieces(model, ids[:, :-1], prompt - 1):
         best, likely = logits.max(-1)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as data: the document `results.json`, written and read.
+"""Results of an evaluation as data: write and read `results.json`.
 
 The document, schema `linearize.results/1`::
 
@@ -54,7 +54,7 @@ _PACKAGES = ("linearize", "torch", "transformers", "lm-eval")
 
 @dataclass(frozen=True)
 class SystemScores:
-    """What was measured of one system: benchmark tasks, held-out rows, or both."""
+    """Scores of one system: benchmark tasks, held-out rows, or both."""
 
     tasks: Sequence[TaskScore] = ()
     rows: RowScores | None = None
@@ -66,7 +66,7 @@ class SystemScores:
 
 @dataclass(frozen=True)
 class SystemInfo:
-    """What a system is.
+    """Description of a system.
 
     Attributes:
         name: as in `Results.scores`; `teacher` and `window` are the two that others are measured by.
@@ -101,7 +101,7 @@ def _now() -> str:
 
 @dataclass
 class Results:
-    """What an evaluation found, and all that is needed to tell it.
+    """Results of an evaluation, with all facts that a report needs.
 
     Attributes:
         model: what was evaluated, as the user named it.

@@ -22,7 +22,7 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What tasks are built from, besides the tokenizer.
+    """Options that tasks are built from, besides the tokenizer.
 
     Attributes:
         data: the folder of the tasks' files; None reads from the Hub where a task can.
@@ -100,7 +100,7 @@ def _length() -> Suite:
 
 
 def _swept(options: SuiteOptions) -> dict[str, Any]:
-    """What the user said of lengths and samples; a suite has its own defaults."""
+    """The user's lengths and samples; a suite has its own defaults."""
     said: dict[str, Any] = {"lengths": options.lengths} if options.lengths else {}
     return said if options.samples is None else {**said, "samples": options.samples}
 

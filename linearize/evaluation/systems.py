@@ -58,7 +58,7 @@ BASELINES = {
     "no_window": "the model with its window and sinks off",
     "neither": "the model with its recurrence, window and sinks off",
 }
-"""What a model can be measured against, by name."""
+"""Baselines by name."""
 _OF_TEACHER = BASELINES.keys() - BRANCHES_OFF
 ALL = "all"
 
@@ -228,7 +228,7 @@ def score_systems(
 
 
 def default_tasks(source: Source) -> list[str]:
-    """What is measured if nobody says: the held-out rows where there are some, otherwise the core suite."""
+    """Default tasks: the held-out rows if there are some, otherwise the core suite."""
     if source.kind == "folder" and (Path(source.reference) / f"{HELD_OUT}.safetensors").is_file():
         return [HELD_OUT]
     from linearize.evaluation.tasks import available_tasks
@@ -342,7 +342,8 @@ class _Maker:
 
 
 def _reference_dtype(dtype: str) -> str:
-    """What others are compared with is never in int8, so that what int8 costs is part of the difference."""
+    """Dtype of the systems that others are compared with; it is never int8, so that the difference includes the cost of
+    int8."""
     return "auto" if dtype == "int8" else dtype
 
 
@@ -366,7 +367,7 @@ def _given(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _files(source: Source) -> list[Any] | None:
-    """What tells, without reading them, whether a model's files are those of an earlier time."""
+    """Names, sizes and times of a model's files; they show, without reading them, if the files have changed."""
     path = Path(source.reference)
     if source.kind == "hub":
         commit = getattr(load_config(source), "_commit_hash", None)

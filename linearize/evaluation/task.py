@@ -1,5 +1,5 @@
-"""What a task is to the runner: items that a model is scored on one by one, so that systems can be paired item by item,
-results kept, and a run that was interrupted goes on."""
+"""The interface of a task: a model is scored item by item, so that systems can be paired, results kept, and an
+interrupted run resumed."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Task(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many items there are."""
+        """Number of items."""
 
     def tags(self, index: int) -> Mapping[str, Any]:
-        """What item `index` is, for tables and plots; and, where items weigh differently, its `weight`, and where
-        several are of one text, that text as `row`."""
+        """Labels of item `index` for tables and plots; where items weigh differently, its `weight`; and where several
+        are of one text, that text as `row`."""
         return {}
 
     @abstractmethod

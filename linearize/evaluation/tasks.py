@@ -28,7 +28,7 @@ FEWSHOT_SEED = 1234
 
 @dataclass(frozen=True)
 class LocalFile:
-    """Where a data folder keeps a task's documents.
+    """Place of a task's documents in a data folder.
 
     Attributes:
         path: the file, relative to the data folder.

@@ -1,4 +1,4 @@
-"""What results say, in sentences and tables: what was kept, what was lost, and how sure that is."""
+"""Write results as sentences and tables: quality kept, quality lost, and the uncertainty of both."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ READING = (
     "p is two-sided, and corrected by Holm's method over all tests of its table. The tests: McNemar's exact one where "
     "items are right or wrong, otherwise a paired t over items, and z for means over tasks.",
 )
-"""How to read any table."""
+"""Legend of every table."""
 _BASELINES = (
     "Distance closed is (system − window) / (teacher − window). None is given where that distance is smaller than its "
     "own standard error.",
@@ -60,7 +60,7 @@ def tell(results: Results, tables: Sequence[SuiteTable] | None = None) -> Page:
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """Where the figures come from."""
+    """Sources of the figures."""
     found = [
         ("command", results.command),
         ("date", results.date),
@@ -71,7 +71,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
 
 
 def _drawn(results: Results) -> str:
-    """How many items of each task were scored, and how they were chosen."""
+    """Number of scored items per task, and how they were chosen."""
     seeds = sorted({score.seed for one in results.scores.values() for score in one.tasks if score.seed is not None})
     how = f", drawn at random with seed {', '.join(map(str, seeds))}" if seeds else ""
     return f"at most {results.limit:,} of each task{how}"
@@ -172,7 +172,7 @@ def _verdicts(name: str, tables: Sequence[SuiteTable]) -> list[str]:
 
 
 def _significant(name: str, other: str, tables: Sequence[SuiteTable]) -> tuple[list[str], list[str], int]:
-    """What a system is significantly worse and better on than another, and on how much they were compared."""
+    """Tasks on which a system is significantly worse or better than another, and the number of compared items."""
     worse: list[str] = []
     better: list[str] = []
     tested = 0

@@ -1,4 +1,4 @@
-"""Where each architecture keeps its query, key, value and output projections: one row per family.
+"""Table of families: each names the query, key, value and output projections of its architectures.
 
 A family is a small file that subclasses `Family` and an entry below. Nothing else in the package knows architectures.
 """

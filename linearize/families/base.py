@@ -1,4 +1,4 @@
-"""What a family has to say about its architecture."""
+"""The interface of a family: the projections, layer geometry and positions of an architecture."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AttentionLayer:
 
 
 class Projections(NamedTuple):
-    """What the pretrained weights make of T tokens, before any attention.
+    """Queries, keys and values that the pretrained weights project from T tokens, before any attention.
 
     Attributes:
         q, k, v: `[B, T, H, D]`, `[B, T, K, D]`, `[B, T, K, V]`, with biases and q/k norms, without positions.
@@ -117,8 +117,8 @@ class Family(ABC):
 
 
 def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """What several modules make of `x` `[B, T, width]`. For one token on a CPU plain linear layers are one product, as
-    there each launch costs what a small product does."""
+    """Apply several modules to `x` `[B, T, width]`. For one token on a CPU, plain linear layers run as one product,
+    because each launch costs as much as a small product there."""
     if (
         x.shape[1] == 1
         and x.is_contiguous()

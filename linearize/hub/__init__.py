@@ -1,1 +1,1 @@
-"""What leaves the machine: the code and the card that a converted checkpoint carries."""
+"""Share converted models: export, cards, carried code, and upload to the Hub."""

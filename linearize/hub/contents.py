@@ -1,4 +1,4 @@
-"""What of a checkpoint's folder is shared, and what must not leave the machine: training data, paths, tokens."""
+"""Select the files of a checkpoint's folder to share, and refuse what must stay local: training data, paths, tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shared_files(folder: Path) -> list[str]:
 
 
 def local_things(folder: Path) -> list[Finding]:
-    """What in the folder belongs to this machine or its user alone."""
+    """Files and texts in the folder that belong to this machine or its user alone."""
     found = [Finding(name, "holds rows of the training data") for name in PRIVATE if (folder / name).is_file()]
     for name in shared_files(folder):
         path = folder / name
@@ -79,7 +79,7 @@ def _in_text(name: str, text: str) -> Iterator[Finding]:
 
 
 def _starts_here(path: str) -> bool:
-    """Whether this machine has the first folder of a path, if it is one of this system's kind."""
+    """True if the path's first folder exists on this machine."""
     return not path.startswith("/") or Path(*Path(path).parts[:2]).exists()
 
 

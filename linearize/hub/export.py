@@ -52,7 +52,7 @@ _LENGTH = 512
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The files that an export wrote.
 
     Attributes:
         folder: where.
@@ -194,7 +194,7 @@ def _base(written: dict[str, Any], base: str | None) -> dict[str, Any]:
 
 
 def _bases(written: dict[str, Any], base: str | None) -> list[Source]:
-    """Where the base model's licence may stand."""
+    """Places where the base model's licence may be found."""
     found = []
     for reference in (written.get("model"), base):
         try:

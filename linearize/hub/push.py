@@ -28,7 +28,7 @@ _PROVENANCE = "linearize.json"
 
 @dataclass(frozen=True)
 class Parcel:
-    """What would be pushed.
+    """The files and repository of a push.
 
     Attributes:
         folder: the checkpoint's.

@@ -1,4 +1,4 @@
-"""What a fine-tuning run comes to, and how it is written."""
+"""The result of a fine-tuning run, and the files it is written to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HELD_OUT = "held_out.safetensors"
 
 @dataclass
 class FinetuneResult:
-    """What a run left in memory.
+    """A run's result in memory.
 
     Attributes:
         model: trained and merged.
@@ -69,7 +69,7 @@ def write_held_out(folder: Path, rows: Rows) -> None:
 
 
 def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
-    """What `linearize.json` says of a stage."""
+    """A stage's record in `linearize.json`."""
     steps = total_steps(stage, len(data.train))
     return {
         "objective": " + ".join(f"{weight:g} {name}" for name, weight in stage.weights.items()),

@@ -1,4 +1,4 @@
-"""What it costs to take the far past away from a part of the model: one layer, or one key/value head with its queries.
+"""The loss that windowing a part of the model causes: one layer, or one key/value head with its queries.
 
 Everything is measured on one model in memory: the pretrained model with its attention made replaceable, of which one
 layer at a time is exchanged. No weight is copied or loaded again.
@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of the text and the needles, in nats per token.
+    """A model's losses on the text and the needles, in nats per token.
 
     Attributes:
         loss: `[rows]` float64, cross entropy of each row.
@@ -65,8 +65,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Damage:
-    """How much worse a model does than the pretrained one, in nats per token; means and standard errors of differences
-    that are paired over rows and over needles.
+    """Losses above the pretrained model's, in nats per token; means and standard errors of differences that are paired
+    over rows and over needles.
 
     Attributes:
         loss: rise of the loss on the text.
@@ -98,7 +98,7 @@ def read(model: LinearizedForCausalLM, rows: Rows, needles: Sequence[Needle]) ->
 
 
 def damage(base: Reading, other: Reading) -> Damage:
-    """How much worse `other` is than `base`; without needles recall falls by nothing."""
+    """The losses of `other` above those of `base`; without needles the loss in recall is 0."""
     rise, fall = (other.loss - base.loss).tolist(), (base.recall - other.recall).tolist()
     recall = Estimate(*mean_and_error(fall)) if fall else Estimate(0.0, None)
     return Damage(Estimate(*mean_and_error(rise)), recall)
@@ -124,7 +124,7 @@ def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec, keep: 
 def parts_of(
     layers: Sequence[AttentionLayer], convertible: Sequence[int], kind: str, heads: Heads = NO_HEADS
 ) -> list[Part]:
-    """What is windowed in turn: `layers` or `heads`, but for the `heads` that are kept in any case.
+    """The parts that are windowed in turn: `layers` or `heads`, but for the `heads` that are kept in any case.
 
     Raises:
         RecipeError: single heads of layers with a sliding window, which no recipe can keep.
@@ -166,7 +166,7 @@ def windowed(
 
 
 def all_but(part: Part, layers: Sequence[AttentionLayer], heads: Heads = NO_HEADS) -> dict[int, list[int]]:
-    """What `windowed` takes to window this part alone, but for `heads` of its layer."""
+    """The argument of `windowed` that windows this part alone, but for `heads` of its layer."""
     every = range(layers[part.layer].key_value_heads)
     if part.head is None:
         return {part.layer: sorted({*heads.get(part.layer, ())})}
@@ -174,7 +174,7 @@ def all_but(part: Part, layers: Sequence[AttentionLayer], heads: Heads = NO_HEAD
 
 
 def everything_but(parts: Sequence[Part], convertible: Sequence[int], heads: Heads = NO_HEADS) -> dict[int, list[int]]:
-    """What `windowed` takes to window all convertible layers but for these parts and `heads`."""
+    """The argument of `windowed` that windows all convertible layers but for these parts and `heads`."""
     whole = {part.layer for part in parts if part.head is None}
     kept = {index: sorted({*heads.get(index, ())}) for index in convertible if index not in whole}
     for part in parts:

@@ -52,7 +52,7 @@ Kind = Literal["layers", "heads", "none"]
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What a probe reads and measures.
+    """Options of a probe: the text it reads and the figures it measures.
 
     Attributes:
         text: `self` (the teacher writes it), a file, or a data set of the Hub, with its field and so on, as in recipes.
@@ -83,7 +83,7 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class Kept:
-    """What to keep.
+    """The chosen layers or heads.
 
     Attributes:
         parts: best first; empty where no damage stands out from its error.
@@ -102,7 +102,7 @@ class Kept:
 
 @dataclass
 class Probe:
-    """What a probe found.
+    """The figures of a probe.
 
     Attributes:
         layers: the attention of each layer; `convertible` are those that a conversion would change, and are not kept
@@ -305,6 +305,6 @@ class _Bench:
             return answer_log_probability(self.model, needle)
 
     def damage(self, kept: dict[int, list[int]]) -> Damage:
-        """What windowing costs; see `windowed`."""
+        """The loss that windowing causes; see `windowed`."""
         with windowed(self.model, kept, window=self.window, sinks=self.sinks):
             return damage(self.base, read(self.model, self.rows, self.needles))

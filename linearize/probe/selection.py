@@ -1,4 +1,4 @@
-"""Which layers or key/value heads to keep as softmax: those whose loss hurts most for the bytes of their cache."""
+"""Choose the layers or key/value heads to keep as softmax: those that lose most per byte of their cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 @dataclass(frozen=True)
 class Budget:
-    """How large the kept caches of one sequence may be: a share of the pretrained model's cache, or bytes."""
+    """Limit on the kept caches of one sequence: a share of the pretrained model's cache, or bytes."""
 
     share: float | None = None
     nbytes: int | None = None

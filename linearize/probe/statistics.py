@@ -1,4 +1,4 @@
-"""Where the attention of each head lies: exact softmax weights, made for a block of queries at a time and summed.
+"""Attention of each head by distance: exact softmax weights, computed for a block of queries at a time and summed.
 
 Dimensions: R rows, L tokens a row, C queries of a block, N keys, H query heads, K key/value heads, D key width;
 W tokens of the window, M sinks.
@@ -27,7 +27,7 @@ _LONGEST_BLOCK = 128
 
 @dataclass(frozen=True)
 class HeadStatistics:
-    """What one query head attends to, as means over the queries that were counted.
+    """Attention of one query head, as means over the counted queries.
 
     Attributes:
         window: share of the attention mass on the last W tokens, the query's own included.
@@ -107,8 +107,8 @@ class Tally:
         self._available = available
 
     def beyond(self) -> tuple[Tensor, Tensor]:
-        """How the mass beyond window and sinks is spread: `[H, E]` by distance, counted from the first token that has
-        left the window, and `[E]` how many queries had a token there that is no sink."""
+        """Attention mass beyond window and sinks: `[H, E]` by distance, counted from the first token that has left the
+        window, and `[E]` how many queries had a token there that is no sink."""
         return self._by_distance[:, self.window :], self._available[self.window :]
 
     def heads(self, retrieval: Tensor) -> list[HeadStatistics]:

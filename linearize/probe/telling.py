@@ -1,4 +1,4 @@
-"""What a probe found, in sentences and tables, and as a page."""
+"""Write a probe's figures as sentences, tables and a page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tell(probe: Probe) -> Page:
 
 
 def basis(probe: Probe) -> list[str]:
-    """What the choice is based on, in lines; of a choice of nothing, why."""
+    """Lines that say which figures the choice is based on, or why nothing was chosen."""
     kept, all_windowed = probe.kept, probe.windowed
     if kept is None or all_windowed is None:
         return ["No damage was measured, so there is nothing to choose by (--damage layers or heads)."]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Path = tuple[str | int, ...]
-"""Where a value stands: keys and list indexes from the top of the document."""
+"""Path of a value: keys and list indexes from the top of the document."""
 
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]{1,4})?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]{1,4})?"

@@ -1,4 +1,4 @@
-"""What a recipe may say: one pydantic model per section, every key with its range.
+"""The recipe's schema: one pydantic model per section, every key with its range.
 
 Types are strict: a quoted number is not a number, `true` is not 1, and a key that is not listed here is refused.
 A section is immutable once read; `load_recipe` is the only place where a recipe changes (`--set`).
@@ -80,7 +80,7 @@ def _budget(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """What every part of a recipe has in common."""
+    """Base class of all sections: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
@@ -96,13 +96,13 @@ class GateSpec(Section):
     bias: float | None = None
     divisor: float = Field(default=1.0, gt=0)
     learned: bool = True
-    """Whether scale and bias are trained, one per gate."""
+    """Train scale and bias, one per gate."""
     lower_bound: float = Field(default=0.0, ge=0, lt=1)
     """Least gate of the last layer; the first layer's is 0, and it grows evenly with depth."""
 
 
 class KeepSpec(Section):
-    """What keeps its softmax attention over the whole past, and so a cache that grows."""
+    """Layers or heads that keep softmax attention over the whole past, and so a growing cache."""
 
     layers: list[int] = []
     """Whole layers, counted from 0."""
@@ -116,7 +116,7 @@ class KeepSpec(Section):
     by: Literal["recall", "loss"] = "recall"
     """The damage that counts: `recall` is loss of recall and loss on text together, `loss` that on text alone."""
     unit: Literal["layers", "heads"] = "layers"
-    """What is chosen: whole layers, or key/value heads."""
+    """Unit of the choice: whole layers, or key/value heads."""
     context: int | None = Field(default=None, ge=1)
     """Tokens of a sequence at which the budget holds; null means as many as the model was trained on."""
 
@@ -129,12 +129,12 @@ class KeepSpec(Section):
         return value
 
     def whole(self, count: int) -> set[int]:
-        """Of `count` layers those that are kept whole."""
+        """Indexes of the layers that are kept whole, of `count` layers."""
         return {*self.layers, *(range(self.every - 1, count, self.every) if self.every else ())}
 
 
 class MixerSpec(Section):
-    """What replaces an attention block: a softmax window with sinks, beside a recurrence."""
+    """The layer that replaces an attention block: a softmax window with sinks, beside a recurrence."""
 
     recurrence: RecurrenceName = "gla"
     window: int = Field(default=64, ge=1)
@@ -149,15 +149,15 @@ class MixerSpec(Section):
     mix: Literal["fixed", "learned", "softmax"] = "learned"
     covers: Literal["all", "evicted"] = "evicted"
     feature_map: Literal["softmax", "exp", "elu", "identity", "learned"] = "softmax"
-    """What queries and keys pass through before the state; exp and learned are Hedgehog's pair of softmaxes."""
+    """Feature map of queries and keys before the state; exp and learned are Hedgehog's pair of softmaxes."""
     rope: bool = False
-    """Whether the recurrence sees rotary positions, as the window always does."""
+    """Apply rotary positions in the recurrence; the window always has them."""
     qk_norm: bool = False
     """Queries and keys scaled to length 1 before the feature map."""
     normalize: bool = True
-    """What is read is divided by the mass that was read, where the recurrence has one."""
+    """Divide the output by the mass that was read, where the recurrence has one."""
     slots: int = Field(default=0, ge=0)
-    """Of gsa; 0 means as many as a head is wide."""
+    """Slots of gsa; 0 means the head width."""
     negative_eigenvalues: bool = False
     """Write strengths up to 2, for gated_deltanet and kda."""
     gate: GateSpec = GateSpec()
@@ -296,7 +296,7 @@ class MixedSource(SourceSpec):
 
 
 class DataSpec(SourceSpec):
-    """Where a stage's text comes from: one `source`, or several under `mix`."""
+    """Text of a stage: one `source`, or several under `mix`."""
 
     tokens: int | None = Field(default=None, ge=1)
     """Token budget of the whole data; null takes all of it (of what has no end: `SELF_TOKENS`)."""
@@ -334,11 +334,11 @@ class DataSpec(SourceSpec):
 
 
 class CalibrateSpec(Section):
-    """What `convert` fits without training: each layer's own parameters, and its output projection, to what the
-    teacher's attention reads. No gradient goes through more than one layer."""
+    """Layer-wise fit by `convert`, without training: each layer's own parameters and its output projection, to the
+    output of the teacher's attention. No gradient goes through more than one layer."""
 
     tokens: int = Field(default=65_536, ge=1)
-    """Of text to fit to; as many as `held_out` rows of `length` more decide what is kept."""
+    """Tokens of text to fit to; `held_out` more rows of `length` tokens decide which fits are kept."""
     source: str = Field(default=SELF, min_length=1)
     """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
@@ -349,17 +349,17 @@ class CalibrateSpec(Section):
     held_out: int = Field(default=8, ge=2)
     """Rows, and as many texts with needles, that decide what is kept."""
     inputs: Literal["student", "teacher"] = "student"
-    """Whether a layer is fitted on what the converted layers below it hand up, or on the teacher's own inputs."""
+    """Inputs that a layer is fitted on: the outputs of the converted layers below it, or the teacher's own."""
     steps: int = Field(default=100, ge=0)
     """Gradient steps of each layer's own parameters, a row each; 0 leaves the closed forms."""
     step_size: float = Field(default=0.03, gt=0)
-    """Of the first of them; it falls to 0 as a cosine does."""
+    """Step size of the first step; it falls to 0 as a cosine."""
     ridge: bool = True
-    """Whether the output projection is fitted as well, by ridge regression."""
+    """Fit the output projection as well, by ridge regression."""
 
     @property
     def text(self) -> SourceSpec:
-        """What names the text, also that on which `convert` chooses."""
+        """Name of the text, also of the text on which `convert` chooses."""
         return SourceSpec(source=self.source, config=self.config, split=self.split, field=self.field)
 
 
@@ -375,7 +375,8 @@ class Stage(Section):
     micro_batch: int = Field(default=1, ge=1)
     """Rows of a forward pass; the rest of a step accumulates."""
     train: Literal["lora", "mixer", "full"] = "lora"
-    """What learns: adapters and the layer's own parameters; these parameters alone; or every weight but adapters."""
+    """Trained parameters: adapters and the layer's own parameters; these parameters alone; or every weight but
+    adapters."""
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
     """The last one needs a GPU, and bitsandbytes."""
     lr: float = Field(default=1e-3, ge=0)
@@ -400,11 +401,11 @@ class Stage(Section):
     top_k: int | None = Field(default=None, ge=1)
     """Under `distill`, tokens of the teacher's that are told apart, most likely first; all others count as one."""
     teacher_at: Literal["device", "cpu", "disk"] = "device"
-    """Where the teacher is: beside the student; in the CPU's memory but for the layer at hand; or on disk, its `top_k`
-    written before the stage begins."""
+    """Place of the teacher: on the student's device; in CPU memory, moved layer by layer; or on disk, as its `top_k`
+    log-probabilities, which are written before the stage begins."""
     hide_window: float = Field(default=0.0, ge=0, le=1)
-    """How often a layer's window is hidden but for its last token and the sinks, so that the recurrence must answer;
-    drawn for each layer and forward pass."""
+    """Probability that a layer's window is hidden but for its last token and the sinks, so that the recurrence must
+    answer; drawn for each layer and forward pass."""
     beyond: float = Field(default=0.5, ge=0, le=1)
     """Under `align`, the share of the steps, the first ones, in which the recurrence alone learns what the window
     cannot see; in the others the layer as a whole does."""
@@ -449,7 +450,7 @@ class LoraSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """What is measured at the end, and beside what."""
+    """Evaluation after the last stage, and its baselines."""
 
     tasks: list[str] = []
     limit: int | None = Field(default=None, ge=1)

@@ -53,7 +53,7 @@ def section_at(path: Path) -> type[BaseModel] | None:
 
 
 def is_open(path: Path) -> bool:
-    """Whether the path leads to a place whose keys the schema does not list (a mapping of weights, an unused key)."""
+    """True if the schema does not list the keys at this path (a mapping of weights, an unused key)."""
     found = _lookup(path)
     return found is not None and (
         found[0] in (None, type(None)) or any(get_origin(kind) is dict for kind in _alternatives(found[0]))
@@ -61,13 +61,13 @@ def is_open(path: Path) -> bool:
 
 
 def is_list(path: Path) -> bool:
-    """Whether the path leads to a list."""
+    """True if the path leads to a list."""
     found = _lookup(path)
     return found is not None and any(get_origin(kind) is list for kind in _alternatives(found[0]))
 
 
 def unknown_key(path: Path, full_path: bool = False) -> str:
-    """What to say about the last key of a path that its section does not have.
+    """Message for a path whose last key is not in its section.
 
     The suggestion is the bare key, or the whole dotted path when the key belongs elsewhere or `full_path` asks for it.
     """

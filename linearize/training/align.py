@@ -47,7 +47,7 @@ _TINY = 1e-12
 
 
 class _Call(NamedTuple):
-    """How a teacher's attention was called, and what it answered."""
+    """Arguments and outputs of one call of a teacher's attention."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -111,7 +111,7 @@ class Alignment:
 
 
 def _has_a_share(mixer: Mixer) -> bool:
-    """Whether what the recurrence stands for is known: all tokens, or all that window and sinks do not reach."""
+    """True if the recurrence has a defined set of tokens: all, or all that window and sinks do not reach."""
     return mixer.recurrence is not None and not mixer.config.landmarks
 
 
@@ -176,7 +176,7 @@ def _beyond(layer: LinearizedAttention, attention: nn.Module, call: _Call, mask:
 
 
 def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tensor:
-    """What softmax over the tokens that the recurrence stands for answers, for the queries that have any.
+    """Softmax attention over the tokens that the recurrence covers, for the queries that have any.
 
     Args:
         given: rows `[R, L, ...]`.

@@ -37,7 +37,7 @@ def seal(staging: Path, target: Path, **facts: Any) -> None:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint's manifest says, or None if it has none that can be read."""
+    """A checkpoint's manifest, or None if it has no readable one."""
     try:
         found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return found if isinstance(found["files"], dict) else None

@@ -1,4 +1,4 @@
-"""What training takes, told before it starts, on one GPU or on each of several.
+"""Estimate the memory of training before it starts, on one GPU or on each of several.
 
     weights       of the student that are frozen, in their own dtype
     trained       adapters, the mixers' own parameters, or every weight
@@ -100,7 +100,7 @@ def training_memory(
     checkpointing: bool | None = None,
     position_ids: Tensor | None = None,
 ) -> dict[Engine, TrainingMemory]:
-    """What `stage` takes with a model of this configuration, by engine.
+    """Memory of `stage` for a model of this configuration, by kernel engine.
 
     Args:
         config: of the pretrained model, or of a converted one, which has its own mixers.
@@ -241,14 +241,14 @@ def _moment(
 def _along(
     place: int, first: int, start: tuple[float, float], second: int, end: tuple[float, float]
 ) -> tuple[float, float]:
-    """What is at `place` on the lines through `start` at `first` and `end` at `second`."""
+    """Value at `place` on the lines through `start` at `first` and `end` at `second`."""
     share = (place - second) / (second - first)
     (a, b), (c, d) = start, end
     return c + (c - a) * share, d + (d - b) * share
 
 
 def _optimizer_nbytes(stage: Stage, trained: list[nn.Parameter]) -> int:
-    """What the optimizer keeps of each parameter, see `linearize.training.optimizers`."""
+    """Bytes that the optimizer keeps for each parameter, see `linearize.training.optimizers`."""
     small = any(p.element_size() < 4 for p in trained)
     size = 0
     for parameter in trained:

@@ -33,7 +33,7 @@ def forget_metrics(path: Path, stage: int, step: int) -> None:
 
 
 def log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], None]:
-    """What a stage's trainer gives its figures to, step by step; only the first process writes them."""
+    """Callbacks that receive a stage's figures step by step; only the first process writes them."""
     line = ProgressLine()
     if not processes.is_first():
         return lambda _: None

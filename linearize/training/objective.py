@@ -1,4 +1,4 @@
-"""What a stage minimises over tokens: cross-entropy with the text, divergence from the teacher, or a sum of both."""
+"""Objectives over tokens: cross-entropy with the text, divergence from the teacher, or a sum of both."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
 
 
 def counted_positions(labels: Tensor) -> Tensor:
-    """Which of the B * T positions of `labels` `[B, T]` predict a token that counts, by their number."""
+    """Indexes of the positions of `labels` `[B, T]`, flattened to B * T, that predict a token with loss."""
     row, step = (labels[:, 1:] != NO_LOSS).nonzero(as_tuple=True)
     return row * labels.shape[1] + step
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PLOT = "training.svg"
 _POINTS = 40
-"""Of a stage's line; where it has more steps, several are one point with its standard error."""
+"""Points of a stage's line; with more steps, several steps become one point with its standard error."""
 
 
 def draw_training(metrics: Path, plot: Path) -> None:

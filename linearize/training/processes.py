@@ -35,17 +35,17 @@ _LONGEST_WAIT = timedelta(days=7)  # while the first process alone fetches data 
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Index of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """True in the process that writes files and prints."""
     return rank() == 0
 
 
@@ -96,7 +96,7 @@ def most(number: int) -> int:
 
 
 def everyones(mine: T) -> list[T]:
-    """What each process has, the first one's first."""
+    """The values of all processes, in order of their index."""
     if count() == 1:
         return [mine]
     import torch

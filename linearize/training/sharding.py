@@ -76,7 +76,7 @@ def shard(model: Any) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
+    """True if `shard` was applied to the model."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Where numbers stopped being numbers: the layer of a forward pass, or the parameters of a backward pass."""
+"""Find the first values that are not finite: the layer of a forward pass, or the parameters of a backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Where the teacher is while its student learns: beside it, in the CPU's memory, or on disk as what it said.
+"""The teacher's place while its student trains: on the same device, in CPU memory, or on disk as stored
+log-probabilities.
 
 On disk are, for every token that counts, its k most likely next tokens: k int32 and k + 1 float16, 386 bytes at k = 64.
 They lie in shards under a key made of the teacher's weights, the rows, k and the temperature. A shard is written whole
@@ -51,7 +52,7 @@ _SECONDS_BETWEEN_REPORTS = 5.0
 
 
 def wants_teacher(stage: Stage) -> bool:
-    """Whether a stage's objective looks at the teacher."""
+    """True if a stage's objective needs the teacher."""
     return "sft" not in stage.weights or len(stage.weights) > 1
 
 
@@ -69,7 +70,7 @@ class KeptLogits:
         self._open: dict[int, Any] = {}
 
     def of(self, rows: Tensor, device: torch.device) -> TopK:
-        """What the teacher said at the counted positions of `rows` `[B]`, one row after another."""
+        """The teacher's stored log-probabilities at the positions with loss of `rows` `[B]`, one row after another."""
         tokens, logs = [], []
         for row in rows.tolist():
             number, place = divmod(row, _SHARD_ROWS)
@@ -133,8 +134,8 @@ def keep_logits(
 
 
 def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
-    """What a teacher has to be given besides positions `[B, T]`, so that documents in a row do not see each other: for
-    most nothing, and `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
+    """Arguments, besides positions `[B, T]`, that keep documents in a row apart in a teacher: for most nothing, and
+    `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
     if teacher not in _TELLS_APART:
         _TELLS_APART[teacher] = _tells_apart(teacher, position_ids.device)
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -150,7 +151,8 @@ _TELLS_APART: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _tells_apart(teacher: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a document changes what follows it in its row; tried, because the architectures' code alone says."""
+    """True if a document does not change the logits after it in its row; it is tried on the model, because only the
+    architecture's code decides it."""
     positions = torch.arange(8, device=device).repeat(2)[None]
     answers = []
     for first in (1, 2):
@@ -199,7 +201,7 @@ class Teacher:
     def serving(
         self, stage: Stage, rows: Rows, say: Callable[[str], None], *, shard: bool = False
     ) -> Iterator[PreTrainedModel | KeptLogits | None]:
-        """What a stage's trainer is given, where its recipe wants it; None where the stage has no use for a teacher."""
+        """The teacher that a stage's trainer uses, in its recipe's place; None if the stage needs no teacher."""
         if not wants_teacher(stage):
             yield None
         elif stage.teacher_at == "disk" and stage.top_k is not None:

@@ -1,4 +1,4 @@
-"""Where the figures of training go besides `metrics.jsonl`: trackers that a recipe's `report_to` names, through
+"""Trackers that a recipe's `report_to` names; training sends its figures to them besides `metrics.jsonl`, through
 transformers' own callbacks."""
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def tracker_arguments(names: Sequence[str], run: str) -> dict[str, Any]:
-    """What the Trainer is told of them. Nothing is published: a trackio run stays on this machine unless the user's
-    environment says where it goes."""
+    """The Trainer's arguments for the trackers. Nothing is published: a trackio run stays on this machine unless the
+    user's environment says where it goes."""
     return {"report_to": list(names), "run_name": run, "project": PROJECT, "trackio_static_space_id": False}
 
 

@@ -165,7 +165,7 @@ class StageTrainer(GuardedTrainer):
         return self.alignment.losses(inputs["input_ids"], inputs["position_ids"], beyond=beyond)
 
     def _teacher_on(self, inputs: dict[str, Any], labels: Tensor, rows: Tensor) -> Tensor | TopK | None:
-        """What the teacher says to the same rows."""
+        """The teacher's outputs on the same rows."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, KeptLogits):

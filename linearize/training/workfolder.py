@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linearize.recipe import Recipe
 
 WORK = ".training"
-"""What the name of a run's working folder ends in."""
+"""Suffix of a run's working folder."""
 _CHECKPOINT = "stage-*/checkpoint-*"
 _LISTED = 5
 
@@ -43,7 +43,7 @@ def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterato
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:
-    """Whether an interrupted run of this very recipe is waiting beside `target`."""
+    """True if an interrupted run of this recipe lies beside `target`."""
     kept = _work(target) / "recipe.yaml"
     return kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(recipe)
 

@@ -30,7 +30,7 @@ _MIX_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
         name, proves: what was checked, in a word and in a sentence.
@@ -152,7 +152,7 @@ def _tolerance(distance: float, floor: float) -> float:
 
 
 def _distance_from(subject: Subject, wide: torch.dtype) -> float:
-    """How far rounding alone moves the logits; infinite where that cannot be told."""
+    """Distance by which rounding alone moves the logits; infinite if it cannot be measured."""
     rows = range(len(subject.ids))
     try:
         narrow = [subject.alone(row) for row in rows]

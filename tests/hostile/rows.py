@@ -123,7 +123,11 @@ RECIPES = [
     ("a key twice", recipe("seed: 1\nseed: 2\n"), "r.yaml:2: seed: key given twice (first on line 1); remove one"),
     ("a tag", recipe("seed: !!python/object/apply:os.system ['true']\n"), "r.yaml:1: tags (!...) are not allowed"),
     ("an alias bomb", recipe(BOMB), "r.yaml:1: anchors and aliases are not allowed in a recipe; write the value out"),
-    ("a number as a string", recipe('seed: "1"\n'), "r.yaml:1: seed: expected an integer >= 0 and < 4294967296, got '1'"),
+    (
+        "a number as a string",
+        recipe('seed: "1"\n'),
+        "r.yaml:1: seed: expected an integer >= 0 and < 4294967296, got '1'",
+    ),
     ("10 MB", recipe(b"description: " + b"x" * 10_000_000), "r.yaml: larger than 1000 kB; this is not a recipe"),
     ("a NUL byte", recipe(b"seed: 1\0\n"), "r.yaml: contains NUL bytes; a recipe is UTF-8 text"),
     ("not UTF-8", recipe("a: ü".encode("latin-1")), "r.yaml:1: not UTF-8 text; save the file as UTF-8"),

@@ -163,7 +163,7 @@ class Writer:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def units(self, task: str, draft: Draft, length: int) -> int:
-        """How much filling makes the longest text that is not above `length` tokens, counted once.
+        """Units of filling that make the longest text of at most `length` tokens; cached.
 
         Raises:
             DataError: not even the least filling fits.

@@ -145,7 +145,7 @@ class RecallTask(Task):
             return None
 
     def _too_long(self, model: Any, tokenizer: Any, length: int) -> str:
-        """What to say of a length that does not fit: the next shorter one that does."""
+        """The error for a length that does not fit; it names the next shorter one that does."""
         shorter = {row.length: index for index, row in enumerate(self.rows) if row.length < length}
         failed = f"task {self.name}: memory does not hold a text of length {length:,} (one row at a time)"
         for fits in sorted(shorter, reverse=True):

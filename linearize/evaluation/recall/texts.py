@@ -131,7 +131,7 @@ class Essay:
         return " ".join([*text, *self.words[at : start + count]])
 
     def start(self, rng: Random, count: int) -> int:
-        """Where a sentence begins that has `count` words after it.
+        """Start of the sentence that has `count` words after it.
 
         Raises:
             DataError: the book is shorter.
