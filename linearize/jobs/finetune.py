@@ -8,7 +8,7 @@ import io
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -181,8 +181,9 @@ def _check_named(target: Path, recipe: Recipe, **named: str | Path | None) -> No
 def _finished(target: Path) -> FinetuneResult:
     """The result of the finished run that wrote `target`."""
     source, recipe = find_source(str(target)), load_recipe(str(target / "recipe.yaml"))
-    told, model, tokenizer = sound_provenance(source), load_model(source), load_tokenizer(source)
-    return FinetuneResult(model, tokenizer, None, None, recipe, told["stages"], told.get("start", {}))
+    told, model = sound_provenance(source), cast("Any", load_model(source))
+    named_after(model, target)
+    return FinetuneResult(model, load_tokenizer(source), None, None, recipe, told["stages"], told.get("start", {}))
 
 
 def run_stages(
