@@ -137,16 +137,18 @@ def test_a_conversion_and_a_continuation_are_the_same_either_way(outcome, tiny_f
     assert json.loads(text)["memory_bytes"] == told.memory_bytes
 
 
-def test_a_report_has_the_same_figures_either_way(outcome, converted, tmp_path, monkeypatch):
+def test_a_report_has_the_same_figures_either_way(outcome, converted, data_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
-    options = ["--tasks", "passkey", "--lengths", "64", "--samples", "2", "--json"]
-    status, text, _ = outcome("eval", converted, *options, "--report", tmp_path / "one")
-    assert status == 0
+    options = ["--tasks", "piqa", "--limit", "4", "--data", data_folder, "--json"]
+    status, text, words = outcome("eval", converted, *options, "--report", tmp_path / "one")
+    assert status == 0, words
     said: list[str] = []
     results = linearize.evaluate(
-        converted, tasks=["passkey"], lengths=[64], samples=2, report=tmp_path / "two", say=said.append
+        converted, tasks=["piqa"], limit=4, data=data_folder, report=tmp_path / "two", fresh=True, say=said.append
     )
-    assert said[-1] == f"wrote {tmp_path / 'two' / 'report.html'}"
-    rows = {row["metric"]: row["values"] for row in json.loads(text)["metrics"]}
-    for score in results.scores["model"].all_tasks():
-        assert rows[score.metric]["model"]["value"] == pytest.approx(score.value)
+    told = f"wrote {tmp_path / 'two' / 'report.html'}"
+    assert said[-1] == told and told.replace("two", "one") in words.splitlines()
+    rows = {row["metric"]: row["values"]["model"]["value"] for row in json.loads(text)["metrics"]}
+    assert rows == pytest.approx({score.metric: score.value for score in results.scores["model"].all_tasks()})
+    tasks = [json.loads((tmp_path / name / "results.json").read_text())["tasks"] for name in ("one", "two")]
+    assert tasks[0] == tasks[1]
