@@ -1,21 +1,20 @@
 """linearize: turn a pretrained transformer language model into a gated linear-recurrent one.
 
 What is public is listed in `__all__`: the commands as functions, `State`, and the base of all errors. Importing this
-package is cheap. It makes transformers' auto classes know converted checkpoints, at once where
-transformers is already loaded, otherwise at the moment its auto classes are.
+package is cheap. It registers converted checkpoints with transformers' auto classes: at once where these are imported
+already, otherwise when `AutoModelForCausalLM` is first read.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from importlib.machinery import ModuleSpec
 
     from linearize.api import convert, evaluate, export, finetune, generate, push, verify
     from linearize.errors import LinearizeError
@@ -50,35 +49,46 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _RegisteringLoader(importlib.abc.Loader):
-    """Runs a module's own loader, then registers our classes."""
+class _AutoClasses(ModuleType):
+    """The module of transformers' auto classes until its `AutoModelForCausalLM` is first read, which registers ours.
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    Importing the module is not the moment, because transformers imports it for the docstring of every configuration,
+    and our model needs transformers' modeling modules, which take seconds.
+    """
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
+    @property
+    def AutoModelForCausalLM(self) -> Any:
+        self.__class__ = ModuleType  # type: ignore[assignment]
         _register()
+        return self.AutoModelForCausalLM
 
 
-class _AutoClassesFinder(importlib.abc.MetaPathFinder):
-    """Waits for transformers' auto classes, so that `import linearize` need not load transformers and torch itself."""
+class _AutoClassesFinder:
+    """Notices the import of transformers' auto classes, so that `import linearize` need not import transformers.
 
-    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    A plain class, because `importlib.abc` imports `importlib.resources`, a twentieth of `linearize --help`.
+    """
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
         if name != _AUTO_CLASSES:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            execute = spec.loader.exec_module
+
+            def execute_and_watch(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module("linearize.model.configuration")  # registers with AutoConfig
+                module.__class__ = _AutoClasses
+
+            spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
         return spec
 
 
 def _register() -> None:
-    importlib.import_module("linearize.model")  # registers at its end, also where it is itself what loads transformers
+    # It registers at its end, also where it is itself the module that imports transformers' auto classes.
+    importlib.import_module("linearize.model.modeling")
 
 
 if _AUTO_CLASSES in sys.modules:

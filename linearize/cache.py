@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.conversion.claims import claimed, final_name, locked_alone, shared_lock
-from linearize.errors import OutputError
+from linearize.errors import OutputError, counted
 from linearize.evaluation.formatting import readable_bytes
 from linearize.resources import cache_folder
 
@@ -138,8 +138,9 @@ def make_room(kept: Path, say: Callable[[str], None] = lambda _: None) -> list[E
             excess -= entry.nbytes
     if removed:
         freed = sum(entry.nbytes for entry in removed)
+        number = counted(len(removed), "least recently used entry", "least recently used entries")
         say(
-            f"cache: removed {len(removed)} least recently used entries, {readable_bytes(freed)}, to stay within "
+            f"cache: removed {number}, {readable_bytes(freed)}, to stay within "
             f"{readable_bytes(allowed)} ({LIMIT} changes that)"
         )
     return removed

@@ -3,6 +3,14 @@
 Everything the package raises on purpose derives from `LinearizeError`; the command line prints its text and exits 1.
 """
 
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class LinearizeError(Exception):
     """Base of every expected error; its text is a single line meant for the user."""
@@ -34,6 +42,18 @@ class VerificationError(LinearizeError):
 
 class HubError(LinearizeError):
     """The Hub cannot be reached, or does not do as asked; or what should go there should not."""
+
+
+def counted(number: int, one: str, more: str) -> str:
+    """The number with the words for it: `1 entry`, `1,200 entries`."""
+    return f"{number:,} {one if number == 1 else more}"
+
+
+def hint_for(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """Ends an error about an unknown name: `did you mean A or B?` with up to `most` close names, or else all names."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=most)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -275,15 +275,11 @@ Measured at export against the same model before, on {cost.tokens:,} tokens that
 |---|---|---|
 | bytes of weights | {before:,} | {after:,} |
 | perplexity | {was:.3f} | {now:.3f} |
-| loss, nats per token | | {_signed(cost.loss)} |
+| loss, nats per token | | {_told(cost.loss, "+")} |
 | divergence from it, nats per token | | {_told(cost.kl)} |
 | same most likely token | | {100 * cost.agreement:.1f}% |
 """
 
 
-def _told(found: Estimate) -> str:
-    return f"{found.mean:.4f}" + (f" ± {found.stderr:.4f}" if found.stderr is not None else "")
-
-
-def _signed(found: Estimate) -> str:
-    return f"{found.mean:+.4f}" + (f" ± {found.stderr:.4f}" if found.stderr is not None else "")
+def _told(found: Estimate, sign: str = "") -> str:
+    return f"{found.mean:{sign}.4f}" + (f" ± {found.stderr:.4f}" if found.stderr is not None else "")

@@ -93,15 +93,22 @@ def header(path: Path) -> dict[str, str]:
     Raises:
         StateError: no such file, or not a state that this version reads.
     """
+    head = _head(path)
+    if head.get("version") != VERSION:
+        raise StateError(
+            f"{path}: the state's format is {head.get('version')}, and linearize {__version__} reads {VERSION}; read "
+            f"the text again (linearize generate MODEL - -n 0 --save-state {path} < TEXT), or use linearize "
+            f"{head.get('linearize', 'of another version')}"
+        )
+    return head
+
+
+def _head(path: Path) -> dict[str, str]:
+    """The metadata of a state of any format."""
     with _opened(path) as file:
         head: dict[str, str] = file.metadata() or {}
     if head.get("format") != FORMAT:
         raise StateError(f"{path}: is not a state; save one with --save-state or State.save")
-    if head.get("version") != VERSION:
-        raise StateError(
-            f"{path}: the state's format is {head.get('version')}, and this version reads {VERSION}; use linearize "
-            f"{head.get('linearize', 'of another version')}, or read the text again"
-        )
     return head
 
 
@@ -114,7 +121,7 @@ def check_target(path: Path) -> None:
     check_file(path)
     if path.exists():
         try:
-            header(path)
+            _head(path)  # a state of another format may be overwritten by the same text's
         except StateError as error:
             raise OutputError(f"{path}: is not a state and will not be overwritten; name another file") from error
 

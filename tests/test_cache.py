@@ -221,7 +221,7 @@ def test_ls_and_rm(root, outcome, monkeypatch):
     status, _, words = outcome("cache", "rm", "self-text/b", "")
     assert status == 1 and "'': no such entry of the cache" in words and len(cache.entries()) == 3
     status, printed, words = outcome("cache", "rm", "self-text/a")
-    assert (status, printed) == (0, f"self-text/{'a' * 32}.safetensors\n") and "removed 1 entries, 1.0 kB" in words
+    assert (status, printed) == (0, f"self-text/{'a' * 32}.safetensors\n") and "removed 1 entry, 1.0 kB" in words
     status, _, words = outcome("cache", "rm", "teacher-logits")
     assert status == 1 and "not removed, because a job uses it" in words
     found = json.loads(outcome("cache", "rm", "--all", "--json")[1])

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from evals.recurrences.toy import markdown, surroundings, write
 from linearize.benchmark.bench import Plan, bench
 from linearize.benchmark.memory import resident_bytes
-from linearize.conversion.source import find_source, load_model, teacher_of
+from linearize.conversion.source import find_source, load_model, provenance_of
 from linearize.model import cache_nbytes
 from linearize.recipe import load_recipe
 
@@ -43,7 +43,7 @@ def main() -> None:
         plan = Plan(lengths=(512, 8192), prefill_up_to=512, repeats=3, steps=4, int8=True, train=TRAIN[:1])
         read //= 10
     facts = bench(arguments.model, load_recipe("default").mixer, plan, say=print)
-    facts["model"] = teacher_of(find_source(arguments.model)).name
+    facts["model"] = provenance_of(find_source(arguments.model))["base"]["name"]
     facts["long_text"] = _long_text(arguments.model, read)
     facts["bars"] = bars(facts)
     print(

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from evals.recurrences.toy import surroundings, write
-from linearize.conversion.source import find_source, load_model, teacher_of
+from linearize.conversion.source import find_source, load_model, provenance_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def main() -> None:
         facts = {
             **around,
             "command": around["command"].replace(arguments.model, "CONVERTED"),
-            "model": teacher_of(source).name,
+            "model": provenance_of(source)["base"]["name"],
             "decode": _measured(models, lambda model: _decoding(model), STEPS),
             **{f"prefill_{n}": _measured(models, lambda model, n=n: _reading(model, n), 1) for n in PROMPTS},
         }

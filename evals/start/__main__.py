@@ -78,7 +78,6 @@ FIT = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 48, source: s
 ROWS = (
     Row("default", "`default`, as converted", "default"),
     Row("calibrated", "`calibrated`", "calibrated"),
-    Row("windows", "`recall`: calibrated, its windows by damage", "recall"),
     Row("keep", "`calibrated`, 10 % of the cache kept", "calibrated", (KEEP,)),
     Row("landmarks-even", "`landmarks`, as many in every layer", "landmarks", ("mixer.landmarks_by=null",)),
     Row("landmarks", "`landmarks`, shared out by damage", "landmarks"),

@@ -18,7 +18,7 @@ from linearize_kernels.delta import (
     delta_rule_recurrent,
     delta_rule_step,
 )
-from linearize_kernels.dispatch import CHOICES, Decision, Kernels, Operation, choose, decide, say_once
+from linearize_kernels.dispatch import CHOICES, Decision, Operation, choose, decide, say_once
 from linearize_kernels.gathered import gathered_attention
 from linearize_kernels.gla import gla, gla_chunkwise, gla_parallel, gla_recurrent, gla_step
 from linearize_kernels.slots import (
@@ -36,7 +36,6 @@ __all__ = [
     "CHOICES",
     "Decision",
     "Form",
-    "Kernels",
     "Operation",
     "Step",
     "StepWeights",

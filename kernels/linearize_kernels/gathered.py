@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linearize_kernels.window import _cap, _computing
+from linearize_kernels.decay import computing_dtype
+from linearize_kernels.window import _cap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +112,7 @@ class _Work:
         scale: float,
         softcap: float | None,
     ) -> None:
-        self.dtype, self.groups = _computing(q), k.shape[2]
+        self.dtype, self.groups = computing_dtype(q), k.shape[2]
         self.at, self.seen, self.widths, self.scale, self.softcap = at, seen, widths, scale, softcap
         self.k, self.v = (x.to(self.dtype).reshape(-1, x.shape[-1]) for x in (k, v))
         self.tokens_of_a_row, self.row_scores = k.shape[1], q.shape[0] * q.shape[2] * q.shape[3]

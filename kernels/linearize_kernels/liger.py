@@ -15,7 +15,6 @@ queries and keys, M the number of columns.
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize_kernels.dispatch import interpreted
 from linearize_kernels.gla import gla_chunkwise
 from linearize_kernels.window import window_attention
 
@@ -165,7 +165,7 @@ def unsupported(
         return "more than 16 query heads per key/value head"
     if columns is not None and columns.k.shape[1] > 128:
         return "more than 128 exact columns"
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and not interpreted():
         return f"tensors on {device.type}"
     tensors = [q_rotated, k_rotated, v, k, *(gate[:2] if isinstance(gate, Gate) else [gate])]
     tensors += [x for x in (mix_weight, *(columns[:2] if columns is not None else ())) if x is not None]
@@ -179,11 +179,6 @@ def unsupported(
         if wide and getattr(properties, "shared_memory_per_block_optin", _WIDE_SHARED_MEMORY) < _WIDE_SHARED_MEMORY:
             return "heads of more than 256 bytes on a GPU with this little shared memory"
     return None if _has_triton() else "a machine without triton"
-
-
-def _interpreted() -> bool:
-    """True if Triton's interpreter runs kernels on the CPU; fixed when triton is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _has_triton() -> bool:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize_kernels.decay import computing_dtype
+
 # Queries are cut into blocks of the window's width, but no narrower than this: thinner ones waste launches.
 _NARROWEST_BLOCK = 32
 # Tokens that are taken at once where no gradient is wanted, so that scores stay in the processor's cache.
@@ -52,7 +54,7 @@ def window_attention(
     segment = _SEGMENT // window * window or _SEGMENT
     if tokens <= segment or torch.is_grad_enabled():
         return _attend(q, k, v, window, scale, key_exists, columns, softcap, normaliser)
-    dtype = _computing(q)
+    dtype = computing_dtype(q)
     outputs = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
     logs = q.new_empty(q.shape[:3], dtype=dtype) if normaliser else None
     for start in range(0, tokens, segment):
@@ -83,7 +85,7 @@ def step_attention(
         outputs `[B, H, V]` or `[B, 1, H, V]` and the log of the softmax's denominator, without the last axis, both
         float32 (or float64).
     """
-    dtype = _computing(q)
+    dtype = computing_dtype(q)
     groups, width = k.shape[2:]
     # The query heads of a group are so many queries of one head.
     grouped, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
@@ -119,7 +121,7 @@ def joint_attention(
         tensor what its keys received of each query, summed over a head's queries `[B, K, T, S]`.
     """
     rows, tokens, heads = q.shape[:3]
-    dtype = _computing(q)
+    dtype = computing_dtype(q)
     groups = keys[0].shape[2]
     q = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     shape, flat = (rows, groups, heads // groups, tokens), q.flatten(2, 3)
@@ -152,7 +154,7 @@ def _attend(
     them, and columns are keys of every block, so that there is one softmax."""
     batch, tokens, heads, _ = q.shape
     key_value_heads, past = k.shape[2], k.shape[1] - tokens
-    dtype = _computing(q)
+    dtype = computing_dtype(q)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     block = max(window, _NARROWEST_BLOCK)
     if tokens <= block:
@@ -193,10 +195,6 @@ def _attend(
     if not normaliser:
         return outputs, None
     return outputs, scores.logsumexp(-1).permute(0, 1, 4, 2, 3).reshape(batch, blocks * block, heads)[:, :tokens]
-
-
-def _computing(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _cap(scores: Tensor, softcap: float | None) -> Tensor:

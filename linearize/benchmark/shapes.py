@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from transformers import AutoConfig
 
-from linearize.errors import ModelError
+from linearize.errors import ModelError, hint_for
 
 _TIED = {"tie_word_embeddings": True}
 
@@ -59,9 +58,7 @@ def named_config(name: str, layers: int | None = None) -> Any:
         ModelError: no such name, or more layers than it has.
     """
     if name not in CONFIGS:
-        close = difflib.get_close_matches(name.lower(), CONFIGS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(CONFIGS)}"
-        raise ModelError(f"--config {name}: no such configuration; {hint}")
+        raise ModelError(f"--config {name}: no such configuration; {hint_for(name.lower(), CONFIGS, most=1)}")
     row = dict(CONFIGS[name])
     if layers is not None:
         row["num_hidden_layers"] = fewer_layers(layers, row["num_hidden_layers"])

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from linearize.conversion.convert import convert_model
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM, cache_nbytes
-from linearize.model.modeling import family_of
 from linearize.model.quantized import QuantizedLinear
 from linearize.pairs import PairedLinear
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from linearize.calibration.blocks import output_projection
 from linearize.conversion.source import check_finite, default_device
 from linearize.conversion.streaming import put_weight
+from linearize.families import family_of
 from linearize.model.attention import LinearizedAttention
-from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -194,6 +194,8 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError) and error.errno in _DISK_HINTS:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"{where}{error.strerror}; {_DISK_HINTS[error.errno]}")
+    elif isinstance(error, RuntimeError) and "by peer" in str(error):  # Gloo's "Connection closed by peer"
+        _say("another process of this run ended, and this one cannot go on without it; see the error of that one")
     else:
         first = next(iter(str(error).strip().splitlines()), "")
         message = f": {first}" if first else ""

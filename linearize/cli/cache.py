@@ -9,7 +9,7 @@ import typer
 
 from linearize import cache
 from linearize.cli.console import JsonOption, examples, print_json, readable_bytes, status
-from linearize.errors import OutputError
+from linearize.errors import OutputError, counted
 from linearize.resources import cache_folder
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ def list_entries(as_json: JsonOption = False) -> None:
         print(f"{entry.name:{width}}  {readable_bytes(entry.nbytes):>9}  {used}{busy}")
     for kind, spec in cache.KINDS.items():
         if own := sizes[kind]:
-            status(f"{kind} ({spec.about}): {readable_bytes(sum(own))} in {len(own):,} entries")
+            status(f"{kind} ({spec.about}): {readable_bytes(sum(own))} in {counted(len(own), 'entry', 'entries')}")
     status(f"{cache_folder()}: {readable_bytes(total)} of at most {readable_bytes(limit)} ({cache.LIMIT})")
 
 
@@ -72,7 +72,8 @@ def remove_entries(
     else:
         for entry in removed:
             print(entry.name)
-        status(f"removed {len(removed):,} entries, {readable_bytes(sum(entry.nbytes for entry in removed))}")
+        number = counted(len(removed), "entry", "entries")
+        status(f"removed {number}, {readable_bytes(sum(entry.nbytes for entry in removed))}")
     if kept:
         told = f"{kept[0].name}{f' and {len(kept) - 1:,} more' if len(kept) > 1 else ''}"
         if not everything:

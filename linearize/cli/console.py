@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 
 from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free
 from linearize.errors import DataError
 from linearize.evaluation.formatting import readable_bytes as readable_bytes
 from linearize.jobs.checks import check_dtype as check
@@ -185,6 +184,7 @@ def begin(
         RecipeError: the recipe is not valid.
         OutputError: the output cannot be written.
     """
+    from linearize.conversion.output import check_free
     from linearize.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())

@@ -57,10 +57,9 @@ def convert(
     """
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     settings = begin(recipe, overrides, output, overwrite=overwrite)
-    from linearize.conversion.convert import converted_layers, growth_nbytes, state_nbytes
-    from linearize.jobs.convert import plan_convert, run_convert
-
     if dry_run:
+        from linearize.jobs.inspect import plan_convert
+
         source, facts = plan_convert(
             model, output, settings, overwrite=overwrite, trust_remote_code=trust_remote_code, say=status
         )
@@ -72,6 +71,9 @@ def convert(
                 f"{output}; memory per sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}"
             )
         return
+    from linearize.conversion.convert import converted_layers, growth_nbytes, state_nbytes
+    from linearize.jobs.convert import run_convert
+
     started = time.monotonic()
     start = run_convert(
         model,

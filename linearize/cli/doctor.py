@@ -8,7 +8,7 @@ from rich.console import Console
 
 from linearize.cli.console import JsonOption, examples, print_json, readable_bytes
 from linearize.cli.libraries import quiet_libraries
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, counted
 
 EPILOG = examples("linearize doctor", "linearize doctor --json > environment.json")
 
@@ -61,7 +61,7 @@ def _show(facts: dict[str, Any]) -> None:
         )
         line("Hub", f"{login}; {hub['endpoint']}{', offline by HF_HUB_OFFLINE' if hub['offline'] else ''}")
     for cache in facts["caches"] or []:
-        files = f"{cache['files']:,} file" + ("" if cache["files"] == 1 else "s")
+        files = counted(cache["files"], "file", "files")
         line(
             "cache",
             f"{cache['name']}: {readable_bytes(cache['bytes'])} in {files}, {readable_bytes(cache['free_bytes'])} free "

@@ -24,7 +24,6 @@ from linearize.cli.console import (
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
 from linearize.conversion.output import check_writable
-from linearize.evaluation.suites import choose_tasks
 
 if TYPE_CHECKING:
     from linearize.evaluation.results import Results
@@ -97,6 +96,8 @@ def evaluate(
     Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
     evaluation that was interrupted goes on where it stopped. A converted model whose base is gone is scored alone.
     """
+    from linearize.evaluation.suites import choose_tasks
+
     check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
     choose_tasks(_names(tasks), _names(suite))

@@ -69,7 +69,7 @@ def inspect(
     from linearize.jobs import inspect as job
 
     if recurrence == "all":
-        facts = job.inspect_recurrences(model, settings, dtype=dtype, trust_remote_code=trust_remote_code)
+        facts = job.inspect_recurrences(model, settings, dtype=dtype, trust_remote_code=trust_remote_code, say=status)
         if as_json:
             print_json(facts)
         else:

@@ -12,26 +12,35 @@ from rich.console import Console
 from linearize.cli.console import (
     JsonOption,
     OverwriteOption,
-    RecipeArgument,
     SetOption,
     TrustOption,
-    begin,
     command_line,
     examples,
     print_json,
+    recipe_names,
     status,
 )
+from linearize.cli.libraries import quiet_libraries
+from linearize.conversion.output import check_free
 
 EPILOG = examples(
     "linearize run demo -o out",
     "linearize run mine.yaml -o out --set model=./model.gguf",
+    "linearize run -o out --resume",
     "linearize run default -o out --set model=meta-llama/Llama-3.2-1B --data ./data",
 )
 
 
 def run(
-    recipe: RecipeArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A shipped recipe or a recipe file; not needed with --resume.",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
     overrides: SetOption = None,
     data: Annotated[
         Path | None,
@@ -44,9 +53,22 @@ def run(
 ) -> None:
     """Convert, fine-tune, evaluate and report in one go.
 
-    DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data.
+    DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data. While
+    a run trains, checkpoints are in DIR.training beside DIR; after an interruption --resume goes on from the last one,
+    with the recipe that is saved there: RECIPE and --set need not be repeated.
     """
-    settings = begin(recipe, overrides, output, overwrite=overwrite)
+    from linearize.recipe import load_recipe
+    from linearize.training.workfolder import recipe_to_resume
+
+    given = None if recipe is None else load_recipe(recipe, overrides or ())
+    if resume:
+        settings = recipe_to_resume(output, given, overrides or (), name=recipe, say=status)
+    elif given is not None:
+        settings = given
+    else:
+        raise typer.BadParameter("name a RECIPE, or pass --resume to go on with an interrupted run")
+    check_free(output, overwrite=overwrite)
+    quiet_libraries()
     from linearize.jobs.run import gains_line, run_recipe
 
     result = run_recipe(

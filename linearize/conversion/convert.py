@@ -1,4 +1,8 @@
-"""Conversion: the swap itself, and the checkpoint folder that comes out of it."""
+"""Conversion: the swap itself, and the checkpoint folder that comes out of it.
+
+The checks and `mixers_for` need a configuration only. What builds or reads a model imports transformers' modeling
+modules by itself, because they take seconds.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from linearize.conversion.claims import final_name
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.errors import DataError, ModelError, RecipeError
+from linearize.families import family_of
 from linearize.hub.card import CardFacts, model_card
 from linearize.hub.carry import AUTO_MAP, carried_files
-from linearize.model import LinearizedForCausalLM, MixerConfig
+from linearize.model.configuration import MixerConfig
 from linearize.model.mixer import Mixer
-from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.families import AttentionLayer
+    from linearize.model import LinearizedForCausalLM
 
 PROVENANCE = "linearize.json"
 BASELINE_SINKS = 4
@@ -42,8 +47,8 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
 
     Raises:
-        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, landmarks are asked of layers that
-            slide, or nothing is left to convert.
+        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, `windows` names a layer that stays
+            as it is, landmarks are asked of layers that slide, or nothing is left to convert.
     """
     count = len(layers)
     named_layers = {
@@ -66,6 +71,9 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
     _check_landmarks(spec, layers)
     softmax = spec.keep.whole(count)
     kept = {*softmax, *(set(range(count)) - set(full) if full else ())}
+    for index in sorted(kept & {*spec.windows}):
+        why = "is kept as softmax by mixer.keep" if index in softmax else "has a sliding window of its own, which stays"
+        raise RecipeError(f"mixer.windows: layer {index} {why}, so no other window is used there; leave it out")
     common = MixerConfig(
         layers=[],
         recurrence=spec.recurrence,
@@ -183,6 +191,8 @@ def check_reach(recipe: Recipe, config: Any) -> None:
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
     """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
+    from linearize.model import LinearizedForCausalLM
+
     base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
     return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, family_of(base).layers(base)))
 
@@ -207,6 +217,8 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
     """`teacher`, which is used up, with `window_sections(mixers)`: what costs no training at all."""
+    from linearize.model import LinearizedForCausalLM
+
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 

@@ -15,10 +15,10 @@ import torch
 from linearize.conversion.convert import mixers_for
 from linearize.conversion.source import Source, load_config
 from linearize.errors import ModelError, RecipeError
+from linearize.families import family_of
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig
 from linearize.model.fused import decide_mixer
-from linearize.model.modeling import family_of
 from linearize.model.positions import rotary_notes
 from linearize.model.recurrences import RECURRENCES
 

@@ -1,4 +1,8 @@
-"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error."""
+"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error.
+
+transformers' modeling modules and tokenizers are imported where a model or a tokenizer is loaded, because they take
+seconds and a configuration needs neither.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GgufConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
-import linearize.model as _  # noqa: F401 - registers converted checkpoints with the auto classes
+import linearize.model.configuration as _  # noqa: F401 - registers converted checkpoints with AutoConfig
 from linearize.conversion.ggufconfig import gguf_config
 from linearize.conversion.ggufheader import MAGIC, read_head
 from linearize.conversion.limits import guard_embeddings
 from linearize.conversion.modelfiles import check_config, check_weights
-from linearize.errors import ModelError
+from linearize.conversion.validators import import_validators
+from linearize.errors import ModelError, counted
 from linearize.products import take_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,6 +109,7 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
 
 def load_config(source: Source) -> Any:
     """The model's configuration."""
+    import_validators()
     reference, keywords = source.arguments()
     with reading(source):
         if source.kind == "gguf":
@@ -158,6 +159,8 @@ def load_tokenizer(source: Source) -> Any:
             f"{source.reference}: has no tokenizer (no tokenizer.json), and text cannot be read without; save the one "
             "that it was trained with into the folder"
         )
+    from transformers import AutoTokenizer
+
     reference, keywords = source.arguments()
     with reading(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
@@ -181,6 +184,8 @@ def load_model(
         from linearize.quantize import to_int8  # which measures, and so stands above this module
 
         return to_int8(load_model(source, device=device))
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     reference, keywords = source.arguments()
     if source.kind == "gguf":
         # Without this the weights would stay marked as quantized, and saving them would fail.
@@ -216,6 +221,8 @@ def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     if dtype is None:
         own = getattr(load_config(source), "dtype", None)
         dtype = own if isinstance(own, torch.dtype) else torch.float32
+    from transformers import BitsAndBytesConfig
+
     # Quantized scales cost no accuracy (Dettmers et al. 2023, arXiv 2305.14314); a mixer's own layers are tiny.
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -233,12 +240,15 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
     Raises:
         ModelError: it names the first of them.
     """
-    if missing := sorted(loaded["missing_keys"]):
+    unexpected = list(map(str, loaded["unexpected_keys"]))
+    missing = sorted(loaded["missing_keys"])
+    if missing and _wrapped(unexpected) is None:
+        number = counted(len(missing), "weight is", "weights are")
         raise ModelError(
-            f"{source.reference}: {len(missing):,} weights are not there, {missing[0]} among them; they are of another "
-            "model, or a part of them was not fetched"
+            f"{source.reference}: {number} not there, {missing[0]} among them; the files are of another model, or a "
+            "part of them was not fetched"
         )
-    check_taken(loaded["unexpected_keys"], source)
+    check_taken(unexpected, source)
     for name, tensor in model.state_dict().items():
         check_finite(tensor, name, source.reference)
 
@@ -262,14 +272,27 @@ def check_taken(unexpected: Iterable[str], source: Source) -> None:
     left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
     if not left:
         return
-    if any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
+    if (wrapped := _wrapped(left)) is not None:
+        why = wrapped
+    elif any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
         why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
     elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):
         why = "it is a classifier or a reward model; take the language model that it was made of"
     else:
         why = "config.json announces none, so the model would be another without them; correct it, or fetch both again"
     named = ", ".join(left[:3])
-    raise ModelError(f"{source.reference}: {len(left):,} weights have no place in the model ({named}): {why}")
+    number = counted(len(left), "weight has", "weights have")
+    raise ModelError(f"{source.reference}: {number} no place in the model ({named}): {why}")
+
+
+def _wrapped(names: Iterable[str]) -> str | None:
+    """The wrapper that a model was saved in, which renames weights, and what to do; None where no name shows one."""
+    for name in names:
+        if name.startswith("base_model.model.") or ".lora_" in name or ".base_layer." in name:
+            return "adapters of peft are in it; merge them first (model.merge_and_unload()) and save that model"
+        if "_orig_mod." in name:
+            return "it was saved within torch.compile; save model._orig_mod instead"
+    return None
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:

@@ -41,8 +41,9 @@ from linearize.conversion.weightfiles import (
     read_header,
     weight_files,
 )
+from linearize.errors import counted
+from linearize.families import family_of
 from linearize.model.mixer import Mixer
-from linearize.model.modeling import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -141,7 +142,7 @@ class Streamer:
             teacher.generation_config = _generation_config(source)
         missing = sorted(found["missing_keys"])
         if missing:
-            raise NotStreamable(f"its files lack {len(missing)} weights, {missing[0]} among them")
+            raise NotStreamable(f"its files lack {counted(len(missing), 'weight', 'weights')}, {missing[0]} among them")
         check_taken(found["unexpected_keys"], source)
         model: PreTrainedModel = teacher.eval()
         return model

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linearize.errors import DataError
 from linearize.evaluation.continuations import BatchedTask
+from linearize.evaluation.names import GENERATION
 from linearize.evaluation.reading import greedy, write
 from linearize.evaluation.task import Item
 
@@ -55,7 +56,7 @@ class FewShot(BatchedTask):
 
     name = "few_shot_exact"
     metric = "exact_match"
-    about = "few-shot answers, exactly: a word's kind as a letter, which 40 examples in the prompt define"
+    about = GENERATION["few_shot_exact"]
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, samples: int, seed: int) -> None:
         """Args:

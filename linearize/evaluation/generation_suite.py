@@ -6,7 +6,6 @@ token ends nothing, so that all items weigh the same. "The teacher's text" is it
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from abc import abstractmethod
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
 from linearize.evaluation.continuations import BatchedTask, Texts
 from linearize.evaluation.excerpts import page_prompts
 from linearize.evaluation.fewshot import FewShot
+from linearize.evaluation.names import GENERATION
 from linearize.evaluation.reading import agreements, divergences
 from linearize.evaluation.task import Item, Task
 
@@ -28,19 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-GENERATION = {
-    "agreement": "share of the teacher's tokens that are the model's most likely ones, along the teacher's text",
-    "common_prefix": "how far the model's own greedy text is the teacher's, as a share of its length",
-    "kl_teacher_text": "KL(teacher || model) in nats per token along the teacher's text",
-    "kl_own_text": "KL(teacher || model) in nats per token along text that the model samples itself",
-    "repetition": "share of 4-grams in the model's own greedy text that were there before",
-    "few_shot_exact": FewShot.about,
-}
-"""Task name -> a description of one line."""
-
-TEACHERLESS = ("repetition", FewShot.name)
-"""Tasks that score a model alone."""
 
 NGRAM = 4
 _VERSION = 2
@@ -74,9 +61,7 @@ def generation_tasks(
     """
     for name in names:
         if name not in GENERATION:
-            near = difflib.get_close_matches(name, GENERATION, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(GENERATION)}"
-            raise DataError(f"no generation task called '{name}': {hint}")
+            raise DataError(f"no generation task called '{name}': {hint_for(name, GENERATION, most=1)}")
     for what, value in (("samples", samples), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if value < 1:
             raise DataError(f"{what} is {value}: give 1 or more")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from linearize.conversion.limits import learned_positions
-from linearize.errors import DataError, ModelError, is_out_of_memory
+from linearize.errors import DataError, ModelError, hint_for, is_out_of_memory
 from linearize.evaluation.excerpts import book_rows
+from linearize.evaluation.names import LENGTH
 from linearize.evaluation.reading import Kept, losses
 from linearize.evaluation.task import Item, Task, evaluating
 
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LENGTH = {
-    "loss_by_position": "loss along stretches of a book, by how much of them has been read",
-    "loss_rise": "loss late in the text minus loss early in it: above zero where a memory fills up and collapses",
-}
-"""Task name -> a description of one line."""
 
 DEFAULT_LENGTH = 8192
 SHORTEST_LENGTH = 64
@@ -63,9 +57,7 @@ def length_tasks(
     """
     for name in names:
         if name not in LENGTH:
-            near = difflib.get_close_matches(name, LENGTH, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LENGTH)}"
-            raise DataError(f"no length task called '{name}': {hint}")
+            raise DataError(f"no length task called '{name}': {hint_for(name, LENGTH, most=1)}")
     length = DEFAULT_LENGTH if length is None else length
     if length < SHORTEST_LENGTH:
         raise DataError(f"length is {length}: give {SHORTEST_LENGTH} tokens or more")

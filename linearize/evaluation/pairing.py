@@ -128,23 +128,17 @@ def contributions(score: TaskScore) -> list[float] | None:
 
 def mcnemar_p(differences: Sequence[float]) -> float:
     """The exact two-sided p of McNemar's test (a sign test) on differences of -1, 0 and 1."""
+    from scipy.special import bdtr  # lazy: half a second
+
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / (1 << n)))
+    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def student_p(t: float, freedom: int) -> float:
-    """The two-sided p of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3-4)."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(1, freedom // 2 + 1):
-        total += term
-        term *= cosine * cosine * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
-    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return min(1.0, max(0.0, 1.0 - within))
+    """The two-sided p of Student's t with `freedom` degrees of freedom."""
+    from scipy.special import stdtr  # lazy: half a second
+
+    return 2 * float(stdtr(freedom, -abs(t)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -87,7 +87,7 @@ def run(
     for name, load in systems.items():
         system = _System(name, load, tokenizer, store, batch_size, progress)
         found = system.results(tasks, chosen)
-        scores[name] = [_score(task, chosen[task.name], found[task.name], limit, seed) for task in tasks]
+        scores[name] = [_score(task, chosen[task.name], found[task.name], seed) for task in tasks]
         del system
         gc.collect()  # a model is full of cycles, and the next one wants its memory
     return scores
@@ -146,7 +146,7 @@ class _System:
         if self.store is not None:
             self.key = model_key(self.model, self.tokenizer)
             if self.stamp is not None:
-                processes.by_the_first(partial(self.store.remember, self.stamp, self.key))
+                processes.from_the_first(partial(self.store.remember, self.stamp, self.key))
             found = self._all_kept(tasks)
         with evaluating(self.model), torch.inference_mode():
             for task in tasks:
@@ -175,7 +175,7 @@ class _System:
             parts = processes.everyones((own, seconds))
             new = {index: item for part, _ in parts for index, item in part.items()}
             if self.store is not None and self.key is not None:
-                processes.by_the_first(partial(self.store.write, self.key, task.digest, new))
+                processes.from_the_first(partial(self.store.write, self.key, task.digest, new))
             found |= new
             self._tell(task, len(chosen) - len(missing), len(chosen))
             if max(seconds for _, seconds in parts) > CHUNK_SECONDS:
@@ -218,7 +218,7 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], limit: int | None, seed: int) -> TaskScore:
+def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], seed: int) -> TaskScore:
     items = [found[index] for index in chosen]
     tags = [dict(task.tags(index)) for index in chosen]
     values = [item.value for item in items]

@@ -1,12 +1,12 @@
-"""The suites of tasks by name, and the tasks in them; a suite's module is imported when it is asked for."""
+"""The suites of tasks by name, and the tasks in them; a suite's module is imported when its tasks are built."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
+from linearize.evaluation.names import GENERATION, LENGTH, RECALL, TEACHERLESS, TWICE
 from linearize.evaluation.tasks import available_tasks
 
 if TYPE_CHECKING:
@@ -65,18 +65,18 @@ def _lm_eval(suite: str) -> Suite:
 
 
 def _recall() -> Suite:
-    from linearize.evaluation.recall import RECALL, TWICE, recall_tasks
-
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
+        from linearize.evaluation.recall import recall_tasks
+
         return recall_tasks(tokenizer, names, data=options.data, seed=options.seed, **_swept(options))
 
     return Suite(RECALL, build, [name + TWICE for name in RECALL])
 
 
 def _generation() -> Suite:
-    from linearize.evaluation.generation_suite import GENERATION, TEACHERLESS, generation_tasks
-
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
+        from linearize.evaluation.generation_suite import generation_tasks
+
         if options.teacher is None and (compared := [name for name in names if name not in TEACHERLESS]):
             raise DataError(
                 f"{', '.join(compared)}: compared with the teacher; name it with --teacher ID|FOLDER, or take "
@@ -89,9 +89,9 @@ def _generation() -> Suite:
 
 
 def _length() -> Suite:
-    from linearize.evaluation.length import LENGTH, length_tasks
-
     def build(tokenizer: Any, names: Sequence[str], options: SuiteOptions) -> Sequence[Task]:
+        from linearize.evaluation.length import length_tasks
+
         made = {} if options.samples is None else {"documents": options.samples}
         longest = max(options.lengths, default=None)
         return length_tasks(tokenizer, names, data=options.data, length=longest, seed=options.seed, **made)
@@ -128,20 +128,19 @@ def choose_tasks(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, 
     chosen: dict[str, dict[str, None]] = {}
     for name in suites:
         if name not in SUITES:
-            raise DataError(_unknown("suite", name, list(SUITES)))
+            raise DataError(f"no suite called '{name}': {hint_for(name, SUITES)}")
         chosen[name] = dict.fromkeys(SUITES[name]().names)
     owners: dict[str, str] = {}
     for name in tasks:
         if name == HELD_OUT:
             continue
-        # The suites that take longest to look up come last, and are often not needed.
         for suite in SUITES if name not in owners else ():
             looked_up = SUITES[suite]()
             owners |= dict.fromkeys([*looked_up.names, *looked_up.more], suite)
             if name in owners:
                 break
         if name not in owners:
-            raise DataError(_unknown("task", name, [*owners, HELD_OUT]))
+            raise DataError(f"no task called '{name}': {hint_for(name, [*owners, HELD_OUT])}")
         chosen.setdefault(owners[name], {})[name] = None
     return {suite: list(names) for suite, names in chosen.items()}
 
@@ -153,9 +152,3 @@ def build_suites(chosen: Mapping[str, Sequence[str]], tokenizer: Any, options: S
         DataError: data that cannot be read, or options that do not fit a task.
     """
     return [task for suite, names in chosen.items() for task in SUITES[suite]().build(tokenizer, names, options)]
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose from {', '.join(known)}"
-    return f"no {kind} called '{name}': {hint}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from linearize.conversion.source import (
     load_model,
     load_tokenizer,
 )
-from linearize.errors import DataError, ModelError
+from linearize.errors import DataError, ModelError, hint_for
 from linearize.evaluation.baselines import (
     BRANCHES_OFF,
     alone,
@@ -36,7 +35,7 @@ from linearize.evaluation.heldout import drawn_rows, score_rows
 from linearize.evaluation.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
 from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 from linearize.recipe import MixerSpec
 from linearize.training import processes
 
@@ -125,7 +124,7 @@ def evaluate(
     with processes.first_goes_ahead():  # what it fetches, the others find
         built = build_suites(chosen, tokenizer, options)
     loaders = {system.info.name: system.load for system in systems}
-    processes.by_the_first(
+    processes.from_the_first(
         partial(_check_room, loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
     )
     beside = None
@@ -261,9 +260,7 @@ def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str
     """
     for name in baselines:
         if name not in BASELINES and name != ALL:
-            near = difflib.get_close_matches(name, [*BASELINES, ALL], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BASELINES)}, {ALL}"
-            raise DataError(f"unknown baseline {name!r}; {hint}")
+            raise DataError(f"unknown baseline {name!r}; {hint_for(name, [*BASELINES, ALL], most=1)}")
         if name in BRANCHES_OFF and not source.is_converted:
             raise DataError(f"baseline {name}: {source.name} is not converted, so it has no branches to turn off")
         if name in _OF_TEACHER and teacher is None:

@@ -6,7 +6,6 @@ has the same documents. lm-eval itself is imported only when tasks are built: li
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
 from linearize.resources import shipped_folder
 
 if TYPE_CHECKING:
@@ -124,9 +123,7 @@ def _definition(name: str) -> TaskDefinition:
     known = task_definitions()
     if name in known:
         return known[name]
-    nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose from {', '.join(known)}"
-    raise DataError(f"no task called '{name}': {hint}")
+    raise DataError(f"no task called '{name}': {hint_for(name, known)}")
 
 
 def _groups(task: TaskDefinition, splits: dict[str, Any], is_local: bool) -> dict[str, Any]:

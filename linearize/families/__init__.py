@@ -3,6 +3,10 @@
 A family is a small file that subclasses `Family` and an entry below. Nothing else in the package knows architectures.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from linearize.families.base import AttentionLayer, Family, Projections
 from linearize.families.cohere import Cohere, Cohere2
 from linearize.families.falcon import Falcon
@@ -39,4 +43,39 @@ _FAMILIES: tuple[Family, ...] = (
 )
 FAMILIES: dict[str, Family] = {model_type: family for family in _FAMILIES for model_type in family.model_types}
 
-__all__ = ["FAMILIES", "AttentionLayer", "Family", "Projections"]
+
+def family_of(config: Any) -> Family:
+    """The family of a base configuration.
+
+    Raises:
+        ValueError: no family covers it, or the family refuses this configuration.
+    """
+    model_type = getattr(config, "model_type", "unknown")
+    if model_type not in FAMILIES:
+        raise ValueError(_unsupported(config, model_type))
+    family = FAMILIES[model_type]
+    if (reason := family.refusal(config)) is not None:
+        raise ValueError(f"this {model_type} model cannot be converted: {reason}")
+    return family
+
+
+# Architectures, or parts of them, that keep a state instead of a cache.
+_LINEAR = ("mamba", "rwkv", "xlstm", "recurrent", "rnn", "ssm", "linear", "conv")
+
+
+def _unsupported(config: Any, model_type: str) -> str:
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{model_type!r} is an encoder-decoder; only causal language models can be converted"
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        return f"{model_type!r} has a vision or audio tower; only text models can be converted"
+    kinds = {
+        model_type,
+        *(getattr(config, "layer_types", None) or ()),
+        *(getattr(config, "layers_block_type", None) or ()),
+    }
+    if any(part in str(kind) for kind in kinds for part in _LINEAR) or hasattr(config, "ssm_cfg"):
+        return f"{model_type!r} has linear layers already; only softmax transformers are converted"
+    return f"architecture {model_type!r} is not supported; there are: {', '.join(sorted(FAMILIES))}"
+
+
+__all__ = ["FAMILIES", "AttentionLayer", "Family", "Projections", "family_of"]

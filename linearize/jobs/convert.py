@@ -21,13 +21,13 @@ from linearize.conversion.convert import (
     nbytes,
     write_checkpoint,
 )
-from linearize.conversion.inspection import inspect_model
 from linearize.conversion.limits import check_length, vocabulary_warning
-from linearize.conversion.output import check_free, check_space, staged_folder
+from linearize.conversion.output import check_space, staged_folder
 from linearize.conversion.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.weightfiles import NotStreamable
 from linearize.jobs.checks import quiet, read_recipe
+from linearize.jobs.inspect import convertible
 from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
@@ -138,41 +138,10 @@ def run_convert(
 ) -> Start:
     """`convert`, with the options and the result of `convert_into`."""
     settings, target = read_recipe(recipe, overrides), Path(output)
-    source, _ = _checked(model, target, settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    source, _ = convertible(model, target, settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
     with staged_folder(target, overwrite=overwrite) as folder:
         say(f"converting {source.name}")
         return convert_into(source, settings, folder, say=say, shard_bytes=shard_bytes, workers=workers)
-
-
-def plan_convert(
-    model: str | Path,
-    output: Path,
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = quiet,
-) -> tuple[Source, dict[str, Any]]:
-    """Check what `run_convert` checks and write nothing; `inspect_model` gives the facts."""
-    source, config = _checked(model, output, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
-        tokenizer_for(source, recipe, config, say=say)
-    facts = inspect_model(source, recipe.mixer)
-    for line in facts["positions"]:
-        say(f"{source.name}: {line}")
-    return source, facts
-
-
-def _checked(
-    model: str | Path, output: Path, recipe: Recipe, *, overwrite: bool, trust_remote_code: bool
-) -> tuple[Source, Any]:
-    """The model and its configuration, once output, model and recipe go together."""
-    check_free(output, overwrite=overwrite)
-    source = find_source(str(model), trust_remote_code=trust_remote_code)
-    config = load_config(source)
-    check_convertible(config, source, recipe.mixer)
-    check_reach(recipe, config)
-    return source, config
 
 
 def named_after(model: LinearizedForCausalLM, output: str | Path) -> LinearizedForCausalLM:

@@ -141,10 +141,11 @@ def run_finetune(
     settings = recipe_to_train(recipe, overrides, model=model, teacher=teacher)
     if first:
         check_free(target, overwrite=overwrite)
-    if resume and isinstance(recipe, (str, Path)):
-        settings = recipe_to_resume(target, settings, overrides, name=str(recipe), say=say)
-        _check_named(target, settings, model=model, teacher=teacher)
     shard = processes.join() or shard
+    if resume and isinstance(recipe, (str, Path)):
+        kept = partial(recipe_to_resume, target, settings, overrides, name=str(recipe), say=say)
+        settings = processes.from_the_first(kept)
+        _check_named(target, settings, model=model, teacher=teacher)
     with shared_work_folder(target, settings, resume=resume) as work:
         result = run_stages(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
         processes.leave()

@@ -151,3 +151,8 @@ class LinearizedConfig(PreTrainedConfig):
             if layer in section["layers"]:
                 return MixerConfig(**section)
         return MixerConfig(layers=[layer], window=None, recurrence="none", sinks=0)
+
+
+# A copy in a checkpoint has another name and registers nothing: transformers finds it by the checkpoint's `auto_map`.
+if __name__ == "linearize.model.configuration":
+    AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)

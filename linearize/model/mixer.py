@@ -21,7 +21,6 @@ from linearize_kernels.liger import TINY, mix_outputs
 from torch import Tensor, nn
 
 from linearize.model.fused import fused_attention, fused_step, fuses
-from linearize.model.landmark_attention import landmark_attention
 from linearize.model.landmarks import landmark_parts, room
 from linearize.model.memory import Flow, store
 from linearize.model.recurrences import build_recurrence, register
@@ -177,6 +176,9 @@ class Mixer(nn.Module):
     def run(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, *, fused: bool) -> Tensor:
         """`forward` on the fused kernels, or in plain torch."""
         if self.config.landmarks:
+            # Its `torch.compiler.disable` imports torch._dynamo, two seconds that a configuration need not wait for.
+            from linearize.model.landmark_attention import landmark_attention
+
             attended: Tensor = landmark_attention(self, new, lengths, memory)
             return attended
         if memory is not None and fused and new.q.shape[1] == 1:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from linearize.families import FAMILIES, Family
+from linearize.families import family_of
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
 from linearize.model.layout import layer_mask, segments_of
@@ -253,46 +253,6 @@ def derived_class(front: type[LinearizedForCausalLM], config: LinearizedConfig) 
     return _derive(cast("Any", front), AutoModelForCausalLM._model_mapping[type(config.text_config)])
 
 
-def family_of(config: Any) -> Family:
-    """The family of a base configuration.
-
-    Raises:
-        ValueError: no family covers it, or the family refuses this configuration.
-    """
-    model_type = getattr(config, "model_type", "unknown")
-    if model_type not in FAMILIES:
-        raise ValueError(_unsupported(config, model_type))
-    family = FAMILIES[model_type]
-    if (reason := family.refusal(config)) is not None:
-        raise ValueError(f"this {model_type} model cannot be converted: {reason}")
-    return family
-
-
-# Architectures, or parts of them, that keep a state instead of a cache.
-_LINEAR = ("mamba", "rwkv", "xlstm", "recurrent", "rnn", "ssm", "linear", "conv")
-
-
-def _unsupported(config: Any, model_type: str) -> str:
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{model_type!r} is an encoder-decoder; only causal language models can be converted"
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        return f"{model_type!r} has a vision or audio tower; only text models can be converted"
-    kinds = {
-        model_type,
-        *(getattr(config, "layer_types", None) or ()),
-        *(getattr(config, "layers_block_type", None) or ()),
-    }
-    if any(part in str(kind) for kind in kinds for part in _LINEAR) or hasattr(config, "ssm_cfg"):
-        return f"{model_type!r} has linear layers already; only softmax transformers are converted"
-    return f"architecture {model_type!r} is not supported; there are: {', '.join(sorted(FAMILIES))}"
-
-
-def register() -> None:
-    """Makes transformers' auto classes load converted checkpoints."""
-    AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LinearizedConfig, LinearizedForCausalLM, exist_ok=True)
-
-
 def _tells_pads(attention_mask: Tensor, tokens: int) -> bool:
     ours = attention_mask.dtype == torch.long and attention_mask.shape[1:-1] == (1, 1)
     return attention_mask.dim() == 2 or (attention_mask.dim() == 4 and ours and attention_mask.shape[-1] in (0, tokens))
@@ -301,3 +261,8 @@ def _tells_pads(attention_mask: Tensor, tokens: int) -> bool:
 def _first_memory(past_key_values: Cache | None) -> LayerMemory | None:
     layers = past_key_values.layers if past_key_values is not None else []
     return next((layer for layer in layers if isinstance(layer, LayerMemory)), None)
+
+
+# A copy in a checkpoint has another name and registers nothing: transformers finds it by the checkpoint's `auto_map`.
+if __name__ == "linearize.model.modeling":
+    AutoModelForCausalLM.register(LinearizedConfig, LinearizedForCausalLM, exist_ok=True)

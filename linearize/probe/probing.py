@@ -14,8 +14,8 @@ from linearize.conversion.limits import learned_positions
 from linearize.conversion.source import Source, load_config, load_model, load_tokenizer
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.progress import duration
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
-from linearize.model.modeling import family_of
 from linearize.probe.damage import (
     Damage,
     Part,

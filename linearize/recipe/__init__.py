@@ -1,7 +1,6 @@
 """Recipes: what they may say, and how they are read. Imports neither torch nor transformers."""
 
 from linearize.recipe.reading import (
-    ShippedRecipe,
     dump_recipe,
     load_recipe,
     parse_recipe,
@@ -12,7 +11,6 @@ from linearize.recipe.schema import (
     SELF,
     CalibrateSpec,
     DataSpec,
-    EvaluateSpec,
     GateSpec,
     KeepSpec,
     LoraSpec,
@@ -27,14 +25,12 @@ __all__ = [
     "SELF",
     "CalibrateSpec",
     "DataSpec",
-    "EvaluateSpec",
     "GateSpec",
     "KeepSpec",
     "LoraSpec",
     "MixerSpec",
     "Objective",
     "Recipe",
-    "ShippedRecipe",
     "SourceSpec",
     "Stage",
     "dump_recipe",

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from linearize.errors import RecipeError
+from linearize.errors import RecipeError, counted
 from linearize.recipe import wording
 from linearize.recipe.document import DocumentError, parse_document, write_document
-from linearize.recipe.schema import Recipe
+from linearize.recipe.schema import GONE, Recipe
 from linearize.resources import shipped_folder
 
 if TYPE_CHECKING:
@@ -113,6 +113,10 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: 
         RecipeError: one line, with the file and line of the key.
     """
     draft = _draft(text, where, () if path is None else (path,))
+    for section, key in GONE:
+        values = draft.value.get(section)
+        if isinstance(values, dict) and values.get(key, ...) is None:
+            del values[key]
     parsed = [_parse_override(text) for text in overrides]
     for override in parsed:
         _apply(draft.value, override)
@@ -260,6 +264,6 @@ def _check_key(target: Any, part: str | int, override: _Override, parent: KeyPat
 
 def _check_index(target: list[Any], part: str | int, override: _Override, parent: KeyPath) -> None:
     if not isinstance(part, int) or part >= len(target):
-        items = f"{len(target)} item{'s' if len(target) != 1 else ''}"
+        items = counted(len(target), "item", "items")
         hint = f"the list has {items}, counted from 0" if target else "the list is empty, set it as a whole"
         raise _override_error(override.text, f"{wording.dotted(parent)}: no item {part!r}; {hint}")

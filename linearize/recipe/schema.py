@@ -42,6 +42,12 @@ ENDLESS = (SELF, STUDENT, RECALL)
 SELF_TOKENS = 200_000
 """Tokens that are made of these when the recipe names no budget."""
 
+GONE: dict[tuple[str | int, ...], str] = {
+    ("mixer", "reach"): "gone; use mixer.landmarks_by or mixer.keep.budget",
+}
+"""Path of a key of version 0.1.0 -> the error for it. Every recipe that version saved names the key; null is dropped,
+because it asks for nothing."""
+
 BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", re.IGNORECASE)
 
 
@@ -140,10 +146,8 @@ class MixerSpec(Section):
     window: int = Field(default=64, ge=1)
     """Latest tokens under softmax attention."""
     windows: dict[int, Annotated[int, Field(ge=1)]] = {}
-    """Layer -> its window, where that is not `window`."""
-    reach: int | None = Field(default=None, ge=1)
-    """`convert` shares the tokens of all windows out anew: layers that recall needs most see as far as this, the others
-    less, and all together as much as with equal windows. The recipe that is saved names them in `windows`."""
+    """Layer -> its window, where that is not `window`. Recipes that version 0.1.0 saved with its checkpoints name them,
+    and `linearize export` reads those recipes."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the text that stay under softmax attention."""
     mix: Literal["fixed", "learned", "softmax"] = "learned"

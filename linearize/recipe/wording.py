@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from linearize.recipe.schema import Recipe
+from linearize.recipe.schema import GONE, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -71,6 +71,8 @@ def unknown_key(path: Path, full_path: bool = False) -> str:
 
     The suggestion is the bare key, or the whole dotted path when the key belongs elsewhere or `full_path` asks for it.
     """
+    if path in GONE:
+        return GONE[path]
     *parents, key = path
     section = section_at(tuple(parents))
     fields = list(section.model_fields) if section else []

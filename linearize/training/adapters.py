@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import ModelError, RecipeError
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -189,11 +189,14 @@ def _targets(model: PreTrainedModel, names: list[str]) -> list[_Target]:
     targets: dict[str, _Target] = {}
     for target in names:
         ending = projections.get(target, target)
-        found = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")}
+        found = {name: module for name, module in _takers(model).items() if f".{name}".endswith(f".{ending}")}
         if not found:
             experts = sorted(_fused_experts(model))
             hint = f"; its experts ({', '.join(experts)}) are fused, and adapters do not reach them" if experts else ""
-            raise RecipeError(f"lora.targets: the model has no module {target!r} ({ending}){hint}")
+            raise RecipeError(
+                f"lora.targets: the model has no module {target!r} ({ending}) that takes adapters; those that do are "
+                f"{', '.join(_available(model, projections))}{hint}"
+            )
         for name, module in found.items():
             for parameter in module.parameters(recurse=False):
                 others = [other for other in owners[id(parameter)] if other.rpartition(".")[0] != name]
@@ -204,6 +207,20 @@ def _targets(model: PreTrainedModel, names: list[str]) -> list[_Target]:
                     )
         targets.setdefault(ending, _Target(target, ending, found))
     return list(targets.values())
+
+
+def _takers(model: nn.Module) -> dict[str, nn.Module]:
+    """The pretrained modules that peft has adapters for, by name."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _available(model: PreTrainedModel, projections: dict[str, str]) -> list[str]:
+    """Names for `lora.targets` within the layers: the short ones, then last parts of names that have no short one."""
+    names = {f".{name}" for block in _blocks(model) for name in _takers(block) if not is_own_parameter(f".{name}")}
+    short = {key: ending for key, ending in projections.items() if any(name.endswith(f".{ending}") for name in names)}
+    endings = tuple(f".{ending}" for ending in short.values())
+    return [*short, *sorted({name.rpartition(".")[2] for name in names if not name.endswith(endings)})]
 
 
 def _fused_experts(model: PreTrainedModel) -> dict[str, int]:

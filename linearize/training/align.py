@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linearize.errors import RecipeError
+from linearize.families import family_of
 from linearize.families.base import Projections
 from linearize.model.attention import CACHE_NAMES, LinearizedAttention, layout_of
 from linearize.model.layout import layer_mask, segments_of
-from linearize.model.modeling import family_of
 from linearize.training.teachers import documents_apart
 from linearize.training.windows import exact_reach
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
-"""Speakers of ShareGPT and the roles of chat templates."""
+_ROLES = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool",
+    "observation": "tool", "function": "function",
+}  # fmt: skip
+"""Names of speakers in lower case -> the roles of chat templates."""
 _CALL = "function_call"
 """The speaker of a tool call, whose text is JSON."""
 
@@ -67,9 +72,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def messages_of(where: str, turns: list[Any], notes: Counter[str]) -> tuple[list[Message], set[int]]:
+def messages_of(where: str, turns: list[Any], notes: Counter[str], template: str) -> tuple[list[Message], set[int]]:
     """The messages of a conversation, and the places of those that carry loss: answers that say something, unless
     their `weight` is 0.
+
+    Args:
+        template: the chat template; a role of no other name is known if the template has it as a string.
 
     Raises:
         DataError: a turn is no message.
@@ -78,7 +86,7 @@ def messages_of(where: str, turns: list[Any], notes: Counter[str]) -> tuple[list
     messages: list[Message] = []
     learned: set[int] = set()
     for turn in turns:
-        message, weighs = _message(where, turn)
+        message, weighs = _message(where, turn, template)
         if message["role"] == "assistant" and weighs:
             if message["content"].strip() or message.get("tool_calls"):
                 learned.add(len(messages))
@@ -88,7 +96,7 @@ def messages_of(where: str, turns: list[Any], notes: Counter[str]) -> tuple[list
     return messages, learned
 
 
-def _message(where: str, turn: Any) -> tuple[Message, bool]:
+def _message(where: str, turn: Any, template: str) -> tuple[Message, bool]:
     """One turn as a message, and whether its `weight` lets it carry loss."""
     # transformers drops null keys as well, because templates would write "None".
     given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
@@ -98,20 +106,19 @@ def _message(where: str, turn: Any) -> tuple[Message, bool]:
             f"{where}: each message must be an object with a role and a content, or with from and value, not "
             f"{_shown(turn)}"
         )
-    if "role" not in given and speaker not in {*_ROLES, *_ROLES.values(), _CALL, "system"}:
+    role = _ROLES.get(speaker.lower(), speaker)
+    if speaker.lower() not in (*_ROLES, _CALL) and not re.search(rf"""(["']){re.escape(speaker)}\1""", template):
         raise DataError(
-            f"{where}: a message is from {_shown(speaker)}; expected one of {', '.join((*_ROLES, 'system', _CALL))}, "
-            "user, assistant, tool"
+            f"{where}: a message has the role {_shown(speaker)}; expected one of {', '.join((*_ROLES, _CALL))}"
         )
     weight = given.get("weight", 1)
     if weight not in (0, 1):
         raise DataError(f"{where}: a message has the weight {_shown(weight)}; expected 0 (no loss) or 1")
     kept = {k: v for k, v in given.items() if k not in ("role", "from", "content", "value", "weight")}
-    if speaker == _CALL:
+    if speaker.lower() == _CALL:
         spoken = _object(where, content)
         calls = [{"type": "function", "function": f} for f in (spoken if isinstance(spoken, list) else [spoken])]
         return {**kept, "role": "assistant", "content": "", "tool_calls": _calls(where, calls)}, bool(weight)
-    role = _ROLES.get(speaker, speaker)
     if content is None and role in ("user", "system"):
         raise Skip(f"the content of a message by {role} is null")
     message = {**kept, "role": role, "content": _content(where, content)}

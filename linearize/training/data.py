@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from linearize.errors import DataError
+from linearize.errors import DataError, counted
 from linearize.recipe.schema import ENDLESS, RECALL, SELF, STUDENT
 from linearize.training.documents import Tally, encode, read_documents
 from linearize.training.recalltext import SHORTEST, recall_documents
@@ -304,7 +304,8 @@ def _rows(
         others = f", beside {sum(len(d.ids) for d in apart):,} tokens that stages hold out," if apart else ""
         if opened.tally and opened.tally.duplicates:
             others += f" and {opened.tally.duplicates:,} documents that equal held-out ones"
-        told = f"{source}: {found:,} tokens in {len(held + train):,} documents{others} are too few for"
+        documents = counted(len(held + train), "document", "documents")
+        told = f"{source}: {found:,} tokens in {documents}{others} are too few for"
         if not held_rows:
             raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
         raise DataError(
@@ -339,10 +340,9 @@ def _without(stream: Iterator[Document], known: set[bytes], tally: Tally) -> Ite
 
 
 def _recall(tokenizer: PreTrainedTokenizerBase, seed: int, length: int) -> Iterator[Document]:
-    empty = encode([("a", True)], tokenizer, begins=True, ends=True).ids
-    bare = encode([("a", True)], tokenizer, begins=False, ends=False).ids
-    opening = empty[: empty.index(bare[0])]
-    closing = empty[len(opening) + len(bare) :]
+    bare = len(encode([("a", True)], tokenizer, begins=False, ends=False).ids)
+    opening = encode([("a", True)], tokenizer, begins=True, ends=False).ids[:-bare]
+    closing = encode([("a", True)], tokenizer, begins=False, ends=True).ids[bare:]
 
     def encoded(pieces: Pieces) -> Document:
         return encode(pieces, tokenizer, begins=False, ends=False)

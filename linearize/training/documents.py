@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from linearize.errors import DataError
 from linearize.recipe.schema import RECORD_SHAPES
 from linearize.training.conversations import Message, Skip, cut, list_of, messages_of, text_of, tools_of
-from linearize.training.records import CONVERSATIONS, Record, Records
+from linearize.training.records import CONVERSATIONS, Record, Records, listed
 from linearize.training.rows import Document, Pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +39,6 @@ _EXPECTED = {
     "text": "text",
 }
 _PLURALS = {"messages": "conversations", "prompt": "completions", "instruction": "instructions", "text": "texts"}
-_MOST_SHOWN = 8
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Tally:
         skipped: records that hold nothing to learn from, by the reason, with the place of one of them.
         notes: what chat templates left out.
         duplicates: documents that equal one that is held out.
-        shards, beside: files of a folder that are read; files that are not.
+        about: remarks on how the source is read; see `Records`.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -64,8 +63,7 @@ class Tally:
     notes: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     plain: bool = False
-    shards: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    about: tuple[str, ...] = ()
 
     def skip(self, reason: str, where: str) -> None:
         """Counts a record that is left out."""
@@ -74,20 +72,16 @@ class Tally:
 
     def __str__(self) -> str:
         """One line for a person."""
-        parts = []
-        if len(self.shards) > 1:
-            parts.append(f"{len(self.shards):,} files, {self.shards[0]} to {self.shards[-1]}")
-        if self.beside:
-            parts.append(f"files not read: {_listed(self.beside)}")
+        parts = [*self.about]
         if self.plain:
             parts.append(f"{self.shapes.total():,} parts of plain text")
         else:
-            parts += [f"{n:,} {_PLURALS[shape]} ({_listed(self.read[shape])})" for shape, n in self.shapes.items()]
+            parts += [f"{n:,} {_PLURALS[shape]} ({listed(self.read[shape])})" for shape, n in self.shapes.items()]
         if self.unread:
-            parts.append(f"not read: {_listed(self.unread)}")
+            parts.append(f"not read: {listed(self.unread)}")
         seen = {name for names in self.read.values() for name in names}
         if unseen := [f"{name} (data.columns.{key})" for key, name in self.columns.items() if name not in seen]:
-            parts.append(f"no record has {_listed(unseen)}")
+            parts.append(f"no record has {listed(unseen)}")
         if self.skipped:
             reasons = [f"{n:,} because {why} ({self.places[why]})" for why, n in self.skipped.most_common(3)]
             if others := self.skipped.total() - sum(n for _, n in self.skipped.most_common(3)):
@@ -99,12 +93,6 @@ class Tally:
         return "; ".join(parts)
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return ", ".join(names[:_MOST_SHOWN]) + more
-
-
 def read_documents(
     records: Records, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase, tally: Tally
 ) -> Iterator[Document]:
@@ -114,7 +102,7 @@ def read_documents(
         DataError: a record cannot be used; where the first one in the file cannot either, the error is about that.
             Also where no record at all holds anything to learn.
     """
-    tally.plain, tally.shards, tally.beside = records.plain, tuple(records.shards), tuple(records.beside)
+    tally.plain, tally.about = records.plain, tuple(records.about)
     first = None
     for record in records:
         first = first or record
@@ -132,7 +120,7 @@ def read_documents(
         reason = _try((where, fields, True), spec, tokenizer)
         count = tally.skipped.total()
         others = f", and none of the {count:,} records can be used" if count > 1 else ", and there is no other record"
-        has = f"; the fields of this record are {_listed(map(str, fields))}" if isinstance(fields, dict) else ""
+        has = f"; the fields of this record are {listed(map(str, fields))}" if isinstance(fields, dict) else ""
         raise DataError(f"{where}: {reason}{others}{has}")
 
 
@@ -229,9 +217,14 @@ def _check_not_preference(where: str, fields: dict[str, Any], shape: str, named:
 
 
 def _unknown(where: str, fields: dict[str, Any], expected: str) -> DataError:
-    has = _listed(map(str, fields)) or "none"
+    has = listed(map(str, fields)) or "none"
     strings = [str(name) for name, value in fields.items() if isinstance(value, str)]
     lists = [str(name) for name, value in fields.items() if isinstance(value, list)]
+    if lists and not strings and not (len(lists) == 1 and fields[lists[0]] and isinstance(fields[lists[0]][0], dict)):
+        return DataError(
+            f"{where}: the fields of this record are {has}; expected {expected}; if the records are in "
+            f"{' or '.join(lists)}, write that list to a file of its own"
+        )
     example = (
         f"text: {strings[0]}"
         if len(strings) == 1 and not lists
@@ -267,6 +260,10 @@ class _Reader:
             raise Skip(f"{name} is empty")
         return text
 
+    @property
+    def _template(self) -> str:
+        return str(self.tokenizer.chat_template or "")
+
     def _cut(self, messages: list[Message], learned: set[int], tools: list[Any] | None = None) -> tuple[Pieces, bool]:
         if not self.tokenizer.chat_template:
             raise DataError(
@@ -283,7 +280,7 @@ class _Reader:
         if self.values["messages"] is None:
             raise Skip(f"{name} is null")
         turns = list_of(self.where, name, self.values["messages"])
-        messages, learned = messages_of(self.where, turns, self.tally.notes)
+        messages, learned = messages_of(self.where, turns, self.tally.notes, self._template)
         system = self._text("system") if "system" in self.names else ""
         if system.strip():
             if messages and messages[0]["role"] == "system":
@@ -298,7 +295,8 @@ class _Reader:
         if not any(isinstance(self.values[role], list) for role in ("prompt", "completion")):
             return [(self._text("prompt"), False), (self._text("completion", needed=True), True)], False
         prompt = self._turns("prompt", "user")
-        messages, learned = messages_of(self.where, [*prompt, *self._turns("completion", "assistant")], Counter())
+        turns = [*prompt, *self._turns("completion", "assistant")]
+        messages, learned = messages_of(self.where, turns, Counter(), self._template)
         answers = {number for number in learned if number >= len(prompt)}
         return self._cut(messages, answers, tools_of(self.where, self.values.get("tools")))
 

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 from linearize.conversion.convert import convert_model, mixers_for
 from linearize.conversion.source import DTYPES
 from linearize.evaluation.formatting import readable_bytes
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM, MixerConfig
-from linearize.model.modeling import family_of
 from linearize.training.adapters import add_adapters, choose_trained
 from linearize.training.rehearsal import Moment, fullest_moment
 from linearize.training.teachers import wants_teacher

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.training.rows import NO_LOSS
@@ -35,7 +36,7 @@ def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
     """The `k` most likely tokens of `logits` `[N, V]`, at most all of them."""
     indices, logs = [], []
     for chunk in logits.split(_CHUNK):
-        log = torch.log_softmax(chunk.to(_wide(chunk)) / temperature, -1)
+        log = torch.log_softmax(chunk.to(computing_dtype(chunk)) / temperature, -1)
         top, index = log.topk(min(k, log.shape[-1]))
         rest = log.scatter(1, index, -math.inf).logsumexp(-1, keepdim=True)
         indices.append(index)
@@ -107,7 +108,7 @@ class _TokenLosses(torch.autograd.Function):
         distill: float,
         temperature: float,
     ) -> Tensor:
-        wide = _wide(student)
+        wide = computing_dtype(student)
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=student.device)
         for start in range(0, len(positions), _CHUNK):
@@ -164,7 +165,3 @@ def _top_k(q_log: Tensor, index: Tensor, p_log: Tensor) -> tuple[Tensor, Tensor]
     of_rest = torch.where(p[:, -1:] > 0, (q_log - rest).exp_() * p[:, -1:], 0)
     slope = q_log.exp().sub_(of_rest)
     return divergence, slope.scatter_(1, index, known.exp() - p[:, :-1])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

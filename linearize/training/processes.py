@@ -31,6 +31,9 @@ T = TypeVar("T")
 
 _ASKED_FOR = "LINEARIZE_PROCESSES"  # as accelerate's configuration has it
 
+_PATIENCE = (1.0, 5.0)
+"""Seconds after one process failed in which the others may end by themselves, and then upon SIGTERM, before SIGKILL."""
+
 _LONGEST_WAIT = timedelta(days=7)  # while the first process alone fetches data or writes text
 
 
@@ -107,8 +110,24 @@ def everyones(mine: T) -> list[T]:
 
 
 def from_the_first(find: Callable[[], T]) -> T:
-    """The result of `find`, which the first process alone calls; the others wait for it."""
-    return find() if count() == 1 else cast("T", everyones(find() if is_first() else None)[0])
+    """Calls `find` in the first process alone and returns its result in all of them; the others wait for it.
+
+    Raises:
+        LinearizeError: `find` raised it, in the first, which alone prints it.
+        SystemExit: the same, in the others.
+    """
+    if count() == 1:
+        return find()
+    found, problem = None, None
+    if is_first():
+        try:
+            found = find()
+        except LinearizeError as error:
+            problem = error
+    found, failed = everyones((found, problem is not None))[0]
+    if failed:
+        raise problem or SystemExit(1)
+    return cast("T", found)
 
 
 def leave() -> None:
@@ -121,23 +140,6 @@ def leave() -> None:
         if torch.distributed.is_initialized():
             wait()
             torch.distributed.destroy_process_group()
-
-
-def by_the_first(work: Callable[[], None]) -> None:
-    """Runs `work` in the first process alone. Where it fails the others end, too, and leave it to the first to say why.
-
-    Raises:
-        LinearizeError: what `work` raised, in the first.
-        SystemExit: in the others.
-    """
-    problem = None
-    if is_first():
-        try:
-            work()
-        except LinearizeError as error:
-            problem = error
-    if everyones(problem is not None)[0]:
-        raise problem or SystemExit(1)
 
 
 def wait() -> None:
@@ -221,13 +223,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
                         process.send_signal(signals.signum)
                 time.sleep(0.1)
     finally:
-        for process in started:
-            if process.poll() is None:
-                process.terminate()
-        for process in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
+        # A collective whose other side is gone may hang, and training only notes a SIGTERM until its step ends.
+        for seconds, stop in zip(_PATIENCE, (subprocess.Popen.terminate, subprocess.Popen.kill), strict=True):
+            until = time.monotonic() + seconds
+            while time.monotonic() < until and None in [process.poll() for process in started]:
+                time.sleep(0.05)
+            for process in started:
+                stop(process)  # a no-op for those that have ended
 
 
 def launch_with(configuration: Path, arguments: Sequence[str]) -> int:

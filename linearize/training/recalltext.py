@@ -11,8 +11,10 @@ made-up names of syllables, theirs are pairs of English words.
 from __future__ import annotations
 
 import random
-from itertools import count
+from itertools import accumulate, count
 from typing import TYPE_CHECKING
+
+from linearize.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ SHORTEST = 64
 
 _MOST_FACTS = 8
 _TOKENS_PER_FACT = 48  # a short row has fewer facts
+_MOST_MISSES = 100
+"""Documents in a row in which no question fits, before a length is refused."""
 _QUESTIONS = 4  # a list has a quarter of its row for them
 
 _ONSETS = ("b", "br", "d", "dr", "f", "g", "gl", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "t", "tr", "v", "z")
@@ -52,33 +56,48 @@ def recall_documents(
         encode: pieces of text, and whether each carries loss, to tokens.
         length: at least `SHORTEST`.
         ends: the token ids that open and that close a document.
+
+    Raises:
+        DataError: `length` tokens of this tokenizer are too few for a fact and its question.
     """
     opening, closing = ends
     room = length - len(opening) - len(closing)
+    misses = 0
     for number in count():
         rng = random.Random(f"recall text {seed} {number}")  # noqa: S311 - to be repeated
         body, questions = (_needles if number % 2 == 0 else _pairs)(rng, tokenizer, encode, room)
         asked = [token for question in questions for token in question.ids]
         loss = [learned for question in questions for learned in question.loss]
+        misses = 0 if any(loss) else misses + 1
+        if misses == _MOST_MISSES:
+            raise DataError(
+                f"data.source is recall: {length} tokens of this tokenizer hold no question; try {2 * length}"
+            )
+        if misses:
+            continue
         told = [token for part in body for token in part]
-        # What is too much is cut off where the text begins: filling, of which there is always some.
-        told = told[len(told) + len(asked) - room :]
         yield [*opening, *told, *asked, *closing], [False] * (len(opening) + len(told)) + loss + [False] * len(closing)
 
 
 def _needles(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
 ) -> tuple[list[list[int]], list[Document]]:
-    """Facts about people in sentences about nothing, and questions about them in another order."""
+    """Facts about people in sentences about nothing, and questions about them in another order; nothing where no fact
+    fits."""
     names = _names(rng, rng.randint(1, max(1, min(_MOST_FACTS, room // _TOKENS_PER_FACT))))
     facts = [(name, rng.choice(_THINGS), _value(rng)) for name in names]
     told = _tokens(tokenizer, [f" {name} has the {thing} {value}." for name, thing, value in facts])
-    questions = [
-        encode([(f"\nWhich {thing} does {name} have?", False), (f" {value}", True)])
-        for name, thing, value in rng.sample(facts, len(facts))
+    asked = [
+        encode([(f"\nWhich {thing} does {name} have?", False), (f" {value}", True)]) for name, thing, value in facts
     ]
-    body = _filling(rng, tokenizer, room - sum(map(len, told)) - sum(len(q.ids) for q in questions))
-    for fact in told:
+    sizes = accumulate(len(fact) + len(question.ids) for fact, question in zip(told, asked, strict=True))
+    # Facts of bytes are longer than `_TOKENS_PER_FACT`, so the last ones may not fit.
+    fitting = [size for size in sizes if size < room]
+    questions = [asked[place] for place in rng.sample(range(len(facts)), len(facts)) if place < len(fitting)]
+    if not fitting:
+        return [], []
+    body = _filling(rng, tokenizer, room - fitting[-1])
+    for fact in told[: len(fitting)]:
         body.insert(rng.randint(1, len(body)), fact)
     return body, questions
 
@@ -86,7 +105,8 @@ def _needles(
 def _pairs(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
 ) -> tuple[list[list[int]], list[Document]]:
-    """As many keys with their values as the row holds, then some of the keys again in another order."""
+    """As many keys with their values as the row holds, then some of the keys again in another order; nothing where no
+    question fits."""
     pairs = [(name, _value(rng)) for name in _names(rng, room // _QUESTIONS)]
     lines = _tokens(tokenizer, [f"\n{name} has {value}" for name, value in pairs])
     questions = [encode([("\n\nOnce more:", False)])]
@@ -101,20 +121,27 @@ def _pairs(
             break
         questions.append(question)
         left -= len(question.ids)
+    if len(questions) == 1:
+        return [], []
     filling = _filling(rng, tokenizer, room - used - sum(len(q.ids) for q in questions))
     return [*filling, *lines[:kept]], questions
 
 
 def _filling(rng: random.Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
-    """Sentences of at least `tokens` tokens in all."""
+    """Sentences of `tokens` tokens in all; what is too much is cut off where they begin."""
     sentences: list[list[int]] = []
-    missing = max(tokens, 1)
+    missing = tokens
     while missing > 0:
         said = [" ".join(map(rng.choice, (_WHO, _DID, _WHAT, _WHERE))) for _ in range(missing // 8 + 1)]
         for sentence in _tokens(tokenizer, [f" {one}." for one in said]):
             if missing > 0:
                 sentences.append(sentence)
                 missing -= len(sentence)
+    while missing < 0:
+        first = sentences.pop(0)
+        if len(first) > -missing:
+            sentences.insert(0, first[-missing:])
+        missing += len(first)
     return sentences
 
 

@@ -13,16 +13,16 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import accumulate
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import DataError
+from linearize.errors import DataError, counted
 from linearize.recipe.schema import RECORD_SHAPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from linearize.recipe.schema import SourceSpec
 
@@ -53,6 +53,8 @@ _FEWEST_PARTS, _SHORTEST_PART, _LONGEST_PART = 64, 256, 65_536
 _BOMB_BYTES, _BOMB_RATIO = 100_000_000, 200
 """A compressed file that gives more bytes than this, and that many times its own size, is refused."""
 _BLOCK = 1 << 20
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_MOST_SHOWN = 8
 
 Record = tuple[str, Any, bool]
 """Its place (file:line), its value, and whether the document ends with it."""
@@ -63,17 +65,14 @@ class Records:
     documents that another holds out at the same place.
 
     Attributes:
-        shards: the file names, where the source is a folder of several files.
-        beside: names of the folder's other files, which are not read.
+        about: remarks on how the source is read: the files of a folder, a separator of cells, a key of records.
         plain: the records are parts of plain text.
     """
 
     plain = False
 
-    def __init__(
-        self, parts: Sequence[Sequence[Record]], seed: int, shards: Sequence[str] = (), beside: Sequence[str] = ()
-    ) -> None:
-        self.parts, self.seed, self.shards, self.beside = parts, seed, shards, beside
+    def __init__(self, parts: Sequence[Sequence[Record]], seed: int, about: Iterable[str] = ()) -> None:
+        self.parts, self.seed, self.about = parts, seed, about
         self._ends = list(accumulate(map(len, parts)))
 
     def __iter__(self) -> Iterator[Record]:
@@ -125,14 +124,15 @@ def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
     if path.is_dir() and _is_saved(path):
         yield Records([_saved(path, source, spec.split)], seed)
         return
-    files, beside = _shards(path, source, spec.split) if path.is_dir() else ([path], [])
+    about: dict[str, None] = {}  # a set in the order of insertion
+    files = _shards(path, source, spec.split, about) if path.is_dir() else [path]
     packed = any(file.suffix.lower() in _COMPRESSED for file in files)
     with tempfile.TemporaryDirectory(prefix="linearize-") if packed else nullcontext("") as folder:
         parts = []
         for number, file in enumerate(files):
             shown = str(Path(source) / file.name) if path.is_dir() else source
-            parts.append(_file_records(file, shown, spec, Path(folder) / str(number)))
-        records = Records(parts, seed, [file.name for file in files] if path.is_dir() else (), beside)
+            parts.append(_file_records(file, shown, spec, Path(folder) / str(number), about))
+        records = Records(parts, seed, about)
         records.plain = _kind(files[0]) in _TEXT
         if not len(records):
             raise DataError(f"{source}: the file is empty; give one with text in it")
@@ -163,15 +163,12 @@ def _check_exists(path: Path, source: str) -> None:
     raise DataError(f"{source}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else " in that folder"))
 
 
-def _shards(path: Path, source: str, split: str) -> tuple[list[Path], list[str]]:
-    """The files of a folder in the order of their names, all of one kind, and the names of those that are not read:
-    what a data set says about itself, and other splits."""
+def _shards(path: Path, source: str, split: str, about: dict[str, None]) -> list[Path]:
+    """The files of a folder in the order of their names, all of one kind. Files about a data set, such as a README, and
+    other splits are left out; `about` gets the names of both."""
     found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
     files = [file for file in found if not _ABOUT.fullmatch(file.name)]
-    # A folder of pages may have a README among them, which is a text like the others.
-    if {*map(_kind, files)} <= {*_TEXT}:
-        files += [file for file in found if file not in files and files and _kind(file) in {*map(_kind, files)}]
-    files = _of_split(sorted(files), source, split)
+    files = _of_split(files, source, split)
     kinds = Counter(_kind(file) or file.suffix or file.name for file in files)
     if not any(map(_kind, files)):
         folders = sorted(p.name for p in path.iterdir() if p.is_dir())
@@ -182,7 +179,18 @@ def _shards(path: Path, source: str, split: str) -> tuple[list[Path], list[str]]
         raise DataError(
             f"{source}: this folder mixes several kinds of files ({mixed}); name a file in it, or move all others away"
         )
-    return files, [file.name for file in found if file not in files]
+    names = [file.name for file in files]
+    about[f"{len(names):,} files, {names[0]} to {names[-1]}" if len(names) > 1 else f"1 file, {names[0]}"] = None
+    if beside := [file.name for file in found if file not in files]:
+        about[f"files not read: {listed(beside)}"] = None
+    return files
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(names[:_MOST_SHOWN]) + more
 
 
 def _of_split(files: list[Path], source: str, split: str) -> list[Path]:
@@ -198,7 +206,9 @@ def _of_split(files: list[Path], source: str, split: str) -> list[Path]:
     return [file for file in files if named[file] == split]
 
 
-def _file_records(path: Path, source: str, spec: SourceSpec, unpacked: Path) -> Sequence[Record]:
+def _file_records(
+    path: Path, source: str, spec: SourceSpec, unpacked: Path, about: dict[str, None]
+) -> Sequence[Record]:
     """The records of a file, which is unpacked to `unpacked` where it is compressed."""
     if not path.is_file():
         raise DataError(f"{source}: not a regular file; give one of {READABLE}")
@@ -212,13 +222,13 @@ def _file_records(path: Path, source: str, spec: SourceSpec, unpacked: Path) -> 
         if kind == ".parquet":
             return _parquet_records(path, source)
         if kind in (".csv", ".tsv"):
-            return _csv_records(path, source, "," if kind == ".csv" else "\t")
+            return _csv_records(path, source, "," if kind == ".csv" else "\t", about)
         if kind in _TEXT:
             text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors put first
             # Enough of them to hold some out, and long ones where there is much: none is seen beyond its own end.
             parts = _parts(text, min(max(len(text) // _FEWEST_PARTS, _SHORTEST_PART), _LONGEST_PART))
             return [(source, {"text": part}, number == len(parts)) for number, part in enumerate(parts, 1)]
-        return _json_records(path, source, spec, lines=kind == ".jsonl")
+        return _json_records(path, source, spec, about, lines=kind == ".jsonl")
     except UnicodeDecodeError as problem:
         raise _not_utf8(problem, source) from problem
     except OSError as problem:
@@ -293,7 +303,9 @@ def _too_long(where: str, size: int) -> DataError:
     return DataError(f"{where}: a record of {size:,} characters; split it into records of at most {LONGEST_RECORD:,}")
 
 
-def _json_records(path: Path, source: str, spec: SourceSpec, *, lines: bool) -> Sequence[Record]:
+def _json_records(
+    path: Path, source: str, spec: SourceSpec, about: dict[str, None], *, lines: bool
+) -> Sequence[Record]:
     """JSON lines, or the records in one JSON value: an array, an object that holds one, or a single record."""
     broken = None
     try:
@@ -301,7 +313,10 @@ def _json_records(path: Path, source: str, spec: SourceSpec, *, lines: bool) -> 
         if not len(found):
             return []
         head = found[0][1]
-        if (len(found) > 1 and (lines or isinstance(head, dict))) or (lines and isinstance(head, dict)):
+        several = len(found) > 1
+        if several and lines:
+            return found
+        if isinstance(head, dict) and (several or (lines and not _key_of_records(head, spec))):
             return found
     except DataError as problem:
         broken = problem
@@ -316,6 +331,7 @@ def _json_records(path: Path, source: str, spec: SourceSpec, *, lines: bool) -> 
     if isinstance(whole, list):
         return [(f"{source}, record {number}", item, True) for number, item in enumerate(whole, 1)]
     if isinstance(whole, dict) and (key := _key_of_records(whole, spec)):
+        about[f"records under the key {key}"] = None
         return [(f"{source}, {key} {number}", item, True) for number, item in enumerate(whole[key], 1)]
     if (size := path.stat().st_size) > LONGEST_RECORD:
         raise _too_long(f"{source}:1", size)
@@ -323,11 +339,13 @@ def _json_records(path: Path, source: str, spec: SourceSpec, *, lines: bool) -> 
 
 
 def _key_of_records(whole: dict[str, Any], spec: SourceSpec) -> str | None:
-    """The key of an object that holds all records of a file: its only list of objects, unless it is a record."""
+    """The key of an object that holds all records of a file: its only list of objects, unless the object is a record or
+    the list a conversation."""
     own = {spec.field, *(spec.columns.named.values() if spec.columns else ())}
     known = {*CONVERSATIONS, *(name for must, may in RECORD_SHAPES.values() for name in (*must, *may)), *own}
     lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return lists[0] if len(lists) == 1 and not known & whole.keys() else None
+    speaks = len(lists) == 1 and whole[lists[0]][0].keys() & {"role", "from"}
+    return lists[0] if len(lists) == 1 and not speaks and not known & whole.keys() else None
 
 
 def _parse(text: str, source: str, line: int) -> Any:
@@ -350,15 +368,18 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
-def _csv_records(path: Path, source: str, delimiter: str) -> list[Record]:
-    """The rows of a table under its header, as text."""
+def _csv_records(path: Path, source: str, usual: str, about: dict[str, None]) -> list[Record]:
+    """The rows of a table under its header, as text; `usual` is the separator that the file's name stands for."""
     csv.field_size_limit(LONGEST_RECORD)
     records: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
         begins = 1
         header: list[str] | None = None
         try:
+            delimiter = _separator(path, usual)
+            if delimiter != usual:
+                about[f"cells separated by {_SEPARATORS[delimiter]}, not {_SEPARATORS[usual]}"] = None
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
             for row in rows:
                 where, begins = f"{source}:{begins}", rows.line_num + 1
                 if not row:
@@ -368,13 +389,26 @@ def _csv_records(path: Path, source: str, delimiter: str) -> list[Record]:
                     if len({*header}) < len(header):
                         raise DataError(f"{where}: two columns have one name ({', '.join(header)}); rename one of them")
                 elif len(row) != len(header):
-                    raise DataError(f"{where}: {len(row)} cells under a header of {len(header)}; mend that row")
+                    cells = counted(len(row), "cell", "cells")
+                    raise DataError(f"{where}: {cells} under a header of {len(header)}; mend that row")
                 else:
                     records.append((where, dict(zip(header, row, strict=True)), True))
         except csv.Error as problem:
             why = "a quote is never closed" if "end of data" in str(problem) else problem
             raise DataError(f"{source}:{begins}: not a readable table ({why}); mend that row") from problem
     return records
+
+
+def _separator(path: Path, usual: str) -> str:
+    """The separator of a table's cells: `usual`, unless the header is one cell by it, and exactly one other separator
+    splits header and first row into one number of cells."""
+    widths: dict[str, list[int]] = {delimiter: [] for delimiter in _SEPARATORS}
+    for delimiter, cells in widths.items():
+        # `_csv_records` meets an error of csv again, and says in which row.
+        with path.open(encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
+            cells.extend(islice((len(row) for row in csv.reader(file, delimiter=delimiter) if row), 2))
+    fitting = [delimiter for delimiter, cells in widths.items() if cells[:1] > [1] and len({*cells}) == 1]
+    return fitting[0] if widths[usual][:1] == [1] and len(fitting) == 1 else usual
 
 
 class _Rows(Sequence[Record]):

@@ -1,8 +1,12 @@
-"""A training step without data: every tensor that it makes is counted, and no number is computed.
+"""Counts the bytes of every tensor that a training step makes, without data.
 
-The model runs on the meta device, forward and backward, with the objective as the trainer has it. The bytes of each
-storage count from the operation that makes it until the last reference to it is gone, as an allocator sees them, so
-what a layer or the loss needs for a moment is in the highest figure as well as what autograd keeps.
+The model runs forward and backward on the meta device, which computes no numbers, with the trainer's own loss. The
+bytes of a storage count from the operation that makes it until its last reference is gone. So the peak includes what a
+layer or the loss needs for a moment, as well as what autograd saves.
+
+`torch.distributed._tools.mem_tracker.MemTracker` (torch 2.13) is not used, because it raises on frozen parameters, does
+not tell logits from activations, would replace `_Counter` alone, and gave the same bytes in the one case that it ran
+(`sft`, `train: full`); under `FakeTensorMode` the conversion itself fails in `Module.to`.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ class _Pace(StoppingCriteria):
 
     def __init__(self, wanted: int, progress: Callable[[str], None]) -> None:
         self.wanted, self.progress = wanted, progress
-        self.kept = 0
+        self.kept = self.told = 0
+        self.most = wanted
         self.started = self.reported = time.monotonic()
         self.over: Tensor | None = None
 
@@ -120,16 +121,17 @@ class _Pace(StoppingCriteria):
         live = int((~self.over).sum())
         self.batch += live
         if time.monotonic() - self.reported > _SECONDS_BETWEEN_REPORTS:
-            self.report(self.kept + self.batch)
+            self.report(min(self.kept + self.batch, self.most))
         return torch.full((len(input_ids),), live <= len(input_ids) * 3 // 4, device=input_ids.device)
 
     def report(self, written: int) -> None:
-        """Tell how far it is; `written` tokens exist."""
+        """Report progress: `written` tokens exist. Part of a batch is dropped at its end, so the most counts."""
+        written = self.told = max(self.told, written)
         self.reported = time.monotonic()
         speed = written / max(self.reported - self.started, 1e-3)
         left = max(self.wanted - written, 0) / max(speed, 1e-3)
         time_left = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-        counts = f"{min(written, self.wanted):,} of {self.wanted:,} tokens"
+        counts = f"{written:,} of {self.wanted:,} tokens"
         self.progress(f"self text: {counts}, {speed:,.0f} tok/s, {time_left} left")
 
 
@@ -196,6 +198,7 @@ class _Writer:
             # Near the end fewer rows do: as many as the documents so far say, with a third to spare.
             typical = (wanted - missing) / len(documents) if documents else self.sample_length
             rows = self.batch_size if empty else min(self.batch_size, int(missing / typical * 4 / 3) + 1)
+            self.pace.most = self.pace.kept + missing
             new = batch(rows)
             empty = 0 if new else empty + 1
             for document in new:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from linearize.errors import LinearizeError, RecipeError
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 from linearize.recipe.schema import STUDENT
 from linearize.training import processes
 

@@ -45,23 +45,25 @@ def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterato
 def is_resumable(target: Path, recipe: Recipe) -> bool:
     """True if an interrupted run of this recipe lies beside `target`."""
     kept = _work(target) / "recipe.yaml"
-    return kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(recipe)
+    return kept.is_file() and load_recipe(str(kept)) == recipe
 
 
 def recipe_to_resume(
-    target: Path, given: Recipe, overrides: Sequence[str], *, name: str, say: Callable[[str], None]
+    target: Path, given: Recipe | None, overrides: Sequence[str], *, name: str | None, say: Callable[[str], None]
 ) -> Recipe:
     """The recipe of the unfinished run beside `target`, or `given` where there is none.
 
     Args:
-        given: the recipe `name` with `overrides` laid over it.
+        given: the recipe `name` with `overrides` laid over it; None if the command names no recipe.
         say: gets a line where the two recipes differ.
 
     Raises:
-        OutputError: `overrides` change the run's recipe.
+        OutputError: `overrides` change the run's recipe, or there is neither such a run nor `given`.
     """
     kept = _work(target) / "recipe.yaml"
     if not kept.is_file():
+        if given is None:
+            raise OutputError(f"{_work(target)}: no unfinished run to resume; name a recipe and leave --resume out")
         return given
     own = load_recipe(str(kept))
     if keys := _differences(own.model_dump(), load_recipe(str(kept), overrides).model_dump()):
@@ -69,7 +71,7 @@ def recipe_to_resume(
             f"{kept}: --resume goes on with this recipe, and --set changes {_listed(keys)} in it; leave --set out, or "
             "begin anew with another -o"
         )
-    if keys := _differences(own.model_dump(), given.model_dump()):
+    if given is not None and (keys := _differences(own.model_dump(), given.model_dump())):
         say(f"resuming with the run's own recipe, {kept}; {name} differs from it in {_listed(keys)}")
     return own
 
@@ -113,10 +115,10 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
         OutputError: an unfinished run is there and `resume` is not set, or the other way round, or of another recipe.
     """
     with claimed(target):
-        yield from _working(_work(target), dump_recipe(recipe), resume)
+        yield from _working(_work(target), recipe, resume)
 
 
-def _working(work: Path, text: str, resume: bool) -> Iterator[Path]:
+def _working(work: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
     kept = work / "recipe.yaml"
     if not resume and kept.is_file() and not any(work.glob(_CHECKPOINT)):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed before it had anything to keep
@@ -125,12 +127,12 @@ def _working(work: Path, text: str, resume: bool) -> Iterator[Path]:
             raise OutputError(f"{work}: an unfinished run is there; pass --resume to go on, or remove the folder")
     elif not kept.is_file():
         raise OutputError(f"{work}: no unfinished run to resume; leave --resume out")
-    elif kept.read_text(encoding="utf-8") != text:
+    elif load_recipe(str(kept)) != recipe:
         raise OutputError(f"{kept}: the unfinished run has another recipe; resume it with that one")
     try:
         work.mkdir(parents=True, exist_ok=True)
         if not resume:  # or another process may be reading it
-            kept.write_text(text, encoding="utf-8")
+            kept.write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{work}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     done = False

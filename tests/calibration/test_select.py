@@ -1,4 +1,4 @@
-"""How windows and landmarks are shared out."""
+"""What `keep.budget` keeps, and how landmarks are shared out."""
 
 from __future__ import annotations
 
@@ -10,41 +10,16 @@ import pytest
 import torch
 
 from linearize.calibration.blocks import output_projection
-from linearize.calibration.select import select, share_windows
+from linearize.calibration.select import select
 from linearize.calibration.shares import Curve, _exact, curves, share_landmarks
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import RecipeError
-from linearize.evaluation.heldout import Estimate
 from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.probe.damage import Part
 from linearize.probe.needles import Needle, answer_log_probability
 from linearize.recipe import CalibrateSpec, KeepSpec, MixerSpec, SourceSpec, load_recipe
 from tests.model.test_families import build
-
-
-def recall(**falls: float) -> dict[int, Estimate]:
-    return {int(name[1:]): Estimate(fall, 0.01) for name, fall in falls.items()}
-
-
-def test_the_layer_that_recall_needs_sees_far_and_the_sum_stays():
-    found = share_windows(recall(l0=0.0, l1=1.5, l2=0.01, l3=0.0), 64, 100)
-    assert found[1] == 100 and found[0] == found[2] == found[3] == 16 + (192 - 84) // 3
-    assert sum(found.values()) <= 4 * 64
-
-
-def test_one_after_the_other_as_far_as_the_tokens_go():
-    found = share_windows(recall(l0=0.2, l1=1.5, l2=0.0, l3=0.0), 64, 150)
-    assert (found[1], found[0]) == (150, 16 + 192 - 134)
-    assert found[2] == found[3] == 16
-
-
-def test_where_no_layer_stands_out_windows_stay_equal():
-    assert share_windows(recall(l0=0.0, l1=0.015), 64, 500) == {0: 64, 1: 64}
-
-
-def test_narrow_windows_are_not_cut():
-    assert share_windows(recall(l0=0.0, l1=1.0), 8, 500) == {0: 8, 1: 8}
 
 
 def curve(*costs: float, recall: float = 0.0) -> Curve:
@@ -179,10 +154,11 @@ def test_heads_that_are_kept_are_no_candidates_and_take_nothing_of_the_budget(ch
     assert probe.sizes[Part(3)] * (heads - 3) == probe.sizes[Part(0)] * heads and set(probe.parts) == {Part(0), Part(3)}
 
 
-def test_windows_are_shared_out_among_layers_that_have_one(chosen):
-    mixer, probe, _ = chosen("mixer.keep={layers: [1], every: 4}", "mixer.reach=24")
-    assert set(probe.parts) == {Part(0), Part(2)} and set(mixer.windows) == {0, 2} and mixer.reach is None
-    assert sum(mixer.windows.values()) <= 32 and (mixer.keep.layers, mixer.keep.every) == ([1], 4)
+def test_a_window_of_a_layer_that_is_chosen_is_dropped(chosen):
+    mixer, _, why = chosen("mixer.keep={layers: [1, 2], budget: 50%, by: loss}", "mixer.windows={0: 32, 3: 8}")
+    (kept,) = {0, 3} & {*mixer.keep.layers}
+    assert set(mixer.windows) == {0, 3} - {kept}
+    assert f"mixer.windows for layers {kept} are dropped" in why[-1]
 
 
 def test_with_one_layer_left_there_is_nothing_to_choose(chosen):
@@ -190,9 +166,6 @@ def test_with_one_layer_left_there_is_nothing_to_choose(chosen):
         chosen("mixer.keep={layers: [2], every: 2, budget: 50%}")
     with pytest.raises(RecipeError, match=r"mixer.keep: nothing is left to convert"):
         chosen("mixer.keep={layers: [0, 2], every: 2, budget: 50%}")
-    mixer, probe, why = chosen("mixer.keep={layers: [2], every: 2}", "mixer.reach=64")
-    assert probe is None and mixer.reach is None and not mixer.windows
-    assert why == ["Windows: layer 0 alone has one, so there is nothing to share out, and it stays as it is."]
 
 
 def test_the_text_is_that_of_the_field_that_is_named(chosen, tmp_path, data_folder):

@@ -260,6 +260,9 @@ def test_a_recipe_its_changes_and_the_output_are_checked_before_torch_is_loaded(
         (["demo", "-o", taken], "exists and is not empty"),
         (["export", "m", taken], "exists and is not empty"),
         (["eval", "m", "--suite", "recal"], "no suite called 'recal'"),
+        (["eval", "m", "--tasks", "misspelt"], "no task called 'misspelt'"),
+        (["eval", "m", "--tasks", "passkee,piqa"], "did you mean passkey"),
+        (["run", "-o", "out", "--resume"], "no unfinished run to resume; name a recipe"),
         (["eval", "m", "--report", below_a_file], "is a file, and not a folder"),
     ]
     done = subprocess.run(
@@ -293,9 +296,13 @@ def test_a_context_as_short_as_what_is_read_exactly_is_refused_at_once(outcome, 
             assert (status, text) == (1, ""), command
             (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
             assert "of a text exactly, and this model's context is 256 tokens: lower mixer.landmarks" in line
+    status, text, words = outcome("inspect", folder, "-r", recipe)
+    assert (status, words) == (0, f"`linearize convert` refuses this: {line.removeprefix('error: ')}\n") and text
+    assert outcome("inspect", folder, "-r", recipe, "--recurrence", "all")[2] == words
     # Landmarks that leave something of the context to answer are converted.
     small = ("--set", "mixer.landmarks=32", "--set", "mixer.window=16", "--dry-run")
     assert outcome(*commands[0], *small)[0] == 0
+    assert outcome("inspect", folder, "-r", recipe, *small[:-1])[2] == ""
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -1,4 +1,4 @@
-"""`linearize finetune`: what --launch does to a dry run, and which recipe --resume goes on with."""
+"""`linearize finetune`: what --launch does to a dry run, and which recipe --resume goes on with, also of `run`."""
 
 from __future__ import annotations
 
@@ -54,17 +54,26 @@ def test_float16_is_refused_before_it_is_counted(outcome, settings):
     assert (status, text) == (1, "") and words.startswith("error: dtype: float16") and "bfloat16" in words
 
 
-def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+@pytest.fixture
+def interrupted(outcome, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command line until its second step of training."""
 
-    def interrupted(path: Path, record: dict[str, Any]) -> None:
+    def append(path: Path, record: dict[str, Any]) -> None:
         trainer.append_json_line(path, record)
         if record["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics, "append_json_line", interrupted)
-        assert outcome("finetune", "default", "-o", out, *settings)[0] == 143
+    def call(*arguments: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "append_json_line", append)
+            assert outcome(*arguments)[0] == 143
+
+    return call
+
+
+def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, interrupted):
+    out = tmp_path / "out"
+    interrupted("finetune", "default", "-o", out, *settings)
     resume = ("finetune", "default", "-o", out, "--resume")
     status, text, words = outcome(*resume, "--set", "stages.0.lr=0.5", "--set", "seed=3")
     assert (status, text) == (1, "") and words.count("\n") == 1
@@ -96,3 +105,19 @@ def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, 
     # A converted folder is no finished run.
     status, _, words = outcome("finetune", "default", "-o", tmp_path / "tiny", "--resume", *settings)
     assert status == 1
+
+
+def test_run_resumes_without_its_recipe_and_changes(outcome, settings, tmp_path, interrupted):
+    out, held_out = tmp_path / "out", ("--set", "stages.0.data.held_out=2")
+    status, _, words = outcome("run", "-o", out)
+    assert status == 2 and "name a RECIPE, or pass --resume" in words
+    status, _, words = outcome("run", "-o", out, "--resume")
+    assert status == 1 and f"{out}.training: no unfinished run to resume" in words
+    interrupted("run", "default", "-o", out, *settings, *held_out)
+    status, _, words = outcome("run", "-o", out, "--resume", "--set", "seed=3")
+    assert status == 1 and "--resume goes on with this recipe, and --set changes seed in it" in words
+    status, text, words = outcome("run", "-o", out, "--resume", "--json")
+    assert status == 0 and "going on from checkpoint-3" in words and "differs from it" not in words, words
+    assert json.loads(text)["stages"][0]["steps"] == 4
+    assert "window: 8" in (out / "finetuned" / "recipe.yaml").read_text()
+    assert not (tmp_path / "out.training").exists()

@@ -81,6 +81,13 @@ def test_landmarks_of_each_layer():
         ([FULL], ["mixer.keep.heads={0: [4]}"], "there is no key/value head 4; the layer has 0 to 3"),
         ([SLIDING, FULL], ["mixer.keep.heads={0: [4]}"], "mixer.keep.heads.0: there is no key/value head 4"),
         ([FULL], ["mixer.windows={1: 32}"], "mixer.windows: there is no layer 1; the model has 0 to 0"),
+        (
+            [FULL] * 2,
+            ["mixer.windows={0: 32, 1: 32}", "mixer.keep.layers=[1]"],
+            "mixer.windows: layer 1 is kept as softmax by mixer.keep, so no other window is used there; leave it out",
+        ),
+        ([FULL] * 2, ["mixer.windows={1: 32}", "mixer.keep.every=2"], "mixer.windows: layer 1 is kept as softmax"),
+        ([SLIDING, FULL], ["mixer.windows={0: 32}"], "mixer.windows: layer 0 has a sliding window of its own, which"),
         ([FULL], ["mixer.keep.layers=[0]"], "nothing is left"),
         ([FULL], ["mixer.keep.heads={0: [0, 1, 2, 3]}"], "nothing is left"),
         ([SLIDING, FULL], ["mixer.keep.layers=[1]"], "nothing is left"),
@@ -117,3 +124,14 @@ def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
     plain = convert_model(load_model(source), spec("mixer.window=16"))
     assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-3)
     assert isinstance(again, LinearizedForCausalLM)
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_a_window_of_its_own_for_each_layer(tiny_folder, tmp_path):
+    recipe = load_recipe("default", ["mixer.windows={0: 8, 1: 24}"])
+    source = find_source(str(tiny_folder))
+    model = convert_into(source, recipe, tmp_path, teacher=load_model(source)).model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [again.config.mixer_of(layer).window for layer in (0, 1)] == [8, 24]
+    ids = torch.arange(5, 105)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -128,9 +128,9 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     shutil.rmtree(tmp_path / "files")
     (tmp_path / "files").mkdir()
-    with pytest.raises(ModelError, match=r"1 weights are not there, model\.norm\.weight among them"):
+    with pytest.raises(ModelError, match=r"1 weight is not there, model\.norm\.weight among them"):
         convert_into(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
-    assert any(line.endswith("its files lack 1 weights, model.norm.weight among them") for line in told)
+    assert any(line.endswith("its files lack 1 weight, model.norm.weight among them") for line in told)
 
 
 def scaled(name):
@@ -154,6 +154,23 @@ def as_classifier(held):
     held["score.weight"] = torch.ones(3, 48)
 
 
+def as_adapted(held):
+    """As `save_pretrained` of a peft model's own modules leaves it."""
+    for key in list(held):
+        layer = key.replace("_proj.weight", "_proj.base_layer.weight")
+        held[f"base_model.model.{layer}"] = held.pop(key)
+    held["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 48)
+
+
+def with_adapters(held):
+    held["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 48)
+
+
+def as_compiled(held):
+    for key in list(held):
+        held[f"_orig_mod.{key}"] = held.pop(key)
+
+
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
 
 
@@ -166,10 +183,13 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
         (
             as_classifier,
             {"tie_word_embeddings": True},
-            r"1 weights have no place .*\(score\.weight\): it is a classifier",
+            r"1 weight has no place .*\(score\.weight\): it is a classifier",
         ),
+        (as_adapted, {}, r"no place .*\(base_model\.model\..*: adapters of peft .* merge them first \(model\.merge"),
+        (with_adapters, {}, r"1 weight has no place .*lora_A\.weight\): adapters of peft .* and save that model$"),
+        (as_compiled, {}, r"no place .*\(_orig_mod\..*: it was saved within torch\.compile; save model\._orig_mod"),
     ],
-    ids=["scales", "an unknown quantizer", "biases", "a classifier"],
+    ids=["scales", "an unknown quantizer", "biases", "a classifier", "peft", "adapters beside", "torch.compile"],
 )
 @pytest.mark.parametrize("way", ["files", "memory"])
 def test_weights_that_the_model_does_not_take_are_refused_by_name(
@@ -193,7 +213,7 @@ def test_a_converted_model_refuses_weights_that_it_does_not_take(tiny_folder, tm
     held = weights(tmp_path / "out")
     held["model.layers.0.self_attn.mixer.unknown"] = torch.ones(2)
     save_file(held, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights have no place .*mixer\.unknown"):
+    with pytest.raises(ModelError, match=r"1 weight has no place .*mixer\.unknown"):
         load_model(find_source(str(tmp_path / "out")))
 
 

@@ -16,7 +16,8 @@ from linearize.errors import DataError, ModelError
 from linearize.evaluation import fewshot, reading
 from linearize.evaluation.excerpts import PAGES, page_prompts
 from linearize.evaluation.fewshot import FewShot, is_right, questions
-from linearize.evaluation.generation_suite import GENERATION, generation_tasks, repeated
+from linearize.evaluation.generation_suite import generation_tasks, repeated
+from linearize.evaluation.names import GENERATION
 from linearize.evaluation.reading import greedy, sampled, write
 from linearize.evaluation.task import Item
 from linearize.recipe import MixerSpec

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from linearize.conversion.convert import convert_model, mixers_for, window_baseline
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.recall import RECALL, RecallTask, recall_tasks, running, texts
+from linearize.evaluation.names import RECALL
+from linearize.evaluation.recall import RecallTask, recall_tasks, running, texts
 from linearize.evaluation.recall import tasks as tasks_module
-from linearize.model.modeling import family_of
+from linearize.families import family_of
 from linearize.recipe import MixerSpec
 
 NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

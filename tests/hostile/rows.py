@@ -227,7 +227,7 @@ CHECKPOINTS = [
     (
         "a missing tensor",
         convert(lambda kit: kit.weights(lambda t: t.pop(PROJECTION))),
-        f"1 weights are not there, {PROJECTION} among them",
+        f"1 weight is not there, {PROJECTION} among them",
     ),
     (
         "weights of another model",
@@ -372,7 +372,7 @@ DATA = [
         ],
         "d.txt: not a regular file",
     ),
-    ("a CSV row cut off", data("d.csv", "text,n\nx,1\ny"), "d.csv:3: 1 cells under a header of 2; mend that row"),
+    ("a CSV row cut off", data("d.csv", "text,n\nx,1\ny"), "d.csv:3: 1 cell under a header of 2; mend that row"),
     ("a CSV quote that never ends", data("d.csv", 'text\n"x' + "y" * 9), "d.csv:2: not a readable table (a quote"),
     ("a CSV cell of 100 MB", data("d.csv", b"text\n" + b"x" * LONG), "d.csv:2: not a readable table (field larger"),
     ("a gzip bomb", data("d.txt.gz", gzip.compress(bytes(4 * LONG))), "d.txt.gz: unpacks to more than 100,000,000"),
@@ -397,7 +397,7 @@ DATA = [
         data("d.jsonl", json.dumps({"messages": DEEP})),
         'd.jsonl:1: messages is "[[[[',
     ),
-    ("too little text", data("d.txt", "x" * 9), "d.txt: 10 tokens in 1 documents are too few"),
+    ("too little text", data("d.txt", "x" * 9), "d.txt: 10 tokens in 1 document are too few"),
 ]
 
 STATES = [

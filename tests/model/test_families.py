@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from linearize.conversion.convert import mixers_for
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.attention import LinearizedAttention
-from linearize.model.modeling import family_of
 from linearize.recipe import MixerSpec
 from linearize.state import State
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source
 from linearize.evaluation.recall.words import NOUNS
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
-from linearize.model.modeling import family_of
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import Part, all_but, convertible_layers, damage, everything_but, parts_of, read, windowed
 from linearize.probe.needles import Needle, make_needles

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
-from linearize.model.modeling import family_of
 from linearize.probe import statistics
 from linearize.probe.statistics import Tally, mass_on, observed
 from tests.model.test_families import ROWS, build, every_row, text

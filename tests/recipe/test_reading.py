@@ -47,6 +47,7 @@ def error_of(text: str, *overrides: str) -> str:
         ("calibrate: {tokens: 0}", "x.yaml:1: calibrate.tokens: expected an integer >= 1, got 0"),
         ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
         ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
+        ("mixer:\n  reach: 64", "x.yaml:2: mixer.reach: gone; use mixer.landmarks_by or mixer.keep.budget"),
         ("mixer: {landmarks: -3}", "mixer.landmarks: expected an integer >= 0, got -3"),
         (
             "mixer: {landmark_layers: {-1: 3}}",
@@ -83,6 +84,7 @@ def test_errors_in_a_recipe(text: str, message: str) -> None:
         ("mixer.windw=3", "--set mixer.windw=3: unknown key; did you mean 'mixer.window'?"),
         ("mixer.window=abc", "--set mixer.window=abc: expected an integer >= 1, got 'abc'"),
         ("mixer={windw: 3}", "--set mixer={windw: 3}: mixer.windw: unknown key; did you mean 'window'?"),
+        ("mixer.reach=64", "--set mixer.reach=64: gone; use mixer.landmarks_by or mixer.keep.budget"),
         ("lr=3", "--set lr=3: unknown key; did you mean 'stages.0.lr'?"),
         ("mixer.window", "--set mixer.window: expected key=value"),
         ("=3", "--set =3: expected key=value"),
@@ -111,6 +113,11 @@ def test_overrides_change_single_keys() -> None:
     assert recipe.lora is not None
     assert recipe.lora.rank == 16
     assert recipe.evaluate.tasks == ["piqa"]
+
+
+def test_a_recipe_saved_by_version_0_1_0_still_reads() -> None:
+    recipe = parse_recipe("mixer: {window: 8, windows: {0: 2, 1: 14}, reach: null}", "x.yaml")
+    assert recipe.mixer.windows == {0: 2, 1: 14} and recipe == parse_recipe(dump_recipe(recipe), "x.yaml")
 
 
 def test_an_override_can_mend_a_wrong_key() -> None:

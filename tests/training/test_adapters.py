@@ -157,6 +157,10 @@ def test_fused_experts_and_layers_without_a_target_are_said():
     ]
     with pytest.raises(RecipeError, match=r"no module 'c_fc' .*; its experts \(mlp\.experts\.down_proj, .* are fused"):
         add_adapters(copy.deepcopy(model), LoraSpec(targets=["c_fc"]))
+    has = r"those that do are q, k, v, o, gate, up, down, shared_expert_gate; its experts \(.*\) are fused, and"
+    for target in ("experts", "mlp.gate", "input_layernorm"):  # a fused tensor, a router, a norm
+        with pytest.raises(RecipeError, match=rf"no module '{target}' \({target}\) that takes adapters; {has}"):
+            add_adapters(copy.deepcopy(model), LoraSpec(targets=[target]))
     said.clear()
     dense_second = student_of("qwen2_moe", **experts, **sizes, mlp_only_layers=[1])
     add_adapters(copy.deepcopy(dense_second), LoraSpec(targets=["up"]), said.append)

@@ -388,6 +388,9 @@ def test_work_folders_of_other_runs_are_left_alone(tiny_folder, text, tmp_path):
     with pytest.raises(OutputError, match="another recipe"), work_folder(tmp_path / "out", other, resume=True):
         pass
     assert not is_resumable(tmp_path / "out", other)
+    kept = work / "recipe.yaml"
+    kept.write_text(kept.read_text().replace("  window: ", "  reach: null\n  window: ", 1))  # as version 0.1.0 wrote it
+    assert is_resumable(tmp_path / "out", settings)
     shutil.rmtree(work)
     with pytest.raises(RuntimeError), work_folder(tmp_path / "out", settings, resume=False):
         raise RuntimeError

@@ -18,6 +18,7 @@ from linearize.recipe import DataSpec, MixerSpec, Stage
 from linearize.training import data as data_module
 from linearize.training.data import load_data, reserved_tokens
 from linearize.training.rows import read_data, save_data
+from tests.conftest import random_llama
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,29 @@ def test_recall_text_asks_for_what_it_told(tokenizer):
     assert not torch.equal(data.train.input_ids, other.train.input_ids)
     with pytest.raises(DataError, match="63 tokens hold no question"):
         load(tokenizer, length=63, source="recall")
+
+
+@pytest.mark.parametrize(
+    ("of_bytes", "length"), [(True, 96), (True, 256), (True, 400), (False, 64), (False, 96), (False, 256), (False, 400)]
+)
+def test_every_fact_is_told_in_full_and_asked_for_once(tokenizer, tmp_path, length, of_bytes):
+    if of_bytes:
+        tokenizer = AutoTokenizer.from_pretrained(random_llama(tmp_path))
+    rows = load(tokenizer, length=length, source="recall", tokens=200 * length, held_out=0).train
+    assert rows.input_ids.shape == (200, length) and bool((rows.position_ids == torch.arange(length)).all())
+    for text in told(rows, tokenizer):
+        facts = re.findall(r"(\w+) has the (.*?) (\d+)\.", text)
+        asked = re.findall(r"Which (.*?) does (\w+) have\? (\d+)", text)
+        assert sorted(facts) == sorted((name, thing, value) for thing, name, value in asked)
+        assert asked or "Once more:" in text
+
+
+def test_a_length_that_holds_no_question_is_refused(tokenizer, monkeypatch, tmp_path):
+    with pytest.raises(DataError, match="64 tokens of this tokenizer hold no question; try 128"):
+        load(AutoTokenizer.from_pretrained(random_llama(tmp_path)), length=64, source="recall", tokens=64)
+    monkeypatch.setattr(data_module, "SHORTEST", 8)
+    with pytest.raises(DataError, match="8 tokens of this tokenizer hold no question; try 16"):
+        load(tokenizer, length=8, source="recall", tokens=8)
 
 
 def test_nothing_of_the_evaluation_is_trained_on(tokenizer):

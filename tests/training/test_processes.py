@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linearize.cli import app
 from linearize.errors import LinearizeError, RecipeError
 from linearize.jobs.finetune import run_stages
 from linearize.recipe import dump_recipe, load_recipe
@@ -198,10 +200,36 @@ def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path):
         processes.join()
 
 
-def test_one_that_fails_ends_the_others(capfd):
+def test_one_that_fails_ends_the_others(capfd, tmp_path, monkeypatch):
     assert processes.launch(2, ["recipes", "show", "no-such-recipe"]) == 1
     told = capfd.readouterr().err
     assert "no-such-recipe" in told and "Traceback" not in told
+    # Those that ignore SIGTERM, as in a collective whose other side is gone, are killed, all after one wait.
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\ntest $RANK = 1 && exit 3\ntrap '' TERM\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    began = time.monotonic()
+    assert processes.launch(4, []) == 3
+    assert time.monotonic() - began < 20
+
+
+def test_the_first_process_alone_tells_that_a_change_does_not_go_with_resume(small_recipe, tmp_path):
+    (tmp_path / "out.training").mkdir()
+    shutil.copy(small_recipe, tmp_path / "out.training")
+    command = ("linearize", "finetune", str(small_recipe), "-o", str(tmp_path / "out"), "--launch", "2", "--resume")
+    done = run(tmp_path, *command, "--set", "seed=9")
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1 and "and --set changes seed in it" in done.stderr
+
+
+def test_a_process_that_another_one_left_says_so(monkeypatch, capsys):
+    def left() -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:33666. GLHF!")
+
+    monkeypatch.setattr(app, "build_app", lambda: lambda **_: left())
+    assert app.run([]) == 1
+    assert capsys.readouterr().err.startswith("error: another process of this run ended, and this one cannot go on")
 
 
 ACCELERATE = """

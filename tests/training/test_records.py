@@ -133,6 +133,8 @@ def summary(lines: list[str]) -> str:
         {"conversations": [ASKED, SAID]},
         {"conversation": [{"from": "human", "value": ASKED["content"]}, {"from": "gpt", "value": SAID["content"]}]},
         {"conversations": json.dumps([ASKED, SAID])},
+        {"messages": [{"role": "User", "content": ASKED["content"]}, {"role": "bot", "content": SAID["content"]}]},
+        {"conversations": [{"from": "Human", "value": ASKED["content"]}, {"from": "model", "value": SAID["content"]}]},
         {"messages": [{"role": "human", "value": ASKED["content"]}, {"role": "gpt", "content": SAID["content"]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": ASKED["content"]}]}, SAID]},
         {"instruction": ASKED["content"], "output": SAID["content"]},
@@ -146,6 +148,17 @@ def test_every_spelling_of_a_conversation_is_one(tmp_path, qwen, turns):
     assert text == qwen.apply_chat_template([ASKED, SAID], tokenize=False).rstrip()
     assert learned == "It is 21 degrees.<|im_end|>"
     assert "; not read: id, source" in summary(lines)
+
+
+def test_a_role_that_the_template_names_is_known(tmp_path, qwen):
+    turns = [{"role": "moon", "content": "It shines."}, ASKED, SAID]
+    qwen.chat_template = f"{{% set moon = 'moon' %}}{PLAIN}"
+    text, _, _ = read(tmp_path / "a.jsonl", [{"messages": turns}], qwen)
+    assert text.startswith("<|im_start|>moon\nIt shines.<|im_end|>")
+    qwen.chat_template = PLAIN
+    good = {"messages": [ASKED, SAID]}
+    path = write(tmp_path / "a.jsonl", [good, good, {"messages": turns}])
+    assert f'{path}:3: a message has the role "moon"; expected one of system' in error(path, qwen)
 
 
 def test_a_system_prompt_and_earlier_turns_are_messages(tmp_path, qwen):
@@ -262,7 +275,8 @@ def test_what_is_left_out_is_counted(tmp_path, qwen):
         ({"question": "x", "answer": "y"}, "for example {instruction: question, output: answer}"),
         ({"text": ["x"]}, 'text is ["x"]; expected text'),
         ({"conversation": "x"}, 'conversation is "x"; expected a list'),
-        ({"messages": [{"from": "moon", "value": "x"}]}, 'a message is from "moon"; expected one of human, gpt'),
+        ({"messages": [{"from": "moon", "value": "x"}]}, 'a message has the role "moon"; expected one of system, '),
+        ({"messages": [{"role": "moon", "content": "x"}]}, 'a message has the role "moon"; expected one of system, '),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 'a part that is no text ("image")'),
         ({"instruction": "i", "output": "o", "history": ["x"]}, 'history has "x"; expected pairs of a question'),
         (
@@ -342,12 +356,30 @@ def test_what_a_data_set_says_about_itself_is_no_data(tmp_path, tokenizer):
     lines: list[str] = []
     assert torch.equal(load(hub, tokenizer, length=64, lines=lines).train.input_ids, expected)
     assert "files not read: LICENSE, LICENSE-MIT.txt, README.md, dataset_infos.json; 40 texts" in lines[1]
-    # Among pages a README is a page.
-    pages = tmp_path / "pages"
-    pages.mkdir()
-    for name in ("README.md", "a.md"):
-        (pages / name).write_text(f"The page {name}. " * 99)
-    assert "README" in tokenizer.decode(load(pages, tokenizer, length=64).train.input_ids.flatten())
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("train.txt", "LICENSE.txt", "README", "CITATION.txt"):
+        (texts / name).write_text(f"The page {name}. " * 99)
+    lines.clear()
+    text = tokenizer.decode(load(texts, tokenizer, length=64, lines=lines).train.input_ids.flatten())
+    assert "train" in text and "LICENSE" not in text and "CITATION" not in text
+    assert "1 file, train.txt; files not read: CITATION.txt, LICENSE.txt, README; " in lines[1]
+
+
+@pytest.mark.parametrize(("name", "said"), [("a.csv", "\ttabs"), ("a.csv", ";semicolons"), ("a.tsv", ",commas")])
+def test_cells_may_be_separated_otherwise_than_the_name_says(tmp_path, tokenizer, name, said):
+    expected = load(write(tmp_path / "b.jsonl", RECORDS), tokenizer, length=64).train.input_ids
+    with (tmp_path / name).open("w", newline="") as file:
+        rows = csv.writer(file, delimiter=said[0])
+        rows.writerows([("n", "text"), *((n, record["text"]) for n, record in enumerate(RECORDS))])
+    lines: list[str] = []
+    assert torch.equal(load(tmp_path / name, tokenizer, length=64, lines=lines).train.input_ids, expected)
+    assert sum(f"{name}: cells separated by {said[1:]}, not " in line for line in lines) == 1
+    # One column of prose is one, whatever stands in it.
+    (tmp_path / name).write_text("text\n" + "\n".join(f'"{n}; {n}, {n}\t{n}"' for n in range(40)))
+    lines.clear()
+    load(tmp_path / name, tokenizer, lines=lines)
+    assert not any("cells separated by" in line for line in lines)
 
 
 def test_of_shards_of_several_splits_one_is_read(tmp_path, tokenizer):
@@ -400,18 +432,35 @@ def test_one_printed_object_is_one_record(tmp_path, qwen):
         (tmp_path / name).write_text(json.dumps({"messages": [ASKED, SAID]}, indent=2))
         ids = load(tmp_path / name, qwen).train.input_ids.flatten()
         assert qwen.decode(ids) == qwen.apply_chat_template([ASKED, SAID], tokenize=False).rstrip()
-    (tmp_path / "a.json").write_text(json.dumps({"train": RECORDS, "test": RECORDS}))
-    assert "a.json:1: the fields of this record are train, test; expected" in error(tmp_path / "a.json", qwen)
+    told = "a.{}:1: the fields of this record are train, test; expected .*; if the records are in train or test, write"
+    for name in ("json", "jsonl"):
+        (tmp_path / f"a.{name}").write_text(json.dumps({"train": RECORDS, "test": RECORDS}))
+        assert re.search(told.format(name), error(tmp_path / f"a.{name}", qwen))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_one_object_on_one_line_may_hold_the_records(tmp_path, qwen, name):
+    expected = load(write(tmp_path / "b.jsonl", RECORDS), qwen, length=64).train.input_ids
+    lines: list[str] = []
+    (tmp_path / name).write_text(json.dumps({"version": "1", "data": RECORDS}) + "\n")
+    assert torch.equal(load(tmp_path / name, qwen, length=64, lines=lines).train.input_ids, expected)
+    assert sum(f"{name}: records under the key data; 40 texts (text)" in line for line in lines) == 1
+    (tmp_path / name).write_text(json.dumps({"turns": [ASKED, SAID]}) + "\n")
+    assert "the fields of this record are turns; expected" in error(tmp_path / name, qwen)
+    assert "for example {messages: turns}" in error(tmp_path / name, qwen)
+    (tmp_path / name).write_text(json.dumps({"data": ["A fox.", "A cat."]}) + "\n")
+    assert "if the records are in data, write that list to a file of its own" in error(tmp_path / name, qwen)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text,n\nx,1\ny\n", "a.csv:3: 1 cells under a header of 2; mend that row"),
+        ("a.csv", b"text,n\nx,1\ny\n", "a.csv:3: 1 cell under a header of 2; mend that row"),
         ("a.csv", b"text,text\nx,1\n", "a.csv:1: two columns have one name (text, text)"),
         ("a.csv", b'text\n"x" y\n', "a.csv:2: not a readable table ("),
         ("a.csv", b"text\ncaf\xe9\n", "a.csv: not UTF-8 text (byte 0xe9 at"),
-        ("a.csv", b"question;answer\nx;y\n", "a.csv:2: the fields of this record are question;answer; expected"),
+        ("a.csv", b"question;answer\nx;y\n", "a.csv:2: the fields of this record are question, answer; expected"),
+        ("a.csv", b"a;b\tc\nx;y\tz\n", "a.csv:2: the fields of this record are a;b\tc; expected"),
         ("a.csv", b"text\n", "a.csv: the file is empty"),
         ("a.jsonl.gz", b"nonsense", "a.jsonl.gz: is damaged or cut off ("),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz: is damaged or cut off ("),
@@ -462,13 +511,13 @@ def test_a_file_of_one_record_again_and_again_is_too_small(tmp_path, tokenizer):
 
 def test_a_preview_is_of_the_rows_that_are_trained_on(tmp_path, qwen):
     path = write(tmp_path / "a.jsonl", RECORDS * 2)
-    mix = [{"source": str(path)}, {"source": "recall", "sample_length": 64}, {"source": "self"}]
-    spec = DataSpec.model_validate({"mix": mix, "tokens": 64 * 30, "held_out": 6})
+    mix = [{"source": str(path)}, {"source": "recall", "sample_length": 128}, {"source": "self"}]
+    spec = DataSpec.model_validate({"mix": mix, "tokens": 128 * 30, "held_out": 6})
     lines: list[str] = []
-    options = {"tokenizer": qwen, "length": 64, "seed": 0}
+    options = {"tokenizer": qwen, "length": 128, "seed": 0}
     shown = preview_data(spec, rows=3, progress=lines.append, **options)
     assert [len(rows) for _, rows in shown] == [3, 3]
     assert any("self is written by the teacher when the stage begins" in line for line in lines)
-    spec = DataSpec.model_validate({**mix[0], "tokens": 64 * 10, "held_out": 2})
+    spec = DataSpec.model_validate({**mix[0], "tokens": 128 * 10, "held_out": 2})
     whole = load_data(spec, teacher=None, **options)
     assert torch.equal(shown[0][1].labels, whole.train.labels[:3])

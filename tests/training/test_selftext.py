@@ -232,6 +232,14 @@ def test_progress_tells_how_far_it_is(teacher, tokenizer, monkeypatch):
     assert len(lines) > 10
     assert lines[-1].startswith("self text: 300 of 300 tokens, ")
     assert lines[-1].endswith(" tok/s, 0 s left")
+    # Half of a chat model's text is conversations, and their batches are cut at the end.
+    monkeypatch.setattr(selftext, "LONGEST_QUESTION", 250)
+    tokenizer.chat_template = CHAT
+    lines.clear()
+    write(teacher, tokenizer, 1600, sample_length=440, progress=lines.append)
+    written = [int(line.split()[2].replace(",", "")) for line in lines]
+    assert written == sorted(written) and written[-1] == 1600
+    assert any(400 < tokens <= 800 for tokens in written)
 
 
 def test_rows_that_leave_a_batch_do_not_change_the_others(teacher, tokenizer):

@@ -19,38 +19,25 @@ items, so that the two pair up, in up to 2 L tokens.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import random
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import DataError
+from linearize.errors import DataError, hint_for
+from linearize.evaluation.names import RECALL, TWICE
 from linearize.evaluation.recall import texts
 from linearize.evaluation.recall.tasks import ExpectedRecall, RecallTask, Row, WrittenRecall
-from linearize.evaluation.recall.texts import ESSAY, Draft, Essay
+from linearize.evaluation.recall.texts import Draft, Essay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["DEPTHS", "LENGTHS", "RECALL", "SAMPLES", "TWICE", "RecallTask", "Writer", "recall_tasks"]
+__all__ = ["DEPTHS", "LENGTHS", "SAMPLES", "RecallTask", "Writer", "recall_tasks"]
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = 5
 SAMPLES = 5
-TWICE = "_twice"
-
-_ESSAY_NOTE = f"in a book ({ESSAY}, not RULER's essays)"
-RECALL = {
-    "niah_single_1": "RULER S-NIAH-1: a word's number in sentences that repeat",
-    "niah_single_2": f"RULER S-NIAH-2: a word's number {_ESSAY_NOTE}",
-    "niah_single_3": f"RULER S-NIAH-3: a word's uuid {_ESSAY_NOTE}",
-    "niah_multikey_1": f"RULER MK-NIAH-1: one of four words' numbers {_ESSAY_NOTE}",
-    "passkey": "Landmark Attention's pass key of five digits in sentences that repeat",
-    "mqar": "multi-query associative recall in words: many pairs, then some keys again, each value scored",
-    "kv_retrieval": "Lost in the Middle's JSON of uuid pairs: the value of one key",
-}
-"""Task name -> a description of one line."""
 
 _ESSAY_TASKS: dict[str, dict[str, Any]] = {
     "niah_single_2": {},
@@ -106,7 +93,8 @@ def recall_tasks(
     for name in names:
         base = name if name in RECALL else name.removesuffix(TWICE)
         if base not in RECALL:
-            raise DataError(_unknown(name))
+            hint = hint_for(name, [*RECALL, *(one + TWICE for one in RECALL)])
+            raise DataError(f"no recall task called '{name}': {hint}")
         chosen[base, name != base] = None
         if twice:
             chosen[base, True] = None
@@ -217,10 +205,3 @@ class Writer:
     def _encoded(self, text: str, **options: Any) -> Any:
         # The chat template has the special tokens already.
         return self.tokenizer(text, add_special_tokens=not self.chat, **options)
-
-
-def _unknown(name: str) -> str:
-    known = [*RECALL, *(base + TWICE for base in RECALL)]
-    nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose from {', '.join(RECALL)}"
-    return f"no recall task called '{name}': {hint}"

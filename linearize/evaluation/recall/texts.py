@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from linearize.errors import DataError
+from linearize.evaluation.names import ESSAY
 from linearize.evaluation.recall.words import NOUNS, unique_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
     from random import Random
-
-ESSAY = "books/war_and_peace_pg2600.txt"
-"""The haystack of the essay tasks, relative to the data folder."""
 
 # Mohtashami and Jaggi, arXiv 2305.16300, and RULER's noise.
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
