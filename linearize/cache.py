@@ -88,9 +88,11 @@ def limit() -> int:
 
 
 def bytes_of(text: str) -> int | None:
-    """`20GB` as bytes; None where `text` is no size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
-    return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")) if match else None
+    """`20GB`, or `20GiB`, as bytes; None where `text` is no size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKmMgGtT])(i?))?[bB]?\s*", text)
+    if match is None:
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
 
 
 def entries() -> list[Entry]:

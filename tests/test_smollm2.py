@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from linearize.calibration.start import convert
 from linearize.cli.app import run
 from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.source import find_source, load_model
 from linearize.evaluation.recall import recall_tasks
+from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.recipe import load_recipe
 
@@ -32,7 +32,7 @@ def teacher(smollm2_path: Path) -> PreTrainedModel:
 def converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> LinearizedForCausalLM:
     """Converted from the GGUF with the default recipe, written, and loaded again."""
     folder = tmp_path_factory.mktemp("converted")
-    convert(find_source(str(smollm2_gguf)), load_recipe("default"), folder)
+    convert_into(find_source(str(smollm2_gguf)), load_recipe("default"), folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

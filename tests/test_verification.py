@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from linearize.calibration.start import convert
 from linearize.cli import console
 from linearize.cli.app import run
 from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model
 from linearize.errors import ModelError, VerificationError
+from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.model.memory import cache_nbytes
 from linearize.model.recurrences import RECURRENCES
@@ -57,7 +57,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def make(kind: str) -> Path:
         name, *changes = KINDS[kind]
         target = tmp_path_factory.mktemp(kind)
-        convert(find_source(str(tiny_folder)), load_recipe(name, ["mixer.window=16", *changes]), target)
+        convert_into(find_source(str(tiny_folder)), load_recipe(name, ["mixer.window=16", *changes]), target)
         return target
 
     return make
@@ -109,7 +109,7 @@ RECIPES = [*(name for name in RECURRENCES if name != "gla"), "liger-gla", "liger
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recurrence_passes(tiny_folder, tmp_path, name):
     changes = ["mixer.window=16", *(["mixer.keep.every=2"] if name == "liger-gla-h" else [])]
-    convert(find_source(str(tiny_folder)), load_recipe(name, changes), tmp_path)
+    convert_into(find_source(str(tiny_folder)), load_recipe(name, changes), tmp_path)
     found = verified(tmp_path)
     assert found.failed == [], found
 
@@ -314,7 +314,7 @@ def test_progress_names_the_check_and_its_place(folder, monkeypatch, capfd):
 def test_smollm2_passes_and_does_not_drift_over_4096_steps(smollm2_gguf, tmp_path):
     """A short run of the command is in the README, whose test runs it."""
     source = find_source(str(smollm2_gguf))
-    convert(source, load_recipe("default"), tmp_path)
+    convert_into(source, load_recipe("default"), tmp_path)
     found = verify(load(tmp_path), find_source(str(tmp_path)), steps=4096)
     assert found.failed == [] and found.steps == 4096, found
     assert found.moved >= 0.05
@@ -325,6 +325,6 @@ def test_smollm2_passes_and_does_not_drift_over_4096_steps(smollm2_gguf, tmp_pat
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recurrence_passes_on_smollm2(smollm2_path, tmp_path, name):
     source = find_source(str(smollm2_path))
-    convert(source, load_recipe(name), tmp_path)
+    convert_into(source, load_recipe(name), tmp_path)
     found = verify(load(tmp_path), find_source(str(tmp_path)), tokens=128, steps=128)
     assert found.failed == [], found

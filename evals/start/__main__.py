@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import linearize
-from linearize.calibration.start import convert
-from linearize.cli.demo import packaged_model
 from linearize.conversion.output import staged_folder
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.evaluation.harness import lm_eval_tasks
@@ -29,6 +27,8 @@ from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.evaluation.systems import find_systems
 from linearize.evaluation.task import mean_and_error
+from linearize.jobs.convert import convert_into
+from linearize.jobs.demo import packaged_model
 from linearize.recipe import dump_recipe, load_recipe, shipped_recipes
 from linearize.report.formatting import number, readable_bytes, with_error
 from linearize.training.workfolder import is_resumable
@@ -212,7 +212,7 @@ def make(source: Any, recipe: Recipe, folder: Path) -> None:
     say(f"{folder.name}: converting")
     started = time.process_time()
     with staged_folder(folder, overwrite=True) as staged:
-        convert(source, recipe, staged, say=say)
+        convert_into(source, recipe, staged, say=say)
     _made_by(folder).write_text(dump_recipe(recipe), encoding="utf-8")
     say(f"{folder.name}: {time.process_time() - started:,.0f} s of processor time")
 

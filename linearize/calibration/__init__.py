@@ -7,6 +7,5 @@ layer.py      one layer: closed forms, then some hundred steps, and what of it i
 reading.py    what the model says to rows and needles, block by block
 calibrate.py  layer after layer on the student's own inputs, and what of it all is kept
 select.py     which layers or heads keep softmax under a budget
-start.py      both, from a recipe to a model
 telling.py    what was kept and what was not, with figures
 """

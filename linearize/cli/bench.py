@@ -16,13 +16,12 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    begin,
     check_dtype,
     examples,
     print_json,
     status,
 )
-from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free, check_space, staged_folder
 from linearize.report.formatting import readable_bytes
 
 if TYPE_CHECKING:
@@ -127,8 +126,6 @@ def bench(
     and AdamW, with the adapters of the default recipe. They are put on
     copies that share the frozen weights; the model is left as it is.
     """
-    from linearize.recipe import load_recipe
-
     check_dtype(dtype)
     if (model is None) == (config is None):
         raise typer.BadParameter("give a MODEL, or a --config for random weights, and not both")
@@ -137,12 +134,9 @@ def bench(
     chosen = {name: _numbers(name, text) for name, text in (("--lengths", lengths), ("--batches", batches))}
     trained = () if train is None else _numbers("--train", train, least=2)
     limit = None if prefill_up_to is None else _number("--prefill-up-to", prefill_up_to)
-    spec = load_recipe(recipe, overrides or ()).mixer
-    if output is not None:
-        check_free(output, overwrite=overwrite)
-    quiet_libraries()
+    settings = begin(recipe, overrides, output, overwrite=overwrite)
     from linearize.benchmark.bench import Plan
-    from linearize.benchmark.bench import bench as measure
+    from linearize.jobs.bench import bench as measure
 
     plan = Plan(
         lengths=chosen["--lengths"],
@@ -155,28 +149,18 @@ def bench(
         train=trained,
     )
 
-    def run() -> dict[str, Any]:
-        return measure(
-            model,
-            spec,
-            plan,
-            config=config,
-            layers=layers,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            say=status,
-        )
-
-    if output is None:
-        facts = run()
-    else:
-        from linearize.benchmark.page import write_report
-
-        with staged_folder(output, overwrite=overwrite) as folder:
-            check_space(output, 0)
-            facts = run()
-            write_report(facts, folder)
-        status(f"figures and plots: {output}")
+    facts = measure(
+        model,
+        settings,
+        plan,
+        config=config,
+        layers=layers,
+        dtype=dtype,
+        output=output,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        say=status,
+    )
     if as_json:
         print_json(facts)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,20 +39,9 @@ def compare(
     """
     if len(results) < 2:
         raise typer.BadParameter("give two or more results to compare")
-    from linearize.conversion.claims import claimed
-    from linearize.conversion.output import staged_files
-    from linearize.evaluation.sidebyside import put_side_by_side, read_all, side_by_side_data, side_by_side_page
-    from linearize.report.pages import write_pages
+    from linearize.jobs.compare import compare as put_side_by_side
 
-    found = put_side_by_side(read_all(results))
-    data = side_by_side_data(found)
-    page = side_by_side_page(found)
-    if report is not None:
-        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-        with claimed(report), staged_files(report) as staging:
-            write_pages(page, staging)
-            (staging / "comparison.json").write_text(text + "\n", encoding="utf-8")
-        status(f"wrote {report / 'report.html'}")
+    page, data = put_side_by_side(results, report=report, say=status)
     if as_json:
         print_json(data)
         return

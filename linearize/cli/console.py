@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from linearize.cache import bytes_of
+from linearize.cli.libraries import quiet_libraries
+from linearize.errors import DataError
+from linearize.jobs.checks import check_dtype as check
+from linearize.jobs.checks import size_in_bytes
 from linearize.report.formatting import readable_bytes
 from linearize.resources import shipped_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from linearize.recipe import Recipe
 
 stderr = Console(stderr=True, highlight=False)
 """For progress bars and tables that are not the command's data."""
@@ -133,10 +139,8 @@ def parse_size(text: str, option: str) -> int:
     Raises:
         BadParameter: not a size.
     """
-    size = bytes_of(text)
-    if not size:
-        raise typer.BadParameter(f"{option} {text}: expected a size, such as 500MB or 5GB")
-    return size
+    with _bad_option():
+        return size_in_bytes(option, text)
 
 
 def command_line() -> str:
@@ -144,14 +148,41 @@ def command_line() -> str:
     return shlex.join(["linearize", *sys.argv[1:]])
 
 
-def check_dtype(name: str, *, int8: bool = False) -> str:
+def check_dtype(name: str, *, int8: bool = False) -> None:
     """Raises:
     BadParameter: no such dtype, or int8 where that is not offered.
     """
-    names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
-    if name not in names:
-        raise typer.BadParameter(f"--dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}")
-    return name
+    with _bad_option("--"):
+        check(name, int8=int8)
+
+
+@contextmanager
+def _bad_option(prefix: str = "") -> Iterator[None]:
+    """Turns an argument that a job refuses into a wrong command line, whose exit status is 2."""
+    try:
+        yield
+    except DataError as error:
+        raise typer.BadParameter(f"{prefix}{error}") from error
+
+
+def begin(
+    recipe: str, overrides: Sequence[str] | None, output: Path | None = None, *, overwrite: bool = False
+) -> Recipe:
+    """Read the recipe and check the output early, because a job does so only after the import of torch, which takes
+    seconds; then quiet the libraries.
+
+    Raises:
+        RecipeError: the recipe is not valid.
+        OutputError: the output cannot be written.
+    """
+    from linearize.conversion.output import check_free
+    from linearize.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+    if output is not None:
+        check_free(output, overwrite=overwrite)
+    quiet_libraries()
+    return settings
 
 
 def examples(*lines: str) -> str:

@@ -15,14 +15,13 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    begin,
     examples,
     memory_words,
     parse_size,
     print_json,
     status,
 )
-from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free, staged_folder
 
 EPILOG = examples(
     "linearize convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol-gla",
@@ -56,35 +55,14 @@ def convert(
     Weights in safetensors files are copied one tensor after the other, and calibrated block by block where
     `calibrate.source` is a file, so memory does not grow with the model; --set dtype=bfloat16 casts them on the way.
     """
-    from linearize.recipe import load_recipe
-
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    settings = load_recipe(recipe, overrides or ())
-    check_free(output, overwrite=overwrite)
-    quiet_libraries()
-    from linearize.conversion.convert import (
-        check_convertible,
-        check_reach,
-        converted_layers,
-        growth_nbytes,
-        state_nbytes,
-    )
-    from linearize.conversion.source import find_source, load_config
-
-    source = find_source(model, trust_remote_code=trust_remote_code)
-    config = load_config(source)
-    check_convertible(config, source, settings.mixer)
-    check_reach(settings, config)
+    settings = begin(recipe, overrides, output, overwrite=overwrite)
     if dry_run:
-        from linearize.conversion.inspection import inspect_model
+        from linearize.jobs.inspect import plan_convert
 
-        if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
-            from linearize.calibration.start import tokenizer_for
-
-            tokenizer_for(source, settings, config, say=status)
-        facts = inspect_model(source, settings.mixer)
-        for line in facts["positions"]:
-            status(f"{source.name}: {line}")
+        source, facts = plan_convert(
+            model, output, settings, overwrite=overwrite, trust_remote_code=trust_remote_code, say=status
+        )
         if as_json:
             print_json({"output": str(output), "written": False, **facts})
         else:
@@ -93,12 +71,20 @@ def convert(
                 f"{output}; memory per sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}"
             )
         return
-    from linearize.calibration.start import convert as convert_to
+    from linearize.conversion.convert import converted_layers, growth_nbytes, state_nbytes
+    from linearize.jobs.convert import run_convert
 
     started = time.monotonic()
-    with staged_folder(output, overwrite=overwrite) as folder:
-        status(f"converting {source.name}")
-        start = convert_to(source, settings, folder, say=status, shard_bytes=shard_bytes, workers=workers)
+    start = run_convert(
+        model,
+        output,
+        settings,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        shard_bytes=shard_bytes,
+        workers=workers,
+        say=status,
+    )
     converted = start.model
     facts = {
         "output": str(output),

@@ -57,7 +57,7 @@ def preview(
     of dashes marks a border: positions begin again at 0 there, and nothing before it is seen behind it.
     """
     quiet_libraries()
-    from linearize.training.preview import preview_stages
+    from linearize.jobs.data import preview_stages
 
     shown = preview_stages(
         recipe, overrides or (), rows=rows, stage=stage, trust_remote_code=trust_remote_code, say=status

@@ -21,7 +21,7 @@ def doctor(as_json: JsonOption = False) -> None:
     missing or does not go together.
     """
     quiet_libraries()
-    from linearize.doctor import examine
+    from linearize.jobs.doctor import examine
 
     facts = examine()
     if as_json:

@@ -106,50 +106,43 @@ def evaluate(
     if launch is not None or accelerate_config is not None:
         raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()
-    from linearize.conversion.claims import claimed
     from linearize.conversion.source import find_source
     from linearize.evaluation.progress import ProgressLine
-    from linearize.evaluation.report import report_data, report_table, write_report
-    from linearize.evaluation.store import Store
-    from linearize.evaluation.suites import SuiteOptions
-    from linearize.evaluation.systems import evaluate as score
+    from linearize.evaluation.report import report_data, report_table
+    from linearize.jobs.evaluate import run_evaluate
     from linearize.training import processes
 
-    processes.join()
-    first = processes.is_first()
-    source = find_source(model, trust_remote_code=trust_remote_code)
     progress = ProgressLine()
-    with claimed(report if first else None):
-        try:
-            results = score(
-                source,
-                _names(tasks),
-                suites=_names(suite),
-                baselines=_names(baseline),
-                teacher=teacher,
-                options=SuiteOptions(data=data, lengths=sweep, samples=samples, seed=seed),
-                limit=limit,
-                batch_size=batch_size,
-                dtype=dtype,
-                store=Store(fresh=fresh),
-                report=report,
-                progress=progress if first else None,
-                say=status if first else lambda _: None,
-                command=command_line(),
-            )
-        finally:
-            progress.clear()
-        processes.leave()
-        if not first:
-            return
-        if report is not None:
-            write_report(results, report)
-            status(f"wrote {report / 'report.html'}")
+    try:
+        results = run_evaluate(
+            model,
+            suites=_names(suite),
+            tasks=_names(tasks),
+            baselines=_names(baseline),
+            teacher=teacher,
+            limit=limit,
+            seed=seed,
+            lengths=sweep,
+            samples=samples,
+            data=data,
+            report=report,
+            fresh=fresh,
+            batch_size=batch_size,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            say=status,
+            command=command_line(),
+        )
+    finally:
+        progress.clear()
+    if not processes.is_first():
+        return
     subsets = _subsets(results)
     if as_json:
         print_json(
             {
-                "model": source.reference,
+                "model": find_source(model).reference,
                 "limit": limit,
                 "seed": seed,
                 "items": {task: {"n": n, "of": total} for task, (n, total) in subsets.items()},

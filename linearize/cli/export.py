@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.console import DtypeOption, JsonOption, OverwriteOption, check_dtype, examples, print_json, status
+from linearize.cli.console import (
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    check_dtype,
+    examples,
+    parse_size,
+    print_json,
+    status,
+)
 from linearize.cli.libraries import quiet_libraries
 from linearize.conversion.output import check_free
 from linearize.report.formatting import readable_bytes
@@ -99,9 +108,10 @@ def export(
     of this machine and rows of the training data stay behind.
     """
     check_dtype(dtype)
+    parse_size(shard_size, "--max-shard-size")
     check_free(output, overwrite=overwrite)
     quiet_libraries()
-    from linearize.api import export as write
+    from linearize.jobs.export import export as write
 
     done = write(
         folder,

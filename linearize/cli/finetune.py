@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +20,7 @@ from linearize.cli.console import (
 )
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
-
-if TYPE_CHECKING:
-    from linearize.recipe import Recipe
+from linearize.cli.memory import GPUS, memory_facts, show_memory
 
 EPILOG = examples(
     "linearize finetune default -o tuned --set model=./converted",
@@ -70,51 +66,51 @@ def finetune(
 
     Several processes share the rows of each step: losses are those of one, and the recipe is the same.
     """
-    from linearize.conversion.output import check_free, staged_folder
-    from linearize.errors import RecipeError
-    from linearize.recipe import load_recipe
+    from linearize.conversion.output import check_free
+    from linearize.jobs.checks import recipe_to_train
     from linearize.training import processes
-    from linearize.training.workfolder import finished_stages, recipe_to_resume, shared_work_folder
+    from linearize.training.workfolder import finished_stages
 
-    target = output or Path(Path(recipe).stem)
+    target, first = output or Path(Path(recipe).stem), processes.is_first()
     if resume and not overwrite and (stages := finished_stages(target)):
-        if processes.is_first():
+        if first:
             status(f"{target}: this run is finished, so there is nothing to resume")
             _show_result(target, stages, as_json)
         return
-    settings = load_recipe(recipe, overrides or ())
-    if teacher is not None:
-        settings = settings.model_copy(update={"teacher": teacher})
-    if not settings.stages:
-        raise RecipeError(
-            f"{recipe}: has no stages, so there is nothing to train; see `linearize recipes show default`"
-        )
-    if not dry_run and processes.is_first():
+    # Here as well as in the job, which imports torch: that takes seconds.
+    settings = recipe_to_train(recipe, overrides or (), teacher=teacher)
+    if not dry_run and first:
         check_free(target, overwrite=overwrite)
     if not dry_run and (launch is not None or accelerate_config is not None):
         raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()
-    if dry_run:
-        if processes.is_first():
-            configured = None if accelerate_config is None else processes.asked_for(accelerate_config)
-            started = processes.count() if processes.count() > 1 else None
-            _show_memory(settings, gpus or launch or configured or started or GPUS, trust_remote_code, as_json)
+    if dry_run and not first:
         return
-    from linearize.training.finetune import finetune as train
-    from linearize.training.result import write_result
+    from linearize.jobs.finetune import plan_finetune, run_finetune
 
-    say = status if processes.is_first() else _nothing
-    shard = processes.join() or shard
-    if resume:
-        kept = partial(recipe_to_resume, target, settings, overrides or (), name=recipe, say=say)
-        settings = processes.from_the_first(kept)
-    with shared_work_folder(target, settings, resume=resume) as work:
-        result = train(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
-        processes.leave()
-        if not processes.is_first():
-            return
-        with staged_folder(target, overwrite=overwrite) as folder:
-            write_result(folder, result, work, target.name)
+    if dry_run:
+        configured = None if accelerate_config is None else processes.asked_for(accelerate_config)
+        started = processes.count() if processes.count() > 1 else None
+        counted = gpus or launch or configured or started or GPUS
+        taken = plan_finetune(settings, counted, trust_remote_code=trust_remote_code)
+        if as_json:
+            print_json(memory_facts(taken))
+        else:
+            show_memory(settings, taken, counted)
+        return
+    result = run_finetune(
+        recipe,
+        target,
+        teacher=teacher,
+        overrides=overrides or (),
+        resume=resume,
+        overwrite=overwrite,
+        shard=shard,
+        trust_remote_code=trust_remote_code,
+        say=status,
+    )
+    if not first:
+        return
     _show_result(target, result.stages, as_json)
     if not as_json:
         status(f"next: linearize eval {target} --baseline teacher,window")
@@ -125,26 +121,3 @@ def _show_result(target: Path, stages: list[dict[str, Any]], as_json: bool) -> N
         print_json({"output": str(target), "stages": stages})
     else:
         print(target)
-
-
-def _show_memory(settings: Recipe, gpus: int, trust_remote_code: bool, as_json: bool) -> None:
-    from linearize.conversion.convert import check_reach
-    from linearize.conversion.source import find_source, load_config
-    from linearize.errors import RecipeError
-    from linearize.training.finetune import check_dtype
-
-    check_dtype(settings)
-    if settings.model is None:
-        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
-    source = find_source(settings.model, trust_remote_code=trust_remote_code)
-    if not source.is_converted:
-        check_reach(settings, load_config(source))
-    stages = stages_memory(source, settings, gpus)
-    if as_json:
-        print_json(memory_facts(stages))
-    else:
-        show_memory(settings, stages, gpus)
-
-
-def _nothing(_: str) -> None:
-    """What all but the first of several processes say."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,63 +75,37 @@ def generate(
     if max_new_tokens == 0 and save_state is None:
         raise typer.BadParameter("-n 0 reads and writes nothing; name a file to keep what was read with --save-state")
     quiet_libraries()
-    from linearize.conversion.claims import claimed
-    from linearize.conversion.convert import growth_nbytes, open_model, state_nbytes
-    from linearize.conversion.output import check_space
-    from linearize.errors import ModelError
-    from linearize.generation import continue_text
-    from linearize.model import LinearizedForCausalLM
-    from linearize.state import State
-    from linearize.statefile import check_target, header
+    from linearize.jobs.generate import run_generate
 
-    # What is wrong with the files should show before a model is loaded and a long text is read.
-    if load_state is not None:
-        header(load_state)
-    if save_state is not None:
-        check_target(save_state)
-    with claimed(save_state):
-        text = sys.stdin.read() if prompt == "-" else prompt or ""
-        loaded, tokenizer, source = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        if chat and not getattr(tokenizer, "chat_template", None):
-            raise ModelError(f"{source.name}: its tokenizer has no chat template; leave --chat out")
-        if (load_state or save_state) and not isinstance(loaded, LinearizedForCausalLM):
-            raise ModelError(
-                f"{source.name}: is not a converted model, so it has no state to load or save; run linearize convert "
-                "first"
-            )
-        if save_state is not None:
-            grows = growth_nbytes(loaded)  # where layers or heads are kept as softmax
-            check_space(save_state, state_nbytes(loaded) + (grows and grows * len(tokenizer(text).input_ids)))
-        started = time.monotonic()
-        state = State.load(load_state, loaded) if load_state is not None else None
-        result = continue_text(
-            loaded,
-            tokenizer,
-            text,
-            state=state,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            write=None if as_json else _write,
-        )
-        facts: dict[str, Any] = {
-            "text": result.text,
-            "prompt_tokens": result.prompt_tokens,
-            "new_tokens": result.new_tokens,
-            "prefill_seconds": result.prefill_seconds,
-            "tokens_per_second": result.tokens_per_second,
-            "memory_bytes": result.memory_bytes,
-            "memory_is_constant": result.constant,
-            "last_position": result.last_position,
-            "seconds": time.monotonic() - started,
-        }
-        if state is not None:
-            facts["loaded_state"] = {"file": str(load_state), "tokens": int(state.tokens)}
-        if save_state is not None and result.state is not None:
-            size = result.state.save(save_state, loaded)
-            facts["saved_state"] = {"file": str(save_state), "tokens": int(result.state.tokens), "bytes": size}
+    result, read, kept, seconds = run_generate(
+        model,
+        sys.stdin.read if prompt == "-" else prompt or "",
+        load_state=load_state,
+        save_state=save_state,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        write=None if as_json else _write,
+    )
+    facts: dict[str, Any] = {
+        "text": result.text,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": result.new_tokens,
+        "prefill_seconds": result.prefill_seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "memory_bytes": result.memory_bytes,
+        "memory_is_constant": result.constant,
+        "last_position": result.last_position,
+        "seconds": seconds,
+    }
+    if read is not None:
+        facts["loaded_state"] = {"file": str(load_state), "tokens": read}
+    if kept is not None:
+        facts["saved_state"] = {"file": str(save_state), "tokens": kept[0], "bytes": kept[1]}
     if as_json:
         print_json(facts)
         return
@@ -147,9 +120,9 @@ def generate(
     if result.last_position is not None:
         status(f"stopped at position {result.last_position:,}, the last that the model has learned")
     for verb in ("loaded", "saved"):
-        if kept := facts.get(f"{verb}_state"):
-            nbytes = f", {readable_bytes(kept['bytes'])}" if "bytes" in kept else ""
-            status(f"state of {kept['tokens']:,} tokens{nbytes} {verb}: {kept['file']}")
+        if state := facts.get(f"{verb}_state"):
+            nbytes = f", {readable_bytes(state['bytes'])}" if "bytes" in state else ""
+            status(f"state of {state['tokens']:,} tokens{nbytes} {verb}: {state['file']}")
 
 
 def _write(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,20 +14,15 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    begin,
     check_dtype,
     examples,
     print_json,
     status,
 )
-from linearize.cli.libraries import quiet_libraries
-from linearize.cli.memory import GPUS, memory_facts, show_memory, stages_memory
-from linearize.errors import DataError, RecipeError
+from linearize.cli.memory import GPUS, memory_facts, show_memory
 from linearize.hub.card import ranges
 from linearize.report.formatting import readable_bytes, readable_count
-
-if TYPE_CHECKING:
-    from linearize.conversion.source import Source
-    from linearize.recipe import Recipe
 
 EPILOG = examples(
     "linearize inspect HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -67,50 +62,34 @@ def inspect(
 
     Reads the configuration only; no weights are loaded.
     """
-    from linearize.recipe import load_recipe
-
     check_dtype(dtype)
     chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
-    settings = load_recipe(recipe, [*(overrides or ()), *chosen])
-    quiet_libraries()
-    from linearize.conversion.inspection import compare_mixers, every_recurrence, inspect_model
-    from linearize.conversion.source import DTYPES, find_source
+    settings = begin(recipe, [*(overrides or ()), *chosen])
+    from linearize.jobs import inspect as job
 
-    spec = settings.mixer
-    source = find_source(model, trust_remote_code=trust_remote_code)
     if recurrence == "all":
-        facts, rows = compare_mixers(source, every_recurrence(spec), dtype=DTYPES.get(dtype))
-        facts = {**facts, "mixer": spec.model_dump(mode="json", exclude={"recurrence"}), "recurrences": rows}
+        facts = job.inspect_recurrences(model, settings, dtype=dtype, trust_remote_code=trust_remote_code, say=status)
         if as_json:
             print_json(facts)
         else:
             _show_all(facts)
-        _say_refusal(source, settings)
         return
-    facts = inspect_model(source, spec, dtype=DTYPES.get(dtype))
-    if facts["converted"] and (recurrence or any(change.startswith("mixer") for change in overrides or ())):
-        status(f"{source.name}: converted already, shown as it is; the recipe's mixer section is not used")
-    if not facts["converted"]:
-        _say_refusal(source, settings)
     processes = gpus or GPUS
-    stages = stages_memory(source, settings, processes) if training or gpus else None
+    facts, stages = job.inspect(
+        model,
+        settings,
+        dtype=dtype,
+        gpus=processes if training or gpus else None,
+        chosen=bool(recurrence) or any(change.startswith("mixer") for change in overrides or ()),
+        trust_remote_code=trust_remote_code,
+        say=status,
+    )
     if as_json:
         print_json(facts if stages is None else {**facts, "training": memory_facts(stages)})
         return
     _show(facts)
     if stages is not None:
         show_memory(settings, stages, processes)
-
-
-def _say_refusal(source: Source, recipe: Recipe) -> None:
-    """Say why `linearize convert` refuses `recipe` for `source` though its mixer section fits, if so."""
-    from linearize.conversion.convert import check_reach
-    from linearize.conversion.source import load_config
-
-    try:
-        check_reach(recipe, load_config(source))
-    except (DataError, RecipeError) as error:
-        status(f"`linearize convert` refuses this: {error}")
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from linearize.conversion.source import Source
     from linearize.recipe import Recipe
     from linearize.training.memory import Engine, TrainingMemory
 
@@ -16,17 +15,8 @@ GPUS = 8
 """GPUs that share the work, where a command line names none."""
 
 
-def stages_memory(source: Source, recipe: Recipe, processes: int) -> list[dict[Engine, TrainingMemory]]:
-    """For each stage of `recipe` what it takes by engine, with `source` as its model."""
-    from linearize.conversion.source import load_config
-    from linearize.training.memory import training_memory
-
-    config = load_config(source)
-    return [training_memory(config, recipe, stage, processes=processes) for stage in recipe.stages]
-
-
 def memory_facts(stages: list[dict[Engine, TrainingMemory]]) -> list[dict[str, Any]]:
-    """The same for programs."""
+    """What each stage takes, by engine, for programs."""
     return [{engine: memory.facts() for engine, memory in stage.items()} for stage in stages]
 
 

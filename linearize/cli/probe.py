@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +17,12 @@ from linearize.cli.console import (
     RecipeOption,
     SetOption,
     TrustOption,
+    begin,
     command_line,
     examples,
     print_json,
     status,
 )
-from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free, check_space, staged_folder
 
 EPILOG = examples(
     "linearize probe HuggingFaceTB/SmolLM2-135M-Instruct -o probe",
@@ -83,21 +81,16 @@ def probe(
     Every layer (or key/value head) sees its window and sinks alone in turn, while the rest stays as it is. Those that
     lose most per byte of cache are named as a recipe's mixer.keep. Nothing is trained.
     """
-    from linearize.recipe import SourceSpec, load_recipe
-
     if damage not in ("layers", "heads", "none"):
         raise typer.BadParameter(f"--damage {damage}: expected layers, heads or none")
-    settings = load_recipe(recipe, overrides or ())
-    if output is not None:
-        check_free(output, overwrite=overwrite)
-    quiet_libraries()
-    from linearize.conversion.source import find_source
+    settings = begin(recipe, overrides, output, overwrite=overwrite)
     from linearize.evaluation.progress import ProgressLine
-    from linearize.probe import Budget, ProbeOptions, run_probe
-    from linearize.probe.report import probe_data, recipe_text, write_probe
+    from linearize.jobs.probe import probe as run_probe
+    from linearize.probe import Budget, ProbeOptions
+    from linearize.probe.report import probe_data, recipe_text
     from linearize.probe.telling import basis, far_heads, hardest
+    from linearize.recipe import SourceSpec
 
-    source = find_source(model, trust_remote_code=trust_remote_code)
     options = ProbeOptions(
         text=SourceSpec(source=text),
         tokens=tokens,
@@ -108,24 +101,20 @@ def probe(
         seed=seed,
     )
     progress = ProgressLine()
-    with nullcontext() if output is None else staged_folder(output, overwrite=overwrite) as folder:
-        if output is not None:
-            check_space(output, 0)
-        try:
-            found = run_probe(
-                source,
-                settings,
-                options,
-                progress=progress,
-                say=status,
-                command=command_line(),
-            )
-        finally:
-            progress.clear()
-        if folder is not None:
-            write_probe(found, folder)
-    if output is not None:
-        status(f"wrote {output / 'report.html'}")
+    try:
+        found = run_probe(
+            model,
+            settings,
+            options,
+            output=output,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            say=status,
+            command=command_line(),
+        )
+    finally:
+        progress.clear()
     if as_json:
         print_json(probe_data(found))
         return

@@ -58,14 +58,13 @@ def push(
     twice.
     """
     quiet_libraries(bars=sys.stderr.isatty())
-    from linearize.api import push as publish
     from linearize.errors import HubError
-    from linearize.hub.push import check, pack
+    from linearize.jobs.push import plan_push
+    from linearize.jobs.push import push as publish
 
     chosen = folder or Path(repo.rpartition("/")[2])
     if dry_run:
-        parcel = pack(chosen)
-        check(parcel, force=force)
+        parcel = plan_push(chosen, force=force)
         if as_json:
             print_json({"repo": repo, "private": not public, "pushed": False, "files": parcel.files})
         else:

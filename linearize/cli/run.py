@@ -69,7 +69,7 @@ def run(
         raise typer.BadParameter("name a RECIPE, or pass --resume to go on with an interrupted run")
     check_free(output, overwrite=overwrite)
     quiet_libraries()
-    from linearize.pipeline import gains_line, run_recipe
+    from linearize.jobs.run import gains_line, run_recipe
 
     result = run_recipe(
         settings,

@@ -16,7 +16,6 @@ from linearize import __version__
 from linearize.conversion.claims import final_name
 from linearize.conversion.output import check_space, sha256
 from linearize.conversion.source import Source, find_source, load_config, load_model, load_tokenizer
-from linearize.conversion.weightfiles import NotStreamable
 from linearize.errors import DataError, ModelError, RecipeError
 from linearize.families import family_of
 from linearize.hub.card import CardFacts, model_card
@@ -26,13 +25,12 @@ from linearize.model.mixer.mixer import Mixer
 from linearize.recipe import MixerSpec, Recipe, dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
 
-    from linearize.conversion.streaming import Streamer
     from linearize.families import AttentionLayer
     from linearize.model import LinearizedForCausalLM
 
@@ -222,31 +220,6 @@ def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) 
     from linearize.model import LinearizedForCausalLM
 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
-
-
-def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callable[[str], None]) -> Streamer | None:
-    """`source` converted by `recipe.mixer`, without data; its weights can go from file to file, or be calibrated block
-    by block.
-
-    Args:
-        shard_bytes: of a file of weights that is written.
-        say: is told why weights have to go through memory, where they do.
-
-    Returns:
-        None where weights have to go through memory.
-
-    Raises:
-        ModelError: the model cannot be read or converted.
-    """
-    check_convertible(load_config(source), source)
-    from linearize.conversion.streaming import Streamer
-
-    try:
-        return Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer), most=shard_bytes)
-    except NotStreamable as reason:
-        if source.kind != "gguf":
-            say(f"{source.name}: converted in memory, not file by file: {reason}")
-        return None
 
 
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:

@@ -86,31 +86,16 @@ def export(
     outliers: float | None = None,
     text: str | None = None,
     tokens: int = 8192,
-    shard_size: str = "5GB",
+    shard_size: int | str = "5GB",
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Writes the checkpoint `source` once more, into `output`.
+    """Write the checkpoint `source` once more, into `output`; see `linearize.export` for its options and errors.
 
     Args:
-        name: of the model on its card; the folder's, if left out.
-        base: the Hub id of the model that was converted, where that came from a file or a folder.
-        licence: of the base model; read from it, if left out.
-        report: the folder that `linearize eval --report` or `run` wrote, or its results.json; looked for beside
-            `source`, if left out.
-        dtype: of the weights, a key of `DTYPES`, or `auto` for what they are.
-        weights: a key of `quantize.WEIGHTS`, for linear layers of integers, whose cost is measured; None keeps them.
-        outliers: share of a layer's inputs that keep their weights then; None is what `WEIGHTS` says.
-        text: what the cost is measured on, as in recipes: a file, a data set of the Hub, or `self`, which the model
-            writes. If left out, the rows that fine-tuning held out, or `self` where there are none.
-        tokens: of the text; half of them are read to choose what is kept, the others measure.
-        shard_size: the most that one file of weights holds.
-
-    Raises:
-        ModelError: `source` is no converted folder.
-        OutputError: `output` cannot be written.
-        DataError: `report` has no results, or those of another checkpoint; `weights` is unknown; or the text cannot be
-            read, or is too short.
+        report: a folder with results.json, or that file; looked for beside `source`, if left out.
+        outliers: None takes the share in `quantize.WEIGHTS`.
+        shard_size: the most that one file of weights holds, as `save_pretrained` takes it.
     """
     spec = _quantization(weights, outliers)
     if not (source.kind == "folder" and source.is_converted):

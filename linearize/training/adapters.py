@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.model import LinearizedForCausalLM
-    from linearize.recipe import LoraSpec
+    from linearize.recipe import LoraSpec, Recipe
     from linearize.training.rows import Rows
 
 _MERGE_TOKENS = 256
@@ -261,3 +261,26 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     family = family_of(getattr(model.config, "text_config", model.config))
     blocks: Any = model.get_submodule(family.blocks)
     return list(blocks)
+
+
+def check_dtype(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: stages in float16, whose small gradients are 0 without loss scaling, which training does not do.
+    """
+    if recipe.stages and recipe.dtype == "float16":
+        raise RecipeError("dtype: float16 turns small gradients into 0; take bfloat16 or float32 to train")
+
+
+def check_four_bit(recipe: Recipe, shard: bool) -> None:
+    """Raises:
+    RecipeError: what the recipe or the engine wants does not go with frozen weights in 4 bits.
+    """
+    if shard:
+        raise RecipeError("lora.four_bit: does not go with --shard; leave one of them out")
+    for number, stage in enumerate(recipe.stages):
+        if stage.train != "lora":
+            raise RecipeError(f"stages.{number}.train: {stage.train} does not go with lora.four_bit; take lora")
+        if "align" in stage.weights:
+            raise RecipeError(f"stages.{number}.objective: align does not go with lora.four_bit; take distill or sft")
+    if recipe.lora is not None and recipe.lora.kind == "pissa":
+        raise RecipeError("lora.kind: pissa changes the weights that four_bit freezes; take lora, rslora or dora")

@@ -77,3 +77,8 @@ def _fits(checkpoint: Path, *, digests: bool) -> bool:
         )
     except (OSError, KeyError, TypeError):
         return False
+
+
+def stage_to_resume(work: Path, stages: int) -> int:
+    """The last stage that has a checkpoint."""
+    return max((n for n in range(stages) if checkpoints(work / f"stage-{n}")), default=0)

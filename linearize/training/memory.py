@@ -290,6 +290,11 @@ def _layer_share(model: Any, trained: list[nn.Parameter]) -> int:
     return max(_nbytes(p for p in block.parameters() if id(p) in chosen) for block in blocks)
 
 
+def stages_memory(config: Any, recipe: Recipe, processes: int) -> list[dict[Engine, TrainingMemory]]:
+    """`training_memory` for each stage of `recipe`; `config` is that of its model."""
+    return [training_memory(config, recipe, stage, processes=processes) for stage in recipe.stages]
+
+
 def memory_rows(engines: dict[Engine, TrainingMemory]) -> list[list[str]]:
     """For people: a row for each part that there is, and for the total, with a figure for each engine."""
     rows = []

@@ -15,18 +15,18 @@ from linearize.calibration import select as selecting
 from linearize.calibration.blocks import Blocks, texts_of
 from linearize.calibration.calibrate import calibrate, calibration_text
 from linearize.calibration.layer import LayerFit, LayerResult
-from linearize.calibration.start import convert, make_start
 from linearize.calibration.weights import Weights
 from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model
 from linearize.errors import DataError
 from linearize.evaluation.heldout import paired_difference, score_rows
 from linearize.evaluation.systems import find_systems
+from linearize.jobs.convert import convert_into, make_start
+from linearize.jobs.finetune import run_stages
 from linearize.probe import probing
 from linearize.probe.damage import Reading
 from linearize.recipe import load_recipe
 from linearize.training.data import Document, TrainingData, load_data, pack, reserved_tokens
-from linearize.training.finetune import finetune
 from tests.model.test_families import build
 
 FAMILIES = [
@@ -60,7 +60,7 @@ def story(data_folder):
 @pytest.fixture(scope="module")
 def calibrated(tiny_folder, story, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
-    return folder, convert(find_source(str(tiny_folder)), recipe(story), folder)
+    return folder, convert_into(find_source(str(tiny_folder)), recipe(story), folder)
 
 
 @pytest.mark.public  # rests on a model that was trained well
@@ -100,7 +100,7 @@ def test_what_it_says_is_what_it_did(calibrated):
 
 def test_the_same_seed_gives_the_same_model(calibrated, tiny_folder, story, tmp_path):
     folder, _ = calibrated
-    convert(find_source(str(tiny_folder)), recipe(story), tmp_path)
+    convert_into(find_source(str(tiny_folder)), recipe(story), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -221,7 +221,7 @@ def test_rows_as_short_as_the_window_are_refused_before_anything_is_written(tiny
 def test_training_starts_from_there(calibrated, tiny_folder, story, tmp_path):
     stage = f"stages=[{{objective: sft, data: {{source: {story}, tokens: 256, held_out: 0}}, length: 128, "
     still = stage + "batch_tokens: 128, lr: 0, mixer_lr: 0, epochs: 0.5}]"
-    found = finetune(recipe(story, still, f"model={tiny_folder}"), tmp_path, say=lambda line: None)
+    found = run_stages(recipe(story, still, f"model={tiny_folder}"), tmp_path, say=lambda line: None)
     folder, start = calibrated
     ids = torch.arange(5, 205)[None]
     expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
@@ -276,7 +276,7 @@ def test_a_budget_is_resolved_into_names(tiny_folder, story, tmp_path):
         "default", ["mixer.window=16", "mixer.keep={budget: 50%, by: loss}", f"calibrate={{source: {story}, steps: 0}}",
                     "calibrate={tokens: 2048, length: 256, held_out: 2, steps: 0}"]
     )  # fmt: skip
-    start = convert(find_source(str(tiny_folder)), settings, tmp_path)
+    start = convert_into(find_source(str(tiny_folder)), settings, tmp_path)
     kept = start.recipe.mixer.keep
     assert kept.budget is None and len(kept.layers) == 1
     assert start.model.config.mixer_of(kept.layers[0]).window is None

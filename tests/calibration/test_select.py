@@ -12,9 +12,9 @@ import torch
 from linearize.calibration.blocks import output_projection
 from linearize.calibration.select import select
 from linearize.calibration.shares import Curve, _exact, curves, share_landmarks
-from linearize.calibration.start import convert
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import RecipeError
+from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.probe.damage import Part
 from linearize.probe.needles import Needle, answer_log_probability
@@ -191,7 +191,7 @@ def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp
     wanted = wanted.model_copy(update={"calibrate": wanted.calibrate.model_copy(update={"source": str(text)})})
     folder = tmp_path / "out"
     folder.mkdir()
-    start = convert(find_source(str(tiny_folder)), wanted, folder)
+    start = convert_into(find_source(str(tiny_folder)), wanted, folder)
     mixer = start.recipe.mixer
     assert mixer.landmarks_by is None and sum(mixer.landmark_layers.values()) <= 2 * 64
     assert len(set(mixer.landmark_layers.values())) == 2

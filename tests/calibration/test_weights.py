@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, initialization
 
-from linearize.calibration import start as module
 from linearize.calibration.blocks import Blocks
 from linearize.calibration.reading import read_by_block
-from linearize.calibration.start import convert
 from linearize.calibration.weights import FileWeights, Weights
-from linearize.conversion.convert import convert_model, open_files
+from linearize.conversion.convert import convert_model
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError
+from linearize.jobs import convert as module
+from linearize.jobs.convert import convert_into, open_files
 from linearize.probe.damage import read
 from linearize.probe.needles import Needle
 from linearize.recipe import load_recipe
@@ -62,7 +62,7 @@ def both_ways(source, recipe, target):
     """The folders of the checkpoints through memory and from file to file, after comparing them."""
     for way, teacher in (("memory", load_model(source, dtype=recipe.dtype)), ("files", None)):
         (target / way).mkdir(parents=True)
-        start = convert(source, recipe, target / way, teacher=teacher, shard_bytes=20_000)
+        start = convert_into(source, recipe, target / way, teacher=teacher, shard_bytes=20_000)
         assert (start.model.device.type == "meta") == (way == "files")
     expected, found = (weights(target / way) for way in ("memory", "files"))
     assert found.keys() == expected.keys()
@@ -141,7 +141,7 @@ def test_a_trained_model_keeps_what_helps_and_holds_one_block(tiny_folder, data_
     check()
     (tmp_path / "again").mkdir()
     steps.update(blocks=0, outside=0)
-    convert(find_source(str(tiny_folder)), recipe, tmp_path / "again")
+    convert_into(find_source(str(tiny_folder)), recipe, tmp_path / "again")
     assert steps["blocks"] > 100 and steps["outside"] > 5
     again, expected = weights(tmp_path / "again"), weights(files)
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
@@ -195,7 +195,7 @@ def test_weights_that_are_no_numbers_are_refused_before_anything_is_fitted(token
     (tmp_path / "out").mkdir()
     told = []
     with pytest.raises(ModelError, match=r"model\.norm\.weight has values that are not finite"):
-        convert(source, load_recipe("calibrated", ["mixer.window=8", LITTLE]), tmp_path / "out", say=told.append)
+        convert_into(source, load_recipe("calibrated", ["mixer.window=8", LITTLE]), tmp_path / "out", say=told.append)
     assert all("tokenizer" in line for line in told) and not list((tmp_path / "out").iterdir())
 
 
@@ -212,14 +212,16 @@ def test_what_needs_the_whole_model_says_so(change, reason, tiny_folder, tmp_pat
 
     monkeypatch.setattr(module, "load_model", stop)
     with pytest.raises(ModelError, match="in memory"):
-        convert(find_source(str(tiny_folder)), load_recipe("calibrated", [LITTLE, change]), tmp_path, say=told.append)
+        convert_into(
+            find_source(str(tiny_folder)), load_recipe("calibrated", [LITTLE, change]), tmp_path, say=told.append
+        )
     assert len(told) == 1 and reason in told[0]
 
 
 _MEASURED = """
 import json, resource, sys
 from pathlib import Path
-from linearize.calibration.start import convert
+from linearize.jobs.convert import convert_into
 from linearize.conversion.source import find_source
 from linearize.recipe import load_recipe
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
@@ -230,7 +232,7 @@ def status(name):
 def run(name):
     (folder / ("out-" + name)).mkdir()
     changes = ["mixer.window=8", "calibrate={tokens: 384, length: 96, held_out: 2, steps: 2}", sys.argv[3]]
-    convert(find_source(str(folder / name)), load_recipe("calibrated", changes), folder / ("out-" + name))
+    convert_into(find_source(str(folder / name)), load_recipe("calibrated", changes), folder / ("out-" + name))
 
 run("small")  # what modules and libraries take is there from now on
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here

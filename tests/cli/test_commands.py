@@ -285,7 +285,7 @@ def test_a_context_as_short_as_what_is_read_exactly_is_refused_at_once(outcome, 
     folder = random_llama(tmp_path / "short")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
-    monkeypatch.setattr("linearize.calibration.start.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("linearize.jobs.convert.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     commands = [["convert", folder, "-o", tmp_path / "out", "-r", recipe], ["run", recipe, "-o", tmp_path / "out"]]
     stage = "stages=[{objective: sft, length: 64, data: {source: self, tokens: 640}}]"
     commands.append(["finetune", recipe, "-o", tmp_path / "out", "--set", stage])

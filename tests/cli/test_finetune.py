@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import linearize
+from linearize.errors import OutputError
 from linearize.training import metrics, trainer
 from tests.conftest import random_llama
 
@@ -76,6 +78,10 @@ def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, 
     status, text, words = outcome(*resume, "--set", "stages.0.lr=0.5", "--set", "seed=3")
     assert (status, text) == (1, "") and words.count("\n") == 1
     assert "out.training/recipe.yaml: --resume goes on with this recipe, and --set changes seed, stages.0.lr" in words
+    for named in ({"model": "elsewhere"}, {"teacher": "elsewhere"}):
+        with pytest.raises(OutputError, match=f"unfinished run has {next(iter(named))}"):
+            linearize.finetune("default", out, resume=True, **named)
+    assert "unfinished run has teacher None, not elsewhere" in outcome(*resume, "--teacher", "elsewhere")[2]
     status, text, words = outcome(*resume, *settings[:2])  # what is repeated has to be what it was
     assert (status, text) == (0, f"{out}\n")
     (line,) = [line for line in words.splitlines() if line.startswith("resuming with the run's own recipe")]
@@ -90,7 +96,12 @@ def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, 
         assert outcome(*resume, *launch) == (
             0, f"{out}\n", f"{out}: this run is finished, so there is nothing to resume\n",
         )  # fmt: skip
-    assert json.loads(outcome(*resume, "--json")[1])["stages"][0]["steps"] == 4
+    stages = json.loads(outcome(*resume, "--json")[1])["stages"]
+    assert stages[0]["steps"] == 4
+    told: list[str] = []
+    result = linearize.finetune("default", out, resume=True, say=told.append)
+    assert result.stages == stages and result.model.config.name_or_path == str(out)
+    assert told == [f"{out}: this run is finished, so there is nothing to resume"]
     # A converted folder is no finished run.
     status, _, words = outcome("finetune", "default", "-o", tmp_path / "tiny", "--resume", *settings)
     assert status == 1

@@ -167,7 +167,7 @@ def test_a_state_needs_room_and_a_place_of_its_own(outcome, converted, tmp_path,
     folder.mkdir()
     line = ("generate", converted, "Once upon a time", "-n", "2", "--save-state", folder / "kept", "--json")
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.generation.continue_text", never)
+        patch.setattr("linearize.jobs.generate.continue_text", never)
         with full(folder):
             status, out, words = outcome(*line)
         assert (status, out) == (1, "") and f"error: {folder / 'kept'}: 16 MB are needed" in error_of(words)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from linearize.calibration.start import convert
 from linearize.conversion.convert import (
     convert_model,
     growth_nbytes,
@@ -20,6 +19,7 @@ from linearize.conversion.inspection import inspect_model
 from linearize.conversion.source import find_source, load_model
 from linearize.errors import RecipeError
 from linearize.families import AttentionLayer
+from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_kept_is_told(layers, changes, told):
 def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
     recipe = load_recipe("default", ["mixer.keep={layers: [0], heads: {1: [2]}}", "mixer.window=16"])
     source = find_source(str(tiny_folder))
-    model = convert(source, recipe, tmp_path, teacher=load_model(source)).model
+    model = convert_into(source, recipe, tmp_path, teacher=load_model(source)).model
     ids = torch.arange(5, 105)[None]
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -130,7 +130,7 @@ def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
 def test_a_checkpoint_with_a_window_of_its_own_for_each_layer(tiny_folder, tmp_path):
     recipe = load_recipe("default", ["mixer.windows={0: 8, 1: 24}"])
     source = find_source(str(tiny_folder))
-    model = convert(source, recipe, tmp_path, teacher=load_model(source)).model
+    model = convert_into(source, recipe, tmp_path, teacher=load_model(source)).model
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert [again.config.mixer_of(layer).window for layer in (0, 1)] == [8, 24]
     ids = torch.arange(5, 105)[None]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from linearize.calibration.start import convert
 from linearize.cli.app import run
 from linearize.conversion.ggufheader import read_head
 from linearize.conversion.inspection import rotary_scaling
 from linearize.conversion.source import find_source, load_config, load_model, load_tokenizer
 from linearize.errors import ModelError
+from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
 from tests.conversion.gguf_kit import TOKENS, tiny, write_gguf
 
@@ -115,7 +115,7 @@ def test_scaled_positions_are_those_of_the_model_in_safetensors(name, tmp_path):
         rope = {**rope, "short_factor": rope["long_factor"]}
         wanted = logits(tiny("llama", rope_parameters={**rope, "rope_theta": 1e4}), ids)
     (tmp_path / "out").mkdir()
-    start = convert(source, load_recipe("default", [f"mixer.window={LENGTH}"]), tmp_path / "out")
+    start = convert_into(source, load_recipe("default", [f"mixer.window={LENGTH}"]), tmp_path / "out")
     torch.testing.assert_close(logits(start.model, ids), wanted, atol=1e-4, rtol=0)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(again, ids), wanted, atol=1e-4, rtol=0)
@@ -246,14 +246,14 @@ def test_every_end_token_ends_what_a_model_writes(keys, ends, tmp_path):
     source = find_source(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), keys)))
     assert load_model(source).generation_config.eos_token_id == ends
     (tmp_path / "out").mkdir()
-    convert(source, load_recipe("default"), tmp_path / "out")
+    convert_into(source, load_recipe("default"), tmp_path / "out")
     converted = find_source(str(tmp_path / "out"))
     assert load_model(converted).generation_config.eos_token_id == ends
     # A folder that the GGUF was saved as is converted from file to file.
     load_model(source).save_pretrained(tmp_path / "folder")
     load_tokenizer(source).save_pretrained(tmp_path / "folder")
     (tmp_path / "streamed").mkdir()
-    convert(find_source(str(tmp_path / "folder")), load_recipe("default"), tmp_path / "streamed")
+    convert_into(find_source(str(tmp_path / "folder")), load_recipe("default"), tmp_path / "streamed")
     assert load_model(find_source(str(tmp_path / "streamed"))).generation_config.eos_token_id == ends
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, initialization
 
 import linearize
-from linearize.calibration.start import convert
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError
+from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
 from tests.model.test_families import ROWS, build
 
@@ -40,7 +40,7 @@ def both_ways(folder, target, *changes, teacher=None, shard_bytes=20_000, **opti
     tokenizer = load_tokenizer(source)
     for way, given in (("memory", load_model(source, dtype=recipe.dtype)), ("files", None)):
         (target / way).mkdir(parents=True)
-        convert(
+        convert_into(
             source, recipe, target / way, teacher=given, tokenizer=tokenizer, shard_bytes=shard_bytes,
             say=told.append, **options,
         )  # fmt: skip
@@ -129,7 +129,7 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     shutil.rmtree(tmp_path / "files")
     (tmp_path / "files").mkdir()
     with pytest.raises(ModelError, match=r"1 weight is not there, model\.norm\.weight among them"):
-        convert(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
+        convert_into(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
     assert any(line.endswith("its files lack 1 weight, model.norm.weight among them") for line in told)
 
 
@@ -204,7 +204,7 @@ def test_weights_that_the_model_does_not_take_are_refused_by_name(
     source = find_source(str(folder))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=told) as refused:
-        load_model(source) if way == "memory" else convert(source, load_recipe("default"), tmp_path / "out")
+        load_model(source) if way == "memory" else convert_into(source, load_recipe("default"), tmp_path / "out")
     assert "\n" not in str(refused.value)
 
 
@@ -242,7 +242,7 @@ _MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
 import linearize
-from linearize.calibration.start import convert
+from linearize.jobs.convert import convert_into
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.recipe import load_recipe
 folder, small, big, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -256,7 +256,7 @@ def peak():
 def run(name):
     (folder / ("out-" + name)).mkdir()
     options = {"shard_bytes": int(sys.argv[5])}
-    convert(find_source(str(folder / name)), load_recipe("default"), folder / ("out-" + name), **options)
+    convert_into(find_source(str(folder / name)), load_recipe("default"), folder / ("out-" + name), **options)
 
 run(small)  # what modules and libraries take is there from now on
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here

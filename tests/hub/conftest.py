@@ -11,11 +11,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 from linearize.api import export, verify
-from linearize.calibration.start import convert
 from linearize.cli.app import run
 from linearize.conversion.output import sha256
 from linearize.conversion.source import find_source
 from linearize.hub import upload
+from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
 from tests.hub.local_hub import TOKEN, LocalHub
 
@@ -52,7 +52,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted") / "tiny"
     folder.mkdir()
-    convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", f"model={tiny_folder}"]), folder)
+    convert_into(
+        find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", f"model={tiny_folder}"]), folder
+    )
     return folder
 
 
@@ -77,7 +79,7 @@ def _verification(_shareable: Path) -> Verification:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, _verification: Verification) -> None:
     """The checkpoint was verified before: for tests of what comes after that."""
-    monkeypatch.setattr("linearize.api.verify", lambda *_, **__: _verification)
+    monkeypatch.setattr("linearize.jobs.push.verify", lambda *_, **__: _verification)
 
 
 @pytest.fixture

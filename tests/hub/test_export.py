@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.api import export
-from linearize.calibration.start import convert
 from linearize.conversion.output import sha256
 from linearize.conversion.source import Source, checkpoint_digest, find_source, teacher_of
 from linearize.errors import DataError, ModelError
@@ -21,6 +20,7 @@ from linearize.evaluation.report import write_report
 from linearize.hub.contents import local_things
 from linearize.hub.licence import front_matter, licence_of
 from linearize.hub.push import pack
+from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.quantize import WEIGHTS
 from linearize.recipe import dump_recipe, load_recipe
@@ -120,7 +120,7 @@ def other(converted, tiny_folder, tmp_path):
     """Another checkpoint of the same base model."""
     (tmp_path / "other").mkdir()
     recipe = load_recipe("default", ["mixer.window=8", f"model={tiny_folder}"])
-    convert(find_source(str(tiny_folder)), recipe, tmp_path / "other")
+    convert_into(find_source(str(tiny_folder)), recipe, tmp_path / "other")
     return tmp_path / "other"
 
 

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import linearize
-from linearize.calibration.start import convert
 from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.output import sha256, staged_folder
 from linearize.conversion.source import find_source, load_model, teacher_of
 from linearize.hub.carry import AUTO_MAP
+from linearize.jobs.convert import convert_into
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
 
@@ -69,7 +69,7 @@ print(writer("Once upon", max_new_tokens=2, do_sample=False, return_full_text=Tr
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
-    convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
+    convert_into(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
     return folder
 
 
@@ -115,7 +115,7 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
         checkpoint = tmp_path / "landmarks"
         checkpoint.mkdir()
         changes = ["mixer.window=16", "mixer.landmarks=24", "mixer.landmarks_by=null"]
-        convert(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
+        convert_into(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     total, tokens = without_package(_WITHOUT_PACKAGE, checkpoint).stdout.strip().splitlines()[-2:]
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -150,7 +150,7 @@ def test_a_tokenizer_runs_no_code(checkpoint, tmp_path, monkeypatch):
 
 def test_the_card_names_the_folder_and_its_code_runs(tiny_folder, checkpoint, tmp_path, monkeypatch):
     with staged_folder(tmp_path / "my-model") as folder:
-        convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
+        convert_into(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
     assert "\n# my-model\n" in (tmp_path / "my-model" / "README.md").read_text()
     card = (checkpoint / "README.md").read_text()
     assert f"\n# {checkpoint.name}\n" in card

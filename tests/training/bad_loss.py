@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from linearize.errors import LinearizeError
+from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
 from linearize.training import processes
-from linearize.training.finetune import finetune
 from linearize.training.guarded import GuardedTrainer
 from linearize.training.workfolder import shared_work_folder
 
@@ -35,7 +35,7 @@ def main(recipe: str, target: str) -> None:
     error = ""
     try:
         with shared_work_folder(Path(target), load_recipe(recipe, ()), resume=False) as work:
-            finetune(load_recipe(recipe, ()), work, say=said.append)
+            run_stages(load_recipe(recipe, ()), work, say=said.append)
     except LinearizeError as stopped:
         error = str(stopped)
     told = {"said": [line for line in said if "passed over" in line], "weights": weights, "error": error}

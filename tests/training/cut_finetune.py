@@ -11,9 +11,9 @@ from pathlib import Path
 from linearize.conversion.source import find_source, load_tokenizer
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
+from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
 from linearize.training import processes, trainer
-from linearize.training.finetune import finetune
 from linearize.training.workfolder import shared_work_folder
 from tests.evaluation.test_runner import Count, model
 
@@ -35,8 +35,8 @@ def main(folder: Path) -> None:
     settings = load_recipe(str(folder / "recipe.yaml"), ())
     for name, shard in (("whole", False), ("split", True)):
         with contextlib.suppress(Cut), shared_work_folder(folder / name, settings, resume=False) as work:
-            finetune(settings, work, say=lambda _: None, shard=shard)
-    finetune(load_recipe(str(folder / "align.yaml"), ()), folder / "align-two", say=lambda _: None)
+            run_stages(settings, work, say=lambda _: None, shard=shard)
+    run_stages(load_recipe(str(folder / "align.yaml"), ()), folder / "align-two", say=lambda _: None)
     evaluate(folder, load_tokenizer(find_source(settings.model)))
     processes.leave()
 

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
-from linearize.training.finetune import finetune
 
 
 def kilobytes(name: str) -> int:
@@ -23,7 +23,7 @@ def peak(recipe: str, work: Path) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = kilobytes("VmRSS")
-    finetune(settings, work, say=lambda _: None)
+    run_stages(settings, work, say=lambda _: None)
     return (kilobytes("VmHWM") - before) << 10
 
 

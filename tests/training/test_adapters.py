@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from linearize.conversion.convert import convert_model
 from linearize.conversion.output import staged_folder
 from linearize.errors import ModelError, RecipeError
+from linearize.jobs.finetune import run_stages
+from linearize.jobs.result import write_result
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.training.adapters import add_adapters, choose_trained, merged
-from linearize.training.finetune import finetune
-from linearize.training.result import write_result
 from linearize.training.rows import Document, Rows, pack
 from linearize.training.workfolder import work_folder
 from tests.conftest import random_llama
@@ -133,12 +133,12 @@ def test_a_fault_of_the_merge_is_an_error_and_the_adapters_are_kept(recipe, tmp_
             pytest.raises(ModelError, match=r"out\.training has") as refused,
             work_folder(out, recipe, resume=False) as work,
         ):
-            finetune(recipe, work, say=lambda _: None)
+            run_stages(recipe, work, say=lambda _: None)
     assert "\n" not in str(refused.value)
     assert list((tmp_path / "out.training").glob("stage-0/checkpoint-4/trained.safetensors")) and not out.exists()
     said: list[str] = []
     with work_folder(out, recipe, resume=True) as work:
-        finetune(recipe, work, say=said.append, resume=True)
+        run_stages(recipe, work, say=said.append, resume=True)
     assert any("checkpoint-4" in line for line in said)
 
 
@@ -172,13 +172,13 @@ def test_fused_experts_and_layers_without_a_target_are_said():
 
 def test_float16_is_not_trained_in(recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"float16 .* take bfloat16"):
-        finetune(recipe.model_copy(update={"dtype": "float16"}), tmp_path, say=lambda _: None)
+        run_stages(recipe.model_copy(update={"dtype": "float16"}), tmp_path, say=lambda _: None)
     half = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float16)
     half.save_pretrained(recipe.model)
     said: list[str] = []
     out = tmp_path / "out"
     with work_folder(out, recipe, resume=False) as work:
-        result = finetune(recipe, work, say=said.append)
+        result = run_stages(recipe, work, say=said.append)
         with staged_folder(out) as folder:
             write_result(folder, result, work, "out")
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
@@ -189,5 +189,5 @@ def test_float16_is_not_trained_in(recipe, tmp_path):
     # Other dtypes are as they were, and nothing is said of them.
     said.clear()
     with work_folder(tmp_path / "again", recipe, resume=False) as work:
-        finetune(recipe.model_copy(update={"dtype": "bfloat16"}), work, say=said.append)
+        run_stages(recipe.model_copy(update={"dtype": "bfloat16"}), work, say=said.append)
     assert not any("are float16" in line for line in said)

@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from linearize.conversion.convert import convert_model
 from linearize.conversion.output import staged_folder
 from linearize.errors import LinearizeError, OutputError, RecipeError
+from linearize.jobs.finetune import run_stages
+from linearize.jobs.result import write_result
 from linearize.model.attention import LinearizedAttention
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.training import metrics as module
 from linearize.training import trainer as trainer_module
 from linearize.training.adapters import add_adapters, choose_trained, is_adapter, is_own_parameter
 from linearize.training.data import load_data
-from linearize.training.finetune import finetune
-from linearize.training.result import write_result
 from linearize.training.rows import read_data
 from linearize.training.workfolder import is_resumable, work_folder
 
@@ -50,7 +50,7 @@ def recipe(tiny: Path, text: Path, *more: str) -> Recipe:
 
 def trained(recipe: Recipe, work: Path, **options) -> dict[str, torch.Tensor]:
     work.mkdir(exist_ok=True)
-    model = finetune(recipe, work, say=lambda _: None, **options).model
+    model = run_stages(recipe, work, say=lambda _: None, **options).model
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -178,7 +178,7 @@ def test_every_step_trains_and_tokens_are_those_that_were_read(tiny_folder, text
     once = settings.stages[0].model_copy(update={"epochs": 1.0, "batch_tokens": 1024})
     settings = settings.model_copy(update={"stages": [settings.stages[0], once]})
     (tmp_path / "work").mkdir()
-    result = finetune(settings, tmp_path / "work", say=lambda _: None)
+    result = run_stages(settings, tmp_path / "work", say=lambda _: None)
     assert [(stage["steps"], stage["tokens"]) for stage in result.stages] == [(4, 384), (1, 192)]
     metrics = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
     assert [row["tokens"] for row in metrics] == [128, 192, 320, 384, 192]
@@ -211,7 +211,7 @@ def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):
     settings = recipe(tiny_folder, text)
     settings = settings.model_copy(update={"stages": [settings.stages[0], settings.stages[0]]})
     with work_folder(tmp_path / "out", settings, resume=False) as work:
-        result = finetune(settings, work, say=lambda _: None)
+        result = run_stages(settings, work, say=lambda _: None)
         with staged_folder(tmp_path / "out") as folder:
             write_result(folder, result, work, "out")
     assert not work.exists()
@@ -224,7 +224,7 @@ def test_two_stages_and_the_written_result(tiny_folder, text, tmp_path):
     # What was fine-tuned can be fine-tuned again, from its own weights and with the first teacher.
     again = settings.model_copy(update={"model": str(tmp_path / "out"), "stages": settings.stages[:1]})
     (tmp_path / "work").mkdir()
-    assert len(finetune(again, tmp_path / "work", say=lambda _: None).stages) == 3
+    assert len(run_stages(again, tmp_path / "work", say=lambda _: None).stages) == 3
 
 
 def test_a_second_run_reads_other_text_than_the_first(tiny_folder, text, tmp_path):
@@ -236,7 +236,7 @@ def test_a_second_run_reads_other_text_than_the_first(tiny_folder, text, tmp_pat
         work = tmp_path / f"work-{number}"
         work.mkdir()
         settings = settings.model_copy(update={"model": model})
-        result = finetune(settings, work, say=lambda _: None)
+        result = run_stages(settings, work, say=lambda _: None)
         read.append(read_data(work / "stage-0.rows.safetensors").train.input_ids)
         if not number:
             with staged_folder(first) as folder:
@@ -249,7 +249,7 @@ def test_a_second_run_reads_other_text_than_the_first(tiny_folder, text, tmp_pat
     assert torch.equal(read[1], read[2]) and not {*map(tuple, read[0].tolist())} & {*map(tuple, read[1].tolist())}
     # And its second stage a third one.
     (tmp_path / "two").mkdir()
-    finetune(settings.model_copy(update={"stages": [spec, spec]}), tmp_path / "two", say=lambda _: None)
+    run_stages(settings.model_copy(update={"stages": [spec, spec]}), tmp_path / "two", say=lambda _: None)
     third = load_data(spec.data, seed=settings.seed, draw=2, **options)
     assert torch.equal(read_data(tmp_path / "two" / "stage-1.rows.safetensors").train.input_ids, third.train.input_ids)
 
@@ -299,7 +299,7 @@ def test_a_run_that_ends_in_its_second_stage_goes_on_there(tiny_folder, text, tm
     for damaged in (tmp_path / "damaged" / "stage-0" / "checkpoint-4").iterdir():
         damaged.write_bytes(damaged.read_bytes()[:-1])
     said = []
-    again = finetune(settings, tmp_path / "damaged", say=said.append, resume=True).model.state_dict()
+    again = run_stages(settings, tmp_path / "damaged", say=said.append, resume=True).model.state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert any("stage 1: its last checkpoint is damaged" in line for line in said)
     assert "stage 1: done before" not in said

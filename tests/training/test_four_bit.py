@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError, RecipeError
+from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
-from linearize.training.finetune import finetune
 from linearize.training.memory import training_memory
 from tests.conftest import random_llama
 
@@ -43,7 +43,7 @@ def recipe_of(folder, *changes: str):
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
 def test_without_bitsandbytes_it_is_one_line(folder, tmp_path):
     with pytest.raises(ModelError, match="needs bitsandbytes; pip install bitsandbytes, or set it to false"):
-        finetune(recipe_of(folder), tmp_path, say=lambda _: None)
+        run_stages(recipe_of(folder), tmp_path, say=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_without_bitsandbytes_it_is_one_line(folder, tmp_path):
 )
 def test_what_does_not_go_with_it_is_told(folder, tmp_path, change, told):
     with pytest.raises(RecipeError, match=told):
-        finetune(recipe_of(folder, change), tmp_path, say=lambda _: None)
+        run_stages(recipe_of(folder, change), tmp_path, say=lambda _: None)
 
 
 def test_the_memory_that_it_saves_is_told():
@@ -74,7 +74,7 @@ def test_adapters_learn_on_four_bits_and_what_is_written_is_whole(folder, tmp_pa
     frozen = load_model(find_source(str(folder)), four_bit=True)
     assert frozen.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     assert frozen.lm_head.weight.dtype == torch.float32
-    result = finetune(recipe_of(folder), tmp_path, say=lambda _: None)
+    result = run_stages(recipe_of(folder), tmp_path, say=lambda _: None)
     assert getattr(result.model.config, "quantization_config", None) is None
     weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, tensor in result.model.state_dict().items():

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from linearize.cli import app
 from linearize.errors import LinearizeError, RecipeError
+from linearize.jobs.finetune import run_stages
 from linearize.recipe import dump_recipe, load_recipe
 from linearize.training import processes
 from linearize.training.checkpoints import newest
-from linearize.training.finetune import finetune
 from linearize.training.sharding import check_shardable
 from linearize.training.trainer import stage_arguments
 from tests.conftest import random_llama
@@ -72,9 +72,9 @@ def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_pat
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     for name in ("one", "align-one", "align-two"):
         (tmp_path / name).mkdir()
-    one = finetune(settings, tmp_path / "one", say=lambda _: None)
+    one = run_stages(settings, tmp_path / "one", say=lambda _: None)
     expected = losses(tmp_path / "one" / "metrics.jsonl")
-    finetune(aligning, tmp_path / "align-one", say=lambda _: None)
+    run_stages(aligning, tmp_path / "align-one", say=lambda _: None)
 
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     cut = run(tmp_path, *launcher, "tests.training.cut_finetune", str(tmp_path))
@@ -134,7 +134,7 @@ def test_the_last_step_of_an_epoch_reads_no_row_twice(small_recipe, tmp_path, mo
         (tmp_path / "uneven" / f"{name}.yaml").write_text(dump_recipe(settings))
         for count in ("one", "two"):
             (tmp_path / "uneven" / f"{name}-{count}").mkdir()
-        finetune(settings, tmp_path / "uneven" / f"{name}-one", say=lambda _: None)
+        run_stages(settings, tmp_path / "uneven" / f"{name}-one", say=lambda _: None)
         expected[name] = losses(tmp_path / "uneven" / f"{name}-one" / "metrics.jsonl")
         assert len(expected[name]) == 4
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
@@ -256,7 +256,7 @@ def test_accelerate_starts_two_processes_that_calibrate_once(tmp_path, monkeypat
     ])  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(dump_recipe(settings))
     (tmp_path / "one").mkdir()
-    one = finetune(settings, tmp_path / "one", say=lambda _: None)
+    one = run_stages(settings, tmp_path / "one", say=lambda _: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "accelerate.yaml").write_text(ACCELERATE.format(port=free.getsockname()[1]))

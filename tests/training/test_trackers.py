@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from linearize.errors import RecipeError
+from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
-from linearize.training.finetune import finetune
 from linearize.training.workfolder import work_folder
 
 # Enough of either package for transformers' callbacks; what they are told is kept.
@@ -70,7 +70,7 @@ def test_what_is_not_installed_is_told_in_a_line(settings, tmp_path):
         pytest.raises(RecipeError, match=f"^report_to: {missing} is not installed; pip install {missing}, or take it"),
         work_folder(tmp_path / "tuned", settings(missing), resume=False) as work,
     ):
-        finetune(settings(missing), work, say=lambda _: None)
+        run_stages(settings(missing), work, say=lambda _: None)
     with pytest.raises(RecipeError, match="report_to"):
         settings("mlflow")
 
@@ -91,7 +91,7 @@ def test_a_tracker_gets_every_step(settings, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
     told = sys.modules[name].told
     with work_folder(tmp_path / "tuned", settings(name), resume=False) as work:
-        finetune(settings(name), work, say=lambda _: None)
+        run_stages(settings(name), work, say=lambda _: None)
         written = lines(work)
     assert ("init", "linearize", "tuned, stage 1") in told and told[-1] == ("finish",)
     logged = [one[1] for one in told if one[0] == "log"]
@@ -105,7 +105,7 @@ def test_tensorboard_gets_every_step(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with work_folder(tmp_path / "tuned", settings("tensorboard"), resume=False) as work:
-        finetune(settings("tensorboard"), work, say=lambda _: None)
+        run_stages(settings("tensorboard"), work, say=lambda _: None)
         written = lines(work)
     found = EventAccumulator(str(tmp_path / "tuned.runs" / "stage-1")).Reload().Scalars("train/loss")
     assert [event.value for event in found] == pytest.approx([line["loss"] for line in written])

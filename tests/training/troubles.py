@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linearize.jobs.finetune import run_stages
 from linearize.training import metrics as module
 from linearize.training import trainer
-from linearize.training.finetune import finetune
 from linearize.training.guarded import GuardedTrainer
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Weights = dict[str, torch.Tensor]
 
 def trained(recipe: Recipe, work: Path, said: list[str] | None = None, **options: Any) -> Weights:
     work.mkdir(exist_ok=True)
-    model = finetune(recipe, work, say=(said if said is not None else []).append, **options).model
+    model = run_stages(recipe, work, say=(said if said is not None else []).append, **options).model
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 
 from linearize.cli.app import run
+from linearize.jobs import finetune as module
 from linearize.recipe import load_recipe
-from linearize.training import finetune as module
 from linearize.training import processes, trainer
 
 
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
         settings, work = load_recipe(str(recipe)), folder / f"{recipe.stem}-two"
         for cuts in (True, False):
             with contextlib.suppress(Cut):
-                module.finetune(settings, work, say=lambda _: None, resume=not cuts)
+                module.run_stages(settings, work, say=lambda _: None, resume=not cuts)
     # A command ends the process group itself: threads of it that outlive the interpreter abort the process.
     assert run(["finetune", str(folder / "align.yaml"), "-o", str(folder / "out")]) == 0
     assert not torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""From a recipe to a model that can be used or trained: what is kept, the swap, and calibration."""
+"""`linearize convert`: choose what keeps softmax, swap the attention, calibrate it, and write the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from linearize.conversion.convert import (
     check_reach,
     convert_model,
     nbytes,
-    open_files,
     write_checkpoint,
 )
 from linearize.conversion.limits import check_length, vocabulary_warning
-from linearize.conversion.output import check_space
-from linearize.conversion.source import has_tokenizer, load_config, load_model, load_tokenizer
+from linearize.conversion.output import check_space, staged_folder
+from linearize.conversion.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
+from linearize.conversion.streaming import Streamer
+from linearize.conversion.weightfiles import NotStreamable
+from linearize.jobs.checks import quiet, read_recipe
+from linearize.jobs.inspect import convertible
 from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
 from linearize.training.data import reserved_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
     from linearize.conversion.source import Source
-    from linearize.conversion.streaming import Streamer
     from linearize.model import LinearizedForCausalLM
     from linearize.probe import Probe
     from linearize.recipe import Recipe
@@ -76,6 +78,76 @@ class Start:
         if self.calibration is not None:
             _write_json(folder / "calibration.json", calibration_data(self.calibration))
             (folder / "calibration.md").write_text(calibration_text_report(self.calibration), encoding="utf-8")
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe = "default",
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = quiet,
+) -> LinearizedForCausalLM:
+    """Converts a pretrained model by a recipe's mixer section, calibrated where it says so, and writes the checkpoint.
+
+    Args:
+        model: what to convert.
+        output: the folder to write.
+        recipe: a shipped recipe's name, a file, or a recipe that was read already.
+        overrides: changes of single keys, such as `mixer.window=128`; `--set` on the command line.
+        overwrite: replace the output if it exists.
+        trust_remote_code: run Python code that the model brings.
+        say: gets lines for the person at the terminal.
+
+    Returns:
+        the converted model, as it was written.
+
+    Raises:
+        ModelError: the model cannot be read or converted.
+        RecipeError: the recipe is not valid, or does not fit the model.
+        OutputError: the output cannot be written.
+    """
+    start = run_convert(
+        model,
+        output,
+        recipe,
+        overrides=overrides,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
+    converted: Any = start.model
+    if converted.device.type == "meta":  # its weights went from file to file
+        converted = load_model(find_source(str(output)))
+    return named_after(converted, output)
+
+
+def run_convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe = "default",
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    say: Callable[[str], None] = quiet,
+) -> Start:
+    """`convert`, with the options and the result of `convert_into`."""
+    settings, target = read_recipe(recipe, overrides), Path(output)
+    source, _ = convertible(model, target, settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    with staged_folder(target, overwrite=overwrite) as folder:
+        say(f"converting {source.name}")
+        return convert_into(source, settings, folder, say=say, shard_bytes=shard_bytes, workers=workers)
+
+
+def named_after(model: LinearizedForCausalLM, output: str | Path) -> LinearizedForCausalLM:
+    """Set the model's name as `from_pretrained(output)` does, because peft names an adapter's base by it."""
+    model.name_or_path = model.config.name_or_path = str(output)
+    return model
 
 
 def prepares(recipe: Recipe) -> bool:
@@ -146,7 +218,7 @@ def _calibrated(
     return found
 
 
-def convert(
+def convert_into(
     source: Source,
     recipe: Recipe,
     folder: Path,
@@ -191,6 +263,29 @@ def convert(
     return start
 
 
+def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callable[[str], None]) -> Streamer | None:
+    """`source` converted by `recipe.mixer`, without data; its weights can go from file to file, or be calibrated block
+    by block.
+
+    Args:
+        shard_bytes: of a file of weights that is written.
+        say: is told why weights have to go through memory, where they do.
+
+    Returns:
+        None where weights have to go through memory.
+
+    Raises:
+        ModelError: the model cannot be read or converted.
+    """
+    check_convertible(load_config(source), source)
+    try:
+        return Streamer(source, recipe.dtype, lambda model: convert_model(model, recipe.mixer), most=shard_bytes)
+    except NotStreamable as reason:
+        if source.kind != "gguf":
+            say(f"{source.name}: converted in memory, not file by file: {reason}")
+        return None
+
+
 def _needs_memory(recipe: Recipe) -> str | None:
     """Why a conversion by `recipe` needs the whole model; None where blocks of it are enough."""
     if selects(recipe):
@@ -210,7 +305,7 @@ def _convert_files(
     workers: int,
     say: Callable[[str], None],
 ) -> Start:
-    """`convert`, with no more than one block in memory."""
+    """`convert_into`, with no more than one block in memory."""
     start = Start(streamer.model, recipe)
     if recipe.calibrate is None:
         digests = streamer.write(folder, workers=workers)

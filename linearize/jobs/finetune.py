@@ -7,16 +7,16 @@ import copy
 import io
 import shutil
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from linearize.calibration.start import convert, make_start, prepares
 from linearize.conversion.convert import check_convertible, check_reach, nbytes
 from linearize.conversion.limits import check_length, check_tokens, vocabulary_warning
-from linearize.conversion.output import check_space, staged_folder
+from linearize.conversion.output import check_free, check_space, staged_folder
 from linearize.conversion.source import (
     Source,
     find_source,
@@ -26,15 +26,18 @@ from linearize.conversion.source import (
     sound_provenance,
     teacher_of,
 )
-from linearize.errors import ModelError, RecipeError
+from linearize.errors import ModelError, OutputError, RecipeError
+from linearize.jobs.checks import model_of, quiet, recipe_to_train
+from linearize.jobs.convert import convert_into, make_start, named_after, prepares
+from linearize.jobs.result import FinetuneResult, count_skipped, stage_record, write_result
 from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.training import processes
-from linearize.training.adapters import add_adapters, base_of, choose_trained, merged
-from linearize.training.checkpoints import checkpoints, manifest, newest, step_of
+from linearize.training.adapters import add_adapters, base_of, check_dtype, check_four_bit, choose_trained, merged
+from linearize.training.checkpoints import manifest, newest, stage_to_resume, step_of
 from linearize.training.data import load_data, reserved_tokens
+from linearize.training.memory import stages_memory
 from linearize.training.metrics import METRICS, forget_metrics, log_to
-from linearize.training.result import FinetuneResult, count_skipped, stage_record
 from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.sharding import check_shardable, mesh
 from linearize.training.sharding import shard as shard_model
@@ -48,15 +51,15 @@ from linearize.training.trainer import (
     whole_trained,
 )
 from linearize.training.windows import check_something_to_learn
-from linearize.training.workfolder import WORK
+from linearize.training.workfolder import WORK, finished_stages, recipe_to_resume, shared_work_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
-    from linearize.calibration.start import Start
+    from linearize.jobs.convert import Start
+    from linearize.training.memory import Engine, TrainingMemory
 
 _CHECKPOINTS = 9
 """Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
@@ -68,6 +71,123 @@ _WIDENED = (
 
 
 def finetune(
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    teacher: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = quiet,
+) -> FinetuneResult:
+    """Trains a model by a recipe's stages, and writes it merged and ready to load.
+
+    Args:
+        recipe: a shipped recipe's name, a file, or a recipe that was read already.
+        output: the folder to write; while training runs, checkpoints and metrics.jsonl are beside it.
+        model: what to train, converted or not, instead of the recipe's `model`.
+        teacher: the pretrained model, instead of the recipe's `teacher` or what the model was converted from.
+        overrides: changes of single keys, such as `stages.0.lr=5e-4`.
+        resume: go on with an interrupted run from its last checkpoint, by the recipe that is saved with it; a finished
+            run is loaded.
+        overwrite: replace the output if it exists.
+        trust_remote_code: run Python code that the model brings.
+        say: gets lines for the person at the terminal.
+
+    Returns:
+        the trained model, its tokenizer, and a record of each stage.
+
+    Raises:
+        LinearizeError: the recipe, the model, the data or the output is not usable.
+    """
+    return run_finetune(
+        recipe,
+        output,
+        model=model,
+        teacher=teacher,
+        overrides=overrides,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
+
+
+def run_finetune(
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    teacher: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    shard: bool = False,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = quiet,
+) -> FinetuneResult:
+    """`finetune`; of several processes the first writes and speaks, and its result is the merged one.
+
+    Args:
+        shard: see `run_stages`.
+    """
+    target, first = Path(output), processes.is_first()
+    say = say if first else quiet
+    if resume and not overwrite and finished_stages(target):
+        say(f"{target}: this run is finished, so there is nothing to resume")
+        return _finished(target)
+    settings = recipe_to_train(recipe, overrides, model=model, teacher=teacher)
+    if first:
+        check_free(target, overwrite=overwrite)
+    shard = processes.join() or shard
+    if resume and isinstance(recipe, (str, Path)):
+        kept = partial(recipe_to_resume, target, settings, overrides, name=str(recipe), say=say)
+        settings = processes.from_the_first(kept)
+        _check_named(target, settings, model=model, teacher=teacher)
+    with shared_work_folder(target, settings, resume=resume) as work:
+        result = run_stages(settings, work, say=say, resume=resume, trust_remote_code=trust_remote_code, shard=shard)
+        processes.leave()
+        if first:
+            with staged_folder(target, overwrite=overwrite) as folder:
+                write_result(folder, result, work, target.name)
+    named_after(result.model, target)
+    return result
+
+
+def plan_finetune(recipe: Recipe, gpus: int, *, trust_remote_code: bool = False) -> list[dict[Engine, TrainingMemory]]:
+    """For each stage the memory that it takes by engine, on each of so many GPUs; nothing is trained or written."""
+    check_dtype(recipe)
+    source = find_source(model_of(recipe), trust_remote_code=trust_remote_code)
+    config = load_config(source)
+    if not source.is_converted:
+        check_reach(recipe, config)
+    return stages_memory(config, recipe, gpus)
+
+
+def _check_named(target: Path, recipe: Recipe, **named: str | Path | None) -> None:
+    """Raises:
+    OutputError: the unfinished run has another model or teacher than the one that is named.
+    """
+    for key, value in named.items():
+        own = getattr(recipe, key)
+        if value is not None and str(value) != own:
+            raise OutputError(
+                f"{target}: the unfinished run has {key} {own}, not {value}; leave {key} out to resume it, or begin "
+                "anew with another output"
+            )
+
+
+def _finished(target: Path) -> FinetuneResult:
+    """The result of the finished run that wrote `target`."""
+    source, recipe = find_source(str(target)), load_recipe(str(target / "recipe.yaml"))
+    told, model = sound_provenance(source), cast("Any", load_model(source))
+    named_after(model, target)
+    return FinetuneResult(model, load_tokenizer(source), None, None, recipe, told["stages"], told.get("start", {}))
+
+
+def run_stages(
     recipe: Recipe,
     work: Path,
     *,
@@ -92,11 +212,10 @@ def finetune(
     Raises:
         LinearizeError: the recipe, the model, the data or a checkpoint is not usable.
     """
-    if recipe.model is None:
-        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    reference = model_of(recipe)
     check_trackers(recipe.report_to)
     check_dtype(recipe)
-    source = find_source(recipe.model, trust_remote_code=trust_remote_code)
+    source = find_source(reference, trust_remote_code=trust_remote_code)
     asked = any(wants_teacher(stage) or _reads(stage, SELF) for stage in recipe.stages)
     # A converted model's base may be gone; a stage that never calls it does not need it.
     base = teacher_of(source, recipe.teacher) if asked or recipe.teacher or not source.is_converted else None
@@ -117,7 +236,7 @@ def finetune(
         mesh()
     four_bit = recipe.lora is not None and recipe.lora.four_bit
     if four_bit:
-        _check_four_bit(recipe, shard)
+        check_four_bit(recipe, shard)
     # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
     shared = base == source and not (shard or four_bit) and asked
     started = None
@@ -182,7 +301,7 @@ def finetune(
     earlier = len(records)  # stages of the runs before
     data, reserved = None, reserved_tokens(recipe.stages)
     # The first process looks and tells the others: it also removes checkpoints, and a shared disk may show them late.
-    reached = processes.from_the_first(partial(_stage_to_resume, work, len(recipe.stages))) if resume else 0
+    reached = processes.from_the_first(partial(stage_to_resume, work, len(recipe.stages))) if resume else 0
 
     def rows_of(number: int, stage: Stage) -> TrainingData:
         kept = work / f"stage-{number}.rows.safetensors"
@@ -264,14 +383,6 @@ def finetune(
     return FinetuneResult(student, tokenizer, teacher.model, data, recipe, records, told)
 
 
-def check_dtype(recipe: Recipe) -> None:
-    """Raises:
-    RecipeError: stages in float16, whose small gradients are 0 without loss scaling, which training does not do.
-    """
-    if recipe.stages and recipe.dtype == "float16":
-        raise RecipeError("dtype: float16 turns small gradients into 0; take bfloat16 or float32 to train")
-
-
 def _started(
     source: Source, recipe: Recipe, tokenizer: Any, folder: Path, *, resume: bool, say: Callable[[str], None]
 ) -> tuple[Recipe, dict[str, Any]]:
@@ -281,33 +392,13 @@ def _started(
         if processes.is_first() and not (resume and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
             with staged_folder(folder) as staging:
-                convert(source, recipe, staging, say=say, tokenizer=tokenizer)
+                convert_into(source, recipe, staging, say=say, tokenizer=tokenizer)
     kept = load_recipe(str(folder / "recipe.yaml"))
     return kept, sound_provenance(find_source(str(folder))).get("start", {})
 
 
-def _check_four_bit(recipe: Recipe, shard: bool) -> None:
-    """Raises:
-    RecipeError: what the recipe or the engine wants does not go with frozen weights in 4 bits.
-    """
-    if shard:
-        raise RecipeError("lora.four_bit: does not go with --shard; leave one of them out")
-    for number, stage in enumerate(recipe.stages):
-        if stage.train != "lora":
-            raise RecipeError(f"stages.{number}.train: {stage.train} does not go with lora.four_bit; take lora")
-        if "align" in stage.weights:
-            raise RecipeError(f"stages.{number}.objective: align does not go with lora.four_bit; take distill or sft")
-    if recipe.lora is not None and recipe.lora.kind == "pissa":
-        raise RecipeError("lora.kind: pissa changes the weights that four_bit freezes; take lora, rslora or dora")
-
-
 def _reads(stage: Stage, source: str) -> bool:
     return any(one.source == source for one in stage.data.sources)
-
-
-def _stage_to_resume(work: Path, stages: int) -> int:
-    """The last stage that has a checkpoint."""
-    return max((n for n in range(stages) if checkpoints(work / f"stage-{n}")), default=0)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.conversion.source import find_source, load_tokenizer, provenance_of
 from linearize.errors import DataError, RecipeError
+from linearize.jobs.checks import model_of
 from linearize.recipe import load_recipe
 from linearize.training.data import preview_data, reserved_tokens
 from linearize.training.rows import NO_LOSS
@@ -38,12 +39,11 @@ def preview_stages(
         DataError: a source cannot be read, or there is none that a model does not have to write first.
     """
     settings = load_recipe(recipe, overrides)
-    if settings.model is None:
-        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    reference = model_of(settings)
     count = len(settings.stages)
     if not count or (stage or 1) > count:
         raise RecipeError(f"{recipe}: has {count} stages, so there is no stage {stage or 1} to show")
-    source = find_source(settings.model, trust_remote_code=trust_remote_code)
+    source = find_source(reference, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source)
     earlier = provenance_of(source).get("stages") if source.is_converted else None
     reserved = reserved_tokens(settings.stages)

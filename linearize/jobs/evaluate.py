@@ -1,0 +1,153 @@
+"""`linearize eval`: score a model beside its teacher and baselines that cost no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from linearize.conversion.claims import claimed
+from linearize.conversion.output import check_writable
+from linearize.conversion.source import find_source
+from linearize.evaluation.report import write_report
+from linearize.evaluation.store import Store
+from linearize.evaluation.suites import SuiteOptions, choose_tasks
+from linearize.evaluation.systems import evaluate as score
+from linearize.jobs.checks import check_dtype, check_numbers, quiet
+from linearize.training import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from linearize.evaluation.results import Results
+    from linearize.evaluation.runner import Progress
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    suites: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    baselines: Sequence[str] = (),
+    teacher: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    lengths: Sequence[int] = (),
+    samples: int | None = None,
+    data: str | Path | None = None,
+    report: str | Path | None = None,
+    fresh: bool = False,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = quiet,
+) -> Results:
+    """Scores a model, converted or not, beside its teacher and baselines that cost no training; `linearize eval`.
+
+    Args:
+        model: what to score.
+        suites: names of whole suites: `core`, `mmlu`, `recall`, `generation`, `length`.
+        tasks: names of single tasks, and `held_out`. With no suites either: the rows that fine-tuning held out where
+            the folder has some, otherwise the suite `core`.
+        baselines: of `teacher`, `window`, `window_bytes`, `no_recurrence`, `no_window`, `neither`; or `all`.
+        teacher: the pretrained model, if not what the model was converted from.
+        limit: score so many items of each task, drawn at random.
+        seed: of the limit, and of tasks that draw their items.
+        lengths: tokens of the texts, for tasks that sweep lengths.
+        samples: items of each kind, for tasks that make their items.
+        data: the folder of the tasks' files; None reads them from the Hub.
+        report: a folder to write pages, plots and results.json to.
+        fresh: score everything again; results of single items are kept otherwise.
+        batch_size: sequences per forward pass.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
+        trust_remote_code: run Python code that the model brings.
+        say: gets lines for the person at the terminal.
+
+    Returns:
+        by system its scores, with their standard errors and items.
+
+    Raises:
+        DataError: an unknown suite, task or baseline, or data that cannot be read.
+        ModelError: a model that cannot be read, or gives results that are not finite; or no teacher where a baseline or
+            a task needs it.
+        OutputError: results cannot be kept, or another job is writing the report.
+    """
+    return run_evaluate(
+        model,
+        suites=suites,
+        tasks=tasks,
+        baselines=baselines,
+        teacher=teacher,
+        limit=limit,
+        seed=seed,
+        lengths=lengths,
+        samples=samples,
+        data=data,
+        report=report,
+        fresh=fresh,
+        batch_size=batch_size,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
+
+
+def run_evaluate(
+    model: str | Path,
+    *,
+    suites: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    baselines: Sequence[str] = (),
+    teacher: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    lengths: Sequence[int] = (),
+    samples: int | None = None,
+    data: str | Path | None = None,
+    report: str | Path | None = None,
+    fresh: bool = False,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = quiet,
+    command: str = "",
+) -> Results:
+    """`evaluate`; of several processes the first writes and speaks.
+
+    Args:
+        progress: see `runner.Progress`.
+        command: the command line, for the report.
+    """
+    check_dtype(dtype, int8=True)
+    check_numbers(1, limit=limit, samples=samples, batch_size=batch_size, lengths=min(lengths, default=None))
+    check_numbers(0, seed=seed)
+    choose_tasks(tasks, suites)
+    folder = None if report is None else Path(report)
+    if folder is not None:
+        check_writable(folder)
+    processes.join()
+    first = processes.is_first()
+    say = say if first else quiet
+    source = find_source(str(model), trust_remote_code=trust_remote_code)
+    with claimed(folder if first else None):
+        results = score(
+            source,
+            tasks,
+            suites=suites,
+            baselines=baselines,
+            teacher=None if teacher is None else str(teacher),
+            options=SuiteOptions(None if data is None else Path(data), tuple(lengths), samples, seed),
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            store=Store(fresh=fresh),
+            report=folder,
+            progress=progress if first else None,
+            say=say,
+            command=command,
+        )
+        processes.leave()
+        if folder is not None and first:
+            write_report(results, folder)
+            say(f"wrote {folder / 'report.html'}")
+    return results

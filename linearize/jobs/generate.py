@@ -1,0 +1,173 @@
+"""`linearize generate`: continue a prompt, with memories that are read from files and kept in them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from linearize.conversion.claims import claimed
+from linearize.conversion.convert import growth_nbytes, open_model, state_nbytes
+from linearize.conversion.output import check_space
+from linearize.errors import DataError, ModelError
+from linearize.generation import continue_text
+from linearize.jobs.checks import check_dtype, check_numbers
+from linearize.model import LinearizedForCausalLM
+from linearize.state import State
+from linearize.statefile import check_target, header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearize.generation import Continuation
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    prompt: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state: State | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    write: Callable[[str], None] | None = None,
+) -> Continuation:
+    """Continues a prompt, and tells how fast and in how much memory.
+
+    Args:
+        model: which one, or the model itself where it is loaded already.
+        tokenizer: of a model that is loaded already.
+        prompt: the text to continue.
+        state: of a text that the prompt continues; the prompt may be empty then.
+        chat: put the prompt into the model's chat template.
+        max_new_tokens: stop after so many; 0 reads and writes nothing, for the sake of the state.
+        temperature: 0 takes the most likely token, otherwise tokens are sampled.
+        top_p: sample among the most likely, up to this mass.
+        seed: of the sampling.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
+        trust_remote_code: run Python code that the model brings.
+        write: called with each piece of new text as soon as it is there.
+
+    Returns:
+        the new text, speed, memory and the state after it.
+
+    Raises:
+        DataError: the prompt has no tokens.
+        ModelError: the model cannot be read, or has no tokenizer, or no chat template that was asked for.
+        StateError: a state, or reading alone, is asked of a model that was not converted.
+    """
+    check_dtype(dtype, int8=True)
+    check_numbers(0, max_new_tokens=max_new_tokens, temperature=temperature)
+    check_numbers(0, 1, top_p=top_p)
+    loaded: Any = model
+    name = "the model"
+    if isinstance(model, (str, Path)):
+        loaded, own, source = open_model(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer, name = tokenizer or own, source.name
+    if tokenizer is None:
+        raise DataError("a model that is loaded already needs its tokenizer: generate(model, prompt, tokenizer=...)")
+    _check_chat(tokenizer, chat, name)
+    return continue_text(
+        loaded,
+        tokenizer,
+        prompt,
+        state=state,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        write=write,
+    )
+
+
+class Generated(NamedTuple):
+    """A continuation and the states around it.
+
+    Attributes:
+        read: tokens of the state that was loaded; None where none was.
+        kept: tokens and bytes of the state that was saved; None where none was.
+        seconds: from the loaded model to the last token.
+    """
+
+    continuation: Continuation
+    read: int | None
+    kept: tuple[int, int] | None
+    seconds: float
+
+
+def run_generate(
+    model: str,
+    prompt: str | Callable[[], str],
+    *,
+    load_state: Path | None = None,
+    save_state: Path | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    write: Callable[[str], None] | None = None,
+) -> Generated:
+    """`generate` with the state before and after it in files.
+
+    Args:
+        prompt: the text, or a function that reads it once the files have been checked.
+        load_state: the file of a state that the prompt continues.
+        save_state: the file to write the state to.
+
+    Raises:
+        LinearizeError: as `generate`, or a file cannot be read or written.
+    """
+    # The files are checked before a model is loaded and a long text is read.
+    if load_state is not None:
+        header(load_state)
+    if save_state is not None:
+        check_target(save_state)
+    with claimed(save_state):
+        text = prompt if isinstance(prompt, str) else prompt()
+        loaded, tokenizer, source = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        _check_chat(tokenizer, chat, source.name)
+        if (load_state or save_state) and not isinstance(loaded, LinearizedForCausalLM):
+            raise ModelError(
+                f"{source.name}: is not a converted model, so it has no state to load or save; run linearize convert "
+                "first"
+            )
+        if save_state is not None:
+            grows = growth_nbytes(loaded)  # where layers or heads are kept as softmax
+            check_space(save_state, state_nbytes(loaded) + (grows and grows * len(tokenizer(text).input_ids)))
+        started = time.monotonic()
+        state = None if load_state is None else State.load(load_state, loaded)
+        found = generate(
+            loaded,
+            text,
+            tokenizer=tokenizer,
+            state=state,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            write=write,
+        )
+        seconds, kept = time.monotonic() - started, None
+        if save_state is not None and found.state is not None:
+            kept = int(found.state.tokens), found.state.save(save_state, loaded)
+    return Generated(found, None if state is None else int(state.tokens), kept, seconds)
+
+
+def _check_chat(tokenizer: Any, chat: bool, name: str) -> None:
+    """Raises:
+    ModelError: a chat is asked for, and the tokenizer has no template for one.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"{name}: its tokenizer has no chat template; leave --chat out")
