@@ -26,6 +26,7 @@ from linearize.conversion.source import find_source, load_model, teacher_of
 from linearize.hub.carry import AUTO_MAP, carried_files
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
+from tests.forked import run_forked
 
 _BLOCKED = """
 import importlib.abc, sys
@@ -129,13 +130,7 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
 
 def without_package(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs `code` where the package cannot be imported, and nobody answers a question."""
-    done = subprocess.run(
-        [sys.executable, "-c", _BLOCKED + code, str(folder)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_forked(_BLOCKED + code, folder)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -65,6 +65,7 @@ def parts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.check
 def test_two_processes_are_one(kind, parts):
     model, ids = build(kind), text(TOKENS)
     cache = DynamicCache()
