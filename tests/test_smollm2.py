@@ -36,7 +36,9 @@ def test_the_real_model_is_converted_verified_trained_and_scored(smollm2_path, t
     text.write_text("The history of the steam engine begins with a kettle, and with a boy who looked at it. " * 40)
     changes = [f"model={smollm2_path}", *SMALL, f"stages.0.data.source={text}"]
     linearize.convert(smollm2_path, tmp_path / "converted", overrides=changes)
-    monkeypatch.setattr("linearize.verification.checks._NEXT_1000", (64, 1, 35))  # the memory of a long text is as large
+    monkeypatch.setattr(
+        "linearize.verification.checks._NEXT_1000", (64, 1, 35)
+    )  # the memory of a long text is as large
     found = linearize.verify(tmp_path / "converted", tokens=16, steps=2)
     assert found.failed == [] and found.woken == 30, found
     result = linearize.finetune("demo", tmp_path / "tuned", model=tmp_path / "converted", overrides=changes)

@@ -55,7 +55,7 @@ def unnamed(moved: Path) -> Path:
     return moved.parent / "unnamed"
 
 
-@pytest.fixture(params=["moved", "unnamed"])
+@pytest.fixture(params=["moved", pytest.param("unnamed", marks=pytest.mark.check)])
 def orphan(request: pytest.FixtureRequest) -> Path:
     found: Path = request.getfixturevalue(request.param)
     return found

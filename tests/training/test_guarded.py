@@ -18,6 +18,7 @@ from linearize.recipe import Recipe, load_recipe
 from linearize.training import guarded, trainer
 from linearize.training.checkpoints import MANIFEST, checkpoints, manifest, newest
 from tests.conftest import random_llama
+from tests.tables import some
 from tests.training.troubles import Weights, at_step, poison, same, steps, trained
 
 if TYPE_CHECKING:
@@ -95,9 +96,15 @@ def flipped(checkpoint: Path) -> None:
     (checkpoint / "trained.safetensors").write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage", [torn, flipped, lambda c: (c / "scheduler.pt").unlink(), lambda c: (c / MANIFEST).write_text("{")]
-)
+def without_a_file(checkpoint: Path) -> None:
+    (checkpoint / "scheduler.pt").unlink()
+
+
+def without_a_list(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).write_text("{")
+
+
+@pytest.mark.parametrize("damage", some([torn, flipped, without_a_file, without_a_list], [flipped, without_a_list]))
 def test_a_damaged_checkpoint_does_not_count(recipe, whole, tmp_path, monkeypatch, damage):
     def stop() -> None:
         raise KeyboardInterrupt
