@@ -165,6 +165,7 @@ def test_a_budget_is_spent_beside_what_is_named(chosen):
     assert named.keep == KeepSpec(layers=sorted([best, more]))
 
 
+@pytest.mark.check
 def test_heads_that_are_kept_are_no_candidates_and_take_nothing_of_the_budget(chosen):
     mixer, probe, _ = chosen("mixer.keep={every: 4, heads: {0: [0, 1, 2]}, budget: 6.25%, by: loss, unit: heads}")
     heads = probe.layers[0].key_value_heads
@@ -210,6 +211,7 @@ def test_the_text_is_that_of_the_field_that_is_named(chosen, tmp_path, data_fold
     assert torch.equal(found.teacher.loss, expected.teacher.loss) and found.kept == expected.kept
 
 
+@pytest.mark.check
 def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"The {number}th word of this story is {number * 7919 % 977}." for number in range(900)))

@@ -190,6 +190,7 @@ def test_a_step_is_the_objective_s_and_leaves_the_subject_as_it_is(converted, ti
     assert frozen == {p.data_ptr() for name, p in model.named_parameters() if ".mixer." not in name}  # held once
 
 
+@pytest.mark.check
 def test_a_step_without_room_is_left_out(outcome, converted, monkeypatch):
     asked = ("bench", converted, "--lengths", "32", *QUICK, "--train", "32,64")
     monkeypatch.setattr("linearize.benchmark.running.free_bytes", lambda _: 300_000)

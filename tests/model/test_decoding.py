@@ -55,7 +55,7 @@ def test_tokens_are_those_of_transformers(teacher, ids, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", some(["default", "landmarks", "landmarks, few and shared", "landmarks, kda"], ["default", "landmarks"])
+    "kind", some(["default", "landmarks", "landmarks, few and shared", "landmarks, kda"], ["landmarks"])
 )
 def test_a_recorded_step_goes_on_for_ever_and_serves_every_text(teacher, ids, kind):
     """Recorded in an empty window, replayed past window, sinks and landmarks, for other texts, from states, greedy and
