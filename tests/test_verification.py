@@ -26,6 +26,7 @@ from linearize.model.memory import cache_nbytes
 from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe
 from linearize.verification import Verification, verify, widened
+from tests.tables import some
 from tests.verification_faults import (
     FAULTS,
     beams_that_raise,
@@ -106,7 +107,10 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
 RECIPES = [*(name for name in RECURRENCES if name != "gla"), "liger-gla", "liger-hgrn2", "liger-gsa", "liger-gla-h"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+_DISTINCT = ["gsa", "kda", "mlstm", "gateloop", "mingru", "liger-gla-h"]
+
+
+@pytest.mark.parametrize("name", some(RECIPES, _DISTINCT))
 def test_every_recurrence_passes(tiny_folder, tmp_path, name):
     changes = ["mixer.window=16", *(["mixer.keep.every=2"] if name == "liger-gla-h" else [])]
     convert(find_source(str(tiny_folder)), load_recipe(name, changes), tmp_path)

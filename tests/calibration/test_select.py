@@ -196,6 +196,7 @@ def test_with_one_layer_left_there_is_nothing_to_choose(chosen):
     assert why == ["Windows: layer 0 alone has one, so there is nothing to share out, and it stays as it is."]
 
 
+@pytest.mark.check
 def test_the_text_is_that_of_the_field_that_is_named(chosen, tmp_path, data_folder):
     """And not that of `text`, where a record has it too."""
     story = (data_folder / "books" / "tinyshakespeare.txt").read_text()[:60_000]

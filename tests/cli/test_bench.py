@@ -125,6 +125,7 @@ def test_what_does_not_fit_is_left_out_with_what_would(outcome, converted, monke
 
 
 @pytest.mark.parametrize("onednn", some([False, True], [True]))
+@pytest.mark.check
 def test_a_step_of_lora_is_timed_where_it_is_asked_for(outcome, converted, tmp_path, monkeypatch, onednn):
     """Of the model and of each teacher that is a model of its own, not of a graph or of integers."""
     monkeypatch.setattr("linearize.benchmark.bench.onednn_is_faster", lambda: onednn)

@@ -167,6 +167,7 @@ def test_a_base_that_the_hub_no_longer_has(outcome, moved, text, tmp_path):
     assert status == 1 and words.splitlines()[-1].startswith("error: acme/gone: ")
 
 
+@pytest.mark.check
 def test_other_commands_need_none(outcome, orphan, tmp_path):
     commands = [
         ("inspect", orphan),

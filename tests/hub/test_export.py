@@ -220,6 +220,7 @@ def test_half_the_bytes(tuned, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+@pytest.mark.check
 def test_it_loads_with_torch_and_transformers_alone(tuned, tmp_path):
     export(tuned, tmp_path / "out", shard_size="1MB")
     home = tmp_path / "home"
