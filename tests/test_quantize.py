@@ -180,6 +180,7 @@ def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, 
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.check
 def test_a_checkpoint_of_integers_is_measured_beside_a_teacher_of_the_same(converted, tmp_path, weights, capfd):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"Cat {n} sat on a mat." for n in range(400)))

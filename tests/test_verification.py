@@ -111,7 +111,7 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
 RECIPES = [*(name for name in RECURRENCES if name != "gla"), "liger-gla", "liger-hgrn2", "liger-gsa", "liger-gla-h"]
 
 
-_DISTINCT = ["gsa", "kda", "mlstm", "gateloop", "mingru", "liger-gla-h"]
+_DISTINCT = ["gsa", "kda", "gateloop", "liger-gla-h"]
 
 
 @pytest.mark.parametrize("name", some(RECIPES, _DISTINCT))
@@ -259,6 +259,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
         ("llama", DYNAMIC, 100, "dynamic NTK: converted, texts of all lengths are read with the base for 400 tokens"),
     ],
 )
+@pytest.mark.check
 def test_rotary_tables_that_change_with_the_length_are_one_and_said(kind, rope, most, told, tmp_path, capfd):
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

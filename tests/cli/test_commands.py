@@ -298,6 +298,7 @@ def test_a_context_as_short_as_what_is_read_exactly_is_refused_at_once(outcome, 
 
 
 @pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.check
 def test_help_breaks_lines_at_the_width_of_the_terminal(width):
     """A paragraph's lines are full: the first word of the next would not have fitted."""
     environment = {**os.environ, "COLUMNS": str(width), "TERMINAL_WIDTH": str(width)}

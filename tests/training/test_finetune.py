@@ -158,6 +158,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, mon
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.check
 def test_gradient_checkpointing_computes_twice_and_changes_nothing(tiny_folder, text, tmp_path, monkeypatch, train):
     calls, forward = [], LinearizedAttention.forward
 
@@ -206,6 +207,7 @@ def test_a_stage_of_one_step_trains(tiny_folder, text, tmp_path, schedule):
     ("schedule", "rates"),
     [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])],
 )
+@pytest.mark.check
 def test_a_warm_up_begins_above_nothing(tiny_folder, text, tmp_path, schedule, rates):
     changes = ("stages.0.data.tokens=512", "stages.0.warmup=0.5", f"stages.0.schedule={schedule}", "stages.0.lr=1e-3")
     trained(recipe(tiny_folder, text, *changes), tmp_path / "work")
@@ -269,6 +271,7 @@ def test_without_lora_only_the_layers_own_parameters_change(tiny_folder, text, t
 
 
 @pytest.mark.parametrize("objective", ["distill", "align"])
+@pytest.mark.check
 def test_a_teacher_elsewhere_teaches_the_same(tiny_folder, text, tmp_path, objective):
     short = [f"stages.0.objective={objective}", "stages.0.data.tokens=256"]
     here = trained(recipe(tiny_folder, text, *short), tmp_path / "here")
