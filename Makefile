@@ -9,17 +9,24 @@ WITH_KERNELS = $(VENV)/.installed-kernels
 MKDOCS ?= $(VENV)/bin/mkdocs
 DATA ?= $(or $(LINEARIZE_TEST_DATA),../shared/data)
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+QUICK = not slow and not triton and not public
 
-.PHONY: demo test test-public test-slow test-kernels test-docs docs lint types licences fuzz faults audit clean
+.PHONY: demo test check test-public test-slow test-kernels test-docs docs lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
 
-# Two processes of one thread each; the longest tests start first.
+# The laws and the units, and the real model once, in two processes of one thread each; minutes.
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not triton and not public"
+	$(PYTEST) -n 2 --dist loadgroup -m "not check and $(QUICK)"
 
-# What reads data sets, on the public ones; `make test` brings made-up ones.
+# All that `make test` leaves out: README and docs, several processes, hostile inputs, the real model, every row of the
+# tables, and more examples of each property; then the public data sets, where there are any.
+check: $(READY)
+	LINEARIZE_TEST_DATA=/nonexistent HYPOTHESIS_PROFILE=ci $(PYTEST) -n 2 --dist loadgroup -m "(check or hypothesis) and $(QUICK)"
+	@$(MAKE) --no-print-directory test-public
+
+# What reads data sets, on the public ones; the other targets bring made-up ones.
 test-public: $(READY)
 	@if [ -d "$(DATA)" ]; \
 	then LINEARIZE_TEST_DATA="$(DATA)" $(PYTEST) -n 2 --dist loadgroup -m "(data or public) and not real and not slow and not triton"; \

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import made
 
 # A second OpenMP thread on a busy machine can be many times slower than none; it must be said before torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Each profile draws the same examples every time, because a search that ends differently is no check for a change.
+settings.register_profile("dev", max_examples=12, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,10 +92,16 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_path(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a folder of safetensors."""
+    import gguf
+
     from linearize.conversion.source import find_source, load_model, load_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")
     source = find_source(str(smollm2_gguf))
-    load_model(source).save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers reads the header seven times, and makes the table of names once per module: half a minute.
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        load_model(source).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
     return folder

@@ -117,6 +117,7 @@ def test_options_in_the_text_are_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", RUN)
+@pytest.mark.check
 def test_a_page_runs(place: Path, page: str) -> None:
     run_page(f"{page}.md")
 
@@ -130,6 +131,7 @@ def test_a_page_runs_with_its_slow_blocks(place: Path, page: str) -> None:
     run_page(f"{page}.md", slow=True)
 
 
+@pytest.mark.check
 def test_sharing(place: Path, hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearize.cli.push.quiet_libraries", lambda **_: None)
     run_page("sharing.md")
@@ -138,6 +140,7 @@ def test_sharing(place: Path, hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small["smol-int4"] < small["smol-int8"] < small["smol-gla"]
 
 
+@pytest.mark.check
 def test_a_recurrence_is_added_as_the_page_says(place: Path) -> None:
     before = dict(RECURRENCES)
     page = run_page("adding-a-recurrence.md")
@@ -149,6 +152,7 @@ def test_a_recurrence_is_added_as_the_page_says(place: Path) -> None:
         LinearizedForCausalLM.from_pretrained("longhorn")
 
 
+@pytest.mark.check
 def test_the_commands_are_functions(place: Path) -> None:
     page = run_page("python.md")
     assert list(page["results"].scores) == ["teacher", "window", "model"]

@@ -147,7 +147,9 @@ def converted(tiny_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("weights", "dtype"), [("int4", "float32"), ("int8", "bfloat16")])
+@pytest.mark.parametrize(
+    ("weights", "dtype"), [pytest.param("int4", "float32", marks=pytest.mark.check), ("int8", "bfloat16")]
+)
 def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, dtype):
     """On trained weights: what rounding costs random ones says little."""
     text = tmp_path / "text.txt"
@@ -178,6 +180,7 @@ def test_a_checkpoint_of_integers_is_one_function(converted, tmp_path, weights, 
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.check
 def test_a_checkpoint_of_integers_is_measured_beside_a_teacher_of_the_same(converted, tmp_path, weights, capfd):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"Cat {n} sat on a mat." for n in range(400)))

@@ -40,6 +40,7 @@ def test_every_linked_file_exists():
 
 
 @pytest.mark.real
+@pytest.mark.check
 def test_commands_and_python_run(tmp_path, smollm2_gguf, data_folder):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"LINEARIZE_CACHE": str(tmp_path / "cache")}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import linearize
 from linearize.cli.app import run
 from linearize.conversion.convert import convert_model, state_nbytes
 from linearize.conversion.source import find_source, load_model
@@ -20,7 +21,30 @@ from linearize.recipe import load_recipe
 
 pytestmark = pytest.mark.real
 
+# Sizes at which the real model takes seconds: rows of 48 tokens, windows of 8, one step of training.
+SMALL = (
+    "mixer.window=8", "stages.0.data.tokens=96", "stages.0.data.held_out=1", "stages.0.length=48",
+    "stages.0.batch_tokens=96",
+)  # fmt: skip
 WINDOW, SINKS, ROW = 64, 4, 1024
+
+
+def test_the_real_model_is_converted_verified_trained_and_scored(smollm2_path, tmp_path, monkeypatch):
+    """`make test` runs this test of the real model, and no other."""
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("The history of the steam engine begins with a kettle, and with a boy who looked at it. " * 40)
+    changes = [f"model={smollm2_path}", *SMALL, f"stages.0.data.source={text}"]
+    linearize.convert(smollm2_path, tmp_path / "converted", overrides=changes)
+    monkeypatch.setattr(
+        "linearize.verification.checks._NEXT_1000", (64, 1, 35)
+    )  # the memory of a long text is as large
+    found = linearize.verify(tmp_path / "converted", tokens=28, steps=2)
+    assert found.failed == [] and found.woken == 30, found
+    result = linearize.finetune("demo", tmp_path / "tuned", model=tmp_path / "converted", overrides=changes)
+    assert [stage["tokens"] for stage in result.stages] == [96]
+    (task,) = linearize.evaluate(tmp_path / "tuned", tasks=["held_out"], baselines=["teacher"]).to_json()["tasks"][:1]
+    assert set(task["systems"]) == {"teacher", "model"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +90,7 @@ def check_perplexity(teacher: PreTrainedModel, converted: LinearizedForCausalLM,
     assert expected > 1.2 * perplexity(teacher, rows)  # the mask matters, so the comparison says something
 
 
+@pytest.mark.check
 def test_perplexity_equals_the_masked_teachers(teacher, converted, smollm2_path, data_folder):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     check_perplexity(teacher, converted, wikitext_rows(data_folder, tokenizer, 4))
@@ -79,6 +104,7 @@ def test_perplexity_equals_the_masked_teachers_on_all_of_wikitext2(teacher, conv
 
 
 @torch.inference_mode()
+@pytest.mark.check
 def test_a_window_over_everything_is_the_teacher(teacher, smollm2_path):
     model = convert_model(
         load_model(find_source(str(smollm2_path))), load_recipe("default", ["mixer.window=300"]).mixer
@@ -91,6 +117,7 @@ def test_a_window_over_everything_is_the_teacher(teacher, smollm2_path):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.check
 def test_512_greedy_tokens_equal_one_parallel_forward(converted, smollm2_path, batch):
     model, tokenizer = awake(converted), AutoTokenizer.from_pretrained(smollm2_path)
     prompts = ["The history of the steam engine begins", "Dear Sir, I am writing to you because of the noise that " * 4]
@@ -120,6 +147,7 @@ def test_512_greedy_tokens_equal_one_parallel_forward(converted, smollm2_path, b
 
 
 @torch.inference_mode()
+@pytest.mark.check
 def test_landmarks_find_a_needle_that_a_window_of_as_many_bytes_does_not(smollm2_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     (task,) = recall_tasks(tokenizer, ["niah_single_1"], lengths=[ROW], depths=5, samples=1, seed=5)
@@ -133,6 +161,7 @@ def test_landmarks_find_a_needle_that_a_window_of_as_many_bytes_does_not(smollm2
 
 
 @pytest.mark.parametrize("share", [0.5, 0.999, 0.001])
+@pytest.mark.check
 def test_a_gguf_that_is_cut_off_is_told_in_one_line(smollm2_gguf, tmp_path, capfd, share):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(smollm2_gguf.read_bytes()[: int(share * smollm2_gguf.stat().st_size)])

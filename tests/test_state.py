@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from linearize.errors import DataError, OutputError, StateError
 from linearize.fingerprint import fingerprint
 from linearize.generation import _turn, continue_text
 from linearize.model import LinearizedForCausalLM, MixerConfig
+from tests.forked import run_forked
 
 PLAIN = [MixerConfig(layers=[0, 1], window=16)]
 HYBRID = [
@@ -101,9 +100,8 @@ def test_a_long_prefix_goes_on_in_another_process(model, tmp_path):
     assert long.nbytes < (tmp_path / "long").stat().st_size == (tmp_path / "short").stat().st_size
     model.save_pretrained(tmp_path / "model")
     arguments = [tmp_path / "model", tmp_path / "long", json.dumps(question[0].tolist())]
-    done = subprocess.run(
-        [sys.executable, "-c", CONTINUE, *map(str, arguments)], capture_output=True, text=True, check=True
-    )
+    done = run_forked(CONTINUE, *arguments)
+    assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     whole = model.generate(text, attention_mask=torch.ones_like(text), prefill_chunk_size=2048, **GREEDY)
     assert told == {"tokens": [19_994], "new": whole[:, 20_000:].tolist()}

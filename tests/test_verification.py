@@ -26,13 +26,18 @@ from linearize.model.memory import cache_nbytes
 from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe
 from linearize.verification import Verification, verify, widened
+from tests.tables import in_turn, some
 from tests.verification_faults import (
     FAULTS,
     beams_that_raise,
+    memory_that_grows,
     no_packing,
     no_pads,
+    nothing_counted,
+    parameter_lost,
     rows_that_leak,
     sinks_that_drift,
+    state_file_loses_the_sinks,
     state_not_updated,
     values_not_finite,
 )
@@ -77,7 +82,7 @@ def held_after(model: LinearizedForCausalLM, tokens: int) -> int:
     return cache_nbytes(model(torch.full((1, tokens), 7), use_cache=True).past_key_values)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some(list(KINDS), ["default", "kept", "landmarks", "bfloat16"]))
 def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
     model = load(folder(kind))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -106,7 +111,10 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
 RECIPES = [*(name for name in RECURRENCES if name != "gla"), "liger-gla", "liger-hgrn2", "liger-gsa", "liger-gla-h"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+_DISTINCT = ["gsa", "kda", "gateloop", "liger-gla-h"]
+
+
+@pytest.mark.parametrize("name", some(RECIPES, _DISTINCT))
 def test_every_recurrence_passes(tiny_folder, tmp_path, name):
     changes = ["mixer.window=16", *(["mixer.keep.every=2"] if name == "liger-gla-h" else [])]
     convert_into(find_source(str(tiny_folder)), load_recipe(name, changes), tmp_path)
@@ -114,7 +122,13 @@ def test_every_recurrence_passes(tiny_folder, tmp_path, name):
     assert found.failed == [], found
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("<>"))
+_ONE_FOR_EACH_CHECK = [
+    beams_that_raise, no_pads, no_packing, nothing_counted, memory_that_grows, state_file_loses_the_sinks,
+    parameter_lost,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", some(list(FAULTS), _ONE_FOR_EACH_CHECK), ids=lambda fault: fault.__name__.strip("<>"))
 def test_a_fault_is_found_by_the_checks_that_should(folder, monkeypatch, fault):
     path = folder("default")
     fault(monkeypatch)
@@ -125,14 +139,14 @@ def test_a_fault_is_found_by_the_checks_that_should(folder, monkeypatch, fault):
         assert reorder.detail == "RuntimeError: no beams" and reorder.error == math.inf
 
 
+@pytest.mark.check
 def test_a_slow_drift_is_seen_in_a_long_run_only(folder, monkeypatch):
     sinks_that_drift(monkeypatch)
     assert verified(folder("default"), steps=40).failed == []
     assert verified(folder("default"), steps=1200).failed == ["drift"]
 
 
-@pytest.mark.parametrize("fault", [no_pads, state_not_updated, rows_that_leak], ids=lambda fault: fault.__name__)
-@pytest.mark.parametrize("kind", ["softmax", "kept"])
+@pytest.mark.parametrize(("kind", "fault"), in_turn(["softmax", "kept"], [no_pads, state_not_updated, rows_that_leak]))
 def test_faults_show_in_other_kinds_of_model(folder, monkeypatch, kind, fault):
     path = folder(kind)
     fault(monkeypatch)
@@ -179,6 +193,7 @@ def test_weights_come_back_after_an_interruption(folder):
             assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.check
 def test_a_model_that_amplifies_rounding_is_measured_by_its_own(folder, monkeypatch):
     """What a check allows in float32 grows with the model's distance from float64, and with nothing else."""
     monkeypatch.setattr(
@@ -244,6 +259,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
         ("llama", DYNAMIC, 100, "dynamic NTK: converted, texts of all lengths are read with the base for 400 tokens"),
     ],
 )
+@pytest.mark.check
 def test_rotary_tables_that_change_with_the_length_are_one_and_said(kind, rope, most, told, tmp_path, capfd):
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -28,6 +28,7 @@ from linearize.probe.damage import Reading
 from linearize.recipe import load_recipe
 from linearize.training.data import Document, TrainingData, load_data, pack, reserved_tokens
 from tests.model.test_families import build
+from tests.tables import some
 
 FAMILIES = [
     "llama", "gemma2", "gemma3_text", "mistral, sliding", "gpt2", "falcon, multi-query", "gpt_neox", "cohere2", "olmo2",
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_model(calibrated, tiny_folder, story, tmp_
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("row", FAMILIES)
+@pytest.mark.parametrize("row", some(FAMILIES, ["gemma3_text", "gpt2", "phi3", "smollm3"]))
 def test_no_family_breaks(row):
     model = convert_model(copy.deepcopy(build(row)), load_recipe("calibrated", ["mixer.window=8"]).mixer)
     spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 4}"]).calibrate

@@ -140,6 +140,7 @@ def test_a_budget_is_spent_beside_what_is_named(chosen):
     assert named.keep == KeepSpec(layers=sorted([best, more]))
 
 
+@pytest.mark.check
 def test_heads_that_are_kept_are_no_candidates_and_take_nothing_of_the_budget(chosen):
     mixer, probe, _ = chosen("mixer.keep={every: 4, heads: {0: [0, 1, 2]}, budget: 6.25%, by: loss, unit: heads}")
     heads = probe.layers[0].key_value_heads
@@ -168,6 +169,7 @@ def test_with_one_layer_left_there_is_nothing_to_choose(chosen):
         chosen("mixer.keep={layers: [0, 2], every: 2, budget: 50%}")
 
 
+@pytest.mark.check
 def test_the_text_is_that_of_the_field_that_is_named(chosen, tmp_path, data_folder):
     """And not that of `text`, where a record has it too."""
     story = (data_folder / "books" / "tinyshakespeare.txt").read_text()[:60_000]
@@ -183,6 +185,7 @@ def test_the_text_is_that_of_the_field_that_is_named(chosen, tmp_path, data_fold
     assert torch.equal(found.teacher.loss, expected.teacher.loss) and found.kept == expected.kept
 
 
+@pytest.mark.check
 def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"The {number}th word of this story is {number * 7919 % 977}." for number in range(900)))

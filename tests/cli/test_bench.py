@@ -9,11 +9,12 @@ import torch
 
 from linearize.conversion.source import find_source, load_model
 from tests.model.recorded import Recorder
+from tests.tables import some
 
 QUICK = ("--steps", "2", "--repeats", "2", "--prefill-up-to", "64")
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("onednn", some([False, True], [True]))
 def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_path, monkeypatch, onednn):
     """And once more the teacher with the products of the model, where these are not torch's own."""
     monkeypatch.setattr("linearize.benchmark.bench.onednn_is_faster", lambda: onednn)
@@ -123,7 +124,8 @@ def test_what_does_not_fit_is_left_out_with_what_would(outcome, converted, monke
     assert status == 1 and "--layers 6 would fit" in words
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("onednn", some([False, True], [True]))
+@pytest.mark.check
 def test_a_step_of_lora_is_timed_where_it_is_asked_for(outcome, converted, tmp_path, monkeypatch, onednn):
     """Of the model and of each teacher that is a model of its own, not of a graph or of integers."""
     monkeypatch.setattr("linearize.benchmark.bench.onednn_is_faster", lambda: onednn)
@@ -189,6 +191,7 @@ def test_a_step_is_the_objective_s_and_leaves_the_subject_as_it_is(converted, ti
     assert frozen == {p.data_ptr() for name, p in model.named_parameters() if ".mixer." not in name}  # held once
 
 
+@pytest.mark.check
 def test_a_step_without_room_is_left_out(outcome, converted, monkeypatch):
     asked = ("bench", converted, "--lengths", "32", *QUICK, "--train", "32,64")
     monkeypatch.setattr("linearize.benchmark.running.free_bytes", lambda _: 300_000)

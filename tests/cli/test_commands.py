@@ -213,16 +213,15 @@ def test_a_prompt_without_tokens_is_told(outcome, tmp_path):
 
 
 def test_help_is_quick_to_import_and_has_examples():
+    """In one process, so a single command that loads torch shows in all after it."""
     code = (
-        "import sys; from linearize.cli.app import run; run(sys.argv[1:]);"
-        "print(sorted(set(sys.modules) & {'torch', 'transformers'}))"
+        "import sys; from linearize.cli.app import COMMANDS, run\n"
+        "for name in COMMANDS: run([name, '--help']); print(sorted({'torch', 'transformers'} & {*sys.modules}), '\\f')"
     )
-    for command in ("inspect", "convert", "finetune", "eval", "generate", "recipes", "run", "demo"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip().endswith("[]"), command
-        assert f"linearize {command}" in done.stdout.split("Examples:")[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command, page in zip(COMMANDS, done.stdout.split("\f"), strict=False):
+        assert page.strip().endswith("[]"), command
+        assert f"linearize {command}" in page.split("Examples:")[1]
 
 
 BEFORE_TORCH = """
@@ -306,6 +305,7 @@ def test_a_context_as_short_as_what_is_read_exactly_is_refused_at_once(outcome, 
 
 
 @pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.check
 def test_help_breaks_lines_at_the_width_of_the_terminal(width):
     """A paragraph's lines are full: the first word of the next would not have fitted."""
     environment = {**os.environ, "COLUMNS": str(width), "TERMINAL_WIDTH": str(width)}

@@ -55,7 +55,7 @@ def unnamed(moved: Path) -> Path:
     return moved.parent / "unnamed"
 
 
-@pytest.fixture(params=["moved", "unnamed"])
+@pytest.fixture(params=["moved", pytest.param("unnamed", marks=pytest.mark.check)])
 def orphan(request: pytest.FixtureRequest) -> Path:
     found: Path = request.getfixturevalue(request.param)
     return found
@@ -167,6 +167,7 @@ def test_a_base_that_the_hub_no_longer_has(outcome, moved, text, tmp_path):
     assert status == 1 and words.splitlines()[-1].startswith("error: acme/gone: ")
 
 
+@pytest.mark.check
 def test_other_commands_need_none(outcome, orphan, tmp_path):
     commands = [
         ("inspect", orphan),

@@ -202,6 +202,7 @@ def test_a_recipe_is_copied_whole_or_not(outcome, tmp_path, monkeypatch):
     assert outcome("recipes", "cp", "default", target)[0] == 0
 
 
+@pytest.mark.check
 def test_of_several_processes_the_first_says_what_is_wrong(converted, pages, tmp_path):
     (tmp_path / "file").write_text("")
     line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--launch", "2")

@@ -267,6 +267,7 @@ print(json.dumps({"peak": peak() - before}))
 """
 
 
+@pytest.mark.check
 def test_a_checkpoint_larger_than_the_memory(tokenizer_folder, tmp_path):
     """A dozen shards in 1.2 shards of memory: resident as well as allocated, which a limit holds."""
     shard = 40_000_000

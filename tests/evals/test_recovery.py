@@ -15,6 +15,7 @@ HELD_OUT = "--tasks held_out --baseline teacher,window"
 BY_POSITION = "--tasks loss_by_position --lengths 128 --baseline teacher,window"
 
 
+@pytest.mark.check
 def test_a_dry_run_from_text_to_plots(data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(

@@ -29,6 +29,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("negative_eigenvalues", [True, False])
+@pytest.mark.check
 def test_parity_holds_beyond_the_trained_length_only_with_negative_eigenvalues(negative_eigenvalues):
     lengths = (parity.TRAINED_LENGTH, 256)
     accuracies = parity.run(negative_eigenvalues=negative_eigenvalues, seed=0, lengths=lengths)
@@ -48,6 +49,7 @@ def test_recall_draws_each_key_once_after_its_pair():
         assert row[8:].count(mqar.FILLER) == 8
 
 
+@pytest.mark.check
 def test_recall_script_writes_one_result_and_keeps_the_others(tmp_path):
     out = tmp_path / "mqar.json"
     for name in ("mingru", "softmax"):

@@ -11,6 +11,7 @@ from evals.speed import __main__ as cpu
 from evals.speed import gpu, landmarks, products
 
 
+@pytest.mark.check
 def test_the_script_for_gpus_runs(monkeypatch, capsys):
     def small(config: str, *_: object, **__: object):
         return measured("smollm2-135m", (16, 32), (1, 2), read=16, train=(16, 32), layers=1, repeats=1, steps=2)

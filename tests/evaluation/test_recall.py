@@ -383,6 +383,7 @@ def test_mistakes_are_told(tokenizer: Any, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.check
 def test_the_teacher_finds_needles_and_a_window_does_not(smollm2_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     teacher = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()

@@ -229,6 +229,7 @@ def test_a_result_that_is_not_finite(wrong: Item, tokenizer: Any, store: Store) 
     assert score.items[40] == 40.5
 
 
+@pytest.mark.check
 def test_too_little_memory_halves_the_batch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     fits = [2]

@@ -18,6 +18,7 @@ READERS = readers()
 
 
 @pytest.mark.parametrize("name", READERS)
+@pytest.mark.check
 def test_no_file_does_harm(name):
     found = fuzzing.fuzz(READERS[name], 100, number=1)
     assert found["inputs"] >= 90

@@ -13,6 +13,7 @@ from linearize.cli.app import run
 from tests.conftest import random_llama
 from tests.hostile.kit import Kit
 from tests.hostile.rows import ROWS
+from tests.tables import some
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,8 +42,10 @@ def kit(models: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.Mon
     return Kit(tmp_path / "row", *models)
 
 
-@pytest.mark.parametrize(("kind", "name", "make", "told"), ROWS, ids=[f"{row[0]}: {row[1]}" for row in ROWS])
-def test_hostile_input_is_one_line(kit, capfd, kind, name, make, told):
+# `make test` runs every sixth row, so that each reader of files has some.
+@pytest.mark.parametrize("row", some(ROWS, ROWS[::6]), ids=[f"{row[0]}: {row[1]}" for row in ROWS])
+def test_hostile_input_is_one_line(kit, capfd, row):
+    _, _, make, told = row
     arguments = [str(argument) for argument in make(kit)]
     before = sorted(kit.folder.rglob("*"))
     capfd.readouterr()

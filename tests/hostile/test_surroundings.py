@@ -90,6 +90,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return tried
 
 
+@pytest.mark.check
 def test_every_local_command_works_without_a_network(capfd, plain, texts, tmp_path, monkeypatch, no_network):
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -27,6 +28,7 @@ from linearize.recipe import dump_recipe, load_recipe
 from tests.evaluation.results_kit import results
 from tests.hub.clean import LOAD, SAYS_ALONE, clean_site, run_python, says
 from tests.hub.local_hub import TOKEN
+from tests.tables import some
 
 IDS = torch.arange(5, 105)[None]
 pytestmark = pytest.mark.usefixtures("_no_gradients")
@@ -218,6 +220,7 @@ def test_half_the_bytes(tuned, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+@pytest.mark.check
 def test_it_loads_with_torch_and_transformers_alone(tuned, tmp_path):
     export(tuned, tmp_path / "out", shard_size="1MB")
     home = tmp_path / "home"
@@ -241,10 +244,12 @@ def _one_thread():
 
 
 @pytest.mark.usefixtures("_one_thread")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_integers_say_the_same_with_torch_and_transformers_alone(tuned, tmp_path, weights, dtype):
+@pytest.mark.parametrize(
+    "kind", some(list(itertools.product(WEIGHTS, ("float32", "bfloat16"))), [("int8", "bfloat16")])
+)
+def test_integers_say_the_same_with_torch_and_transformers_alone(tuned, tmp_path, kind):
     """To the last bit, in one forward, token by token (on a CPU torch's int8 kernel in bfloat16) and written."""
+    weights, dtype = kind
     (tuned / "held_out.safetensors").unlink()
     out, said, home = tmp_path / "out", tmp_path / "said.safetensors", tmp_path / "home"
     done = export(tuned, out, shard_size="1MB", weights=weights, dtype=dtype, text="self", tokens=1024)

@@ -56,6 +56,7 @@ def test_a_push_is_one_commit_of_what_the_folder_holds(hub, checkpoint, outcome)
     assert len(hub.pushed(REPO)) == 1 and len(hub.seen("PUT")) == 1
 
 
+@pytest.mark.check
 def test_what_is_pushed_is_loaded_and_verified_by_its_name(hub, quick, checkpoint, outcome, tmp_path):
     assert outcome("push", "smol", checkpoint, "--yes")[0] == 0  # the owner is who is logged in
     online = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from linearize.families.base import AttentionLayer
 from linearize.model.configuration import MixerConfig
 from linearize.model.mixer.fused import decide_mixer, refusal
 from linearize.model.recurrences import RECURRENCES
+from tests.forked import run_forked
 from tests.kernels.test_forms import KERNELS, inputs
 
 LAYER = AttentionLayer(8, 2, 64, 64, 0.125)
@@ -155,5 +154,5 @@ def test_deciding_imports_no_kernel():
         "ours = [name for name in sys.modules if name.startswith(('linearize_kernels.step_', 'fla.'))]\n"
         "assert not ours, ours"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_forked(program)
     assert done.returncode == 0, done.stderr

@@ -28,6 +28,8 @@ from linearize_kernels import (
 )
 from torch import Tensor
 
+from tests.tables import pairwise
+
 # `linearize_kernels.gla` is the function of that name.
 SPLITTING = [importlib.import_module(f"linearize_kernels.{name}") for name in ("decay", "gla")]
 Form = Callable[..., tuple[Tensor, Tensor]]
@@ -140,10 +142,12 @@ def error(results: list[Tensor], reference: list[Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm().clamp_min(1e-20)) for a, b in zip(results, reference, strict=True)]
 
 
-@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
-    ("tokens", "gates"),
-    [*itertools.product(LENGTHS, (1.0, "tokens", "channels")), *itertools.product((17, 130), (0.0, 0.01, 30.0, 300.0))],
+    ("name", "tokens", "gates"),
+    [
+        *pairwise(list(KERNELS), LENGTHS, (1.0, "tokens", "channels")),
+        *pairwise(list(KERNELS), (17, 130), (0.0, 0.01, 30.0, 300.0)),
+    ],
 )
 def test_forms_equal_the_equation_in_float64(name, tokens, gates):
     kernel = KERNELS[name]
@@ -166,10 +170,9 @@ def test_no_initial_state_is_one_of_zeros(name):
 WIDE = [(80, 1, 64), (80, 8, 16), (70, 2, 80), (40, 1, 256)]
 
 
-@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
-    ("shape", "gates"),
-    [*itertools.product([(100, 3, 16)], GATES), *itertools.product(WIDE, (2.2, "tokens"))],
+    ("name", "shape", "gates"),
+    [*itertools.product(KERNELS, [(100, 3, 16)], GATES), *pairwise(list(KERNELS), WIDE, (2.2, "tokens"))],
 )
 def test_float32_is_no_worse_than_twice_plain_torch(name, shape, gates):
     kernel, (tokens, group, width) = KERNELS[name], shape
@@ -275,9 +278,12 @@ def test_heads_that_do_not_divide_are_refused(name):
         KERNELS[name].run(torch.cat([q, q[:, :, :1]], 2), *others)
 
 
-@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.gates != "head"])
-@pytest.mark.parametrize("tokens", [5, 40, 48, 130])
-@pytest.mark.parametrize("gates", [0.01, 1.0, "channels"])
+@pytest.mark.parametrize(
+    ("name", "tokens", "gates"),
+    pairwise(
+        [name for name, kernel in KERNELS.items() if kernel.gates != "head"], [5, 40, 48, 130], [0.01, 1.0, "channels"]
+    ),
+)
 def test_halves_give_the_numbers_of_one_split(name, tokens, gates, monkeypatch):
     """Other devices than a CPU take halves whatever the gates are, because they read no value."""
     kernel = KERNELS[name]

@@ -9,6 +9,8 @@ import torch
 from linearize_kernels import step_attention, window_attention
 from torch import Tensor
 
+from tests.tables import pairwise, some
+
 
 def dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, exists, columns) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
@@ -27,10 +29,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, exists, co
     return outputs, scores.logsumexp(-1).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 33, 64, 200])
-@pytest.mark.parametrize("tokens", [1, 2, 31, 64, 65, 150])
-@pytest.mark.parametrize("columns", [0, 3])
-@pytest.mark.parametrize("kind", ["new", "continued"])
+@pytest.mark.parametrize(
+    ("window", "tokens", "columns", "kind"),
+    pairwise([1, 2, 5, 33, 64, 200], [1, 2, 31, 64, 65, 150], [0, 3], ["new", "continued"]),
+)
 def test_equals_dense_attention(window, tokens, columns, kind):
     generator = torch.Generator().manual_seed(window * 1000 + tokens)
 
@@ -72,9 +74,12 @@ def test_a_past_shorter_than_the_window_is_refused():
         window_attention(q, k, k, window=8, scale=1.0)
 
 
-@pytest.mark.parametrize(("window", "past"), [(64, 0), (64, 63), (33, 0), (700, 0), (700, 699), (512, 511)])
-def test_segments_change_nothing(window, past):
+@pytest.mark.parametrize(
+    "sizes", some([(64, 0), (64, 63), (33, 0), (700, 0), (700, 699), (512, 511)], [(64, 63), (33, 0), (700, 699)])
+)
+def test_segments_change_nothing(sizes):
     """Without gradients a long text is taken segment by segment."""
+    window, past = sizes
     generator = torch.Generator().manual_seed(window)
     tokens = 1100
     q = torch.randn(2, tokens, 4, 8, dtype=torch.float64, generator=generator)

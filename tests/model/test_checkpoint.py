@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from linearize.hub.carry import AUTO_MAP
 from linearize.jobs.convert import convert_into
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
+from tests.forked import run_forked
 
 _BLOCKED = """
 import importlib.abc, sys
@@ -127,13 +127,7 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
 
 def without_package(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs `code` where the package cannot be imported, and nobody answers a question."""
-    done = subprocess.run(
-        [sys.executable, "-c", _BLOCKED + code, str(folder)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_forked(_BLOCKED + code, folder)
     assert done.returncode == 0, done.stderr
     return done
 

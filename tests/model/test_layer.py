@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linearize.model import LinearizedForCausalLM, MixerConfig, cache_nbytes
 from linearize.model.recurrences import RECURRENCES
+from tests.tables import in_turn, some
 
 WINDOW, SINKS, TOKENS = 16, 4, 120
 KINDS = {
@@ -52,6 +53,13 @@ KINDS = {
     **{name: {"recurrence": name} for name in RECURRENCES if name != "gla"},
     **{f"landmarks, {name}": {"recurrence": name, "landmarks": 16} for name in ("rwkv6", "lightnet", "mlstm", "kda")},
 }  # fmt: skip
+# Kinds in which each part of the memory, each way to mix and each layout of a state occurs.
+DISTINCT = [
+    "window", "default", "no sinks", "softmax heads, state of all", "softmax layer", "gsa, 4 slots", "kda, reflecting",
+    "gates from values", "landmarks", "landmarks, few and shared", "lightnet", "mlstm", "gateloop", "mingru",
+]  # fmt: skip
+# Before and after the window is full: single tokens, short pieces, and one longer than the window.
+SIZES = [[1] * 20 + [7] * 5 + [1, 33, 3] + [1] * 28, [1] * TOKENS, [7] * 17 + [1], [1, 50, 3, 66], [17, 103], [TOKENS]]
 
 
 def converted(teacher: PreTrainedModel, *, awake: bool = True, **changes) -> LinearizedForCausalLM:
@@ -126,15 +134,14 @@ def test_training_can_wake_the_recurrence(teacher, ids, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [[1] * TOKENS, [7] * 17 + [1], [1, 50, 3, 66], [17, 103], [TOKENS]])
+@pytest.mark.parametrize("sizes", some(SIZES, SIZES[:1]))
 def test_pieces_equal_the_whole(teacher, ids, kind, sizes):
     model = converted(teacher, **KINDS[kind])
     close(in_pieces(model, ids, sizes), model(ids, use_cache=False).logits)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize(("kind", "side"), in_turn(list(KINDS), ["left", "right", "both"]))
 def test_pads_change_nothing(teacher, ids, kind, side):
     model = converted(teacher, **KINDS[kind])
     whole = model(ids, use_cache=False).logits

@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 
 from tests.model.test_layer import KINDS, close, converted
 
-# The same examples every time; a search that never ends the same way is no check for a change.
-SETTINGS = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 WIDTH = 60
 
 

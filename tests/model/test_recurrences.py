@@ -10,6 +10,7 @@ from linearize.families.base import AttentionLayer
 from linearize.model import MixerConfig
 from linearize.model.recurrences import RECURRENCES, Recurrence, build_recurrence
 from tests.model.equations import EQUATIONS, GATE_WIDTH, WITHOUT_MASS, Token, features, pooled, sigmoid
+from tests.tables import in_turn
 
 WIDTH, HEADS, DEPTH = 8, 2, 0.5
 FORMS = ("parallel", "chunkwise", "recurrent")
@@ -156,9 +157,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(0.01))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("tokens", "group"), [(1, 3), (17, 1), (70, 3)])
-def test_outputs_and_gradients_are_the_equations(case, tokens, group):
+@pytest.mark.parametrize(("case", "sizes"), in_turn(list(CASES), [(1, 3), (17, 1), (70, 3)]))
+def test_outputs_and_gradients_are_the_equations(case, sizes):
+    tokens, group = sizes
     recurrence = built(case, group)
     arguments, writes = inputs(recurrence, tokens)
     expected = gradients(recurrence, arguments, lambda leaves: equation(recurrence, leaves, writes)[0])
@@ -170,8 +171,7 @@ def test_outputs_and_gradients_are_the_equations(case, tokens, group):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize(("case", "form"), in_turn(list(CASES), [None, *FORMS]))
 def test_a_state_is_continued(case, form):
     recurrence = built(case, 3)
     recurrence.form = form
@@ -195,8 +195,7 @@ def test_no_mask_is_one_of_all_tokens(case):
     torch.testing.assert_close(called(recurrence, arguments, None), whole)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strength", [0.0, 40.0])
+@pytest.mark.parametrize(("case", "strength"), in_turn(list(CASES), [0.0, 40.0]))
 def test_float32_is_no_worse_than_twice_plain_torch(case, strength):
     recurrence = built(case, 3, strength=strength)
     arguments, writes = inputs(recurrence, 70)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,7 +81,6 @@ documents_of_any_size = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(documents=documents_of_any_size, length=st.integers(1, 9))
 def test_packing_loses_and_duplicates_nothing(documents, length):
     rows = pack(documents, length)

@@ -58,6 +58,7 @@ def written(folder: Path, name: str, tokenizer_folder: Path):
     return recipe_of(f"model={target}", f"stages.0.data.source={text}", *changes)
 
 
+@pytest.mark.check
 def test_the_formula_is_what_the_kernel_counts(tiny_folder, tmp_path):
     settings = [written(tmp_path, name, tiny_folder) for name in MEASURED]
     first = settings[0].stages[0].data.source

@@ -53,6 +53,7 @@ def check_evaluation(first: list, second: list) -> None:
     assert first[1]["items"] == first[2]["items"] == [index + 0.5 for index in range(100)]
 
 
+@pytest.mark.check
 def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_path, monkeypatch):
     """Each process with the whole model or with a part of it, and a run that begins the one way goes on the other."""
     stories = tmp_path / "stories.txt"
@@ -118,6 +119,7 @@ def small_recipe(tmp_path):
     return tmp_path / "recipe.yaml"
 
 
+@pytest.mark.check
 def test_the_last_step_of_an_epoch_reads_no_row_twice(small_recipe, tmp_path, monkeypatch):
     """Also where one process has fewer rows than the other, or none; a run goes on within such an epoch, from the
     checkpoint that the first process finds."""
@@ -145,6 +147,7 @@ def test_the_last_step_of_an_epoch_reads_no_row_twice(small_recipe, tmp_path, mo
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
 
 
+@pytest.mark.check
 def test_a_loss_that_is_no_number_in_one_process_is_passed_over_in_all(small_recipe, tmp_path):
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     done = run(tmp_path, *launcher, "tests.training.bad_loss", str(small_recipe), str(tmp_path / "out"))
@@ -156,6 +159,7 @@ def test_a_loss_that_is_no_number_in_one_process_is_passed_over_in_all(small_rec
     assert "the loss became nan at step 4, first in" in told[1]["error"] and ".o_proj (1 such" in told[1]["error"]
 
 
+@pytest.mark.check
 def test_a_signal_to_who_started_them_ends_the_same_step_in_all(small_recipe, tmp_path):
     out, work = tmp_path / "out", tmp_path / "out.training"
     path = os.pathsep.join([str(ROOT), *sys.path])
@@ -200,6 +204,7 @@ def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path):
         processes.join()
 
 
+@pytest.mark.check
 def test_one_that_fails_ends_the_others(capfd, tmp_path, monkeypatch):
     assert processes.launch(2, ["recipes", "show", "no-such-recipe"]) == 1
     told = capfd.readouterr().err
@@ -244,6 +249,7 @@ mixed_precision: 'no'
 """
 
 
+@pytest.mark.check
 def test_accelerate_starts_two_processes_that_calibrate_once(tmp_path, monkeypatch):
     """They start, and end, where one process does; its configuration for GPUs starts them on CPUs as well."""
     stories = tmp_path / "stories.txt"
@@ -275,6 +281,7 @@ def test_accelerate_starts_two_processes_that_calibrate_once(tmp_path, monkeypat
         torch.testing.assert_close(tensor, state[weight], rtol=0, atol=1e-5)
 
 
+@pytest.mark.check
 def test_an_accelerate_configuration_that_would_start_one_process_is_refused(small_recipe, tmp_path):
     configuration = tmp_path / "accelerate.yaml"
     configuration.write_text(ACCELERATE.replace("MULTI_GPU", "MULTI_CPU").format(port=29500) + "use_cpu: true\n")

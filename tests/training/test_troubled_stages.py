@@ -17,6 +17,7 @@ from linearize.recipe import Recipe, load_recipe
 from linearize.training import trainer
 from linearize.training.checkpoints import manifest, newest
 from tests.conftest import random_llama
+from tests.tables import some
 from tests.training.troubles import at_step, poison, same, trained
 
 if TYPE_CHECKING:
@@ -67,10 +68,15 @@ def metrics(work: Path, *names: str) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "step", "end"),
-    [(0, 3, "SIGTERM"), (1, 1, "killed"), (1, 3, "killed"), (2, 1, "SIGTERM"), (2, 4, "killed")],
+    "place",
+    some(
+        [(0, 3, "SIGTERM"), (1, 1, "killed"), (1, 3, "killed"), (2, 1, "SIGTERM"), (2, 4, "killed")],
+        [(1, 1, "killed"), (2, 4, "killed")],
+    ),
 )
-def test_a_run_of_stages_goes_on_bit_for_bit(recipe, whole, tmp_path, monkeypatch, stage, step, end):
+def test_a_run_of_stages_goes_on_bit_for_bit(recipe, whole, tmp_path, monkeypatch, place):
+    stage, step, end = place
+
     class Killed(BaseException):
         pass
 
@@ -89,7 +95,7 @@ def test_a_run_of_stages_goes_on_bit_for_bit(recipe, whole, tmp_path, monkeypatc
     assert metrics(tmp_path / "cut", "stage", "step") == [[n, k] for n in range(3) for k in range(1, 5)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some(list(KINDS), ["align, beyond the window", "distill"]))
 def test_a_loss_that_is_no_number_stops_each_kind_of_stage(recipe, tmp_path, monkeypatch, kind):
     at = "mixer" if kind == "align, beyond the window" else "o_proj"
     poison(monkeypatch, {4}, at=at)
@@ -102,8 +108,15 @@ def test_a_loss_that_is_no_number_stops_each_kind_of_stage(recipe, tmp_path, mon
     assert f"the last good checkpoint is {work / 'stage-0' / 'checkpoint-2'}; " in told
 
 
-@pytest.mark.parametrize(("kind", "gradient"), [*((kind, False) for kind in KINDS), ("align, the whole layer", True)])
-def test_a_bad_step_of_each_kind_changes_nothing_and_is_counted(recipe, tmp_path, monkeypatch, kind, gradient):
+@pytest.mark.parametrize(
+    "bad",
+    some(
+        [*((kind, False) for kind in KINDS), ("align, the whole layer", True)],
+        [("align, the whole layer", True), ("align, beyond the window", False), ("sft", False)],
+    ),
+)
+def test_a_bad_step_of_each_kind_changes_nothing_and_is_counted(recipe, tmp_path, monkeypatch, bad):
+    kind, gradient = bad
     at = "mixer" if kind == "align, beyond the window" else "o_proj"
     seen = poison(monkeypatch, {2}, gradient=gradient, at=at)
     work = tmp_path / "work"
@@ -122,7 +135,10 @@ def after_of(started: Weights, work: Path) -> Weights:
     return saved
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "distill"])  # whose windows are drawn anew
+_FIXED = [kind for kind in KINDS if kind != "distill"]  # whose windows are drawn anew
+
+
+@pytest.mark.parametrize("kind", some(_FIXED, ["align, the whole layer", "distill, a teacher on disk"]))
 def test_too_little_memory_halves_the_micro_batch_of_each_kind(recipe, tmp_path, monkeypatch, kind):
     small = trained(recipe(KINDS[kind], micro_batch=1), tmp_path / "small")
     compute, passes = trainer.StageTrainer.compute_loss, []
