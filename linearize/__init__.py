@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from linearize.api import convert, evaluate, export, finetune, generate, push, verify
     from linearize.errors import LinearizeError
-    from linearize.state import State
+    from linearize.generation.state import State
 
 __all__ = [
     "LinearizeError",
@@ -35,7 +35,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {"LinearizeError": "linearize.errors", "State": "linearize.state"}
+_HOMES = {"LinearizeError": "linearize.errors", "State": "linearize.generation.state"}
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
 

@@ -94,7 +94,7 @@ def smollm2_path(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
     """SmolLM2-135M-Instruct as a folder of safetensors."""
     import gguf
 
-    from linearize.conversion.source import find_source, load_model, load_tokenizer
+    from linearize.sources.source import find_source, load_model, load_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")
     source = find_source(str(smollm2_gguf))

@@ -10,7 +10,7 @@ from pathlib import Path
 CLAIM = """
 import sys
 from pathlib import Path
-from linearize.conversion.claims import claimed
+from linearize.runtime.claims import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize import cache
-from linearize.conversion.claims import claimed
+from linearize.data.rows import Rows
+from linearize.data.selftext import self_written_documents
 from linearize.errors import OutputError
 from linearize.evaluation.store import Store
-from linearize.evaluation.task import Item
-from linearize.training.rows import Rows
-from linearize.training.selftext import self_written_documents
+from linearize.evaluation.tasks.task import Item
+from linearize.runtime import cache
+from linearize.runtime.claims import claimed
 from linearize.training.teachers import keep_logits
 from tests.cli.conftest import outcome as outcome
 from tests.conftest import random_llama
@@ -28,7 +28,7 @@ _ELSEWHERE = """
 import sys
 from pathlib import Path
 from linearize import cache
-from linearize.conversion.claims import claimed
+from linearize.runtime.claims import claimed
 path = Path(sys.argv[1])
 with claimed(path):
     held = cache.hold(path.parent) if path.parent.parent.name == "teacher-logits" else None

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize import fingerprint as module
-from linearize.evaluation.reading import Kept
+from linearize.data.rows import Rows
+from linearize.data.selftext import self_written_documents
 from linearize.evaluation.store import model_key
-from linearize.fingerprint import fingerprint, tokenizer_fingerprint
-from linearize.training.rows import Rows
-from linearize.training.selftext import self_written_documents
+from linearize.evaluation.tasks.reading import Kept
+from linearize.sources import fingerprint as module
+from linearize.sources.fingerprint import fingerprint, tokenizer_fingerprint
 from linearize.training.teachers import keep_logits
 from tests.conftest import random_llama
 

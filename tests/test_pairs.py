@@ -6,21 +6,22 @@ import json
 
 import pytest
 import torch
+from linearize_kernels.products import is_plain
 from torch import nn
 
-from linearize import api, pairs
+from linearize import api
 from linearize.cli.app import run
-from linearize.conversion.source import find_source, load_model
-from linearize.decoding import Engine
 from linearize.evaluation.heldout import score_rows
-from linearize.evaluation.prefix import Query, log_likelihoods
-from linearize.fingerprint import fingerprint
+from linearize.evaluation.tasks.prefix import Query, log_likelihoods
+from linearize.generation.engine import Engine
+from linearize.generation.sampling import Sampling
+from linearize.generation.state import State
 from linearize.model.quantized import Quantization, QuantizedLinear
-from linearize.pairs import PairedLinear, pairs_are_fast
-from linearize.products import is_plain
-from linearize.quantize import rounded, to_int8
-from linearize.sampling import Sampling
-from linearize.state import State
+from linearize.quantization import pairs
+from linearize.quantization.pairs import PairedLinear, pairs_are_fast
+from linearize.quantization.rounding import rounded, to_int8
+from linearize.sources.fingerprint import fingerprint
+from linearize.sources.source import find_source, load_model
 from tests.model.recorded import Recorder
 
 pytestmark = pytest.mark.skipif(not pairs_are_fast(), reason="the processor does not multiply int8")

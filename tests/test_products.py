@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from linearize_kernels import products
+from linearize_kernels.products import Linear, leave_products, product, take_products
 from torch import nn
-
-from linearize import products
-from linearize.products import Linear, leave_products, product, take_products
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no such products"

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from linearize import api
 from linearize.cli.app import run
-from linearize.conversion.convert import nbytes
-from linearize.conversion.source import find_source, load_model
 from linearize.errors import DataError, ModelError, OutputError
 from linearize.model.quantized import Quantization, QuantizedLinear
-from linearize.quantize import WEIGHTS, costliest, nbytes_after, rounded, to_int8
+from linearize.quantization.rounding import WEIGHTS, costliest, nbytes_after, rounded, to_int8
+from linearize.runtime.memory import nbytes
+from linearize.sources.source import find_source, load_model
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import linearize
+from linearize.checkpoint.sizes import state_nbytes
 from linearize.cli.app import run
-from linearize.conversion.convert import convert_model, state_nbytes
-from linearize.conversion.source import find_source, load_model
-from linearize.evaluation.recall import recall_tasks
+from linearize.conversion.swap import convert_model
+from linearize.evaluation.tasks.recall import recall_tasks
 from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.recipe import load_recipe
+from linearize.sources.source import find_source, load_model
 
 pytestmark = pytest.mark.real
 

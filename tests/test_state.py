@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from linearize import State, statefile
+from linearize import State
 from linearize.errors import DataError, OutputError, StateError
-from linearize.fingerprint import fingerprint
-from linearize.generation import _turn, continue_text
+from linearize.generation import statefile
+from linearize.generation.text import _turn, continue_text
 from linearize.model import LinearizedForCausalLM, MixerConfig
+from linearize.sources.fingerprint import fingerprint
 from tests.forked import run_forked
 
 PLAIN = [MixerConfig(layers=[0, 1], window=16)]
@@ -409,7 +410,7 @@ def test_reading_takes_the_same_memory_for_a_text_of_any_length(model, monkeypat
                     self.numbers = max(self.numbers, x.numel())
             return result
 
-    monkeypatch.setattr("linearize.state.prefill_chunk", lambda device, rows: 64)
+    monkeypatch.setattr("linearize.generation.prompt.prefill_chunk", lambda device, rows: 64)
     seen = []
     for masked in (False, True):
         for tokens in (600, 2400):

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from linearize.cli import console
 from linearize.cli.app import run
-from linearize.conversion.convert import convert_model
-from linearize.conversion.source import find_source, load_model
+from linearize.conversion.swap import convert_model
 from linearize.errors import ModelError, VerificationError
 from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.model.memory import cache_nbytes
 from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe
+from linearize.sources.source import find_source, load_model
 from linearize.verification import Verification, verify, widened
 from tests.tables import in_turn, some
 from tests.verification_faults import (

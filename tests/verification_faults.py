@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.generation.state import State
 from linearize.model import LayerMemory, modeling
 from linearize.model.mixer import mixer as mixing
 from linearize.model.mixer.mixer import Mixer
-from linearize.state import State
 
 
 def without_effect(*_: object, **__: object) -> None:

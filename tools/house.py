@@ -24,6 +24,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Each room imports only rooms that stand before it.
+ROOMS = [
+    "errors",
+    "report",
+    "kernels",
+    "runtime",
+    "recipe",
+    "families",
+    "model",
+    "quantization",
+    "sources",
+    "checkpoint",
+    "data",
+    "conversion",
+    "generation",
+    "verification",
+    "evaluation",
+    "training",
+    "hub",
+    "benchmark",
+    "probe",
+    "calibration",
+    "jobs",
+    "api",
+    "cli",
+]
 Definition = tuple[str, str]  # ("linearize.model.mixer.mixer", "Mixer.forward")
 OPENINGS = ("What", "Whether", "Where", "Of", "Whoever")
 _MIXER = "MixerConfig Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"

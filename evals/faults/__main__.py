@@ -26,7 +26,7 @@ import torch
 
 from evals.faults.bench import Job, Outcome, kill, terminate
 from linearize.cli.libraries import quiet_libraries
-from linearize.conversion import output
+from linearize.runtime import files as output
 from linearize.training.trainer import StageTrainer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from linearize.cli.app import run
-from linearize.conversion.output import sha256
+from linearize.runtime.files import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from evals.fuzz.mutation import mutated
 from evals.fuzz.readers import Reader, readers
-from linearize.benchmark.memory import resident_bytes
+from linearize.runtime.memory import resident_bytes
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 
-from linearize import statefile
-from linearize.conversion.ggufheader import read_head
-from linearize.conversion.modelfiles import INDEX, WEIGHTS, check_config, check_weights, read_index
+from linearize.data.records import open_records
 from linearize.errors import LinearizeError
-from linearize.evaluation.results import read_results
+from linearize.evaluation.results.results import read_results
+from linearize.generation import statefile
+from linearize.generation.state import State
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.recipe import load_recipe, shipped_recipes
 from linearize.recipe.schema import DataSpec
-from linearize.state import State
-from linearize.training.records import open_records
+from linearize.sources.gguf import read_head
+from linearize.sources.modelfiles import INDEX, WEIGHTS, check_config, check_weights, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from linearize_kernels import Step, StepWeights, gla
-from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
+from linearize_kernels.liger import liger_attention
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -26,15 +26,15 @@ import torch
 from evals.recovery.telling import figures, markdown, plots
 from evals.recurrences.toy import surroundings, write
 from linearize.cli.app import build_app
-from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.data.load import load_data
+from linearize.data.selftext import self_written_documents
 from linearize.errors import LinearizeError
-from linearize.evaluation.comparison import FIVE
-from linearize.evaluation.results import read_results
+from linearize.evaluation.results.comparison import FIVE
+from linearize.evaluation.results.results import read_results
 from linearize.jobs.demo import packaged_model
 from linearize.jobs.result import write_held_out
 from linearize.recipe import DataSpec, Recipe, dump_recipe, load_recipe
-from linearize.training.data import load_data
-from linearize.training.selftext import self_written_documents
+from linearize.sources.source import find_source, load_model, load_tokenizer
 from linearize.training.workfolder import is_resumable
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.comparison import FIVE
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.results.comparison import FIVE
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.report.formatting import number, with_error
 from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from linearize.evaluation.results import Results
+    from linearize.evaluation.results.results import Results
 
 Figure = tuple[float, float | None]
 """A value and its standard error."""

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize.evaluation.comparison import FIVE, compare_systems
-from linearize.evaluation.pairing import contributions
-from linearize.evaluation.results import Results, read_results
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.results.comparison import FIVE, compare_systems
+from linearize.evaluation.results.pairing import contributions
+from linearize.evaluation.results.results import Results, read_results
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.report.formatting import number, readable_bytes, with_error
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from transformers import DynamicCache
 
 from evals.recurrences.toy import markdown, surroundings, write
 from linearize.benchmark.bench import Plan, bench
-from linearize.benchmark.memory import resident_bytes
-from linearize.conversion.source import find_source, load_model, provenance_of
+from linearize.checkpoint.provenance import provenance_of
 from linearize.model import cache_nbytes
 from linearize.recipe import load_recipe
+from linearize.runtime.memory import resident_bytes
+from linearize.sources.source import find_source, load_model
 
 FOLDER = Path(__file__).parent
 LENGTHS = (512, 2048, 8192, 32_768)

@@ -1,5 +1,5 @@
 """Products of rows with weights on a CPU, one layer at a time: float32 and bfloat16 by torch and by oneDNN, int8 by
-torch's kernel and in pairs. They are what `linearize/products.py`, `quantized.py` and `pairs.py` choose from.
+torch's kernel and in pairs. `linearize_kernels/products.py` and `quantization/pairs.py` choose among them.
 
 Weights are more than the caches hold, as in a model; contenders take turns, and medians are kept. Needs a machine with
 nothing else to do. Writes `products.json`.
@@ -24,8 +24,8 @@ from torch import nn
 
 from evals.recurrences.toy import markdown, surroundings, write
 from linearize.model.quantized import Quantization
-from linearize.pairs import PairedLinear, pairs_are_fast
-from linearize.quantize import rounded
+from linearize.quantization.pairs import PairedLinear, pairs_are_fast
+from linearize.quantization.rounding import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from evals.recurrences.toy import surroundings, write
-from linearize.conversion.source import find_source, load_model, provenance_of
+from linearize.checkpoint.provenance import provenance_of
+from linearize.sources.source import find_source, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

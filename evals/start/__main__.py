@@ -17,26 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import linearize
-from linearize.conversion.output import staged_folder
-from linearize.conversion.source import find_source, load_tokenizer
-from linearize.evaluation.harness import lm_eval_tasks
-from linearize.evaluation.length import length_tasks
 from linearize.evaluation.progress import ProgressLine
-from linearize.evaluation.recall import recall_tasks
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.evaluation.systems import find_systems
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.tasks.harness import lm_eval_tasks
+from linearize.evaluation.tasks.length import length_tasks
+from linearize.evaluation.tasks.recall import recall_tasks
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.jobs.convert import convert_into
 from linearize.jobs.demo import packaged_model
 from linearize.recipe import dump_recipe, load_recipe, shipped_recipes
 from linearize.report.formatting import number, readable_bytes, with_error
+from linearize.runtime.files import staged_folder
+from linearize.sources.source import find_source, load_tokenizer
 from linearize.training.workfolder import is_resumable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from linearize.evaluation.task import TaskScore
+    from linearize.evaluation.tasks.task import TaskScore
     from linearize.recipe import Recipe
 
 FIGURES = Path(__file__).parent / "figures.json"

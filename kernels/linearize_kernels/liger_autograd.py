@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.liger import Columns, Gate, LigerOptions, longest_row, row_starts
 from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks, write_outputs_kernel
 from linearize_kernels.liger_key_gradients import (
     carry_gradients,
@@ -19,6 +18,7 @@ from linearize_kernels.liger_key_gradients import (
     keys_of_states,
     read_chunks,
 )
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions, longest_row, row_starts
 from linearize_kernels.liger_query_gradients import column_gradients_kernel, query_gradients
 from linearize_kernels.liger_tiles import tl, triton
 

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from linearize_kernels.products import leave_products, onednn_is_faster, take_products
 
-from linearize.benchmark.memory import bandwidth, free_bytes
 from linearize.benchmark.running import ahead_from, decode, prefill
 from linearize.benchmark.shapes import fewer_layers, named_config
 from linearize.benchmark.subjects import Subject, converted_from, cut, random_teacher, sharing, teacher_beside
 from linearize.benchmark.training import train
-from linearize.conversion.convert import check_convertible, versions
-from linearize.conversion.limits import check_length
-from linearize.conversion.source import DTYPES, Source, default_device, find_source, load_model
+from linearize.checkpoint.write import versions
+from linearize.conversion.swap import check_convertible
 from linearize.errors import ModelError
 from linearize.model import LinearizedForCausalLM
-from linearize.products import leave_products, onednn_is_faster, take_products
-from linearize.quantize import to_int8
+from linearize.quantization.rounding import to_int8
 from linearize.report.formatting import readable_bytes
+from linearize.runtime.memory import bandwidth, free_bytes
+from linearize.sources.limits import check_length
+from linearize.sources.source import DTYPES, Source, default_device, find_source, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

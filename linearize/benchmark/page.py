@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.benchmark.bench import sequence_of
 from linearize.benchmark.running import TEACHERS
-from linearize.evaluation.plots import BYTES
+from linearize.evaluation.results.plots import BYTES
 from linearize.report.formatting import readable_length
 from linearize.report.pages import write_plots
 from linearize.report.plots import Axis, Lines, Plot, Series

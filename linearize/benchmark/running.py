@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from linearize.benchmark.memory import PeakMemory, free_bytes, wait_for
 from linearize.benchmark.subjects import full_cache
-from linearize.decoding import CudaGraphs, Engine
+from linearize.generation.engine import CudaGraphs, Engine
+from linearize.generation.sampling import Sampling
+from linearize.generation.state import State
 from linearize.report.formatting import readable_bytes
-from linearize.sampling import Sampling
-from linearize.state import State
+from linearize.runtime.memory import PeakMemory, free_bytes, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

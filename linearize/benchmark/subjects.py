@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.model.quantized import QuantizedLinear
-from linearize.pairs import PairedLinear
+from linearize.quantization.pairs import PairedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable

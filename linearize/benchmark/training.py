@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linearize.benchmark.memory import PeakMemory
 from linearize.benchmark.running import Run, in_turns, peak_bytes, refusal, told
 from linearize.benchmark.subjects import Subject, sharing
+from linearize.data.rows import NO_LOSS, Document, Rows, pack
 from linearize.errors import is_out_of_memory
 from linearize.recipe import Recipe, Stage, load_recipe
+from linearize.runtime.memory import PeakMemory
 from linearize.training.adapters import add_adapters, choose_trained, is_own_parameter
 from linearize.training.memory import training_memory
 from linearize.training.objective import token_losses
-from linearize.training.rows import NO_LOSS, Document, Rows, pack
 from linearize.training.trainer import stage_optimizer
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from linearize.calibration.weights import output_projection
 from linearize.model import MixerConfig
 from linearize.model.attention import LinearizedAttention
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from linearize.calibration.weights import Weights
+    from linearize.data.rows import Rows
     from linearize.families import Projections
-    from linearize.training.rows import Rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block besides its hidden states."""
@@ -200,11 +201,6 @@ class _Seen(Exception):
 def texts_of(rows: Rows) -> list[Text]:
     """Each row as a text."""
     return list(zip(rows.input_ids, rows.position_ids, strict=True))
-
-
-def output_projection(attention: LinearizedAttention) -> Any:
-    """The module that takes the heads back to the model's width."""
-    return getattr(attention, attention.family.projections["o"].rsplit(".", 1)[-1])
 
 
 def _pretrained(attention: LinearizedAttention) -> LinearizedAttention:

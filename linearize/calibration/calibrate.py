@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from linearize.calibration.blocks import Blocks, output_projection, texts_of
+from linearize.calibration.blocks import Blocks, texts_of
 from linearize.calibration.closed import Ridge
 from linearize.calibration.layer import LayerFit, LayerResult, projection_weight
 from linearize.calibration.reading import read_by_block
-from linearize.calibration.weights import MIXER, OUTPUT
+from linearize.calibration.weights import MIXER, OUTPUT, output_projection
+from linearize.data.load import load_data
 from linearize.errors import DataError
 from linearize.probe.damage import Damage, Reading, damage
 from linearize.probe.needles import make_needles
 from linearize.probe.selection import SURE
 from linearize.recipe import DataSpec
-from linearize.training.data import load_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from linearize.calibration.blocks import Call
     from linearize.calibration.weights import Weights
+    from linearize.data.rows import Rows, TrainingData
     from linearize.model import LinearizedForCausalLM
     from linearize.probe.needles import Needle
     from linearize.recipe.schema import CalibrateSpec
-    from linearize.training.rows import Rows, TrainingData
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties that are tried, in mean squares of an input channel over all tokens."""

@@ -20,8 +20,8 @@ import torch
 from linearize_kernels import window_attention
 from torch import Tensor
 
-from linearize.calibration.blocks import output_projection
 from linearize.calibration.closed import bisect, channel_weights, decay_of, mass_weights
+from linearize.calibration.weights import output_projection
 from linearize.probe.statistics import Tally
 
 if TYPE_CHECKING:

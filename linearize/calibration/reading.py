@@ -9,7 +9,7 @@ import torch
 
 from linearize.calibration.blocks import texts_of
 from linearize.evaluation.heldout import score_rows
-from linearize.evaluation.task import evaluating
+from linearize.evaluation.tasks.task import evaluating
 from linearize.probe.damage import Reading
 from linearize.probe.needles import answer_log_probability
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from linearize.calibration.blocks import Blocks
+    from linearize.data.rows import Rows
     from linearize.probe.needles import Needle
-    from linearize.training.rows import Rows
 
 
 def read_by_block(blocks: Blocks, rows: Rows, needles: Sequence[Needle], *, teacher: bool = False) -> Reading:

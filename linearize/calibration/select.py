@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
-from linearize.conversion.convert import mixers_for
-from linearize.conversion.limits import learned_positions
+from linearize.conversion.swap import mixers_for
+from linearize.data.load import load_data, reserved_tokens
 from linearize.errors import RecipeError
 from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
@@ -16,7 +16,7 @@ from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles
 from linearize.probe.telling import basis
 from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
-from linearize.training.data import load_data, reserved_tokens
+from linearize.sources.limits import learned_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from linearize.conversion.source import Source
     from linearize.probe.damage import Part
     from linearize.recipe import Recipe
+    from linearize.sources.source import Source
 
 # Of text, and as many in texts with needles: every layer is windowed once on all of them.
 _TOKENS = 2048

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from linearize.calibration.blocks import output_projection
+from linearize.calibration.weights import output_projection
 from linearize.model import MixerConfig
 from linearize.model.mixer.mixer import Mixer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.probe.damage import damage
 
 if TYPE_CHECKING:

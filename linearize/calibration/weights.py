@@ -15,11 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from linearize.calibration.blocks import output_projection
-from linearize.conversion.source import check_finite, default_device
 from linearize.conversion.streaming import put_weight
 from linearize.families import family_of
 from linearize.model.attention import LinearizedAttention
+from linearize.sources.source import check_finite, default_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from linearize.conversion.streaming import Streamer, Unit
     from linearize.model import LinearizedForCausalLM
+
 
 MIXER, OUTPUT = "mixer", "output"
 PARTS = (MIXER, OUTPUT)
@@ -193,3 +193,8 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             model._init_weights(module)
             for name in names:
                 setattr(module, name, module._buffers[name].to(device))
+
+
+def output_projection(attention: LinearizedAttention) -> Any:
+    """The module that takes the heads back to the model's width."""
+    return getattr(attention, attention.family.projections["o"].rsplit(".", 1)[-1])

@@ -17,7 +17,7 @@ import typer
 from linearize import __version__
 from linearize.cli.console import QuietOption, examples, silence
 from linearize.errors import LinearizeError
-from linearize.interruption import Interrupted, unwinding
+from linearize.runtime.interruption import Interrupted, unwinding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize import cache
 from linearize.cli.console import JsonOption, examples, print_json, status
 from linearize.errors import OutputError, counted
 from linearize.report.formatting import readable_bytes
-from linearize.resources import cache_folder
+from linearize.runtime import cache
+from linearize.runtime.folders import cache_folder
 
 app = typer.Typer(
     help="Show and remove kept results: teacher logits, self-written text, results of evaluations.",

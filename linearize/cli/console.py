@@ -19,7 +19,7 @@ from linearize.errors import DataError
 from linearize.jobs.checks import check_dtype as check
 from linearize.jobs.checks import size_in_bytes
 from linearize.report.formatting import readable_bytes
-from linearize.resources import shipped_folder
+from linearize.runtime.folders import shipped_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -175,8 +175,8 @@ def begin(
         RecipeError: the recipe is not valid.
         OutputError: the output cannot be written.
     """
-    from linearize.conversion.output import check_free
     from linearize.recipe import load_recipe
+    from linearize.runtime.files import check_free
 
     settings = load_recipe(recipe, overrides or ())
     if output is not None:

@@ -71,7 +71,8 @@ def convert(
                 f"{output}; memory per sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}"
             )
         return
-    from linearize.conversion.convert import converted_layers, growth_nbytes, state_nbytes
+    from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
+    from linearize.conversion.swap import converted_layers
     from linearize.jobs.convert import run_convert
 
     started = time.monotonic()

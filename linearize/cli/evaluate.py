@@ -23,10 +23,10 @@ from linearize.cli.console import (
 )
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_writable
+from linearize.runtime.files import check_writable
 
 if TYPE_CHECKING:
-    from linearize.evaluation.results import Results
+    from linearize.evaluation.results.results import Results
 
 EPILOG = examples(
     "linearize eval ./tuned --baseline teacher,window",
@@ -96,7 +96,7 @@ def evaluate(
     Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
     evaluation that was interrupted goes on where it stopped. A converted model whose base is gone is scored alone.
     """
-    from linearize.evaluation.suites import choose_tasks
+    from linearize.evaluation.tasks.suites import choose_tasks
 
     check_dtype(dtype, int8=True)
     sweep = _lengths(lengths)
@@ -106,11 +106,11 @@ def evaluate(
     if launch is not None or accelerate_config is not None:
         raise typer.Exit(launched(launch, accelerate_config))
     quiet_libraries()
-    from linearize.conversion.source import find_source
     from linearize.evaluation.progress import ProgressLine
-    from linearize.evaluation.report import report_data, report_table
+    from linearize.evaluation.results.report import report_data, report_table
     from linearize.jobs.evaluate import run_evaluate
-    from linearize.training import processes
+    from linearize.runtime import processes
+    from linearize.sources.source import find_source
 
     progress = ProgressLine()
     try:

@@ -18,8 +18,8 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free
 from linearize.report.formatting import readable_bytes
+from linearize.runtime.files import check_free
 
 EPILOG = examples(
     "linearize export out/finetuned smol-gla --base HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -66,9 +66,9 @@ def finetune(
 
     Several processes share the rows of each step: losses are those of one, and the recipe is the same.
     """
-    from linearize.conversion.output import check_free
     from linearize.jobs.checks import recipe_to_train
-    from linearize.training import processes
+    from linearize.runtime import processes
+    from linearize.runtime.files import check_free
     from linearize.training.workfolder import finished_stages
 
     target, first = output or Path(Path(recipe).stem), processes.is_first()

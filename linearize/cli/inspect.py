@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from linearize.checkpoint.card import ranges
 from linearize.cli.console import (
     JsonOption,
     ModelArgument,
@@ -21,7 +22,6 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.memory import GPUS, memory_facts, show_memory
-from linearize.hub.card import ranges
 from linearize.report.formatting import readable_bytes, readable_count
 
 EPILOG = examples(

@@ -24,7 +24,7 @@ AccelerateOption = Annotated[
 
 def launched(processes: int | None, configuration: Path | None) -> int:
     """Runs this very command in several processes, and returns their exit status."""
-    from linearize.training.processes import count, launch, launch_with
+    from linearize.runtime.processes import count, launch, launch_with
 
     if processes is not None and configuration is not None:
         raise typer.BadParameter("--launch and --accelerate-config: give one of them")

@@ -62,8 +62,8 @@ def _costs(model: str, names: list[str]) -> list[dict[str, Any]]:
     """What each recipe's mixer costs `model`, from its configuration alone."""
     quiet_libraries()
     from linearize.conversion.inspection import compare_mixers
-    from linearize.conversion.source import find_source
     from linearize.recipe import load_recipe
+    from linearize.sources.source import find_source
 
     _, costs = compare_mixers(find_source(model), {name: load_recipe(name).mixer for name in names})
     return costs
@@ -101,8 +101,8 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a recipe, comments and all, to change it."""
-    from linearize.conversion.output import staged_file
     from linearize.recipe import recipe_path
+    from linearize.runtime.files import staged_file
 
     source = recipe_path(name)
     target = destination or Path(source.name)

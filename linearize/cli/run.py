@@ -21,7 +21,7 @@ from linearize.cli.console import (
     status,
 )
 from linearize.cli.libraries import quiet_libraries
-from linearize.conversion.output import check_free
+from linearize.runtime.files import check_free
 
 EPILOG = examples(
     "linearize run demo -o out",

@@ -57,9 +57,9 @@ def verify(
     """
     check_dtype(dtype)
     quiet_libraries()
-    from linearize.conversion.source import find_source
     from linearize.errors import VerificationError
     from linearize.jobs.verify import verify as prove
+    from linearize.sources.source import find_source
 
     with status_line("verifying") as tick:
         found = prove(model, tokens=tokens, steps=steps, dtype=dtype, tick=tick)

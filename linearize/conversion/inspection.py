@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linearize.conversion.convert import mixers_for
-from linearize.conversion.source import Source, load_config
+from linearize.conversion.swap import mixers_for
 from linearize.errors import ModelError, RecipeError
 from linearize.families import family_of
 from linearize.model.attention import LinearizedAttention
@@ -21,6 +20,7 @@ from linearize.model.configuration import LinearizedConfig
 from linearize.model.mixer.fused import decide_mixer
 from linearize.model.positions import rotary_notes
 from linearize.model.recurrences import RECURRENCES
+from linearize.sources.source import Source, load_config
 
 if TYPE_CHECKING:
     from linearize.families import AttentionLayer, Family

@@ -30,10 +30,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
-from linearize.conversion.modelfiles import INDEX, WEIGHTS
-from linearize.conversion.output import check_space
-from linearize.conversion.source import DTYPES, Source, check_finite, check_taken, load_config, reading
-from linearize.conversion.weightfiles import (
+from linearize.errors import counted
+from linearize.families import family_of
+from linearize.model.mixer.mixer import Mixer
+from linearize.runtime.files import check_space
+from linearize.sources.modelfiles import INDEX, WEIGHTS
+from linearize.sources.source import DTYPES, Source, check_finite, check_taken, load_config, reading
+from linearize.sources.weightfiles import (
     BLOCK,
     NotStreamable,
     bytes_of,
@@ -41,9 +44,6 @@ from linearize.conversion.weightfiles import (
     read_header,
     weight_files,
 )
-from linearize.errors import counted
-from linearize.families import family_of
-from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

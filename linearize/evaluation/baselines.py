@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.convert import BASELINE_SINKS
+from linearize.checkpoint.provenance import teacher_of
 from linearize.conversion.inspection import weightless_layers
-from linearize.conversion.source import load_config, teacher_of
+from linearize.conversion.swap import BASELINE_SINKS
 from linearize.errors import ModelError
 from linearize.model.attention import LinearizedAttention
 from linearize.model.configuration import LinearizedConfig, MixerConfig
+from linearize.sources.source import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
 
-    from linearize.conversion.source import Source
     from linearize.model import LinearizedForCausalLM
+    from linearize.sources.source import Source
 
 BRANCHES_OFF = {
     "no_recurrence": ("recurrence",),

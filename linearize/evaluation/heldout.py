@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.errors import DataError, ModelError, is_out_of_memory
-from linearize.evaluation.task import draw, evaluating
+from linearize.evaluation.tasks.task import draw, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,7 +202,7 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | No
     positions = None if position_ids is None else position_ids.to(device)
     apart = {}
     if positions is not None and model.config.model_type != "linearized":
-        from linearize.training.teachers import documents_apart  # which loads transformers
+        from linearize.sources.documents import documents_apart  # which loads transformers
 
         apart = documents_apart(model, positions)
     logits: Tensor = model(input_ids=input_ids.to(device), position_ids=positions, use_cache=False, **apart).logits

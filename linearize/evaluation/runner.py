@@ -13,8 +13,8 @@ import torch
 
 from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.store import Store, model_key, whole_stamp
-from linearize.evaluation.task import Item, Task, TaskScore, draw, evaluating
-from linearize.training import processes
+from linearize.evaluation.tasks.task import Item, Task, TaskScore, draw, evaluating
+from linearize.runtime import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

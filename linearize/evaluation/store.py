@@ -12,12 +12,13 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from linearize import __version__, cache
+from linearize import __version__
 from linearize.errors import OutputError
 from linearize.evaluation.baselines import branches_off
-from linearize.evaluation.task import Item
-from linearize.fingerprint import fingerprint, tokenizer_fingerprint
-from linearize.resources import cache_folder
+from linearize.evaluation.tasks.task import Item
+from linearize.runtime import cache
+from linearize.runtime.folders import cache_folder
+from linearize.sources.fingerprint import fingerprint, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file
 
-from linearize.conversion.convert import check_convertible, mixers_for, window_baseline, window_sections
-from linearize.conversion.output import check_space
-from linearize.conversion.source import (
-    DTYPES,
-    Source,
-    checkpoint_digest,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from linearize.checkpoint.provenance import checkpoint_digest
+from linearize.conversion.swap import check_convertible, mixers_for, window_baseline, window_sections
 from linearize.errors import DataError, ModelError, hint_for
 from linearize.evaluation.baselines import (
     BRANCHES_OFF,
@@ -32,12 +24,14 @@ from linearize.evaluation.baselines import (
     teacher_beside,
 )
 from linearize.evaluation.heldout import drawn_rows, score_rows
-from linearize.evaluation.results import Results, SystemInfo, SystemScores
+from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
-from linearize.evaluation.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
+from linearize.evaluation.tasks.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
 from linearize.families import family_of
 from linearize.recipe import MixerSpec
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.runtime.files import check_space
+from linearize.sources.source import DTYPES, Source, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +41,7 @@ if TYPE_CHECKING:
     from linearize.evaluation.heldout import Rows
     from linearize.evaluation.runner import Progress
     from linearize.evaluation.store import Store
-    from linearize.evaluation.task import Task
+    from linearize.evaluation.tasks.task import Task
 
 BASELINES = {
     "teacher": "the pretrained model",
@@ -230,7 +224,7 @@ def default_tasks(source: Source) -> list[str]:
     """Default tasks: the held-out rows if there are some, otherwise the core suite."""
     if source.kind == "folder" and (Path(source.reference) / f"{HELD_OUT}.safetensors").is_file():
         return [HELD_OUT]
-    from linearize.evaluation.tasks import available_tasks
+    from linearize.evaluation.tasks.tasks import available_tasks
 
     return list(available_tasks("core"))
 

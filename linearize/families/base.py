@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+from linearize_kernels.products import is_plain, product
 from torch import Tensor, nn
-
-from linearize.products import is_plain, product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

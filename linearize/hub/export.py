@@ -11,36 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.convert import base_record, versions, write_checkpoint
-from linearize.conversion.output import check_space, staged_folder
-from linearize.conversion.source import (
-    Source,
-    checkpoint_digest,
-    find_source,
-    has_tokenizer,
-    load_model,
-    load_tokenizer,
-    sound_provenance,
-)
+from linearize.checkpoint.card import CardFacts
+from linearize.checkpoint.provenance import checkpoint_digest, sound_provenance
+from linearize.checkpoint.write import base_record, versions, write_checkpoint
+from linearize.data.load import load_data
+from linearize.data.rows import Rows
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.results import FILE_NAME, read_results
-from linearize.evaluation.suites import HELD_OUT
+from linearize.evaluation.results.results import FILE_NAME, read_results
+from linearize.evaluation.results.telling import tell
+from linearize.evaluation.rounding_cost import cost_record, cost_section, quantize
 from linearize.evaluation.systems import held_out_rows
-from linearize.evaluation.telling import tell
-from linearize.hub.card import CardFacts
+from linearize.evaluation.tasks.suites import HELD_OUT
 from linearize.hub.contents import Finding, local_things, shared_files
 from linearize.hub.licence import licence_of
 from linearize.hub.paths import Portable, is_local_path, strings
-from linearize.quantize import WEIGHTS, cost_record, cost_section, nbytes_after, quantize
+from linearize.quantization.rounding import WEIGHTS, nbytes_after
 from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
 from linearize.report.pages import to_markdown
-from linearize.training.data import load_data
-from linearize.training.rows import Rows
+from linearize.runtime.files import check_space, staged_folder
+from linearize.sources.source import Source, find_source, has_tokenizer, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from linearize.evaluation.results import Results
+    from linearize.evaluation.results.results import Results
     from linearize.model.quantized import Quantization
 
 # How training went, and what a calibration did.

@@ -12,7 +12,7 @@ from linearize.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from linearize.conversion.source import Source
+    from linearize.sources.source import Source
 
 _KEYS = ("license", "license_name", "license_link")
 
@@ -61,7 +61,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def _of_gguf(path: Path) -> dict[str, str]:
-    from linearize.conversion.ggufheader import read_head
+    from linearize.sources.gguf import read_head
 
     try:
         values = read_head(path).values

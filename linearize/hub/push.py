@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize import __version__
-from linearize.conversion.claims import claimed
-from linearize.conversion.output import sha256
 from linearize.errors import HubError, OutputError
 from linearize.hub.contents import Finding, local_things, shared_files
-from linearize.resources import cache_folder
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import sha256
+from linearize.runtime.folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

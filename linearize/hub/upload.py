@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from linearize.conversion.output import check_space
 from linearize.errors import HubError
+from linearize.runtime.files import check_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

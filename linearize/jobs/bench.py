@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.benchmark.bench import bench as measure
 from linearize.benchmark.page import write_report
-from linearize.conversion.output import check_space, staged_folder
 from linearize.jobs.checks import quiet
+from linearize.runtime.files import check_space, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

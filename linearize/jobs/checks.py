@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize.cache import bytes_of
 from linearize.errors import DataError, RecipeError
+from linearize.runtime.cache import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

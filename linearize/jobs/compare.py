@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.claims import claimed
-from linearize.conversion.output import staged_files
-from linearize.evaluation.sidebyside import put_side_by_side, read_all, side_by_side_data, side_by_side_page
+from linearize.evaluation.results.sidebyside import put_side_by_side, read_all, side_by_side_data, side_by_side_page
 from linearize.jobs.checks import quiet
 from linearize.report.pages import write_pages
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import staged_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

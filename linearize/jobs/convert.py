@@ -12,37 +12,31 @@ from linearize.calibration.calibrate import Calibration, calibrate, calibration_
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.calibration.weights import FileWeights, Weights
-from linearize.conversion.convert import (
-    SHARD_BYTES,
-    base_record,
-    check_convertible,
-    check_reach,
-    convert_model,
-    nbytes,
-    write_checkpoint,
-)
-from linearize.conversion.limits import check_length, vocabulary_warning
-from linearize.conversion.output import check_space, staged_folder
-from linearize.conversion.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
+from linearize.checkpoint.write import SHARD_BYTES, base_record, write_checkpoint
 from linearize.conversion.streaming import Streamer
-from linearize.conversion.weightfiles import NotStreamable
+from linearize.conversion.swap import check_convertible, check_reach, convert_model
+from linearize.data.load import reserved_tokens
 from linearize.jobs.checks import quiet, read_recipe
 from linearize.jobs.inspect import convertible
 from linearize.model.positions import rotary_notes
 from linearize.probe.report import probe_data
 from linearize.recipe import SELF
-from linearize.training.data import reserved_tokens
+from linearize.runtime.files import check_space, staged_folder
+from linearize.runtime.memory import nbytes
+from linearize.sources.limits import check_length, vocabulary_warning
+from linearize.sources.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
+from linearize.sources.weightfiles import NotStreamable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
-    from linearize.conversion.source import Source
+    from linearize.data.rows import TrainingData
     from linearize.model import LinearizedForCausalLM
     from linearize.probe import Probe
     from linearize.recipe import Recipe
-    from linearize.training.rows import TrainingData
+    from linearize.sources.source import Source
 
 
 @dataclass

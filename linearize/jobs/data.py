@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.source import find_source, load_tokenizer, provenance_of
+from linearize.checkpoint.provenance import provenance_of
+from linearize.data.load import preview_data, reserved_tokens
+from linearize.data.rows import NO_LOSS
 from linearize.errors import DataError, RecipeError
 from linearize.jobs.checks import model_of
 from linearize.recipe import load_recipe
-from linearize.training.data import preview_data, reserved_tokens
-from linearize.training.rows import NO_LOSS
+from linearize.sources.source import find_source, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from linearize.training.rows import Rows
+    from linearize.data.rows import Rows
 
 
 def preview_stages(

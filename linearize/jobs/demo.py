@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from linearize.generation import Continuation
+    from linearize.generation.text import Continuation
     from linearize.jobs.run import RunResult
     from linearize.recipe import Recipe
 
@@ -34,7 +34,7 @@ def demo(
     Raises:
         LinearizeError: as `run_recipe`.
     """
-    from linearize.generation import continue_text
+    from linearize.generation.text import continue_text
     from linearize.jobs.run import run_recipe
     from linearize.training.workfolder import is_resumable
 

@@ -167,7 +167,7 @@ def _version(name: str) -> str | None:
 def _devices() -> dict[str, Any]:
     import torch
 
-    from linearize.benchmark.memory import free_bytes
+    from linearize.runtime.memory import free_bytes
 
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -224,7 +224,7 @@ def _caches() -> list[dict[str, Any]]:
     from datasets import config as datasets_config
     from huggingface_hub import constants
 
-    from linearize.resources import cache_folder
+    from linearize.runtime.folders import cache_folder
 
     found = []
     for name, folder in (

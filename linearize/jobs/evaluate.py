@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize.conversion.claims import claimed
-from linearize.conversion.output import check_writable
-from linearize.conversion.source import find_source
-from linearize.evaluation.report import write_report
+from linearize.evaluation.results.report import write_report
 from linearize.evaluation.store import Store
-from linearize.evaluation.suites import SuiteOptions, choose_tasks
 from linearize.evaluation.systems import evaluate as score
+from linearize.evaluation.tasks.suites import SuiteOptions, choose_tasks
 from linearize.jobs.checks import check_dtype, check_numbers, quiet
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import check_writable
+from linearize.sources.source import find_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from linearize.evaluation.results import Results
+    from linearize.evaluation.results.results import Results
     from linearize.evaluation.runner import Progress
 
 

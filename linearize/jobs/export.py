@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize.conversion.output import check_free
-from linearize.conversion.source import find_source
 from linearize.hub.export import export as write_export
 from linearize.jobs.checks import check_dtype, check_numbers, quiet, size_in_bytes
+from linearize.runtime.files import check_free
+from linearize.sources.source import find_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable

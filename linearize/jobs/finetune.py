@@ -14,31 +14,25 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from linearize.conversion.convert import check_convertible, check_reach, nbytes
-from linearize.conversion.limits import check_length, check_tokens, vocabulary_warning
-from linearize.conversion.output import check_free, check_space, staged_folder
-from linearize.conversion.source import (
-    Source,
-    find_source,
-    load_config,
-    load_model,
-    load_tokenizer,
-    sound_provenance,
-    teacher_of,
-)
+from linearize.checkpoint.provenance import sound_provenance, teacher_of
+from linearize.conversion.swap import check_convertible, check_reach
+from linearize.data.load import load_data, reserved_tokens
+from linearize.data.rows import TrainingData, read_data, save_data
 from linearize.errors import ModelError, OutputError, RecipeError
 from linearize.jobs.checks import model_of, quiet, recipe_to_train
 from linearize.jobs.convert import convert_into, make_start, named_after, prepares
 from linearize.jobs.result import FinetuneResult, count_skipped, stage_record, write_result
 from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.runtime.files import check_free, check_space, staged_folder
+from linearize.runtime.memory import nbytes
+from linearize.sources.limits import check_length, check_tokens, vocabulary_warning
+from linearize.sources.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.training.adapters import add_adapters, base_of, check_dtype, check_four_bit, choose_trained, merged
 from linearize.training.checkpoints import manifest, newest, stage_to_resume, step_of
-from linearize.training.data import load_data, reserved_tokens
 from linearize.training.memory import stages_memory
 from linearize.training.metrics import METRICS, forget_metrics, log_to
-from linearize.training.rows import TrainingData, read_data, save_data
 from linearize.training.sharding import check_shardable, mesh
 from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import Teacher, wants_teacher

@@ -6,22 +6,23 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from linearize.conversion.claims import claimed
-from linearize.conversion.convert import growth_nbytes, open_model, state_nbytes
-from linearize.conversion.output import check_space
+from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
 from linearize.errors import DataError, ModelError
-from linearize.generation import continue_text
+from linearize.generation.state import State
+from linearize.generation.statefile import check_target, header
+from linearize.generation.text import continue_text
 from linearize.jobs.checks import check_dtype, check_numbers
 from linearize.model import LinearizedForCausalLM
-from linearize.state import State
-from linearize.statefile import check_target, header
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import check_space
+from linearize.sources.source import open_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from linearize.generation import Continuation
+    from linearize.generation.text import Continuation
 
 
 def generate(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.convert import check_convertible, check_reach
 from linearize.conversion.inspection import compare_mixers, every_recurrence, inspect_model
-from linearize.conversion.output import check_free
-from linearize.conversion.source import DTYPES, find_source, load_config
+from linearize.conversion.swap import check_convertible, check_reach
 from linearize.errors import DataError, RecipeError
 from linearize.jobs.checks import quiet
+from linearize.runtime.files import check_free
+from linearize.sources.source import DTYPES, find_source, load_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from linearize.conversion.source import Source
     from linearize.recipe import Recipe
+    from linearize.sources.source import Source
     from linearize.training.memory import Engine, TrainingMemory
 
 

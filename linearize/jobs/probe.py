@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from linearize.conversion.output import check_space, staged_folder
-from linearize.conversion.source import find_source
 from linearize.jobs.checks import quiet
 from linearize.probe import run_probe
 from linearize.probe.report import write_probe
+from linearize.runtime.files import check_space, staged_folder
+from linearize.sources.source import find_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable

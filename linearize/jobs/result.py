@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-from linearize.conversion.convert import base_record, write_checkpoint
-from linearize.conversion.source import find_source, sound_provenance
+from linearize.checkpoint.provenance import sound_provenance
+from linearize.checkpoint.write import base_record, write_checkpoint
+from linearize.sources.source import find_source
 from linearize.training.metrics import METRICS
 from linearize.training.plot import PLOT, draw_training
 from linearize.training.trainer import tokens_after, total_steps
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from linearize.data.rows import Rows, TrainingData
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Recipe, Stage
-    from linearize.training.rows import Rows, TrainingData
 
 HELD_OUT = "held_out.safetensors"
 

@@ -8,19 +8,20 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.convert import check_convertible, check_reach, convert_model, window_baseline, window_sections
-from linearize.conversion.output import check_free, staged_folder
-from linearize.conversion.source import Source, checkpoint_digest, find_source, load_config, load_model, load_tokenizer
+from linearize.checkpoint.provenance import checkpoint_digest
+from linearize.conversion.swap import check_convertible, check_reach, convert_model, window_baseline, window_sections
 from linearize.errors import ModelError
 from linearize.evaluation.heldout import paired_difference
-from linearize.evaluation.report import SystemScores, report_data, report_table, write_report
-from linearize.evaluation.results import Results
-from linearize.evaluation.suites import SuiteOptions, build_suites, choose_tasks
+from linearize.evaluation.results.report import SystemScores, report_data, report_table, write_report
+from linearize.evaluation.results.results import Results
 from linearize.evaluation.systems import BASELINES, describe, score_systems
+from linearize.evaluation.tasks.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.jobs.checks import model_of
 from linearize.jobs.convert import Start, convert_into, prepares
 from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import FinetuneResult, write_result
+from linearize.runtime.files import check_free, staged_folder
+from linearize.sources.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.training.adapters import check_dtype
 from linearize.training.workfolder import work_folder
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from linearize.evaluation.results import SystemInfo
+    from linearize.evaluation.results.results import SystemInfo
     from linearize.evaluation.runner import Loader
     from linearize.recipe import Recipe
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.errors import ModelError
 from linearize.jobs.checks import check_dtype, check_numbers
+from linearize.sources.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.verification import verify as run_checks
 
 if TYPE_CHECKING:

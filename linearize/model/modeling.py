@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from linearize_kernels.products import take_products
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -27,7 +28,6 @@ from linearize.model.memory import LayerMemory
 from linearize.model.mixer.mixer import Mixer
 from linearize.model.positions import renew_rotary, settle_rotary
 from linearize.model.quantized import Quantization, install
-from linearize.products import take_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,8 +3,8 @@
     y = x Wᵀ + b ,   W = scale ⊙ integers, but for the kept inputs, whose columns are as they were
 
 Weights are symmetric (no zero point). The kept inputs are those whose rounding would cost most: where activations have
-outliers, or where one large weight would make the scale of all others coarse. What rounds them is `linearize.quantize`;
-this file travels inside checkpoints.
+outliers, or where one large weight would make the scale of all others coarse. `linearize.quantization.rounding`
+rounds them; this file travels inside checkpoints.
 
 Dimensions: N rows, I inputs, O outputs, G groups of inputs, C kept inputs.
 """
@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from linearize_kernels.products import is_plain, product
 from torch import nn
-
-from linearize.products import is_plain, product
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +62,7 @@ class Quantization:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of integers; empty, until a checkpoint or `linearize.quantize` fills it.
+    """A linear layer of integers; empty, until a checkpoint or `linearize.quantization.rounding` fills it.
 
     Attributes:
         weight: int8 [O, I], or uint8 [O, I / 2] with the first of two in the low half of a byte and 8 added to each.

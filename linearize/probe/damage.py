@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.conversion.convert import mixers_for
+from linearize.conversion.swap import mixers_for
 from linearize.errors import RecipeError
 from linearize.evaluation.heldout import Estimate, score_rows
-from linearize.evaluation.task import evaluating, mean_and_error
+from linearize.evaluation.tasks.task import evaluating, mean_and_error
 from linearize.model import MixerConfig
 from linearize.model.attention import LinearizedAttention
 from linearize.probe.needles import answer_log_probability
@@ -28,11 +28,11 @@ from linearize.recipe.schema import KeepSpec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from linearize.data.rows import Rows
     from linearize.families import AttentionLayer
     from linearize.model import LinearizedForCausalLM
     from linearize.probe.needles import Needle
     from linearize.recipe import MixerSpec
-    from linearize.training.rows import Rows
 
 # Tokens of a forward pass: what keeps its logits small.
 _BATCH_TOKENS = 2048

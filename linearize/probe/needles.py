@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.recall import Writer
-from linearize.evaluation.recall.texts import NOISE, Essay, niah_essay
+from linearize.evaluation.tasks.recall import Writer
+from linearize.evaluation.tasks.recall.texts import NOISE, Essay, niah_essay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from linearize.conversion.convert import check_convertible, versions
-from linearize.conversion.limits import learned_positions
-from linearize.conversion.source import Source, load_config, load_model, load_tokenizer
+from linearize.checkpoint.write import versions
+from linearize.conversion.swap import check_convertible
+from linearize.data.load import load_data
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.progress import duration
 from linearize.families import family_of
@@ -32,7 +32,8 @@ from linearize.probe.needles import Needle, answer_log_probability, make_needles
 from linearize.probe.selection import SURE, Budget, budget_bytes, choose, keep_section, part_bytes
 from linearize.probe.statistics import HeadStatistics, Tally, mass_on, observed
 from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
-from linearize.training.data import load_data
+from linearize.sources.limits import learned_positions
+from linearize.sources.source import Source, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from linearize.data.rows import Rows
     from linearize.families import AttentionLayer, Projections
     from linearize.recipe import Recipe
-    from linearize.training.rows import Rows
 
 DEFAULT_CONTEXT = 8192
 LEAST_ROWS = 2

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.probe.selection import fragment, set_option
 from linearize.probe.telling import basis, tell
 from linearize.report.pages import write_pages

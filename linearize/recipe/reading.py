@@ -17,7 +17,7 @@ from linearize.errors import RecipeError, counted
 from linearize.recipe import wording
 from linearize.recipe.document import DocumentError, parse_document, write_document
 from linearize.recipe.schema import GONE, Recipe
-from linearize.resources import shipped_folder
+from linearize.runtime.folders import shipped_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

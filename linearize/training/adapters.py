@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from linearize.data.rows import Rows
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import LoraSpec, Recipe
-    from linearize.training.rows import Rows
 
 _MERGE_TOKENS = 256
 _MERGE_NOISE = 8.0

@@ -31,7 +31,7 @@ from linearize.families import family_of
 from linearize.families.base import Projections
 from linearize.model.attention import CACHE_NAMES, LinearizedAttention, layout_of
 from linearize.model.layout import layer_mask, segments_of
-from linearize.training.teachers import documents_apart
+from linearize.sources.documents import documents_apart
 from linearize.training.windows import exact_reach
 
 if TYPE_CHECKING:

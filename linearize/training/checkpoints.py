@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.output import flush, sha256
+from linearize.runtime.files import flush, sha256
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from linearize.conversion.output import telling
 from linearize.errors import LinearizeError, ModelError, is_out_of_memory
-from linearize.interruption import Interrupted, Postponed
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.runtime.files import telling
+from linearize.runtime.interruption import Interrupted, Postponed
 from linearize.training.checkpoints import checkpoints, manifest, newest, seal
 from linearize.training.soundness import NotFinite, first_unsound, gradient_norm, unsound_gradients
 

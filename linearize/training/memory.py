@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model, mixers_for
-from linearize.conversion.source import DTYPES
+from linearize.conversion.swap import convert_model, mixers_for
 from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.report.formatting import readable_bytes
+from linearize.sources.source import DTYPES
 from linearize.training.adapters import add_adapters, choose_trained
 from linearize.training.rehearsal import Moment, fullest_moment
 from linearize.training.teachers import wants_teacher

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.output import staged_file
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.runtime.files import staged_file
 from linearize.training.trainer import ProgressLine, append_json_line
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
-from linearize.training.rows import NO_LOSS
+from linearize.data.rows import NO_LOSS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.task import mean_and_error
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.report.formatting import readable_length
 from linearize.report.plots import Axis, Lines, Plot, Series
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from linearize.errors import LinearizeError, RecipeError
 from linearize.families import family_of
 from linearize.recipe.schema import STUDENT
-from linearize.training import processes
+from linearize.runtime import processes
 
 if TYPE_CHECKING:
     from linearize.recipe import Recipe

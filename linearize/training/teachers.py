@@ -14,22 +14,21 @@ import shutil
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from linearize import cache
-from linearize.conversion.claims import claimed
-from linearize.conversion.output import staged_file
-from linearize.conversion.source import load_model
+from linearize.data.rows import NO_LOSS
 from linearize.errors import OutputError
-from linearize.fingerprint import fingerprint
-from linearize.resources import cache_folder
-from linearize.training import processes
+from linearize.runtime import cache, processes
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import staged_file
+from linearize.runtime.folders import cache_folder
+from linearize.sources.documents import documents_apart
+from linearize.sources.fingerprint import fingerprint
+from linearize.sources.source import load_model
 from linearize.training.objective import TopK, counted_positions, top_k_of
-from linearize.training.rows import NO_LOSS
 from linearize.training.sharding import is_sharded
 from linearize.training.sharding import shard as shard_model
 
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from linearize.conversion.source import Source
+    from linearize.data.rows import Rows
     from linearize.recipe import Stage
-    from linearize.training.rows import Rows
+    from linearize.sources.source import Source
 
 FORMAT_VERSION = 2
 """Part of the cache's key: raise it whenever the files come to hold something else."""
@@ -131,36 +130,6 @@ def keep_logits(
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
             progress(f"teacher: top {top_k}, shard {done + 1:,} of {len(missing):,}, {left:,.0f} s left")
     return KeptLogits(folder, len(rows), held)
-
-
-def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
-    """Arguments, besides positions `[B, T]`, that keep documents in a row apart in a teacher: for most nothing, and
-    `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
-    if teacher not in _TELLS_APART:
-        _TELLS_APART[teacher] = _tells_apart(teacher, position_ids.device)
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if _TELLS_APART[teacher] or not bool(starts.any()):
-        return {}
-    document = torch.nn.functional.pad(starts.cumsum(1), (1, 0))
-    seen = (document[:, :, None] == document[:, None]).tril()[:, None]
-    return {"attention_mask": torch.where(seen, 0.0, torch.finfo(teacher.dtype).min).to(teacher.dtype)}
-
-
-_TELLS_APART: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _tells_apart(teacher: PreTrainedModel, device: torch.device) -> bool:
-    """True if a document does not change the logits after it in its row; it is tried on the model, because only the
-    architecture's code decides it."""
-    positions = torch.arange(8, device=device).repeat(2)[None]
-    answers = []
-    for first in (1, 2):
-        ids = torch.full_like(positions, first)
-        ids[:, 8:] = 3
-        logits = teacher(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 8:].float()
-        answers.append(logits - logits.mean(-1, keepdim=True))
-    return bool((answers[0] - answers[1]).norm() < 1e-2 * answers[0].norm())
 
 
 @contextmanager

@@ -17,23 +17,24 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from linearize.data.rows import NO_LOSS
 from linearize.errors import LinearizeError, RecipeError
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.sources.documents import documents_apart
 from linearize.training.adapters import base_of, is_own_parameter
 from linearize.training.align import Alignment
 from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
 from linearize.training.optimizers import build_optimizer, rate_at
-from linearize.training.rows import NO_LOSS
 from linearize.training.sharding import is_sharded, part_like, split_state, whole, whole_state
-from linearize.training.teachers import KeptLogits, documents_apart
+from linearize.training.teachers import KeptLogits
 from linearize.training.windows import WindowDropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from linearize.data.rows import Rows
     from linearize.recipe import Stage
-    from linearize.training.rows import Rows
 
 _TRAINED = "trained.safetensors"
 

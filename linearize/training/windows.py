@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from linearize.data.rows import NO_LOSS
 from linearize.errors import DataError
-from linearize.training.rows import NO_LOSS
 
 if TYPE_CHECKING:
+    from linearize.data.rows import Rows
     from linearize.model import LinearizedForCausalLM
     from linearize.model.mixer.mixer import Mixer
     from linearize.recipe.schema import Stage
-    from linearize.training.rows import Rows
 
 
 def exact_reach(mixer: Mixer) -> int:

@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.conversion.claims import claimed
-from linearize.conversion.output import telling
 from linearize.errors import OutputError
 from linearize.recipe import dump_recipe, load_recipe
-from linearize.training import processes
+from linearize.runtime import processes
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

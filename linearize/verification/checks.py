@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from linearize.conversion.convert import growth_nbytes
-from linearize.conversion.source import DTYPES
+from linearize.checkpoint.sizes import growth_nbytes
+from linearize.generation.state import State
 from linearize.model.memory import LayerMemory
-from linearize.state import State
+from linearize.sources.source import DTYPES
 from linearize.verification.subject import ROWS, Subject, relative_error
 
 if TYPE_CHECKING:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize.conversion.limits import learned_positions
 from linearize.errors import VerificationError
+from linearize.sources.limits import learned_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from transformers.cache_utils import Cache
 
-    from linearize.conversion.source import Source
     from linearize.model import LinearizedForCausalLM
+    from linearize.sources.source import Source
 
 ROWS = 3
 _WINDOWS, _LEAST_TOKENS, _MOST_TOKENS = 3, 192, 2048

@@ -15,8 +15,8 @@ from linearize.verification.subject import Subject, relative_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from linearize.conversion.source import Source
     from linearize.model import LinearizedForCausalLM
+    from linearize.sources.source import Source
 
 FLOAT32_TOLERANCE = 1e-4
 """One function in another order of sums: that is 1e-6 to 1e-5, while one token out of place is above 1e-3."""

@@ -16,8 +16,8 @@ from linearize.calibration.blocks import Blocks, texts_of
 from linearize.calibration.calibrate import calibrate, calibration_text
 from linearize.calibration.layer import LayerFit, LayerResult
 from linearize.calibration.weights import Weights
-from linearize.conversion.convert import convert_model
-from linearize.conversion.source import find_source, load_model
+from linearize.conversion.swap import convert_model
+from linearize.data.load import Document, TrainingData, load_data, pack, reserved_tokens
 from linearize.errors import DataError
 from linearize.evaluation.heldout import paired_difference, score_rows
 from linearize.evaluation.systems import find_systems
@@ -26,7 +26,7 @@ from linearize.jobs.finetune import run_stages
 from linearize.probe import probing
 from linearize.probe.damage import Reading
 from linearize.recipe import load_recipe
-from linearize.training.data import Document, TrainingData, load_data, pack, reserved_tokens
+from linearize.sources.source import find_source, load_model
 from tests.model.test_families import build
 from tests.tables import some
 

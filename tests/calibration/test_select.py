@@ -9,16 +9,16 @@ import json
 import pytest
 import torch
 
-from linearize.calibration.blocks import output_projection
 from linearize.calibration.select import select
 from linearize.calibration.shares import Curve, _exact, curves, share_landmarks
-from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.calibration.weights import output_projection
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.probe.damage import Part
 from linearize.probe.needles import Needle, answer_log_probability
 from linearize.recipe import CalibrateSpec, KeepSpec, MixerSpec, SourceSpec, load_recipe
+from linearize.sources.source import find_source, load_model, load_tokenizer
 from tests.model.test_families import build
 
 

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, initialization
 from linearize.calibration.blocks import Blocks
 from linearize.calibration.reading import read_by_block
 from linearize.calibration.weights import FileWeights, Weights
-from linearize.conversion.convert import convert_model
-from linearize.conversion.source import find_source, load_model, load_tokenizer
+from linearize.conversion.swap import convert_model
+from linearize.data.load import TrainingData
 from linearize.errors import ModelError
 from linearize.jobs import convert as module
 from linearize.jobs.convert import convert_into, open_files
 from linearize.probe.damage import read
 from linearize.probe.needles import Needle
 from linearize.recipe import load_recipe
-from linearize.training.data import TrainingData
+from linearize.sources.source import find_source, load_model, load_tokenizer
 from tests.calibration.test_calibrate import SHORT, drawn
 from tests.conftest import random_llama
 from tests.model.test_families import build
@@ -224,7 +224,7 @@ _MEASURED = """
 import json, resource, sys
 from pathlib import Path
 from linearize.jobs.convert import convert_into
-from linearize.conversion.source import find_source
+from linearize.sources.source import find_source
 from linearize.recipe import load_recipe
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 

@@ -14,7 +14,7 @@ import typer
 
 from linearize.cli import app as cli
 from linearize.errors import ModelError
-from linearize.interruption import Interrupted
+from linearize.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from linearize.conversion.source import find_source, load_model
+from linearize.sources.source import find_source, load_model
 from tests.model.recorded import Recorder
 from tests.tables import some
 

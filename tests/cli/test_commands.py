@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from linearize.checkpoint.provenance import checkpoint_digest
 from linearize.cli.app import COMMANDS
-from linearize.conversion.source import checkpoint_digest, find_source
+from linearize.sources.source import find_source
 from tests.conftest import random_llama
 
 
@@ -274,7 +275,7 @@ def test_a_recipe_its_changes_and_the_output_are_checked_before_torch_is_loaded(
 
 
 def test_a_folder_that_is_closed_is_told_before_any_work(tmp_path, monkeypatch, outcome):
-    monkeypatch.setattr("linearize.conversion.output.os.access", lambda path, mode: False)
+    monkeypatch.setattr("linearize.runtime.files.os.access", lambda path, mode: False)
     status, _, error = outcome("convert", "m", "-o", tmp_path / "a" / "b")
     assert status == 1 and f"the folder {tmp_path} is closed to you" in error
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from linearize.cli import app as cli
-from linearize.evaluation.report import write_report
-from linearize.evaluation.results import SystemScores, read_results
+from linearize.evaluation.results.report import write_report
+from linearize.evaluation.results.results import SystemScores, read_results
 
 from ..evaluation.results_kit import accuracy, answers, results
 from ..evaluation.test_report_pages import check_page

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from linearize.data.load import load_data, reserved_tokens
 from linearize.recipe import load_recipe
-from linearize.training.data import load_data, reserved_tokens
 
 STAGE = "{{objective: sft, data: {{source: {0}, held_out: {1}}}, length: {2}, batch_tokens: {2}}}"
 

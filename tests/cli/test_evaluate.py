@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from linearize.conversion.source import checkpoint_digest, find_source
+from linearize.checkpoint.provenance import checkpoint_digest
+from linearize.sources.source import find_source
 
 
 @pytest.fixture(scope="module", autouse=True)

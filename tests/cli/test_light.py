@@ -67,7 +67,15 @@ def test_a_dry_run_of_a_gguf_file_imports_no_modeling(gguf: Path, tmp_path: Path
 
 
 def test_help_imports_neither_yaml_nor_the_tasks() -> None:
-    heavy = {"torch", "transformers", "numpy", "yaml", "pydantic", "importlib.resources", "linearize.evaluation.suites"}
+    heavy = {
+        "torch",
+        "transformers",
+        "numpy",
+        "yaml",
+        "pydantic",
+        "importlib.resources",
+        "linearize.evaluation.tasks.suites",
+    }
     assert imports_none_of(heavy, "--help").returncode == 0
 
 
@@ -102,7 +110,7 @@ def test_converted_checkpoints_are_registered_in_whichever_order_modules_are_imp
 def test_a_name_of_an_activation_function_is_still_validated() -> None:
     program = """
 import sys
-from linearize.conversion.validators import import_validators
+from linearize.sources.validators import import_validators
 
 import_validators()
 from transformers.utils import type_validators

@@ -15,7 +15,8 @@ import pytest
 
 from linearize import api
 from linearize.errors import OutputError
-from linearize.evaluation import report, runner, store
+from linearize.evaluation import runner, store
+from linearize.evaluation.results import report
 from tests.jobs_kit import another_job
 
 

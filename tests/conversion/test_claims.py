@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from linearize.conversion import output
-from linearize.conversion.claims import claimed
-from linearize.conversion.output import staged_file, staged_files, staged_folder
 from linearize.errors import OutputError
+from linearize.runtime import files as output
+from linearize.runtime.claims import claimed
+from linearize.runtime.files import staged_file, staged_files, staged_folder
 from tests.jobs_kit import another_job
 
 HOLD = """
 import sys
 from pathlib import Path
-from linearize.conversion.output import staged_folder
+from linearize.runtime.files import staged_folder
 with staged_folder(Path(sys.argv[1]), overwrite=True) as folder:
     (folder / "linearize.json").write_text("half")
     print("held", flush=True)

@@ -8,20 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import (
-    convert_model,
-    growth_nbytes,
-    mixers_for,
-    state_nbytes,
-    window_baseline,
-)
+from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
 from linearize.conversion.inspection import inspect_model
-from linearize.conversion.source import find_source, load_model
+from linearize.conversion.swap import convert_model, mixers_for, window_baseline
 from linearize.errors import RecipeError
 from linearize.families import AttentionLayer
 from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
+from linearize.sources.source import find_source, load_model
 
 FULL = AttentionLayer(8, 4, 16, 16, scale=0.25)
 SLIDING = AttentionLayer(8, 4, 16, 16, scale=0.25, window=100)

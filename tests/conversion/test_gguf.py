@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from linearize.cli.app import run
-from linearize.conversion.ggufheader import read_head
 from linearize.conversion.inspection import rotary_scaling
-from linearize.conversion.source import find_source, load_config, load_model, load_tokenizer
 from linearize.errors import ModelError
 from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
+from linearize.sources.gguf import read_head
+from linearize.sources.source import find_source, load_config, load_model, load_tokenizer
 from tests.conversion.gguf_kit import TOKENS, tiny, write_gguf
 
 LENGTH = 300
@@ -280,7 +280,7 @@ def test_a_chat_stops_at_the_end_of_the_turn(tmp_path, capfd):
 
 
 def test_self_written_conversations_end_with_the_end_of_the_turn(tmp_path):
-    from linearize.training.selftext import _Pace, _Writer
+    from linearize.data.selftext import _Pace, _Writer
 
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), {"tokenizer.ggml.eot_token_id": 2})
     source = find_source(str(path))

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import linearize
 from linearize.cli import app
-from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import DataError, ModelError
-from linearize.state import State
+from linearize.generation.state import State
+from linearize.sources.source import find_source, load_model, load_tokenizer
 from tests.conftest import random_llama
 
 if TYPE_CHECKING:

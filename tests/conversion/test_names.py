@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from linearize.conversion.source import find_source, load_config
 from linearize.errors import ModelError
+from linearize.sources.source import find_source, load_config
 
 
 @pytest.mark.parametrize(

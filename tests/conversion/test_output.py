@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from linearize.conversion.output import staged_folder
 from linearize.errors import OutputError
+from linearize.runtime.files import staged_folder
 
 
 def leftovers(folder: Path) -> list[str]:

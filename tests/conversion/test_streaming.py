@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, initialization
 
 import linearize
-from linearize.conversion.output import sha256
-from linearize.conversion.source import find_source, load_model, load_tokenizer
 from linearize.errors import ModelError
 from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
+from linearize.runtime.files import sha256
+from linearize.sources.source import find_source, load_model, load_tokenizer
 from tests.model.test_families import ROWS, build
 
 
@@ -243,7 +243,7 @@ import json, resource, sys, time
 from pathlib import Path
 import linearize
 from linearize.jobs.convert import convert_into
-from linearize.conversion.source import find_source, load_tokenizer
+from linearize.sources.source import find_source, load_tokenizer
 from linearize.recipe import load_recipe
 folder, small, big, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 

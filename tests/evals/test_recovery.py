@@ -8,8 +8,8 @@ import pytest
 
 from evals.recovery import __main__ as module
 from evals.recovery.__main__ import SYSTEMS, TINY, Recovery, Scale, main, tokens_of
+from linearize.data.load import reserved_tokens
 from linearize.recipe import load_recipe
-from linearize.training.data import reserved_tokens
 
 HELD_OUT = "--tasks held_out --baseline teacher,window"
 BY_POSITION = "--tasks loss_by_position --lengths 128 --baseline teacher,window"

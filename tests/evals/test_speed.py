@@ -18,7 +18,7 @@ def test_the_script_for_gpus_runs(monkeypatch, capsys):
 
     measured = gpu.measured
     monkeypatch.setattr(gpu, "measured", small)
-    monkeypatch.setattr("linearize.benchmark.memory._COPIED", {"cpu": 1 << 20})
+    monkeypatch.setattr("linearize.runtime.memory._COPIED", {"cpu": 1 << 20})
     monkeypatch.setattr("sys.argv", ["gpu", "--dry-run"])
     gpu.main()
     table = capsys.readouterr().out

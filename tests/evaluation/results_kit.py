@@ -7,8 +7,8 @@ import math
 import torch
 
 from linearize.evaluation.heldout import RowScores
-from linearize.evaluation.results import Results, SystemInfo, SystemScores
-from linearize.evaluation.task import TaskScore, mean_and_error
+from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
+from linearize.evaluation.tasks.task import TaskScore, mean_and_error
 
 AXIS = [32.0, 128.0, 512.0]
 

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
-from linearize.conversion.convert import convert_model, growth_nbytes, state_nbytes, window_baseline
-from linearize.conversion.source import find_source
+from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
+from linearize.conversion.swap import convert_model, window_baseline
 from linearize.errors import DataError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
 from linearize.evaluation.systems import BASELINES, evaluate, find_systems
 from linearize.model.attention import LinearizedAttention
 from linearize.recipe import KeepSpec, MixerSpec
+from linearize.sources.source import find_source
 
 from . import data_folder, tiny_model_folder
 
@@ -214,6 +215,6 @@ def test_what_int8_costs_is_measured_against_the_teacher_as_it_is(folder: Path, 
 
 
 def _options() -> Any:
-    from linearize.evaluation.suites import SuiteOptions
+    from linearize.evaluation.tasks.suites import SuiteOptions
 
     return SuiteOptions(data=data_folder())

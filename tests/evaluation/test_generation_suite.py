@@ -11,15 +11,15 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.errors import DataError, ModelError
-from linearize.evaluation import fewshot, reading
-from linearize.evaluation.excerpts import PAGES, page_prompts
-from linearize.evaluation.fewshot import FewShot, is_right, questions
-from linearize.evaluation.generation_suite import generation_tasks, repeated
-from linearize.evaluation.names import GENERATION
-from linearize.evaluation.reading import greedy, sampled, write
-from linearize.evaluation.task import Item
+from linearize.evaluation.tasks import fewshot, reading
+from linearize.evaluation.tasks.excerpts import PAGES, page_prompts
+from linearize.evaluation.tasks.fewshot import FewShot, is_right, questions
+from linearize.evaluation.tasks.generation_suite import generation_tasks, repeated
+from linearize.evaluation.tasks.names import GENERATION
+from linearize.evaluation.tasks.reading import greedy, sampled, write
+from linearize.evaluation.tasks.task import Item
 from linearize.recipe import MixerSpec
 
 BESIDE_TEACHER = ["agreement", "common_prefix", "kl_teacher_text", "kl_own_text", "repetition"]

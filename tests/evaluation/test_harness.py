@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import ModelError
-from linearize.evaluation.harness import lm_eval_tasks
 from linearize.evaluation.runner import run
-from linearize.evaluation.task import TaskScore
-from linearize.evaluation.tasks import available_tasks, task_definitions
+from linearize.evaluation.tasks.harness import lm_eval_tasks
+from linearize.evaluation.tasks.task import TaskScore
+from linearize.evaluation.tasks.tasks import available_tasks, task_definitions
 
 from . import data_folder, tiny_model_folder
 from .test_tasks import STOCK, items_of
@@ -141,7 +141,7 @@ def test_scores_describe_themselves(tiny: tuple[PreTrainedModel, PreTrainedToken
 
 
 def test_perplexity_error_agrees_with_the_bootstrap() -> None:
-    from linearize.evaluation.harness import _perplexity
+    from linearize.evaluation.tasks.harness import _perplexity
 
     draw = random.Random(0)  # noqa: S311
     words = [draw.randint(500, 8000) for _ in range(62)]

@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.errors import DataError, ModelError
-from linearize.evaluation import reading
 from linearize.evaluation.baselines import silence
-from linearize.evaluation.excerpts import BOOK, book_rows
-from linearize.evaluation.length import bucket_edges, length_tasks
+from linearize.evaluation.tasks import reading
+from linearize.evaluation.tasks.excerpts import BOOK, book_rows
+from linearize.evaluation.tasks.length import bucket_edges, length_tasks
 from linearize.recipe import MixerSpec
 
 NAMES = ["loss_by_position", "loss_rise"]

@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import pytest
 
-from linearize.evaluation.pairing import Closed, closed, contributions, difference, holm, mcnemar_p, student_p
-from linearize.evaluation.task import TaskScore, by_row, mean_and_error
+from linearize.evaluation.results.pairing import Closed, closed, contributions, difference, holm, mcnemar_p, student_p
+from linearize.evaluation.tasks.task import TaskScore, by_row, mean_and_error
 
 from .results_kit import accuracy, answers
 

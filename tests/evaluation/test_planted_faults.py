@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.conversion.convert import convert_model, window_baseline
-from linearize.evaluation.comparison import compare_systems
-from linearize.evaluation.report import write_report
-from linearize.evaluation.results import Results, SystemInfo, SystemScores
-from linearize.evaluation.suites import SuiteOptions, build_suites
+from linearize.conversion.swap import convert_model, window_baseline
+from linearize.evaluation.results.comparison import compare_systems
+from linearize.evaluation.results.report import write_report
+from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.systems import score_systems
+from linearize.evaluation.tasks.suites import SuiteOptions, build_suites
 from linearize.model import LinearizedForCausalLM
 from linearize.recipe import MixerSpec
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from linearize.evaluation import prefix
-from linearize.evaluation.harness import lm_eval_tasks
-from linearize.evaluation.prefix import Query, common_length, log_likelihoods, plan
+from linearize.evaluation.tasks import prefix
+from linearize.evaluation.tasks.harness import lm_eval_tasks
+from linearize.evaluation.tasks.prefix import Query, common_length, log_likelihoods, plan
 from linearize.model import LinearizedForCausalLM, MixerConfig
 
 from . import data_folder, tiny_model_folder

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from linearize.conversion.convert import convert_model, mixers_for, window_baseline
+from linearize.conversion.swap import convert_model, mixers_for, window_baseline
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.names import RECALL
-from linearize.evaluation.recall import RecallTask, recall_tasks, running, texts
-from linearize.evaluation.recall import tasks as tasks_module
+from linearize.evaluation.tasks.names import RECALL
+from linearize.evaluation.tasks.recall import RecallTask, recall_tasks, running, texts
+from linearize.evaluation.tasks.recall import tasks as tasks_module
 from linearize.families import family_of
 from linearize.recipe import MixerSpec
 

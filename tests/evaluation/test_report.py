@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from linearize.evaluation.heldout import RowScores
-from linearize.evaluation.report import SystemScores, report_data, report_table
-from linearize.evaluation.task import TaskScore
+from linearize.evaluation.results.report import SystemScores, report_data, report_table
+from linearize.evaluation.tasks.task import TaskScore
 
 
 def _accuracy(value: float) -> TaskScore:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from linearize.evaluation.comparison import compare_systems
-from linearize.evaluation.pairing import difference_text, p_text
-from linearize.evaluation.report import write_report
-from linearize.evaluation.results import Results, SystemInfo, SystemScores
-from linearize.evaluation.telling import summary, tell
+from linearize.evaluation.results.comparison import compare_systems
+from linearize.evaluation.results.pairing import difference_text, p_text
+from linearize.evaluation.results.report import write_report
+from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
+from linearize.evaluation.results.telling import summary, tell
 from linearize.report.formatting import percent_text, with_error
 from linearize.report.svg import STYLE
 

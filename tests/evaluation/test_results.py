@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from linearize.errors import DataError
-from linearize.evaluation.report import write_report
-from linearize.evaluation.results import Results, SystemScores, read_results
+from linearize.evaluation.results.report import write_report
+from linearize.evaluation.results.results import Results, SystemScores, read_results
 
 from .results_kit import accuracy, results
 

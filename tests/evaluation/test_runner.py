@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.errors import DataError, ModelError, OutputError
 from linearize.evaluation import runner
 from linearize.evaluation.baselines import silence
 from linearize.evaluation.progress import ProgressLine, duration
 from linearize.evaluation.runner import StampedLoader, run, subset
 from linearize.evaluation.store import Store, model_key
-from linearize.evaluation.task import Item, Task
+from linearize.evaluation.tasks.task import Item, Task
 from linearize.recipe import MixerSpec
 
 from . import tiny_model_folder

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from linearize.errors import DataError
-from linearize.evaluation.suites import SUITES, SuiteOptions, build_suites, choose_tasks
-from linearize.evaluation.tasks import available_tasks
+from linearize.evaluation.tasks.suites import SUITES, SuiteOptions, build_suites, choose_tasks
+from linearize.evaluation.tasks.tasks import available_tasks
 
 from . import data_folder, tiny_model_folder
 
@@ -61,7 +61,7 @@ def test_options_reach_the_tasks() -> None:
 
 def test_looking_up_names_imports_no_lm_eval() -> None:
     code = (
-        "import sys; from linearize.evaluation.suites import choose_tasks; choose_tasks(['piqa'], ['mmlu']);"
+        "import sys; from linearize.evaluation.tasks.suites import choose_tasks; choose_tasks(['piqa'], ['mmlu']);"
         "assert not {'torch', 'lm_eval', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

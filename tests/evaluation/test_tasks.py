@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from linearize.errors import DataError
-from linearize.evaluation.tasks import available_tasks, build_tasks, task_definitions
+from linearize.evaluation.tasks.tasks import available_tasks, build_tasks, task_definitions
 
 from . import data_folder
 

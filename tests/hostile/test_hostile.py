@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from linearize.benchmark.memory import PeakMemory
 from linearize.cli.app import run
+from linearize.runtime.memory import PeakMemory
 from tests.conftest import random_llama
 from tests.hostile.kit import Kit
 from tests.hostile.rows import ROWS

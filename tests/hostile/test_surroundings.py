@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 import yaml
 
+from linearize.checkpoint.card import model_card
 from linearize.cli.app import run
-from linearize.hub.card import model_card
 from tests.conftest import random_llama
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from huggingface_hub.utils import _http
 
 from linearize.api import export, verify
 from linearize.cli.app import run
-from linearize.conversion.output import sha256
-from linearize.conversion.source import find_source
 from linearize.hub import upload
 from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
+from linearize.runtime.files import sha256
+from linearize.sources.source import find_source
 from tests.hub.local_hub import TOKEN, LocalHub
 
 if TYPE_CHECKING:

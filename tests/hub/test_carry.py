@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports
 
-from linearize.conversion.source import find_source
-from linearize.hub import carry
+from linearize.checkpoint import carry
 from linearize.jobs.convert import convert_into as convert
 from linearize.recipe import load_recipe
+from linearize.sources.source import find_source
 
 _MODULE_NAMES = {"__name__", "__file__", "__doc__"}
 _KERNEL = """

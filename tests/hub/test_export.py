@@ -14,17 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.api import export
-from linearize.conversion.output import sha256
-from linearize.conversion.source import Source, checkpoint_digest, find_source, teacher_of
+from linearize.checkpoint.provenance import checkpoint_digest, teacher_of
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.report import write_report
+from linearize.evaluation.results.report import write_report
 from linearize.hub.contents import local_things
 from linearize.hub.licence import front_matter, licence_of
 from linearize.hub.push import pack
 from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
-from linearize.quantize import WEIGHTS
+from linearize.quantization.rounding import WEIGHTS
 from linearize.recipe import dump_recipe, load_recipe
+from linearize.runtime.files import sha256
+from linearize.sources.source import Source, find_source
 from tests.evaluation.results_kit import results
 from tests.hub.clean import LOAD, SAYS_ALONE, clean_site, run_python, says
 from tests.hub.local_hub import TOKEN

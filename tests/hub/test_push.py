@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import linearize
-from linearize.conversion.output import sha256
-from linearize.conversion.source import find_source, teacher_of
+from linearize.checkpoint.provenance import teacher_of
 from linearize.errors import ModelError, OutputError
 from linearize.hub.paths import Portable, is_local_path, local_paths
 from linearize.hub.push import pack
+from linearize.runtime.files import sha256
+from linearize.sources.source import find_source
 from tests.hub.clean import LOAD, clean_site, run_python
 from tests.hub.conftest import rewrite
 from tests.hub.local_hub import READ_TOKEN, TOKEN

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention, liger_attention_composed
+from linearize_kernels.liger import liger_attention, liger_attention_composed
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions
 from torch import Tensor, nn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

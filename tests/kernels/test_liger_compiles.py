@@ -11,7 +11,8 @@ import os
 import linearize_kernels.liger as liger
 import pytest
 import torch
-from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
+from linearize_kernels.liger import liger_attention
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions
 
 pytestmark = [
     pytest.mark.triton,

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention, liger_attention_composed, unsupported
+from linearize_kernels.liger import liger_attention, liger_attention_composed, unsupported
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions
 from torch import Tensor
 
 from linearize.families.base import AttentionLayer, Projections

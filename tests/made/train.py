@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from linearize.training import recalltext
+from linearize.data import recalltext
 from tests.made.data import alpaca
 from tests.made.text import book, play, stories, wiki_pages
 

@@ -50,7 +50,7 @@ class Recording(TorchDispatchMode):
 
 
 class Recorder:
-    """Records for a `linearize.decoding.Engine`, and counts what it does."""
+    """Records for a `linearize.generation.engine.Engine`, and counts what it does."""
 
     def __init__(self) -> None:
         self.recordings: list[Recording] = []

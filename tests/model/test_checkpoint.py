@@ -16,13 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import linearize
-from linearize.conversion.convert import convert_model, state_nbytes
-from linearize.conversion.output import sha256, staged_folder
-from linearize.conversion.source import find_source, load_model, teacher_of
-from linearize.hub.carry import AUTO_MAP
+from linearize.checkpoint.carry import AUTO_MAP
+from linearize.checkpoint.provenance import teacher_of
+from linearize.checkpoint.sizes import state_nbytes
+from linearize.conversion.swap import convert_model
 from linearize.jobs.convert import convert_into
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
+from linearize.runtime.files import sha256, staged_folder
+from linearize.sources.source import find_source, load_model
 from tests.forked import run_forked
 
 _BLOCKED = """

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from linearize import State
-from linearize.decoding import Engine
+from linearize.generation.engine import Engine
+from linearize.generation.sampling import Sampling
 from linearize.model import LayerMemory, LinearizedForCausalLM
-from linearize.sampling import Sampling
 from tests.model.recorded import AskedError, Recorder
 from tests.model.test_layer import DISTINCT, KINDS, converted
 from tests.tables import some
@@ -118,7 +118,7 @@ def test_nothing_but_the_buffers_carries_a_step(teacher, ids):
 
 
 def held_by(model: LinearizedForCausalLM) -> list[Tensor]:
-    from linearize.decoding import _ROWS
+    from linearize.generation.engine import _ROWS
 
     rows = _ROWS[model]
     tensors = [x for layer in rows.state.layers for _, x in layer.tensors()]

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.recipe import load_recipe
 from tests.model.test_families import build
 

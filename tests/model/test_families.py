@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from linearize.conversion.convert import mixers_for
+from linearize.conversion.swap import mixers_for
 from linearize.families import family_of
+from linearize.generation.state import State
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.model.attention import LinearizedAttention
 from linearize.recipe import MixerSpec
-from linearize.state import State
 from tests.tables import some
 
 LENGTHS = (60, 37)

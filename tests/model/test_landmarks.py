@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.conversion.convert import state_nbytes
+from linearize.checkpoint.sizes import state_nbytes
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import LayerMemory, LinearizedForCausalLM, MixerConfig
 from linearize.model.landmarks import chunks

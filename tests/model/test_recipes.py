@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe, shipped_recipes
 from linearize.recipe.schema import RecurrenceName

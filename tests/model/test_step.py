@@ -10,10 +10,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from linearize import State
-from linearize.decoding import _ROWS, Engine
 from linearize.families.base import project_jointly
+from linearize.generation.engine import _ROWS, Engine
+from linearize.generation.sampling import Sampling
 from linearize.model import LinearizedForCausalLM, MixerConfig
-from linearize.sampling import Sampling
 from tests.model.recorded import Recorder
 from tests.model.test_layer import close, converted
 

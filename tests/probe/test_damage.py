@@ -11,16 +11,16 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.conversion.convert import convert_model
-from linearize.conversion.source import find_source
-from linearize.evaluation.recall.words import NOUNS
+from linearize.conversion.swap import convert_model
+from linearize.data.rows import Document, pack
+from linearize.evaluation.tasks.recall.words import NOUNS
 from linearize.families import family_of
 from linearize.model import LinearizedForCausalLM
 from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import Part, all_but, convertible_layers, damage, everything_but, parts_of, read, windowed
 from linearize.probe.needles import Needle, make_needles
 from linearize.recipe import KeepSpec, MixerSpec, SourceSpec, load_recipe
-from linearize.training.rows import Document, pack
+from linearize.sources.source import find_source
 from tests.model.test_families import build, text
 from tests.probe.planted import BEFORE, COPIES, planted_folder
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from linearize.conversion.convert import mixers_for
+from linearize.conversion.swap import mixers_for
 from linearize.errors import RecipeError
 from linearize.evaluation.heldout import Estimate
 from linearize.families import AttentionLayer

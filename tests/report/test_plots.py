@@ -141,7 +141,7 @@ def test_scales_of_counts() -> None:
 
 def test_no_library_is_imported_before_a_plot_is_drawn() -> None:
     program = (
-        "import sys, linearize.report.pages, linearize.evaluation.plots, linearize.training.plot;"
+        "import sys, linearize.report.pages, linearize.evaluation.results.plots, linearize.training.plot;"
         "print(sorted({'matplotlib', 'jinja2', 'torch', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

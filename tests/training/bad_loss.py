@@ -12,7 +12,7 @@ import torch
 from linearize.errors import LinearizeError
 from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
-from linearize.training import processes
+from linearize.runtime import processes
 from linearize.training.guarded import GuardedTrainer
 from linearize.training.workfolder import shared_work_folder
 

@@ -8,12 +8,13 @@ import json
 import sys
 from pathlib import Path
 
-from linearize.conversion.source import find_source, load_tokenizer
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
-from linearize.training import processes, trainer
+from linearize.runtime import processes
+from linearize.sources.source import find_source, load_tokenizer
+from linearize.training import trainer
 from linearize.training.workfolder import shared_work_folder
 from tests.evaluation.test_runner import Count, model
 

@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model
-from linearize.conversion.output import staged_folder
+from linearize.conversion.swap import convert_model
+from linearize.data.rows import Document, Rows, pack
 from linearize.errors import ModelError, RecipeError
 from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import write_result
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
+from linearize.runtime.files import staged_folder
 from linearize.training.adapters import add_adapters, choose_trained, merged
-from linearize.training.rows import Document, Rows, pack
 from linearize.training.workfolder import work_folder
 from tests.conftest import random_llama
 from tests.model import test_families as families

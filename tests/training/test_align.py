@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
 from linearize.errors import RecipeError
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import MixerConfig

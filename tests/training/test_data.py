@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from linearize.data.load import load_data
+from linearize.data.rows import Document, Rows, pack
 from linearize.errors import DataError
-from linearize.training.data import load_data
-from linearize.training.rows import Document, Rows, pack
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}"

@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model
-from linearize.conversion.output import staged_folder
+from linearize.conversion.swap import convert_model
+from linearize.data.load import load_data
+from linearize.data.rows import read_data
 from linearize.errors import LinearizeError, OutputError, RecipeError
 from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import write_result
 from linearize.model.attention import LinearizedAttention
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
+from linearize.runtime.files import staged_folder
 from linearize.training import metrics as module
 from linearize.training import trainer as trainer_module
 from linearize.training.adapters import add_adapters, choose_trained, is_adapter, is_own_parameter
-from linearize.training.data import load_data
-from linearize.training.rows import read_data
 from linearize.training.workfolder import is_resumable, work_folder
 from tests.tables import some
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from linearize.errors import LinearizeError, ModelError, OutputError
-from linearize.interruption import Interrupted
 from linearize.recipe import Recipe, load_recipe
+from linearize.runtime.interruption import Interrupted
 from linearize.training import guarded, trainer
 from linearize.training.checkpoints import MANIFEST, checkpoints, manifest, newest
 from tests.conftest import random_llama
@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(recipe, whole, tmp_path,
 
 def test_a_disk_that_is_too_small_is_told_before_the_work(recipe, tmp_path, monkeypatch):
     free = type("usage", (), {"free": 1_000_000})
-    monkeypatch.setattr("linearize.conversion.output.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("linearize.runtime.files.shutil.disk_usage", lambda _: free)
     with pytest.raises(
         OutputError, match=r"17 MB are needed, and 1 MB are free on that disk; free some space, or name"
     ):

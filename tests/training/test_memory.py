@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
-from linearize.conversion.source import find_source, load_tokenizer
+from linearize.data.rows import read_data
 from linearize.recipe import dump_recipe, load_recipe
+from linearize.sources.source import find_source, load_tokenizer
 from linearize.training.memory import CARDS, ENGINES, memory_rows, training_memory
-from linearize.training.rows import read_data
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
+from linearize.data import load as data_module
+from linearize.data.load import load_data, reserved_tokens
+from linearize.data.rows import read_data, save_data
 from linearize.errors import DataError
-from linearize.evaluation.recall import words
+from linearize.evaluation.tasks.recall import words
 from linearize.recipe import DataSpec, MixerSpec, Stage
-from linearize.training import data as data_module
-from linearize.training.data import load_data, reserved_tokens
-from linearize.training.rows import read_data, save_data
 from tests.conftest import random_llama
 
 

@@ -21,7 +21,7 @@ from linearize.cli import app
 from linearize.errors import LinearizeError, RecipeError
 from linearize.jobs.finetune import run_stages
 from linearize.recipe import dump_recipe, load_recipe
-from linearize.training import processes
+from linearize.runtime import processes
 from linearize.training.checkpoints import newest
 from linearize.training.sharding import check_shardable
 from linearize.training.trainer import stage_arguments

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from linearize.data.load import load_data, preview_data, reserved_tokens
 from linearize.errors import DataError
 from linearize.recipe import DataSpec, Stage
-from linearize.training.data import load_data, preview_data, reserved_tokens
 from tests.conftest import random_llama
 
 # Laid out as Qwen2.5's: a default system prompt, tools in the system turn, calls and answers of tools.

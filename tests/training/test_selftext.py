@@ -10,16 +10,16 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.errors import ModelError
-from linearize.fingerprint import fingerprint
-from linearize.training import selftext
-from linearize.training.selftext import (
+from linearize.data import selftext
+from linearize.data.selftext import (
     _Pace,
     _Writer,
     chat_pieces,
     self_written_documents,
     start_token,
 )
+from linearize.errors import ModelError
+from linearize.sources.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

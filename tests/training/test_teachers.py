@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from linearize.data.rows import Document, pack
 from linearize.errors import OutputError
+from linearize.sources.documents import documents_apart
 from linearize.training import teachers
 from linearize.training.objective import counted_positions, token_losses, top_k_of
-from linearize.training.rows import Document, pack
-from linearize.training.teachers import documents_apart, keep_logits, offloaded
+from linearize.training.teachers import keep_logits, offloaded
 from tests.model import test_families as families
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from linearize.errors import LinearizeError
-from linearize.interruption import Interrupted
 from linearize.recipe import Recipe, load_recipe
+from linearize.runtime.interruption import Interrupted
 from linearize.training import trainer
 from linearize.training.checkpoints import manifest, newest
 from tests.conftest import random_llama

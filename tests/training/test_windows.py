@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.convert import convert_model
+from linearize.conversion.swap import convert_model
+from linearize.data.rows import Document, pack
 from linearize.errors import DataError
 from linearize.recipe import MixerSpec, Stage
-from linearize.training.rows import Document, pack
 from linearize.training.windows import WindowDropout, check_something_to_learn, nothing_to_recall
 
 

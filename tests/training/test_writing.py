@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from linearize.training import writing
-from linearize.training.writing import grouped_attention, growing_cache
+from linearize.data import writing
+from linearize.data.writing import grouped_attention, growing_cache
 
 from ..model.test_families import build, convert, every_row
 

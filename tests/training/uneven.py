@@ -13,7 +13,8 @@ import torch
 from linearize.cli.app import run
 from linearize.jobs import finetune as module
 from linearize.recipe import load_recipe
-from linearize.training import processes, trainer
+from linearize.runtime import processes
+from linearize.training import trainer
 
 
 class Cut(Exception):

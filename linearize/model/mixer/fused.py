@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from linearize_kernels import Decision, Operation, Step, StepWeights, choose, decide
 from linearize_kernels.dispatch import settled
-from linearize_kernels.liger import Columns, Gate, LigerOptions, liger_attention
+from linearize_kernels.liger import liger_attention
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions
 from torch import Tensor
 
 from linearize.model.memory import store

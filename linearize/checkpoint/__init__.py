@@ -1,0 +1,1 @@
+"""A converted checkpoint on disk."""

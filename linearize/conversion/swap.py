@@ -1,0 +1,217 @@
+"""Conversion: the swap itself, and the checkpoint folder that comes out of it.
+
+The checks and `mixers_for` need a configuration only. What builds or reads a model imports transformers' modeling
+modules by itself, because they take seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import DataError, ModelError, RecipeError
+from linearize.families import family_of
+from linearize.model.configuration import MixerConfig
+from linearize.model.mixer.mixer import Mixer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from linearize.families import AttentionLayer
+    from linearize.model import LinearizedForCausalLM
+    from linearize.recipe import MixerSpec, Recipe
+    from linearize.sources.source import Source
+
+BASELINE_SINKS = 4
+"""Default size of a file of weights."""
+
+
+def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
+    """A recipe's mixer section for a model with these attention layers, one section per distinct kind of layer.
+
+    Layers with a sliding window of their own need no more memory than that already: where others see everything,
+    they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
+
+    Raises:
+        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, `windows` names a layer that stays
+            as it is, landmarks are asked of layers that slide, or nothing is left to convert.
+    """
+    count = len(layers)
+    named_layers = {
+        "keep": {*spec.keep.layers, *spec.keep.heads},
+        "windows": {*spec.windows},
+        "landmark_layers": {*spec.landmark_layers},
+    }
+    for key, named in named_layers.items():
+        for index in sorted(named):
+            if index not in range(count):
+                raise RecipeError(f"mixer.{key}: there is no layer {index}; the model has 0 to {count - 1}")
+    for index, chosen in sorted(spec.keep.heads.items()):
+        for head in chosen:
+            if head not in range(layers[index].key_value_heads):
+                most = layers[index].key_value_heads - 1
+                raise RecipeError(
+                    f"mixer.keep.heads.{index}: there is no key/value head {head}; the layer has 0 to {most}"
+                )
+    full = [index for index in range(count) if layers[index].window is None]
+    _check_landmarks(spec, layers)
+    softmax = spec.keep.whole(count)
+    kept = {*softmax, *(set(range(count)) - set(full) if full else ())}
+    for index in sorted(kept & {*spec.windows}):
+        why = "is kept as softmax by mixer.keep" if index in softmax else "has a sliding window of its own, which stays"
+        raise RecipeError(f"mixer.windows: layer {index} {why}, so no other window is used there; leave it out")
+    common = MixerConfig(
+        layers=[],
+        recurrence=spec.recurrence,
+        window=spec.window,
+        sinks=spec.sinks,
+        mix=spec.mix,
+        covers=spec.covers,
+        feature_map=spec.feature_map,
+        normalize=spec.normalize,
+        rope=spec.rope,
+        qk_norm=spec.qk_norm,
+        slots=spec.slots,
+        negative_eigenvalues=spec.negative_eigenvalues,
+        gate_source=spec.gate.source,
+        lower_bound=spec.gate.lower_bound,
+        gate_scale=spec.gate.scale,
+        gate_bias=spec.gate.bias,
+        gate_divisor=spec.gate.divisor,
+        gate_learned=spec.gate.learned,
+    )
+    kinds: dict[tuple[tuple[int, ...], int, int] | None, MixerConfig] = {}
+    for index in range(count):
+        heads = None if index in kept else tuple(sorted(set(spec.keep.heads.get(index, ()))))
+        window = spec.window if heads is None else spec.windows.get(index, spec.window)
+        if heads is None:
+            kind, fresh = None, MixerConfig(layers=[], recurrence="none", window=None, sinks=0)
+        else:
+            kind = heads, window, spec.landmark_layers.get(index, spec.landmarks)
+            fresh = replace(common, layers=[], window=window, softmax_heads=list(heads), landmarks=kind[2])
+            try:
+                fitted = fresh.fitted(layers[index])
+            except ValueError as error:
+                raise RecipeError(f"mixer.keep.heads.{index}: {error}") from error
+            try:
+                Mixer.check(fitted, layers[index])
+            except ValueError as error:
+                raise RecipeError(f"mixer: {error}") from error
+        kinds.setdefault(kind, fresh).layers.append(index)
+    sections = sorted(kinds.values(), key=lambda section: (section.window is None, len(section.softmax_heads)))
+    if not any(section.converts(layers[index]) for section in sections for index in section.layers) and (
+        softmax or spec.keep.heads
+    ):
+        raise RecipeError("mixer.keep: nothing is left to convert")
+    return sections
+
+
+def _check_landmarks(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> None:
+    """Raises:
+    RecipeError: landmarks for layers that never see beyond a sliding window of their own.
+    """
+    for index, number in sorted(spec.landmark_layers.items()):
+        if number and layers[index].window is not None:
+            raise RecipeError(
+                f"mixer.landmark_layers: layer {index} has a sliding window of its own and sees nothing beyond it, so "
+                "it has no landmarks; leave it out"
+            )
+    if spec.landmarks and all(layer.window is not None for layer in layers):
+        raise RecipeError(
+            "mixer.landmarks: all layers of this model have sliding windows of their own and see nothing beyond them, "
+            "so none has landmarks; take a recipe without them"
+        )
+
+
+def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None) -> None:
+    """Raises:
+    ModelError: the model is converted already, or its architecture is not supported.
+    RecipeError: `spec` does not fit it.
+    """
+    if config.model_type == "linearized":
+        raise ModelError(f"{source.name}: is a converted model already; finetune or eval it as it is")
+    try:
+        family = family_of(config)
+    except ValueError as error:
+        raise ModelError(f"{source.name}: {error}") from error
+    if spec is not None:
+        mixers_for(spec, family.layers(config))
+
+
+def check_reach(recipe: Recipe, config: Any) -> None:
+    """Refuses a recipe that calibrates, or shares landmarks out, where no text is longer than what is read exactly.
+
+    Args:
+        config: of the pretrained model.
+
+    Raises:
+        DataError: rows of `calibrate.length` tokens are too short.
+        RecipeError: the model's context is too short.
+    """
+    if recipe.calibrate is None and recipe.mixer.landmarks_by is None:
+        return
+    layers = family_of(config).layers(config)
+    sections = mixers_for(recipe.mixer, layers)
+    reach = min(
+        (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
+        default=None,
+    )
+    if reach is None:
+        if recipe.calibrate is None:
+            return
+        raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and context <= reach:
+        landmarks = f" and {recipe.mixer.landmarks:,} landmarks" if recipe.mixer.landmarks else ""
+        raise RecipeError(
+            f"mixer: a window of {recipe.mixer.window:,}, {recipe.mixer.sinks:,} sinks{landmarks} read the first "
+            f"{reach:,} tokens of a text exactly, and this model's context is {context:,} tokens: lower "
+            f"{'mixer.landmarks or ' if landmarks else ''}mixer.window"
+        )
+    if recipe.calibrate is not None and recipe.calibrate.length <= reach:
+        raise DataError(
+            f"calibrate.length {recipe.calibrate.length:,}: the first {reach:,} tokens are all read exactly, so such "
+            "rows leave the recurrence nothing to answer: raise it"
+        )
+
+
+def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
+    """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
+    from linearize.model import LinearizedForCausalLM
+
+    base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    return LinearizedForCausalLM.from_teacher(teacher, mixers_for(spec, family_of(base).layers(base)))
+
+
+def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`mixers` with window and sinks alone; what they keep as softmax is kept. Nothing else of them is left, so two
+    models of the same window have the same baseline."""
+    # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
+    kept = ("layers", "window", "softmax_heads")
+    return [
+        {
+            **{name: mixer[name] for name in kept if name in mixer},
+            "recurrence": "none",
+            "covers": "evicted",
+            "sinks": max(mixer["sinks"], BASELINE_SINKS),
+        }
+        if mixer["window"] is not None
+        else mixer
+        for mixer in mixers
+    ]
+
+
+def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
+    """`teacher`, which is used up, with `window_sections(mixers)`: what costs no training at all."""
+    from linearize.model import LinearizedForCausalLM
+
+    return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
+
+
+def converted_layers(model: LinearizedForCausalLM) -> int:
+    """Number of layers that compute something else than their pretrained attention."""
+    config = model.config
+    layers = family_of(config.text_config).layers(config.text_config)
+    return sum(config.mixer_of(index).converts(layer) for index, layer in enumerate(layers))

@@ -1,0 +1,1 @@
+"""Training text: sources, records, documents and rows."""

@@ -1,0 +1,164 @@
+"""Training text that can only be continued by remembering: facts and pairs, asked for a whole row later.
+
+Ordinary text seldom asks for what left the window, so a state that is trained on it alone learns little. Here every
+document is one row long and ends with questions about what stood anywhere in it; the answers alone carry loss. Half of
+the documents hide facts in sentences that say nothing (needles), half are lists of keys and values.
+
+Wording, names and word lists are this module's own: nothing of the evaluation's recall tasks is trained on. Keys are
+made-up names of syllables, theirs are pairs of English words.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import accumulate, count
+from typing import TYPE_CHECKING
+
+from linearize.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+    from linearize.data.rows import Document, Pieces
+
+SHORTEST = 64
+"""Tokens of a document below which there is no room for facts, questions and something between them."""
+
+_MOST_FACTS = 8
+_TOKENS_PER_FACT = 48  # a short row has fewer facts
+_MOST_MISSES = 100
+"""Documents in a row in which no question fits, before a length is refused."""
+_QUESTIONS = 4  # a list has a quarter of its row for them
+
+_ONSETS = ("b", "br", "d", "dr", "f", "g", "gl", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "t", "tr", "v", "z")
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("", "", "", "l", "n", "r", "s")
+_THINGS = ("account number", "code", "licence", "locker", "membership", "parcel number", "telephone", "ticket number")
+_WHO = ("A clerk", "My neighbour", "The baker", "The gardener", "The nurse", "The porter", "Their aunt", "Somebody")
+_DID = ("carried", "counted", "described", "forgot", "mended", "moved", "noticed", "painted", "sold", "watched")
+_WHAT = ("a bench", "a bicycle", "a ladle", "an umbrella", "some envelopes", "the blinds", "the hedge", "two trolleys")
+_WHERE = ("at noon", "before supper", "by the canal", "for a while", "in the attic", "near the depot", "on Tuesday")
+
+
+def recall_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[Pieces], Document],
+    *,
+    seed: int,
+    length: int,
+    ends: tuple[list[int], list[int]],
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Documents of exactly `length` tokens, token ids and which of them carry loss, without an end.
+
+    Args:
+        encode: pieces of text, and whether each carries loss, to tokens.
+        length: at least `SHORTEST`.
+        ends: the token ids that open and that close a document.
+
+    Raises:
+        DataError: `length` tokens of this tokenizer are too few for a fact and its question.
+    """
+    opening, closing = ends
+    room = length - len(opening) - len(closing)
+    misses = 0
+    for number in count():
+        rng = random.Random(f"recall text {seed} {number}")  # noqa: S311 - to be repeated
+        body, questions = (_needles if number % 2 == 0 else _pairs)(rng, tokenizer, encode, room)
+        asked = [token for question in questions for token in question.ids]
+        loss = [learned for question in questions for learned in question.loss]
+        misses = 0 if any(loss) else misses + 1
+        if misses == _MOST_MISSES:
+            raise DataError(
+                f"data.source is recall: {length} tokens of this tokenizer hold no question; try {2 * length}"
+            )
+        if misses:
+            continue
+        told = [token for part in body for token in part]
+        yield [*opening, *told, *asked, *closing], [False] * (len(opening) + len(told)) + loss + [False] * len(closing)
+
+
+def _needles(
+    rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
+) -> tuple[list[list[int]], list[Document]]:
+    """Facts about people in sentences about nothing, and questions about them in another order; nothing where no fact
+    fits."""
+    names = _names(rng, rng.randint(1, max(1, min(_MOST_FACTS, room // _TOKENS_PER_FACT))))
+    facts = [(name, rng.choice(_THINGS), _value(rng)) for name in names]
+    told = _tokens(tokenizer, [f" {name} has the {thing} {value}." for name, thing, value in facts])
+    asked = [
+        encode([(f"\nWhich {thing} does {name} have?", False), (f" {value}", True)]) for name, thing, value in facts
+    ]
+    sizes = accumulate(len(fact) + len(question.ids) for fact, question in zip(told, asked, strict=True))
+    # Facts of bytes are longer than `_TOKENS_PER_FACT`, so the last ones may not fit.
+    fitting = [size for size in sizes if size < room]
+    questions = [asked[place] for place in rng.sample(range(len(facts)), len(facts)) if place < len(fitting)]
+    if not fitting:
+        return [], []
+    body = _filling(rng, tokenizer, room - fitting[-1])
+    for fact in told[: len(fitting)]:
+        body.insert(rng.randint(1, len(body)), fact)
+    return body, questions
+
+
+def _pairs(
+    rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
+) -> tuple[list[list[int]], list[Document]]:
+    """As many keys with their values as the row holds, then some of the keys again in another order; nothing where no
+    question fits."""
+    pairs = [(name, _value(rng)) for name in _names(rng, room // _QUESTIONS)]
+    lines = _tokens(tokenizer, [f"\n{name} has {value}" for name, value in pairs])
+    questions = [encode([("\n\nOnce more:", False)])]
+    left = room // _QUESTIONS - len(questions[0].ids)
+    kept, used = 0, 0
+    while kept < len(lines) and used + len(lines[kept]) < room - room // _QUESTIONS:
+        used += len(lines[kept])
+        kept += 1
+    for name, value in rng.sample(pairs[:kept], kept):
+        question = encode([(f"\n{name} has", False), (f" {value}", True)])
+        if len(question.ids) > left:
+            break
+        questions.append(question)
+        left -= len(question.ids)
+    if len(questions) == 1:
+        return [], []
+    filling = _filling(rng, tokenizer, room - used - sum(len(q.ids) for q in questions))
+    return [*filling, *lines[:kept]], questions
+
+
+def _filling(rng: random.Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
+    """Sentences of `tokens` tokens in all; what is too much is cut off where they begin."""
+    sentences: list[list[int]] = []
+    missing = tokens
+    while missing > 0:
+        said = [" ".join(map(rng.choice, (_WHO, _DID, _WHAT, _WHERE))) for _ in range(missing // 8 + 1)]
+        for sentence in _tokens(tokenizer, [f" {one}." for one in said]):
+            if missing > 0:
+                sentences.append(sentence)
+                missing -= len(sentence)
+    while missing < 0:
+        first = sentences.pop(0)
+        if len(first) > -missing:
+            sentences.insert(0, first[-missing:])
+        missing += len(first)
+    return sentences
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return found
+
+
+def _names(rng: random.Random, wanted: int) -> list[str]:
+    """So many different names."""
+    names: dict[str, None] = {}
+    while len(names) < wanted:
+        syllables = (rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.randint(2, 3)))
+        names["".join(syllables).capitalize()] = None
+    return list(names)
+
+
+def _value(rng: random.Random) -> str:
+    """A number of 4 to 6 digits."""
+    return str(rng.randrange(10 ** rng.randint(3, 5), 10**6))

@@ -1,0 +1,138 @@
+"""Prompts through a model, in padded batches: the tokens that it writes, or what it expects at the prompts' ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from linearize.generation.prompt import prefill_chunk
+from linearize.model import LinearizedForCausalLM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+def written(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    pad: int,
+    done: Callable[[int, list[int]], bool] = lambda row, new: False,
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy continuations.
+
+    Args:
+        model: in eval mode. A converted one reads long prompts in pieces, so that its memory stays constant.
+        prompts: B lists of token ids, each with at least one.
+        pad: a token to fill rows with; which one changes nothing.
+        done: whether a row, by its index, needs no more than the new tokens it has.
+
+    Returns:
+        per prompt its new tokens, up to `new_tokens`; and `[B]` bool, whether all logits of a row were numbers.
+    """
+    ids, mask = _padded(prompts, pad, model.device)
+    watch, chunk = _Watch(len(prompts), model.device), prefill_chunk(model.device, len(prompts))
+    # Whatever the checkpoint wants of sampling and penalties is set back: systems are compared on what they know.
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=pad,
+        prefill_chunk_size=chunk if _is_converted(model) and ids.shape[1] > chunk else None,
+    )
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([watch]),
+            stopping_criteria=StoppingCriteriaList([_Done(ids.shape[1], done)]),
+        )
+    return output[:, ids.shape[1] :].tolist(), watch.sound.cpu()
+
+
+def expected(model: Any, prompts: Sequence[Sequence[int]], last: int, pad: int) -> tuple[Tensor, Tensor]:
+    """The most likely next token at the `last` positions of each prompt, as one forward pass gives them.
+
+    Args:
+        model, prompts, pad: as for `written`.
+        last: positions, counted from the ends; a prompt that is shorter has filling in front.
+
+    Returns:
+        `[B, last]` tokens, the one at `[:, -1]` being what would follow the prompt; `[B]` bool as for `written`.
+    """
+    ids, mask = _padded(prompts, pad, model.device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, start, end = DynamicCache(config=model.config.get_text_config()), 0, max(ids.shape[1] - last, 0)
+    step = prefill_chunk(model.device, len(prompts)) if _is_converted(model) else max(end, 1)
+    output: Any = None
+    with torch.inference_mode():
+        for stop in [*range(step, end, step), end, ids.shape[1]]:
+            if stop == start:
+                continue
+            output = model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=min(stop - start, last),
+            )
+            start = stop
+        real = mask[:, -output.logits.shape[1] :].bool()
+        sound = (_sound(output.logits) | ~real).all(1)
+        return output.logits.argmax(-1).cpu(), sound.cpu()
+
+
+class _Watch(LogitsProcessor):
+    """Changes nothing and notes which rows had logits that are not numbers."""
+
+    def __init__(self, rows: int, device: Any) -> None:
+        self.sound = torch.ones(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.sound &= _sound(scores)
+        return scores
+
+
+class _Done(StoppingCriteria):
+    """Ends the rows that need no more; the batch ends with the last of them."""
+
+    def __init__(self, start: int, done: Callable[[int, list[int]], bool]) -> None:
+        self.start, self.done = start, done
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
+        ended = [self.done(row, new) for row, new in enumerate(input_ids[:, self.start :].tolist())]
+        return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
+
+
+def _sound(logits: Tensor) -> Tensor:
+    """Minus infinity is how a model says never."""
+    return ~(logits.isnan() | (logits == torch.inf)).any(-1)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[B, T]`, pads on the left."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _is_converted(model: Any) -> bool:
+    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, LinearizedForCausalLM)

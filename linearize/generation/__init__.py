@@ -1,0 +1,1 @@
+"""Text generation: prompt, engine, sampling and saved states."""

@@ -1,0 +1,358 @@
+"""Decoding of a converted model: what `generate` of transformers does, without its work between the tokens.
+
+A converted model's memory has a fixed size, so a step is the same kernels on the same buffers whatever the length of
+the text. On a GPU it is recorded once for a batch size as a CUDA graph and replayed for every token: no Python, no
+launches one by one, and the host, which hears of a token while later steps run, is waited for by nobody. Elsewhere, and
+for models that keep softmax over the whole past, the same step runs call by call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from linearize.errors import DataError
+from linearize.generation.prompt import prepared, read_through, without_last
+from linearize.generation.state import State
+from linearize.model.memory import recount
+from linearize.sources.limits import learned_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import DynamicCache
+
+    from linearize.generation.sampling import Sampling
+
+# Steps that a GPU is given before the host has seen what the earliest of them wrote.
+_AHEAD = 3
+_WARM_UP = 3
+_LOG = logging.getLogger("linearize")
+
+
+class Recorder(Protocol):
+    """Records work on fixed buffers and returns a function that replays it."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """The generated tokens.
+
+    Attributes:
+        tokens: `[B, N]`, with pads where a row had ended.
+        state: after them, if it was asked for: of each row up to its own last token.
+    """
+
+    tokens: Tensor
+    state: State | None
+
+
+class CudaGraphs:
+    """Records work as CUDA graphs, which share their scratch memory: they are replayed one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._pool = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        with _on(self.device):
+            return self._record(work)
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        random = torch.cuda.get_rng_state(self.device)
+        side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):  # kernels are compiled and tried, and libraries choose theirs
+                work()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        torch.cuda.set_rng_state(random, self.device)
+        return graph.replay
+
+
+@dataclass
+class _Rows:
+    """The fixed buffers of B rows: all that a step reads and writes beside the weights.
+
+    Attributes:
+        state: the memories, and the last tokens, which are read next.
+        alive: `[B, 1, 1, 1]` 1 where the row goes on; what forward takes as its mask.
+        logits: `[B, vocabulary]`, float32.
+        told: `[2, B]` for the host: the new tokens, and whether their rows go on.
+        there: `[B, vocabulary]` tokens that were there before; made where repetition is penalised.
+        ends: by rule the tokens that end a row; kept, for what was recorded reads them where they are.
+        recorded: what to replay, by what it does.
+        weights: where the weights were while it was recorded.
+    """
+
+    state: State
+    alive: Tensor
+    logits: Tensor
+    told: Tensor
+    there: Tensor | None = None
+    ends: dict[Sampling, Tensor] = field(default_factory=dict)
+    recorded: dict[Any, Callable[[], None]] = field(default_factory=dict)
+    weights: tuple[int, ...] = ()
+
+    @classmethod
+    def around(cls, cache: DynamicCache, batch: int, model: Any) -> _Rows:
+        device, vocabulary = model.device, model.get_output_embeddings().out_features
+        return cls(
+            state=State(cache, torch.zeros(batch, 1, dtype=torch.long, device=device)),
+            alive=torch.ones(batch, 1, 1, 1, dtype=torch.long, device=device),
+            logits=torch.zeros(batch, vocabulary, device=device),
+            told=torch.zeros(2, batch, dtype=torch.long, device=device),
+        )
+
+    def forward(self, model: Any, *, masked: bool) -> None:
+        """Reads the last tokens; where `masked`, only of rows that go on."""
+        mask = self.alive if masked else None
+        out = model(input_ids=self.state.last, attention_mask=mask, past_key_values=self.state.cache, use_cache=True)
+        self.logits.copy_(out.logits[:, -1])
+
+    def choose(self, sampling: Sampling) -> None:
+        """Picks the next tokens, and ends rows."""
+        ends, last, alive = self.ends[sampling], self.state.last, self.alive.view(-1)
+        goes_on = alive > 0
+        new = sampling.choose(self.logits, self.there if sampling.repetition_penalty != 1 else None, last)
+        if self.there is not None:
+            self.there.scatter_(1, new[:, None], True)
+        self.told[0] = new.masked_fill(~goes_on, sampling.pad)
+        last.copy_(torch.where(goes_on, new, last[:, 0])[:, None])
+        alive.mul_((last != ends).all(1))
+        self.told[1] = alive
+
+
+# Of the batch size that a model was used with last. Whoever writes takes them away meanwhile, so that nobody else does.
+_ROWS: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
+
+
+class Engine:
+    """Writes with a converted model.
+
+    Args:
+        model: also inside a `PeftModel`.
+        recorder: records a step; by default CUDA graphs on a GPU and nothing elsewhere.
+    """
+
+    def __init__(self, model: Any, recorder: Recorder | None = None) -> None:
+        self.model, self.device = model, model.device
+        self._recorder = recorder if recorder is not None else _recorder_of(model)
+
+    def generate(
+        self,
+        sampling: Sampling,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        state: State | None = None,
+        owned: bool = False,
+        write: Callable[[Tensor], None] | None = None,
+        keep: bool = False,
+    ) -> Written:
+        """Continues B texts; none beyond the last position that the model has learned, where it has learned positions.
+
+        Args:
+            input_ids, attention_mask: `[B, T]` what to read first, see `State.read`; may be left out with a state.
+            state: what came before; it is not changed.
+            owned: the state may be changed after all, which saves a copy.
+            write: is called with the new tokens `[B]` of each step, on the CPU, as soon as they are there.
+            keep: whether to return the state after what was written.
+
+        Raises:
+            DataError, StateError: see `State.read`; also where a text needs more positions than the model has learned.
+        """
+        sampling = self._within_positions(sampling, input_ids, attention_mask, state)
+        # Buffers must outlive an inference mode of the caller's.
+        with _on(self.device), torch.inference_mode(False), torch.no_grad():
+            rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
+            with torch.inference_mode():
+                tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready)
+            after = rows.state if keep else None
+            if recorded is not None:
+                recount(rows.state.layers)  # replayed steps told the device alone
+                after = rows.state.fork() if keep else None
+                _ROWS[self.model] = rows
+            return Written(tokens.to(self.device), after)
+
+    def _within_positions(
+        self, sampling: Sampling, input_ids: Tensor | None, attention_mask: Tensor | None, state: State | None
+    ) -> Sampling:
+        """Lowers `sampling.max_new_tokens` to what the model has learned positions for."""
+        learned = learned_positions(self.model)
+        if learned is None:
+            return sampling
+        longest = 0 if state is None else int(state.tokens.max())
+        if input_ids is not None:
+            longest += input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
+        if longest > learned:
+            raise DataError(
+                f"a text has {longest:,} tokens and the model has learned {learned:,} positions; shorten it"
+            )
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, learned - longest))
+
+    def forget(self) -> None:
+        """Gives back the buffers that are kept for the next text."""
+        _ROWS.pop(self.model, None)
+
+    def _placed(
+        self,
+        sampling: Sampling,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        state: State | None,
+        *,
+        owned: bool,
+    ) -> tuple[_Rows, list[Callable[[], None]] | None, bool]:
+        """Buffers with the text read, what was recorded on them, and whether they have the logits after the text."""
+        ids = input_ids if input_ids is not None else state.last[:, :0] if state is not None else None
+        if ids is None:
+            raise ValueError("give input_ids or a state")
+        rows = _ROWS.pop(self.model, None) if self._recorder is not None else None
+        if rows is not None and (rows.state.last.shape[0] != len(ids) or rows.weights != _addresses(self.model)):
+            rows = None  # its memory is free before new buffers are made
+        into = None if rows is None else rows.state.layers
+        if rows is None and owned and state is not None and not state.layers[0].counts.is_inference():
+            into = state.layers  # what an inference mode made could not be changed here
+        cache, text, real = prepared(self.model, ids, attention_mask, state, into)
+        if rows is None:
+            rows = _Rows.around(cache, len(ids), self.model)
+        rule = sampling.rule
+        if rule not in rows.ends:
+            rows.ends[rule] = torch.tensor(rule.eos, dtype=torch.long, device=self.device)
+        if sampling.repetition_penalty != 1 and rows.there is None:
+            rows.there = torch.zeros(rows.logits.shape, dtype=torch.bool, device=self.device)
+        recorded = self._record(rows, rule)
+        rows.alive.fill_(1)
+        last, before, real_before = without_last(text, real)
+        rows.state.last.copy_(last)
+        if rows.there is not None:
+            shown = text if real is None else torch.where(real != 0, text, last)
+            rows.there.zero_().scatter_(1, shown.to(self.device), True)
+        # The logits after a prompt are at hand where all rows end together; otherwise the first step makes them.
+        ready = text.shape[1] > 1 and sampling.max_new_tokens > 0 and (real is None or bool(real[:, -1].all()))
+        logits = read_through(self.model, cache, *((text, real) if ready else (before, real_before)))
+        if ready and logits is not None:
+            rows.logits.copy_(logits)
+        return rows, recorded, ready
+
+    def _record(self, rows: _Rows, rule: Sampling) -> list[Callable[[], None]] | None:
+        """The function that replays a step; None if a step runs eagerly."""
+        if self._recorder is None or any(layer.past for layer in rows.state.layers):
+            return None
+        works: dict[Any, Callable[[], None]] = {
+            "forward": lambda: rows.forward(self.model, masked=True),
+            rule: lambda: rows.choose(rule),
+        }
+        rows.alive.zero_()  # so that nothing is written into a memory that has been read already
+        for layer in rows.state.layers:
+            layer.stay()
+            layer.counts_on_host = False
+        try:
+            for name, work in works.items():
+                if name not in rows.recorded:
+                    rows.recorded[name] = self._recorder(work)
+        except RuntimeError as error:
+            self._recorder = None
+            reason = str(error).strip().partition("\n")[0]
+            _LOG.warning("linearize: decoding is not recorded as a CUDA graph, which is slower: %s", reason)
+            return None
+        finally:
+            for layer in rows.state.layers:
+                layer.counts_on_host = True
+        rows.weights = _addresses(self.model)
+        return [rows.recorded[name] for name in works]
+
+    def _loop(
+        self,
+        rows: _Rows,
+        sampling: Sampling,
+        write: Callable[[Tensor], None] | None,
+        *,
+        keep: bool,
+        recorded: list[Callable[[], None]] | None,
+        ready: bool,
+    ) -> Tensor:
+        """Steps until all rows have ended, `[B, N]`."""
+        ended = False
+        forward, choose = recorded or (
+            # An ended row reads on where nobody asks for its memory: without a mask a step is less work.
+            lambda: rows.forward(self.model, masked=keep and ended),
+            lambda: rows.choose(sampling.rule),
+        )
+        mail = _Mail(rows.told, _AHEAD if recorded is not None else 1)
+        written: list[Tensor] = []
+        launched = 0
+        while len(written) < sampling.max_new_tokens:
+            while launched < min(sampling.max_new_tokens, len(written) + mail.room):
+                if launched or not ready:
+                    forward()
+                choose()
+                mail.send()
+                launched += 1
+            new, goes_on = mail.receive()
+            written.append(new)
+            if write is not None:
+                write(new)
+            ended = not bool(goes_on.all())
+            if not bool(goes_on.any()):
+                break
+        return torch.stack(written, 1) if written else torch.zeros(rows.told.shape[1], 0, dtype=torch.long)
+
+
+class _Mail:
+    """Takes what a step tells to the host, without waiting for it, and hands it over in order.
+
+    Args:
+        told: the buffer that each step writes over.
+        room: how many steps may be on their way.
+    """
+
+    def __init__(self, told: Tensor, room: int) -> None:
+        self.told, self.room, self._sent = told, room, 0
+        self._apart = told.device.type == "cuda"
+        self._slots = [torch.empty(told.shape, dtype=told.dtype, pin_memory=self._apart) for _ in range(room)]
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(self) -> None:
+        slot, event = self._slots[self._sent % self.room], None
+        slot.copy_(self.told, non_blocking=True)
+        if self._apart:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.told.device))
+        self._under_way.append((slot, event))
+        self._sent += 1
+
+    def receive(self) -> tuple[Tensor, Tensor]:
+        slot, event = self._under_way.popleft()
+        if event is not None:
+            event.synchronize()
+        new, goes_on = slot.clone()
+        return new, goes_on
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, `device` is the current GPU, if it is one."""
+    context: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return context
+
+
+def _recorder_of(model: Any) -> Recorder | None:
+    devices = {tensor.device for tensor in model.parameters()}
+    return CudaGraphs(devices.pop()) if {device.type for device in devices} == {"cuda"} and len(devices) == 1 else None
+
+
+def _addresses(model: Any) -> tuple[int, ...]:
+    """Addresses of the weights; a recorded graph reads them there."""
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))

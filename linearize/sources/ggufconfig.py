@@ -1,0 +1,269 @@
+"""The configuration of a GGUF file: transformers' own mapping, completed by the rotary keys and end tokens it drops.
+
+transformers ignores `ARCH.rope.scaling.*`, the tensors `rope_freqs.weight` and `rope_factors_{long,short}.weight`, and
+all end tokens but one. This module reads them with llama.cpp's meaning (`load_hparams`, `llama_context`,
+`ggml_rope_ext`) and writes `rope_parameters` and `eos_token_id`, which transformers' models read. A key that no
+`rope_parameters` can express is refused by its name, because without it positions would be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import AutoConfig
+
+from linearize.errors import ModelError
+from linearize.sources.gguf import GgufHead, read_head
+
+_ARCHITECTURE = "general.architecture"
+_ENDS = ("eos", "eot", "eom")
+"""`tokenizer.ggml.*_token_id`: the end of a text, of a turn and of a message. Generation stops at each of them."""
+
+_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_SCALING = {
+    "type", "factor", "attn_factor", "original_context_length", "finetuned", "yarn_ext_factor", "yarn_attn_factor",
+    "yarn_beta_fast", "yarn_beta_slow",
+}  # fmt: skip
+_PARTIAL = {"phi3", "stablelm"}
+"""Model types whose models read `partial_rotary_factor`."""
+
+_LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
+"""Original lengths that are tried, the published one first."""
+_LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
+"""`low_freq_factor` and `high_freq_factor` of all published models; other values are carried as explicit factors."""
+_SAME = 1e-6
+"""Largest difference between the frequencies of recovered parameters and the tensor's, both over the unscaled ones."""
+
+
+def gguf_config(path: Path) -> Any:
+    """The configuration of the model in a GGUF file; no weight is read.
+
+    Raises:
+        ModelError: the file is damaged, or has a key that cannot be applied.
+    """
+    head = read_head(path)
+    if not isinstance(head.values.get(_ARCHITECTURE), str):
+        raise ModelError(f"{path}: cannot be read as a model: it has no {_ARCHITECTURE}; fetch the file again")
+    config = _mapped(head)
+    stated = [head.values.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
+    # Ids outside of the vocabulary mean that there is no such token; some writers put 2**32 - 1.
+    if ends := list(dict.fromkeys(end for end in stated if isinstance(end, int) and 0 <= end < config.vocab_size)):
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if getattr(config, "rope_parameters", None):
+        _Rotary(head, config).apply()
+    return config
+
+
+def _mapped(head: GgufHead) -> Any:
+    """transformers' own configuration. It reads a copy of the header without the vocabulary, because gguf's reader
+    takes seconds for a large one."""
+    size_key = f"{head.values[_ARCHITECTURE]}.vocab_size"
+    with TemporaryDirectory(prefix="linearize-") as folder:
+        (Path(folder) / head.path.name).write_bytes(head.without_vocabulary(size_key))
+        config = AutoConfig.from_pretrained(folder, gguf_file=head.path.name)
+    size = head.values.get(size_key, head.values.get("tokenizer.ggml.tokens"))
+    if size is not None and config.vocab_size != size:  # gpt2, starcoder2: no key for the size is mapped
+        config = AutoConfig.from_pretrained(str(head.path.parent), gguf_file=head.path.name)
+    config.name_or_path = str(head.path.parent)
+    return config
+
+
+class _Rotary:
+    """The rotary keys and tensors of a file.
+
+    Attributes:
+        parameters: the `rope_parameters` that scaling applies to: of all layers, or of Gemma 3's global layers.
+        sliding: the `rope_parameters` of Gemma 3's sliding layers, which are never scaled; empty for other models.
+    """
+
+    def __init__(self, head: GgufHead, config: Any) -> None:
+        self.head, self.config = head, config
+        self.prefix = f"{head.values[_ARCHITECTURE]}.rope."
+        rope = config.rope_parameters
+        self.parameters: dict[str, Any] = rope.get("full_attention", rope)
+        self.sliding: dict[str, Any] = rope.get("sliding_attention", {})
+
+    def apply(self) -> None:
+        """Complete the configuration's `rope_parameters`.
+
+        Raises:
+            ModelError: a key or tensor that cannot be applied; it is named.
+        """
+        if (base := self._base("freq_base")) is not None:
+            self.parameters["rope_theta"] = base
+        if self.sliding and (base := self._base("freq_base_swa")) is not None:
+            self.sliding["rope_theta"] = base
+        self._set_width()
+        scaling = self._scaling()
+        self.parameters.update(scaling)
+        original = scaling.get("original_max_position_embeddings")
+        if original is not None and hasattr(self.config, "original_max_position_embeddings"):  # Phi-3 reads this one
+            self.config.original_max_position_embeddings = original
+        self.config.standardize_rope_params()
+
+    @property
+    def width(self) -> int:
+        """The number of rotated dimensions in a head."""
+        config = self.config
+        head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(head * self.parameters.get("partial_rotary_factor", 1.0))
+
+    def _set_width(self) -> None:
+        stated = self.head.values.get(self.prefix + "dimension_count")
+        if not isinstance(stated, int) or stated == self.width:
+            return
+        head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        if self.config.model_type not in _PARTIAL or not 0 < stated <= head:
+            raise self._refused(
+                self.prefix + "dimension_count", f"{stated} of the {head} dimensions of a head are rotated"
+            )
+        self.parameters["partial_rotary_factor"] = stated / head
+
+    def _scaling(self) -> dict[str, Any]:
+        """The `rope_parameters` that scale positions; empty without scaling."""
+        values, prefix = self.head.values, self.prefix + "scaling."
+        for key, value in values.items():
+            if key.startswith(prefix) and key.removeprefix(prefix) not in _SCALING and value:
+                raise self._refused(key, str(value))
+        kind = values.get(prefix + "type", "linear")
+        if kind not in ("none", "linear", "yarn", "longrope"):
+            raise self._refused(prefix + "type", str(kind))
+        factor = self._number("scaling.factor", 0.0) or self._number("scale_linear", 0.0) or 1.0
+        if kind == "none":
+            factor = 1.0
+        elif factor < 0:
+            raise self._refused(prefix + "factor", f"{factor}")
+        attention = self._number("scaling.attn_factor", 1.0)
+        if _LONG in self.head.tensors or _SHORT in self.head.tensors:
+            return self._long(kind, factor, attention)
+        if kind == "longrope":
+            raise self._refused(prefix + "type", f"longrope without the tensors {_LONG} and {_SHORT}")
+        if kind == "yarn" and factor != 1:
+            if _FREQS in self.head.tensors:
+                raise self._refused(_FREQS, "together with yarn")
+            return self._yarn(factor, attention)
+        if _FREQS in self.head.tensors:
+            return self._frequencies(factor, attention)
+        if attention != 1:
+            raise self._refused(prefix + "attn_factor", f"{attention} without yarn")
+        return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+    def _yarn(self, factor: float, attention: float) -> dict[str, Any]:
+        prefix = self.prefix + "scaling."
+        if self.config.model_type == "phi3":  # transformers reads yarn of Phi-3 as longrope
+            raise self._refused(prefix + "type", "yarn of phi3")
+        extrapolation = self._number("scaling.yarn_ext_factor", 1.0)
+        if extrapolation >= 0 and extrapolation != 1:  # below 0: not set
+            raise self._refused(prefix + "yarn_ext_factor", f"{extrapolation}")
+        scale = 1.0 if factor <= 1 else 1.0 + 0.1 * math.log(factor)
+        # llama.cpp ignores this key; its converter writes `attention_factor`, which includes `scale`, or the older
+        # `attn_factor`, which multiplies it.
+        stated = self._number("scaling.yarn_attn_factor", 1.0)
+        if stated != 1 and not math.isclose(stated, scale, rel_tol=1e-4):
+            raise self._refused(prefix + "yarn_attn_factor", f"{stated}, and yarn by {factor:g} has {scale:.4f}")
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": self._original() or self.config.max_position_embeddings,
+            "attention_factor": scale * attention,
+            "beta_fast": self._number("scaling.yarn_beta_fast", 32.0),
+            "beta_slow": self._number("scaling.yarn_beta_slow", 1.0),
+        }
+
+    def _long(self, kind: str, factor: float, attention: float) -> dict[str, Any]:
+        prefix = self.prefix + "scaling."
+        for name in (_LONG, _SHORT):
+            if name not in self.head.tensors:
+                raise self._refused(_SHORT if name == _LONG else _LONG, f"without {name}")
+        if _FREQS in self.head.tensors:
+            raise self._refused(_FREQS, f"together with {_LONG}")
+        if kind == "yarn":
+            raise self._refused(prefix + "type", f"yarn together with {_LONG}")
+        if factor != 1:
+            raise self._refused(prefix + "factor", f"{factor:g} together with {_LONG}")
+        original = self._original()
+        if not original:
+            raise self._refused(_LONG, f"without {prefix}original_context_length")
+        return self._explicit(self._factors(_SHORT), self._factors(_LONG), attention, original)
+
+    def _frequencies(self, factor: float, attention: float) -> dict[str, Any]:
+        """`rope_freqs.weight` divides each frequency by a factor: Llama 3's rule where it fits, or explicit factors."""
+        factors = [factor * each for each in self._factors(_FREQS)]
+        if attention == 1:
+            if all(each == 1 for each in factors):
+                return {}
+            if all(each == factors[0] for each in factors):
+                return {"rope_type": "linear", "factor": factors[0]}
+            if (found := self._llama3(factors)) is not None:
+                return found
+        return self._explicit(factors, factors, attention, self.config.max_position_embeddings)
+
+    def _llama3(self, factors: list[float]) -> dict[str, Any] | None:
+        """Llama 3's parameters that reproduce `factors`; None without a match."""
+        largest, base = max(factors), self.parameters["rope_theta"]
+        for original in _LLAMA3_CONTEXTS:
+            worst = 0.0
+            for index, each in enumerate(factors):
+                turns = original / (2 * math.pi * base ** (2 * index / self.width))
+                smooth = min(max((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0.0), 1.0)
+                worst = max(worst, abs((1 - smooth) / largest + smooth - 1 / each))
+            if worst <= _SAME:
+                return {
+                    "rope_type": "llama3",
+                    "factor": largest,
+                    "low_freq_factor": _LLAMA3_LOW,
+                    "high_freq_factor": _LLAMA3_HIGH,
+                    "original_max_position_embeddings": original,
+                }
+        return None
+
+    def _explicit(self, short: list[float], long: list[float], attention: float, original: int) -> dict[str, Any]:
+        """`longrope`, the only type of transformers with explicit factors; equal lists give one table at any length."""
+        return {
+            "rope_type": "longrope",
+            "factor": max(self.config.max_position_embeddings / original, 1.0),  # computes nothing beside `attention`
+            "short_factor": short,
+            "long_factor": long,
+            "attention_factor": attention,
+            "original_max_position_embeddings": original,
+        }
+
+    def _factors(self, name: str) -> list[float]:
+        factors = self.head.floats(name)
+        if len(factors) != self.width // 2:
+            raise self._refused(name, f"{len(factors)} factors for {self.width // 2} pairs of rotated dimensions")
+        if not all(math.isfinite(each) and each > 0 for each in factors):
+            raise self._refused(name, "factors that are not positive numbers")
+        if name == _FREQS and max(factors) <= 1 and min(factors) < 1:
+            # Files of 2023 have Llama 2's frequencies under this name, which are no factors.
+            raise self._refused(name, "numbers below 1, which are frequencies and no factors")
+        return factors
+
+    def _original(self) -> int | None:
+        value = self._number("scaling.original_context_length", 0.0)
+        return int(value) or None
+
+    def _base(self, key: str) -> float | None:
+        """The base of rotary frequencies; None where the file has no such key."""
+        if self.prefix + key not in self.head.values:
+            return None
+        if (base := self._number(key, 0.0)) <= 0:
+            raise self._refused(self.prefix + key, f"{base}")
+        return base
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.head.values.get(self.prefix + key, default)
+        if self.prefix + key in self.head.arrays:
+            raise self._refused(self.prefix + key, "an array")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._refused(self.prefix + key, str(value)[:40])
+        return float(value)
+
+    def _refused(self, key: str, found: str) -> ModelError:
+        return ModelError(
+            f"{self.head.path}: {key} cannot be applied ({found}), and without it positions would be wrong; convert "
+            "the model that the GGUF file was made of"
+        )

@@ -1,0 +1,405 @@
+"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error.
+
+transformers' modeling modules and tokenizers are imported where a model or a tokenizer is loaded, because they take
+seconds and a configuration needs neither.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from linearize_kernels.products import take_products
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+import linearize.model.configuration as _  # noqa: F401 - registers converted checkpoints with AutoConfig
+from linearize.errors import ModelError, counted
+from linearize.sources.gguf import MAGIC, read_head
+from linearize.sources.ggufconfig import gguf_config
+from linearize.sources.limits import guard_embeddings
+from linearize.sources.modelfiles import check_config, check_weights
+from linearize.sources.validators import import_validators
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's whereabouts.
+
+    Attributes:
+        reference: as the user gave it; absolute for local ones.
+        kind: `hub` id, local `folder`, or `gguf` file.
+        trust_remote_code: whether the user allowed the model's own Python code to run.
+    """
+
+    reference: str
+    kind: Literal["hub", "folder", "gguf"]
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        """A short name for messages and cards."""
+        return self.reference if self.kind == "hub" else Path(self.reference).name
+
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        """The positional and keyword arguments that transformers' `from_pretrained` wants."""
+        keywords: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.kind == "gguf":
+            path = Path(self.reference)
+            return str(path.parent), {**keywords, "gguf_file": path.name}
+        return self.reference, keywords
+
+    @cached_property
+    def is_converted(self) -> bool:
+        """True if `linearize convert` wrote this model, here or on the Hub.
+
+        Raises:
+            ModelError: the Hub does not have it, or cannot be reached.
+        """
+        with reading(self):
+            return _is_ours(_json_at(self, "config.json"))
+
+
+def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
+    """Resolve `reference`; a path is checked on disk, a Hub id is not checked yet.
+
+    Raises:
+        ModelError: a path that is not there, a folder without a configuration, a file that is not GGUF or damaged.
+    """
+    path = Path(reference).expanduser()
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long
+        raise ModelError(f"{reference[:80]!r}: cannot be looked for: {error.strerror}") from None
+    if folder:
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{reference}: the folder has no config.json; {_hint(path)}")
+        check_config(path)
+        return Source(str(path.resolve()), "folder", trust_remote_code)
+    if file:
+        with _opening(reference), path.open("rb") as opened:
+            if opened.read(4) != MAGIC:
+                raise ModelError(f"{reference}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
+        read_head(path.resolve())
+        return Source(str(path.resolve()), "gguf", trust_remote_code)
+    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
+    if looks_local or (path.parent.is_dir() and "/" in reference):
+        advice = _nearest(path) or "; give a Hub id, a model's folder, or a .gguf file"
+        raise ModelError(f"{reference}: no such folder or file{advice}")
+    return Source(reference, "hub", trust_remote_code)
+
+
+def load_config(source: Source) -> Any:
+    """The model's configuration."""
+    import_validators()
+    reference, keywords = source.arguments()
+    with reading(source):
+        if source.kind == "gguf":
+            return gguf_config(Path(source.reference))
+        return AutoConfig.from_pretrained(reference, **keywords)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """True if the model has files of a tokenizer; a GGUF file is taken to hold one.
+
+    Raises:
+        ModelError: the Hub cannot be reached.
+    """
+    if source.kind == "gguf":
+        return True
+    if source.kind == "folder":
+        return any((Path(source.reference) / name).is_file() for name in _TOKENIZER_FILES)
+    with reading(source):
+        found = (
+            cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False)
+            for name in _TOKENIZER_FILES
+        )
+        return any(file is not None for file in found)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Loads the model's tokenizer.
+
+    Raises:
+        ModelError: it has none, or one that cannot be read.
+    """
+    if not has_tokenizer(source):
+        raise ModelError(
+            f"{source.reference}: has no tokenizer (no tokenizer.json), and text cannot be read without; save the one "
+            "that it was trained with into the folder"
+        )
+    from transformers import AutoTokenizer
+
+    reference, keywords = source.arguments()
+    with reading(source):
+        return AutoTokenizer.from_pretrained(reference, **keywords)
+
+
+def load_model(
+    source: Source, *, dtype: str = "auto", device: str | None = None, four_bit: bool = False
+) -> PreTrainedModel:
+    """The model, ready to be evaluated or converted.
+
+    Args:
+        dtype: a key of `DTYPES`, or `auto` for the checkpoint's own (float32 for GGUF, whose weights are unpacked); or
+            `int8`: the checkpoint's own with int8 in the place of linear layers' weights, for decoding on a CPU.
+        device: where it goes; the first GPU if there is one, by default.
+        four_bit: hold the weights of linear layers in 4 bits (NF4), for adapters on top.
+
+    Raises:
+        ModelError: the model cannot be read, or not in 4 bits.
+    """
+    if dtype == "int8":
+        from linearize.quantization.rounding import to_int8  # which measures, and so stands above this module
+
+        return to_int8(load_model(source, device=device))
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    reference, keywords = source.arguments()
+    if source.kind == "gguf":
+        # Without this the weights would stay marked as quantized, and saving them would fail.
+        keywords["quantization_config"] = GgufConfig(dequantize=True)
+        keywords["config"] = load_config(source)
+        dtype = "float32" if dtype == "auto" else dtype
+    else:
+        keywords["use_safetensors"] = True  # a pickle could run any code
+    if source.kind == "folder":
+        check_weights(Path(reference))
+    if four_bit:
+        keywords["quantization_config"] = _four_bits(source, DTYPES.get(dtype))
+        keywords["device_map"] = {"": device or default_device()}
+    model: PreTrainedModel
+    with reading(source):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
+        )
+    _check_loaded(model, loaded, source)
+    take_products(model)
+    guard_embeddings(model)
+    return model.eval() if four_bit else model.eval().to(device or default_device())
+
+
+def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """Raises:
+    ModelError: bitsandbytes is not there, or the model is not stored as safetensors.
+    """
+    if source.kind == "gguf":
+        raise ModelError(f"{source.name}: a GGUF file is not read in 4 bits; take the safetensors model it was made of")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("lora.four_bit: needs bitsandbytes; pip install bitsandbytes, or set it to false")
+    if dtype is None:
+        own = getattr(load_config(source), "dtype", None)
+        dtype = own if isinstance(own, torch.dtype) else torch.float32
+    from transformers import BitsAndBytesConfig
+
+    # Quantized scales cost no accuracy (Dettmers et al. 2023, arXiv 2305.14314); a mixer's own layers are tiny.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", "embed_out", "mixer"],
+    )
+
+
+def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source) -> None:
+    """Refuses what transformers only logs: weights that the files lack, which are random then; weights that the model
+    does not take; and values that are not finite.
+
+    Raises:
+        ModelError: it names the first of them.
+    """
+    unexpected = list(map(str, loaded["unexpected_keys"]))
+    missing = sorted(loaded["missing_keys"])
+    if missing and _wrapped(unexpected) is None:
+        number = counted(len(missing), "weight is", "weights are")
+        raise ModelError(
+            f"{source.reference}: {number} not there, {missing[0]} among them; the files are of another model, or a "
+            "part of them was not fetched"
+        )
+    check_taken(unexpected, source)
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, name, source.reference)
+
+
+# Buffers that older versions of transformers saved and newer ones compute: rotary frequencies, positions, causal masks.
+_COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|attn\.bias|attn\.masked_bias)$"
+)
+_SCALES = re.compile(r"scale|qweight|qzeros|absmax|quant_map|weight_packed|zero_point|amax")
+
+
+def check_taken(unexpected: Iterable[str], source: Source) -> None:
+    """Refuses weights that the model has no parameter for, because transformers drops them.
+
+    Args:
+        unexpected: the `unexpected_keys` of `from_pretrained`, without what the model's class says to ignore.
+
+    Raises:
+        ModelError: it counts them and names the first ones.
+    """
+    left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
+    if not left:
+        return
+    if (wrapped := _wrapped(left)) is not None:
+        why = wrapped
+    elif any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
+        why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
+    elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):
+        why = "it is a classifier or a reward model; take the language model that it was made of"
+    else:
+        why = "config.json announces none, so the model would be another without them; correct it, or fetch both again"
+    named = ", ".join(left[:3])
+    number = counted(len(left), "weight has", "weights have")
+    raise ModelError(f"{source.reference}: {number} no place in the model ({named}): {why}")
+
+
+def _wrapped(names: Iterable[str]) -> str | None:
+    """The wrapper that a model was saved in, which renames weights, and what to do; None where no name shows one."""
+    for name in names:
+        if name.startswith("base_model.model.") or ".lora_" in name or ".base_layer." in name:
+            return "adapters of peft are in it; merge them first (model.merge_and_unload()) and save that model"
+        if "_orig_mod." in name:
+            return "it was saved within torch.compile; save model._orig_mod instead"
+    return None
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raises:
+    ModelError: the weight `name` of the model at `where` has values that are no numbers.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize == 1:  # float8 has no reductions
+        return
+    # One pass without a copy; NaN and infinities show in the extremes.
+    if not all(map(math.isfinite, torch.aminmax(tensor))):
+        raise ModelError(f"{where}: {name} has values that are not finite; fetch the weights again")
+
+
+def default_device() -> str:
+    """The first GPU, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_NAME_ONE = "name the teacher with --teacher ID|FOLDER"
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Turns whatever the libraries raise about a model into one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        if os.environ.get("LINEARIZE_DEBUG") == "1":
+            raise
+        raise ModelError(f"{source.reference}: {_reason(error, source)}") from error
+
+
+def _reason(error: Exception, source: Source) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines)
+    if "trust_remote_code" in text:
+        return "the model brings its own Python code; pass --trust-remote-code if you trust its author"
+    if source.kind == "hub" and "named model.safetensors" in text:
+        return "the Hub has no safetensors weights of it; convert them where you trust them, with save_pretrained"
+    if source.kind == "hub" and isinstance(error, OSError):
+        near = _nearest(Path(source.reference))
+        if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
+            return f"no local folder or file of this name, and the Hub has no such model (or wants you to log in){near}"
+        return (
+            "no local folder or file of this name, and the Hub cannot be reached to look for it there; check the name, "
+            f"or the network, or fetch it where there is one (hf download) and name the folder{near}"
+        )
+    if source.kind == "hub" and "Repo id" in text:
+        return "neither a local folder or file nor a Hub id (those look like owner/name)"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights are not of the shapes that config.json asks for; they are of another model"
+    if "Float8" in text:
+        return "its weights are float8, and config.json names no dtype; add one, or pass --set dtype=bfloat16"
+    told = text if type(error).__name__.startswith("StrictDataclass") else lines[0]  # its first line says nothing
+    return f"cannot be read as a model: {type(error).__name__}: {told[:300]}"
+
+
+def _hint(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter; merge it into its model first, in Python with peft: merge_and_unload()"
+    ggufs = sorted(folder.glob("*.gguf"))
+    return f"name the file: {ggufs[0]}" if ggufs else "is this a model's folder?"
+
+
+@contextmanager
+def _opening(reference: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{reference}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+
+
+def _json_of(source: Source, name: str) -> dict[str, Any]:
+    """A model's JSON file; an empty mapping where there is none, or it cannot be read."""
+    try:
+        return _json_at(source, name)
+    except (OSError, ValueError, RecursionError):  # the Hub's own errors are of these
+        return {}
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    return bool(config.get("model_type") == "linearized")
+
+
+def _json_at(source: Source, name: str) -> dict[str, Any]:
+    if source.kind == "hub":
+        path = cached_file(source.reference, name)
+    else:
+        path = str(Path(source.reference) / name) if source.kind == "folder" else None
+    found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _nearest(path: Path) -> str:
+    parent = path.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {parent / close[0]}?" if close else ""
+
+
+def open_model(reference: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any, Source]:
+    """Any model, converted or not, with its tokenizer and whereabouts."""
+    source = find_source(reference, trust_remote_code=trust_remote_code)
+    load_config(source)  # a name that nobody has is looked for once, where the calls below look for several files
+    tokenizer = load_tokenizer(source)
+    return load_model(source, dtype=dtype), tokenizer, source
