@@ -16,7 +16,8 @@ from linearize.cli.app import COMMANDS
 PUBLIC = {
     "convert": ["model", "output", "recipe", "overrides", "overwrite", "trust_remote_code", "say"],
     "evaluate": [
-        "model", "suites", "tasks", "baselines", "teacher", "limit", "seed", "lengths", "samples", "data", "report",
+        "model", "suites", "tasks", "baselines", "teacher", "limit", "seed", "lengths", "samples", "data",
+        "include_path", "num_fewshot", "apply_chat_template", "system_instruction", "confirm_run_unsafe_code", "report",
         "fresh", "batch_size", "dtype", "trust_remote_code", "say",
     ],
     "export": [

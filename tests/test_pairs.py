@@ -161,7 +161,7 @@ def test_commands_with_a_paired_head(checkpoint, monkeypatch, tmp_path, capfd):
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(page * 9)
     scored = told(
         "eval", checkpoint, "--tasks", "wikitext2", "--data", tmp_path, "--dtype", "int8", "--baseline",
-        "no_recurrence", "--json",
+        "none,no_recurrence", "--json",
     )  # fmt: skip
     values = scored["metrics"][0]["values"]
     assert values["model"]["value"] == pytest.approx(values["no_recurrence"]["value"], rel=0.05)

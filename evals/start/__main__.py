@@ -21,8 +21,8 @@ from linearize.evaluation.progress import ProgressLine
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.evaluation.systems import find_systems
-from linearize.evaluation.tasks.harness import lm_eval_tasks
 from linearize.evaluation.tasks.length import length_tasks
+from linearize.evaluation.tasks.loading import lm_eval_tasks
 from linearize.evaluation.tasks.recall import recall_tasks
 from linearize.evaluation.tasks.task import mean_and_error
 from linearize.jobs.convert import convert_into

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,6 @@ from rich.console import Console
 from linearize.cli.console import (
     Int8Option,
     JsonOption,
-    ModelArgument,
     TeacherOption,
     TrustOption,
     check_dtype,
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from linearize.evaluation.results.results import Results
 
 EPILOG = examples(
-    "linearize eval ./tuned --baseline teacher,window",
+    "linearize eval ./tuned --report ./report",
+    "linearize eval ./tuned --tasks gsm8k,mmlu_pro,ifeval --limit 0.1 --apply-chat-template",
+    "linearize eval --list 'mmlu_*'",
     "linearize eval ./tuned --suite core --limit 200 --data ./data --baseline all --report ./report",
     "linearize eval ./tuned --suite recall --lengths 256,1024,4096 --data ./data",
     "linearize eval HuggingFaceTB/SmolLM2-135M-Instruct --tasks wikitext2 --json",
@@ -37,7 +39,10 @@ EPILOG = examples(
 
 
 def evaluate(
-    model: ModelArgument,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file; with --list a PATTERN."),
+    ] = None,
     suite: Annotated[
         str,
         typer.Option(
@@ -49,24 +54,34 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="Single tasks of any suite, e.g. piqa, wikitext2, passkey; and held_out. Without --suite and --tasks: "
-            "the rows that fine-tuning held out where the folder has some, otherwise the suite core.",
+            help="Single tasks: of any suite, e.g. piqa, passkey; any task, group or tag of lm-eval, e.g. gsm8k, "
+            "mmlu_pro, or a pattern, e.g. 'mmlu_*'; and held_out. Without --suite and --tasks: the rows that "
+            "fine-tuning held out where the folder has some, otherwise the suite core.",
         ),
     ] = "",
+    list_tasks: Annotated[
+        bool,
+        typer.Option("--list", help="List the suites and tasks, those of a PATTERN in the place of MODEL, and stop."),
+    ] = False,
     baseline: Annotated[
         str,
         typer.Option(
             "--baseline",
             metavar="NAME,...",
-            help="teacher; window (the teacher with the model's window and sinks alone); window_bytes (the same with a "
-            "window of as many bytes as the model's whole memory); no_recurrence, no_window, neither (the model with "
-            "these off); all.",
+            help="Beside teacher, window_bytes (the teacher with a window alone, of as many bytes as the model's whole "
+            "memory) and no_recurrence (the model with it off), which a converted model always has: window (the "
+            "teacher with the model's window and sinks alone); no_window, neither (the model with these off); all. "
+            "none leaves the three out.",
         ),
     ] = "",
     teacher: TeacherOption = None,
     limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="N items of each task, drawn at random with --seed."),
+        str | None,
+        typer.Option(
+            "--limit",
+            metavar="N|SHARE",
+            help="N items of each task, or a share of them, such as 0.1; drawn at random with --seed.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit, and of tasks that draw their items.")] = 0,
     lengths: Annotated[
@@ -78,6 +93,25 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of the tasks' files; the Hub if left out.")
     ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", metavar="DIR", help="Folder of lm-eval YAML files with tasks of your own."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            "--num-fewshot", min=0, help="Solved examples before each question, instead of the task's number."
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts of lm-eval's tasks into the chat template.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option("--system-instruction", metavar="TEXT", help="A system message for these prompts.")
+    ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Run tasks that run the code the model writes.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write the report as pages, plots and data.")
     ] = None,
@@ -96,11 +130,16 @@ def evaluate(
     Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
     evaluation that was interrupted goes on where it stopped. A converted model whose base is gone is scored alone.
     """
-    from linearize.evaluation.tasks.suites import choose_tasks
+    from linearize.evaluation.tasks import suites
 
+    if list_tasks:
+        _print_list(suites.list_tasks(model or "", include_path), as_json)
+        return
+    if model is None:
+        raise typer.BadParameter("name a MODEL, or pass --list to see the names of tasks")
     check_dtype(dtype, int8=True)
-    sweep = _lengths(lengths)
-    choose_tasks(_names(tasks), _names(suite))
+    sweep, part = _lengths(lengths), _limit(limit)
+    suites.choose_tasks(_names(tasks), _names(suite), include_path)
     if report is not None:
         check_writable(report)
     if launch is not None or accelerate_config is not None:
@@ -120,11 +159,16 @@ def evaluate(
             tasks=_names(tasks),
             baselines=_names(baseline),
             teacher=teacher,
-            limit=limit,
+            limit=part,
             seed=seed,
             lengths=sweep,
             samples=samples,
             data=data,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
             report=report,
             fresh=fresh,
             batch_size=batch_size,
@@ -143,7 +187,7 @@ def evaluate(
         print_json(
             {
                 "model": find_source(model).reference,
-                "limit": limit,
+                "limit": part,
                 "seed": seed,
                 "items": {task: {"n": n, "of": total} for task, (n, total) in subsets.items()},
                 **report_data(results.scores),
@@ -154,6 +198,26 @@ def evaluate(
     drawn = [f"{n:,} of {total:,} in {task}" for task, (n, total) in subsets.items() if n < total]
     if drawn:
         status(f"items drawn with seed {seed}: {', '.join(drawn)}")
+
+
+def _print_list(found: list[tuple[str, str, str]], as_json: bool) -> None:
+    if as_json:
+        print_json([{"name": name, "kind": kind, "about": about} for name, kind, about in found])
+        return
+    for name, kind, about in found:
+        print(f"{name:<32} {kind:<6} {about}".rstrip())
+
+
+def _limit(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        number = float(text.replace("_", ""))
+    except ValueError:
+        number = math.nan
+    if not (0 < number < 1 or (number >= 1 and number.is_integer())):
+        raise typer.BadParameter(f"--limit {text}: expected a number of items, such as 200, or a share, such as 0.1")
+    return number if number < 1 else int(number)
 
 
 def _subsets(results: Results) -> dict[str, tuple[int, int]]:

@@ -27,8 +27,8 @@ Progress = Callable[[str, str, int, int], None]
 # Items between two writes; fewer where that takes long, since they are what an interruption costs.
 CHUNK = 32
 CHUNK_SECONDS = 30.0
-# About what a result and a point of its curve take, in the store as in a report.
-_ITEM_BYTES, _POINT_BYTES = 64, 24
+# About what a point of a curve takes, in the store as in a report.
+_POINT_BYTES = 24
 
 
 class StampedLoader:
@@ -51,7 +51,7 @@ def run(
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    limit: int | None = None,
+    limit: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
     store: Store | None = None,
@@ -64,22 +64,21 @@ def run(
         tasks: with different names.
         tokenizer: of all systems.
         limit: score a random subset of so many items of each task, the same for every system; a larger one with the
-            same seed contains it.
+            same seed contains it. Below 1 it is a share of the items.
         seed: of that subset.
         batch_size: sequences per forward pass; halved where memory does not hold them.
         store: where results are kept, and looked for before anything is scored; None keeps none.
         progress: told how far it is.
 
     Returns:
-        by system a score for each task, in the order given.
+        by system the scores of each task, one per metric, in the order given.
 
     Raises:
-        DataError: a limit below 1, or no tasks.
+        DataError: a limit that is no number of items and no share, or no tasks.
         ModelError: a result that is not finite, or more memory than there is.
         OutputError: results cannot be kept.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}: give 1 or more items per task, or no limit")
+    check_limit(limit)
     chosen = {task.name: subset(task, limit, seed) for task in tasks}
     if not chosen or len(chosen) < len(tasks):
         raise DataError("give one or more tasks, each once")
@@ -87,7 +86,7 @@ def run(
     for name, load in systems.items():
         system = _System(name, load, tokenizer, store, batch_size, progress)
         found = system.results(tasks, chosen)
-        scores[name] = [_score(task, chosen[task.name], found[task.name], seed) for task in tasks]
+        scores[name] = [one for task in tasks for one in _scores(task, chosen[task.name], found[task.name], seed)]
         del system
         gc.collect()  # a model is full of cycles, and the next one wants its memory
     return scores
@@ -98,7 +97,7 @@ def nbytes_to_keep(
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    limit: int | None = None,
+    limit: float | None = None,
     seed: int = 0,
     store: Store | None = None,
 ) -> int:
@@ -109,11 +108,11 @@ def nbytes_to_keep(
         for task in tasks:
             kept = system.kept(task)
             new = sum(index not in kept for index in subset(task, limit, seed))
-            found += new * (_ITEM_BYTES + _POINT_BYTES * len(task.axis))
+            found += new * (task.item_bytes + _POINT_BYTES * len(task.axis))
     return found
 
 
-def subset(task: Task, limit: int | None, seed: int) -> list[int]:
+def subset(task: Task, limit: float | None, seed: int) -> list[int]:
     """The items to score, in the task's order: all, or `limit` of them at random."""
     return draw(task.name, len(task), limit, seed)
 
@@ -218,26 +217,38 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _score(task: Task, chosen: Sequence[int], found: Mapping[int, Item], seed: int) -> TaskScore:
+def _scores(task: Task, chosen: Sequence[int], found: Mapping[int, Item], seed: int) -> list[TaskScore]:
     items = [found[index] for index in chosen]
-    tags = [dict(task.tags(index)) for index in chosen]
-    values = [item.value for item in items]
-    value, stderr = task.summary(values, tags)
     drawn = len(chosen) < len(task)
-    if drawn:
-        # Results of two runs pair up only where they are of the same items.
-        tags = [{**tag, "item": index} for tag, index in zip(tags, chosen, strict=True)]
-    return TaskScore(
-        task=task.name,
-        metric=task.metric,
-        value=value,
-        stderr=stderr,
-        higher_is_better=task.higher_is_better,
-        items=values,
-        suite=task.suite,
-        tags=tags if any(tags) else [],
-        curves=[item.curve for item in items] if any(item.curve for item in items) else [],
-        axis=list(task.axis),
-        total=len(task),
-        seed=seed if drawn else None,
-    )
+    scores = []
+    for measure in task.measures(chosen, items):
+        tags = measure.tags
+        if drawn and len(tags) == len(chosen):
+            # Results of two runs pair up only where they are of the same items.
+            tags = [{**tag, "item": index} for tag, index in zip(tags, chosen, strict=True)]
+        scores.append(
+            TaskScore(
+                task=task.name,
+                metric=measure.metric,
+                value=measure.value,
+                stderr=measure.stderr,
+                higher_is_better=measure.higher_is_better,
+                items=measure.items,
+                suite=task.suite,
+                tags=tags if any(tags) else [],
+                curves=[item.curve for item in items] if any(item.curve for item in items) else [],
+                axis=list(task.axis),
+                total=len(task),
+                seed=seed if drawn else None,
+                count=measure.count,
+            )
+        )
+    return scores
+
+
+def check_limit(limit: float | None) -> None:
+    """Raises:
+    DataError: the limit is neither a whole number of items nor a share between 0 and 1.
+    """
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise DataError(f"limit is {limit}: give 1 or more items per task, a share of them such as 0.1, or no limit")

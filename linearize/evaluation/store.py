@@ -60,7 +60,7 @@ class Store:
             self._hold(path.parent)
         for line in _lines(path):
             if isinstance(line.get("item"), int) and isinstance(line.get("value"), float):
-                found[line["item"]] = Item(line["value"], tuple(line.get("curve", ())))
+                found[line["item"]] = Item(line["value"], tuple(line.get("curve", ())), line.get("metrics", {}))
         return found
 
     def write(self, model: str, task: str, items: Mapping[int, Item]) -> None:
@@ -71,13 +71,15 @@ class Store:
         """
         path = self._file(model, task)
         self._hold(path.parent)
-        _append(
-            path,
-            [
-                {"item": index, "value": float(item.value), **({"curve": list(item.curve)} if item.curve else {})}
-                for index, item in items.items()
-            ],
-        )
+        lines = []
+        for index, item in items.items():
+            line: dict[str, Any] = {"item": index, "value": float(item.value)}
+            if item.curve:
+                line["curve"] = list(item.curve)
+            if item.metrics:
+                line["metrics"] = dict(item.metrics)
+            lines.append(line)
+        _append(path, lines)
         if self._limited:
             cache.make_room(path.parent)
 

@@ -53,7 +53,9 @@ BASELINES = {
 }
 """Baselines by name."""
 _OF_TEACHER = BASELINES.keys() - BRANCHES_OFF
-ALL = "all"
+ALL, NONE = "all", "none"
+DEFAULTS = ("teacher", "window_bytes", "no_recurrence")
+"""Baselines that a converted model is always scored beside, as far as it has them; `none` leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def evaluate(
     baselines: Sequence[str] = (),
     teacher: str | None = None,
     options: SuiteOptions | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
     batch_size: int = 8,
     dtype: str = "auto",
     store: Store | None = None,
@@ -90,10 +92,10 @@ def evaluate(
         source: a converted checkpoint, or any other model, which then is its own teacher.
         tasks: names of any suite's tasks, and `held_out`; with no suites either, `default_tasks(source)`.
         suites: names of `SUITES`: all their tasks.
-        baselines: of `BASELINES`, or `all` for those that the model has.
+        baselines: of `BASELINES`, beside `DEFAULTS`; `all` for those that the model has, `none` for no defaults.
         teacher: a Hub id, a folder or a GGUF file; None is what `source` was converted from.
         options: what tasks are built from; its seed also draws the items under a limit.
-        limit: score so many items of each task, drawn at random.
+        limit: score so many items of each task, or below 1 such a share of them, drawn at random.
         store: where results are kept; None keeps none.
         report: the folder that a report is to be written to later; it only has to have room.
 
@@ -107,10 +109,16 @@ def evaluate(
     if not tasks and not suites:
         tasks = default_tasks(source)
     pretrained = teacher_beside(source, teacher, say)
-    systems = find_systems(source, pretrained, baselines, dtype)
+    if pretrained is not None and teacher is None and source.is_converted and not _asks_for_teacher(baselines):
+        try:
+            load_config(pretrained)
+        except ModelError as error:
+            say(alone(error))
+            pretrained = None
+    systems = find_systems(source, pretrained, with_defaults(source, pretrained, baselines), dtype)
     rows = held_out_rows(source) if HELD_OUT in tasks else None
     # Names first, then data, then models: what is wrong is told before anything costs time.
-    chosen = choose_tasks(tasks, suites)
+    chosen = choose_tasks(tasks, suites, options.include)
     tokenizer = load_tokenizer(source)
     reference = _reference_dtype(dtype)
     if options.teacher is None and pretrained is not None:
@@ -157,7 +165,7 @@ def _check_room(
     tokenizer: Any,
     tasks: Sequence[Task],
     *,
-    limit: int | None,
+    limit: float | None,
     seed: int,
     store: Store | None,
     report: Path | None,
@@ -178,7 +186,7 @@ def score_systems(
     *,
     rows: Rows | Mapping[str, Any] | None,
     teacher: PreTrainedModel | None,
-    limit: int | None = None,
+    limit: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
     store: Store | None = None,
@@ -242,6 +250,20 @@ def held_out_rows(source: Source) -> dict[str, Any]:
     return rows
 
 
+def _asks_for_teacher(baselines: Sequence[str]) -> bool:
+    return bool(_OF_TEACHER & set(baselines))
+
+
+def with_defaults(source: Source, teacher: Source | None, baselines: Sequence[str]) -> list[str]:
+    """The baselines that are asked for, and `DEFAULTS` as far as the model has them."""
+    named = [name for name in baselines if name != NONE]
+    if NONE in baselines or not source.is_converted:
+        return named
+    recurs = any(mixer.get("recurrence", "") != "none" for mixer in load_config(source).mixers)
+    has = {"teacher": teacher is not None, "window_bytes": teacher is not None, "no_recurrence": recurs}
+    return [*(name for name in DEFAULTS if has[name]), *named]
+
+
 def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str], dtype: str = "auto") -> list[System]:
     """The baselines in the order of `BASELINES`, and the model last.
 
@@ -254,7 +276,7 @@ def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str
     """
     for name in baselines:
         if name not in BASELINES and name != ALL:
-            raise DataError(f"unknown baseline {name!r}; {hint_for(name, [*BASELINES, ALL], most=1)}")
+            raise DataError(f"unknown baseline {name!r}; {hint_for(name, [*BASELINES, ALL, NONE], most=1)}")
         if name in BRANCHES_OFF and not source.is_converted:
             raise DataError(f"baseline {name}: {source.name} is not converted, so it has no branches to turn off")
         if name in _OF_TEACHER and teacher is None:

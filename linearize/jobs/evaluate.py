@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.evaluation.results.report import write_report
+from linearize.evaluation.runner import check_limit
 from linearize.evaluation.store import Store
 from linearize.evaluation.systems import evaluate as score
 from linearize.evaluation.tasks.suites import SuiteOptions, choose_tasks
@@ -29,11 +30,16 @@ def evaluate(
     tasks: Sequence[str] = (),
     baselines: Sequence[str] = (),
     teacher: str | Path | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
     seed: int = 0,
     lengths: Sequence[int] = (),
     samples: int | None = None,
     data: str | Path | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    confirm_run_unsafe_code: bool = False,
     report: str | Path | None = None,
     fresh: bool = False,
     batch_size: int = 8,
@@ -46,15 +52,21 @@ def evaluate(
     Args:
         model: what to score.
         suites: names of whole suites: `core`, `mmlu`, `recall`, `generation`, `length`.
-        tasks: names of single tasks, and `held_out`. With no suites either: the rows that fine-tuning held out where
-            the folder has some, otherwise the suite `core`.
-        baselines: of `teacher`, `window`, `window_bytes`, `no_recurrence`, `no_window`, `neither`; or `all`.
+        tasks: names of single tasks, of any task, group or tag of lm-eval, and `held_out`. With no suites either: the
+            rows that fine-tuning held out where the folder has some, otherwise the suite `core`.
+        baselines: of `window`, `no_window`, `neither`; or `all`. A converted model always stands beside `teacher`,
+            `window_bytes` and `no_recurrence`, as far as it has them; `none` leaves these out.
         teacher: the pretrained model, if not what the model was converted from.
-        limit: score so many items of each task, drawn at random.
+        limit: score so many items of each task, or below 1 such a share of them, drawn at random.
         seed: of the limit, and of tasks that draw their items.
         lengths: tokens of the texts, for tasks that sweep lengths.
         samples: items of each kind, for tasks that make their items.
         data: the folder of the tasks' files; None reads them from the Hub.
+        include_path: a folder of lm-eval YAML files with tasks of your own; their names take precedence.
+        num_fewshot: solved examples before each question; None for each task's own number. A task that sets 0 keeps it.
+        apply_chat_template: put the prompts of lm-eval's tasks into the tokenizer's chat template.
+        system_instruction: a system message for these prompts.
+        confirm_run_unsafe_code: run tasks that run the code a model writes.
         report: a folder to write pages, plots and results.json to.
         fresh: score everything again; results of single items are kept otherwise.
         batch_size: sequences per forward pass.
@@ -82,6 +94,11 @@ def evaluate(
         lengths=lengths,
         samples=samples,
         data=data,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
         report=report,
         fresh=fresh,
         batch_size=batch_size,
@@ -98,11 +115,16 @@ def run_evaluate(
     tasks: Sequence[str] = (),
     baselines: Sequence[str] = (),
     teacher: str | Path | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
     seed: int = 0,
     lengths: Sequence[int] = (),
     samples: int | None = None,
     data: str | Path | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    confirm_run_unsafe_code: bool = False,
     report: str | Path | None = None,
     fresh: bool = False,
     batch_size: int = 8,
@@ -119,9 +141,11 @@ def run_evaluate(
         command: the command line, for the report.
     """
     check_dtype(dtype, int8=True)
-    check_numbers(1, limit=limit, samples=samples, batch_size=batch_size, lengths=min(lengths, default=None))
-    check_numbers(0, seed=seed)
-    choose_tasks(tasks, suites)
+    check_limit(limit)
+    check_numbers(1, samples=samples, batch_size=batch_size, lengths=min(lengths, default=None))
+    check_numbers(0, seed=seed, num_fewshot=num_fewshot)
+    include = None if include_path is None else Path(include_path)
+    choose_tasks(tasks, suites, include)
     folder = None if report is None else Path(report)
     if folder is not None:
         check_writable(folder)
@@ -136,7 +160,17 @@ def run_evaluate(
             suites=suites,
             baselines=baselines,
             teacher=None if teacher is None else str(teacher),
-            options=SuiteOptions(None if data is None else Path(data), tuple(lengths), samples, seed),
+            options=SuiteOptions(
+                data=None if data is None else Path(data),
+                lengths=tuple(lengths),
+                samples=samples,
+                seed=seed,
+                include=include,
+                num_fewshot=num_fewshot,
+                chat=apply_chat_template,
+                system=system_instruction,
+                unsafe_code=confirm_run_unsafe_code,
+            ),
             limit=limit,
             batch_size=batch_size,
             dtype=dtype,

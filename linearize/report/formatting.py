@@ -7,8 +7,10 @@ _SHARES = {"acc", "acc_norm", "agreement", "common_prefix", "exact_match", "repe
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric's values are shares, and written in percent."""
-    return metric in _SHARES
+    """True if a metric's values are shares, and written in percent; `exact_match,strict-match` is one by its first
+    word."""
+    name = metric.partition(",")[0]
+    return name in _SHARES or name.endswith("_acc")
 
 
 def number(value: float, metric: str) -> str:

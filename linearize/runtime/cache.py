@@ -46,6 +46,7 @@ KINDS = {
     "teacher-logits": Kind("most likely tokens of a teacher, for distill", _KEY, r"\d{6}\.safetensors"),
     "self-text": Kind("text that a model wrote", rf"{_KEY}\.safetensors"),
     "evaluation": Kind("results of single items", _KEY, rf"{_KEY}\.jsonl"),
+    "task-names": Kind("names of lm-eval's tasks", rf"{_KEY}\.json"),
 }
 
 

@@ -180,10 +180,10 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     assert status == 0, words
     assert json.loads(text)["stages"][0]["tokens"] == 512
     assert {path.name for path in tmp_path.iterdir()} == {"tuned", "cache"}
-    status, text, words = outcome("eval", tmp_path / "tuned", "--baseline", "teacher,window", "--json")
+    status, text, words = outcome("eval", tmp_path / "tuned", "--baseline", "window", "--json")
     assert status == 0, words
     report = json.loads(text)
-    assert report["systems"] == ["teacher", "window", "model"]
+    assert report["systems"] == ["teacher", "window", "window_bytes", "no_recurrence", "model"]
     divergence = next(row for row in report["metrics"] if row["metric"] == "kl")["values"]
     assert divergence["teacher"]["value"] < 1e-6 < divergence["window"]["value"]
 

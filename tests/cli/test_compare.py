@@ -92,7 +92,9 @@ def test_a_system_of_another_name_is_compared_with_the_last(
 
 
 def test_two_folders_of_one_name(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = show(capsys, folders[0], folders[0] / "results.json", "--json")
+    other = folders[1] / folders[0].name
+    write_report(read_results(folders[1]), other)
+    _, out, _ = show(capsys, folders[0], other, "--json")
     assert [one["label"] for one in json.loads(out)["results"]] == ["before", "before (2)"]
 
 
@@ -106,6 +108,7 @@ def test_errors(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captu
         (tmp_path / "broken.json", 1, "broken.json: line 3: not JSON"),
         (tmp_path / "list.json", 1, "list.json: not a results file"),
         (tmp_path / "none", 1, "no such file"),
+        (folders[0] / "results.json", 1, "is given twice: results compared with themselves differ nowhere"),
         ("", 2, "give two or more results to compare"),
     ):
         found, out, err = show(capsys, folders[0], *([second] if second else []))

@@ -74,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_is_scored_alone(outcome, orphan, data):
     status, text, words = outcome("eval", orphan, "--tasks", "piqa", "--data", data, "--json")
     assert status == 0, words
-    assert json.loads(text)["systems"] == ["model"]
+    assert json.loads(text)["systems"] == ["no_recurrence", "model"]
     assert "no teacher, so no baselines made of it" in words and "--teacher ID|FOLDER" in words
 
 
@@ -86,7 +86,7 @@ def test_all_is_what_needs_no_teacher(outcome, orphan, data):
 
 @pytest.mark.parametrize("name", ["teacher", "window", "window_bytes"])
 def test_a_baseline_that_was_asked_for_is_refused_or_made_of_the_named_teacher(outcome, orphan, base, data, name):
-    arguments = ("eval", orphan, "--tasks", "piqa", "--data", data, "--json", "--baseline", name)
+    arguments = ("eval", orphan, "--tasks", "piqa", "--data", data, "--json", "--baseline", f"none,{name}")
     status, text, words = outcome(*arguments)
     assert (status, text) == (1, "")
     assert words.splitlines()[-1] == (

@@ -71,7 +71,7 @@ def kept_items(cache: Path) -> list[int]:
 def test_eval_asks_for_room_before_it_loads_a_model(outcome, converted, pages, cache, monkeypatch):
     elsewhere = pages / "elsewhere"
     elsewhere.mkdir()
-    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--baseline", "no_recurrence")
+    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--baseline", "none,no_recurrence")
     reported = (*line, "--report", elsewhere / "report")
     with monkeypatch.context() as patch:
         patch.setattr("linearize.evaluation.systems.load_model", never)
@@ -93,8 +93,8 @@ def test_eval_asks_for_room_before_it_loads_a_model(outcome, converted, pages, c
 def test_the_room_that_results_need_grows_with_them(outcome, converted, pages, cache, monkeypatch):
     asked = []
     monkeypatch.setattr("linearize.evaluation.systems.check_space", lambda place, nbytes: asked.append((place, nbytes)))
-    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--report", pages / "report")
-    for more in (("--limit", "2"), (), ("--baseline", "no_recurrence")):
+    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--report", pages / "report", "--baseline")
+    for more in (("none", "--limit", "2"), ("none",), ("none,no_recurrence",)):
         assert outcome(*line, *more)[0] == 0
     reports, kept = (
         [nbytes for place, nbytes in asked if (place == pages / "report") is wanted] for wanted in (True, False)
@@ -109,7 +109,7 @@ def test_the_room_that_results_need_grows_with_them(outcome, converted, pages, c
 @pytest.mark.parametrize("torn", [False, True])
 def test_eval_keeps_what_it_had_when_the_disk_fills_up(outcome, converted, pages, cache, monkeypatch, torn):
     monkeypatch.setattr(runner, "CHUNK", 2)
-    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--json")
+    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--json", "--baseline", "none")
     write, calls = os.write, []
 
     def filling(file: int, data: bytes) -> int:
@@ -135,7 +135,7 @@ def test_eval_keeps_what_it_had_when_the_disk_fills_up(outcome, converted, pages
 
 def test_a_report_that_does_not_fit_leaves_the_earlier_one(outcome, converted, pages, cache, monkeypatch):
     folder = pages / "report"
-    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--report", folder)
+    line = ("eval", converted, "--tasks", "wikitext2", "--data", pages, "--report", folder, "--baseline", "none")
 
     def broken(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from linearize.errors import ModelError
 from linearize.evaluation.runner import run
-from linearize.evaluation.tasks.harness import lm_eval_tasks
-from linearize.evaluation.tasks.task import TaskScore
+from linearize.evaluation.tasks.loading import lm_eval_tasks
+from linearize.evaluation.tasks.task import Item, TaskScore
 from linearize.evaluation.tasks.tasks import available_tasks, task_definitions
 
 from . import data_folder, tiny_model_folder
@@ -82,10 +82,13 @@ def assert_equal_to_stock(
                 assert ours.arguments == theirs["arguments"], plain.name
                 assert ours.responses == theirs["filtered_resps"], plain.name
             for task in (plain, shared):
-                values = [item.value for item in task.score(model, tokenizer, indices, 8)]
-                assert values == [item[0] if isinstance(item, tuple) else item for item in items], task.name
-        value, _ = plain.summary(values, [plain.tags(index) for index in indices])
-        assert value == pytest.approx(stock["results"][plain.name][f"{plain.metric},none"], rel=1e-9), plain.name
+                found = task.score(model, tokenizer, indices, 8)
+                expected = [item[0] if isinstance(item, tuple) else item for item in items]
+                # Of a page shared reading sums the log-probabilities piece by piece.
+                assert [item.value for item in found] == pytest.approx(expected, rel=1e-6), task.name
+                (measure,) = task.measures(indices, found)
+                value = stock["results"][plain.name][f"{plain.metric},none"]
+                assert measure.value == pytest.approx(value, rel=1e-6), plain.name
 
 
 def test_items_equal_those_of_lm_eval(tmp_path: Path) -> None:
@@ -134,28 +137,30 @@ def test_scores_describe_themselves(tiny: tuple[PreTrainedModel, PreTrainedToken
     assert hellaswag.value == mean
     assert hellaswag.stderr == pytest.approx(deviation / 2)
     (task,) = lm_eval_tasks(["wikitext2"], data_folder())
-    pages = [task._place(tag["item"])[2]["page"] for tag in wikitext2.tags]
+    places = [task._place(tag["item"]) for tag in wikitext2.tags]
+    pages = [leaf.documents[at]["page"] for leaf, at in places]
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     assert words == sum(tag["weight"] for tag in wikitext2.tags)
     assert wikitext2.value == pytest.approx(math.exp(-sum(wikitext2.items) / words))
 
 
 def test_perplexity_error_agrees_with_the_bootstrap() -> None:
-    from linearize.evaluation.tasks.harness import _perplexity
-
     draw = random.Random(0)  # noqa: S311
     words = [draw.randint(500, 8000) for _ in range(62)]
     nats = [-count * draw.gauss(3.0, 0.3) for count in words]
-    value, stderr = _perplexity(nats, words)
+    (task,) = lm_eval_tasks(["wikitext2"], data_folder())
+    items = [Item(sum_, metrics={"word_perplexity": [sum_, count]}) for sum_, count in zip(nats, words, strict=True)]
+    places = [0] * 62
+    (measure,) = task.measures(places, items)
     resampled = []
     for _ in range(2000):
         picked = draw.choices(range(62), k=62)
         resampled.append(math.exp(-sum(nats[i] for i in picked) / sum(words[i] for i in picked)))
     mean = sum(resampled) / 2000
     bootstrap = math.sqrt(sum((one - mean) ** 2 for one in resampled) / 1999)
-    assert value == pytest.approx(math.exp(-sum(nats) / sum(words)))
-    assert stderr == pytest.approx(bootstrap, rel=0.1)
-    assert _perplexity(nats[:1], words[:1])[1] is None
+    assert measure.value == pytest.approx(math.exp(-sum(nats) / sum(words)))
+    assert measure.stderr == pytest.approx(bootstrap, rel=0.1)
+    assert task.measures(places[:1], items[:1])[0].stderr is None
 
 
 def test_leaves_everything_as_it_was(

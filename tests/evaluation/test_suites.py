@@ -35,6 +35,8 @@ def test_whole_suites_and_single_tasks() -> None:
     ("tasks", "suites", "told"),
     [
         (["piqqa"], [], "no task called 'piqqa': did you mean piqa"),
+        (["gsmk8"], [], "no task called 'gsmk8': did you mean gsm8k"),
+        (["qqqqqq"], [], "no task called 'qqqqqq': `linearize eval --list` has their names"),
         (["passkee"], [], "did you mean passkey"),
         (["heldout"], [], "did you mean held_out"),
         ([], ["recal"], "no suite called 'recal': did you mean recall"),

@@ -50,6 +50,6 @@ def branch_sentences(results: Results) -> list[str]:
 
 def _same(whole: TaskScore, off: TaskScore) -> bool:
     """True if every item has the same score up to rounding."""
-    return whole.n == off.n and all(
+    return 0 < len(whole.items) == len(off.items) and all(
         math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in zip(whole.items, off.items, strict=True)
     )

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.results.pairing import Closed, Difference, closed, difference, holm
+from linearize.evaluation.results.pairing import Closed, Difference, closed, contributions, difference, holm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from linearize.evaluation.results.results import Results
     from linearize.evaluation.tasks.task import TaskScore
 
-# The system that the others are measured by, and the baseline that costs no training.
+# The system that the others are measured by, and the baselines that cost no training: the first that is there counts.
 TEACHER = "teacher"
-WINDOW = "window"
+WINDOWS = ("window_bytes", "window")
 # The five whose mean papers on linearizing report.
 FIVE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _ACCURACIES = ("acc", "acc_norm")
@@ -31,7 +31,7 @@ class Cell:
     Attributes:
         percent_of_teacher: 100 is the teacher's own quality and less is worse, for every metric; None where a
             percentage would mean nothing.
-        closed: the share of the distance from the window baseline to the teacher.
+        closed: the share of the distance from the window baseline (`window_of`) to the teacher.
         to_teacher, to_window: this system minus the other on the same items; None where it was not measured on them.
             To the teacher there is none of a divergence from it, or of agreement with it.
     """
@@ -47,13 +47,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A task, or the mean over several (`mean_of` names them), with a cell for each system that was measured."""
+    """A task, or the mean over several (`mean_of` names them), with a cell for each system that was measured. It is
+    `paired` if its values follow from its items, so that systems can be compared item by item."""
 
     task: str
     metric: str
     higher_is_better: bool
     cells: Mapping[str, Cell]
     mean_of: tuple[str, ...] = ()
+    paired: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class SuiteTable:
 
     suite: str
     rows: tuple[Row, ...]
+
+
+def window_of(systems: Iterable[str]) -> str:
+    """The window baseline among these systems: that of as many bytes as the model's memory, or else the model's own
+    window; empty where neither is there."""
+    names = set(systems)
+    return next((name for name in WINDOWS if name in names), "")
 
 
 def compare_systems(results: Results) -> list[SuiteTable]:
@@ -98,6 +107,8 @@ def percent_of_teacher(metric: str, higher_is_better: bool, value: float, teache
 def _averaged(tasks: list[dict[str, TaskScore]]) -> list[dict[str, TaskScore]]:
     """The accuracies that a suite's mean is over: the five that papers report where all are there, otherwise all."""
     accuracies = [scores for scores in tasks if _first(scores).metric in _ACCURACIES]
+    if len({_first(scores).task for scores in accuracies}) < len(accuracies):
+        return []  # a task with two accuracies: which of them a mean should take is the reader's choice
     five = [scores for scores in accuracies if _first(scores).task in FIVE]
     chosen = five if len(five) == len(FIVE) else accuracies
     return chosen if len(chosen) > 1 else []
@@ -109,7 +120,8 @@ def _row(tasks: list[dict[str, TaskScore]]) -> Row:
     systems = [name for name in tasks[0] if all(name in scores for scores in tasks)]
     cells = {name: _cell(name, tasks, systems) for name in systems}
     if len(tasks) == 1:
-        return Row(first.task, first.metric, first.higher_is_better, cells)
+        paired = all(contributions(score) is not None for score in tasks[0].values())
+        return Row(first.task, first.metric, first.higher_is_better, cells, paired=paired)
     names = tuple(_first(scores).task for scores in tasks)
     return Row(f"mean of {len(tasks)}", "acc", True, cells, names)
 
@@ -117,7 +129,8 @@ def _row(tasks: list[dict[str, TaskScore]]) -> Row:
 def _cell(name: str, tasks: list[dict[str, TaskScore]], systems: list[str]) -> Cell:
     own = [scores[name] for scores in tasks]
     teacher = [scores[TEACHER] for scores in tasks] if TEACHER in systems else None
-    window = [scores[WINDOW] for scores in tasks] if WINDOW in systems else None
+    beside = window_of(systems)
+    window = [scores[beside] for scores in tasks] if beside else None
     value, stderr = _mean(own)
     relative = own[0].metric in _RELATIVE
     percent = None
@@ -147,11 +160,12 @@ def _corrected(rows: list[Row]) -> tuple[Row, ...]:
     """Rows with Holm's correction over all their tests; a system against itself is no test."""
     tests: dict[tuple[int, str, str], float] = {}
     for number, row in enumerate(rows):
+        window = window_of(row.cells)
         for name, cell in row.cells.items():
             for other, found in (("to_teacher", cell.to_teacher), ("to_window", cell.to_window)):
-                itself = name == {"to_teacher": TEACHER, "to_window": WINDOW}[other]
+                itself = name == {"to_teacher": TEACHER, "to_window": window}[other]
                 # The teacher against the window is the same test as the window against the teacher.
-                mirrored = name == TEACHER and other == "to_window" and WINDOW in row.cells
+                mirrored = name == TEACHER and other == "to_window"
                 if found is not None and found.p is not None and not itself and not mirrored:
                     tests[number, name, other] = found.p
     corrected = dict(zip(tests, holm(list(tests.values())), strict=True))

@@ -37,7 +37,7 @@ class _Score(_Part):
     @model_validator(mode="after")
     def _belong_together(self) -> _Score:
         for name, entries in (("items", self.items), ("tags", self.tags), ("curves", self.curves)):
-            if len(entries) != self.n and (entries or name == "items"):
+            if entries and len(entries) != self.n:
                 raise ValueError(f"{len(entries)} {name} for n = {self.n}")
         return self
 
@@ -65,7 +65,7 @@ class Document(_Part):
     command: str
     date: str
     versions: dict[str, str]
-    limit: int | None
+    limit: float | None
     systems: list[_System]
     tasks: list[_Task]
 

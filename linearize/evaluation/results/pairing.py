@@ -76,7 +76,7 @@ def closed_text(found: Closed | None) -> str:
 
 def same_items(a: TaskScore, b: TaskScore) -> bool:
     """True if two results of one task can be paired: as many items, of the same kinds, in the same order."""
-    return a.n == b.n and list(a.tags) == list(b.tags)
+    return len(a.items) == len(b.items) and a.n == b.n and list(a.tags) == list(b.tags)
 
 
 def difference(pairs: Sequence[tuple[TaskScore, TaskScore]]) -> Difference | None:
@@ -124,12 +124,12 @@ def contributions(score: TaskScore) -> list[float] | None:
     """Per item a number, so that their mean is the score's value and their scatter gives its error.
 
     These are the items themselves where the value is their mean. A score does not say how its value comes from its
-    items, so the other forms that tasks have are tried: means by `weight`, and perplexities, whose items are nats (or
-    log-likelihoods) per unit of weight, or sums over it. Such values are linearised at their mean.
+    items, so the other forms that tasks have are tried: means by `weight`, perplexities, whose items are nats (or
+    log-likelihoods) per unit of weight, or sums over it, and bits. Such values are linearised at their mean.
 
     None where no form gives the value.
     """
-    n = score.n
+    n = len(score.items)
     if n == 0:
         return None
     if _close(statistics.fmean(score.items), score.value):
@@ -141,7 +141,8 @@ def contributions(score: TaskScore) -> list[float] | None:
     weighted = [weight * item for weight, item in zip(weights, score.items, strict=True)]
     for sums in (weighted, score.items):
         rate = math.fsum(sums) / total
-        for value, slope in ((rate, 1.0), (_exp(rate), score.value), (_exp(-rate), -score.value)):
+        bits = -1.0 / math.log(2)
+        for value, slope in ((rate, 1.0), (_exp(rate), score.value), (_exp(-rate), -score.value), (rate * bits, bits)):
             if _close(value, score.value):
                 scale = slope * n / total
                 return [score.value + scale * (s - rate * w) for s, w in zip(sums, weights, strict=True)]

@@ -6,7 +6,7 @@ The document, schema `linearize.results/1`::
       "schema": "linearize.results/1",
       "model": what was evaluated, as the user named it,
       "command": the command line, "date": ISO 8601, "versions": {package: version},
-      "limit": items per task, or null for all of them,
+      "limit": items per task (below 1: a share of them), or null for all of them,
       "systems": [
         {"name", "description", "state_bytes", "growth_bytes_per_token", "checkpoint", "dtype"}, ...
       ],
@@ -23,7 +23,8 @@ and per token, or null. `checkpoint` tells which converted checkpoint a system i
 was scored; null where that is not recorded, and left out by earlier versions. A task's keys mean what `TaskScore` says;
 `digest` is null where it is not known, and a system that was not scored on a task is left out of it. Held-out rows are
 tasks like any other, of the suite `held-out`: `loss`, `perplexity`, `kl` and `agreement`, with a row's counted tokens
-as its tag `tokens`. Numbers are finite. The file that `write_report` leaves has a further key, `comparisons`, which
+as its tag `tokens`. `items` is empty where an item has no number of its own (a pair of texts under BLEU). Numbers are
+finite. The file that `write_report` leaves has a further key, `comparisons`, which
 follows from the rest and is not read back. Readers ignore keys they do not know.
 """
 
@@ -110,7 +111,7 @@ class Results:
         command: the command line.
         date: ISO 8601; now, if left out.
         versions: by package; those installed, if left out.
-        limit: items per task; None for all of them.
+        limit: items per task, below 1 a share of them; None for all of them.
         digests: by task's name its `Task.digest`: results of two evaluations pair up only where these are equal.
     """
 
@@ -120,7 +121,7 @@ class Results:
     command: str = ""
     date: str = field(default_factory=_now)
     versions: dict[str, str] = field(default_factory=_versions)
-    limit: int | None = None
+    limit: float | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
     def tasks(self) -> dict[tuple[str, str], dict[str, TaskScore]]:
@@ -260,6 +261,7 @@ def _of_system(document: Document, name: str) -> list[TaskScore]:
             axis=task.axis,
             total=score.total,
             seed=score.seed,
+            count=score.n,
         )
         for task in document.tasks
         if (score := task.systems.get(name)) is not None

@@ -6,10 +6,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError
-from linearize.evaluation.results.pairing import Difference, difference, difference_text, holm, p_text, same_items
+from linearize.evaluation.results.pairing import (
+    Difference,
+    contributions,
+    difference,
+    difference_text,
+    holm,
+    p_text,
+    same_items,
+)
 from linearize.evaluation.results.plots import plots_of
 from linearize.evaluation.results.results import FILE_NAME, Results, SystemScores, read_results
-from linearize.evaluation.results.telling import READING, memory_section, suite_title
+from linearize.evaluation.results.telling import READING, limit_text, memory_section, suite_title
 from linearize.report.formatting import heading, with_error
 from linearize.report.pages import Grid, Page, Section
 
@@ -58,8 +66,11 @@ def read_all(paths: Sequence[Path]) -> dict[str, Results]:
     """Reads results, and gives each a label of its own: the name of its folder, or of its file.
 
     Raises:
-        DataError: a file that is no results file.
+        DataError: a file that is no results file, or one that is given twice.
     """
+    files = [(path / FILE_NAME if path.is_dir() else path).resolve() for path in paths]
+    if twice := [path for path, file in zip(paths, files, strict=True) if files.count(file) > 1]:
+        raise DataError(f"{twice[0]} is given twice: results compared with themselves differ nowhere; give another")
     found: dict[str, Results] = {}
     for path in paths:
         folder = path if path.is_dir() else path.resolve().parent
@@ -146,6 +157,10 @@ def _shared(results: dict[str, Results], by_label: dict[str, dict[str, TaskScore
             found = None if reason else difference([(score, by_label[base][other])])
             if found is not None:
                 pairs.append(Pair(label, name, base, other, found))
+            elif not reason and contributions(score) is None:
+                notes.append(
+                    f"{label}, {name}: {score.metric} is not the mean of its items, so there is no paired test"
+                )
             elif not reason:
                 notes.append(f"{label}, {name}: its items do not match those of {base}, {other}; not paired")
     return SharedTask(first.suite, first.task, first.metric, first.higher_is_better, by_label, pairs, notes)
@@ -231,4 +246,4 @@ def _merged(found: SideBySide) -> Results:
 
 
 def _limit(one: Results) -> str:
-    return "" if one.limit is None else f", at most {one.limit:,} items of each task"
+    return "" if one.limit is None else f", {limit_text(one.limit)} items of each task"

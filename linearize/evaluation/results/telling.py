@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from linearize.evaluation.results.branches import MODEL, branch_sentences
-from linearize.evaluation.results.comparison import TEACHER, WINDOW, SuiteTable, compare_systems
+from linearize.evaluation.results.comparison import TEACHER, WINDOWS, SuiteTable, compare_systems, window_of
 from linearize.evaluation.results.pairing import closed_text, difference_text, p_text
 from linearize.evaluation.results.plots import plots_of
 from linearize.evaluation.results.results import HELDOUT
@@ -34,7 +34,8 @@ _BASELINES = (
     "Distance closed is (system − window) / (teacher − window). None is given where that distance is smaller than its "
     "own standard error.",
     "Percent of teacher is 100 for what is as good as the teacher, and less for what is worse.",
-    "The baseline window costs no training: it is the teacher with the window and the sinks alone.",
+    "The baseline window costs no training: it is the teacher with a window and sinks alone, of as many tokens as fit "
+    "into the model's bytes (window_bytes) or, where that was not measured, the model's own (window).",
 )
 
 
@@ -55,7 +56,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     found = [
         ("command", results.command),
         ("date", results.date),
-        ("items", "all" if results.limit is None else _drawn(results)),
+        ("items", _drawn(results)),
         ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
     ]
     return [(name, text) for name, text in found if text]
@@ -65,7 +66,12 @@ def _drawn(results: Results) -> str:
     """Number of scored items per task, and how they were chosen."""
     seeds = sorted({score.seed for one in results.scores.values() for score in one.tasks if score.seed is not None})
     how = f", drawn at random with seed {', '.join(map(str, seeds))}" if seeds else ""
-    return f"at most {results.limit:,} of each task{how}"
+    return f"{limit_text(results.limit)} of each task{how}" if results.limit is not None else "all"
+
+
+def limit_text(limit: float) -> str:
+    """`at most 100`, or of a share `10 %`."""
+    return f"{100 * limit:g} %" if limit < 1 else f"at most {int(limit):,}"
 
 
 def suite_title(suite: str) -> str:
@@ -94,7 +100,7 @@ def summary(results: Results, tables: Sequence[SuiteTable]) -> list[tuple[str, l
     if TEACHER not in names:
         return [("No teacher", ["None was measured beside these systems, so nothing here says what was kept or lost."])]
     # Where there is nothing but the baseline, the baseline is what there is to tell of.
-    subjects = [n for n in names if n not in (TEACHER, WINDOW)] or [n for n in names if n != TEACHER]
+    subjects = [n for n in names if n not in (TEACHER, *WINDOWS)] or [n for n in names if n != TEACHER]
     if not subjects:
         return [("Only the teacher", ["Nothing else was measured, so there is nothing to compare."])]
     told = []
@@ -107,7 +113,7 @@ def summary(results: Results, tables: Sequence[SuiteTable]) -> list[tuple[str, l
             *_memory(name, results.systems),
         ]
         told.append((name, sentences or ["Nothing was measured that the teacher was measured on."]))
-    if WINDOW not in names:
+    if not window_of(names):
         missing = "It was not measured, so what the recurrence and the training brought cannot be told."
         told.append(("No window baseline", [missing]))
     return told
@@ -129,7 +135,8 @@ def _means(name: str, tables: Sequence[SuiteTable]) -> list[str]:
 
 
 def _gap(name: str, row: Row, cell: Cell) -> str:
-    if name == WINDOW or WINDOW not in row.cells:
+    window = window_of(row.cells)
+    if name == window or not window:
         return ""
     if cell.closed is None:
         return "; the window baseline is too close to the teacher to say what part of the distance is closed"
@@ -147,7 +154,8 @@ def _held_out(name: str, tables: Sequence[SuiteTable]) -> list[str]:
 
 def _verdicts(name: str, tables: Sequence[SuiteTable]) -> list[str]:
     sentences = []
-    for other, words in ((TEACHER, "the teacher"), (WINDOW, "the window baseline")):
+    window = window_of(system for table in tables for row in table.rows for system in row.cells)
+    for other, words in ((TEACHER, "the teacher"), (window, "the window baseline")):
         worse, better, tested = _significant(name, other, tables)
         if not tested:
             continue
@@ -158,7 +166,7 @@ def _verdicts(name: str, tables: Sequence[SuiteTable]) -> list[str]:
         ]
         if sides:
             sentences.append(f"Significantly {' and '.join(sides)}.")
-        if other == WINDOW and not better:
+        if other == window and not better:
             sentences.append(f"Nothing here shows it to be better than {words}, which costs no training.")
         elif other == TEACHER and not sides:
             sentences.append(
@@ -237,14 +245,15 @@ def _scores(table: SuiteTable, systems: Sequence[str]) -> Grid:
 
 
 def _differences(table: SuiteTable, systems: Sequence[str]) -> Grid | None:
-    has_teacher, has_window = TEACHER in systems, WINDOW in systems
-    others = [name for name in systems if name != TEACHER and (has_teacher or name != WINDOW)]
+    window = window_of(systems)
+    has_teacher, has_window = TEACHER in systems, bool(window)
+    others = [name for name in systems if name != TEACHER and (has_teacher or name != window)]
     if not others or not (has_teacher or has_window):
         return None
     header = ["task", "system", *(["% of teacher"] if has_teacher else [])]
     header += ["distance closed"] if has_teacher and has_window else []
     header += ["minus teacher", "p"] if has_teacher else []
-    header += ["minus window", "p"] if has_window else []
+    header += [f"minus {window}", "p"] if has_window else []
     header.append("test")
     rows, tests = [], 0
     for row in table.rows:
@@ -257,16 +266,18 @@ def _differences(table: SuiteTable, systems: Sequence[str]) -> Grid | None:
             if has_teacher:
                 line.append(percent_text(cell.percent_of_teacher))
             if has_teacher and has_window:
-                line.append("–" if name == WINDOW else closed_text(cell.closed))
+                line.append("–" if name == window else closed_text(cell.closed))
             if has_teacher:
                 line += [difference_text(cell.to_teacher, row.metric), p_text(cell.to_teacher)]
             if has_window:
-                own = None if name == WINDOW else cell.to_window
+                own = None if name == window else cell.to_window
                 line += [difference_text(own, row.metric), p_text(own)]
             found = cell.to_teacher or cell.to_window
             rows.append([*line, found.test if found is not None and found.test else "–"])
             label = ""
         every = [d for cell in row.cells.values() for d in (cell.to_teacher, cell.to_window)]
         tests += sum(d is not None and d.p_corrected is not None for d in every)
-    note = f"p is corrected over this table's {tests} tests." if tests > 1 else ""
-    return Grid("Beside the teacher and the baseline", header, rows, words=2, notes=[note] if note else [])
+    notes = [f"p is corrected over this table's {tests} tests."] if tests > 1 else []
+    if unpaired := [f"{row.task} {row.metric}" for row in table.rows if not row.paired]:
+        notes.append(f"Not the mean of its items, so without a paired test: {', '.join(unpaired)}.")
+    return Grid("Beside the teacher and the baseline", header, rows, words=2, notes=notes)

@@ -1,34 +1,67 @@
-"""lm-eval's tasks as `Task`, on a model that is already in memory."""
+"""lm-eval's tasks as `Task`, on a model that is already in memory.
+
+Prompts, requests, filters, metrics and aggregations are lm-eval's. The loop over documents is that of its `evaluate`,
+for any documents in any order, so that results are kept item by item.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
-import logging
 import math
+import statistics
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import lm_eval
-from lm_eval.models.huggingface import HFLM
+import torch
+from lm_eval.api.metrics import mean
+from lm_eval.api.samplers import FirstNSampler
 
-from linearize.errors import ModelError
-from linearize.evaluation.tasks.prefix import Query, common_length, log_likelihoods
-from linearize.evaluation.tasks.task import Item, Task
-from linearize.evaluation.tasks.tasks import build_tasks, task_definitions
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.results.pairing import contributions
+from linearize.evaluation.tasks.index import quiet
+from linearize.evaluation.tasks.lm import LinearizeLM
+from linearize.evaluation.tasks.task import Item, Measure, Task, TaskScore
+from linearize.evaluation.tasks.tasks import FEWSHOT_SEED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from linearize.evaluation.tasks.tasks import TaskDefinition
+# RULER's value of a document under the metric of another length; its aggregations leave such documents out.
+_NOT_APPLICABLE = -1.0
+
+
+class Prompting(NamedTuple):
+    """Form of the prompts.
+
+    Attributes:
+        chat: render prompts by the tokenizer's chat template, with solved examples as turns.
+        system: a system message, or with no chat template a text before every prompt.
+    """
+
+    chat: bool = False
+    system: str | None = None
+
+
+class Average(NamedTuple):
+    """A metric that a group reports of its tasks.
+
+    Attributes:
+        metric: as `metric_name` writes it.
+        by_size: tasks count by their numbers of items; otherwise each counts the same.
+        any_filter: report the metric under each filter that the tasks have.
+    """
+
+    metric: str
+    by_size: bool
+    any_filter: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,22 +69,29 @@ class Answer:
     """A model's answer on one item.
 
     Attributes:
-        arguments: what was asked, as lm-eval words it: (context, continuation) of each choice, or one whole document.
-        responses: (nats, whether greedy decoding gives it) of each, or the nats of the document.
-        metrics: lm-eval's metrics of the item.
+        arguments: what was asked, as lm-eval words it: (context, continuation) of each choice, one whole document, or
+            (prompt, settings) of a text to write.
+        responses: of each request, under the task's first filter: (nats, whether greedy decoding gives it), the nats of
+            the document, or the text.
+        metrics: lm-eval's metrics of the item, by name and, unless it is `none`, filter.
     """
 
-    arguments: list[tuple[str, ...]]
+    arguments: list[tuple[Any, ...]]
     responses: list[Any]
     metrics: Mapping[str, Any]
 
 
 class LmEvalTask(Task):
-    """A task whose prompts and metrics are lm-eval's.
+    """A task of lm-eval, or a group of them that has figures of its own.
 
     Args:
-        definition: its task file.
-        groups: lm-eval's task objects by group, see `build_tasks`.
+        name: of the task or the group.
+        leaves: lm-eval's task objects by name; several for a group.
+        suite: where it belongs.
+        headline: report this metric alone; empty for all.
+        label: the tag that tells a group's tasks apart.
+        averages: a group's metrics; empty for the headline or, without one, every metric.
+        prompting: the form of the prompts.
         plain: score every continuation by itself, as lm-eval does, instead of reading what they share once.
         max_length: tokens of context; None asks the model's configuration, as lm-eval does. Perplexities of two models
             can only be compared at the same length.
@@ -59,55 +99,58 @@ class LmEvalTask(Task):
 
     def __init__(
         self,
-        definition: TaskDefinition,
-        groups: Mapping[str, Any],
+        name: str,
+        leaves: Mapping[str, Any],
         *,
+        suite: str,
+        headline: str = "",
+        label: str = "task",
+        averages: Sequence[Average] = (),
+        prompting: Prompting | None = None,
         plain: bool = False,
         max_length: int | None = None,
     ) -> None:
-        self.definition, self.plain, self.max_length = definition, plain, max_length
-        self.name, self.suite, self.metric = definition.name, definition.suite, definition.headline
-        self._groups = list(groups.items())
-        self._ends = list(accumulate(len(task.task_docs) for _, task in self._groups))
-        self.higher_is_better = bool(self._groups[0][1].higher_is_better()[self.metric])
+        self.name, self.suite, self.metric, self.label = name, suite, headline, label
+        self.prompting, self.plain, self.max_length = prompting or Prompting(), plain, max_length
+        self.averages = list(averages)
+        self.item_bytes = 128 if headline else 256
+        self._leaves = [_Leaf(leaf, task) for leaf, task in leaves.items()]
+        self._ends = list(accumulate(len(leaf.documents) for leaf in self._leaves))
+        if headline:
+            self.higher_is_better = bool(self._leaves[0].task.higher_is_better()[headline])
         self.digest = self._digest()
 
     def _digest(self) -> str:
         # Prompts, metrics and the rule by which text becomes tokens are lm-eval's, so its version counts.
-        settings = {"lm_eval": lm_eval.__version__, "config": self.definition.config, "max_length": self.max_length}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for group, task in self._groups:
-            shots = list(task.fewshot_docs()) if task.config.num_fewshot else []
-            documents = [group, task.task_docs.to_list(), shots]
-            digest.update(json.dumps(documents, sort_keys=True, default=str).encode())
+        settings = [lm_eval.__version__, self.max_length, list(self.prompting), FEWSHOT_SEED]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for leaf in self._leaves:
+            content = [leaf.name, _config(leaf.task), list(leaf.documents), leaf.examples()]
+            digest.update(json.dumps(content, sort_keys=True, default=_named).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _place(self, index: int) -> tuple[str, Any, Any]:
-        """The group of item `index`, its task object and its document."""
+    def _place(self, index: int) -> tuple[_Leaf, int]:
+        """The task of item `index`, and the item's place in it."""
         number = bisect_right(self._ends, index)
-        group, task = self._groups[number]
-        return group, task, task.task_docs[index - (self._ends[number - 1] if number else 0)]
+        return self._leaves[number], index - (self._ends[number - 1] if number else 0)
 
     def tags(self, index: int) -> Mapping[str, Any]:
-        """The document's words as `weight` for a perplexity; the group, e.g. the subject, where there are groups."""
-        group, task, document = self._place(index)
-        if self.metric == "word_perplexity":
-            # lm-eval's items for it: (log-likelihood of the document in nats, number of words).
-            return {"weight": int(task.process_results(document, (0.0,))[self.metric][1])}
-        return {self.definition.group: group} if self.definition.group else {}
+        """The task's name, e.g. the subject, where there are several."""
+        return {self.label: self._place(index)[0].name} if len(self._leaves) > 1 else {}
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], batch_size: int
     ) -> list[Item]:
-        """As `Task.score`. An item's value is 1.0 or 0.0 for an accuracy, and for a perplexity the log-likelihood in
-        nats of the whole document."""
+        """As `Task.score`. An item's value is the number of its first metric, e.g. 1.0 for a right answer, and for a
+        perplexity the log-likelihood in nats of the whole document."""
         items = []
         for answer in self.answers(model, tokenizer, indices, batch_size):
-            value = answer.metrics[self.metric]
-            items.append(Item(float(value[0] if isinstance(value, tuple) else value)))
+            kept = {self.metric: answer.metrics[self.metric]} if self.metric else answer.metrics
+            first = next(iter(kept.values()), None)
+            items.append(Item((_numbers(first) or (0.0,))[0], metrics=kept))
         return items
 
     def answers(
@@ -116,129 +159,215 @@ class LmEvalTask(Task):
         """All that a model answers on some items, in that order.
 
         Raises:
-            ModelError: the model gives log-likelihoods that are not finite.
+            ModelError: log-likelihoods that are not finite, or prompts and answers longer than the model's context.
+            DataError: the tokenizer has no chat template.
         """
+        if self.prompting.chat and getattr(tokenizer, "chat_template", None) is None:
+            raise DataError("--apply-chat-template: the model's tokenizer has no chat template; leave the option out")
         places = [self._place(index) for index in indices]
-        asked = [_requests(task, document) for _, task, document in places]
-        kind = asked[0][0].request_type
-        with _quiet():
-            harness = _Harness(model, tokenizer, batch_size, self.max_length, self.plain)
-            flat = [request for requests in asked for request in requests]
-            responses = iter(getattr(harness, kind)(flat, disable_tqdm=True))
-        answers = []
-        for index, (_, task, document), requests in zip(indices, places, asked, strict=True):
-            found = [next(responses) for _ in requests]
-            if not all(math.isfinite(one[0] if isinstance(one, tuple) else one) for one in found):
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(FEWSHOT_SEED + indices[0])
+            lm = _lm(model, tokenizer, batch_size, self.max_length, self.plain)
+            asked = [leaf.requests(at, lm, self.prompting) for leaf, at in places]
+            kinds: dict[str, list[Any]] = {}
+            for request in (one for requests in asked for one in requests):
+                kinds.setdefault(request.request_type, []).extend([request] * request.repeats)
+            for kind, requests in kinds.items():
+                for request, response in zip(requests, self._responses(lm, kind, requests), strict=True):
+                    request.resps.append(response)
+            for leaf in dict.fromkeys(leaf for leaf, _ in places):
+                leaf.filter(
+                    [one for (of, _), requests in zip(places, asked, strict=True) if of is leaf for one in requests]
+                )
+            return [
+                self._answer(index, leaf, at, requests)
+                for index, (leaf, at), requests in zip(indices, places, asked, strict=True)
+            ]
+
+    def _responses(self, lm: LinearizeLM, kind: str, requests: Sequence[Any]) -> list[Any]:
+        try:
+            found: list[Any] = getattr(lm, kind)(requests, disable_tqdm=True)
+        except AssertionError as error:  # lm-eval's own check of lengths
+            raise ModelError(f"task {self.name}: {' '.join(str(error).split())}") from error
+        return found
+
+    def _answer(self, index: int, leaf: _Leaf, at: int, requests: Sequence[Any]) -> Answer:
+        for response in (one for request in requests for one in request.resps):
+            nats = response[0] if isinstance(response, tuple) else response
+            if isinstance(nats, float) and not math.isfinite(nats):
                 raise ModelError(
                     f"the model's log-likelihoods on item {index + 1} of {self.name} are not finite: nothing to score"
                 )
-            metrics = task.process_results(document, found)
-            answers.append(Answer([request.args for request in requests], found, metrics))
-        return answers
+        metrics = {}
+        for name in requests[0].filtered_resps:
+            found = leaf.task.process_results(leaf.documents[at], [one.filtered_resps[name] for one in requests])
+            for metric, value in found.items():
+                metrics[metric_name(metric, name)] = _json(value, self.name, metric)
+        responses = [next(iter(one.filtered_resps.values())) for one in requests]
+        return Answer([request.args for request in requests], responses, metrics)
 
-    def summary(self, values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
-        """As `Task.summary`."""
-        if self.metric == "word_perplexity":
-            return _perplexity(values, [int(tag["weight"]) for tag in tags])
-        return super().summary(values, tags)
+    def measures(self, indices: Sequence[int], items: Sequence[Item]) -> list[Measure]:
+        """As `Task.measures`: lm-eval's aggregation of each metric over the items that have it."""
+        names = dict.fromkeys(name for item in items for name in item.metrics)
+        if self.averages:
+            wanted = [
+                (name, one.by_size)
+                for one in self.averages
+                for name in names
+                if name == one.metric or (one.any_filter and name.partition(",")[0] == one.metric)
+            ]
+        else:
+            wanted = [(name, True) for name in names if self.metric in ("", name)]
+        # RULER's group averages one length alone, which need not be one that was asked for.
+        wanted = wanted or [(name, self.averages[0].by_size) for name in names]
+        found = [self._measure(name, by_size, indices, items) for name, by_size in wanted]
+        return [measure for measure in found if measure is not None]
+
+    def _measure(self, name: str, by_size: bool, indices: Sequence[int], items: Sequence[Item]) -> Measure | None:
+        metric, _, _ = name.partition(",")
+        by_leaf: dict[_Leaf, list[tuple[int, Any]]] = {}
+        for index, item in zip(indices, items, strict=True):
+            if name in item.metrics and item.metrics[name] != _NOT_APPLICABLE:
+                by_leaf.setdefault(self._place(index)[0], []).append((index, item.metrics[name]))
+        if not by_leaf:
+            return None
+        sizes = {leaf: len(found) for leaf, found in by_leaf.items()}
+        weights = {leaf: float(size) if by_size else 1.0 for leaf, size in sizes.items()}
+        values = {
+            leaf: float(leaf.task.aggregation().get(metric, mean)([value for _, value in found]))
+            for leaf, found in by_leaf.items()
+        }
+        total = math.fsum(weights.values())
+        value = math.fsum(weights[leaf] * values[leaf] for leaf in by_leaf) / total
+        count = sum(sizes.values())
+        numbers, tags = [], []
+        for leaf, found in by_leaf.items():
+            for index, raw in found:
+                number = _numbers(raw)
+                numbers.append(number)
+                tag = dict(self.tags(index))
+                if number and len(number) == 2:
+                    tag["weight"] = number[1]
+                elif not by_size:
+                    tag["weight"] = weights[leaf] / total * count / sizes[leaf]
+                tags.append(tag)
+        entries = [number[0] for number in numbers if number]
+        if len(entries) < count:
+            entries, tags = [], []
+        higher = bool(next(iter(by_leaf)).task.higher_is_better().get(metric, True))
+        parts = contributions(TaskScore(self.name, name, value, None, higher, entries, tags=tags))
+        if parts is None and any(len(number or ()) == 2 for number in numbers):
+            entries, tags = [], []  # two numbers that are no sum and weight, e.g. an answer and the right one under F1
+        stderr = statistics.stdev(parts) / math.sqrt(len(parts)) if parts and len(parts) > 1 else None
+        return Measure(name, higher, value, stderr, entries, tags, count)
 
 
-def lm_eval_tasks(names: Sequence[str], data: Path | None = None, **options: Any) -> list[LmEvalTask]:
-    """Tasks by name, in that order.
+class _Leaf:
+    """One task object of lm-eval, and its documents."""
 
-    Args:
-        names: of `linearize.evaluation.tasks.tasks.available_tasks`.
-        data: the folder with the tasks' files; None reads them from the Hub.
-        options: of `LmEvalTask`.
+    def __init__(self, name: str, task: Any) -> None:
+        self.name, self.task = name, task
+        # lm-eval maps `process_docs` over the documents whenever `eval_docs` is read.
+        self.documents = task.task_docs if hasattr(task, "task_docs") else list(task.eval_docs)
+        self.shots = task.config.num_fewshot or 0
+        self._contexts: list[Any] = []
 
-    Raises:
-        DataError: an unknown task, or data that cannot be read.
-    """
-    with _quiet():
-        built = build_tasks(names, data)
-    return [LmEvalTask(task_definitions()[name], groups, **options) for name, groups in built.items()]
+    def examples(self) -> list[Any]:
+        """The documents that solved examples are taken from."""
+        return list(self.task.fewshot_docs()) if self.shots else []
 
+    def requests(self, at: int, lm: LinearizeLM, prompting: Prompting) -> list[Any]:
+        """The requests of lm-eval's `build_all_requests` for one document."""
+        document, template = self.documents[at], lm.apply_chat_template if prompting.chat else None
+        built = self.task.construct_requests(
+            doc=document,
+            ctx=self._context(at, template, prompting),
+            metadata=(self.task.config.task, at, self.task.config.repeats),
+            apply_chat_template=prompting.chat,
+            chat_template=template,
+        )
+        return built if isinstance(built, list) else [built]
 
-def _requests(task: Any, document: Any) -> list[Any]:
-    """The requests of lm-eval's `build_all_requests` for a document."""
-    context = task.fewshot_context(
-        document, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(document)
-    )
-    built = task.construct_requests(doc=document, ctx=context, metadata=(task.config.task, 0, 1))
-    return built if isinstance(built, list) else [built]
+    def filter(self, requests: list[Any]) -> None:
+        """Applies the task's filters to the responses of these requests."""
+        self.task._instances = requests
+        self.task.apply_filters()
+        self.task._instances = None
+
+    def _context(self, at: int, template: Any, prompting: Prompting) -> Any:
+        if not self.shots or isinstance(getattr(self.task, "sampler", None), FirstNSampler):
+            return self._made(at, template, prompting)
+        # One generator draws the examples of one document after the other.
+        while len(self._contexts) <= at:
+            self._contexts.append(self._made(len(self._contexts), template, prompting))
+        return self._contexts[at]
+
+    def _made(self, at: int, template: Any, prompting: Prompting) -> Any:
+        document = self.documents[at]
+        return self.task.fewshot_context(
+            document,
+            num_fewshot=self.shots,
+            system_instruction=prompting.system,
+            apply_chat_template=prompting.chat,
+            fewshot_as_multiturn=True,
+            chat_template=template,
+            gen_prefix=self.task.doc_to_prefix(document),
+        )
 
 
 # lm-eval gives tokenizers without a pad token one, so it gets a copy, which is costly to make for every few items.
 _copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-class _Harness(HFLM):
-    """lm-eval's Hugging Face model, which reads what continuations share once."""
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None, plain: bool) -> None:
-        if tokenizer not in _copies:
-            _copies[tokenizer] = copy.deepcopy(tokenizer)
-        super().__init__(
-            pretrained=model,
-            tokenizer=_copies[tokenizer],
-            backend="causal",
-            batch_size=batch_size,
-            max_length=max_length,
-            # Sums of log-probabilities in bfloat16 would lose more than the models differ by.
-            softmax_dtype="float32",
-        )
-        self._plain = plain
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
-        if pair[1]:
-            return pair
-        # The text as a whole takes no more tokens than its context: one of them spans both. lm-eval stops here; the
-        # continuation is then what follows the tokens that the two have in common.
-        whole = self.tok_encode(context + continuation)
-        common = common_length([tuple(pair[0]), tuple(whole)])
-        return whole[:common] or [self.prefix_token_id], whole[common:]
-
-    def _loglikelihood_tokens(
-        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        # `override_bs` marks the windows of a document, which share nothing.
-        if not self._plain and override_bs is None:
-            queries = [
-                Query(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation))
-                for _, context, continuation in requests
-            ]
-            shared = log_likelihoods(self.model, queries, batch_size=self.batch_size, max_length=self.max_length)
-            if shared is not None:
-                return shared
-        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-            requests, disable_tqdm=True, override_bs=override_bs
-        )
-        return answers
+def _lm(model: Any, tokenizer: Any, batch_size: int, max_length: int | None, plain: bool) -> LinearizeLM:
+    if tokenizer not in _copies:
+        _copies[tokenizer] = copy.deepcopy(tokenizer)
+    return LinearizeLM(model, tokenizer=_copies[tokenizer], batch_size=batch_size, max_length=max_length, plain=plain)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of every model that is handed over in memory, and of local data sets."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def metric_name(metric: str, filter_name: str) -> str:
+    """`exact_match,strict-match`; without the filter where it is lm-eval's `none`."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-def _perplexity(nats: Sequence[float], words: Sequence[int]) -> tuple[float, float | None]:
-    """exp(-Σ nats / Σ words) and its standard error over documents.
+def _config(task: Any) -> dict[str, Any]:
+    """A task's settings, without what tells where it lies."""
+    config = dict(task.dump_config())
+    metadata = config.get("metadata")
+    if isinstance(metadata, dict):
+        config["metadata"] = {
+            key: value for key, value in metadata.items() if key not in ("config_source", "pretrained")
+        }
+    return config
 
-    The error is that of a ratio of two sums, linearised at their means (lm-eval bootstraps it, which costs minutes and
-    agrees to a few percent).
+
+def _named(value: Any) -> str:
+    """A function by its name: its address changes from process to process."""
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """The number of an item, or the two of (sum, weight); None where it is something else."""
+    if isinstance(value, (bool, int, float)):
+        return (float(value),)
+    pair = isinstance(value, list) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)
+    return (float(value[0]), float(value[1])) if pair else None
+
+
+def _json(value: Any, task: str, metric: str) -> Any:
+    """A metric's value on one item as JSON gives it back.
+
+    Raises:
+        DataError: it cannot be kept as JSON.
     """
-    n, total = len(nats), sum(words)
-    mean = sum(nats) / total
-    value = math.exp(-mean)
-    if n < 2:
-        return value, None
-    squares = sum((nat - mean * count) ** 2 for nat, count in zip(nats, words, strict=True))
-    return value, value * math.sqrt(squares * n / (n - 1)) / total
+
+    def plain(entry: Any) -> Any:
+        if hasattr(entry, "tolist"):  # numpy's and torch's numbers and arrays
+            return entry.tolist()
+        raise TypeError
+
+    try:
+        return json.loads(json.dumps(value, default=plain))
+    except TypeError:
+        kind = type(value).__name__
+        raise DataError(f"task {task}: metric {metric} gives a {kind} per item, which cannot be kept as JSON") from None

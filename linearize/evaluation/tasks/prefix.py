@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from linearize.evaluation.tasks.reading import pieces
 from linearize.model.memory import LayerMemory
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 # Contexts that start with as many equal tokens are taken to have a beginning that is worth reading once.
 MIN_SHARED = 64
-# Positions whose logits exist at one time, where a single row has no more: of a vocabulary of 49k they take 0.8 GB.
-_MOST_POSITIONS = 4096
-# Of these, the positions whose float32 log-probabilities do.
-_CHUNK = 256
+# Logits that exist at one time, positions times vocabulary: 256 MB in float32, and as much again inside the model.
+_MOST_LOGITS = 2**26
+# Of their positions, those whose float32 log-probabilities exist at one time.
+_CHUNK = 64
 _COPYABLE = (DynamicLayer, DynamicSlidingWindowLayer, LayerMemory)
 _T = TypeVar("_T")
 Tokens = tuple[int, ...]
@@ -86,11 +87,11 @@ def common_length(rows: Sequence[Tokens]) -> int:
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
-def plan(queries: Sequence[Query]) -> list[Group]:
-    """Groups that together read few tokens."""
+def plan(queries: Sequence[Query], members: Sequence[int] | None = None) -> list[Group]:
+    """Groups of the members, by number (all queries by default), that together read few tokens."""
     contexts: dict[Tokens, list[int]] = {}
-    for number, query in enumerate(queries):
-        contexts.setdefault(query.context, []).append(number)
+    for number in range(len(queries)) if members is None else members:
+        contexts.setdefault(queries[number].context, []).append(number)
     clusters: dict[Tokens, list[Tokens]] = {}
     for context in contexts:
         clusters.setdefault(context[:MIN_SHARED], []).append(context)
@@ -110,21 +111,24 @@ def plan(queries: Sequence[Query]) -> list[Group]:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, queries: Sequence[Query], *, batch_size: int, max_length: int
-) -> list[tuple[float, bool]] | None:
+    model: Any, queries: Sequence[Query], *, batch_size: int, max_length: int, share: bool = True
+) -> list[tuple[float, bool]]:
     """Per query: the summed log-probability of its targets in nats, and True if each target is the most likely token.
 
     Args:
         model: a causal LM on its device, in eval mode.
         batch_size: rows per forward pass.
         max_length: the model's context; no position beyond it is asked for.
-
-    Returns:
-        None if the model's cache is of a kind that cannot be copied row by row.
+        share: read what queries share once. A model whose cache cannot be copied row by row reads each by itself.
     """
+    positions = max(1, _MOST_LOGITS // model.config.get_text_config().vocab_size)
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(queries)
-    groups = sorted(plan(queries), key=lambda group: -len(group.prefix))
-    for batch in _fitting(groups, [group.tail(queries) for group in groups], batch_size):
+    short = [number for number, query in enumerate(queries) if len(query.targets) <= positions]
+    for number in sorted(set(range(len(queries))) - set(short)):
+        answers[number] = _in_pieces(model, queries[number])
+    groups = plan(queries, short) if share else [Group.of(queries[n].tokens, queries, [n]) for n in short]
+    groups.sort(key=lambda group: -len(group.prefix))
+    for batch in _fitting(groups, [group.tail(queries) for group in groups], batch_size, positions):
         keep = max(1, *(group.tail(queries) for group in batch))
         ids, mask = _left_padded([group.prefix for group in batch], model.device)
         lengths = mask.sum(1)
@@ -139,11 +143,13 @@ def log_likelihoods(
             use_cache=bool(rows),
         )
         if rows and not _is_copyable(cache):
-            return None
+            # A cache of another kind may be a recurrent state, which pads on the left would change.
+            return log_likelihoods(model, queries, batch_size=1, max_length=max_length, share=False)
         for index, group in enumerate(batch):
             for number in group.rests.get((), ()):
                 answers[number] = _score(end[index], queries[number].targets)
-        for piece in _batched(sorted(rows, key=lambda row: -len(row[1])), batch_size):
+        rows.sort(key=lambda row: -len(row[1]))
+        for piece in _fitting(rows, [len(rest) for _, rest in rows], batch_size, positions):
             chosen = torch.tensor([index for index, _ in piece], device=ids.device)
             longest = len(piece[0][1])
             new = torch.tensor([[*rest, *[0] * (longest - len(rest))] for _, rest in piece], device=ids.device)
@@ -178,6 +184,18 @@ def log_likelihoods(
                         found = torch.cat([end[index, -1:], found])
                     answers[number] = _score(found, targets)
     return answers
+
+
+def _in_pieces(model: Any, query: Query) -> tuple[float, bool]:
+    """Score a query with more targets than logits may exist at one time: its text is read piece by piece on a cache."""
+    total, likeliest = 0.0, True
+    first = len(query.tokens) - len(query.targets)
+    ids = torch.tensor([query.tokens])
+    for start, logits in pieces(model, ids, max(0, first)):
+        targets = query.targets[start - first : start - first + logits.shape[1]]
+        nats, likely = _score(logits[0], targets)
+        total, likeliest = total + nats, likeliest and likely
+    return total, likeliest
 
 
 def _score(logits: Tensor, targets: Tokens) -> tuple[float, bool]:
@@ -227,19 +245,15 @@ def _rows(cache: Cache, indices: Tensor) -> Cache:
     return copied
 
 
-def _fitting(groups: Sequence[Group], tails: Sequence[int], size: int) -> Iterator[Sequence[Group]]:
-    """Batches of at most `size` rows, of one where the logits of more would take too much memory."""
+def _fitting(items: Sequence[_T], tails: Sequence[int], size: int, positions: int) -> Iterator[Sequence[_T]]:
+    """Batches of at most `size` rows, of fewer where rows times the longest tail would be more than `positions`."""
     start = 0
-    while start < len(groups):
+    while start < len(items):
         stop, most = start + 1, max(1, tails[start])
-        while stop < len(groups) and stop - start < size:
+        while stop < len(items) and stop - start < size:
             most = max(most, tails[stop])
-            if most * (stop + 1 - start) > _MOST_POSITIONS:
+            if most * (stop + 1 - start) > positions:
                 break
             stop += 1
-        yield groups[start:stop]
+        yield items[start:stop]
         start = stop
-
-
-def _batched(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -9,7 +9,7 @@ import statistics
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,13 @@ class Item:
     Attributes:
         value: what is averaged, e.g. 1.0 or 0.0 for an answer that is right or wrong, or nats per token.
         curve: a value per position or bucket of the item, for tasks that look along a text.
+        metrics: lm-eval's tasks have several metrics: name -> the item's value as JSON holds it. `value` is then the
+            number of the first.
     """
 
     value: float
     curve: tuple[float, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ class TaskScore:
         value: the metric over all items; accuracies are shares in [0, 1], losses and divergences nats per token.
         stderr: the standard error of `value`; None with fewer than two items.
         higher_is_better: how to read `value`.
-        items: per item its value, in the task's order: two models' lists pair up item by item.
+        items: per item its value, in the task's order: two models' lists pair up item by item. Empty where an item has
+            no number of its own, e.g. a pair of texts under BLEU.
         suite: where the task belongs.
         tags: per item what it is, e.g. `{"length": 1024, "depth": 0.5}`; empty where items are all alike.
         curves: per item its curve; empty where there are none.
         axis: what a curve runs along, one number per point.
         total: how many items the task has; None where it is not known.
         seed: of the random subset that was scored; None where it was all of them. The tag `item` says which.
+        count: the number of items scored, where `items` is empty.
     """
 
     task: str
@@ -61,11 +66,24 @@ class TaskScore:
     axis: list[float] = field(default_factory=list, repr=False)
     total: int | None = None
     seed: int | None = None
+    count: int = 0
 
     @property
     def n(self) -> int:
         """The number of items scored."""
-        return len(self.items)
+        return len(self.items) or self.count
+
+
+class Measure(NamedTuple):
+    """One metric of a task over some items; the fields are those of `TaskScore`."""
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    stderr: float | None
+    items: list[float]
+    tags: list[dict[str, Any]]
+    count: int
 
 
 class Task(ABC):
@@ -78,6 +96,7 @@ class Task(ABC):
         higher_is_better: how to read it.
         digest: SHA-256 over everything that the result depends on besides the model: texts, settings, scoring.
         axis: what the items' curves run along; empty for tasks without.
+        item_bytes: about what an item's result takes, in the store as in a report.
     """
 
     name: str
@@ -86,6 +105,7 @@ class Task(ABC):
     higher_is_better: bool = True
     digest: str
     axis: Sequence[float] = ()
+    item_bytes: int = 64
 
     @abstractmethod
     def __len__(self) -> int:
@@ -114,6 +134,13 @@ class Task(ABC):
         """The metric over these items, and its standard error (None with fewer than two)."""
         return mean_and_error(by_row(values, tags))
 
+    def measures(self, indices: Sequence[int], items: Sequence[Item]) -> list[Measure]:
+        """Each metric over these items, which are those at `indices`."""
+        tags = [dict(self.tags(index)) for index in indices]
+        values = [item.value for item in items]
+        value, stderr = self.summary(values, tags)
+        return [Measure(self.metric, self.higher_is_better, value, stderr, values, tags, len(values))]
+
 
 @contextmanager
 def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
@@ -129,9 +156,11 @@ def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
         model.train(was_training)
 
 
-def draw(name: str, size: int, limit: int | None, seed: int) -> list[int]:
-    """Places of `limit` out of `size` items, in order."""
+def draw(name: str, size: int, limit: float | None, seed: int) -> list[int]:
+    """Places of `limit` out of `size` items, in order; a limit below 1 is a share, rounded up to whole items."""
     everything = list(range(size))
+    if limit is not None:
+        limit = math.ceil(limit * size) if limit < 1 else int(limit)
     if limit is None or limit >= size:
         return everything
     # The first of a shuffled list: a larger subset contains a smaller one, and finds its results in the store.

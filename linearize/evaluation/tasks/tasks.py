@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-# lm-eval's own default; zero-shot tasks draw no examples, but a task without a seed refuses to run.
 FEWSHOT_SEED = 1234
+"""lm-eval's default, of solved examples and of sampled answers. A task without a seed refuses to run."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ def available_tasks(suite: str | None = None) -> dict[str, str]:
     return {name: one.about for name, one in task_definitions().items() if suite in (None, one.suite)}
 
 
-def build_tasks(names: Sequence[str], data: Path | None) -> dict[str, dict[str, Any]]:
+def build_tasks(names: Sequence[str], data: Path | None, shots: int | None = None) -> dict[str, dict[str, Any]]:
     """lm-eval's task objects: by task, by group of its documents (`""` where a task has no groups).
 
     Args:
         names: of `available_tasks`; a repeated name counts once.
         data: the folder to read the documents from (nothing touches the network then), or None for the Hub.
+        shots: solved examples before each question; None for the task's own number.
 
     Raises:
         DataError: an unknown task, a missing or broken file, or a Hub that cannot be reached.
@@ -114,9 +115,17 @@ def build_tasks(names: Sequence[str], data: Path | None) -> dict[str, dict[str, 
     chosen = [_definition(name) for name in dict.fromkeys(names)]
     if not chosen:
         raise DataError(f"no tasks given: choose from {', '.join(task_definitions())}")
+    if shots and (without := [task.name for task in chosen if task.config.get("fewshot_split") is None]):
+        raise DataError(
+            f"task {without[0]}: {shots} solved examples were asked for, and its local form has none; leave out "
+            "--data, and lm-eval's own task reads them from the Hub"
+        )
     # All the documents first: a missing file is told before seconds go into importing and building.
     documents = [_from_hub(task) if data is None else _from_folder(task, data) for task in chosen]
-    return {task.name: _groups(task, splits, data is not None) for task, splits in zip(chosen, documents, strict=True)}
+    return {
+        task.name: _groups(task, splits, data is not None, shots)
+        for task, splits in zip(chosen, documents, strict=True)
+    }
 
 
 def _definition(name: str) -> TaskDefinition:
@@ -126,9 +135,9 @@ def _definition(name: str) -> TaskDefinition:
     raise DataError(f"no task called '{name}': {hint_for(name, known)}")
 
 
-def _groups(task: TaskDefinition, splits: dict[str, Any], is_local: bool) -> dict[str, Any]:
+def _groups(task: TaskDefinition, splits: dict[str, Any], is_local: bool, shots: int | None) -> dict[str, Any]:
     if not task.group:
-        return {"": _build(task, splits, is_local)}
+        return {"": _build(task, splits, is_local, shots)}
     members: dict[str, dict[str, list[int]]] = {}
     for split, documents in splits.items():
         for index, group in enumerate(documents[task.group]):
@@ -138,16 +147,18 @@ def _groups(task: TaskDefinition, splits: dict[str, Any], is_local: bool) -> dic
         if missing := [split for split, chosen in indices.items() if not chosen]:
             raise DataError(f"task {task.name}: {task.group} {group} has no documents in the {missing[0]} split")
         part = {split: documents.select(indices[split]) for split, documents in splits.items()}
-        built[group] = _build(task, part, is_local)
+        built[group] = _build(task, part, is_local, shots)
     return built
 
 
-def _build(task: TaskDefinition, splits: dict[str, Any], is_local: bool) -> Any:
+def _build(task: TaskDefinition, splits: dict[str, Any], is_local: bool, shots: int | None) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     config = {
         key: _imported(value) if isinstance(value, _FunctionName) else value for key, value in task.config.items()
     }
+    if shots is not None:
+        config["num_fewshot"] = shots
     if is_local:
         # The local files hold documents as `process_docs` leaves them.
         config.pop("process_docs", None)

@@ -1,0 +1,200 @@
+"""lm-eval's tasks by name: equal to lm-eval's own evaluation, with tasks of a folder of YAML files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.cli.app import run as command
+from linearize.errors import DataError, ModelError
+from linearize.evaluation.runner import run
+from linearize.evaluation.store import Store
+from linearize.evaluation.tasks import index
+from linearize.evaluation.tasks.suites import BENCHMARKS, SuiteOptions, build_suites, choose_tasks, list_tasks
+from linearize.evaluation.tasks.task import TaskScore
+
+from . import data_folder, tiny_model_folder
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def include(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML tasks, which name their data by an absolute path."""
+    folder = tmp_path_factory.mktemp("yaml")
+    for path in (Path(__file__).parent / "lm_eval_tasks").iterdir():
+        (folder / path.name).write_text(path.read_text().replace("FOLDER", str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder(), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    made = AutoTokenizer.from_pretrained(tiny_model_folder())
+    made.chat_template = TEMPLATE
+    return made
+
+
+def scores(
+    model: Any, tokenizer: Any, names: list[str], include: Path, store: Store | None = None, limit: float | None = None,
+    **options: Any,
+) -> dict[tuple[str, str], TaskScore]:  # fmt: skip
+    tasks = build_suites(choose_tasks(names, include=include), tokenizer, SuiteOptions(include=include, **options))
+    found = run({"it": lambda: model}, tasks, tokenizer, store=store, limit=limit)["it"]
+    return {(one.task, one.metric): one for one in found}
+
+
+def theirs(model: Any, tokenizer: Any, names: list[str], include: Path, **options: Any) -> dict[str, Any]:
+    """lm-eval's own evaluation by its own model class."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    found: dict[str, Any] = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, softmax_dtype="float32"),
+        tasks=names,
+        task_manager=TaskManager(include_path=str(include), include_defaults=False),
+        bootstrap_iters=0,
+        **options,
+    )
+    return found
+
+
+CALLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"num_fewshot": 1, "chat": True, "system": "Be brief."}, {
+        "num_fewshot": 1, "apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": True,
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "lm_eval"), CALLS)
+def test_every_item_is_that_of_lm_eval(
+    model: Any, tokenizer: Any, include: Path, ours: dict[str, Any], lm_eval: dict[str, Any]
+) -> None:
+    names = ["animals_choice", "animals_write"]
+    found = scores(model, tokenizer, names, include, **ours)
+    expected = theirs(model, tokenizer, names, include, **lm_eval)
+    assert [key for key in found if key[0] == "animals_write"] == [
+        ("animals_write", "exact_match,whole"), ("animals_write", "exact_match,first-word")
+    ]  # fmt: skip
+    for (task, metric), score in found.items():
+        name, _, kept = metric.partition(",")
+        assert score.value == pytest.approx(expected["results"][task][f"{name},{kept or 'none'}"], abs=1e-12)
+        assert (score.suite, score.n, score.total) == (BENCHMARKS, 12, 12)
+        if name != "mcc":
+            samples = [one for one in expected["samples"][task] if one["filter"] == (kept or "none")]
+            assert score.items == [float(one[name]) for one in sorted(samples, key=lambda one: one["doc_id"])]
+    unpaired = found["animals_choice", "mcc"]
+    assert (unpaired.items, unpaired.stderr, unpaired.n) == ([], None, 12)
+
+
+def test_answers_of_texts_are_those_of_lm_eval(model: Any, tokenizer: Any, include: Path) -> None:
+    options = SuiteOptions(include=include)
+    (task,) = build_suites(choose_tasks(["animals_write"], include=include), tokenizer, options)
+    answers = task.answers(model, tokenizer, [7, 3], 2)  # type: ignore[attr-defined]
+    samples = theirs(model, tokenizer, ["animals_write"], include)["samples"]["animals_write"]
+    for index_, answer in zip([7, 3], answers, strict=True):
+        sample = next(one for one in samples if one["doc_id"] == index_ and one["filter"] == "whole")
+        # The very prompt, with the very solved examples, and the very text.
+        assert answer.arguments == sample["arguments"]
+        assert answer.responses == sample["filtered_resps"]
+
+
+def test_groups_tags_and_perplexities(model: Any, tokenizer: Any, include: Path) -> None:
+    found = scores(model, tokenizer, ["animals", "animals_text"], include)
+    expected = theirs(model, tokenizer, ["animals", "animals_text"], include)["results"]
+    group = found["animals", "acc"]
+    assert set(found) == {("animals", "acc"), ("animals_text", "word_perplexity"), ("animals_text", "bits_per_byte")}
+    assert group.value == pytest.approx(expected["animals"]["acc,none"])
+    assert {tag["task"] for tag in group.tags} == {"animals_choice", "animals_read"} and group.n == 24
+    for metric in ("word_perplexity", "bits_per_byte"):
+        score = found["animals_text", metric]
+        assert score.value == pytest.approx(expected["animals_text"][f"{metric},none"], rel=1e-5)
+        assert score.stderr is not None and len(score.items) == 12
+    chosen = choose_tasks(["animals_all"], include=include)
+    tasks = build_suites(chosen, tokenizer, SuiteOptions(include=include))
+    assert {one.name for one in tasks} == {"animals_choice", "animals_read", "animals_write"}
+
+
+def test_nothing_is_scored_twice(model: Any, tokenizer: Any, include: Path, tmp_path: Path) -> None:
+    store, few = Store(tmp_path), scores(model, tokenizer, ["animals_write"], include, limit=0.25)
+    assert {one.n for one in few.values()} == {3}
+    first = scores(model, tokenizer, ["animals_write"], include, store, limit=0.25)
+    assert first == few
+    whole = scores(model, tokenizer, ["animals_write"], include, store)
+    lines = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines() if line]
+    items = [line["item"] for line in lines if "item" in line]
+    assert sorted(items) == list(range(12))  # three of them from the first call
+    assert scores(model, tokenizer, ["animals_write"], include, store) == whole
+    assert scores(model, tokenizer, ["animals_write"], include) == whole
+
+
+def test_what_is_refused(model: Any, tokenizer: Any, include: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no task called 'animal_choice': did you mean animals_choice"):
+        choose_tasks(["animal_choice"], include=include)
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        choose_tasks(["piqa"], include=tmp_path / "nowhere")
+    with pytest.raises(DataError, match="names a task, group or tag"):
+        choose_tasks(["piqa"], include=tmp_path)
+    bare = AutoTokenizer.from_pretrained(tiny_model_folder())
+    bare.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        scores(model, bare, ["animals_choice"], include, chat=True)
+    (tmp_path / "long.yaml").write_text(
+        (include / "animals_write.yaml").read_text().replace("animals_write", "long").replace("toks: 6", "toks: 99999")
+    )
+    with pytest.raises(ModelError, match=r"task long: .*max tokens to generate"):
+        scores(model, tokenizer, ["long"], tmp_path)
+    (tmp_path / "long.yaml").write_text((include / "animals_write.yaml").read_text().replace("questions", "none"))
+    with pytest.raises(DataError, match=r"task animals_write: cannot be loaded \(FileNotFoundError") as caught:
+        scores(model, tokenizer, ["animals_write"], tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="solved examples were asked for"):
+        build_suites({"core": ["piqa"]}, tokenizer, SuiteOptions(data=data_folder(), num_fewshot=2))
+
+
+def test_from_the_command_line(include: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["eval", str(tiny_model_folder()), "--tasks", "animals_choice,animals_write", "--include-path", str(include)]
+    assert command([*line, "--limit", "0.5", "--report", str(tmp_path / "report"), "--json"]) == 0
+    out, words = capfd.readouterr()
+    found = json.loads(out)
+    assert found["limit"] == 0.5 and found["items"]["animals_write"] == {"n": 6, "of": 12}
+    assert words.rstrip().endswith(f"wrote {tmp_path / 'report' / 'report.html'}")
+    assert "50 % of each task" in (tmp_path / "report" / "report.md").read_text()
+    assert command(["eval", "--list", "animals_w*", "--include-path", str(include), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == [{"name": "animals_write", "kind": "task", "about": ""}]
+    assert command(["eval"]) == 2
+    assert "name a MODEL, or pass --list" in capfd.readouterr().err
+
+
+def test_names_of_lm_eval_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = index.lm_eval_names()
+    monkeypatch.undo()
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path))
+    monkeypatch.setattr(index, "_scan", lambda **_: few)
+    first = index.lm_eval_names()
+    assert first == few and first["mmlu_anatomy"].kind == "task" and first["ai2_arc"].members
+    monkeypatch.setattr(index, "_scan", lambda **_: pytest.fail("read again"))
+    assert index.lm_eval_names() == first
+    kinds = {name: kind for name, kind, _ in list_tasks("a")}
+    assert (kinds["passkey"], kinds["recall"], kinds["mmlu_anatomy"]) == ("task", "suite", "task")
+    assert choose_tasks(["mmlu_*", "piqa"]) == {BENCHMARKS: ["mmlu_anatomy"], "core": ["piqa"]}
+
+
+@pytest.mark.slow
+def test_every_name_of_lm_eval_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path))
+    names = index.lm_eval_names()
+    assert {"gsm8k", "mmlu_pro", "ifeval", "ruler", "lambada_openai", "mmlu_anatomy", "ai2_arc"} <= set(names)
+    assert len(names) > 5000
