@@ -155,7 +155,7 @@ def test_a_recurrence_is_added_as_the_page_says(place: Path) -> None:
 @pytest.mark.check
 def test_the_commands_are_functions(place: Path) -> None:
     page = run_page("python.md")
-    assert list(page["results"].scores) == ["teacher", "window", "model"]
+    assert list(page["results"].scores) == ["teacher", "window_bytes", "no_recurrence", "model"]
     assert 0 < page["told"].new_tokens <= 20 and page["more"].new_tokens == 5
     assert (place / "smol-gla" / "README.md").stat().st_size == page["shared"].files["README.md"]
     assert "### What was kept, and what was lost" in (place / "smol-gla" / "README.md").read_text()

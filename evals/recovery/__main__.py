@@ -74,8 +74,8 @@ TINY = Scale(
     held_out=512,
     settings=("mixer.window=16",),
     evaluation=(
-        "--tasks piqa,held_out --limit 4 --baseline teacher,window",
-        "--tasks niah_single_1,loss_by_position --lengths 256 --samples 1 --baseline teacher,window",
+        "--tasks piqa,held_out --limit 4 --baseline none,teacher,window",
+        "--tasks niah_single_1,loss_by_position --lengths 256 --samples 1 --baseline none,teacher,window",
     ),
 )
 

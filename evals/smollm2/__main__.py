@@ -65,7 +65,16 @@ def measure(models: Path, data: Path) -> None:
     """Writes a report for each model and suite beside this file."""
     for model, baselines in MODELS.items():
         for suffix, options in SUITES.items():
-            command = [sys.executable, "-m", "linearize", "eval", model, *options.split(), "--baseline", baselines]
+            command = [
+                sys.executable,
+                "-m",
+                "linearize",
+                "eval",
+                model,
+                *options.split(),
+                "--baseline",
+                f"none,{baselines}",
+            ]
             report = ["--data", str(data), "--report", str(HERE.resolve() / f"{model}{suffix}")]
             subprocess.run([*command, *report], cwd=models, check=True)  # noqa: S603
 

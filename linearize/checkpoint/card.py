@@ -92,7 +92,7 @@ def model_card(
     training = "\n".join(
         f"Trained: {stage['objective']}, {stage['tokens']:,} tokens of {_text(stage['data'])}." for stage in stages
     )
-    evaluate = _code(f"linearize eval {shlex.quote(name)} --baseline teacher,window")
+    evaluate = _code(f"linearize eval {shlex.quote(name)}")
     matter = {**({"base_model": base["model"]} if base["kind"] == "hub" else {}), **facts.licence}
     return _TEMPLATE.format(
         name=_text(name),

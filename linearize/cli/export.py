@@ -148,8 +148,7 @@ def export(
         status(f"{done.cost['weights']}: perplexity {was:.3f}, then {now:.3f}; divergence {apart:.4f} nats per token")
     if done.measured is None:
         status(
-            f"its card has no figures; measure them, and export with --report DIR: linearize eval {folder} "
-            "--baseline teacher,window --report DIR"
+            f"its card has no figures; measure them, and export with --report DIR: linearize eval {folder} --report DIR"
         )
     if not done.licence:
         status("the base model's licence is not known; --license ID puts it onto the card")

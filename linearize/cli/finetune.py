@@ -113,7 +113,7 @@ def finetune(
         return
     _show_result(target, result.stages, as_json)
     if not as_json:
-        status(f"next: linearize eval {target} --baseline teacher,window")
+        status(f"next: linearize eval {target}")
 
 
 def _show_result(target: Path, stages: list[dict[str, Any]], as_json: bool) -> None:

@@ -245,7 +245,7 @@ def _report(named: Path | None, source: Source) -> _Report | None:
         return None
     raise DataError(
         f"{path}: its figures are of another checkpoint ({results.model!r}), not of {folder}; evaluate this one: "
-        f"linearize eval {folder} --baseline teacher,window --report DIR"
+        f"linearize eval {folder} --report DIR"
     )
 
 
@@ -284,8 +284,8 @@ def _measured(report: _Report, portable: Portable, dtype: str, weights: str | No
 
 _NOT_MEASURED = """## What was measured
 
-Nothing that is written here. `linearize eval MODEL --baseline teacher,window --report DIR` measures what the conversion
-cost beside its teacher and the window baseline.
+Nothing that is written here. `linearize eval MODEL --report DIR` measures what the conversion cost beside its teacher and
+a window of equal bytes.
 """
 
 

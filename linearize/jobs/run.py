@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.provenance import checkpoint_digest
 from linearize.conversion.swap import check_convertible, check_reach, convert_model, window_baseline, window_sections
 from linearize.errors import ModelError
+from linearize.evaluation.baselines import equal_bytes
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.results.report import SystemScores, report_data, report_table, write_report
 from linearize.evaluation.results.results import Results
@@ -131,6 +132,10 @@ def run_recipe(
                 systems["teacher"] = lambda: teacher
             if "window" in recipe.evaluate.baselines:
                 systems["window"] = lambda: window_baseline(copy.deepcopy(teacher), mixers)
+            widest = []
+            if "window_bytes" in recipe.evaluate.baselines:
+                widest = equal_bytes(base, mixers, teacher.dtype)
+                systems["window_bytes"] = lambda: window_baseline(copy.deepcopy(teacher), widest)
             systems["converted"] = loads.load
             if recipe.stages:
                 systems["finetuned"] = lambda: trained.model
@@ -151,7 +156,7 @@ def run_recipe(
         figures = {**report_data(scores), "gains": gains, "stages": trained.stages, "seconds": seconds}
         table = report_table(scores)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        sections = {"teacher": [], "window": window_sections(mixers)}
+        sections = {"teacher": [], "window": window_sections(mixers), "window_bytes": window_sections(widest)}
         dtypes = {"converted": teacher.dtype, "finetuned": trained.model.dtype}
         results = Results(
             model=source.name,

@@ -459,7 +459,8 @@ class EvaluateSpec(Section):
     tasks: list[str] = []
     limit: int | None = Field(default=None, ge=1)
     """Examples of a task; null takes all."""
-    baselines: list[Literal["teacher", "window"]] = ["teacher", "window"]
+    baselines: list[Literal["teacher", "window", "window_bytes"]] = ["teacher", "window"]
+    """`window` is the teacher with the model's own window and sinks; `window_bytes` one with the bytes of its memory."""
 
 
 class Recipe(Section):

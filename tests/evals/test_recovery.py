@@ -11,8 +11,8 @@ from evals.recovery.__main__ import SYSTEMS, TINY, Recovery, Scale, main, tokens
 from linearize.data.load import reserved_tokens
 from linearize.recipe import load_recipe
 
-HELD_OUT = "--tasks held_out --baseline teacher,window"
-BY_POSITION = "--tasks loss_by_position --lengths 128 --baseline teacher,window"
+HELD_OUT = "--tasks held_out --baseline none,teacher,window"
+BY_POSITION = "--tasks loss_by_position --lengths 128 --baseline none,teacher,window"
 
 
 @pytest.mark.check
