@@ -198,6 +198,8 @@ def evaluate(
     drawn = [f"{n:,} of {total:,} in {task}" for task, (n, total) in subsets.items() if n < total]
     if drawn:
         status(f"items drawn with seed {seed}: {', '.join(drawn)}")
+    if report is not None:
+        status(f"report: {report / 'report.html'}")
 
 
 def _print_list(found: list[tuple[str, str, str]], as_json: bool) -> None:

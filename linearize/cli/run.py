@@ -88,3 +88,4 @@ def run(
     print(gains_line(result.data["gains"]))
     best = output / ("finetuned" if settings.stages else "converted")
     status(f'next: linearize generate {best} "Once upon a time"')
+    status(f"report: {output / 'report.html'}")

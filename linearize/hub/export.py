@@ -284,8 +284,8 @@ def _measured(report: _Report, portable: Portable, dtype: str, weights: str | No
 
 _NOT_MEASURED = """## What was measured
 
-Nothing that is written here. `linearize eval MODEL --report DIR` measures what the conversion cost beside its teacher and
-a window of equal bytes.
+Nothing that is written here. `linearize eval MODEL --report DIR` measures what the conversion cost beside its
+teacher and a window of equal bytes.
 """
 
 

@@ -460,7 +460,7 @@ class EvaluateSpec(Section):
     limit: int | None = Field(default=None, ge=1)
     """Examples of a task; null takes all."""
     baselines: list[Literal["teacher", "window", "window_bytes"]] = ["teacher", "window"]
-    """`window` is the teacher with the model's own window and sinks; `window_bytes` one with the bytes of its memory."""
+    """`window` is the teacher with the model's own window and sinks, `window_bytes` one with its memory's bytes."""
 
 
 class Recipe(Section):

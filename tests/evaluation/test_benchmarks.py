@@ -198,3 +198,28 @@ def test_every_name_of_lm_eval_is_known(monkeypatch: pytest.MonkeyPatch, tmp_pat
     names = index.lm_eval_names()
     assert {"gsm8k", "mmlu_pro", "ifeval", "ruler", "lambada_openai", "mmlu_anatomy", "ai2_arc"} <= set(names)
     assert len(names) > 5000
+
+
+def test_lm_eval_knows_our_model_by_name(include: Path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from linearize.evaluation.tasks import lm
+
+    assert lm.LinearizeLM.__name__ == "LinearizeLM"
+    found = [
+        simple_evaluate(
+            model=name,
+            model_args={"pretrained": str(tiny_model_folder()), "dtype": "float32", "softmax_dtype": "float32"},
+            tasks=["animals_choice"],
+            device="cpu",
+            batch_size=4,
+            task_manager=TaskManager(include_path=str(include), include_defaults=False),
+            bootstrap_iters=0,
+        )["samples"]["animals_choice"]
+        for name in ("linearize", "hf")
+    ]
+    for ours, theirs_ in zip(*found, strict=True):
+        assert (ours["acc"], ours["acc_norm"]) == (theirs_["acc"], theirs_["acc_norm"])
+        for (nats,), (expected,) in zip(ours["resps"], theirs_["resps"], strict=True):
+            assert nats[0] == pytest.approx(expected[0], rel=2e-5) and nats[1] == expected[1]

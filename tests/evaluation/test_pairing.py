@@ -9,10 +9,13 @@ from fractions import Fraction
 
 import pytest
 
+from linearize.evaluation.results.comparison import compare_systems
 from linearize.evaluation.results.pairing import Closed, closed, contributions, difference, holm, mcnemar_p, student_p
+from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
+from linearize.evaluation.results.telling import tell
 from linearize.evaluation.tasks.task import TaskScore, by_row, mean_and_error
 
-from .results_kit import accuracy, answers
+from .results_kit import accuracy, answers, results
 
 
 def loss(items: list[float], **more: object) -> TaskScore:
@@ -190,3 +193,34 @@ def test_a_value_that_does_not_follow_from_its_items_is_not_paired() -> None:
     odd = replace(loss([1.0, 2.0]), value=9.0)
     assert contributions(odd) is None
     assert difference([(odd, odd)]) is None
+
+
+def test_a_metric_that_is_no_mean_of_items_is_told_and_not_tested() -> None:
+    def bleu(value: float) -> SystemScores:
+        return SystemScores([TaskScore("wmt", "bleu", value, None, True, [], "benchmarks", count=12)])
+
+    scores = {"teacher": bleu(30.0), "window": bleu(20.0), "model": bleu(25.0)}
+    found = Results.from_json(results(scores=scores).to_json())
+    (row,) = compare_systems(found)[0].rows
+    assert not row.paired and {cell.n for cell in row.cells.values()} == {12}
+    assert all(cell.to_teacher is None and cell.to_window is None for cell in row.cells.values())
+    assert row.cells["model"].percent_of_teacher == pytest.approx(100 * 25 / 30)
+    notes = [note for section in tell(found).sections for grid in section.grids for note in grid.notes]
+    assert "Not the mean of its items, so without a paired test: wmt bleu." in notes
+
+
+def test_the_window_of_equal_bytes_is_the_baseline_where_it_was_measured() -> None:
+    found = results()
+    wider = accuracy("piqa", answers(28, 40))
+    found.systems.insert(1, SystemInfo("window_bytes"))
+    found.scores["window_bytes"] = SystemScores([wider])
+    cell = next(row for row in compare_systems(found)[0].rows if row.task == "piqa").cells["model"]
+    assert cell.to_window is not None and cell.to_window.value == pytest.approx((25 - 28) / 40)
+
+
+def test_bits_are_linearised() -> None:
+    nats, sizes = [-10.0, -30.0, -5.0], [8, 20, 5]
+    value = 45 / 33 / math.log(2)
+    tags = [{"weight": size} for size in sizes]
+    found = contributions(TaskScore("pages", "bits_per_byte", value, None, False, nats, tags=tags))
+    assert found is not None and math.fsum(found) / 3 == pytest.approx(value)

@@ -65,7 +65,7 @@ class Document(_Part):
     command: str
     date: str
     versions: dict[str, str]
-    limit: float | None
+    limit: int | float | None
     systems: list[_System]
     tasks: list[_Task]
 

@@ -20,11 +20,11 @@ from weakref import WeakKeyDictionary
 import lm_eval
 import torch
 from lm_eval.api.metrics import mean
-from lm_eval.api.samplers import FirstNSampler
 
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.results.pairing import contributions
 from linearize.evaluation.tasks.index import quiet
+from linearize.evaluation.tasks.leaf import Leaf, Prompting
 from linearize.evaluation.tasks.lm import LinearizeLM
 from linearize.evaluation.tasks.task import Item, Measure, Task, TaskScore
 from linearize.evaluation.tasks.tasks import FEWSHOT_SEED
@@ -34,20 +34,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# RULER's value of a document under the metric of another length; its aggregations leave such documents out.
+# RULER's metrics are lengths: its value of a document under the metric of another length, which its means leave out.
 _NOT_APPLICABLE = -1.0
-
-
-class Prompting(NamedTuple):
-    """Form of the prompts.
-
-    Attributes:
-        chat: render prompts by the tokenizer's chat template, with solved examples as turns.
-        system: a system message, or with no chat template a text before every prompt.
-    """
-
-    chat: bool = False
-    system: str | None = None
 
 
 class Average(NamedTuple):
@@ -114,7 +102,7 @@ class LmEvalTask(Task):
         self.prompting, self.plain, self.max_length = prompting or Prompting(), plain, max_length
         self.averages = list(averages)
         self.item_bytes = 128 if headline else 256
-        self._leaves = [_Leaf(leaf, task) for leaf, task in leaves.items()]
+        self._leaves = [Leaf(leaf, task) for leaf, task in leaves.items()]
         self._ends = list(accumulate(len(leaf.documents) for leaf in self._leaves))
         if headline:
             self.higher_is_better = bool(self._leaves[0].task.higher_is_better()[headline])
@@ -125,14 +113,13 @@ class LmEvalTask(Task):
         settings = [lm_eval.__version__, self.max_length, list(self.prompting), FEWSHOT_SEED]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for leaf in self._leaves:
-            content = [leaf.name, _config(leaf.task), list(leaf.documents), leaf.examples()]
-            digest.update(json.dumps(content, sort_keys=True, default=_named).encode())
+            digest.update(leaf.content().encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _place(self, index: int) -> tuple[_Leaf, int]:
+    def _place(self, index: int) -> tuple[Leaf, int]:
         """The task of item `index`, and the item's place in it."""
         number = bisect_right(self._ends, index)
         return self._leaves[number], index - (self._ends[number - 1] if number else 0)
@@ -191,7 +178,7 @@ class LmEvalTask(Task):
             raise ModelError(f"task {self.name}: {' '.join(str(error).split())}") from error
         return found
 
-    def _answer(self, index: int, leaf: _Leaf, at: int, requests: Sequence[Any]) -> Answer:
+    def _answer(self, index: int, leaf: Leaf, at: int, requests: Sequence[Any]) -> Answer:
         for response in (one for request in requests for one in request.resps):
             nats = response[0] if isinstance(response, tuple) else response
             if isinstance(nats, float) and not math.isfinite(nats):
@@ -225,18 +212,15 @@ class LmEvalTask(Task):
 
     def _measure(self, name: str, by_size: bool, indices: Sequence[int], items: Sequence[Item]) -> Measure | None:
         metric, _, _ = name.partition(",")
-        by_leaf: dict[_Leaf, list[tuple[int, Any]]] = {}
+        by_leaf: dict[Leaf, list[tuple[int, Any]]] = {}
         for index, item in zip(indices, items, strict=True):
-            if name in item.metrics and item.metrics[name] != _NOT_APPLICABLE:
+            if name in item.metrics and not (metric.isdigit() and item.metrics[name] == _NOT_APPLICABLE):
                 by_leaf.setdefault(self._place(index)[0], []).append((index, item.metrics[name]))
         if not by_leaf:
             return None
         sizes = {leaf: len(found) for leaf, found in by_leaf.items()}
         weights = {leaf: float(size) if by_size else 1.0 for leaf, size in sizes.items()}
-        values = {
-            leaf: float(leaf.task.aggregation().get(metric, mean)([value for _, value in found]))
-            for leaf, found in by_leaf.items()
-        }
+        values = {leaf: self._aggregated(leaf, metric, [raw for _, raw in found]) for leaf, found in by_leaf.items()}
         total = math.fsum(weights.values())
         value = math.fsum(weights[leaf] * values[leaf] for leaf in by_leaf) / total
         count = sum(sizes.values())
@@ -261,58 +245,12 @@ class LmEvalTask(Task):
         stderr = statistics.stdev(parts) / math.sqrt(len(parts)) if parts and len(parts) > 1 else None
         return Measure(name, higher, value, stderr, entries, tags, count)
 
-
-class _Leaf:
-    """One task object of lm-eval, and its documents."""
-
-    def __init__(self, name: str, task: Any) -> None:
-        self.name, self.task = name, task
-        # lm-eval maps `process_docs` over the documents whenever `eval_docs` is read.
-        self.documents = task.task_docs if hasattr(task, "task_docs") else list(task.eval_docs)
-        self.shots = task.config.num_fewshot or 0
-        self._contexts: list[Any] = []
-
-    def examples(self) -> list[Any]:
-        """The documents that solved examples are taken from."""
-        return list(self.task.fewshot_docs()) if self.shots else []
-
-    def requests(self, at: int, lm: LinearizeLM, prompting: Prompting) -> list[Any]:
-        """The requests of lm-eval's `build_all_requests` for one document."""
-        document, template = self.documents[at], lm.apply_chat_template if prompting.chat else None
-        built = self.task.construct_requests(
-            doc=document,
-            ctx=self._context(at, template, prompting),
-            metadata=(self.task.config.task, at, self.task.config.repeats),
-            apply_chat_template=prompting.chat,
-            chat_template=template,
-        )
-        return built if isinstance(built, list) else [built]
-
-    def filter(self, requests: list[Any]) -> None:
-        """Applies the task's filters to the responses of these requests."""
-        self.task._instances = requests
-        self.task.apply_filters()
-        self.task._instances = None
-
-    def _context(self, at: int, template: Any, prompting: Prompting) -> Any:
-        if not self.shots or isinstance(getattr(self.task, "sampler", None), FirstNSampler):
-            return self._made(at, template, prompting)
-        # One generator draws the examples of one document after the other.
-        while len(self._contexts) <= at:
-            self._contexts.append(self._made(len(self._contexts), template, prompting))
-        return self._contexts[at]
-
-    def _made(self, at: int, template: Any, prompting: Prompting) -> Any:
-        document = self.documents[at]
-        return self.task.fewshot_context(
-            document,
-            num_fewshot=self.shots,
-            system_instruction=prompting.system,
-            apply_chat_template=prompting.chat,
-            fewshot_as_multiturn=True,
-            chat_template=template,
-            gen_prefix=self.task.doc_to_prefix(document),
-        )
+    def _aggregated(self, leaf: Leaf, metric: str, values: list[Any]) -> float:
+        try:
+            return float(leaf.task.aggregation().get(metric, mean)(values))
+        except Exception as error:  # aggregations are any task's own code
+            told = " ".join(str(error).split())[:200]
+            raise DataError(f"task {leaf.name}: metric {metric} cannot be computed from its items: {told}") from error
 
 
 # lm-eval gives tokenizers without a pad token one, so it gets a copy, which is costly to make for every few items.
@@ -328,22 +266,6 @@ def _lm(model: Any, tokenizer: Any, batch_size: int, max_length: int | None, pla
 def metric_name(metric: str, filter_name: str) -> str:
     """`exact_match,strict-match`; without the filter where it is lm-eval's `none`."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
-
-
-def _config(task: Any) -> dict[str, Any]:
-    """A task's settings, without what tells where it lies."""
-    config = dict(task.dump_config())
-    metadata = config.get("metadata")
-    if isinstance(metadata, dict):
-        config["metadata"] = {
-            key: value for key, value in metadata.items() if key not in ("config_source", "pretrained")
-        }
-    return config
-
-
-def _named(value: Any) -> str:
-    """A function by its name: its address changes from process to process."""
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

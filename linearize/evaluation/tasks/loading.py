@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.group import Group
 
 from linearize.errors import DataError
-from linearize.evaluation.tasks.harness import Average, LmEvalTask, Prompting, metric_name
+from linearize.evaluation.tasks.harness import Average, LmEvalTask, metric_name
 from linearize.evaluation.tasks.index import included_names, quiet, task_manager
+from linearize.evaluation.tasks.leaf import Prompting
 from linearize.evaluation.tasks.suites import BENCHMARKS
 from linearize.evaluation.tasks.tasks import FEWSHOT_SEED, build_tasks, task_definitions
 

@@ -1,0 +1,99 @@
+"""One task object of lm-eval: the prompts and requests of its documents, one by one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lm_eval.api.samplers import FirstNSampler
+
+if TYPE_CHECKING:
+    from linearize.evaluation.tasks.lm import LinearizeLM
+
+
+class Prompting(NamedTuple):
+    """Form of the prompts.
+
+    Attributes:
+        chat: render prompts by the tokenizer's chat template, with solved examples as turns.
+        system: a system message, or with no chat template a text before every prompt.
+    """
+
+    chat: bool = False
+    system: str | None = None
+
+
+class Leaf:
+    """One task object of lm-eval, and its documents.
+
+    Args:
+        name: of the task, or of the group of its documents.
+        task: with its number of solved examples and their seed.
+    """
+
+    def __init__(self, name: str, task: Any) -> None:
+        self.name, self.task = name, task
+        # lm-eval maps `process_docs` over the documents whenever `eval_docs` is read.
+        self.documents = task.task_docs if hasattr(task, "task_docs") else list(task.eval_docs)
+        self.shots = task.config.num_fewshot or 0
+        self._contexts: list[Any] = []
+
+    def content(self) -> str:
+        """All that prompts and metrics are made of, as text: settings, documents, and those of solved examples."""
+        examples = list(self.task.fewshot_docs()) if self.shots else []
+        parts = [self.name, _config(self.task), list(self.documents), examples]
+        return json.dumps(parts, sort_keys=True, default=_named)
+
+    def requests(self, at: int, lm: LinearizeLM, prompting: Prompting) -> list[Any]:
+        """The requests of lm-eval's `build_all_requests` for one document."""
+        document, template = self.documents[at], lm.apply_chat_template if prompting.chat else None
+        built = self.task.construct_requests(
+            doc=document,
+            ctx=self._context(at, template, prompting),
+            metadata=(self.task.config.task, at, self.task.config.repeats),
+            apply_chat_template=prompting.chat,
+            chat_template=template,
+        )
+        return built if isinstance(built, list) else [built]
+
+    def filter(self, requests: list[Any]) -> None:
+        """Applies the task's filters to the responses of these requests."""
+        self.task._instances = requests
+        self.task.apply_filters()
+        self.task._instances = None
+
+    def _context(self, at: int, template: Any, prompting: Prompting) -> Any:
+        if not self.shots or isinstance(getattr(self.task, "sampler", None), FirstNSampler):
+            return self._made(at, template, prompting)
+        # One generator draws the examples of one document after the other.
+        while len(self._contexts) <= at:
+            self._contexts.append(self._made(len(self._contexts), template, prompting))
+        return self._contexts[at]
+
+    def _made(self, at: int, template: Any, prompting: Prompting) -> Any:
+        document = self.documents[at]
+        return self.task.fewshot_context(
+            document,
+            num_fewshot=self.shots,
+            system_instruction=prompting.system,
+            apply_chat_template=prompting.chat,
+            fewshot_as_multiturn=True,
+            chat_template=template,
+            gen_prefix=self.task.doc_to_prefix(document),
+        )
+
+
+def _config(task: Any) -> dict[str, Any]:
+    """A task's settings, without what tells where it lies."""
+    config = dict(task.dump_config())
+    metadata = config.get("metadata")
+    if isinstance(metadata, dict):
+        config["metadata"] = {
+            key: value for key, value in metadata.items() if key not in ("config_source", "pretrained")
+        }
+    return config
+
+
+def _named(value: Any) -> str:
+    """A function by its name: its address changes from process to process."""
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
