@@ -240,7 +240,7 @@ def _scores(task: Task, chosen: Sequence[int], found: Mapping[int, Item], seed: 
                 axis=list(task.axis),
                 total=len(task),
                 seed=seed if drawn else None,
-                count=measure.count,
+                count=measure.n,
             )
         )
     return scores

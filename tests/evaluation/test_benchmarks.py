@@ -81,6 +81,21 @@ CALLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_every_item_is_that_of_lm_eval(
     model: Any, tokenizer: Any, include: Path, ours: dict[str, Any], lm_eval: dict[str, Any]
 ) -> None:
+    assert_equal_to_lm_eval(model, tokenizer, include, ours, lm_eval)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ours", "lm_eval"), CALLS)
+def test_every_item_of_a_real_model_is_that_of_lm_eval(
+    smollm2_path: Path, include: Path, ours: dict[str, Any], lm_eval: dict[str, Any]
+) -> None:
+    real = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
+    assert_equal_to_lm_eval(real, AutoTokenizer.from_pretrained(smollm2_path), include, ours, lm_eval)
+
+
+def assert_equal_to_lm_eval(
+    model: Any, tokenizer: Any, include: Path, ours: dict[str, Any], lm_eval: dict[str, Any]
+) -> None:
     names = ["animals_choice", "animals_write"]
     found = scores(model, tokenizer, names, include, **ours)
     expected = theirs(model, tokenizer, names, include, **lm_eval)

@@ -83,7 +83,7 @@ class Measure(NamedTuple):
     stderr: float | None
     items: list[float]
     tags: list[dict[str, Any]]
-    count: int
+    n: int
 
 
 class Task(ABC):
