@@ -209,8 +209,8 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | No
     return logits
 
 
-def drawn_rows(rows: Mapping[str, Tensor] | Rows, limit: int | None, seed: int) -> dict[str, Tensor]:
-    """`limit` of the rows at random, in their order; all of them without one."""
+def drawn_rows(rows: Mapping[str, Tensor] | Rows, limit: float | None, seed: int) -> dict[str, Tensor]:
+    """`limit` of the rows (below 1 a share of them) at random, in their order; all of them without one."""
     columns = {name: column for name in _COLUMNS if (column := _column(rows, name)) is not None}
     places = draw("held_out", len(columns["input_ids"]), limit, seed)
     return {name: column[places] for name, column in columns.items()}

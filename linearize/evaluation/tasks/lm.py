@@ -17,7 +17,7 @@ from linearize.evaluation.tasks.prefix import Query, common_length, log_likeliho
 
 
 @register_model("linearize")
-class LinearizeLM(HFLM):  # type: ignore[misc]
+class LinearizeLM(HFLM):
     """`HFLM` with log-likelihoods of `prefix.log_likelihoods`.
 
     Args:
