@@ -1,4 +1,4 @@
-"""The result of a fine-tuning run, and the files it is written to."""
+"""The result of a fine-tuning run, and the files that it is written to."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class FinetuneResult:
     """A run's result in memory.
 
     Attributes:
-        model: trained and merged.
+        model: the trained and merged model.
         teacher: the pretrained model, if a stage needed it.
-        data: of the last stage.
-        recipe: with what is kept as softmax named in it.
-        stages, start: a record of each stage, and of what came before training, as in `linearize.json`.
+        data: the rows of the last stage.
+        recipe: the recipe, with the chosen layers or heads named in it.
+        stages, start: the records of each stage and of the conversion, as in `linearize.json`.
     """
 
     model: LinearizedForCausalLM
@@ -49,7 +49,7 @@ class FinetuneResult:
 
 
 def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:
-    """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
+    """Write the checkpoint of a run, its metrics and its held-out rows into `folder`."""
     source = find_source(result.recipe.model or "")
     record = sound_provenance(source)["base"] if source.is_converted else base_record(source, None)
     if (work / METRICS).is_file():
@@ -63,7 +63,7 @@ def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) ->
 
 
 def write_held_out(folder: Path, rows: Rows) -> None:
-    """Writes the rows that the task `held_out` scores a checkpoint on."""
+    """Write the rows that the task `held_out` scores a checkpoint on."""
     save_file(
         {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
     )
@@ -82,6 +82,6 @@ def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
 
 
 def count_skipped(record: dict[str, Any], skipped: int) -> None:
-    """Adds the steps that a stage skipped to its record, if there are any."""
+    """Add the number of skipped steps to a stage's record, unless it is 0."""
     if skipped:
         record["skipped_steps"] = skipped

@@ -177,7 +177,7 @@ class LinearizedAttention(nn.Module):
         return kept[1]
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
-        """Mix rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` real tokens each, None: all L."""
+        """Mix rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]`: real tokens (None: all L)."""
         if self.observer is not None:
             self.observer(new, lengths)
         heads: Tensor
