@@ -1,4 +1,4 @@
-"""`linearize eval`: what a model scores, beside its teacher and baselines that cost no training."""
+"""`linearize eval`: score a model together with its teacher and training-free baselines."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def evaluate(
     model: ModelArgument,
     suite: Annotated[
         str,
-        typer.Option(
-            "--suite", metavar="NAME,...", help="Whole suites of tasks: core, mmlu, recall, generation, length."
-        ),
+        typer.Option("--suite", metavar="NAME,...", help="Suites of tasks: core, mmlu, recall, generation, length."),
     ] = "",
     tasks: Annotated[
         str,
@@ -50,7 +48,7 @@ def evaluate(
             "--tasks",
             metavar="NAME,...",
             help="Single tasks of any suite, e.g. piqa, wikitext2, passkey; and held_out. Without --suite and --tasks: "
-            "the rows that fine-tuning held out where the folder has some, otherwise the suite core.",
+            "the rows that fine-tuning held out if the folder has some, otherwise the suite core.",
         ),
     ] = "",
     baseline: Annotated[
@@ -68,12 +66,12 @@ def evaluate(
         int | None,
         typer.Option("--limit", min=1, help="N items of each task, drawn at random with --seed."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit, and of tasks that draw their items.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of --limit, and of tasks that draw items.")] = 0,
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,...", help="Tokens of the texts, for tasks that sweep lengths.")
+        str, typer.Option("--lengths", metavar="N,...", help="Lengths of the texts in tokens, for tasks that sweep.")
     ] = "",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Items of each kind, for tasks that make their items.")
+        int | None, typer.Option("--samples", min=1, help="Items of each kind, for tasks that generate items.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of the tasks' files; the Hub if left out.")
@@ -82,7 +80,7 @@ def evaluate(
         Path | None, typer.Option("--report", metavar="DIR", help="Write the report as pages, plots and data.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Score everything again. Results of single items are kept otherwise.")
+        bool, typer.Option("--fresh", help="Score everything again, without cached results of single items.")
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")] = 8,
     dtype: Int8Option = "auto",
@@ -93,8 +91,8 @@ def evaluate(
 ) -> None:
     """Score a model, converted or not, on suites of tasks and on held-out rows.
 
-    Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
-    evaluation that was interrupted goes on where it stopped. A converted model whose base is gone is scored alone.
+    Scores have standard errors and, if a teacher is scored too, the percentage of the teacher's score. An interrupted
+    evaluation continues where it stopped. A converted model whose base is not available is scored alone.
     """
     from linearize.evaluation.tasks.suites import choose_tasks
 
@@ -157,7 +155,7 @@ def evaluate(
 
 
 def _subsets(results: Results) -> dict[str, tuple[int, int]]:
-    """Of each task how many items were scored, of how many."""
+    """Task -> the number of items scored, and the number of all items."""
     scores = [score for system in results.scores.values() for score in system.tasks]
     return {score.task: (score.n, score.total) for score in scores if score.total is not None}
 
