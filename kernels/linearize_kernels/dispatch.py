@@ -1,8 +1,9 @@
 """Choose the kernels by operation, device and dtype, or as `LINEARIZE_KERNELS` says, and record the reason.
 
-    reference   the parallel and the token-by-token forms, to check the others against torch       the chunkwise forms
-    in plain torch: every device, every option triton      one fused kernel for window, recurrence and mix; one for a
-    decoding step fla         recurrences without a fused kernel, through flash-linear-attention
+    reference   the parallel and the token-by-token forms, to check the others against
+    torch       the chunkwise forms in plain torch: every device, every option
+    triton      one fused kernel for window, recurrence and mix; one for a decoding step
+    fla         recurrences without a fused kernel, through flash-linear-attention
 
 A pinned choice that cannot run falls back to torch with one warning on stderr. The decision imports no package.
 """

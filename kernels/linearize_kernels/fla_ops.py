@@ -3,9 +3,9 @@
 Each function has the interface of this package's function of the same name. fla's kernels have no grouped heads, so
 keys, values, gates and states are repeated per query head; of a group's G equal states the first one is returned.
 
-    gla            chunk_gla, chunk_simple_gla with one gate per head, fused_recurrent_gla for short texts delta_rule
-        chunk_dplr_delta_rule: the same general correction, which includes the others gated_values
-        fused_recurrent_gla, because its chunkwise kernels have no gates on values alone
+    gla            chunk_gla, chunk_simple_gla with one gate per head, fused_recurrent_gla for short texts
+    delta_rule     chunk_dplr_delta_rule: the same general correction, which includes the others
+    gated_values   fused_recurrent_gla, because its chunkwise kernels have no gates on values alone
 """
 
 from __future__ import annotations

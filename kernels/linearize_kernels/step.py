@@ -1,7 +1,8 @@
 """The interface of the fused decoding step: a layer's sizes, options and tensors.
 
-    window   the new key and value take a slot of the ring; softmax over the ring and the visible sinks state    S = g ⊙
-    S + φ(k)ᵀ [v, 1] , with the new token or with the one that leaves the window out      mix(window, φ(q) S)
+    window   the new key and value take a slot of the ring; softmax over the ring and the visible sinks
+    state    S = g ⊙ S + φ(k)ᵀ [v, 1] , with the new token or with the one that leaves the window
+    out      mix(window, φ(q) S)
 
 The reference in plain PyTorch is `linearize.model.mixer.mixer.Mixer`. The kernel is in `step_triton.py`.
 """
@@ -29,7 +30,7 @@ class Step:
         gate_bound: γ; the gate is γ + (1 - γ) g.
         source: input of the gate: `k`, `q` (the mean of a group's queries) or `v`.
         features: the feature map of queries and keys; `exp` and `learned` are [softmax(x), softmax(-x)].
-        writes_gate: write 1 - g instead of φ(k).
+        writes_gate: True writes 1 - g instead of φ(k).
         covers_all: True writes the new token into the state; False writes the one that leaves the window, from token
             `sinks` on.
         rope: True if the recurrence's queries and keys have positions.
