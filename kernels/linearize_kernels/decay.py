@@ -104,7 +104,7 @@ def lower_triangle(tokens: int, like: Tensor) -> Tensor:
 
 def splits(cumulative: Tensor) -> bool:
     """True if the decays of each chunk `[..., C, D]` are weak enough for one factor per query and one per key. Always
-    False on other devices than a CPU, because reading the decays would sync the device, up to four times a layer."""
+    False on a GPU, because reading the decays would sync the device, up to four times a layer."""
     # Meta tensors have no values; assume weak decays, those of a new model.
     if cumulative.device.type != "cpu":
         return cumulative.is_meta

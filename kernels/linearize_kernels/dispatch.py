@@ -1,4 +1,4 @@
-"""Choose the kernels by operation, device and dtype, or as `LINEARIZE_KERNELS` says, and record the reason.
+"""Choose the kernels by operation, device and dtype, or by `LINEARIZE_KERNELS`, and record the reason.
 
     reference   the parallel and the token-by-token forms, to check the others against
     torch       the chunkwise forms in plain torch: every device, every option

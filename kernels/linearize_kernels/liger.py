@@ -1,6 +1,6 @@
 """Liger attention in one operation: softmax over a window and exact columns, a gated recurrence, and their mix.
 
-    y_t   softmax over the last W tokens and the columns that t may see, queries and keys with positions
+    y_t   softmax over the last W tokens and the columns that t reads, queries and keys with positions
     S_t = diag(g_t) S_{t-1} + φ(k_t)ᵀ [v_t, 1]        [o_t, m_t] = φ(q_t) S_t        without positions
     out   mix(y_t, o_t / m_t)
 
@@ -185,7 +185,7 @@ def liger_attention_composed(
         state = values.new_zeros(len(lengths), k.shape[1], k.shape[2], v.shape[-1] + 1, dtype=dtype)
     if lag >= tokens:
         return _flat(y, real).to(v.dtype), state.to(dtype)
-    assert normaliser is not None  # noqa: S101 - for the type checker; it was asked for
+    assert normaliser is not None  # noqa: S101 - for the type checker
     live = read_after[:, lag:] >= least
     silent = ~(live & real[:, lag:])[:, :, None, None]
     features, log_gate = (x[:, stream].masked_fill(silent, 0) for x in (features, log_gate))

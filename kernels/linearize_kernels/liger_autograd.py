@@ -140,7 +140,7 @@ class Operands:
         columns = 0 if column_k is None else column_k.shape[1]
         interpreted = q.device.type != "cuda"
         exact = q.dtype == torch.float32
-        # float32, because Triton's interpreter cannot accumulate bfloat16 products as tensor cores do.
+        # Tensor cores accumulate bfloat16 products in float32. Triton's interpreter does not, so give it float32.
         operand = tl.float32 if interpreted else _OPERANDS[q.dtype]
         self.stats = q
         of_key = problem.divisor is not None

@@ -47,10 +47,10 @@ class LigerOptions:
         softcap: scores become `softcap * tanh(scores / softcap)`.
         mix: `fixed` is 0.5/0.5; `learned` has a weight per head and channel; `softmax` has one normaliser and a weight
             per head.
-        covers: query t reads the state after `all` tokens up to t, or after those `evicted` from its window, up to t -
-            W.
+        covers: query t reads the state after `all` tokens up to t, or after those `evicted` from its window, up to
+            t - W.
         normalize: divide the recurrence's output by its mass; always on for `mix: softmax`.
-        feature_map: φ, a softmax over the channels of a head; None if features are given.
+        feature_map: φ: `softmax` over the channels of a head, or `identity` for given features.
     """
 
     window: int

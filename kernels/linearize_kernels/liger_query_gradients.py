@@ -3,12 +3,12 @@
 With A_ts = φ(q_t)·(decay from s to t ⊙ φ(k_s)) and the outputs y + w (o / m - y), each query row gets
 
     delta    Σ_v dy_v y_v less the gradient of the log of the window's denominator, as in flash attention
-    share    what of the recurrence went into the output, before a learned weight
+    share    the recurrence's share of the output, before a learned weight
     pull     share / m: the gradient of o is pull * dout (times a learned weight)
     dm       the gradient of its mass m
 
-The kernels over keys read these. The gradient of the running decay is φ(q_t) dφ(q_t) less φ(k_s) dφ(k_s), over pairs s
-< t; a token's own pair has no decay, so its terms cancel and are left out.
+The kernels over keys read these. The gradient of the running decay is φ(q_t) dφ(q_t) less φ(k_s) dφ(k_s), over pairs
+s < t; a token's own pair has no decay, so its terms cancel and are left out.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def step_kernel(
     slot = count % W
     held = (row * W + slot) * K + head
     leaves = real & (index >= 0)
-    # Load and store widths: 0 unless the token is real, or unless a token leaves the window.
+    # Widths of loads and stores: `real_*` are 0 unless the token is real, `left_*` unless a token leaves the window.
     real_d, real_e = tl.where(real, D, 0), tl.where(real, V, 0)
     left_d, left_e = tl.where(leaves, D, 0), tl.where(leaves, V, 0)
 

@@ -67,8 +67,8 @@ def prepared(
 
 
 def read_through(model: Any, cache: DynamicCache, ids: Tensor, real: Tensor | None) -> Tensor | None:
-    """Read a text from any device in pieces; returns the logits of its last column `[B, vocabulary]`, or
-    None for an empty text."""
+    """Read a text from any device in pieces; returns the logits of its last column `[B, vocabulary]`, or None
+    for an empty text."""
     chunk, out = prefill_chunk(model.device, ids.shape[0]), None
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):

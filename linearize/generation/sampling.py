@@ -25,7 +25,7 @@ from transformers import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Settings that matter only for sampling, and settings that do not affect the choice of a token.
+# Settings that only sampling uses; and settings that are handled elsewhere or do not affect the choice of a token.
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 _SILENT = (
     "transformers_version", "max_length", "max_new_tokens", "do_sample", "bos_token_id",

@@ -192,8 +192,7 @@ class _Head:
             raise _Fault(f"the GGUF file is damaged: {what} that is not UTF-8") from None
 
     def count(self, of: str, shortest: int) -> int:
-        """Read the number of items that follow; refuse a number that the remaining bytes cannot hold at `shortest`
-        bytes each."""
+        """Read the number of items that follow; refuse it if `shortest` bytes per item exceed the file's size."""
         found = self.number("Q")
         if found * shortest > self.size:
             raise _Fault(f"the GGUF file is damaged or cut off: {found:,} {of} in {self.size:,} bytes")
