@@ -10,7 +10,7 @@ from pathlib import Path
 
 from linearize.errors import OutputError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _IN_CHECKOUT = {"recipes": "recipes", "tasks": "evals/tasks"}
 
 

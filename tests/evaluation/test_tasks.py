@@ -62,9 +62,9 @@ def test_every_task_has_a_line_of_description() -> None:
 @pytest.mark.parametrize(
     ("statement", "heavy"),
     [
-        ("from linearize.evaluation import tasks; tasks.available_tasks()", ("lm_eval", "datasets", "torch")),
+        ("from linearize.evaluation.tasks import tasks; tasks.available_tasks()", ("lm_eval", "datasets", "torch")),
         ("from linearize.evaluation import heldout", ("lm_eval", "datasets", "transformers")),
-        ("from linearize.evaluation import report", ("lm_eval", "datasets", "torch")),
+        ("from linearize.evaluation.results import report", ("lm_eval", "datasets", "torch")),
     ],
 )
 def test_light_modules_stay_light(statement: str, heavy: tuple[str, ...]) -> None:
