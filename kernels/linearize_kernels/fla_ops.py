@@ -30,7 +30,7 @@ _SHORT = 64
 def gla_fla(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linearize_kernels.gla`."""
+    """`linearize_kernels.gla` through fla's kernels."""
     group, (k, v, log_gate), options = _per_query_head(q, (k, v, log_gate), initial_state)
     if q.shape[1] <= _SHORT:
         outputs, final = fused_recurrent_gla(q, k, v, gk=log_gate.expand_as(k).contiguous(), **options)
@@ -44,7 +44,7 @@ def gla_fla(
 def gated_values_fla(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linearize_kernels.gated_values`."""
+    """`linearize_kernels.gated_values` through fla's kernels."""
     group, (k, v, log_gate), options = _per_query_head(q, (k, v, log_gate), initial_state)
     outputs, final = fused_recurrent_gla(q, k, v, gv=log_gate, **options)
     return outputs, final[:, ::group]
@@ -59,7 +59,7 @@ def delta_rule_fla(
     b: Tensor,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linearize_kernels.delta_rule`."""
+    """`linearize_kernels.delta_rule` through fla's kernels."""
     group, (k, v, log_gate, a, b), options = _per_query_head(q, (k, v, log_gate, a, b), initial_state)
     outputs, final = chunk_dplr_delta_rule(q, k, v, a, b, log_gate.expand_as(k).contiguous(), **options)
     return outputs, final[:, ::group]

@@ -1,4 +1,4 @@
-"""Softmax attention over the whole past, for layers and heads that are not converted.
+"""Softmax attention over the whole past, for layers and heads that conversion keeps.
 
 y_t = Σ_s p_ts v_s ,   p_t = softmax over all s <= t of  scale · q_t·k_s
 """

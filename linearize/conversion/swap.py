@@ -178,7 +178,7 @@ def check_reach(recipe: Recipe, config: Any) -> None:
 
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
-    """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
+    """Swap the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
     from linearize.model import LinearizedForCausalLM
 
     base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config

@@ -52,9 +52,9 @@ class Tensor(NamedTuple):
     """A tensor in a GGUF file.
 
     Attributes:
-        shape: as the file has it, the fastest axis first.
-        kind: the number of its ggml type.
-        start: byte of the file at which its data begins.
+        shape: in the file's order, fastest axis first.
+        kind: number of the ggml type.
+        start: offset of its data in the file, in bytes.
     """
 
     shape: tuple[int, ...]
@@ -146,7 +146,7 @@ def _read(path: Path, size: int, _changed: int) -> GgufHead:
 
 
 def _split(path: Path, number: int, count: int) -> str:
-    """The error for a part of a split model, with the command of llama.cpp that merges the parts."""
+    """The error message for a part of a split model, with llama.cpp's command that merges the parts."""
     name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     first = f"{name[1]}-00001-of-{name[2]}.gguf" if name else "FIRST-PART.gguf"
     whole = f"{name[1]}.gguf" if name else "WHOLE.gguf"

@@ -35,7 +35,8 @@ _LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
 _LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
 """`low_freq_factor` and `high_freq_factor` of all published models; other values become explicit factors."""
 _SAME = 1e-6
-"""Largest difference between the frequencies of recovered parameters and the tensor's, both over the unscaled ones."""
+"""Maximum difference between the frequencies of recovered parameters and those of the tensor, relative to the unscaled
+frequencies."""
 
 
 def gguf_config(path: Path) -> Any:
