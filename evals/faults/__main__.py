@@ -27,10 +27,12 @@ import torch
 from evals.faults.bench import Job, Outcome, kill, terminate
 from linearize.cli.libraries import quiet_libraries
 from linearize.runtime import files as output
-from linearize.training.trainer import StageTrainer
+from linearize.training.loop import StageLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from linearize.training.steps import Batch
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "faults.json"
@@ -213,28 +215,29 @@ def nothing(_: int) -> None:
 
 def scarce(objective: str) -> None:
     """Memory runs out in the third pass of a stage, as if there were two rows in it."""
-    compute = StageTrainer.compute_loss
+    compute, halve = StageLoop.micro_loss, StageLoop._halve
     passes = itertools.count(1)
 
-    def limited(self: Any, *args: Any, **options: Any) -> Any:
+    def limited(self: StageLoop, batch: Batch) -> Any:
         if objective in self.stage.weights and next(passes) == 3:
-            self._rows = 2
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return compute(self, *args, **options)
+        return compute(self, batch)
 
-    StageTrainer.compute_loss = limited  # type: ignore[method-assign]
+    def halved(self: StageLoop, _: int, error: Exception) -> None:
+        halve(self, 2, error)
+
+    StageLoop.micro_loss, StageLoop._halve = limited, halved  # type: ignore[method-assign]
 
 
 def nan(objective: str) -> None:
     """The loss of a stage's fourth step is no number."""
-    compute = StageTrainer.compute_loss
+    compute = StageLoop.micro_loss
 
-    def broken(self: Any, *args: Any, **options: Any) -> Any:
-        loss = compute(self, *args, **options)
-        bad = objective in self.stage.weights and self.state.global_step == 3
-        return self.checked(loss * torch.nan) if bad else loss
+    def broken(self: StageLoop, batch: Batch) -> Any:
+        loss = compute(self, batch)
+        return loss * torch.nan if objective in self.stage.weights and self.progress.step == 3 else loss
 
-    StageTrainer.compute_loss = broken  # type: ignore[method-assign]
+    StageLoop.micro_loss = broken  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

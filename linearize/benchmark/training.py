@@ -15,7 +15,7 @@ from linearize.runtime.memory import PeakMemory
 from linearize.training.adapters import add_adapters, choose_trained, is_own_parameter
 from linearize.training.memory import training_memory
 from linearize.training.objective import token_losses
-from linearize.training.trainer import stage_optimizer
+from linearize.training.optimizers import stage_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from linearize.checkpoint.provenance import sound_provenance, teacher_of
 from linearize.conversion.swap import check_convertible, check_reach
 from linearize.data.load import load_data, reserved_tokens
 from linearize.data.rows import TrainingData, read_data, save_data
-from linearize.errors import ModelError, OutputError, RecipeError
+from linearize.errors import ModelError, OutputError, RecipeError, counted
 from linearize.jobs.checks import model_of, quiet, recipe_to_train
 from linearize.jobs.convert import convert_into, make_start, named_after, prepares
-from linearize.jobs.result import FinetuneResult, count_skipped, stage_record, write_result
+from linearize.jobs.result import FinetuneResult, stage_record, write_result
 from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.runtime import processes
@@ -30,33 +29,37 @@ from linearize.runtime.memory import nbytes
 from linearize.sources.limits import check_length, check_tokens, vocabulary_warning
 from linearize.sources.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.training.adapters import add_adapters, base_of, check_dtype, check_four_bit, choose_trained, merged
-from linearize.training.checkpoints import manifest, newest, stage_to_resume, step_of
+from linearize.training.checkpoints import (
+    checkpoint_of,
+    is_done,
+    load_trained,
+    newest,
+    progress_of,
+    set_trained,
+    stage_to_resume,
+    step_of,
+    whole_trained,
+)
+from linearize.training.loop import StageLoop
 from linearize.training.memory import stages_memory
 from linearize.training.metrics import METRICS, forget_metrics, log_to
 from linearize.training.sharding import check_shardable, mesh
 from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import Teacher, wants_teacher
-from linearize.training.trackers import check_trackers, tracker_arguments, tracking
-from linearize.training.trainer import (
-    StageTrainer,
-    load_trained,
-    set_trained,
-    total_steps,
-    whole_trained,
-)
+from linearize.training.trackers import Trackers, check_trackers
 from linearize.training.windows import check_something_to_learn
 from linearize.training.workfolder import WORK, finished_stages, recipe_to_resume, shared_work_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
     from linearize.jobs.convert import Start
     from linearize.training.memory import Engine, TrainingMemory
 
-_CHECKPOINTS = 9
-"""Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
+_CHECKPOINT, _CHECKPOINTS = 3, 3
+"""Sizes of the trained parameters in a checkpoint, which has two moments; checkpoints at a time, without a best one."""
 
 _WIDENED = (
     "its weights are float16, whose small gradients become 0; trained and written in float32 (dtype: bfloat16 takes "
@@ -322,7 +325,6 @@ def run_stages(
     ahead = [rows_of(number, stage) for number, stage in enumerate(recipe.stages)] if shard else None
     for number, stage in enumerate(recipe.stages):
         data = rows_of(number, stage) if ahead is None else ahead[number]
-        records.append(stage_record(stage, data))
         untrained = not (earlier + number or told or recipe.teacher)
         adapted = recipe.lora is not None
         if warning := check_something_to_learn(
@@ -334,33 +336,41 @@ def run_stages(
         folder = work / f"stage-{number}"
         start = processes.from_the_first(partial(newest, folder)) if resume else None
         done = step_of(start) if start else 0
-        if number < reached and done < total_steps(stage, len(data.train)):
+        finished = start is not None and is_done(start)
+        if number < reached and not finished:
             # What later stages learned began at weights that are no more.
             reached = number
             say(f"stage {number + 1}: its last checkpoint is damaged or gone; stages after it begin anew")
             if processes.is_first():
                 for later in range(number + 1, len(recipe.stages)):
                     shutil.rmtree(work / f"stage-{later}", ignore_errors=True)
-        if start is not None and number < reached:
+        if start is not None and finished:
             say(f"stage {number + 1}: done before")
-            load_trained(student, start)
-            count_skipped(records[-1], (manifest(start) or {}).get("skipped", 0))
+            progress = progress_of(start)
+            load_trained(student, checkpoint_of(folder, progress.best_step or progress.step))
+            records.append(stage_record(stage, data, progress))
             continue
-        check_space(
-            work, nbytes(student) + _CHECKPOINTS * sum(p.nbytes for p in student.parameters() if p.requires_grad)
-        )
+        kept = _CHECKPOINT * (_CHECKPOINTS + (stage.keep == "best"))
+        check_space(work, nbytes(student) + kept * sum(p.nbytes for p in student.parameters() if p.requires_grad))
         if processes.is_first():
             forget_metrics(work / METRICS, number, done)
         with teacher.serving(stage, data.train, say, shard=shard) as served:
             log = log_to(work / METRICS, number, len(recipe.stages))
             name = work.name.removesuffix(WORK)
-            reporting = tracker_arguments(recipe.report_to, f"{name}, stage {number + 1}")
+            runs = str(work.with_name(f"{name}.runs") / f"stage-{number + 1}")
+            trackers = Trackers(recipe.report_to, f"{name}, stage {number + 1}", runs) if recipe.report_to else None
             if start:
                 say(f"stage {number + 1}: going on from {start.name}")
-            with _quiet(), tracking(recipe.report_to, work.with_name(f"{name}.runs") / f"stage-{number + 1}"):
-                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say, reporting)
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
-        count_skipped(records[-1], trainer.skipped)
+            loop = StageLoop(student, served, stage, data, folder, recipe.seed, log, say, trackers)
+            loop.train(start)
+        progress = loop.progress
+        if progress.step < loop.steps.total:
+            worse = counted(progress.worse, "evaluation", "evaluations")
+            say(f"stage {number + 1}: ended after step {progress.step}, {worse} without a better held-out loss")
+        if progress.best_step:
+            load_trained(student, checkpoint_of(folder, progress.best_step))
+            say(f"stage {number + 1}: kept step {progress.best_step}, held-out loss {progress.best:.4f}")
+        records.append(stage_record(stage, data, progress))
     if shard or four_bit:
         trained = whole_trained(student)
         if not processes.is_first():
@@ -393,10 +403,3 @@ def _started(
 
 def _reads(stage: Stage, source: str) -> bool:
     return any(one.source == source for one in stage.data.sources)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The Trainer prints a summary on stdout, which belongs to data."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -13,7 +13,7 @@ from linearize.checkpoint.write import base_record, write_checkpoint
 from linearize.sources.source import find_source
 from linearize.training.metrics import METRICS
 from linearize.training.plot import PLOT, draw_training
-from linearize.training.trainer import tokens_after, total_steps
+from linearize.training.steps import Steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from linearize.data.rows import Rows, TrainingData
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Recipe, Stage
+    from linearize.training.checkpoints import Progress
 
 HELD_OUT = "held_out.safetensors"
 
@@ -69,19 +70,21 @@ def write_held_out(folder: Path, rows: Rows) -> None:
     )
 
 
-def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
-    """A stage's record in `linearize.json`."""
-    steps = total_steps(stage, len(data.train))
-    return {
+def stage_record(stage: Stage, data: TrainingData, progress: Progress) -> dict[str, Any]:
+    """A stage's record in `linearize.json`: also the steps it skipped, and where it stopped or which step it kept, if
+    not the last."""
+    steps = Steps(stage, len(data.train))
+    record = {
         "objective": " + ".join(f"{weight:g} {name}" for name, weight in stage.weights.items()),
         "data": data.source,
-        "tokens": tokens_after(stage, len(data.train), steps),
+        "tokens": steps.tokens_after(progress.step),
         "length": stage.length,
-        "steps": steps,
+        "steps": steps.total,
     }
-
-
-def count_skipped(record: dict[str, Any], skipped: int) -> None:
-    """Adds the steps that a stage skipped to its record, if there are any."""
-    if skipped:
-        record["skipped_steps"] = skipped
+    if progress.skipped:
+        record["skipped_steps"] = progress.skipped
+    if progress.step < steps.total:
+        record["stopped_after"] = progress.step
+    if progress.best_step:
+        record |= {"kept_step": progress.best_step, "held_out_loss": progress.best}
+    return record

@@ -398,6 +398,12 @@ class Stage(Section):
     gradient_checkpointing: bool = False
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 means about ten times a run."""
+    eval_every: int | None = Field(default=None, ge=0)
+    """Steps between evaluations on the held-out rows; 0 means none, null as often as costs little, at most 10 times."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that the stage ends with: the last ones, or those with the best held-out loss."""
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations without a better held-out loss after which the stage ends; null never ends it early."""
     skip_bad_batches: int = Field(default=0, ge=0)
     """Optimizer steps that may be left out because a loss or gradient in them is not finite; one more ends the run."""
     temperature: float = Field(default=1.0, gt=0)
@@ -420,6 +426,15 @@ class Stage(Section):
         length = info.data.get("length")
         if length is not None and value % length:
             raise _refusal(f"expected a multiple of length ({length}), got {value}")
+        return value
+
+    @field_validator("keep", "patience")
+    @classmethod
+    def _is_evaluated(cls, value: str | int | None, info: ValidationInfo) -> str | int | None:
+        data = info.data.get("data")
+        held_out = data.held_out if isinstance(data, DataSpec) else None
+        if value not in ("last", None) and (info.data.get("eval_every") == 0 or held_out == 0):
+            raise _refusal("looks at held-out losses; expected data.held_out and eval_every not to be 0")
         return value
 
     @field_validator("teacher_at")
