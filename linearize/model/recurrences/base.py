@@ -129,7 +129,7 @@ class Recurrence(nn.Module, ABC):
 
         Args:
             q: `[R, L, H, D]`. k, v: `[R, L, K, D]`, `[R, L, K, V]`, aligned with q: k[:, t] is written, then read.
-            source: `[R, L, K, D]`, the gate's input.
+            source: `[R, L, K, D]`, the tensor that the gate is computed from.
             writes: `[R, L]`, False where k[:, t] neither writes nor decays; None means all write.
             state: as `state()` makes it, updated in place; None starts from zeros and stores nothing.
 
