@@ -313,7 +313,12 @@ class StageLoop:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean cross-entropy on held-out rows in nats per token; KL(teacher || student) with a loaded teacher."""
+        """Losses on the held-out rows, in nats per token.
+
+        Returns:
+            `held_out_loss`, the cross-entropy; with a loaded teacher `held_out_kl`, KL(teacher || student); and
+            `held_out_objective`, which compares with the training loss, if these two make up the stage's objective.
+        """
         held_out, count = self.data.held_out, processes.count()
         teacher = self.teacher if isinstance(self.teacher, PreTrainedModel) else None
         places = torch.arange(math.ceil(len(held_out) / count) * count)[processes.rank() :: count]
@@ -331,7 +336,12 @@ class StageLoop:
                     told = logits_of(teacher, part.input_ids, part.position_ids)
                     sums[2] += token_losses(logits, part.labels, told, {"distill": 1.0})
         tokens, loss, kl = self.accelerator.reduce(sums, "sum").tolist()
-        return {"held_out_loss": loss / tokens, **({"held_out_kl": kl / tokens} if teacher is not None else {})}
+        figures = {"held_out_loss": loss / tokens, **({"held_out_kl": kl / tokens} if teacher is not None else {})}
+        terms = {"sft": figures["held_out_loss"], "distill": figures.get("held_out_kl")}
+        weighted = [(weight, terms.get(name)) for name, weight in self.stage.weights.items()]
+        if self.stage.temperature == 1 and all(term is not None for _, term in weighted):
+            figures["held_out_objective"] = sum(weight * (term or 0.0) for weight, term in weighted)
+        return figures
 
     def _speed(self, first: int, training: float, passed: float) -> dict[str, float]:
         """Tokens and time; `training` is the seconds in `train_step` since step `first`, `passed` all of them."""

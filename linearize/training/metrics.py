@@ -44,7 +44,10 @@ def log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], No
         nonlocal held_out
         append_json_line(path, {"stage": stage, **figures})
         if "held_out_loss" in figures:
-            held_out = f"held out {figures['held_out_loss']:.4f}  "
+            # The objective compares with the training loss; the cross-entropy alone is named as such.
+            objective = figures.get("held_out_objective")
+            name, value = ("", objective) if objective is not None else ("cross-entropy ", figures["held_out_loss"])
+            held_out = f"held out {name}{value:.4f}  "
         left = figures["seconds_left"]
         of = f"stage {stage + 1} of {stages}, " if stages > 1 else ""
         line.show(

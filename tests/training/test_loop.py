@@ -231,7 +231,7 @@ def test_evaluation_is_logged_and_changes_nothing(recipe, tmp_path, monkeypatch,
     assert [line["step"] for line in evaluated if "held_out_loss" in line] == [4, 6]
     last = evaluated[-1]
     assert last["held_out_loss"] > 0 and last["held_out_kl"] > 0
-    assert f"held out {last['held_out_loss']:.4f}" in capsys.readouterr().err.splitlines()[-1]
+    assert f"held out {last['held_out_objective']:.4f}" in capsys.readouterr().err.splitlines()[-1]
     # The model that the run comes to has the last evaluation's loss.
     result = run_stages(settings, tmp_path / "with", say=lambda _: None, resume=True)
     rows = read_data(tmp_path / "with" / "stage-0.rows.safetensors").held_out
