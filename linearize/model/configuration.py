@@ -46,9 +46,8 @@ class MixerConfig:
         rope: give the recurrence queries and keys with the model's rotary positions.
         qk_norm: scale queries and keys to length 1 before the feature map.
         normalize: divide the recurrence's output by its mass, if it has one.
-        gate_source: the tensor that gates are computed from: the token's key, query (averaged over the heads that share
-        a key) or
-            value, or `random`, a random linear map of the key.
+        gate_source: the tensor that gates are computed from: the token's key, query (averaged over the heads that
+            share a key) or value, or `random`, a random linear map of the key.
         gate_scale, gate_bias, gate_divisor: the gate's input is scale * Pool(source) + bias, and its log-gate usually
             logsigmoid(input) / divisor. None is the recurrence's own start.
         gate_learned: train scale and bias, one of each per gate.
