@@ -1,8 +1,8 @@
 """The commands as functions, with the same names and options: `linearize.verify(...)` is `linearize verify`.
 
-Everything public is imported from `linearize` itself, which loads this module when one of the functions is first used.
-Models are named as on the command line: a Hub id, a folder, or a GGUF file. A function's module in `linearize.jobs` is
-imported with it, because it imports torch.
+Everything public is imported from `linearize`, which loads this module when a function is first used. Models are named
+as on the command line: a Hub id, a folder, or a GGUF file. A function's module in `linearize.jobs` is a lazy import,
+because it imports torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The errors that a user can cause, each one line: what is wrong, where, and what to do next.
+"""The errors that a user can cause. Each message is one line: what is wrong, where, and what to do next.
 
-Everything the package raises on purpose derives from `LinearizeError`; the command line prints its text and exits 1.
+All deliberate errors of the package derive from `LinearizeError`; the command line prints the text and exits with 1.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ class StateError(LinearizeError):
 
 
 class VerificationError(LinearizeError):
-    """A model cannot be verified as asked, or it did not pass."""
+    """A model cannot be verified with these arguments, or it did not pass."""
 
 
 class HubError(LinearizeError):
-    """The Hub cannot be reached, or does not do as asked; or what should go there should not."""
+    """The Hub cannot be reached or refuses a request, or an upload has content that must not be published."""
 
 
 def counted(number: int, one: str, more: str) -> str:
-    """The number with the words for it: `1 entry`, `1,200 entries`."""
+    """The number with its noun: `1 entry`, `1,200 entries`."""
     return f"{number:,} {one if number == 1 else more}"
 
 
 def hint_for(name: str, known: Iterable[str], *, most: int = 3) -> str:
-    """Ends an error about an unknown name: `did you mean A or B?` with up to `most` close names, or else all names."""
+    """The end of an error about an unknown name: `did you mean A or B?` with up to `most` close names, or all names."""
     choices = list(known)
     near = difflib.get_close_matches(name, choices, n=most)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """True if an allocation failed, by the error or by its cause. On a CPU torch raises a plain RuntimeError, and torch
-    is not imported here."""
+    """True if the error or one of its causes is a failed allocation. On a CPU torch raises a plain RuntimeError, which
+    is recognised by its text; torch is not imported here."""
     while error is not None:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
             return True

@@ -27,7 +27,7 @@ KB = 1000
 _ELSEWHERE = """
 import sys
 from pathlib import Path
-from linearize import cache
+from linearize.runtime import cache
 from linearize.runtime.claims import claimed
 path = Path(sys.argv[1])
 with claimed(path):

@@ -173,8 +173,8 @@ def test_a_broken_weight_name_is_found(folder, tmp_path, fault):
     if fault != "added":
         del changed[name]
     save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-    told = "have no place in the model .*recurrence.scale" if fault == "added" else "are not there, .*gate_scale"
-    with pytest.raises(ModelError, match=rf"1 weights {told}"):  # before any check, as in every command that loads it
+    told = "has no place in the model .*recurrence.scale" if fault == "added" else "is not there, .*gate_scale"
+    with pytest.raises(ModelError, match=rf"1 weight {told}"):  # before any check, as in every command that loads it
         verified(tmp_path)
 
 

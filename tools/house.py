@@ -1,14 +1,16 @@
 """Measures the code in `linearize/` and `kernels/`: `python -m tools.house [--json] [--root CHECKOUT]`.
 
-rooms       folders and modules right below `linearize/`, and `kernels/`; not `linearize/__init__.py` and `__main__.py`
-circles     sets of rooms that reach each other by imports, late ones and those for type checking included; `pairs` are
-            two rooms that import each other directly
-reading     the definitions to open, from the entries of `READINGS` on, to follow a call to its end. A function counts
-            whole, a class its fields, bases and `__init__`. Followed are names, through imports, re-exports and late
-            imports, and attributes of `self`, `super()`, classes and modules. Not followed are annotations, values of
-            constants (a table of classes is read, its rows are not) and methods of other objects, so an entry names
-            each method that is called through `nn.Module` or a registry. `hops` are the most calls from an entry
-docstrings  all, and those that open with a word of `OPENINGS`
+rooms       folders and modules directly below `linearize/`, and `kernels/`; without `linearize/__init__.py` and
+            `__main__.py`
+circles     sets of rooms that reach each other by imports, lazy and type-checking imports included; `pairs` are two
+            rooms that import each other directly
+reading     the definitions that a reader opens to follow a call from the entries of `READINGS` to its end. A function
+            counts whole, a class by its fields, bases and `__init__`. Names are followed through imports, re-exports
+            and lazy imports, and attributes of `self`, `super()`, classes and modules. Annotations, values of constants
+            (a table of classes is read, its rows are not) and methods of other objects are not followed, so an entry
+            names each method that is called through `nn.Module` or a registry. `hops` is the longest chain of calls
+            from an entry
+docstrings  the number of docstrings, and of those that begin with a word of `OPENINGS`
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Each room imports only rooms that stand before it.
+# Each room imports only rooms that come before it.
 ROOMS = [
     "errors",
     "report",
@@ -53,13 +55,13 @@ ROOMS = [
 Definition = tuple[str, str]  # ("linearize.model.mixer.mixer", "Mixer.forward")
 OPENINGS = ("What", "Whether", "Where", "Of", "Whoever")
 _MIXER = "MixerConfig Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"
-# Left aside in a plain reading: landmarks, fused kernels and the single step; the cache; pads; heads that keep softmax;
+# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; pads; heads that keep softmax;
 # the rotary table of one token.
 _ASIDE = (
     "Mixer._alternative fuses steps LinearizedAttention.memory memory_of starts fill slide store layout_of "
     "LinearizedAttention._attend LinearizedAttention.select _by_group LinearizedAttention._turn _joined"
 )
-# Name -> entries, `end of the module:name` where a name is not unique; and the alternatives that are left aside.
+# Name -> entries (`end of the module:name` if a name is not unique), and definitions that are skipped.
 READINGS = {
     "gla": (f"LinearizedAttention.forward {_MIXER}", ""),
     "gla, plain": (f"LinearizedAttention.forward {_MIXER}", _ASIDE),
@@ -71,7 +73,7 @@ _CODE = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class House:
-    """The modules of the checkout at `root`, parsed; nothing is imported."""
+    """The parsed modules of the checkout at `root`; nothing is imported."""
 
     def __init__(self, root: Path) -> None:
         self.texts: dict[str, str] = {}
@@ -108,7 +110,11 @@ class House:
         return {room: targets for room, targets in found.items() if room}
 
     def reading(self, entries: str, aside: str) -> dict[str, Any]:
-        """The figures of a reading. Raises `LookupError` for an entry that names no definition, or several."""
+        """The figures of a reading.
+
+        Raises:
+            LookupError: an entry names no definition, or several.
+        """
         order = [self._find(entry) for entry in entries.split()]
         hops, lines = dict.fromkeys(order, 0), defaultdict[str, set[int]](set)
         for unit in order:
@@ -187,7 +193,7 @@ def _methods(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below `node` without annotations and without a class's methods."""
+    """The nodes below `node`, except annotations and a class's methods."""
     for name, value in ast.iter_fields(node):
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, ast.AST) and one not in _methods(node) and name not in ("annotation", "returns"):

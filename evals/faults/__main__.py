@@ -1,8 +1,8 @@
-"""Faults planted into jobs on a tiny model: `python -m evals.faults` plants them, `--table` shows what came of it.
+"""Planted faults in jobs on a tiny model: `python -m evals.faults` plants them, `--table` prints the results.
 
-Each job is cut short or disturbed, then done again as a person would (finetune with --resume). Lost is: a result that
-is not whole, an earlier result that is gone, or another result than without the fault, to the last bit. Full and
-read-only disks are small file systems of their own, which take root to mount; elsewhere these rows are left out.
+Each job is interrupted or disturbed and then run again as a user would (finetune with --resume). A loss is an
+incomplete result, a missing earlier result, or a result that differs by any bit from an undisturbed run. Full and
+read-only disks are small file systems, which only root can mount; without root these rows are left out.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ import torch
 from evals.faults.bench import Job, Outcome, kill, terminate
 from linearize.cli.libraries import quiet_libraries
 from linearize.runtime import files as output
-from linearize.training.trainer import StageTrainer
+from linearize.training.loop import StageLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from linearize.training.steps import Batch
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "faults.json"
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def measure(root: Path, trials: int, moments: random.Random, chosen: Sequence[str]) -> list[dict[str, Any]]:
-    """Plants every fault into the jobs of these names; gives a row for each kind of fault and command."""
+    """Plant every fault into the chosen jobs; returns a row for each kind of fault and command."""
     os.environ["LINEARIZE_CACHE"] = str(root / "cache")
     quiet_libraries()
     rows = []
@@ -116,7 +118,7 @@ def make_jobs(root: Path) -> list[Job]:
         return lambda: copy(old, Path(out[name]))
 
     def forget() -> None:
-        """Results are kept beyond a report; each trial is to make its own."""
+        """Remove cached results, so that each trial computes its own."""
         shutil.rmtree(root / "cache" / "evaluation", ignore_errors=True)
 
     return [
@@ -151,8 +153,8 @@ def one(job: Job, plant: Callable[[], Outcome], mend: Callable[[], None] = lambd
 
 
 def strike(job: Job, disturb: Callable[[Job, float], Outcome], number: int, count: int, moments: random.Random) -> Any:
-    """Disturbs a job at a random moment of the `number`-th of `count` parts of the time that it takes; once more if it
-    was done by then."""
+    """Disturb a job at a random moment in the `number`-th of `count` parts of its duration; repeat if it had
+    finished."""
     if number % 10 == 9:
         job.measure()  # the machine may be busier now, or less busy
     for _ in range(99):
@@ -190,7 +192,7 @@ def terminated(job: Job, after: float) -> Any:
 
 
 def vanished(job: Job, after: float) -> Any:
-    """The folder that the job writes into is removed, and made anew once the job has ended."""
+    """Remove the job's output folder while it runs, and create it again after the job."""
     outcome = job.disturbed(after, lambda _: shutil.rmtree(job.folder, ignore_errors=True))
     job.folder.mkdir(exist_ok=True)
     job.prepare()  # what was in it is not the job's to keep
@@ -198,7 +200,7 @@ def vanished(job: Job, after: float) -> Any:
 
 
 def doubled(job: Job, after: float) -> Outcome:
-    """The same command is started once more while it runs; one of the two is to be refused."""
+    """Start the same command again while it runs; one of the two must be refused."""
     second: list[Outcome] = []
     first = job.disturbed(after, lambda _: second.append(job.whole(job.arguments)))
     if not second or not any(WRITING in outcome.told for outcome in (first, *second)):
@@ -212,34 +214,35 @@ def nothing(_: int) -> None:
 
 
 def scarce(objective: str) -> None:
-    """Memory runs out in the third pass of a stage, as if there were two rows in it."""
-    compute = StageTrainer.compute_loss
+    """Memory runs out in the third pass of a stage, as in a pass of two rows."""
+    compute, halve = StageLoop.micro_loss, StageLoop._halve
     passes = itertools.count(1)
 
-    def limited(self: Any, *args: Any, **options: Any) -> Any:
+    def limited(self: StageLoop, batch: Batch) -> Any:
         if objective in self.stage.weights and next(passes) == 3:
-            self._rows = 2
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return compute(self, *args, **options)
+        return compute(self, batch)
 
-    StageTrainer.compute_loss = limited  # type: ignore[method-assign]
+    def halved(self: StageLoop, _: int, error: Exception) -> None:
+        halve(self, 2, error)
+
+    StageLoop.micro_loss, StageLoop._halve = limited, halved  # type: ignore[method-assign]
 
 
 def nan(objective: str) -> None:
-    """The loss of a stage's fourth step is no number."""
-    compute = StageTrainer.compute_loss
+    """The loss of a stage's fourth step is NaN."""
+    compute = StageLoop.micro_loss
 
-    def broken(self: Any, *args: Any, **options: Any) -> Any:
-        loss = compute(self, *args, **options)
-        bad = objective in self.stage.weights and self.state.global_step == 3
-        return self.checked(loss * torch.nan) if bad else loss
+    def broken(self: StageLoop, batch: Batch) -> Any:
+        loss = compute(self, batch)
+        return loss * torch.nan if objective in self.stage.weights and self.progress.step == 3 else loss
 
-    StageTrainer.compute_loss = broken  # type: ignore[method-assign]
+    StageLoop.micro_loss = broken  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def mounted(folder: Path) -> Iterator[bool]:
-    """A small file system of its own at `folder`, where that can be had."""
+    """Mount a small file system at `folder`; yields False if that is not possible."""
     for path in folder.iterdir():
         shutil.rmtree(path)
     made = _mount("-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(folder))
@@ -265,14 +268,14 @@ def remount(folder: Path, options: str) -> None:
 
 
 def small(job: Job) -> Any:
-    """There is less room than the job asks for at its start."""
+    """The disk has less free space than the job checks for at its start."""
     job.prepare()
     fill(job.folder, 1_000_000)
     return job.whole(job.arguments)
 
 
 def full(job: Job) -> Any:
-    """There was enough room at its start, and then it is gone."""
+    """The disk passes the job's check at its start, and is full afterwards."""
     job.prepare()
     fill(job.folder, 150_000 if job.name != "eval" else 4_000)
 
@@ -293,7 +296,7 @@ def fill(folder: Path, but: int) -> None:
     (folder / "filler").write_bytes(bytes(max(0, free - but)))
 
 
-# How many trials, as a share of those of SIGKILL.
+# The number of trials as a share of those of SIGKILL.
 DISTURBED: tuple[tuple[str, float, Callable[[Job, float], Any]], ...] = (
     ("SIGKILL", 1, killed),
     ("SIGTERM", 0.2, terminated),

@@ -1,4 +1,4 @@
-"""Jobs to disturb: what each command is run on, and how it shows that nothing was lost."""
+"""The jobs to disturb: their inputs, and the checks that nothing was lost."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OURS = ("error: ", "interrupted: ")
 
 @dataclass
 class Outcome:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
-        status: of its process; minus the signal's number where a signal ended it.
-        told: the last line that it said, if that is one of an error or an interruption.
-        clean: whether it said no traceback and nothing of an unexpected error.
-        seconds: until it ended.
-        struck: whether it was still running when it was disturbed.
+        status: exit status of its process; minus the signal's number if a signal ended it.
+        told: its last line, if that reports an error or an interruption.
+        clean: True if it printed no traceback and no unexpected error.
+        seconds: its duration.
+        struck: True if it was still running when it was disturbed.
     """
 
     status: int
@@ -43,16 +43,16 @@ class Outcome:
 
 @dataclass
 class Job:
-    """A command, the folder that it runs in, and what it is to leave there.
+    """A command, its folder, and its expected result.
 
     Attributes:
-        name: of the command.
+        name: the command.
         arguments: its command line; it writes `out` below `folder`.
-        again: what a person would run after it was cut short.
-        before: makes what is there before it.
-        share: of the trials that it gets.
-        seconds: that it took when it was last run undisturbed.
-        earlier: whether a result was there before it.
+        again: the command line after an interruption.
+        before: creates the input files.
+        share: its share of the trials.
+        seconds: the duration of the last undisturbed run.
+        earlier: True if a result existed before it.
     """
 
     name: str
@@ -66,11 +66,11 @@ class Job:
     reference: dict[str, Any] = field(default_factory=dict)
 
     def start(self, act: Callable[[], None] = lambda: None) -> int:
-        """Runs the command in a process of its own, `act` first there; gives its id."""
+        """Run the command in a child process, after `act` there; returns the process id."""
         return self._fork(self.arguments, act)
 
     def _fork(self, arguments: list[str], act: Callable[[], None]) -> int:
-        # The libraries are imported already, so that a job takes a second instead of ten.
+        # A fork has the libraries imported, so that a job takes one second instead of ten.
         child = os.fork()
         if child:
             return child
@@ -88,12 +88,12 @@ class Job:
         return self.folder.parent / f"log-{process}"
 
     def wait(self, child: int, started: float, ended: int | None = None) -> Outcome:
-        """How the process ended; `ended` is its status where that has been asked for."""
+        """Wait for the process; `ended` is its exit status if that is already known."""
         struck = ended is None
         if ended is None:
             _, ended = os.waitpid(child, 0)
         seconds = time.monotonic() - started
-        log = self._log(child)  # not there if it was killed before its first line
+        log = self._log(child)  # missing if the process was killed before its first line
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
         told = lines[-1] if lines and lines[-1].startswith(OURS) else ""
@@ -103,8 +103,8 @@ class Job:
     def disturbed(
         self, after: float, disturb: Callable[[int], None], act: Callable[[], None] = lambda: None
     ) -> Outcome:
-        """Runs the command in a fresh folder and calls `disturb` on its process after so many seconds, if it still
-        runs then."""
+        """Run the command in a fresh folder and call `disturb` on its process after `after` seconds, if it still
+        runs."""
         self.prepare()
         started = time.monotonic()
         child = self.start(act)
@@ -127,10 +127,10 @@ class Job:
         self.earlier = (self.folder / "out").exists()
 
     def measure(self) -> None:
-        """Times it, undisturbed; the first time also says what it comes to.
+        """Time an undisturbed run; the first run also sets the expected result.
 
         Raises:
-            RuntimeError: it does not run here.
+            RuntimeError: the command fails here.
         """
         self.prepare()
         done = self.whole(self.arguments)
@@ -140,7 +140,7 @@ class Job:
         self.reference = self.reference or self.result()
 
     def phase(self) -> str:
-        """How far a training had come that was cut short; empty for other jobs."""
+        """The progress of an interrupted training; empty for other jobs."""
         if self.name != "finetune":
             return ""
         metrics = self.folder / "out.training" / "metrics.jsonl"
@@ -149,7 +149,7 @@ class Job:
         return f"in stage {stages[-1] + 1}" if stages else "before the first step"
 
     def lost(self) -> list[str]:
-        """What is wrong after the job was cut short, then done again: with what was there, and with the result."""
+        """The losses after the job was interrupted and run again, in its earlier and its new result."""
         wrong = [] if whole_or_absent(self.folder / "out") else ["a result that is not whole"]
         if self.earlier and not (self.folder / "out").exists():
             wrong.append("the earlier result")
@@ -162,7 +162,7 @@ class Job:
         return [*wrong, *(f"{name} is left behind" for name in sorted(left))]
 
     def result(self) -> dict[str, Any]:
-        """What the job comes to: digests of weights, or figures."""
+        """The job's result: digests of weights, or scores."""
         out = self.folder / "out"
         if (out / "results.json").is_file():
             told = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ class Job:
 
 
 def whole_or_absent(out: Path) -> bool:
-    """Whether a result is there with every file as its provenance has it, or is not there."""
+    """True if `out` does not exist, or is a result whose files all match its provenance."""
     if not out.exists() or (out / "results.json").is_file():
         return True
     try:

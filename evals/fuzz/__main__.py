@@ -1,7 +1,7 @@
-"""Fuzzers of the readers: `python -m evals.fuzz` tries many files on each, `--table` shows what came of it.
+"""Fuzzers of the file readers: `python -m evals.fuzz` reads many mutated files, `--table` prints the results.
 
-A crash is anything but a one-line error, or a file that must not be taken; a hang is a file that takes more than two
-seconds of the process's own time; a leak is a descriptor or a file that stays, or memory that keeps growing.
+A crash is any exception but a one-line error, or the acceptance of an invalid file. A hang is a file that takes more
+than two seconds of CPU time. A leak is a file descriptor or a file that stays, or memory that keeps growing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUND = 1_000
 
 
 class Hung(BaseException):
-    """A file took too long; no handler of errors may take it for one of the reader's."""
+    """A file took too long. A BaseException, because handlers of the reader must not catch it."""
 
 
 def main() -> None:
@@ -58,16 +58,16 @@ def main() -> None:
 
 
 def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
-    """Tries `inputs` files on a reader; counts what goes wrong and goes on."""
+    """Read `inputs` files with a reader and count the failures."""
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     sizes: list[int] = []
     started = time.process_time()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        reader.takes(folder, reader.seeds[0])  # imports, and what is made once
+        reader.takes(folder, reader.seeds[0])  # warm-up: imports and caches
         gc.collect()
-        gc.freeze()  # what is there so far is looked through no more
+        gc.freeze()  # exclude existing objects from later collections
         descriptors = _descriptors()
 
         def attempt(content: bytes) -> None:
@@ -84,7 +84,7 @@ def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
 
         made_of = mutated(reader.seeds)
         try:
-            # hypothesis remembers what it tried, so memory is looked at between rounds.
+            # hypothesis stores what it tried, so memory is measured between rounds.
             for begun in range(0, inputs, ROUND):
                 options = settings(
                     max_examples=min(ROUND, inputs - begun), deadline=None, database=None, phases=[Phase.generate],
@@ -96,7 +96,7 @@ def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
         finally:
             gc.unfreeze()
         leaks = len(list(folder.iterdir())) + max(0, _descriptors() - descriptors)
-    # The first quarter may fill caches; after that memory is to stay as it is.
+    # The first quarter may fill caches; after that memory must stay constant.
     grown = max(0, sizes[-1] - sizes[len(sizes) // 4]) if sizes else 0
     return {
         "inputs": counts["inputs"],
@@ -111,7 +111,7 @@ def fuzz(reader: Reader, inputs: int, number: int = 0) -> dict[str, Any]:
 
 
 class _alarm:
-    """Ends the block after so much of the process's own time."""
+    """Raises `Hung` in the block after a limit of CPU time."""
 
     def __enter__(self) -> None:
         def ring(_: int, __: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Files made from sound ones: bytes flipped, runs cut, doubled or put elsewhere, counts made huge."""
+"""Mutations of valid files: bytes flipped; runs cut, doubled or moved; counts replaced by huge ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PIECES = [
 
 
 def mutated(seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:
-    """One of `seeds` after a few changes, or bytes of no meaning."""
+    """One of `seeds` after a few changes, or random bytes."""
     change = st.one_of(
         st.tuples(st.just(_flip), _AT, st.integers(1, 255)),
         st.tuples(st.just(_insert), _AT, st.sampled_from(_PIECES)),

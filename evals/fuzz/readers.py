@@ -1,4 +1,4 @@
-"""The readers of files that a stranger may have made, each with sound files to begin from."""
+"""The readers of untrusted files, each with valid files as seeds."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class Slipped(Exception):
-    """A reader took what it must not take."""
+    """A reader accepted an invalid file."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader and what it reads.
+    """A reader and its files.
 
     Attributes:
-        file: the name of the file that it is given.
-        seeds: sound files.
-        read: reads the file in a folder; raises `LinearizeError` where it is not sound.
+        file: the name of the file that it reads.
+        seeds: valid files.
+        read: reads the file in a folder; raises `LinearizeError` if it is not valid.
     """
 
     file: str
@@ -46,7 +46,7 @@ class Reader:
     read: Callable[[Path], object]
 
     def takes(self, folder: Path, content: bytes) -> bool:
-        """Whether the reader takes the content; whatever but a one-line error it raises goes through."""
+        """True if the reader accepts the content; any exception but a one-line error propagates."""
         path = folder / self.file
         path.write_bytes(content)
         try:
@@ -61,7 +61,7 @@ class Reader:
 
 
 def readers() -> dict[str, Reader]:
-    """All of them, by name."""
+    """All readers by name."""
     model = _tiny()
     recipes = [recipe.path.read_bytes() for recipe in shipped_recipes()]
     recipes += [b"a: &a [x, x]\nb: *a\n", b"seed: !!python/name:os.system\n", b"mixer: {keep: {heads: {0: [1]}}}\n"]
@@ -85,7 +85,7 @@ def readers() -> dict[str, Reader]:
 
 
 def _gguf(path: Path) -> None:
-    """What is taken, gguf's own reader must take, which transformers stands on."""
+    """A file that we accept must also be accepted by gguf's reader, which transformers uses."""
     from gguf import GGUFReader
 
     read_head(path)
@@ -102,7 +102,7 @@ def _index(path: Path) -> None:
 
 
 def _same_state(path: Path, model: LinearizedForCausalLM) -> None:
-    """A state that is taken is the one that was saved, whatever else was changed in the file."""
+    """An accepted state must equal the saved one, whatever else was changed in the file."""
     layers, last = statefile.read(path, model)
     if int(last) != 4 or layers[0].counts.tolist() != [23]:
         raise Slipped("another state is taken for the one that was saved")

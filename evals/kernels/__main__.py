@@ -1,9 +1,9 @@
-"""Forward, backward and step of the fused kernels beside what stands in their place otherwise.
+"""Forward, backward and step of the fused kernels, compared with their alternatives.
 
     python -m evals.kernels                 on a GPU; writes results/<device>.json and .svg
-    python -m evals.kernels --dry-run       on any machine, tiny shapes; not measurements
+    python -m evals.kernels --dry-run       on any machine, with tiny shapes; not measurements
 
-Contenders take turns, medians are kept, and each figure stands beside the roof that the same run has measured.
+Contenders run in turns and medians are kept. Each figure is given with its share of the roof measured in the same run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.turns < 1:
         parser.error("--turns must be at least 1")
     if arguments.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything else is
+        os.environ["TRITON_INTERPRET"] = "1"  # set before any import, because triton reads it when it is imported
 
     import torch
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure(turns: int) -> dict[str, Any]:
-    """On the current GPU, in bfloat16."""
+    """All measurements on the current GPU, in bfloat16."""
     import torch
 
     from evals.kernels import work
@@ -73,13 +73,13 @@ def measure(turns: int) -> dict[str, Any]:
         torch.bfloat16,
         (work.SHAPES, work.LENGTHS, work.TOKENS, work.STEP_BATCHES),
         turns=turns,
-        warm_up=5,  # the first call compiles, or tries configurations, which takes minutes for some
+        warm_up=5,  # the first call compiles and autotunes, which takes minutes for some kernels
         roof={"size": 2**30, "side": 8192, "turns": turns},
     )
 
 
 def dry_run() -> dict[str, Any]:
-    """Every line of `measure` once, on the CPU."""
+    """All code of `measure` once, on the CPU."""
     import torch
 
     from evals.kernels import work
@@ -136,7 +136,7 @@ def _prefill(
         for kind, formula in (("forward", work.forward), ("backward", work.backward)):
             done = formula(shape, length, rows, dtype.itemsize, **count)
             where = {"shape": shape.name, "length": length, "rows": rows, "contender": name, "kind": kind}
-            # Of both passes together: what training holds.
+            # Of both passes together, as in training.
             peak = whole[name] if kind == "backward" else None
             found.append({**where, **taken[kind][name], "bytes": done.bytes, "flops": done.flops, "peak_bytes": peak})
     return found
@@ -153,7 +153,7 @@ def _without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _gradients(run: Callable[[], Any], leaves: list[Any]) -> Callable[[], Any]:
-    """The backward pass of a forward pass that this runs."""
+    """The backward pass of `run`, whose forward pass runs here."""
     import torch
 
     outputs = run()
@@ -164,7 +164,7 @@ def _gradients(run: Callable[[], Any], leaves: list[Any]) -> Callable[[], Any]:
 def _step(
     clock: Any, dtype: Any, shape: Any, batch: int, length: int, turns: int, warm_up: int
 ) -> list[dict[str, Any]]:
-    """One token after `length` of them."""
+    """One token after `length` tokens."""
     import torch
 
     from evals.kernels import contenders, work
@@ -186,7 +186,7 @@ def _step(
 
 
 def surroundings(device: Any, dtype: Any) -> dict[str, Any]:
-    """What figures depend on."""
+    """Versions and settings that the figures depend on."""
     import torch
 
     def version(package: str) -> str | None:

@@ -1,12 +1,12 @@
-"""What takes part: this package's fused kernels, what a user would compose in their place, and full attention.
+"""The contenders: this package's fused kernels, a composition of other kernels, and full attention.
 
-    fused      window, sinks, recurrence and mix in one operation, as the recipe `default` has them
-    composed   Liger's own sum of two: flash-linear-attention's `chunk_gla` (keys, values and gates repeated per query
-               head, for it knows no grouped heads) and softmax over the window by FlexAttention
+    fused      window, sinks, recurrence and mix in one operation, as in the recipe `default`
+    composed   Liger's sum of two: flash-linear-attention's `chunk_gla` (keys, values and gates repeated per query head,
+               because it does not support grouped heads) and softmax over the window by FlexAttention
     causal     softmax over everything: PyTorch's FlashAttention
 
-Each is a function without arguments that makes the outputs. On a CPU, for a dry run, plain torch takes the place of
-what is not this package's.
+Each is a function without arguments that computes the outputs. In a dry run on a CPU, plain PyTorch replaces the
+kernels of other packages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONTENDERS = ("fused", "composed", "causal")
 
 @dataclass
 class Inputs:
-    """What a layer's projections make of R texts of T tokens, `[R, T, heads, D]`."""
+    """The projections of R texts of T tokens, `[R, T, heads, D]`."""
 
     q: Tensor
     k: Tensor
@@ -61,7 +61,7 @@ def draw(shape: Shape, length: int, rows: int, device: torch.device, dtype: torc
         return torch.full(size, value, device=device).requires_grad_(grad)
 
     q, k, v, q_rotated, k_rotated = (random(rows, length, n, width) for n in (heads, groups, groups, heads, groups))
-    # Gates as the recipe starts them.
+    # The gates' initial values in the recipe.
     scale, bias = small(groups, width, value=0.1), small(groups, width, value=5.0)
     return Inputs(q, k, v, q_rotated, k_rotated, scale, bias, small(heads, width, value=0.3))
 

@@ -11,12 +11,12 @@ import torch
 
 Run = Callable[[], Any]
 
-# More than any GPU's second-level cache: between two layers a model's weights pass through it as well.
+# Larger than any GPU's L2 cache, which a model's weights also flush between two layers.
 _CACHE = 256 * 2**20
 
 
 class Clock:
-    """Seconds of one call, on a GPU by events around it and with a cold cache."""
+    """Seconds of one call with a cold cache; on a GPU measured by CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,11 +38,11 @@ class Clock:
 
 
 def in_turns(clock: Clock, made: dict[str, Callable[[], Run]], turns: int, warm_up: int) -> dict[str, dict[str, float]]:
-    """Median, least and most seconds of each contender. They take turns, so that a device that slows down slows all of
-    them.
+    """Median, minimum and maximum seconds of each contender. They run in turns, so a slowdown of the device affects
+    all.
 
     Args:
-        made: makes what is timed, outside the clock: for a backward pass it runs the forward one.
+        made: builds the timed function outside the clock; for a backward pass it runs the forward pass.
     """
     for make in made.values():
         for _ in range(warm_up):
@@ -55,7 +55,7 @@ def in_turns(clock: Clock, made: dict[str, Callable[[], Run]], turns: int, warm_
 
 
 def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int | None:
-    """Memory that a call takes at most beside what was there before; None where the device does not count it."""
+    """Peak memory of a call above the memory before it; None if the device does not count it."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -67,8 +67,8 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int | None:
 
 
 def roof(clock: Clock, dtype: torch.dtype, *, size: int, side: int, turns: int) -> dict[str, float]:
-    """What the device reaches when it does one thing: bytes per second of a copy of `size` bytes (read and written),
-    and FLOPs per second of a product of square matrices."""
+    """The device's peak rates: bytes per second of a copy of `size` bytes (read and written), and FLOPs per second of a
+    product of square matrices."""
     source = torch.empty(size, dtype=torch.int8, device=clock.device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=clock.device).to(dtype)

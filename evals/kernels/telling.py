@@ -12,7 +12,7 @@ _CONTENDERS = ("fused", "composed", "causal")
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row for each case: milliseconds of every contender, and what share of the roof the fused kernels reach."""
+    """A row for each case: milliseconds of every contender, and the fused kernels' share of the roof."""
     roof = result["roof"]
     rows = []
     for (shape, kind, length, count), found in _cases(result).items():

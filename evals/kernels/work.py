@@ -1,8 +1,8 @@
-"""What is measured, and the bytes and floating-point operations that it cannot do without.
+"""The minimum of bytes and floating-point operations of each measured call.
 
-Bytes are those that have to cross the chip's border if nothing is fetched twice: inputs once in, results once out.
-FLOPs are those of the matrix products, a multiply-add counting 2, causal halves counted as halves. What a kernel does
-beyond that is its own affair, and shows as a smaller share of the roof.
+Bytes are those between memory and chip if nothing is transferred twice: inputs read once, results written once. FLOPs
+are those of the matrix products, with a multiply-add as 2 and causal halves as halves. Any work of a kernel beyond that
+lowers its share of the roof.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # Tokens of a chunk, inside which the recurrence is a product of pairs; as in the kernels.
 CHUNK = 64
-# FlashAttention's own convention: five products where the forward pass has two.
+# FlashAttention's convention: the backward pass has five products, the forward pass two.
 BACKWARD = 2.5
 
 
@@ -47,7 +47,7 @@ class Work:
     flops: int
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """What a machine that does nothing else needs: the longer of moving and multiplying."""
+        """The minimum time of a machine with these rates: the longer of transfer and computation."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
 
 
@@ -62,8 +62,8 @@ def forward(shape: Shape, length: int, rows: int, item: int, *, recurrence: bool
     """A pass over `rows` texts of `length` tokens with elements of `item` bytes.
 
     Args:
-        recurrence: whether there is one beside the window, with its own queries and keys (those without positions).
-        causal: full attention in the place of the window.
+        recurrence: True if there is one beside the window, with its own queries and keys (without positions).
+        causal: full attention instead of the window.
     """
     heads, groups, width = shape.query_heads, shape.key_value_heads, shape.width
     inputs = (1 + recurrence) * (heads + groups) * width + groups * width
@@ -79,7 +79,7 @@ def forward(shape: Shape, length: int, rows: int, item: int, *, recurrence: bool
 
 
 def backward(shape: Shape, length: int, rows: int, item: int, *, recurrence: bool, causal: bool = False) -> Work:
-    """The gradients of all inputs: these and the output's gradient in, theirs out."""
+    """The gradients of all inputs: inputs and the output's gradient read, their gradients written."""
     ahead = forward(shape, length, rows, item, recurrence=recurrence, causal=causal)
     outputs = rows * length * shape.query_heads * shape.width * item
     return Work(2 * (ahead.bytes - outputs) + outputs, int(BACKWARD * ahead.flops))

@@ -1,4 +1,4 @@
-"""What the recovery experiment found: figures of a report, the table, and a plot for each figure."""
+"""The results of the recovery experiment: figures of a report, the table, and a plot for each figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODEL, TEACHER, WINDOW = "model", "teacher", "window"
 
 
 def figures(reports: Iterable[Results]) -> dict[str, dict[str, Figure]]:
-    """By system of the reports, the figures that they have."""
+    """System -> its figures in the reports."""
     found: dict[str, dict[str, Figure]] = {}
     for results in reports:
         for system in results.systems:
@@ -70,7 +70,7 @@ def _of(results: Results, system: str) -> Iterator[tuple[str, Figure]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table: systems and budgets down, figures across; then what stands beside them."""
+    """The table (systems and budgets down, figures across), then the reference figures."""
     present = [name for name in FIGURES if any(name in cell["figures"][MODEL] for cell in found["cells"])]
     lines = [
         f"| system | tokens | {' | '.join(FIGURES[name][0] for name in present)} |",
@@ -99,12 +99,12 @@ def _written(figure: Figure, metric: str) -> str:
 
 
 def plots(found: dict[str, Any]) -> dict[str, str]:
-    """By name, a plot of each figure over the tokens of training; nothing was trained at the left edge."""
+    """Name -> a plot of each figure over the training tokens; the left edge is the untrained model."""
     budgets = sorted({cell["budget"] for cell in found["cells"]})
     trained = [budget for budget in budgets if budget]
     if not trained:
         return {}
-    none = trained[0] / 10  # zero has no place on a logarithmic axis
+    none = trained[0] / 10  # a logarithmic axis has no zero
     places = {budget: budget or none for budget in budgets}
     x = Axis(
         "training tokens", lambda place: "0" if place == none else f"{place:,.0f}", log=True, ticks=[*places.values()]

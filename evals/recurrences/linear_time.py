@@ -1,12 +1,12 @@
-"""Time per token of each recurrence on texts of 1k to 16k tokens: flat, if the chunkwise form is linear.
+"""Time per token of each recurrence on texts of 1k to 16k tokens; constant if the chunkwise form is linear.
 
-What a converted layer runs in prefill: the module over a whole text from an empty state, without gradients, with
-SmolLM2's heads (9 query, 3 key/value, width 64). Times are CPU seconds of one thread, so that other load on the
-machine counts less; lengths take turns, and the median over the turns is kept.
+Measured is the prefill of a converted layer's recurrence: the module over a whole text from an empty state, without
+gradients, with SmolLM2's heads (9 query, 3 key/value, width 64). Times are CPU seconds of one thread, which depend less
+on other load; lengths run in turns, and the median over the turns is kept.
 
-Everything is measured as it is, and the shortest and the longest again with a C library that keeps freed memory: it
-otherwise gives blocks of more than 32 MB back to the system, which hands them out anew page by page. At 16k tokens the
-output alone is such a block.
+The shortest and the longest length are measured again with a C library that keeps freed memory. By default it returns
+blocks of more than 32 MB to the system, and each new allocation causes page faults. At 16k tokens the output alone is
+such a block.
 
     python -m evals.recurrences.linear_time
 """
@@ -33,7 +33,7 @@ LAYER = AttentionLayer(query_heads=9, key_value_heads=3, key_width=64, value_wid
 
 @torch.inference_mode()
 def microseconds_per_token(name: str, lengths: tuple[int, ...] = LENGTHS, turns: int = 5) -> dict[int, float]:
-    """Median over the turns, by length. A turn before the first is not counted."""
+    """The median over the turns, by length; the first turn is a warm-up."""
     generator = torch.Generator().manual_seed(0)
     module = build_recurrence(MixerConfig(layers=[0], recurrence=name), LAYER, depth=1.0)
     assert module is not None  # noqa: S101 - only the name `none` gives none
@@ -51,7 +51,7 @@ def microseconds_per_token(name: str, lengths: tuple[int, ...] = LENGTHS, turns:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc not to give large blocks back to the system; whether there is one to tell."""
+    """Make glibc keep large freed blocks. False if the C library is another."""
     if not sys.platform.startswith("linux"):
         return False
     mmap_threshold, trim_threshold, bound = -3, -1, 1 << 30

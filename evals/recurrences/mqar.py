@@ -1,5 +1,5 @@
-"""Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of a key and a value, then keys whose values are
-asked for, among tokens that mean nothing. One layer of each recurrence, the same size, text and number of steps.
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): key-value pairs, then keys whose values are the targets,
+among filler tokens. One layer of each recurrence, with the same size, texts and number of steps.
 
     python -m evals.recurrences.mqar                       # all, and softmax attention as the ceiling
     python -m evals.recurrences.mqar --only gla,kda        # some; the others' results stay as they are
@@ -35,8 +35,8 @@ SETTING: dict[str, Any] = {
 
 
 def draw(rows: int, generator: torch.Generator, pairs: int, length: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets `[rows, length]`: the pairs, then each key once, at places drawn at random, with its value as
-    the target there; -100 elsewhere."""
+    """Tokens and targets `[rows, length]`: the pairs, then each key once at a random place with its value as the
+    target; -100 elsewhere."""
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(0, VALUES, (rows, pairs), generator=generator)
     tokens = torch.full((rows, length), FILLER)
@@ -47,10 +47,10 @@ def draw(rows: int, generator: torch.Generator, pairs: int, length: int) -> tupl
 
 
 def run(name: str, *, seed: int, steps: int) -> dict[str, Any]:
-    """Trains one model; its accuracy over the values asked for in 512 texts drawn anew."""
+    """Train one model; returns its accuracy over the targets in 512 new texts."""
     torch.manual_seed(seed)
     shape = {key: SETTING[key] for key in ("width", "heads", "head_width", "convolution")}
-    # Queries and keys as projected, and a norm after the reading instead of a mass: what most of the papers do.
+    # Queries and keys as projected, and a norm after the output instead of a mass, as in most of the papers.
     options = {} if name == SOFTMAX else {"feature_map": "identity", "normalize": False}
     model = ToyModel(name, vocabulary=FILLER + 1, classes=VALUES, **shape, **options)
     pairs, length, rows = SETTING["pairs"], SETTING["length"], SETTING["rows_per_step"]
@@ -92,7 +92,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     if arguments.out.exists():
         before = json.loads(arguments.out.read_text(encoding="utf-8"))
-        if before["setting"] == setting:  # results of another setting do not belong in one table with these
+        if before["setting"] == setting:  # a table must not mix results of different settings
             found = {result["recurrence"]: result for result in before["results"]}
     for name in asked:
         found[name] = run(name, seed=arguments.seed, steps=arguments.steps)

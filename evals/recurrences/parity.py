@@ -1,7 +1,7 @@
 """Running parity of random bits: state tracking that needs an eigenvalue of -1 (arXiv 2411.12537).
 
-One gated DeltaNet layer reads bits and says at every bit whether the ones so far are odd in number. It is trained at
-one length and read at longer ones, with write strengths up to 2 (`negative_eigenvalues`) and up to 1.
+One gated DeltaNet layer reads bits and predicts at every bit the parity of the ones so far. It is trained at one length
+and tested at longer ones, with write strengths up to 2 (`negative_eigenvalues`) and up to 1.
 
     python -m evals.recurrences.parity
 """
@@ -26,8 +26,8 @@ TRAINED_LENGTH = 40
 LENGTHS = (TRAINED_LENGTH, 256, 1024)
 HOLDS = 0.99  # parity is held at a length if at least this share of its bits is answered right; chance is 0.5
 
-# The gate starts at σ(8) = 0.9997 per token: parity has to live as long as the text, and at the recipes' usual start,
-# σ(5) = 0.993, training at length 40 leaves little reason to raise it further.
+# The gate starts at σ(8) = 0.9997 per token, because the state must keep the parity over the whole text. From the
+# recipes' usual start, σ(5) = 0.993, training at length 40 would hardly raise it.
 OPTIONS: dict[str, Any] = {"feature_map": "identity", "gate_bias": 8.0}
 
 
@@ -40,7 +40,7 @@ def draw(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Te
 def run(
     *, negative_eigenvalues: bool, seed: int, steps: int = 300, lengths: Sequence[int] = LENGTHS
 ) -> dict[int, float]:
-    """Trains one model; its accuracy over all bits at each length, 64 texts each."""
+    """Train one model; returns its accuracy over all bits at each length, in 64 texts each."""
     torch.manual_seed(seed)
     model = ToyModel(
         "gated_deltanet",

@@ -1,9 +1,8 @@
-"""What the experiments on single recurrences share: one layer around a recurrence, its training, and how results are
-written down.
+"""The shared part of the experiments on single recurrences: a one-layer model, its training, and the output of results.
 
-The layer is the smallest in which every recurrence can be compared: an embedding, a short causal convolution (so that
-a key can come from one token and its value from the next, with no second layer), q/k/v projections, the recurrence as
-a converted model has it, an output projection on a residual, and a linear head. Nothing else mixes tokens.
+The layer is the smallest that compares every recurrence: an embedding, a short causal convolution (so a key can come
+from one token and its value from the next without a second layer), q/k/v projections, the recurrence of a converted
+model, an output projection on a residual, and a linear head. Only convolution and recurrence mix tokens.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ class ToyModel(nn.Module):
 
     Args:
         recurrence: a name of `RECURRENCES`, or `softmax`.
-        vocabulary, classes: tokens that it reads, and classes that it tells apart at every token.
-        width: of the residual stream.
+        vocabulary, classes: the number of input tokens, and of output classes at every token.
+        width: width of the residual stream.
         heads: key/value heads, each with one query head.
-        head_width: of keys and of values.
-        convolution: tokens that the convolution spans; 1 is none.
+        head_width: width of keys and of values.
+        convolution: tokens in the convolution's kernel; 1 is none.
         options: keys of the mixer section.
     """
 
@@ -87,7 +86,7 @@ class ToyModel(nn.Module):
         return logits
 
     def state_floats(self) -> int | None:
-        """Floats of the state of one head, all its parts together; None for attention, whose cache grows."""
+        """Floats in the state of one head, all parts together; None for attention, whose cache grows."""
         if self.recurrence is None:
             return None
         parts = self.recurrence.state(1, torch.device("cpu"))
@@ -103,11 +102,11 @@ def train(
     own_lr: float,
     seed: int,
 ) -> list[float]:
-    """AdamW with a short warm-up and a cosine to 0, each step on text drawn anew; the loss of every step.
+    """AdamW with a short warm-up and a cosine to 0, on new text in each step; returns the loss of every step.
 
     Args:
-        batch: draws tokens and targets `[B, T]`; targets of -100 are not asked for.
-        own_lr: of the recurrence's own few parameters (gates, write strengths).
+        batch: draws tokens and targets `[B, T]`; targets of -100 are ignored.
+        own_lr: the learning rate of the recurrence's own parameters (gates, write strengths).
     """
     own = [p for name, p in model.named_parameters() if name.startswith("recurrence.")]
     rest = [p for name, p in model.named_parameters() if not name.startswith("recurrence.")]
@@ -128,13 +127,13 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, tokens: Tensor, targets: Tensor) -> float:
-    """Share of the targets asked for that are the most likely class."""
+    """The share of the targets whose class is the most likely one."""
     asked = targets != -100
     return (model(tokens).argmax(-1)[asked] == targets[asked]).float().mean().item()
 
 
 def surroundings() -> dict[str, Any]:
-    """What figures depend on."""
+    """Versions and settings that the figures depend on."""
     cpu = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [
@@ -152,7 +151,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all."""
+    """Write JSON atomically."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -1,8 +1,8 @@
-"""What a conversion of SmolLM2-135M-Instruct costs: `python -m evals.smollm2 DIR` measures it, `--table` shows it.
+"""The quality of converted SmolLM2-135M-Instruct: `python -m evals.smollm2 DIR` measures it, `--table` prints it.
 
-DIR has the checkpoints `default` and `liger-gla` (`linearize convert`, before any training) and `finetuned` (what
-`linearize demo` leaves); the data lie in the folder that `--data` names. Results are kept item by item, so what was
-interrupted goes on, and the teacher is measured once.
+DIR has the checkpoints `default` and `liger-gla` (`linearize convert`, before any training) and `finetuned` (from
+`linearize demo`); `--data` names the folder of the data. Results are cached item by item, so an interrupted run
+continues, and the teacher is measured once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 BASELINES = "teacher,window,window_bytes"
-# Model -> baselines to measure beside it.
+# Model -> its baselines.
 MODELS = {
     "default": BASELINES,
     "liger-gla": BASELINES,
@@ -36,7 +36,7 @@ SUITES = {
     "": f"--tasks {','.join(FIVE)},lambada,{','.join(NEEDLES)} --lengths 512,1024,2048 --samples 1 --limit 60",
     "-long": "--suite length --tasks wikitext2 --lengths 8192 --samples 1 --limit 4",
 }
-# Heading, the report that has it, and which of its systems it is.
+# Heading, the report of the column, and the system in it.
 COLUMNS = (
     ("teacher", "default", "teacher"),
     ("window 64 + 4 sinks", "default", "window"),
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure(models: Path, data: Path) -> None:
-    """Writes a report for each model and suite beside this file."""
+    """Write a report for each model and suite beside this file."""
     for model, baselines in MODELS.items():
         for suffix, options in SUITES.items():
             command = [
@@ -80,7 +80,7 @@ def measure(models: Path, data: Path) -> None:
 
 
 def table() -> str:
-    """The figures as Markdown; every one follows from the `results.json` files beside this module."""
+    """The figures as Markdown, computed from the `results.json` files beside this module."""
     found = {f"{model}{suffix}": read_results(HERE / f"{model}{suffix}") for model in MODELS for suffix in SUITES}
     lines = ["| | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     columns = [dict(figures(found[model], found[f"{model}-long"], system)) for _, model, system in COLUMNS]

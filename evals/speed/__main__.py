@@ -1,10 +1,9 @@
-"""The CPU's bars for SmolLM2-135M, measured in one run: the converted model, the same with int8 weights, the teacher as
-transformers has it and, where that is faster, the teacher with the same products take turns in writing and reading, all
-but int8 in steps of LoRA fine-tuning, and medians of five count.
-Writes `smollm2-cpu.json` and prints what was asked and what was seen.
+"""CPU speed of SmolLM2-135M against its targets. The converted model, its int8 variant, the teacher in plain
+transformers and, if that is faster, the teacher with oneDNN products run in turns: decoding, prefill and, except for
+int8, steps of LoRA fine-tuning. Medians of five runs count. Writes `smollm2-cpu.json` and prints targets and results.
 
-Memory is measured on the model's first layers, which read 100,000 tokens piece by piece, as all layers would: the
-cache, and what the process has resident, at the end against when a tenth was read.
+Memory is measured on the model's first layers, while they read 100,000 tokens in chunks: the cache and the resident
+memory of the process, at the end compared with after a tenth of the tokens.
 
     python -m evals.speed CONVERTED            # minutes on two cores, most of them training
     python -m evals.speed CONVERTED --short    # a few minutes, to see that it runs
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was aimed at, and what was seen, of all that was measured."""
+    """Targets and results of all measurements."""
     speeds = {
         (row["kind"], row["system"], row["tokens"]): row["tokens_per_second"]
         for row in facts["rows"]

@@ -1,5 +1,5 @@
-"""The README's first figure, drawn from figures that were measured: memory and tokens per second by context length,
-teacher and converted. Writes `docs/speed.svg`.
+"""The README's first figure, from measured results: memory and tokens per second by context length, for teacher and
+converted model. Writes `docs/speed.svg`.
 
     python -m evals.speed.figure                 # from smollm2-cpu.json
     python -m evals.speed.figure FIGURES.json    # from another run of evals.speed, evals.speed.gpu or linearize bench
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def figure(figures: Path = FIGURES) -> str:
-    """The SVG, as a file of its own."""
+    """The SVG as a stand-alone file."""
     drawn = overview(json.loads(figures.read_text(encoding="utf-8")))
     if drawn is None:
         raise SystemExit(f"{figures}: has no two context lengths to draw")

@@ -1,6 +1,6 @@
-"""The bars for one GPU, measured in one run: Llama-3-8B's shape in bfloat16 with random weights, converted with
-the default recipe, beside its teacher: writing, reading and steps of LoRA fine-tuning. Writes `llama-3-8b-GPU.json` and
-prints what was asked and what was seen.
+"""GPU speed against its targets: Llama-3-8B's shape in bfloat16 with random weights, converted with the default recipe,
+and its teacher, in decoding, prefill and steps of LoRA fine-tuning. Writes `llama-3-8b-GPU.json` and prints targets and
+results.
 
     python -m evals.speed.gpu              # writing after 1k to 1M tokens at batch 1 and 16; at batch 1 the rest
     python -m evals.speed.gpu --dry-run    # a small shape and short lengths, on any machine; writes nothing
@@ -57,8 +57,8 @@ def measured(
     layers: int | None = None,
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """The facts of `linearize bench` for each batch; only the first of them reads as well, up to `read` tokens, and is
-    trained on rows of `train` tokens."""
+    """The facts of `linearize bench` for each batch. Only the first batch also measures prefill, up to `read` tokens,
+    and training, on rows of `train` tokens."""
     mixer = load_recipe("default").mixer
     found = []
     for batch in batches:
@@ -71,7 +71,7 @@ def measured(
 
 
 def bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was aimed at, and what was seen, of the converted model's rows."""
+    """Targets and results of the converted model's rows."""
     found: list[dict[str, Any]] = []
     for batch in sorted({row["batch"] for row in facts["rows"]}):
         own = sequence_of(facts["rows"], "decode", "model", batch)
@@ -98,7 +98,7 @@ def bars(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def training_bars(facts: dict[str, Any], batch: int) -> list[dict[str, Any]]:
-    """Level with the teacher at the shortest length, ahead from the next; none where nothing was trained."""
+    """As fast as the teacher at the shortest length, faster from the next on; empty if nothing was trained."""
     paces = {
         system: {row["tokens"]: row["tokens_per_second"] for row in sequence_of(facts["rows"], "train", system, batch)}
         for system in ("model", "teacher")
@@ -123,7 +123,7 @@ def _seen(bar: dict[str, Any]) -> str:
 
 
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """`ahead_from` of several batches as one; the first has all kinds."""
+    """`ahead_from` of several batches merged; the first batch has all kinds."""
     return {
         system: {kind: {k: v for part in parts for k, v in part[system].get(kind, {}).items()} for kind in kinds}
         for system, kinds in parts[0].items()

@@ -1,8 +1,8 @@
-"""What a layer with landmarks costs in training, forward and backward, on a CPU: answered at once, as it is trained,
-and as the sequence of merges that decoding follows; beside the pretrained model's attention over the whole row.
+"""The training cost of a layer with landmarks, forward and backward on a CPU: all blocks at once, as in training, and
+block by block, as in decoding; compared with the pretrained model's attention over the whole row.
 
-Seconds are CPU seconds of one thread, medians of turns in one run. Bytes are of the tensors that wait for the backward
-pass.
+Seconds are CPU seconds of one thread, medians of turns in one run. Bytes are those of the tensors saved for the
+backward pass.
 
     OMP_NUM_THREADS=1 python -m evals.speed.landmarks
     python -m evals.speed.landmarks --table
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FIGURES = Path(__file__).with_name("landmarks.json")
 TURNS = 3
-# Tokens of a row, landmarks and dtype; the most that a layer gets of the shared-out 332 of SmolLM2 are some 1,250.
+# Tokens of a row, landmarks and dtype. SmolLM2 has 332 per layer; redistributed, at most about 1,250.
 CASES = (
     (2048, 332, "float32"),
     (2048, 332, "bfloat16"),
@@ -85,7 +85,7 @@ def _drawn(layer: AttentionLayer, tokens: int, dtype: torch.dtype) -> Projection
 
 
 def _kept(run: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that are kept for the backward pass."""
+    """Bytes of the storages that autograd saves for the backward pass."""
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Products of rows with weights on a CPU, one layer at a time: float32 and bfloat16 by torch and by oneDNN, int8 by
+"""Matrix products with weights on a CPU, one layer at a time: float32 and bfloat16 by torch and by oneDNN, int8 by
 torch's kernel and in pairs. `linearize_kernels/products.py` and `quantization/pairs.py` choose among them.
 
-Weights are more than the caches hold, as in a model; contenders take turns, and medians are kept. Needs a machine with
-nothing else to do. Writes `products.json`.
+The weights exceed the CPU caches, as in a model; contenders run in turns, and medians are kept. Needs an otherwise idle
+machine. Writes `products.json`.
 
     python -m evals.speed.products
 """
@@ -42,7 +42,7 @@ LAYERS = (
     ("up of 1B", 2048, 8192),
 )
 ROWS = (1, 16, 512)
-# Bytes of different weights, more than any cache.
+# Bytes of weights, larger than any cache.
 APART = 2**28
 TURNS, SECONDS = 7, 0.05
 

@@ -1,8 +1,8 @@
-"""Where the time of a converted model goes on a CPU: operators of one decoding step and of reading a prompt, beside the
+"""Operators of a converted model on a CPU, in one decoding step and in the prefill of a prompt, compared with the
 teacher on the same weights.
 
-Seconds are CPU seconds of one thread, so that other load on the machine counts less; the models take turns, and medians
-are kept. Operator counts come from torch's profiler.
+Seconds are CPU seconds of one thread, which depend less on other load; the models run in turns, and medians are kept.
+Operator counts come from torch's profiler.
 
     OMP_NUM_THREADS=1 python -m evals.speed.profile CONVERTED --name after
 """
@@ -62,7 +62,7 @@ def _teacher(model: Any) -> Any:
 
 
 def _decoding(model: Any) -> Callable[[], None]:
-    """Writes one token after a context that was read before."""
+    """Decode one token after a context that is already in the cache."""
     cache, ids = DynamicCache(config=model.config.get_text_config()), torch.arange(CONTEXT)[None] + 5
     model(ids, past_key_values=cache, logits_to_keep=1)
     token = ids[:, -1:]

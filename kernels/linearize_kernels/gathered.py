@@ -1,9 +1,9 @@
-"""Softmax attention of blocks of queries, each block to tokens of its own choice.
+"""Softmax attention of blocks of queries, where each block reads its own selection of tokens.
 
 y_t = Σ_j p_tj v_at(j) ,   p_t = softmax over the seen j of  scale · q_t·k_at(j)
 
-Only inputs, outputs and the softmax's denominators are kept for the backward pass, which computes the scores again (as
-FlashAttention does, arXiv 2205.14135); what a token gets as gradient from all blocks is summed up in one table.
+Only inputs, outputs and the softmax's denominators are saved for the backward pass, which recomputes the scores (as
+FlashAttention does, arXiv 2205.14135). It sums a token's gradients from all blocks in one table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from linearize_kernels.window import _cap
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Scores that exist at one time, 4 bytes each.
+# Maximum number of scores in memory at a time, 4 bytes each.
 _SCORES_AT_ONCE = 2**22
 
 
@@ -36,14 +36,14 @@ def gathered_attention(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of N blocks of C queries to S of T tokens each.
+    """Attention of N blocks of C queries, each block to S of T tokens.
 
     Args:
         q: `[B, N, C, H, D]`, positions already encoded.
         k, v: `[B, T, K, D]` and `[B, T, K, V]`.
-        at: `[B, N, K, S]` int64, which tokens a block's queries read.
-        seen: `[N, C, S]`, which of them each query reads: one at least.
-        widths: of each block, rising: how many of the S there are; nothing after them is seen.
+        at: `[B, N, K, S]` int64, indices of the tokens that a block's queries read.
+        seen: `[N, C, S]`, True for the tokens that a query reads; at least one per query.
+        widths: per block the number of used entries of S, ascending; `seen` is False after them.
         scale: multiplies the scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
 
@@ -55,7 +55,7 @@ def gathered_attention(
 
 
 class _Gathered(torch.autograd.Function):
-    """Inside, query heads of a group are rows of one matrix: `[B, n, K, G * C, D]`."""
+    """Internally the query heads of a group are rows of one matrix: `[B, n, K, G * C, D]`."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class _Gathered(torch.autograd.Function):
             shares = scores.sub_(work.queries(logs[:, blocks, ..., None])).exp_()
             pulled = work.queries(dy[:, blocks])
             _add(dv, places, shares.transpose(-1, -2) @ pulled)
-            # Softmax: p (dp - Σ p dp), and Σ p dp = dy · y; the log of the denominator adds p.
+            # Gradient of the softmax: p (dp - Σ p dp), with Σ p dp = dy · y; the log of the denominator adds p dlog.
             level = (dy[:, blocks] * y[:, blocks]).sum(-1) - dlogs[:, blocks]
             dscores = (pulled @ values.transpose(-1, -2)).sub_(work.queries(level[..., None])).mul_(shares)
             dscores = dscores if slope is None else dscores * slope
@@ -99,7 +99,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Work:
-    """Keys and values as tables of rows `[B * T * K, D or V]`, and what both directions do with them."""
+    """Keys and values as tables of rows `[B * T * K, D or V]`, and operations shared by forward and backward."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class _Work:
         self.tokens_of_a_row, self.row_scores = k.shape[1], q.shape[0] * q.shape[2] * q.shape[3]
 
     def parts(self) -> Iterator[tuple[slice, int]]:
-        """Blocks that are taken at once, and the width of the widest."""
+        """Yield slices of blocks to process at once, and the widest block's width."""
         start, blocks = 0, len(self.widths)
         while start < blocks:
             stop = start + 1
@@ -128,7 +128,7 @@ class _Work:
             start = stop
 
     def places(self, blocks: slice, width: int) -> Tensor:
-        """`[B, n, K, width]`, rows of the tables."""
+        """Row indices in the tables, `[B, n, K, width]`."""
         at = self.at[:, blocks, :, :width]
         row = torch.arange(at.shape[0], device=at.device).view(-1, 1, 1, 1) * self.tokens_of_a_row
         return (row + at) * self.groups + torch.arange(self.groups, device=at.device).view(1, 1, -1, 1)
@@ -137,17 +137,17 @@ class _Work:
         return table.index_select(0, places.flatten()).view(*places.shape, -1)
 
     def queries(self, x: Tensor) -> Tensor:
-        """`[B, n, C, H, D]` as `[B, n, K, G * C, D]`."""
+        """Convert `[B, n, C, H, D]` to `[B, n, K, G * C, D]`."""
         grouped: Tensor = x.to(self.dtype).unflatten(3, (self.groups, -1))
         return grouped.permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """`queries` turned back."""
+        """The inverse of `queries`."""
         grouped: Tensor = x.unflatten(3, (-1, self.seen.shape[1]))
         return grouped.permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
 
     def scores(self, q: Tensor, k: Tensor, blocks: slice) -> Tensor:
-        """`[B, n, K, G * C, width]`, minus infinity where a query does not read."""
+        """`[B, n, K, G * C, width]`, minus infinity for tokens that a query does not read."""
         scores = _cap((q @ k.transpose(-1, -2)).mul_(self.scale), self.softcap)
         seen = self.seen[blocks, :, : k.shape[-2]]
         bias = torch.where(seen, 0.0, scores.new_full((), -math.inf))[:, None, None]

@@ -2,15 +2,15 @@
 
     S_t = diag(g_t) S_{t-1} + k_tᵀ v_t          o_t = q_t S_t
 
-in three forms of the same function. `parallel` is the readable reference, quadratic in T; `chunkwise` is linear and
-serves training and prefill; `recurrent` is the step that decoding takes. Every form takes
+in three forms of one function. `parallel` is the reference, quadratic in T. `chunkwise` is linear in T, for training
+and prefill. `recurrent` runs token by token, for decoding. Every form takes
 
     q         [B, T, H, D]     log_gate       [B, T, K, D]  log g, <= 0; width 1 is one gate per head
     k         [B, T, K, D]     initial_state  [B, K, D, V] or None for zeros
     v         [B, T, K, V]
 
-and returns the outputs `[B, T, H, V]` and the final state `[B, K, D, V]`. There is no scale: fold it into `q`.
-A token with `k = 0` and `log_gate = 0` leaves the state as it was.
+and returns the outputs `[B, T, H, V]` and the final state `[B, K, D, V]`. There is no scale argument: fold the scale
+into `q`. A token with `k = 0` and `log_gate = 0` leaves the state unchanged.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def gla(
     *,
     form: Form | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form asked for, or what the dispatch picks: by default the form that suits the length."""
+    """Run `form`, or the dispatch's choice: by default the form for the length, see `form_for`."""
     if form is None and through_fla("gla", q):
         from linearize_kernels.fla_ops import gla_fla
 
@@ -56,7 +56,7 @@ def gla(
 def gla_parallel(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The reference: every pair of tokens at once, O(T² D) time and memory, safe for gates of any strength."""
+    """The reference: all pairs of tokens at once, O(T² D) time and memory, safe for gates of any strength."""
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     cumulative = running_sum(log_gate, 1)
     decay = pair_decay(cumulative, cumulative, dim=1).to(q.dtype).expand(*(-1,) * 4, q.shape[-1])
@@ -87,8 +87,8 @@ def gla_chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk: matrix products inside a chunk, the state carried between chunks; O(T) time and memory.
 
-    Safe for gates of any strength: where the decay inside a chunk may be too strong to be split into one factor per
-    query and one per key, chunks are halved repeatedly, and factors against the border of two halves cannot overflow.
+    Safe for gates of any strength: a decay that is too strong to split into one factor per query and one per key is
+    computed by repeatedly halving the chunk; factors relative to the border of two halves cannot overflow.
     """
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     tokens = q.shape[1]
@@ -97,8 +97,8 @@ def gla_chunkwise(
     total = cumulative[..., -1:, :]
 
     if log_gate.shape[-1] > 1 and splits(cumulative):
-        # Queries and keys are taken against half of the chunk's decay once; the other half goes to the states, which
-        # are smaller than either.
+        # Half of the chunk's decay is applied once to queries and keys, the other half to the states, which are
+        # smaller.
         middle = total / 2
         half = exp_like(middle, k).transpose(-1, -2)  # [B, N, K, D, 1]
         decay = exp_like(cumulative - middle, k)
@@ -115,7 +115,7 @@ def gla_chunkwise(
 
 
 def _states(written: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state that enters each chunk `[B, N, K, D, V]`, and the last one; `decay` `[B, N, K, D or 1, 1]`."""
+    """The state at the start of each chunk `[B, N, K, D, V]`, and the last state; `decay` `[B, N, K, D or 1, 1]`."""
     entering = []
     for n in range(written.shape[1]):
         entering.append(state)
@@ -124,10 +124,10 @@ def _states(written: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tens
 
 
 def gla_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> Tensor:
-    """One token, for decoding: `state` is updated where it lies, and no gradient goes through.
+    """One token, for decoding. Updates `state` in place, without gradients.
 
     Args:
-        q: `[B, 1, H, D]`. k: `[B, 1, K, D]`. v: `[B, 1, K, V]`. gate: `[B, 1, K, D or 1]`, g itself.
+        q: `[B, 1, H, D]`. k: `[B, 1, K, D]`. v: `[B, 1, K, V]`. gate: `[B, 1, K, D or 1]`, g, not its logarithm.
         state: `[B, K, D, V]` float32.
 
     Returns:
@@ -135,7 +135,7 @@ def gla_step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> Te
     """
     batch, key_value_heads, width, values = state.shape
     heads = batch * key_value_heads
-    # Views of three dimensions, which is what a batched product takes as it is.
+    # Three-dimensional views, which `bmm` takes without a copy.
     matrices = state.view(heads, width, values)
     matrices.mul_(gate.reshape(heads, -1, 1)).baddbmm_(k.reshape(heads, width, 1), v.reshape(heads, 1, values))
     return torch.bmm(q.reshape(heads, -1, width), matrices).view(batch, 1, -1, values)

@@ -1,15 +1,15 @@
 """Liger attention in one operation: softmax over a window and exact columns, a gated recurrence, and their mix.
 
-    y_t   softmax over the last W tokens and the columns that t may see, queries and keys with positions
+    y_t   softmax over the last W tokens and the columns that t reads, queries and keys with positions
     S_t = diag(g_t) S_{t-1} + φ(k_t)ᵀ [v_t, 1]        [o_t, m_t] = φ(q_t) S_t        without positions
     out   mix(y_t, o_t / m_t)
 
-Rows of tokens lie one after the other, so packed documents are nothing special. In the shapes below N is all tokens
-of the R rows, and P all keys: P = N where rows start from nothing; where they continue a cache each row has the W
-keys before its first token in front of its own (P = N + R W), oldest first. F is the width of the recurrence's
-queries and keys, M the number of columns.
+The R rows are concatenated without padding, so packed documents are ordinary rows. N is the number of tokens of all
+rows, P the number of keys. P = N for rows without a cache. For rows that continue a cache, P = N + R W: each row's own
+keys follow the W keys before its first token, oldest first. F is the width of the recurrence's queries and keys, M the
+number of columns.
 
-`liger_attention` runs the Triton kernels, `liger_attention_composed` the same in plain torch, on any device.
+`liger_attention` runs the Triton kernels; `liger_attention_composed` computes the same in plain torch on any device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from linearize_kernels.gla import gla_chunkwise
 from linearize_kernels.liger_options import Columns, Gate, LigerOptions, longest_row, row_starts
 from linearize_kernels.window import mix_outputs, window_attention
 
-# Bytes that the largest kernel takes for heads of 256 channels in two bytes, or of 128 in four; others take 99328.
+# Shared memory in bytes of the largest kernel for heads of 256 channels in two-byte dtypes, or of 128 in four-byte
+# dtypes; other heads take 99328.
 _WIDE_SHARED_MEMORY = 164864
 
 
@@ -45,27 +46,27 @@ def liger_attention(
     counts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The fused kernels, with gradients for every tensor of floating point.
+    """Run the fused kernels, with gradients for every floating-point tensor.
 
     Args:
         q_rotated: `[N, H, D]`, positions already encoded. k_rotated: `[P, K, D]`. v: `[P, K, V]`.
-        q: `[N, H, F]`, what the recurrence reads with. k: `[P, K, F]`, what it writes, both before the feature map.
-        gate: log-gates `[P, K, F or 1]` (<= 0), or how to build them from `k`.
+        q: `[N, H, F]` and k: `[P, K, F]`, the recurrence's queries and keys, both before the feature map.
+        gate: log-gates `[P, K, F or 1]` (<= 0), or a `Gate` that builds them from `k`.
         mix_weight: `[H, V]` for `mix: learned`, `[H]` for `mix: softmax`.
         columns: sinks and other exact columns.
-        rows: `cu_seqlens`, int32 `[R + 1]`, where each row of queries starts and the last one ends; or a number of
-            rows of the same length.
-        longest: tokens of the longest row or more; without it and with `cu_seqlens` the device is waited for.
-        counts: `[R]` tokens of each row before its first query; given exactly where rows continue a cache (P > N).
-            Of the W keys in front of a row those that would be before its token 0 do not exist.
+        rows: `cu_seqlens`, int32 `[R + 1]`, the start of each row of queries and the end of the last one; or a number
+            of rows of equal length.
+        longest: upper bound of a row's tokens; without it, `cu_seqlens` is read with a sync.
+        counts: `[R]` tokens of each row before its first query; given if and only if rows continue a cache (P > N). Of
+            the W keys before a row, those before its token 0 are ignored.
         initial_state: `[R, K, F, V + 1]`, the last column the mass; None is zeros.
 
     Returns:
-        outputs `[N, H, V]` in the dtype of the inputs, and the state `[R, K, F, V + 1]`, float32, after the last
-        query's reading: with `covers: evicted` the row's last W tokens are not in it.
+        outputs `[N, H, V]` in the dtype of the inputs, and the state `[R, K, F, V + 1]`, float32, after the last query.
+        With `covers: evicted` it lacks the row's last W tokens.
 
     Raises:
-        ValueError: what the kernels do not take (see `unsupported`), or shapes that do not go together.
+        ValueError: the kernels do not support the case (see `unsupported`), or shapes do not match.
     """
     arguments = (q_rotated, k_rotated, v, q, k, gate, options)
     more = (mix_weight, columns, rows, counts, initial_state)
@@ -89,9 +90,9 @@ def unsupported(
     mix_weight: Tensor | None = None,
     columns: Columns | None = None,
 ) -> str | None:
-    """Why the kernels cannot run this, in a few words that follow "do not take"; None where they can.
+    """The reason that the kernels cannot run, as words after "do not take"; None if they can.
 
-    Triton is looked for last, and not imported.
+    Triton's presence is checked last, without importing it.
     """
     dtype, device = q.dtype, q.device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -140,8 +141,8 @@ def liger_attention_composed(
     counts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`liger_attention` in plain torch, the reference and the way without triton: computes in float32, or in float64
-    where the inputs are float64 (then the state is, too)."""
+    """`liger_attention` in plain torch: the reference, and the fallback without triton. Computes in float32, or in
+    float64 for float64 inputs (then the state is float64 too)."""
     _check(q_rotated, k_rotated, v, q, k, gate, options, mix_weight, columns, rows, counts, initial_state)
     window, dtype = options.window, torch.float64 if q.dtype == torch.float64 else torch.float32
     starts = row_starts(rows, q.shape[0], q.device)
@@ -184,7 +185,7 @@ def liger_attention_composed(
         state = values.new_zeros(len(lengths), k.shape[1], k.shape[2], v.shape[-1] + 1, dtype=dtype)
     if lag >= tokens:
         return _flat(y, real).to(v.dtype), state.to(dtype)
-    assert normaliser is not None  # noqa: S101 - for the type checker; it was asked for
+    assert normaliser is not None  # noqa: S101 - for the type checker
     live = read_after[:, lag:] >= least
     silent = ~(live & real[:, lag:])[:, :, None, None]
     features, log_gate = (x[:, stream].masked_fill(silent, 0) for x in (features, log_gate))
@@ -215,7 +216,7 @@ def _features(x: Tensor, options: LigerOptions) -> Tensor:
 
 
 def _columns_seen(columns: Columns, number: Tensor, window: int) -> Tensor:
-    """`[R, L, M]`: which columns the queries of these numbers `[R, L]` see."""
+    """`[R, L, M]`: True for the columns that the query with number `[R, L]` reads."""
     sink = torch.arange(columns.sinks, device=number.device)
     others = columns.k.shape[1] - columns.sinks
     exists = columns.exists
@@ -226,7 +227,7 @@ def _columns_seen(columns: Columns, number: Tensor, window: int) -> Tensor:
 
 
 def _flat(x: Tensor, real: Tensor) -> Tensor:
-    """The real tokens of `x` `[R, L, ...]`, row after row."""
+    """The real tokens of `x` `[R, L, ...]`, concatenated over rows."""
     return x[real]
 
 
@@ -245,7 +246,7 @@ def _check(
     initial_state: Tensor | None,
 ) -> None:
     """Raises:
-    ValueError: shapes or options that do not go together.
+    ValueError: shapes or options that do not match.
     """
     (tokens, heads, width), (keys, groups, value_width) = q_rotated.shape, v.shape
     features, rotated = k.shape[-1], k_rotated.shape[-1]

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of Liger attention, forwards and backwards."""
+"""Launch the Triton kernels of Liger attention, forward and backward."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
 CHUNK, SUB = 64, 16
-# Queries whose gradients for a row's columns are summed in one program.
+# Queries per program in the sum of a row's column gradients.
 SEGMENT = 1024
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass
 class Problem:
-    """Everything about a call but its differentiable tensors.
+    """All arguments of a call except its differentiable tensors.
 
     Attributes:
         starts: `[R + 1]` int32. counts: `[R]` int32 or None. exists: `[R, M - sinks]` uint8 or None.
-        longest: tokens of the longest row or more.
-        sinks: how many of the columns are sinks.
-        divisor: of gates built from keys; None where log-gates are given.
+        longest: upper bound of a row's tokens.
+        sinks: number of columns that are sinks.
+        divisor: of gates built from keys; None for given log-gates.
     """
 
     options: LigerOptions
@@ -72,12 +72,12 @@ class Problem:
 
     @property
     def least(self) -> int:
-        """The number of the first token of a row that is written."""
+        """Number of a row's first token that is written into the state."""
         return self.sinks if self.evicted else 0
 
     @property
     def stream(self) -> int:
-        """Tokens that the longest row's recurrence reads."""
+        """Length of the longest row's stream, the tokens that its recurrence reads."""
         return max(self.longest - self.lag, 0)
 
     @property
@@ -86,7 +86,7 @@ class Problem:
 
     @property
     def tiles(self) -> int:
-        """Sub-chunks of the longest row's queries, those before the stream included."""
+        """Sub-chunks of the longest row's queries, including those before the stream."""
         return -(-self.lag // SUB) + -(-self.stream // SUB)
 
     @cached_property
@@ -96,12 +96,12 @@ class Problem:
         return ((chunks + 1).cumsum(0) - (chunks + 1)).int()
 
     def slot_count(self, tokens: int) -> int:
-        """Slots of all rows or more, told without asking the device."""
+        """Upper bound of the slots of all rows, computed without a sync."""
         return tokens // CHUNK + 2 * self.rows
 
 
 class Operands:
-    """The tensors of a call, and what kernels are told of them.
+    """The tensors of a call, and the constants passed to kernels.
 
     Args:
         gate: log-gates, or a scale with its `gate_bias`.
@@ -140,7 +140,7 @@ class Operands:
         columns = 0 if column_k is None else column_k.shape[1]
         interpreted = q.device.type != "cuda"
         exact = q.dtype == torch.float32
-        # bfloat16 is added up as float32 by tensor cores, which the interpreter has not.
+        # Tensor cores accumulate bfloat16 products in float32. Triton's interpreter does not, so give it float32.
         operand = tl.float32 if interpreted else _OPERANDS[q.dtype]
         self.stats = q
         of_key = problem.divisor is not None
@@ -196,8 +196,8 @@ class Operands:
             "COUNTED": problem.counts is not None,
             "EXACT": exact,
         }
-        # How products of float32 tiles are taken: as such, or of tensor cores what leaves the result's rounding
-        # the larger error.
+        # Precision of products of float32 tiles: exact, or the tensor-core mode whose error is below the rounding of
+        # the result's dtype.
         self.precision = "ieee" if exact else "tf32" if q.dtype == torch.bfloat16 else "tf32x3"
         self.state_precision = "ieee" if exact else "tf32x3"
 
@@ -209,10 +209,10 @@ class Operands:
         return max(block(self.features), block(self.width), block(self.values))
 
     def tile(self, most: int) -> tuple[int, int]:
-        """Query heads of a tile, a power of 2, and the tiles that the heads of a group make.
+        """Query heads per tile, a power of 2, and the number of tiles per group.
 
         Args:
-            most: query heads that registers and shared memory hold where heads are 128 wide, in two bytes.
+            most: query heads that fit into registers and shared memory for heads of width 128 in a two-byte dtype.
         """
         group, bytes_wide = self.heads // self.groups, self.widest * self.q.element_size()
         heads = min(power_of_2(group), max(1, most * 256 // max(bytes_wide, 256)))
@@ -220,19 +220,19 @@ class Operands:
 
     @property
     def value_block(self) -> int:
-        """Value channels of a tile of outputs."""
+        """Value channels per tile of outputs."""
         return min(block(self.values), 128 if block(self.features) <= 128 else 64)
 
     def warps(self, heads: int = 4) -> int:
         return 8 if heads * SUB * self.widest > 64 * 64 else 4
 
 
-# Query heads of a tile in the kernels that go by 16 queries, and in the one that goes by 16 keys.
+# Query heads per tile in the kernels over 16 queries, and in the kernel over 16 keys.
 OUTPUT_HEADS, QUERY_HEADS, KEY_HEADS = 4, 4, 2
 
 
 def block(width: int) -> int:
-    """The power of 2 that holds a width; tensor cores want 16 or more."""
+    """The least power of 2 that is at least `width`, and at least 16, the minimum of tensor cores."""
     return max(16, power_of_2(width))
 
 
@@ -256,7 +256,7 @@ def fused(
     initial_state: Tensor | None,
     longest: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`liger_attention` on checked arguments."""
+    """Run `liger_attention` on checked arguments."""
     exists = columns.exists if columns is not None else None
     problem = Problem(
         options=options,
@@ -268,7 +268,7 @@ def fused(
         divisor=gate.divisor if isinstance(gate, Gate) else None,
     )
     tensors = [q_rotated, k_rotated, v, q, k, *(gate[:2] if isinstance(gate, Gate) else (gate, None)), mix_weight]
-    # No columns are none: a tensor without elements has no address to pass.
+    # Zero columns become None, because an empty tensor has no address to pass.
     tensors += columns[:2] if columns is not None and columns.k.shape[1] else (None, None)
     tensors.append(initial_state)
     outputs, state = _Fused.apply(  # type: ignore[no-untyped-call]
@@ -298,7 +298,7 @@ class _Fused(torch.autograd.Function):
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make the device of `x` current, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
@@ -356,7 +356,7 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
-    """Outputs `[N, H, V]`."""
+    """Compute the outputs `[N, H, V]`."""
     o, problem = operands, operands.problem
     outputs = o.q.new_empty(o.tokens, o.heads, o.values)
     heads, parts = o.tile(OUTPUT_HEADS)
@@ -389,7 +389,8 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
 
 
 def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list[Tensor | None]:
-    """The gradients of the tensors that `Operands` takes, in their order. Nothing of the forward pass was kept."""
+    """The gradients of the tensors of `Operands`, in their order. Intermediate results of the forward pass are
+    recomputed."""
     o, problem = operands, operands.problem
     entries, whole = o.tokens * o.heads, problem.rows * o.groups
     states, masses, totals, _ = enter_states(o)
@@ -403,7 +404,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     dlog = o.float32(parts, o.keys, o.groups, o.features)
     dweight = None
     if o.mix_weight is not None:
-        # Tiles that no query is in stay 0.
+        # Tiles without a query stay 0.
         tiles = o.tokens // SUB + 3 * problem.rows
         dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
     query_gradients[problem.tiles, whole, parts](
@@ -573,7 +574,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
 def column_gradients(
     operands: Operands, doutputs: Tensor, rows: Tensor, mixed: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the exact columns, summed over segments of each row."""
+    """Gradients of the exact columns, summed over the segments of each row."""
     o, problem = operands, operands.problem
     if o.column_k is None or o.column_v is None:
         return None, None

@@ -1,12 +1,14 @@
-"""The forward kernels of Liger attention: what each chunk writes, the states between chunks, and the outputs.
+"""The forward kernels of Liger attention: each chunk's contribution to the state, the states between chunks, and the
+outputs.
 
-A row's stream is the tokens that its recurrence is to read: with `covers: all` the row's own, with `evicted` the W keys
-in front of it (where it continues a cache) and then its own. Query t reads after token i = t - lag of the stream,
-whose place among the row's own keys is i - ahead. Chunks are cut from the stream, so the keys of a query's chunk are
-those that its window has just let go.
+A row's stream is the sequence of tokens that its recurrence reads: with `covers: all` the row's own tokens; with
+`evicted` first the W keys before the row (if it continues a cache), then its own. Query t reads after token i = t - lag
+of the stream; this token's index among the row's own keys is i - ahead. Chunks are cut from the stream, so the keys of
+a query's chunk are those that have just left its window.
 
-Between kernels lie, for each row, one slot per chunk for the state that enters it and one for the last state:
-states `[slots, K, F, V]`, masses `[slots, K, F]` and the chunk's decay, totals `[slots, K, F]` as logarithms.
+Arrays between kernels have, for each row, one slot per chunk for the state at its start, and one slot for the final
+state: states `[slots, K, F, V]`, masses `[slots, K, F]`, and totals `[slots, K, F]`, the logarithms of the chunks'
+decays.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from linearize_kernels.liger_tiles import (
 
 @triton.jit
 def key_statistics(k, stats, keys, F: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr):
-    """Largest channel and inverse sum of exponentials of each key `[keys, F]`, for the softmax over its channels."""
+    """Maximum and inverse sum of exponentials of each key `[keys, F]`, for the softmax over its channels."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     f = tl.arange(0, BF)
     inside = (row < keys)[:, None] & (f < F)[None, :]
@@ -71,7 +73,8 @@ def write_chunks(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Σ_s exp(decay from s to the chunk's end) φ(k_s)ᵀ [v_s, 1], into the slot of the chunk; and the chunk's decay."""
+    """Compute Σ_s exp(decay from s to the chunk's end) φ(k_s)ᵀ [v_s, 1] and the chunk's decay, into the chunk's
+    slot."""
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -89,7 +92,7 @@ def write_chunks(
     mask = writes[:, None] & (f < F)
     written = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
     log_gate = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
-    # What follows a token inside the chunk is the sum over the tokens from the next one on.
+    # The decay from a token to the chunk's end is the sum over the tokens after it.
     follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
     next_offset = (tl.where(follows, first_key + i + 1 - ahead, 0) * K + head)[:, None]
     next_mask = follows[:, None] & (f < F)
@@ -128,10 +131,9 @@ def carry_states(
     FROM_STATE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Replace, in place, the sums that each chunk writes by the state that enters it: S_{n+1} = exp(total_n) S_n +
-    written_n.
+    """Replace, in place, each chunk's contribution by the state at its start: S_{n+1} = exp(total_n) S_n + written_n.
 
-    Of `initial` and `final` `[R, K, F, COLUMNS]` these are the V columns from COLUMN on.
+    Handles the V columns from COLUMN on of `initial` and `final` `[R, K, F, COLUMNS]`.
     """
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
@@ -145,7 +147,7 @@ def carry_states(
     else:
         state = tl.zeros((BLOCK,), tl.float32)
     slot = tl.load(slots + row).to(tl.int64) * K + head
-    # Four chunks are asked for at once: nothing but the arithmetic waits for the one before.
+    # Load four chunks at once, so only the arithmetic depends on the previous chunk.
     for n in range(0, chunks, 4):
         at = slot + n * K
         one = entry < tl.where(n + 1 < chunks, F * V, 0)
@@ -204,7 +206,7 @@ def read_window(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax of query rows `q` `[X, BD]`, at places `t` `[X]` of their row, over columns and the keys low .. high.
+    """Softmax of query rows `q` `[X, BD]`, at indices `t` `[X]` of their row, over columns and the keys low .. high.
 
     Returns the outputs `[X, BV]` of value channels `u`, and the log of the denominator `[X]`.
     """
@@ -289,15 +291,16 @@ def read_recurrence(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Read the state after a sub-chunk's own tokens by its query features `reads` `[GROUP * SUB, BF]`: outputs `[GROUP
-    * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. Its first token is `i` of the stream.
+    """Read the state after each token of a sub-chunk with its query features `reads` `[GROUP * SUB, BF]`. Returns
+    outputs `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. The sub-chunk's first token is token
+    `i` of the stream.
 
-    `number` is that of token 0 of the stream; `slot` is the row of the chunk in arrays `[slots * K, ...]`.
+    `number` is the number of token 0 of the stream; `slot` is the chunk's row in arrays `[slots * K, ...]`.
     """
     f = tl.arange(0, BF)[None, :]
     token = tl.arange(0, SUB)
-    turn = tl.arange(0, GROUP * SUB) % SUB  # of a row's query within the sub-chunk
-    # The sub-chunk's own keys, the last first: the reads wait at their own token, then fade once per token.
+    turn = tl.arange(0, GROUP * SUB) % SUB  # index of a row's query within the sub-chunk
+    # The sub-chunk's own keys, last first: each query enters `fading` at its own token, then decays once per token.
     fading = tl.zeros((GROUP * SUB, BF), tl.float32)
     scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
     gates = tl.zeros((1, BF), tl.float32)
@@ -322,7 +325,8 @@ def read_recurrence(
     outputs = tl.dot(scores, values, input_precision=PRECISION)
     mass = tl.sum(scores, 1)
 
-    # Earlier sub-chunks, the nearest first: reads decay back to the border behind it, keys forward to it.
+    # Earlier sub-chunks, nearest first: queries decay back to the start of the sub-chunk after it, keys forward to that
+    # border.
     own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
     fading = reads * decay(per_row(tl.cumsum(own, 0), GROUP, SUB, BF), EXACT)
     before = (i % CHUNK) // SUB
@@ -349,7 +353,7 @@ def read_recurrence(
     f_column = tl.arange(0, BF)[:, None]
     inside = (u < V)[None, :]
     if BF * BV > 128 * 128:
-        # The state in two halves of its rows: whole it would not fit into shared memory.
+        # Load the state in two halves of its rows, because the whole does not fit into shared memory.
         upper, lower = halves(fading)
         f_column = tl.arange(0, BF // 2)[:, None]
         at = states + (slot * F + f_column) * V + u[None, :]
@@ -365,8 +369,8 @@ def read_recurrence(
 
 @triton.jit
 def shares(mass, normaliser, weight, live, MIX: tl.constexpr, NORMALIZE: tl.constexpr):
-    """For each query row: how much of the recurrence goes into the output (before a learned weight), and what its
-    reading is divided by."""
+    """For each query row: the recurrence's share of the output (before a learned weight), and the divisor of its
+    read."""
     if NORMALIZE or MIX == "softmax":
         held = live & (mass > 0.0)
         divisor = tl.where(held, tl.maximum(mass, 1.1754943508222875e-38), 1.0)
@@ -440,19 +444,20 @@ def write_outputs_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Window, recurrence and mix of the query heads that share a key/value head, for one sub-chunk of tokens."""
+    """Window, recurrence and mix for one sub-chunk of tokens and the query heads of one key/value head."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
     count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
-    # Tiles are aligned with the stream; the first of them are of queries that have nothing to read there yet.
+    # Tiles are aligned with the stream; queries before the stream have no state to read, so the first tiles have
+    # negative `i`.
     i = (tl.program_id(0).to(tl.int64) - (lag + SUB - 1) // SUB) * SUB
     if i + lag >= length:
         return
     first_key = start + (row + 1) * past
     x = tl.arange(0, GROUP * SUB)
     t = i + lag + x % SUB
-    # The heads of a group may be too many for one tile, and so may the channels of a value.
+    # The heads of a group can exceed one tile, and so can the value channels.
     blocks: tl.constexpr = (V + BV - 1) // BV
     member = tl.program_id(2) // blocks * GROUP + x // SUB
     real = (t >= 0) & (t < length) & (member < H // K)

@@ -1,7 +1,7 @@
-"""The backward kernels of Liger attention that go by chunks and by keys; see `liger_query_gradients` for the letters.
+"""The backward kernels of Liger attention over chunks and keys; see `liger_query_gradients` for the letters.
 
-The gradient of the state that leaves a chunk lies in the chunk's slot, `[slots, K, F, V]` and `[slots, K, F]` of the
-mass, as the states that enter do.
+The gradient of the state at a chunk's end is in the chunk's slot, `[slots, K, F, V]`, and `[slots, K, F]` for the mass;
+the layout equals that of the states in `liger_forward`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_chunks(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """The gradient that a chunk's queries have for the state that enters it, into the chunk's slot."""
+    """Compute the gradient of a chunk's incoming state from the chunk's queries, into the chunk's slot."""
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -103,8 +103,8 @@ def carry_gradients(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Replace, in place, the gradient of what each chunk reads by the gradient of the state that leaves it; this is
-    `carry_states` backwards."""
+    """Replace, in place, the gradient of each chunk's incoming state by that of its outgoing state: the backward of
+    `carry_states`."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
@@ -174,10 +174,10 @@ def keys_of_states(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients `dk` and `dv`, in float32, that the state leaving a chunk gives to its key features and values; and
-    `flow`, φ(k) dk, what of the state's gradient goes through each key.
+    """Compute the gradients `dk` and `dv`, in float32, of a chunk's key features and values from its outgoing state;
+    and `flow` = φ(k) dk, each key's part of the state's gradient.
 
-    Some programs take channels of the values, the others channels of the keys.
+    Some programs handle value channels, the others key channels.
     """
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
@@ -259,7 +259,7 @@ def load_dread(
     V: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """For query rows: the gradient of the window's outputs and that of what the recurrence reads, `[X, BV]`."""
+    """For query rows: the gradients of the window's outputs and of the recurrence's reads, `[X, BV]` each."""
     there = real[:, None] & (u < V)
     dout = tl.load(doutputs + entry[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
     through = dout
@@ -326,14 +326,14 @@ def key_gradients(
 ):
     """Gradients of the keys and values of one sub-chunk.
 
-    `dk` and `state_dv` hold what came from states, in float32; `dk` becomes the gradient of the recurrence's keys, and
-    the first of the LOGS parts of `dlog` that of the running decay.
+    `dk` and `state_dv` hold the gradients from states, in float32. `dk` becomes the gradient of the recurrence's keys;
+    the first of the LOGS parts of `dlog` becomes that of the running decay.
     """
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
     count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
-    # Aligned with the stream, which keys in front of the row need not be part of.
+    # Aligned with the stream; keys before the row may be outside of it.
     i = (tl.program_id(0).to(tl.int64) - (past - ahead + SUB - 1) // SUB) * SUB
     if i - ahead >= length:
         return
@@ -351,7 +351,7 @@ def key_gradients(
     drotated = tl.zeros((SUB, BD), tl.float32)
     dvalues = tl.zeros((SUB, BV), tl.float32)
 
-    # From the windows that the keys are in.
+    # Gradients through the windows that contain the keys.
     low, high = tl.maximum(i - ahead, 0), tl.minimum(i - ahead + SUB - 1 + window, length)
     for block in range(low, high, SUB):
         t = block + turn
@@ -394,7 +394,7 @@ def key_gradients(
         dvalues += tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
         itself = tl.zeros((SUB, BF), tl.float32)
 
-        # From the queries of the own sub-chunk, as in `read_recurrence`.
+        # Gradients from the queries of the same sub-chunk, as in `read_recurrence`.
         for part in range(PARTS):
             t = i + lag + turn
             member = part * GROUP + x // SUB
@@ -430,7 +430,7 @@ def key_gradients(
             own_pair = tl.sum(tl.where(token[None, :] == turn[:, None], pairs, 0.0), 1)
             itself += tl.sum(tl.reshape(reads * own_pair[:, None], (GROUP, SUB, BF)), 0)
 
-        # From the later sub-chunks of the chunk, the nearest first: the keys decay to where each of them starts.
+        # Gradients from later sub-chunks of the chunk, nearest first: the keys decay to the start of each.
         follows = (i + token + 1 < stream) & (token < SUB - 1) & (number + i + token + 1 >= least)
         next_offset = (tl.where(follows, first_key + i + token + 1 - ahead, 0) * K + head)[:, None]
         next_mask = follows[:, None] & (f < F)
@@ -513,8 +513,8 @@ def gate_gradients(
     COUNTED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """From gradients of running decays to those of log-gates, `dgate`, or of what builds them: `dk`, which is added to,
-    and each chunk's part of `dscale` and `dbias`, `[slots, K, F]`."""
+    """Convert gradients of running decays to gradients of log-gates, `dgate`, or of their inputs: adds to `dk`, and
+    writes each chunk's part of `dscale` and `dbias`, `[slots, K, F]`."""
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -528,9 +528,9 @@ def gate_gradients(
     offset = (tl.where(writes, start + (row + 1) * past + i - ahead, 0) * K + head)[:, None]
     mask = writes[:, None] & (f < F)
     slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
-    # A log-gate scales what passes it: pairs of a key before it and a query from it on, and of what the chunk hands on,
-    # the state that entered and the keys before it. What is handed on is summed from what passes, not as all less what
-    # does not: behind a gate that lets nothing through large numbers would cancel and leave their rounding.
+    # A log-gate scales all products that span it: pairs of an earlier key and a query at or after it, and, in the
+    # outgoing state, the incoming state and the earlier keys. The outgoing part is summed from these products directly.
+    # Subtracting the rest from the total would cancel large numbers behind a strong gate and leave rounding errors.
     f_row = tl.arange(0, BF)
     mass = tl.load(masses + slot * F + f_row, mask=f_row < F, other=0.0)
     enters = mass * tl.load(dmasses + slot * F + f_row, mask=f_row < F, other=0.0)

@@ -1,4 +1,4 @@
-"""Options and tensors of Liger attention, shared by its composed form and its Triton kernels."""
+"""Options and tensors of Liger attention, for the composed form and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Gate(NamedTuple):
-    """A gate built from the recurrence's key: log g = logsigmoid(scale * k + bias) / divisor.
+    """A gate computed from the recurrence's key: log g = logsigmoid(scale * k + bias) / divisor.
 
     Attributes:
         scale, bias: `[K, F]`.
@@ -22,13 +22,13 @@ class Gate(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Keys and values that are read exactly beside the window.
+    """Keys and values beside the window that are read exactly.
 
     Attributes:
         k, v: `[R, M, K, D]` with positions, and `[R, M, K, V]`.
-        sinks: how many of them, from the first on, are sinks: number j is token j of its row, which a query sees once
-            token j has left its window. With `covers: evicted` sinks are not written into the state.
-        exists: `[R, M - sinks]`, which of the others every query of the row sees; None means all.
+        sinks: the number of sinks, which come first among the columns. Sink j is token j of its row; a query reads it
+            once token j has left the query's window. With `covers: evicted` sinks are not written into the state.
+        exists: `[R, M - sinks]`, True for the other columns that the row's queries read; None means all.
     """
 
     k: Tensor
@@ -39,17 +39,18 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class LigerOptions:
-    """Options that do not vary by token.
+    """Options of a call, equal for all tokens.
 
     Attributes:
         window: W, tokens in the window, the query's own included.
         scale: multiplies the window's scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        mix: `fixed` 0.5/0.5, `learned` a weight per head and channel, `softmax` one normaliser with a weight per head.
-        covers: whether query t reads the recurrence after `all` tokens to its own, or after those `evicted` from its
-            window, to t - W.
-        normalize: divide what is read by its mass; `mix: softmax` always does.
-        feature_map: φ, the softmax over the channels of a head, or nothing (features are given).
+        mix: `fixed` is 0.5/0.5; `learned` has a weight per head and channel; `softmax` has one normaliser and a weight
+            per head.
+        covers: query t reads the state after `all` tokens up to t, or after those `evicted` from its window, up to
+            t - W.
+        normalize: divide the recurrence's output by its mass; always on for `mix: softmax`.
+        feature_map: φ: `softmax` over the channels of a head, or `identity` for given features.
     """
 
     window: int
@@ -69,7 +70,7 @@ def row_starts(rows: Tensor | int, tokens: int, device: torch.device) -> Tensor:
 
 
 def longest_row(rows: Tensor | int, tokens: int, longest: int | None) -> int:
-    """Tokens of the longest row or more."""
+    """Upper bound of a row's tokens."""
     if isinstance(rows, int):
         return tokens // rows
     return int(rows.diff().max()) if longest is None else longest

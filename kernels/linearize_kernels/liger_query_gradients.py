@@ -1,14 +1,14 @@
-"""The backward kernels of Liger attention that go by queries.
+"""The backward kernels of Liger attention over queries.
 
 With A_ts = φ(q_t)·(decay from s to t ⊙ φ(k_s)) and the outputs y + w (o / m - y), each query row gets
 
     delta    Σ_v dy_v y_v less the gradient of the log of the window's denominator, as in flash attention
-    share    what of the recurrence went into the output, before a learned weight
+    share    the recurrence's share of the output, before a learned weight
     pull     share / m: the gradient of o is pull * dout (times a learned weight)
     dm       the gradient of its mass m
 
-which the kernels that go by keys read. A gradient for the running decay is kept as φ(q_t) dφ(q_t) from pairs s < t,
-less φ(k_s) dφ(k_s) from the same pairs: a token's own pair has no decay, and would only cancel.
+The kernels over keys read these. The gradient of the running decay is φ(q_t) dφ(q_t) less φ(k_s) dφ(k_s), over pairs
+s < t; a token's own pair has no decay, so its terms cancel and are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attention_gradients(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The weights of query rows over a tile of keys, and the gradient of the products of queries and keys."""
+    """The weights of query rows over a tile of keys, and the gradients of their scores."""
     scores = tl.dot(q.to(OPERAND), tl.trans(keys.to(OPERAND)), input_precision=PRECISION) * scale
     scores = capped(scores, softcap, CAPPED)
     weights = tl.where(seen, tl.exp(scores - normaliser[:, None]), 0.0)
@@ -66,7 +66,7 @@ def columns_seen(
     SINKS: tl.constexpr,
     EXISTS: tl.constexpr,
 ):
-    """`[X, BM]`: which columns the queries at places `t` of their row see."""
+    """`[X, BM]`: True for the columns that the queries at indices `t` of their row read."""
     m = tl.arange(0, BM)
     seen = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
     if EXISTS:
@@ -143,7 +143,8 @@ def query_gradients(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of queries and, per tile, of mix weights; `rows` `[5, N, H]` gets normaliser, delta, share, pull, dm.
+    """Gradients of queries and, per tile, of mix weights; `rows` `[5, N, H]` receives normaliser, delta, share, pull,
+    dm.
 
     `dlog` is `[parts, P, K, F]` and `dweight` `[tiles, H, V or 1]`; `entries` is N * H.
     """
@@ -174,7 +175,7 @@ def query_gradients(
         reads = softmax_rows(reads, f < F)
     slot = (tl.load(slots + row).to(tl.int64) + tl.maximum(i, 0) // CHUNK) * K + head
 
-    # Once more forwards.
+    # Recompute the forward pass.
     y, normaliser = read_window(
         rotated,
         k_rotated,
@@ -249,7 +250,7 @@ def query_gradients(
     if EVICTED:
         live = live & (count + t - window >= least)
 
-    # Through the mix.
+    # Backward through the mix.
     weight = mass * 0.0
     if MIX == "softmax":
         weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
@@ -262,7 +263,7 @@ def query_gradients(
     of_y, of_read = tl.sum(through * y, 1), tl.sum(through * read, 1)
     delta = tl.sum(dout * y, 1) - share * of_y
     dm = mass * 0.0
-    # Tiles of all rows one after the other, with room for those that a row's end leaves half empty.
+    # Tiles of all rows are concatenated; each row has spare tiles for incomplete ones at its ends.
     tile = (start // SUB + 3 * row + tl.program_id(0)) * H + head * (H // K) + part * GROUP
     if NORMALIZE or MIX == "softmax":
         dm = -pull * of_read / divides
@@ -290,7 +291,7 @@ def query_gradients(
     tl.store(rows + 3 * entries + entry, pull, mask=real)
     tl.store(rows + 4 * entries + entry, dm, mask=real)
 
-    # Through the window.
+    # Backward through the window.
     dy = dout - share[:, None] * through
     drotated = tl.zeros((GROUP * SUB, BD), tl.float32)
     if COLUMNS > 0:
@@ -315,7 +316,7 @@ def query_gradients(
         drotated += tl.dot(dscores.to(OPERAND), window_k.to(OPERAND), input_precision=PRECISION)
     tl.store(dq_rotated + query * D + d, drotated.to(dq_rotated.dtype.element_ty), mask=real[:, None] & (d < D))
 
-    # Through the recurrence: what came from the state decays over the chunk, and each key adds to it.
+    # Backward through the recurrence: the state's part decays over the chunk, and each key adds its part.
     dreads = tl.zeros((GROUP * SUB, BF), tl.float32)
     if i >= 0:
         dread = pull[:, None] * through

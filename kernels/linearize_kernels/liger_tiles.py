@@ -1,10 +1,10 @@
 """Tile helpers of the Triton kernels of Liger attention: gates, features, decays and scores.
 
-Decays are exponentials of sums of log-gates over the very tokens that they span, never of differences of longer sums.
-So gates of any strength stay finite, and a strong gate costs the weak ones beside it no digits.
+A decay is the exponential of a sum of log-gates over exactly the tokens that it spans, never of a difference of longer
+sums. So gates of any strength stay finite, and a strong gate does not cancel the digits of weak ones.
 
-A key's place is `offset = key * K + head`, its row in arrays `[P, K, width]`; a mask that is False leaves 0, which is
-what a token that does not write has for its feature and its log-gate.
+`offset = key * K + head` is a key's row in arrays `[P, K, width]`. A False mask loads 0, the feature and the log-gate
+of a token that is not written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def log_gates(
     FROM_KEY: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
 ):
-    """Log-gates of the keys at `offset`, channels `f`; given, or -softplus(-(scale k + bias)) / divisor."""
+    """Log-gates of the keys at `offset`, channels `f`: given, or -softplus(-(scale k + bias)) / divisor."""
     if FROM_KEY:
         raw = tl.load(k + offset * F + f, mask=mask, other=0.0).to(tl.float32)
         inside = f < F
@@ -47,7 +47,7 @@ def log_gates(
 
 @triton.jit
 def log_sigmoid(x):
-    # log(1 + e) as 2 artanh(e / (2 + e)): a gate near 1 keeps its digits, which log(1 + e) would round away.
+    # log(1 + e) as 2 artanh(e / (2 + e)), because log(1 + e) rounds away the digits of a gate near 1.
     e = tl.exp(-tl.abs(x))
     z = e / (2.0 + e)
     y = z * z
@@ -60,7 +60,8 @@ def log_sigmoid(x):
 
 @triton.jit
 def features(x, stats, offset, f, mask, keys, F: tl.constexpr, SOFTMAX: tl.constexpr):
-    """φ of the keys at `offset`, channels `f`; `stats` are the largest channel and the inverse sum of each key."""
+    """φ of the keys at `offset`, channels `f`; `stats` holds each key's maximum and the inverse of its sum of
+    exponentials."""
     raw = tl.load(x + offset * F + f, mask=mask, other=0.0).to(tl.float32)
     if SOFTMAX:
         largest = tl.load(stats + offset)
@@ -79,7 +80,8 @@ def softmax_rows(x, inside):
 
 @triton.jit
 def decay(log, EXACT: tl.constexpr):
-    """exp(log) for log <= 0. The hardware's exponential is good to 2^-22; EXACT is to float32's last digit."""
+    """exp(log) for log <= 0. The hardware's exponential has an error of 2^-22; EXACT is accurate to float32's last
+    digit."""
     if EXACT:
         log = tl.maximum(log, -200.0)
         whole = tl.floor(log * 1.4426950408889634 + 0.5)
@@ -88,7 +90,7 @@ def decay(log, EXACT: tl.constexpr):
         result = 1.0 / 120.0 + rest * (1.0 / 720.0 + rest * (1.0 / 5040.0))
         result = 1.0 / 6.0 + rest * (1.0 / 24.0 + rest * result)
         result = 1.0 + rest * (1.0 + rest * (0.5 + rest * result))
-        # In two steps: 2^whole alone may be below the least float32 where the product is not.
+        # In two steps, because 2^whole alone can underflow although the product does not.
         half = tl.floor(whole * 0.5)
         result = result * tl.exp2(half) * tl.exp2(whole - half)
     else:
@@ -98,7 +100,7 @@ def decay(log, EXACT: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    # The quotient loses its digits near 0, where a series has them.
+    # The quotient loses digits near 0; the series does not.
     y = x * x
     series = 62.0 / 2835.0 - y * (1382.0 / 155925.0)
     series = -1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * series))
@@ -114,7 +116,7 @@ def capped(scores, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def per_row(x, G: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """A tile of tokens `[TOKENS, WIDTH]` as rows of query heads `[G * TOKENS, WIDTH]`, heads outermost."""
+    """Repeat a tile of tokens `[TOKENS, WIDTH]` for rows of query heads `[G * TOKENS, WIDTH]`, heads outermost."""
     return tl.reshape(tl.broadcast_to(x[None, :, :], (G, TOKENS, WIDTH)), (G * TOKENS, WIDTH))
 
 

@@ -1,8 +1,8 @@
-"""Products with weights on a CPU: oneDNN's where torch's own are slow.
+"""Products with weights on a CPU, through oneDNN where torch's own are slow.
 
-torch multiplies float32 matrices with MKL, which leaves its AVX-512 kernels unused on processors that are not Intel's,
-and multiplies a single row with one thread. oneDNN, which comes with torch as well, does neither, and reads the same
-weights as they lie.
+torch multiplies float32 matrices with MKL, which does not use its AVX-512 kernels on non-Intel processors and
+multiplies a single row with one thread. oneDNN, which torch includes, has neither limit and reads the same weights
+without a copy.
 
 Dimensions: I inputs, O outputs.
 """
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Multiplications from which on oneDNN's call, which takes some 10 microseconds, is worth it.
+# Least number of multiplications for oneDNN, whose call costs some 10 microseconds.
 _WORK = 2**18
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """True if products of this module go to oneDNN. The kind of processor decides, not a clock: on one machine the same
-    numbers come out every time."""
+    """True if products go to oneDNN. The kind of processor decides, not a timing, so results on one machine are
+    reproducible."""
     there = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
 
@@ -48,19 +48,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer by `product`."""
+    """A linear layer that multiplies with `product`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.bias)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """True if a module is exactly a linear layer."""
+    """True if the module's class is `nn.Linear` itself."""
     return type(module) is nn.Linear or type(module) is Linear
 
 
 def take_products(model: nn.Module) -> None:
-    """Lets the linear layers of `model` multiply by `product`, where that is faster on this machine."""
+    """Make the linear layers of `model` multiply with `product`, if that is faster on this machine."""
     if onednn_is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -68,14 +68,14 @@ def take_products(model: nn.Module) -> None:
 
 
 def leave_products(model: nn.Module) -> None:
-    """Undoes `take_products`: the layers are torch's own again."""
+    """Undo `take_products`: restore torch's own layers."""
     for module in model.modules():
         if type(module) is Linear:
             _become(module, nn.Linear)
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    # In place: parameters, hooks, names and whoever holds the module stay as they are.
+    # In place, so parameters, hooks, names and references to the module stay valid.
     object.__setattr__(module, "__class__", kind)
 
 
@@ -99,11 +99,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Gradients of the same kind of product, once: nothing here is differentiated twice."""
+    """Gradients through the same kind of product; no second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # What no gradient needs is not held: a frozen layer's inputs are most of a model's activations.
+        # Save only tensors that a gradient needs, because a frozen layer's inputs are most of a model's activations.
         ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
         return _onednn(x, weight, bias)
 

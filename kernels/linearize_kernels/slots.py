@@ -3,7 +3,7 @@
     S_t = S_{t-1} diag(g_t) + k_tᵀ v_t          o_t = q_t S_t
 
 With keys and queries of width 1 this is an elementwise gated average of the values, as in RG-LRU (Griffin, arXiv
-2402.19427) and minGRU (arXiv 2410.01201). Written twice, with slots as values and then as keys, it is gated slot
+2402.19427) and minGRU (arXiv 2410.01201). Applied twice, with slots as values and then as keys, it is gated slot
 attention (GSA, arXiv 2409.07146). Every form takes
 
     q         [B, T, H, D]     log_gate       [B, T, K, V]  log g, <= 0
@@ -43,7 +43,7 @@ def gated_values(
     *,
     form: Form | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form asked for, or what the dispatch picks: by default the form that suits the length."""
+    """Run `form`, or the dispatch's choice: by default the form for the length, see `form_for`."""
     if form is None and through_fla("gated_values", q):
         from linearize_kernels.fla_ops import gated_values_fla
 
@@ -55,7 +55,7 @@ def gated_values(
 def gated_values_parallel(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The reference: every pair of tokens at once, O(T² (D + V)) time and memory, safe for gates of any strength."""
+    """The reference: all pairs of tokens at once, O(T² (D + V)) time and memory, safe for gates of any strength."""
     q, k, v, log_gate, state = prepare(q, k, v, log_gate, initial_state)
     cumulative = running_sum(log_gate, 1)
     scores = torch.einsum("btkgd,bskd->btskg", q, k)

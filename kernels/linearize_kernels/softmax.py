@@ -1,4 +1,4 @@
-"""Softmax attention over the whole past, for what is not converted.
+"""Softmax attention over the whole past, for layers and heads that conversion keeps.
 
 y_t = Σ_s p_ts v_s ,   p_t = softmax over all s <= t of  scale · q_t·k_s
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Under a softcap the scores exist as a matrix; queries go in blocks, so that it stays small.
+# With a softcap the scores are a matrix in memory; blocks of queries keep it small.
 _QUERY_BLOCK = 512
 
 
@@ -22,8 +22,8 @@ def full_attention(
 
     Args:
         q: `[B, T, H, D]`, positions already encoded.
-        k, v: `[B, N, K, D]` and `[B, N, K, V]`, oldest first; those after a query's own are not read.
-        first: the place of the first query among the keys: a number, or `[B]` where rows differ.
+        k, v: `[B, N, K, D]` and `[B, N, K, V]`, oldest first; keys after a query's own are not read.
+        first: index of the first query among the keys: a number, or `[B]` per row.
         scale: multiplies the scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
 

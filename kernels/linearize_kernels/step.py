@@ -1,7 +1,7 @@
 """The interface of the fused decoding step: a layer's sizes, options and tensors.
 
     window   the new key and value take a slot of the ring; softmax over the ring and the visible sinks
-    state    S = g ⊙ S + φ(k)ᵀ [v, 1] , with the new token or with the one that the window lets go
+    state    S = g ⊙ S + φ(k)ᵀ [v, 1] , with the new token or with the one that leaves the window
     out      mix(window, φ(q) S)
 
 The reference in plain PyTorch is `linearize.model.mixer.mixer.Mixer`. The kernel is in `step_triton.py`.
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """The fixed side of a step.
+    """The constants of a step.
 
     Attributes:
-        window, sinks: W, and how many first tokens are kept as they leave the window.
-        scale: multiplies the scores, which become `softcap * tanh(scores / softcap)` where there is one.
-        gate: x = gate_scale * Pool(source) + gate_bias per `channel` or per `head` and log g = logsigmoid(x) / divisor;
-            `retention` is log(1 - 2^(-5-head)), `none` is 0. None: there is no recurrence at all.
-        gate_sign: -1 takes -x, so that log g = -softplus(x) / divisor.
-        gate_scale, gate_bias: where they are not learned.
-        gate_bound: γ, and γ + (1 - γ) g takes the place of g.
-        source: what the gate is built from: `k`, `q` (the mean of a group's queries) or `v`.
+        window, sinks: W, and the number of first tokens that stay readable after they leave the window.
+        scale: multiplies the scores. softcap: scores become `softcap * tanh(scores / softcap)`.
+        gate: x = gate_scale * Pool(source) + gate_bias per `channel` or per `head`, and log g = logsigmoid(x) /
+            divisor; `retention` is log(1 - 2^(-5-head)), `none` is 0. None: the layer has no recurrence.
+        gate_sign: -1 negates x, so log g = -softplus(x) / divisor.
+        gate_scale, gate_bias: their values if they are not learned.
+        gate_bound: γ; the gate is γ + (1 - γ) g.
+        source: input of the gate: `k`, `q` (the mean of a group's queries) or `v`.
         features: the feature map of queries and keys; `exp` and `learned` are [softmax(x), softmax(-x)].
-        writes_gate: 1 - g is written in the place of φ(k).
-        covers_all: the state takes the new token; otherwise the one that leaves the window, from token `sinks` on.
-        rope: whether the recurrence's queries and keys have positions.
+        writes_gate: True writes 1 - g instead of φ(k).
+        covers_all: True writes the new token into the state; False writes the one that leaves the window, from token
+            `sinks` on.
+        rope: True if the recurrence's queries and keys have positions.
         normalize, mix: as in a recipe's mixer section.
     """
 
@@ -58,7 +59,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """The learned side, float32; None where the layer has none of the kind.
+    """The learned tensors of a step, float32; None if the layer has no such tensor.
 
     Attributes:
         gate_scale, gate_bias: `[K, D or 1]`. gate_projection, feature_projection: `[K, D, D]`, applied as x P.

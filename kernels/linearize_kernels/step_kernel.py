@@ -1,8 +1,7 @@
 """The fused step's kernel: one program per row and key/value head.
 
-A program is the only one that touches its head's ring, sinks and state; what several of its threads read and one of
-them overwrites is written behind a barrier. Products of thin matrices are sums: a group of query heads is smaller than
-a tensor core's tile.
+Only one program accesses a head's ring, sinks and state. A barrier precedes each write to data that several of its
+threads read. Products of thin matrices are sums, because a group of query heads is smaller than a tensor core's tile.
 """
 
 try:
@@ -14,7 +13,7 @@ except ImportError as error:
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) without losing a small x: the rounding of 1 + x cancels (Kahan)."""
+    """log(1 + x), accurate for small x: the rounding of 1 + x cancels (Kahan)."""
     one = 1.0 + x
     exact = one == 1.0
     return tl.where(exact, x, tl.log(one) * (x / tl.where(exact, 1.0, one - 1.0)))
@@ -22,7 +21,7 @@ def _log1p(x):
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, likewise."""
+    """exp(x) - 1 for x <= 0, by the same method."""
     power = tl.exp(x)
     exact = power == 1.0
     least = power - 1.0
@@ -32,7 +31,7 @@ def _expm1(x):
 
 @triton.jit
 def _tanh(x):
-    """By its series near 0, where 1 - exp(-2x) has lost digits."""
+    """tanh(x), by its series near 0, where 1 - exp(-2x) loses digits."""
     square = x * x
     near = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
     decay = tl.exp(-2 * tl.abs(x))
@@ -42,7 +41,7 @@ def _tanh(x):
 
 @triton.jit
 def _scores(q, keys, softcap, HAS_SOFTCAP: tl.constexpr):
-    """`[G, D]` by `[N, D]` to `[G, N]`."""
+    """Scores of `[G, D]` with `[N, D]`: `[G, N]`."""
     scores = tl.sum(q[:, None, :] * keys[None, :, :], 2)
     if HAS_SOFTCAP:
         scores = softcap * _tanh(scores / softcap)
@@ -51,7 +50,7 @@ def _scores(q, keys, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend(scores, values, top, total, y):
-    """Takes scores `[G, N]` and values `[N, V]` into a running softmax: its maximum, sum and weighted sum of values."""
+    """Add scores `[G, N]` and values `[N, V]` to a running softmax: its maximum, sum and weighted sum of values."""
     highest = tl.maximum(top, tl.max(scores, 1))
     shrink = tl.exp(top - highest)
     weights = tl.exp(scores - highest[:, None])
@@ -89,7 +88,7 @@ def _features(
     FEATURES: tl.constexpr,
     QK_NORM: tl.constexpr,
 ):
-    """The feature map of rows x[at], `[R, F]`; columns from BLOCK_D on are those of -x."""
+    """The feature map of rows x[at], `[R, F]`; columns from BLOCK_D on are features of -x."""
     d = f % BLOCK_D
     inside = (d < D)[None, :]
     first = (f < BLOCK_D)[None, :]
@@ -122,7 +121,7 @@ def step_kernel(
     v,
     q_rotated,
     k_rotated,
-    out,  # [B, H, V] float32; holds the window's answer in between
+    out,  # [B, H, V] float32; temporarily holds the window's output
     ring_k_rotated,
     ring_k,
     ring_source,
@@ -189,11 +188,11 @@ def step_kernel(
     real = count >= 0
     if HAS_LENGTHS:
         real = tl.load(lengths + row) > 0
-    index = count - W  # of the token that the window lets go
+    index = count - W  # number of the token that leaves the window
     slot = count % W
     held = (row * W + slot) * K + head
     leaves = real & (index >= 0)
-    # Widths of what a row reads or writes only if its token is real, or if one leaves its window.
+    # Widths of loads and stores: `real_*` are 0 unless the token is real, `left_*` unless a token leaves the window.
     real_d, real_e = tl.where(real, D, 0), tl.where(real, V, 0)
     left_d, left_e = tl.where(leaves, D, 0), tl.where(leaves, V, 0)
 
@@ -208,7 +207,7 @@ def step_kernel(
     v_at = row * v_row + head * v_head
     k_rotated_at = row * k_rotated_row + head * k_rotated_head
 
-    # Window and sinks. The ring is read as it will be: with the new token where the oldest was.
+    # Window and sinks. The ring is read as after the update: the new token replaces the oldest.
     asked = tl.load(q_rotated + q_rotated_at[:, None] + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
     asked = asked.to(tl.float32) * scale
     new_k = tl.load(k_rotated + k_rotated_at + d, mask=d < D, other=0.0).to(ring_k_rotated.dtype.element_ty)
@@ -246,7 +245,7 @@ def step_kernel(
     y = y / total[:, None]
     tl.store(answers[:, None] + e[None, :], y, mask=(g < G)[:, None] & (e < V)[None, :])
 
-    # The state. A row whose state is still empty keeps the window's answer.
+    # The state. Rows with an empty state keep the window's output.
     LEAST: tl.constexpr = -W if COVERS_ALL else SINKS
     if GATE is not None and index >= LEAST:
         f = tl.arange(0, BLOCK_F)
@@ -257,12 +256,12 @@ def step_kernel(
         there = one < tl.where(real, 1, 0)
         everyone = g < G
 
-        # The gate, and what is written: zeros and a gate of 1 where the token is not real.
+        # The gate, and the written key and value: zeros and a gate of 1 if the token is not real.
         gate_weights = gate_projection + head * D * D
         map_weights = feature_projection + head * D * D
         if SOURCE == "q" and COVERS_ALL:
             if HAS_PROJECTION:
-                # The mean of projections is the projection of the mean.
+                # The mean of projections equals the projection of the mean.
                 several = _projected(q, q_at, everyone, gate_weights, channel, BLOCK_G, BLOCK_F, BLOCK_I, D)
             else:
                 several = tl.load(
@@ -322,7 +321,7 @@ def step_kernel(
         )
         mapped = tl.where(inside[None, :], mapped, 0.0)
 
-        # The mass, and from it how much the state's answer counts.
+        # The mass, and the weight of the recurrence's output.
         HALVES: tl.constexpr = BLOCK_F // BLOCK_D
         rows = state + ((row * K + head) * (HALVES * D) + state_row) * (V + 1)
         mass_column = tl.load(rows + V, mask=inside, other=0.0) * gate + written
@@ -339,7 +338,7 @@ def step_kernel(
             divisor = tl.maximum(mass, tiny)
             share = tl.where(mass > 0, share, 0.0)
 
-        tl.debug_barrier()  # `out` is read back by other threads than wrote it
+        tl.debug_barrier()  # other threads read back `out`
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             if COVERS_ALL:
@@ -364,7 +363,7 @@ def step_kernel(
                 tl.store(answer, window + amount * (read - window), mask=column < V)
         tl.store(rows + V, mass_column, mask=channel < real_d)
 
-    # Last, for nothing above may find it there already: the sink that arrives, and the new token's slot.
+    # Last, because the code above must not read them: the arriving sink, and the new token's slot.
     tl.debug_barrier()
     if SINKS > 0:
         arrives = leaves & (index < SINKS)

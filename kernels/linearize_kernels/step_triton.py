@@ -1,7 +1,6 @@
-"""Launches the fused step: one launch per layer.
+"""Launch the fused step: one launch per layer.
 
-Everything that a step changes it changes where it lies, and nothing is read back to the host, so a CUDA graph may hold
-it.
+A step updates all buffers in place and copies nothing to the host, so a CUDA graph can record it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from linearize_kernels.step_kernel import step_kernel
 if TYPE_CHECKING:
     from linearize_kernels.step import Step, StepWeights
 
-# Entries that a thread holds of the largest product of its program; twice as many no longer fit its registers.
+# Entries per thread of a program's largest product; twice as many exceed its registers.
 _ENTRIES = 32
 
 
@@ -28,17 +27,17 @@ def step_triton(
     counts: Tensor,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """One token per row through window, sinks and state, which are updated in place.
+    """Run one token per row through window, sinks and state, which are updated in place.
 
     Args:
         projections: q `[B, 1, H, D]`, k `[B, 1, K, D]`, v `[B, 1, K, V]`, then q and k with positions.
         parts: `window` with `k_rotated`, `v` and, for a state of evicted tokens, `k` and `source`, `[B, W, K, D or V]`;
             `sinks` with `k_rotated` and `v`, `[B, M, K, D or V]`; `state` with `state`, `[B, K, F, V+1]` float32.
-        counts: `[B]` tokens that each row has seen; not changed here.
-        lengths: `[B]`; a row's token is real where it is not 0, and changes nothing otherwise. None: all are real.
+        counts: `[B]` tokens that each row has read; not changed here.
+        lengths: `[B]`, not 0 for rows with a real token; other rows change nothing. None: all tokens are real.
 
     Returns:
-        `[B, 1, H, V]` float32; meaningless, but finite, for rows without a real token.
+        `[B, 1, H, V]` float32; finite but meaningless for rows without a real token.
     """
     q, k, v, q_rotated, k_rotated = (x if x.stride(-1) == 1 else x.contiguous() for x in projections)
     batch, _, heads, width = q.shape
@@ -54,7 +53,7 @@ def step_triton(
     warps = 4 if wide <= 64 else 8
     most = warps * 32 * _ENTRIES
     strides = [s for x in (q, k, v, q_rotated, k_rotated) for s in (x.stride(0), x.stride(2))]
-    absent = q  # a pointer that is not read
+    absent = q  # a placeholder pointer that the kernel does not read
     with torch.cuda.device_of(q):  # Triton launches on the current device
         step_kernel[(batch, key_value_heads)](
             q,
@@ -124,7 +123,7 @@ def step_triton(
 
 
 def _block(whole: int, most: int) -> int:
-    """The largest power of 2 that is at most `most`, at least 4, and no more than `whole` needs."""
+    """The largest power of 2 that is at most `most`, at least 4, and not larger than needed to cover `whole`."""
     power = _power(whole)
     while power > max(most, 4):
         power //= 2
@@ -132,5 +131,5 @@ def _block(whole: int, most: int) -> int:
 
 
 def _power(width: int) -> int:
-    """The power of 2 that holds a width."""
+    """The least power of 2 that is at least `width`."""
     return 1 << (width - 1).bit_length()

@@ -1,5 +1,5 @@
-"""Softmax attention over a sliding window, plus a few exact columns (sinks) that every later query may read; and the
-mix of its outputs with those of a recurrence.
+"""Softmax attention over a sliding window and a few exact columns (sinks) that every later query may read; and the mix
+of its outputs with a recurrence's.
 
 y_t = Σ_s p_ts v_s ,   p_t = softmax over {last W tokens} ∪ {visible columns} of  scale · q_t·k_s
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from linearize_kernels.decay import computing_dtype
 
-# A mass that is this small is not divided by, and a recurrence outweighs a window by e^60 at most.
+# Divisors are clamped to TINY, and a recurrence's weight is at most e^60 times the window's.
 TINY = torch.finfo(torch.float32).tiny
 MOST_LOG_RATIO = 60.0
 
-# Queries are cut into blocks of the window's width, but no narrower than this: thinner ones waste launches.
+# Least width of a block of queries; a block is otherwise as wide as the window. Narrower blocks waste launches.
 _NARROWEST_BLOCK = 32
-# Tokens that are taken at once where no gradient is wanted, so that scores stay in the processor's cache.
+# Tokens per segment without gradients, so the scores fit into the processor's cache.
 _WINDOW_SEGMENT = 512
 
 
@@ -45,18 +45,19 @@ def window_attention(
             (P = 0 or at least `window - 1`), then those of the queries. Query t reads k[:, P+t-window+1 : P+t+1].
         window: tokens in the window, the query's own included.
         scale: multiplies the scores.
-        key_exists: `[B, P + T]`, which of the keys are real; None means all. Each query's own must be.
+        key_exists: `[B, P + T]`, True for real keys; None means all. Each query's own key must be real.
         columns: keys `[B, M, K, D]`, values `[B, M, K, V]` and visibility `[B or 1, T, M]` of exact columns.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        normaliser: whether the log of the softmax's denominator is wanted too.
+        normaliser: also return the log of the softmax's denominator.
 
     Returns:
-        outputs `[B, T, H, V]` and that logarithm `[B, T, H]`, both float32 (or float64).
+        outputs `[B, T, H, V]` and that logarithm `[B, T, H]` (None without `normaliser`), both float32 (or float64).
     """
     tokens, past = q.shape[1], k.shape[1] - q.shape[1]
     if 0 < past < window - 1:
         raise ValueError(f"{past} earlier tokens were given; a window of {window} needs none or {window - 1}")
-    # Whole blocks; of a wider window a part of one, which is as many scores as its queries may read and few more.
+    # Segments of whole blocks. For a wider window, segments are shorter than a block, which adds few scores beyond
+    # those of the window.
     segment = _WINDOW_SEGMENT // window * window or _WINDOW_SEGMENT
     if tokens <= segment or torch.is_grad_enabled():
         return _attend_window(q, k, v, window, scale, key_exists, columns, softcap, normaliser)
@@ -79,13 +80,13 @@ def window_attention(
 def step_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, normaliser: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one query to every key that is given.
+    """Attention of one query to all given keys.
 
     Args:
         q: `[B, H, D]` or `[B, 1, H, D]`, positions already encoded.
         k, v: `[B, N, K, D]` and `[B, N, K, V]`, in any order.
         scale: multiplies the scores.
-        softcap, normaliser: as of `window_attention`.
+        softcap, normaliser: as in `window_attention`.
 
     Returns:
         outputs `[B, H, V]` or `[B, 1, H, V]` and the log of the softmax's denominator, without the last axis, both
@@ -93,7 +94,7 @@ def step_attention(
     """
     dtype = computing_dtype(q)
     groups, width = k.shape[2:]
-    # The query heads of a group are so many queries of one head.
+    # The query heads of a group become several queries of one head.
     grouped, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
     grouped, k, v = grouped.view(q.shape[0], groups, -1, width), k.transpose(1, 2), v.transpose(1, 2)
     if softcap is None and not normaliser:
@@ -114,17 +115,17 @@ def joint_attention(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Attention under one softmax over keys that lie in several tensors.
+    """Attention with one softmax over keys in several tensors.
 
     Args:
         q: `[B, T, H, D]`.
         keys, values: each `[B, S, K, D or V]`.
-        seen: of each which keys a query reads, to be broadcast to `[B, K, T, S]`; None is all.
-        scale, softcap: as of `window_attention`.
+        seen: per tensor a mask of the keys that a query reads, broadcastable to `[B, K, T, S]`; None means all.
+        scale, softcap: as in `window_attention`.
 
     Returns:
-        outputs `[B, T, H, V]`, the log of the softmax's denominator `[B, T, H]`, both float32 (or float64), and of each
-        tensor what its keys received of each query, summed over a head's queries `[B, K, T, S]`.
+        outputs `[B, T, H, V]`; the log of the softmax's denominator `[B, T, H]`, both float32 (or float64); and per
+        tensor the attention weights, summed over the query heads of a group, `[B, K, T, S]`.
     """
     rows, tokens, heads = q.shape[:3]
     dtype = computing_dtype(q)
@@ -155,7 +156,7 @@ def mix_outputs(
     normalize: bool,
     weight: Tensor | None,
 ) -> Tensor:
-    """Joins window and recurrence. Where the mass is 0 the window's output stays.
+    """Mix the outputs of window and recurrence. If the mass is 0, the result is the window's output.
 
     Args:
         y: the window's outputs `[..., H, V]`. normaliser: `[..., H]`, the log of their denominator, for `mix: softmax`.
@@ -165,8 +166,8 @@ def mix_outputs(
     """
     if mix == "softmax" and mass is not None:
         assert weight is not None and normaliser is not None  # noqa: S101 - for the type checker
-        # One normaliser, exp(normaliser) + |w| mass, written so that neither term can overflow. A weight of either
-        # sign keeps the denominator positive and the derivative at 0 alive.
+        # One normaliser, exp(normaliser) + |w| mass, in a form in which neither term overflows. With |w|, a weight of
+        # either sign keeps the denominator positive, and the derivative at 0 is not 0.
         by_head = weight[:, None].to(y.dtype)
         log_ratio = mass.clamp_min(TINY).log() - normaliser[..., None]
         ratio = log_ratio.clamp_max(MOST_LOG_RATIO).exp()
@@ -175,9 +176,9 @@ def mix_outputs(
     part: Tensor | float = 0.5 if weight is None else weight if weight.dtype == y.dtype else weight.to(y.dtype)
     if mass is None or not normalize:
         return torch.lerp(y, read, part)
-    # A reading without mass has underflowed, and is no average of anything.
+    # An output without mass has underflowed and is no average, so keep the window's output.
     if not torch.is_grad_enabled() and y.dtype == read.dtype:
-        # The same in fewer launches: without mass there is no reading either, and the window's output stays by itself.
+        # The same in fewer launches: without mass the read is 0 too, so the window's output stays.
         change = torch.addcmul(read, mass, y, value=-1).div_(mass.clamp_min(TINY))
         return torch.addcmul(y, change, part) if isinstance(part, Tensor) else y.add(change, alpha=part)
     return torch.where(mass > 0, torch.lerp(y, read / mass.clamp_min(TINY), part), y)
@@ -194,8 +195,8 @@ def _attend_window(
     softcap: float | None,
     normaliser: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`window_attention` in one go. The query heads of a group are rows of one matrix, so that nothing is repeated for
-    them, and columns are keys of every block, so that there is one softmax."""
+    """`window_attention` for one segment. The query heads of a group are rows of one matrix, so keys and values are not
+    repeated. Columns are keys of every block, so there is one softmax."""
     batch, tokens, heads, _ = q.shape
     key_value_heads, past = k.shape[2], k.shape[1] - tokens
     dtype = computing_dtype(q)
@@ -204,7 +205,7 @@ def _attend_window(
     if tokens <= block:
         block, before = tokens, past
     else:
-        before = window - 1  # every block sees as many keys before its first query
+        before = window - 1  # every block reads this number of keys before its first query
     if past > before:
         k, v = k[:, past - before :], v[:, past - before :]
         key_exists = key_exists[:, past - before :] if key_exists is not None else None
@@ -248,7 +249,7 @@ def _cap(scores: Tensor, softcap: float | None) -> Tensor:
 def _in_window(
     block: int, window: int, before: int, blocks: int, key_exists: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Mask of the keys in a block that each query may read, `[1 or B, 1 or N, C, before + C]`."""
+    """Mask of the keys in a block that each query reads, `[1 or B, 1 or N, C, before + C]`."""
     span = before + block
     query = torch.arange(block, device=device)[:, None] + before
     key = torch.arange(span, device=device)[None]

@@ -1,1 +1,1 @@
-"""`linearize bench`: how fast a converted model reads and writes, beside its teacher, and what both keep in memory."""
+"""`linearize bench`: speed and memory of a converted model and of its teacher."""

@@ -1,4 +1,4 @@
-"""`linearize bench` as a function: which models, which lengths, and what comes out as data."""
+"""`linearize bench` as a function: loads the models, measures them, and returns the figures as data."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ if TYPE_CHECKING:
     from linearize.recipe import MixerSpec
 
 DECODE_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
-# Reading a long text takes as long as it takes; these are the longest read unless the user says otherwise.
+# Reading a long text takes minutes, so longer lengths are read only if the user sets the limit.
 PREFILL_UP_TO = {"cpu": 4096, "cuda": 65_536}
-GRAPHED = ("cuda",)  # where the teacher decodes as a CUDA graph as well
+GRAPHED = ("cuda",)  # devices on which the teacher also decodes as a CUDA graph
 STEPS = {"cpu": 8, "cuda": 128}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Options of a benchmark: lengths, batches and subjects.
+    """Options of a benchmark: lengths, batches and models.
 
     Attributes:
         lengths: tokens of context, for decoding.
-        prefill_up_to: the longest of `lengths` that is also read; None takes what suits the device.
-        steps: tokens that a run writes; None takes what suits the device.
+        batches: numbers of sequences.
+        prefill_up_to: the longest of `lengths` for the prefill; None is the device's default.
+        steps: decoded tokens per run; None is the device's default.
         repeats: runs of each model at each length, of which the median counts.
-        teacher: whether the teacher takes part.
-        int8: whether the converted model takes part again with int8 weights.
-        train: tokens of the rows that a LoRA step takes, of model and teacher; none, and nothing is trained.
+        teacher: measure the teacher too.
+        int8: measure the converted model with int8 weights too.
+        train: row lengths of LoRA steps, for model and teacher; empty measures no training.
     """
 
     lengths: tuple[int, ...] = DECODE_LENGTHS
@@ -73,20 +74,21 @@ def bench(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures and returns the facts: the setting, a row for each model, kind, batch and length, and from which length
-    the converted model is ahead.
+    """Measure and return the facts: the setting, a row for each model, kind, batch and length, and the length from
+    which the converted model is faster.
 
     Args:
         reference: a converted checkpoint, or a pretrained model, which is converted in memory; None with `config`.
-        spec: the mixer to convert with; ignored for a converted checkpoint.
+        spec: the mixer of the conversion; ignored for a converted checkpoint.
         config: the name of a configuration for random weights.
-        layers: how many of the model's layers to keep; None keeps all.
-        dtype: of weights and caches; `auto` is the checkpoint's own, or for random weights what suits the device.
-        say: told of each length when it is done.
+        layers: the number of first layers to keep; None keeps all.
+        dtype: the dtype of weights and caches; `auto` is the checkpoint's own, or for random weights the device's
+            default.
+        say: called with a line after each length.
 
     Raises:
         ModelError: the model cannot be read, is not supported, or does not fit into memory.
-        DataError: the model has learned fewer positions than are measured.
+        DataError: the model has fewer learned positions than the longest length.
     """
     device = default_device()
     teacher, model, setting = _models(reference, spec, config, layers, dtype, device, trust_remote_code)
@@ -105,7 +107,7 @@ def bench(
         subjects.append(Subject.of("int8", to_int8(sharing(model))))
     limit = PREFILL_UP_TO[device] if plan.prefill_up_to is None else plan.prefill_up_to
     steps = plan.steps or STEPS[device]
-    # A converted model goes on from one repeat to the next, because its memory does not grow.
+    # A converted model continues its memory in each repeat, because its memory does not grow.
     check_length(
         model, max(plan.lengths, default=0) + steps * (plan.repeats + 2), "--lengths, measured steps included,"
     )
@@ -157,7 +159,7 @@ def _models(
     device: str,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, LinearizedForCausalLM, dict[str, Any]]:
-    """The teacher, the converted model on the same weights, and what the facts say of them."""
+    """The teacher, the converted model on the same weights, and their entries in the facts."""
     if config is not None:
         shape = named_config(config)
         whole = shape.num_hidden_layers
@@ -179,7 +181,7 @@ def _models(
             teacher = teacher_beside(model)
         else:
             check_convertible(loaded.config, source, spec)
-            leave_products(loaded)  # the teacher runs as transformers has it
+            leave_products(loaded)  # the teacher runs as in plain transformers
             teacher, whole = loaded, loaded.config.num_hidden_layers
             if layers is not None:
                 cut(teacher, fewer_layers(layers, whole))
@@ -196,7 +198,7 @@ def _models(
 
 def _check_weights(config: Any, dtype: torch.dtype, device: str) -> None:
     """Raises:
-    ModelError: the weights do not fit into memory; says how many layers would.
+    ModelError: the weights do not fit into memory; the text names the number of layers that fit.
     """
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
@@ -217,7 +219,7 @@ def _check_weights(config: Any, dtype: torch.dtype, device: str) -> None:
 
 
 def sequence_of(rows: Sequence[dict[str, Any]], kind: str, system: str, batch: int) -> list[dict[str, Any]]:
-    """The rows of one line of a plot, those that did not fit left out."""
+    """The rows of one line of a plot, without skipped ones."""
     return [
         row
         for row in rows

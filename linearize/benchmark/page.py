@@ -1,4 +1,4 @@
-"""The plots of `linearize bench`, of speed and memory by length, and the folder that holds them and the facts."""
+"""The plots of `linearize bench` (speed and memory by length), and the folder of plots and facts."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _FIGURES = {
 
 
 def write_report(facts: dict[str, Any], folder: Path) -> None:
-    """`bench.json` and the plots as SVG files."""
+    """Write `bench.json` and the plots as SVG files."""
     (folder / "bench.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     write_plots(plots_of(facts), folder)
 
 
 def plots_of(facts: dict[str, Any]) -> list[Plot]:
-    """A plot of everything that was measured at two lengths or more."""
+    """One plot per figure that was measured at two or more lengths."""
     plots = []
     speeds = [(kind, "tokens_per_second", title) for kind, title in _TITLES.items()]
     for kind, figure, title in (*speeds, ("decode", "cache_bytes", "Memory by context length")):
@@ -48,8 +48,8 @@ def plots_of(facts: dict[str, Any]) -> list[Plot]:
 
 
 def overview(facts: dict[str, Any]) -> Plot | None:
-    """The gain of a conversion in two panels by context length: bytes of the cache, and tokens per second; teacher and
-    converted model, at the smallest batch. None where fewer than two lengths were measured."""
+    """Teacher and converted model at the smallest batch, in two panels by context length: bytes of the cache, and
+    tokens per second. None if fewer than two lengths were measured."""
     batch = min(row["batch"] for row in facts["rows"])
     names = {"teacher": TEACHERS, "converted": ("model",)}
     panels = []
@@ -87,7 +87,7 @@ def _by_length(series: Sequence[Series], y: Axis) -> Lines | None:
 def _best(
     facts: dict[str, Any], systems: Sequence[str], batch: int, figure: str
 ) -> list[tuple[float, float, float | None]]:
-    """A line's points, each by the fastest of some systems."""
+    """The points of a line: at each length the fastest of some systems."""
     fastest: dict[int, dict[str, Any]] = {}
     for system in systems:
         for row in sequence_of(facts["rows"], "decode", system, batch):

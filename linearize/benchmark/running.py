@@ -1,4 +1,4 @@
-"""The measurement: models take turns at every length, so that what slows the machine down slows all of them."""
+"""The measurement. Models run in turns at every length, so a slowdown of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from linearize.benchmark.subjects import Subject
 
 TEACHERS = ("teacher", "teacher-graph", "teacher-onednn")
-# Share of the free memory that a cache may take.
+# The share of free memory that a cache may take.
 _SAFE = 0.9
-# A run of decoding steps takes no longer than this, but for two steps.
+# The maximum of a run of decoding steps, apart from its minimum of two steps.
 _LONGEST_RUN = 3.0
 
 
@@ -38,7 +38,7 @@ def decode(
     repeats: int,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """A row for each subject: tokens per second of writing one token after another after `tokens` of context."""
+    """A row for each subject: tokens per second when decoding one token at a time after `tokens` of context."""
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for subject in subjects:
@@ -62,13 +62,13 @@ def decode(
 def prefill(
     subjects: Sequence[Subject], batch: int, tokens: int, *, repeats: int, say: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """A row for each subject: tokens per second of reading `tokens` and writing a first one. The teacher reads in one
-    go, a converted model in pieces, as `generate` has them do."""
+    """A row for each subject: tokens per second when reading `tokens` and decoding a first one. The teacher reads it
+    at once, a converted model in chunks, as in `generate`."""
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for subject in subjects:
         if subject.graph:
-            continue  # it reads as the teacher does
+            continue  # its prefill is the teacher's
         row: dict[str, Any] = {"kind": "prefill", "system": subject.name, "batch": batch, "tokens": tokens}
         if (reason := _refusal(subject, batch, tokens)) is not None:
             rows[subject.name] = {**row, "skipped": reason}
@@ -87,9 +87,8 @@ def prefill(
 
 
 def ahead_from(rows: Sequence[dict[str, Any]], kind: str, batch: int, system: str = "model") -> int | None:
-    """The shortest length measured from which on the model is faster than its teacher, either way that it runs, at that
-    length and at all longer ones; where the teacher did not fit, the model is ahead. None if it is not, or there is
-    nothing to compare."""
+    """The shortest measured length from which the model is faster than its teacher (the fastest variant of it), at this
+    length and all longer ones. A length at which the teacher does not fit counts as faster. None if there is none."""
     speeds: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["kind"] == kind and row["batch"] == batch:
@@ -105,7 +104,7 @@ def ahead_from(rows: Sequence[dict[str, Any]], kind: str, batch: int, system: st
 
 
 class Run(ABC):
-    """A piece of work of one model that is timed; called, it returns how many tokens of each sequence it took."""
+    """A timed piece of work of one model. A call returns the number of tokens processed per sequence."""
 
     subject: Subject
 
@@ -114,7 +113,7 @@ class Run(ABC):
 
 
 class _Decoding(Run):
-    """Writes so many tokens, each the most likely one, and forgets them again."""
+    """Decodes `steps` tokens greedily, and crops them from the cache afterwards."""
 
     def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
         self.subject, self.cache, self.steps = subject, cache, steps
@@ -143,19 +142,19 @@ class _Decoding(Run):
 
 
 class _Engine(_Decoding):
-    """The same with the decoding engine, for a converted model, which need not forget: its memory does not grow."""
+    """Decoding with the engine, for a converted model. Nothing is cropped, because its memory does not grow."""
 
     def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
         super().__init__(subject, cache, batch, steps)
         self.state, self.engine = State(cache, self.first), Engine(subject.model)
-        self.engine.forget()  # so that each length is measured with buffers of its own
+        self.engine.forget()  # so each length allocates its own buffers
 
     def _run(self, steps: int) -> None:
         self.engine.generate(Sampling(steps), state=self.state, owned=True)
 
 
 class _Graph(_Decoding):
-    """A teacher's step as a CUDA graph, at its best: see `full_cache`."""
+    """A teacher's decoding step as a CUDA graph; see `full_cache`."""
 
     def __init__(self, subject: Subject, cache: DynamicCache, batch: int, steps: int) -> None:
         super().__init__(subject, full_cache(cache), batch, steps)
@@ -176,7 +175,7 @@ class _Graph(_Decoding):
 
 
 class _Reading(Run):
-    """Reads a text from an empty cache and picks the first new token."""
+    """Reads a text into an empty cache and picks the first new token."""
 
     def __init__(self, subject: Subject, batch: int, tokens: int) -> None:
         self.subject = subject
@@ -200,7 +199,7 @@ class _Reading(Run):
 
 
 def in_turns(runs: dict[str, Run], rows: dict[str, dict[str, Any]], repeats: int, batch: int) -> None:
-    """Times every run `repeats` times, one after the other in each round, and adds the medians to the rows."""
+    """Time every run `repeats` times, all runs once per round, and add the medians to the rows."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, int] = {}
     for _ in range(repeats):
@@ -220,7 +219,7 @@ def _refusal(subject: Subject, batch: int, tokens: int) -> str | None:
 
 
 def refusal(what: str, needs: int, device: torch.device, tokens: int) -> str | None:
-    """Why a length is not measured for which `what` takes so many bytes, with what would fit; None where it is."""
+    """The reason to skip a length at which `what` takes `needs` bytes, with a length that fits; None if it fits."""
     free = free_bytes(device)
     if needs <= _SAFE * free:
         return None
@@ -232,12 +231,12 @@ def refusal(what: str, needs: int, device: torch.device, tokens: int) -> str | N
 
 
 def peak_bytes(subject: Subject, peak: PeakMemory, cache_bytes: int = 0) -> int | None:
-    """Weights, a cache that was there before, and what memory grew by."""
+    """Peak bytes: weights, a cache that existed before, and the growth of memory."""
     return None if peak.bytes is None else subject.weights_bytes + cache_bytes + peak.bytes
 
 
 def told(rows: dict[str, dict[str, Any]], tokens: int, batch: int) -> str:
-    """A line for people on one length."""
+    """A line with the speeds at one length."""
     found = next(iter(rows.values()))["kind"]
     speeds = ", ".join(
         f"{name} {row['tokens_per_second']:,.1f} tok/s" if "seconds" in row else f"{name} does not fit"

@@ -1,4 +1,4 @@
-"""Models by name with random weights: speed depends on shapes alone, so nothing has to be downloaded."""
+"""Named configurations for models with random weights. Speed depends on shapes only, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-4b": _row("qwen3", 2560, 9728, 36, (32, 8, 128), 151_936, **_TIED),
     "qwen3-8b": _row("qwen3", 4096, 12_288, 36, (32, 8, 128), 151_936),
 }
-"""The shapes of published models. Context lengths are not theirs: positions cost the same at any length."""
+"""The shapes of published models. The context lengths are not theirs, because positions cost the same at any length."""
 
 
 def named_config(name: str, layers: int | None = None) -> Any:
-    """The transformers configuration of that name, with fewer layers if asked.
+    """The transformers configuration of that name, with `layers` layers if given.
 
     Raises:
-        ModelError: no such name, or more layers than it has.
+        ModelError: the name is unknown, or the configuration has fewer layers.
     """
     if name not in CONFIGS:
         raise ModelError(f"--config {name}: no such configuration; {hint_for(name.lower(), CONFIGS, most=1)}")
@@ -66,10 +66,10 @@ def named_config(name: str, layers: int | None = None) -> Any:
 
 
 def fewer_layers(wanted: int, there: int) -> int:
-    """`wanted`, if that many are there.
+    """Return `wanted`.
 
     Raises:
-        ModelError: they are not.
+        ModelError: it is not between 1 and `there`.
     """
     if not 1 <= wanted <= there:
         raise ModelError(f"--layers {wanted}: the model has {there} layers; give 1 to {there}")

@@ -1,4 +1,4 @@
-"""The timed models: a converted model and its teacher on the same weights, with caches as after a long text."""
+"""The timed models: a converted model and its teacher on the same weights, with caches filled as by a long text."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
     from linearize.recipe import MixerSpec
 
-# Keys and values of a long past are one drawn block over and over: drawing them all would take longer than decoding.
+# The number of random keys and values; a longer past repeats them, because drawing all would take longer than decoding.
 _DRAWN = 4096
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the models that take turns.
+    """One of the timed models.
 
     Attributes:
         name: `teacher`, `teacher-graph`, `teacher-onednn`, `model` or `int8`.
-        weights_bytes: of its parameters and buffers; what several models share counts for each.
-        graph: whether a teacher's step is one CUDA graph, see `full_cache`.
+        weights_bytes: bytes of its parameters and buffers; shared ones count for each model.
+        graph: True if a teacher's step is one CUDA graph, see `full_cache`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Subject:
         return self.model.config.text_config if self.converted else self.model.config
 
     def bytes_per_token(self) -> int:
-        """Bytes that one more token takes in the cache of one sequence."""
+        """Bytes of one more token in the cache of one sequence."""
         if self.converted:
             return sum(layer.memory_nbytes(self.model.dtype)[1] for layer in self.model.attention_layers)
         layers = family_of(self.base).layers(self.base)
@@ -65,16 +65,16 @@ class Subject:
         )
 
     def needs(self, batch: int, tokens: int) -> int:
-        """About how many bytes decoding after so many tokens takes beside the weights: the cache, and copies of one
-        layer of it, which a step makes to append to it and to give each query head its keys."""
+        """Approximate bytes of decoding after `tokens` tokens, weights aside: the cache, and the copies of one layer of
+        it that a step makes to append to it and to repeat the keys for each query head."""
         layers = family_of(self.base).layers(self.base)
         group = layers[0].query_heads // layers[0].key_value_heads
         whole = batch * tokens * self.bytes_per_token()
         return whole + whole * (1 + 2 * group) // len(layers)
 
     def step_bytes(self, cache: DynamicCache, batch: int) -> int:
-        """Bytes that a step has to move at the least: weights and cache are read, of embeddings that are not also the
-        output's only the rows of `batch` tokens, and a recurrence's state is written as well."""
+        """The minimum of bytes that a step moves: weights and cache are read, the state is written. Of embeddings that
+        are not tied to the output, only the rows of `batch` tokens are read."""
         words = self.model.get_input_embeddings().weight
         tied = words is getattr(self.model.get_output_embeddings(), "weight", None)
         unread = 0 if tied else words.numel() * words.element_size() * max(len(words) - batch, 0) // len(words)
@@ -85,8 +85,8 @@ class Subject:
         return self.weights_bytes - unread + self.cache_bytes(cache) + written
 
     def filled_cache(self, batch: int, tokens: int) -> DynamicCache:
-        """A cache as it is after so many tokens, of random contents: a teacher's keys and values one by one, a
-        converted model's parts of fixed size with the counts set."""
+        """A cache of `tokens` tokens with random contents. For a converted model that is its fixed-size memory with the
+        counts set."""
         return _filled_memory(self, batch, tokens) if self.converted else _filled_keys(self, batch, tokens)
 
     def cache_bytes(self, cache: DynamicCache) -> int:
@@ -97,8 +97,8 @@ class Subject:
 
 
 class FullLayer(DynamicLayer):
-    """Keys and values of a text of which each new token takes the last one's place: a step reads all of them, as it
-    would of a cache with room left, and nothing grows, moves or is masked."""
+    """A full cache layer: each new token overwrites the last one. A step reads all keys and values, as with a
+    preallocated cache, and nothing grows, moves or is masked."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
@@ -106,7 +106,7 @@ class FullLayer(DynamicLayer):
 
 
 def full_cache(cache: DynamicCache) -> DynamicCache:
-    """The same with such layers: what a teacher's step costs where no Python and no copy comes between."""
+    """`cache` with `FullLayer`s, to measure a teacher's step without Python overhead and cache copies."""
     full = DynamicCache()
     for layer in cache.layers:
         held = layer
@@ -126,19 +126,19 @@ def random_teacher(config: Any, dtype: torch.dtype, device: str) -> PreTrainedMo
 
 
 def converted_from(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
-    """The conversion of `teacher`, which stays as it is; both have the same weights in memory."""
+    """The conversion of `teacher`, which does not change; both share the weights."""
     return convert_model(sharing(teacher), spec)
 
 
 def teacher_beside(model: LinearizedForCausalLM) -> PreTrainedModel:
-    """The softmax transformer that `model` was made from, on the weights of `model` itself."""
+    """The softmax transformer of `model`'s base configuration, on the weights of `model`."""
     with torch.device("meta"):
         teacher: PreTrainedModel = AutoModelForCausalLM.from_config(
             model.config.text_config, dtype=model.dtype, attn_implementation="sdpa"
         )
     for path, module in list(teacher.named_modules()):
         own = model.get_submodule(path)
-        if isinstance(own, QuantizedLinear):  # a teacher of integers, too: it is the mixers that are compared
+        if isinstance(own, QuantizedLinear):  # quantized in the teacher too, because the benchmark compares the mixers
             teacher.set_submodule(path, own)
             continue
         for name in module._parameters:
@@ -149,13 +149,13 @@ def teacher_beside(model: LinearizedForCausalLM) -> PreTrainedModel:
 
 
 def sharing(model: Any, apart: Callable[[str], bool] = lambda _: False) -> Any:
-    """A copy of the modules on the same tensors, but for parameters whose name `apart` wants: these are copied too."""
+    """A copy of the modules with the same tensors, except parameters whose name `apart` accepts, which are copied."""
     tensors = [*(p for name, p in model.named_parameters() if not apart(name)), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def cut(model: Any, layers: int) -> None:
-    """Leaves only the first layers of a pretrained model."""
+    """Keep only the first `layers` layers of a pretrained model."""
     config = model.config
     owner, _, name = family_of(config).blocks.rpartition(".")
     blocks = model.get_submodule(family_of(config).blocks)
@@ -185,7 +185,7 @@ def _filled_memory(subject: Subject, batch: int, tokens: int) -> DynamicCache:
         for tensors in memory.parts.values():
             for tensor in tensors.values():
                 if tensor.is_floating_point():
-                    tensor.uniform_(0.1, 1)  # no state of sums is negative
+                    tensor.uniform_(0.1, 1)  # positive, because states that are sums of masses are never negative
         for name, tensor in memory.past.items():
             memory.past[name] = _past((batch, tokens, *tensor.shape[2:]), 1, tensor.dtype, model.device)
         memory.counts.fill_(tokens)
@@ -195,7 +195,7 @@ def _filled_memory(subject: Subject, batch: int, tokens: int) -> DynamicCache:
 
 
 def _past(shape: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Random numbers of that shape that repeat along the axis of tokens."""
+    """Random numbers of that shape, repeated along the token axis after `_DRAWN` tokens."""
     tokens = shape[axis]
     drawn = torch.randn(*shape[:axis], min(tokens, _DRAWN), *shape[axis + 1 :], dtype=dtype, device=device)
     if tokens <= _DRAWN:

@@ -15,7 +15,7 @@ from linearize.runtime.memory import PeakMemory
 from linearize.training.adapters import add_adapters, choose_trained, is_own_parameter
 from linearize.training.memory import training_memory
 from linearize.training.objective import token_losses
-from linearize.training.trainer import stage_optimizer
+from linearize.training.optimizers import stage_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def train(
         with PeakMemory(subject.model.device) as peak:
             step = _warm(subject, recipe, documents)
         if step is None:
-            # Where it ran out, the traceback that held what had been allocated is gone by now.
+            # Here, because the traceback that referred to the allocated tensors is gone by now.
             torch.cuda.empty_cache()
             row["skipped"] = "a step ran out of memory; take fewer --layers, a smaller --batches or a shorter --train"
             continue
@@ -50,11 +50,11 @@ def train(
 
 
 class Step(Run):
-    """An optimizer step as `finetune` makes it under `objective: sft`: forward, cross-entropy over all positions,
-    backward, the optimizer, and gradients cleared.
+    """An optimizer step as in `finetune` under `objective: sft`: forward, cross-entropy over all positions, backward,
+    optimizer step, and clearing of the gradients.
 
-    The subject stays as it is: adapters are put on a copy of its modules, which shares what is frozen and has
-    parameters of the layer, which are trained too, of its own.
+    The subject does not change: adapters are added to a copy of its modules, which shares the frozen weights and copies
+    the mixers' parameters.
     """
 
     def __init__(self, subject: Subject, recipe: Recipe, rows: Rows) -> None:
@@ -74,21 +74,21 @@ class Step(Run):
         return self.labels.shape[1]
 
     def _loss(self) -> torch.Tensor:
-        # The logits end here: held during the backward pass they would be the largest tensor of the step.
+        # A local variable: kept during the backward pass, the logits would be the largest tensor of the step.
         logits = self.student(**self.inputs, use_cache=False).logits
         return token_losses(logits, self.labels, None, self.stage.weights) / self.counted
 
 
 def random_rows(vocabulary: int, batch: int, tokens: int) -> Rows:
-    """Packed rows of random tokens. Each is one document, the longest past that attention can have in it, which the
-    teacher reads by its causal kernel: several to a row would need a mask."""
+    """Packed rows of random tokens, one document each. One document per row is the most expensive case for attention,
+    and lets the teacher use its causal kernel; several would need a mask."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
     return pack([Document(ids, torch.ones_like(ids)) for ids in drawn], tokens)
 
 
 def default_recipe(batch: int, tokens: int) -> Recipe:
-    """The default recipe's adapters and optimizer, under cross-entropy alone."""
+    """The default recipe's adapters and optimizer, with cross-entropy as the only objective."""
     recipe = load_recipe("default")
     size = {"length": tokens, "micro_batch": batch, "batch_tokens": batch * tokens}
     stage: Stage = recipe.stages[0].model_copy(update={"objective": "sft", **size})
@@ -96,7 +96,7 @@ def default_recipe(batch: int, tokens: int) -> Recipe:
 
 
 def _warm(subject: Subject, recipe: Recipe, rows: Rows) -> Step | None:
-    """A step that was made once, or None where memory did not hold it."""
+    """A step after one warm-up call; None if memory was too small."""
     try:
         step = Step(subject, recipe, rows)
         step()
@@ -107,12 +107,12 @@ def _warm(subject: Subject, recipe: Recipe, rows: Rows) -> Step | None:
     return step
 
 
-@torch.enable_grad()  # it is counted by a backward pass
+@torch.enable_grad()  # `training_memory` runs a backward pass
 def _refusal(subjects: Sequence[Subject], recipe: Recipe) -> str | None:
-    """Why no subject makes a step of that length, by what a step of the converted model takes beside the weights.
+    """The reason to skip a length, by the memory of a training step of the converted model, weights aside.
 
-    On a CPU the system would end the process; on a GPU the allocator says so itself. Nothing is told of models that
-    cannot be counted.
+    Only on a CPU, because the system would kill the process; on a GPU the allocator raises an error. None if the memory
+    of the model cannot be computed.
     """
     subject = next(subject for subject in subjects if subject.converted)
     if subject.model.device.type != "cpu":

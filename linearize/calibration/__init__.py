@@ -1,11 +1,12 @@
-"""Steps of `convert` besides the swap: choose what keeps softmax, and fit layers, without training.
+"""Steps of `convert` besides the swap: choose the layers that keep softmax, and fit layers without training.
 
-weights.py    where the weights are: in memory, or in files but for one block
+weights.py    the weights during calibration: in memory, or in files with one block loaded at a time
 blocks.py     the blocks of a model, called one at a time
 closed.py     mix, gate and output projection in closed form
-layer.py      one layer: closed forms, then some hundred steps, and what of it is kept
-reading.py    what the model says to rows and needles, block by block
-calibrate.py  layer after layer on the student's own inputs, and what of it all is kept
-select.py     which layers or heads keep softmax under a budget
-telling.py    what was kept and what was not, with figures
+layer.py      the fit of one layer: closed forms, then gradient steps; the best step is kept
+reading.py    scores on rows and needles, block by block
+calibrate.py  the fits layer by layer, and the decision which to keep in the whole model
+select.py     the choice of layers or heads that keep softmax within a budget
+shares.py     the distribution of landmarks among layers
+telling.py    the result as lines, a page and data
 """

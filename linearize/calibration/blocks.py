@@ -1,8 +1,8 @@
 """The blocks of a model, called one at a time on rows of text.
 
-Calibration goes through the model layer by layer, with two streams of hidden states side by side: the teacher's, and
-the student's. So each block is called by hand, with the positions and masks that the whole model would have passed. No
-more than one block is open at a time, and nothing outside of blocks is while one is: the weights may be in files.
+Calibration runs two streams of hidden states through the model layer by layer, the teacher's and the student's. So each
+block is called directly, with the positions and masks that the whole model passes to it. At most one block is open
+(loaded) at a time, and the weights outside of blocks are then closed, because the weights may be in files.
 
 Dimensions: L tokens of a row, C the model's width.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from linearize.families import Projections
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a block besides its hidden states."""
+"""Arguments of a block other than its hidden states."""
 
 Text = tuple[Tensor, Tensor]
 """Token ids `[L]` and their positions `[L]`."""
@@ -37,8 +37,8 @@ class Blocks:
     """The decoder blocks of a model, first layer first.
 
     Attributes:
-        weights: where its weights are.
-        attentions: what stands in the place of each layer's attention.
+        weights: the model's weights.
+        attentions: the `LinearizedAttention` of each layer.
         teachers: the pretrained attention of each layer, with the same weights.
     """
 
@@ -54,8 +54,7 @@ class Blocks:
 
     @torch.no_grad()
     def enter(self, texts: Sequence[Text]) -> tuple[list[Tensor], list[list[Call]]]:
-        """The hidden states `[1, L, C]` that reach the first block, text by text, and what each block is called
-        with."""
+        """The hidden states `[1, L, C]` at the first block, one per text, and the arguments of each block."""
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
 
@@ -74,8 +73,8 @@ class Blocks:
 
     @contextmanager
     def leaving(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, where `weights.outside` has to be open, the model makes its logits of `hidden` `[1, L, C]`, whatever
-        tokens it is given."""
+        """In this context the model computes its logits from `hidden` `[1, L, C]`, whatever its input tokens.
+        `weights.outside` must be open."""
         with self._standing_in(lambda _, __, ___: hidden):
             yield
 
@@ -87,7 +86,7 @@ class Blocks:
         return output
 
     def projections(self, layer: int, hidden: Tensor, call: Call) -> tuple[Projections, Tensor | None]:
-        """Queries, keys and values of the layer's attention, as rows of real tokens with their lengths (None: all)."""
+        """Queries, keys and values of the layer's attention, as rows of real tokens, and their lengths (None: all)."""
         attention, seen = self._attention(layer), []
 
         def observe(new: Projections, lengths: Tensor | None) -> None:
@@ -123,7 +122,7 @@ class Blocks:
 
     @contextmanager
     def as_teacher(self, layer: int) -> Iterator[None]:
-        """Inside, this layer has its pretrained attention."""
+        """In this context the layer has its pretrained attention."""
         try:
             self._put(layer, self.teachers[layer])
             yield
@@ -157,7 +156,7 @@ class Blocks:
         self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
 
     def _find_tuples(self, text: Text) -> None:
-        """Finds out whether blocks return their hidden states in a tuple, as some families' do."""
+        """Find out if blocks return their hidden states in a tuple, as in some families."""
         if self._tuples is not None:
             return
         seen: list[tuple[Tensor, Call]] = []
@@ -174,7 +173,7 @@ class Blocks:
 
     @contextmanager
     def _standing_in(self, block: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
-        """Inside, this is called in the place of every block: with its number, its hidden states, and the rest."""
+        """In this context `block(layer, hidden, call)` runs instead of every block."""
 
         def at(layer: int) -> Callable[..., Any]:
             def forward(*arguments: Any, **keywords: Any) -> Any:
@@ -195,7 +194,7 @@ class Blocks:
 
 
 class _Seen(Exception):
-    """Everything that was wanted of a block has been seen."""
+    """Stops a forward pass once the observed tensor is known."""
 
 
 def texts_of(rows: Rows) -> list[Text]:

@@ -1,7 +1,7 @@
-"""Calibration of a converted model: layer after layer, with the teacher's hidden states beside the student's.
+"""Calibration of a converted model: layer by layer, with the teacher's hidden states beside the student's.
 
-What is kept is decided twice: in each layer by its error on rows held out, and for each ingredient by the whole model's
-loss on these rows and by its recall of needles. What does neither any good is taken back.
+Two decisions select what is kept. In each layer it is the error on held-out rows. For each ingredient it is the whole
+model's loss on these rows and its recall of needles; an ingredient that improves neither is dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from linearize.recipe.schema import CalibrateSpec
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge penalties that are tried, in mean squares of an input channel over all tokens."""
+"""Ridge penalties to try, in units of the mean square of an input channel over all tokens."""
 
 
 @dataclass
@@ -49,8 +49,9 @@ class Ingredient:
 
     Attributes:
         name: `mixer` or `output`.
-        change: rise of the loss on rows held out and fall of the log-probability of needles' answers; negative is good.
-        kept: whether it stayed.
+        change: rise of the loss on held-out rows, and fall of the log-probability of needles' answers; negative is
+            better.
+        kept: True if the ingredient was kept.
     """
 
     name: str
@@ -63,10 +64,11 @@ class Calibration:
     """Result of a calibration.
 
     Attributes:
-        layers: by layer, what was tried and kept.
-        ridge: by layer, the share of the output's error that ridge regression left on rows held out; 1 where none.
-        readings: of the teacher, of the model as converted and as calibrated, and calibrated without its recurrence.
-        needles: how many; 0 where rows are too short to hide one.
+        layers: the steps tried and kept, by layer.
+        ridge: by layer, the share of the output's error on held-out rows that remains after ridge regression; 1 if the
+            weight was not changed.
+        readings: those of the teacher, the converted model, the calibrated model, and that without its recurrence.
+        needles: the number of needles; 0 if the rows are too short for one.
     """
 
     source: str
@@ -90,7 +92,7 @@ class Calibration:
 
 
 class _Stream(NamedTuple):
-    """Rows on their way through the model: hidden states of teacher and student, and what blocks are called with."""
+    """Rows during the layer-by-layer pass: hidden states of teacher and student, and the blocks' arguments."""
 
     teacher: list[Tensor]
     student: list[Tensor]
@@ -106,14 +108,14 @@ def calibration_text(
     say: Callable[[str], None],
     reserved: Mapping[str, int] = MappingProxyType({}),
 ) -> TrainingData:
-    """The text to fit to, and the rows that decide.
+    """The text to fit to, and the held-out rows.
 
     Args:
-        teacher: which writes the text where `spec.source` is `self`.
-        reserved: what stages hold out; see `reserved_tokens`.
+        teacher: generates the text if `spec.source` is `self`.
+        reserved: rows that stages hold out; see `reserved_tokens`.
 
     Raises:
-        DataError: it cannot be read, or is too short.
+        DataError: the text cannot be read, or is too short.
     """
     data = DataSpec.of(spec.text, tokens=spec.tokens, held_out=spec.held_out)
     writes = None if teacher is None else lambda: teacher
@@ -138,11 +140,11 @@ def calibrate(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
-    """Calibrates a model, which is as converted: in place if it is in memory, and what stays is `weights.chosen`.
+    """Calibrate a converted model. `weights.chosen` names the parts that are kept; a model in memory changes in place.
 
     Args:
-        text: what to fit to, and the rows that decide.
-        needles: that decide as well.
+        text: the rows to fit to, and the held-out rows that decide.
+        needles: texts that also decide, by recall.
 
     Raises:
         DataError: no document of the text reaches beyond window and sinks.
@@ -198,7 +200,7 @@ def _layer(
     *,
     fits: bool,
 ) -> None:
-    """Calibrates one layer, whose block is open, keeps what it fitted, and takes all rows through it."""
+    """Calibrate one layer, whose block is open; store its fit, and run all rows through the block."""
     attention = blocks.attentions[index]
     inputs = [stream.student if spec.inputs == "student" else stream.teacher for stream in (train, held)]
     if fits and attention.mixer is not None and attention.mixer.recurrence is not None:
@@ -216,7 +218,7 @@ def _layer(
     ridge = fits and spec.ridge
     with torch.no_grad():
         wanted: list[list[Tensor]] = []
-        # The student's own states stay what they are until the layer is done.
+        # The student's states must not change until the layer's fits are done.
         for stream in (train, held):
             outputs: list[Tensor] = []
             for number, call in enumerate(stream.calls):
@@ -234,8 +236,8 @@ def _layer(
 
 
 def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: list[list[Tensor]]) -> float:
-    """Fits the output projection to what the teacher's attention added; the share of the error that is left on the rows
-    held out, 1 where none of the penalties lowers it and the weight stays."""
+    """Fit the output projection to the output of the teacher's attention. Returns the share of the error that remains
+    on the held-out rows; 1 if no penalty lowers it and the weight stays."""
     module = output_projection(blocks.attentions[index])
     weight = projection_weight(module)
 
@@ -263,12 +265,12 @@ def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: li
 
 
 def _judge(found: Calibration, name: str, before: Reading, after: Reading) -> bool:
-    """True if an ingredient stays: it lowers the loss or raises recall, by more than chance, and costs the other less.
-    The two are compared as shares of what the conversion had cost the model."""
+    """True if an ingredient is kept: it lowers the loss or raises recall significantly, and the other worsens by less.
+    The two are compared as shares of the damage by the conversion."""
     change, cost = damage(before, after), damage(found.readings["teacher"], found.readings["converted"])
     pairs = [(change.loss, cost.loss), *([(change.recall, cost.recall)] if found.recall_counts else [])]
     sure = any(one.mean < -SURE * (one.stderr or 0.0) for one, _ in pairs)
-    # A conversion that had cost nothing leaves nothing to be gained.
+    # Without any damage by the conversion there is nothing to regain.
     kept = sure and sum(one.mean / max(lost.mean, 1e-6) for one, lost in pairs) < 0
     found.ingredients.append(Ingredient(name, change, kept))
     return kept
@@ -280,7 +282,7 @@ def _enter(blocks: Blocks, rows: Rows) -> _Stream:
 
 
 def deciding_needles(model: LinearizedForCausalLM, tokenizer: Any, rows: Rows, seed: int) -> list[Needle]:
-    """As many needles as rows, in their text and of their length; none where rows are too short to hide one."""
+    """One needle per row, in the rows' text and of their length; none if the rows are too short for a needle."""
     widest = [model.config.mixer_of(index) for index in _converted(model)]
     texts = tokenizer.batch_decode(rows.input_ids.tolist(), skip_special_tokens=True)
     try:
@@ -299,7 +301,7 @@ def deciding_needles(model: LinearizedForCausalLM, tokenizer: Any, rows: Rows, s
 
 def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: TrainingData) -> None:
     """Raises:
-    DataError: no document is longer than what window, sinks and landmarks read all of.
+    DataError: all documents are short enough to be read exactly by window, sinks and landmarks.
     """
     reach = min(model.config.mixer_of(index).exact_tokens for index in layers)
     for kind, rows in (("to fit to", text.train), ("held out", text.held_out)):
@@ -312,7 +314,7 @@ def _check_reach(model: LinearizedForCausalLM, layers: list[int], text: Training
 
 
 def _converted(model: LinearizedForCausalLM) -> list[int]:
-    """The layers that do something else than their pretrained attention did."""
+    """The layers that no longer compute their pretrained attention."""
     return [
         index
         for index, attention in enumerate(model.attention_layers)

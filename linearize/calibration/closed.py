@@ -1,8 +1,8 @@
 """Closed-form fits of a layer's parameters.
 
-    mix     how much of the recurrence's reading is taken, by least squares
-    gate    how slowly the state forgets, from how far back the teacher's attention looks
-    output  what the output projection makes of it, by ridge regression
+    mix     the weight of the recurrence's output, by least squares
+    gate    the decay of the state, from the distances that the teacher attends to
+    output  the output projection, by ridge regression
 
 Dimensions: N tokens, H query heads, V a value's width, X inputs and Y outputs of a projection.
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TINY = torch.finfo(torch.float32).tiny
-# Factors of the mass that are tried around the one that matches the teacher's on average.
+# Factors to try, around the weight that matches the teacher's mass on average.
 _FACTORS = tuple(math.exp(x / 2) for x in range(-6, 5))
 _MOST_LOG_WEIGHT = 40.0
 
 
 def channel_weights(y: Tensor, read: Tensor, target: Tensor) -> Tensor:
-    """The weights β `[H, V]` that bring y + β (read - y) closest to `target`, all `[N, H, V]`: least squares in every
-    channel; 0 where the reading never differs from y."""
+    """The weights β `[H, V]` that minimise the squared error of y + β (read - y) to `target` in every channel, all
+    `[N, H, V]`; 0 where `read` always equals y."""
     step = (read - y).double()
     squares = step.square().sum(0)
     along = (step * (target - y).double()).sum(0)
@@ -39,8 +39,8 @@ def mass_weights(
 ) -> Tensor:
     """The weights `[H]` of the recurrence's mass under one shared normaliser.
 
-    The logarithm of the weight is first what takes the recurrence's mass, on average over queries, to the mass that the
-    teacher's attention has beyond window and sinks; of some multiples of it the one with the least error is taken.
+    The first candidate matches the recurrence's mass, on average over queries, to the teacher's mass beyond window and
+    sinks. Of some multiples of it, the one with the least error is returned.
 
     Args:
         y, read, target: `[N, H, V]`.
@@ -49,7 +49,7 @@ def mass_weights(
         log_beyond: `[N, H]`, the log of the teacher's denominator beyond window and sinks.
     """
     usable = (mass > 0) & torch.isfinite(log_beyond)
-    # Where the teacher looks beyond the window at all it matters most that the mass is right.
+    # Queries weigh by the teacher's share of mass beyond the window, because the mass matters most for these.
     share = torch.where(usable, torch.sigmoid(log_beyond - normaliser), 0).double()
     gap = torch.where(usable, log_beyond - mass.clamp_min(_TINY).log(), 0).double()
     start = (share * gap).sum(0) / share.sum(0).clamp_min(_TINY)
@@ -64,14 +64,14 @@ def mass_weights(
 
 
 def decay_of(mass: Tensor, available: Tensor) -> Tensor:
-    """The log of the decay per token at which a state looks as far back as attention does, `[heads]` (<= 0).
+    """The log of the decay per token whose mean look-back distance equals that of attention, `[heads]` (<= 0).
 
     Args:
-        mass: `[heads, distances]`, how much attention lies at each distance beyond the window.
-        available: `[distances]`, how many queries have a token there.
+        mass: `[heads, distances]`, the attention mass at each distance beyond the window.
+        available: `[distances]`, the number of queries that have a token at this distance.
 
     Returns:
-        log g such that weights g^d over what is available have the same mean distance as `mass`.
+        log g such that the weights available * g^d have the same mean distance as `mass`.
     """
     distance = torch.arange(mass.shape[1], dtype=torch.float64, device=mass.device)
     mass, available = mass.double(), available.double()
@@ -86,7 +86,7 @@ def decay_of(mass: Tensor, available: Tensor) -> Tensor:
 
 
 def bisect(function: Callable[[Tensor], Tensor], wanted: Tensor, low: Tensor, high: Tensor, steps: int = 60) -> Tensor:
-    """Solve, per entry, an increasing function for the value `wanted` between `low` and `high`."""
+    """Solve function(x) = wanted for x between `low` and `high`, per entry; `function` must be increasing."""
     for _ in range(steps):
         middle = (low + high) / 2
         below = function(middle) < wanted
@@ -95,7 +95,7 @@ def bisect(function: Callable[[Tensor], Tensor], wanted: Tensor, low: Tensor, hi
 
 
 class Ridge:
-    """Least squares of Y = X Wᵀ around a weight that is there: sums are collected row by row, in float64.
+    """Least squares of Y = X Wᵀ for an update of an existing W; sums accumulate row by row in float64.
 
     Args:
         inputs, outputs: widths of X and Y.
@@ -106,14 +106,14 @@ class Ridge:
         self.along = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, rest: Tensor) -> None:
-        """Inputs `[N, X]`, and what the present weight leaves of their targets, `[N, Y]`."""
+        """Add inputs `[N, X]`, and the residuals of their targets under the present weight, `[N, Y]`."""
         x = x.double()
         self.squares += x.T @ x
         self.along += x.T @ rest.double()
 
     def step(self, strength: float) -> Tensor:
-        """Update of the weight, `[Y, X]` float64: (XᵀX + λ I)⁻¹ Xᵀ rest, transposed, where λ is `strength` times the
-        mean square of a channel's inputs."""
+        """The update of the weight, `[Y, X]` float64: (XᵀX + λ I)⁻¹ Xᵀ rest, transposed; λ is `strength` times the
+        mean diagonal entry of XᵀX."""
         penalised = self.squares.clone()
         penalised.diagonal().add_(strength * self.squares.diagonal().mean().clamp_min(_TINY))
         return torch.cholesky_solve(self.along, torch.linalg.cholesky(penalised)).T

@@ -1,11 +1,11 @@
-"""One layer's calibration: its mixer's own parameters, to what the teacher's attention reads of the same projections.
+"""One layer's calibration: fits the mixer's own parameters to the output of the teacher's attention.
 
-    silent   the window alone, as converted
-    start    mix in closed form, with the recurrence's own gate or one that looks as far back as the teacher does
-    fitted   some hundred gradient steps from there; no gradient leaves the layer
+    silent   the window alone, without the recurrence
+    start    mix in closed form, with the recurrence's own gate or one that matches the teacher's look-back distance
+    fitted   gradient steps from there; no gradient leaves the layer
 
-Each is measured on rows held out, as the squared error of the attention's output after the output projection; the least
-one stays.
+Each step is measured on held-out rows by the squared error of the attention's output after the output projection. The
+step with the least error is kept.
 
 Dimensions: R documents of a row, L tokens, H query heads, V a value's width, C the model's width.
 """
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from linearize.model.attention import LinearizedAttention
     from linearize.model.mixer.mixer import Mixer
 
-# Rows that the closed forms are made of; they have few numbers to find.
+# Rows for the closed forms, which estimate few numbers.
 _CLOSED_ROWS = 4
-# Bytes of rows that are kept from one step to the next, instead of projecting them again.
+# Bytes of projected rows to cache between steps.
 _ROOM = 512 * 2**20
 _WRITES = (-2.0, -1.0, 0.0, 1.0, 2.0)
-# Beyond this a gate hardly moves, and neither does its derivative.
+# Beyond this bias the gate is saturated, and its derivative is close to 0.
 _MOST_BIAS = 9.0
 
 Row = tuple["Projections", "Tensor | None"]
-"""Projections of one row of text, as rows of real tokens with their lengths (None: all)."""
+"""Projections of one row of text, as rows of real tokens, and their lengths (None: all)."""
 
 Lesson = tuple[Row, Tensor, Tensor]
-"""A row, what the teacher's attention reads in it, and its squared size."""
+"""A row, the output of the teacher's attention for it, and that output's squared norm."""
 
 
 class Read(NamedTuple):
-    """The branches before they are mixed, for the tokens whose recurrence is not empty: `[N, H, V or none]`."""
+    """The branches before the mix, for the tokens with a state that is not empty: `[N, H, V or none]`."""
 
     y: Tensor
     normaliser: Tensor | None
@@ -59,11 +59,11 @@ class Read(NamedTuple):
 
 @dataclass
 class LayerResult:
-    """Result of one layer: shares of the error that window and sinks alone leave on the held-out rows.
+    """Result of one layer. Errors are shares of the error of window and sinks alone, on the held-out rows.
 
     Attributes:
-        errors: by step that was tried, in order.
-        kept: the step that stayed, `silent` if none was better.
+        errors: the error after each step, in order.
+        kept: the step that was kept, `silent` if none was better.
     """
 
     layer: int
@@ -79,11 +79,11 @@ class LayerFit:
     """Fits one layer.
 
     Args:
-        attention: the student's, which is changed.
-        teacher: the pretrained attention of the same weights.
-        row: gives training row number i.
-        rows: how many there are.
-        held_out: rows that decide.
+        attention: the student's attention, which is changed.
+        teacher: the pretrained attention with the same weights.
+        row: returns training row number i.
+        rows: the number of training rows.
+        held_out: the rows that decide.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class LayerFit:
             self.targets = [self.target(*one) for one in held_out]
 
     def run(self, layer: int, *, steps: int, lr: float, seed: int) -> LayerResult:
-        """Tries every step in order and leaves the best in place."""
+        """Try every step in order and leave the best one's parameters in the layer."""
         mixer, result = self.mixer, LayerResult(layer)
         assert mixer.recurrence is not None  # noqa: S101 - for the type checker
         silent = self._silent_error()
@@ -139,7 +139,7 @@ class LayerFit:
         return result
 
     def target(self, new: Projections, lengths: Tensor | None) -> Tensor:
-        """The output of the teacher's attention, `[R, L, H, V]`, for the heads that are mixed."""
+        """The output of the teacher's attention, `[R, L, H, V]`, for the mixed heads."""
         heads = self.teacher._mix(new, lengths, None)
         if not self.attention.softmax_heads:
             return heads
@@ -161,7 +161,7 @@ class LayerFit:
 
     @torch.no_grad()
     def error(self) -> float:
-        """On the rows held out."""
+        """The squared error on the held-out rows."""
         pairs = zip(self.held_out, self.targets, strict=True)
         return sum(float(self.squared(self.output(*row), target, row[1])) for row, target in pairs)
 
@@ -187,7 +187,7 @@ class LayerFit:
 
     @torch.no_grad()
     def _start(self, rows: Sequence[Row]) -> bool:
-        """The mix in closed form; whether there is anything beyond the window to fit to."""
+        """Fit the mix in closed form. False if no token lies beyond the window."""
         reads = [found for row in rows if (found := self._read(*row)) is not None]
         if not reads:
             return False
@@ -206,7 +206,7 @@ class LayerFit:
         return True
 
     def _read(self, new: Projections, lengths: Tensor | None) -> Read | None:
-        """The branches that the mixer joins in one row; None if no token leaves its window."""
+        """The branches of the mixer before the mix, for one row; None if no token leaves its window."""
         mixer, seen = self.mixer, []
 
         def look(y: Tensor, normaliser: Tensor | None, read: Tensor, mass: Tensor | None) -> Tensor:
@@ -239,7 +239,7 @@ class LayerFit:
         )
 
     def _log_beyond(self, new: Projections, first: int, exact: Tensor) -> Tensor:
-        """The log of what window and sinks, whose own is `exact`, leave of the teacher's denominator."""
+        """The log of the teacher's denominator beyond window and sinks, whose own log-denominator is `exact`."""
         mixed, layer = self._mixed(new), self.mixer.layer
         _, whole = window_attention(
             mixed.q_rotated,
@@ -255,7 +255,7 @@ class LayerFit:
 
     @torch.no_grad()
     def _gate(self, rows: Sequence[Row]) -> bool:
-        """The gate's bias from how far back the teacher's attention looks; whether there is such a thing here."""
+        """Set the gate's bias from the teacher's look-back distance. False without a bias or without such distances."""
         mixer = self.mixer
         recurrence, layer = mixer.recurrence, mixer.layer
         assert recurrence is not None  # noqa: S101 - the caller has looked
@@ -289,7 +289,7 @@ class LayerFit:
 
     @torch.no_grad()
     def _write_strength(self, rows: Sequence[Row]) -> bool:
-        """The write strength, of a few, that leaves the least error on the rows; whether there is one to choose."""
+        """Choose the write strength with the least error on the rows. False if the recurrence has none."""
         assert self.mixer.recurrence is not None  # noqa: S101 - the caller has looked
         bias = self.mixer.recurrence._parameters.get("write_bias")
         if bias is None:
@@ -308,7 +308,7 @@ class LayerFit:
 
     @torch.no_grad()
     def _lesson(self, number: int) -> Lesson:
-        """A training row; those that come first are kept, as far as there is room for them."""
+        """A training row; the first ones are cached, up to `_ROOM` bytes."""
         if number in self._lessons:
             return self._lessons[number]
         new, lengths = self.row(number)
@@ -321,7 +321,7 @@ class LayerFit:
         return lesson
 
     def _steps(self, steps: int, lr: float, seed: int) -> None:
-        """Adam on the mixer's own parameters, one row a step."""
+        """Adam on the mixer's own parameters, one row per step."""
         named = list(self.mixer.named_parameters())
         frozen = [parameter.requires_grad for _, parameter in named]
         peaks = [lr * _scale(name, parameter) for name, parameter in named]
@@ -339,7 +339,7 @@ class LayerFit:
                 (new, lengths), target, size = self._lesson(order.pop())
                 loss = self.squared(self.output(new, lengths), target, lengths) / size
                 if not loss.requires_grad or not bool(torch.isfinite(loss)):
-                    continue  # a row in which nothing leaves the window, or a step that overshot
+                    continue  # no token of the row leaves the window, or the last step diverged
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named], 1.0)
@@ -351,20 +351,20 @@ class LayerFit:
 
 
 def result_best(result: LayerResult) -> str:
-    """The step with the least error; of equals the first."""
+    """The step with the least error; on a tie the first."""
     return min(result.errors, key=lambda name: result.errors[name])
 
 
 @torch.no_grad()
 def silence_mix(mixer: Mixer) -> None:
-    """Takes nothing of the recurrence's reading, where the mix has a weight."""
+    """Set the mix weight, if there is one, to 0, which switches the recurrence off."""
     weight = mixer._parameters.get("mix_weight")
     if weight is not None:
         weight.zero_()
 
 
 def _columns(attention: LinearizedAttention) -> Tensor:
-    """The output projection's weight `[C, H V]` for the heads that are mixed, float32."""
+    """The columns `[C, H V]` of the output projection's weight for the mixed heads, float32."""
     weight = projection_weight(output_projection(attention)).detach().float()
     groups = weight.unflatten(1, (attention.layer.key_value_heads, -1))
     columns: Tensor = groups[:, attention.mixed_heads].flatten(1)
@@ -378,7 +378,7 @@ def projection_weight(module: torch.nn.Module) -> Tensor:
 
 
 def _scale(name: str, parameter: Tensor) -> float:
-    """Factor of the learning rate: weights of a mass have no scale of their own."""
+    """Factor of the learning rate: proportional to the weight for weights of a mass, which have no fixed scale."""
     if name != "mix_weight" or parameter.dim() > 1:
         return 1.0
     return float(parameter.detach().abs().mean()) or 1.0

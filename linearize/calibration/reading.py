@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def read_by_block(blocks: Blocks, rows: Rows, needles: Sequence[Needle], *, teacher: bool = False) -> Reading:
-    """As `linearize.probe.damage.read`: all texts go through one block before the next is opened.
+    """`linearize.probe.damage.read` block by block: all texts pass one block before the next is opened.
 
     Args:
-        teacher: read with the pretrained attention in all blocks.
+        teacher: use the pretrained attention in all blocks.
 
     Raises:
-        ModelError: logits that are not finite.
+        ModelError: logits are not finite.
     """
     asked = [(torch.tensor(needle.ids), torch.arange(len(needle.ids))) for needle in needles]
     hidden, calls = blocks.enter([*texts_of(rows), *asked])

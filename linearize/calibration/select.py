@@ -1,5 +1,5 @@
 """`mixer.keep.budget` chooses the layers or key/value heads that keep softmax, by the damage of windowing each alone,
-measured as `linearize probe` measures it. `mixer.landmarks_by` shares landmarks out among the layers (`shares.py`)."""
+as `linearize probe` measures it. `mixer.landmarks_by` distributes landmarks among the layers (`shares.py`)."""
 
 from __future__ import annotations
 
@@ -28,26 +28,29 @@ if TYPE_CHECKING:
     from linearize.recipe import Recipe
     from linearize.sources.source import Source
 
-# Of text, and as many in texts with needles: every layer is windowed once on all of them.
+# Of text, and the same number in texts with needles. One pass over all of them per layer.
 _TOKENS = 2048
 _PURPOSE = "select"
 
 
 def selects(recipe: Recipe) -> bool:
-    """Whether the recipe leaves a choice to `select`."""
+    """True if the recipe leaves a choice to `select`."""
     return recipe.mixer.keep.budget is not None or recipe.mixer.landmarks_by is not None
 
 
 def select(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> tuple[Recipe, Probe | None, list[str]]:
-    """Returns `recipe` with the choices named in it, the probe behind `keep.budget` or None, and the reasons in lines.
+    """Make the choices that the recipe leaves open.
 
     Args:
-        teacher: made replaceable in place; convert it as if it were still the pretrained model.
+        teacher: its attention is replaced in place by an equal, replaceable one; convert it as the pretrained model.
+
+    Returns:
+        `recipe` with the choices named in it, the probe behind `keep.budget` or None, and the reasons in lines.
 
     Raises:
-        RecipeError: the budget holds nothing or has nothing to choose from.
+        RecipeError: the budget holds nothing, or there is nothing to choose from.
         DataError: there is no text to measure on.
     """
     probe, why = None, list[str]()
@@ -62,7 +65,7 @@ def select(
 def _by_damage(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> tuple[Recipe, Probe, list[str]]:
-    """Spends `keep.budget` on layers or heads that the recipe does not keep in any case."""
+    """Spend `keep.budget` on layers or heads that the recipe does not keep anyway."""
     keep = recipe.mixer.keep
     assert keep.budget is not None  # noqa: S101 - for the type checker; called only with one
     layers = family_of(teacher.config).layers(teacher.config)
@@ -110,9 +113,9 @@ def _named_part(part: Part) -> str:
 def _landmarks(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> tuple[Recipe, list[str]]:
-    """Shares landmarks out."""
+    """Distribute the landmarks among the layers."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    # A probe has made it replaceable already.
+    # After a probe the teacher is already a `LinearizedForCausalLM`.
     base: Any = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
     layers = family_of(base).layers(base)
     sections = mixers_for(spec, layers)
@@ -124,7 +127,7 @@ def _landmarks(
     )
     length = min(LENGTH, learned_positions(teacher) or LENGTH)
     reach = spec.window + spec.sinks + spec.landmarks
-    if not chosen:  # the recipe names them all
+    if not chosen:  # the recipe names the number of every layer
         return recipe.model_copy(update={"mixer": spec.model_copy(update={"landmarks_by": None})}), []
     if length <= reach:
         raise RecipeError(

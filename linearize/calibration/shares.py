@@ -1,14 +1,14 @@
-"""`mixer.landmarks_by`: which layers get many landmarks and which few, all together as many as with equal shares.
+"""`mixer.landmarks_by`: the number of landmarks of each layer, with the same total as equal shares.
 
-What a layer's heads read with N landmarks differs by dy from what they read with everything. The gradients g of one
-pass back through the pretrained model, per text, tell to first order what all that follows makes of dy:
+With N landmarks instead of the whole past, the output of a layer's heads changes by dy. One backward pass per text
+through the pretrained model gives the gradients g, from which the effect of dy follows to first order:
 
     loss     sum over a text's tokens of (g . dy)^2 / 2, with g of the summed loss: the divergence from the pretrained
-             model in the empirical Fisher metric, where a plain g . dy has no expectation
-    recall   g . dy, with g of minus the log-probability of a needle's answer, where it is positive
+             model in the empirical Fisher metric. (The expectation of a plain g . dy is 0.)
+    recall   g . dy, with g of minus the log-probability of a needle's answer, if positive
 
-so that no layer has to be run through the rest of the model. N is tried at a few numbers, what lies between is
-interpolated, and slots go where they take away most per slot.
+So no layer needs passes of its own through the rest of the model. A few values of N are measured and those between are
+interpolated; then slots go to the layers where they lower the cost most per slot.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ if TYPE_CHECKING:
     from linearize.recipe import MixerSpec
 
 LENGTH = 2048
-"""Tokens of a text, where the model has learned as many positions: enough that equal shares lose something."""
+"""Tokens of a text, unless the model has fewer learned positions: long enough that equal shares lose something."""
 TEXTS = 4
-# Of an even share.
+# As multiples of an equal share.
 _TRIED = (0.125, 0.5, 1.5, 4.0)
-# Slots that are given at once, and the fewest that a layer with landmarks has.
+# Slots per increment, and the minimum of a layer.
 _STEP = 16
-# Nats of an answer's token beside nats of a text's: needles are rare. Chosen on validation text and needles.
+# Weight of a nat of an answer's token against a nat of text, because needles are rare. Tuned on validation data.
 _RECALL = 0.02
 _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss of one layer by its number of landmarks, in nats per token.
+    """Cost of one layer by its number of landmarks, in nats per token.
 
     Attributes:
-        numbers: of landmarks, rising.
-        loss, recall: at each of them, never rising.
+        numbers: increasing numbers of landmarks.
+        loss, recall: the cost at each of them, never increasing.
     """
 
     numbers: Sequence[int]
@@ -63,7 +63,7 @@ class Curve:
     recall: Sequence[float]
 
     def cost(self, number: int, *, recall: bool) -> float:
-        """Loss, geometrically interpolated, and a share of recall, linearly; beyond the ends as at the ends."""
+        """Loss, geometrically interpolated, plus weighted recall, linearly interpolated; constant beyond the ends."""
         at = min(max(number, self.numbers[0]), self.numbers[-1])
         place = next(i for i, (_, end) in enumerate(pairwise(self.numbers)) if at <= end)
         low, high = self.numbers[place : place + 2]
@@ -84,12 +84,14 @@ def curves(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[int, Curve]:
-    """Layer -> what it loses by its number of landmarks.
+    """The cost of each layer by its number of landmarks.
 
     Args:
-        model: converted with nothing to convert, in eval mode: the pretrained model.
-        spec: its window, sinks and landmarks are those of an even share.
+        model: the pretrained model as a `LinearizedForCausalLM` without mixers, in eval mode.
+        spec: the mixer section, with window, sinks and the landmarks of an equal share.
+        layers: the layers to measure.
         texts: `[L]` token ids each.
+        needles: texts for recall; may be empty.
     """
     numbers = sorted({max(round(share * spec.landmarks), 1) for share in _TRIED})
     losses = {layer: torch.zeros(len(numbers), dtype=torch.float64) for layer in layers}
@@ -117,8 +119,8 @@ def curves(
 
 
 def share_landmarks(found: Mapping[int, Curve], landmarks: int, *, recall: bool) -> dict[int, int]:
-    """Layer -> its landmarks, together no more than `landmarks` for each: slots go, a few at a time, where a few or a
-    run of them takes away most per slot; a curve may be flat before it falls."""
+    """Layer -> its landmarks; the total is at most `landmarks` per layer. A greedy choice: each round gives a layer the
+    run of slots with the largest gain per slot. Long runs are tried too, because a curve may be flat at first."""
     total = landmarks * len(found)
     shares = dict.fromkeys(sorted(found), min(_STEP, landmarks))
     spare = total - sum(shares.values())
@@ -136,12 +138,12 @@ def share_landmarks(found: Mapping[int, Curve], landmarks: int, *, recall: bool)
             break
         shares[-layer] += more
         spare -= more
-    # Nothing more to be gained, as far as was looked: the rest is shared evenly.
+    # No run improves any layer: distribute the rest evenly.
     return {layer: number + spare // len(shares) for layer, number in shares.items()}
 
 
 def _pass_back(model: LinearizedForCausalLM, ids: Tensor, answer: range | None) -> None:
-    """Gradients of a text's summed loss, or of minus the mean log-probability of the answer's tokens."""
+    """Backward pass of a text's summed loss, or of minus the mean log-probability of the answer's tokens."""
     first = 0 if answer is None else answer.start - 1
     end = len(ids) - 1 if answer is None else answer.stop - 1
     with torch.enable_grad():
@@ -159,9 +161,9 @@ def _watched(
     numbers: Sequence[int],
     tell: Callable[[int, Tensor], None],
 ) -> Iterator[None]:
-    """Inside, `tell(layer, changes)` is called for each layer in a pass back: `changes` `[numbers, L]` is what the
-    objective would rise by, token by token, to first order. Blocks are run again on the way back, one at a time, so
-    that there is room for one layer's attention alone."""
+    """In this context a backward pass calls `tell(layer, changes)` for each layer: `changes` `[numbers, L]` is the
+    first-order rise of the objective, per token. Gradient checkpointing recomputes one block at a time, so memory holds
+    the attention of one layer only."""
     handles: list[Any] = []
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     blocks = [block for block, _ in model.attention_layers[0].family.attention_modules(model)]
@@ -173,7 +175,7 @@ def _watched(
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for block in blocks:
-                block.training = True  # the block alone: nothing in it drops out
+                block.training = True  # of the block module only, so no dropout inside becomes active
         for layer in layers:
             handles += _watch(model.attention_layers[layer], layer, spec, numbers, tell)
         yield
@@ -198,7 +200,7 @@ def _watch(
     numbers: Sequence[int],
     tell: Callable[[int, Tensor], None],
 ) -> list[Any]:
-    """Sets up one layer for `_watched`."""
+    """Register the hooks of one layer for `_watched`."""
     seen: list[tuple[Projections, Tensor | None]] = []
 
     def observe(new: Projections, lengths: Tensor | None) -> None:
@@ -209,7 +211,7 @@ def _watch(
         if not whole.requires_grad:
             return
         new, lengths = seen[0]
-        everything = whole.detach()  # a hook that held its own tensor would never be let go
+        everything = whole.detach()  # a hook that refers to its own tensor would leak it
 
         @torch.no_grad()
         def arrived(gradient: Tensor) -> None:
@@ -226,7 +228,7 @@ def _watch(
 
 
 def _exact(attention: LinearizedAttention, spec: MixerSpec, layer: int, number: int) -> Mixer:
-    """Window, sinks and landmarks alone."""
+    """A mixer of window, sinks and landmarks, without a recurrence."""
     window = spec.windows.get(layer, spec.window)
     config = MixerConfig(layers=[layer], recurrence="none", window=window, sinks=spec.sinks, landmarks=number)
     return Mixer(config, attention.layer).eval()

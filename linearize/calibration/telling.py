@@ -1,4 +1,4 @@
-"""Write a calibration's result as lines, a page and data."""
+"""A calibration's result as lines, a page and data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READINGS = {
 
 
 def calibration_lines(found: Calibration) -> list[str]:
-    """Lines that name what was fitted, what was kept, and the gain of the whole model."""
+    """Lines with the text, the fits that were kept, and the gain of the whole model."""
     lines = [
         f"{found.tokens:,} tokens of {found.source}, in rows of {found.length:,}; {found.held_out} rows held out and "
         f"{found.needles} needles decided. No training. Seed {found.seed}. {found.seconds:,.0f} s."
@@ -80,7 +80,7 @@ def calibration_text_report(found: Calibration) -> str:
 
 
 def calibration_data(found: Calibration) -> dict[str, Any]:
-    """The figures: losses and log-probabilities in nats per token, errors as shares of what the window alone leaves."""
+    """The figures as plain data: losses and log-probabilities in nats per token, errors as in `LayerResult`."""
     silent = damage(found.readings["calibrated"], found.readings["no recurrence"])
     return {
         "schema": SCHEMA,

@@ -1,8 +1,7 @@
-"""Weights of a model during calibration: all in memory, or in files but for the block at hand.
+"""The weights of a model during calibration: all in memory, or in files with one block loaded at a time.
 
-Either way a block is opened, changed, and what was fitted in it is kept beside it, part by part. The next time that it
-is opened it is as converted again, with the parts that are `chosen` laid over it; so what does no good is taken back by
-not choosing it, and nobody has to hold the whole model.
+A block is opened and changed, and its fitted parts are stored separately. The next opening restores the converted block
+and applies the `chosen` parts. So a part is dropped by not choosing it, and the whole model is never needed in memory.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ PARTS = (MIXER, OUTPUT)
 
 
 class Weights:
-    """The weights of a model that is in memory.
+    """The weights of a model in memory.
 
     Args:
-        model: as converted.
+        model: the converted model.
 
     Attributes:
-        device: where blocks compute.
-        chosen: the parts that lie over a block as converted when it is opened.
+        device: the device that blocks compute on.
+        chosen: the parts that are applied to a converted block when it is opened.
     """
 
     def __init__(self, model: LinearizedForCausalLM) -> None:
@@ -53,18 +52,18 @@ class Weights:
 
     @property
     def fitted_nbytes(self) -> int:
-        """Bytes of all parts of all blocks, more than which is never kept."""
+        """Bytes of all parts of all blocks: the maximum that is stored."""
         every = (self._parameters(part, index) for part in PARTS for index in range(len(self._attentions)))
         return sum(x.nbytes for parameters in every for x in parameters.values())
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Inside, what belongs to no block can be computed with: embeddings, the last norm, the head."""
+        """In this context the weights outside of blocks are loaded: embeddings, the last norm, the head."""
         yield
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
-        """Inside, block `index` can be computed with, and changed."""
+        """In this context the weights of block `index` are loaded and may be changed."""
         if index in self._converted:
             self._load(self._converted[index])
         else:
@@ -74,11 +73,11 @@ class Weights:
         yield
 
     def keep(self, part: str, index: int) -> None:
-        """Keeps a part of the open block as it is now."""
+        """Store a part of the open block with its present values."""
         self._kept[part, index] = {name: _copy(x) for name, x in self._parameters(part, index).items()}
 
     def kept(self, part: str, index: int) -> dict[str, Tensor]:
-        """The parts kept last, by their names in the model; empty if none were."""
+        """The values stored last for a part, by parameter name; empty if none were."""
         return self._kept.get((part, index), {})
 
     def _lay_over(self, index: int) -> None:
@@ -103,11 +102,11 @@ class Weights:
 
 
 class FileWeights(Weights):
-    """The weights of a model that are in its safetensors files.
+    """The weights of a model in its safetensors files.
 
     Args:
-        streamer: whose model has no data.
-        folder: an existing one, for what is fitted.
+        streamer: its model is on the meta device.
+        folder: an existing folder for the fitted parts.
     """
 
     def __init__(self, streamer: Streamer, folder: Path) -> None:
@@ -145,7 +144,7 @@ class FileWeights(Weights):
         return load_file(file) if file.is_file() else {}
 
     def fitted(self, name: str) -> Tensor | None:
-        """The weight of that name, if a chosen part has it."""
+        """The fitted weight of that name; None if no chosen part has it."""
         files = [self._file(part, self._blocks_of[name]) for part in self.chosen if name in self._blocks_of]
         for file in files:
             if file.is_file():
@@ -184,7 +183,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Gives the buffers that are in no file, such as rotary frequencies, the values that the library computes."""
+    """Compute the buffers that no file contains, such as rotary frequencies."""
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         if names:
@@ -196,5 +195,5 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
 
 
 def output_projection(attention: LinearizedAttention) -> Any:
-    """The module that takes the heads back to the model's width."""
+    """The module that maps the heads back to the model's width."""
     return getattr(attention, attention.family.projections["o"].rsplit(".", 1)[-1])

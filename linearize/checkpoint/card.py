@@ -52,11 +52,11 @@ _HEADINGS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card can say beyond what the checkpoint itself does.
+    """Content of a card that the checkpoint itself does not hold.
 
     Attributes:
-        licence: of the base model, and so of this one: its front matter's keys that begin with `license`.
-        sections: further ones, as Markdown: what was measured, the recipe.
+        licence: keys of the base model's front matter that begin with `license`; they apply to this model too.
+        sections: further sections as Markdown, such as results and the recipe.
     """
 
     licence: Mapping[str, str] = field(default_factory=dict)
@@ -71,15 +71,15 @@ def model_card(
     growth_bytes: int,
     facts: CardFacts | None = None,
 ) -> str:
-    """The card's Markdown.
+    """Build the card's Markdown.
 
     Args:
         name: the checkpoint's name.
-        provenance: what goes into `linearize.json`.
+        provenance: the content of `linearize.json`.
         mixers: the configuration's mixer sections.
-        state_bytes: bytes of memory per sequence that do not depend on its length.
-        growth_bytes: bytes per token on top, of what keeps softmax over the whole past.
-        facts: what else is known; without any the card says that nothing was measured.
+        state_bytes: memory per sequence that does not depend on its length, in bytes.
+        growth_bytes: additional bytes per token in layers and heads that keep softmax over the whole past.
+        facts: further content; without it the card states that nothing was measured.
     """
     base = provenance["base"]
     facts = facts or CardFacts()
@@ -113,13 +113,13 @@ def model_card(
 
 
 def _text(value: str) -> str:
-    """A name that somebody else chose, on one line and without a meaning in Markdown or HTML."""
+    """Put a foreign name on one line and escape its Markdown and HTML."""
     line = html.escape(" ".join(value.split()), quote=False)
     return re.sub(r"([\\`*\[\]|~#$]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def _code(value: str) -> str:
-    """A code span, whatever backticks are in it."""
+    """A code span that stays valid with backticks in `value`."""
     line = " ".join(value.split())
     if "`" not in line:
         return f"`{line}`"

@@ -1,11 +1,12 @@
-"""The Python files that a converted checkpoint carries.
+"""Build the Python files that a converted checkpoint carries.
 
-They load it with `trust_remote_code=True` where linearize is not installed. `modeling_linearized.py` is the model: the
-modules that `linearize.model.modeling` imports, one after the other, each after those that it imports at its top. A
-module that only functions import, and that needs a package which may be missing (triton or fla), starts a file of its
-own, with the modules that nothing else needs. Triton reads a kernel's source, so kernels have to lie in files.
+With them a checkpoint loads by `trust_remote_code=True` without linearize installed. `modeling_linearized.py` holds the
+model: the modules that `linearize.model.modeling` imports, each after the modules that it imports at its top. A module
+gets a separate file if only functions import it and it needs an optional package (triton or fla); modules that nothing
+else needs go into the same file. Kernels have to be in files, because Triton reads their source.
 
-The modules of a file share one namespace, so `carried_files` refuses two that bind the same name to different things.
+The modules in a file share one namespace, so `carried_files` refuses two modules that bind one name to different
+objects.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def carried_files() -> dict[str, str]:
     """File name -> source of every file that the model needs.
 
     Raises:
-        ValueError: two modules of a file bind one name, or a module imports in a way that cannot be carried.
+        ValueError: two modules in a file bind one name, or a module has an import form that cannot be carried.
     """
     roots = [_ENTRY]
-    reached = dict[str, list[str]]()  # root -> the modules that it needs, each after those that it imports
-    for root in roots:  # grows
+    reached = dict[str, list[str]]()  # root -> its modules in import order
+    for root in roots:  # `roots` grows in the loop
         reached[root] = _order(root)
         roots += sorted({late for module in reached[root] for late in _imports(module)[1]} - set(roots))
     plain = {root for root in roots if root == _ENTRY or not any(map(_may_fail, reached[root]))}
@@ -76,7 +77,7 @@ def _source(module: str) -> str:
 
 @cache
 def _imports(module: str) -> tuple[list[str], list[str]]:
-    """The modules of ours that `module` imports when it runs, and those that its functions import."""
+    """Modules of this project that `module` imports at its top, and those that its functions import."""
     early, late = list[str](), list[str]()
     for node in ast.parse(_source(module)).body:
         if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
@@ -87,13 +88,13 @@ def _imports(module: str) -> tuple[list[str], list[str]]:
 
 
 def _may_fail(module: str) -> bool:
-    """Whether `module` tries to import a package, as for one that may be missing."""
+    """True if `module` imports an optional package inside `try`."""
     tries = [node for node in ast.parse(_source(module)).body if isinstance(node, ast.Try)]
     return any(isinstance(inner, ast.Import | ast.ImportFrom) for node in tries for inner in node.body)
 
 
 def _order(root: str) -> list[str]:
-    """`root` and the modules that it imports at its top, those of a module before it, as Python runs them."""
+    """`root` and the modules that it imports at its top, in the order in which Python runs them."""
     order, begun = list[str](), set[str]()
 
     def visit(module: str) -> None:
@@ -131,16 +132,16 @@ class _File:
     """One carried file.
 
     Args:
-        name: its own, without the suffix.
-        home: module of ours -> the file that has it.
+        name: the file's name without suffix.
+        home: module of this project -> its file.
     """
 
     def __init__(self, name: str, home: Mapping[str, str]) -> None:
         self.name, self.home = name, home
-        # `import ` or `from module import `, and a name; `typed` stand under `if TYPE_CHECKING`.
+        # Pairs of (`import ` or `from module import `, name); `typed` holds those under `if TYPE_CHECKING`.
         self.imports, self.typed = set[tuple[str, str]](), set[tuple[str, str]]()
-        self.bound: dict[str, str] = {}  # name -> the module that defines it, or the statement that imports it
-        self.wanted: list[tuple[str, str]] = []  # module, name that it imports from another module of this file
+        self.bound: dict[str, str] = {}  # name -> the module that defines it, or its import statement
+        self.wanted: list[tuple[str, str]] = []  # (module, name that it imports from another module in this file)
 
     def written(self, modules: Sequence[str]) -> str:
         sections = [self._section(module) for module in modules]
@@ -152,7 +153,7 @@ class _File:
         return "".join([_HEADER, *_statements(self.imports), *under, *sections])
 
     def _section(self, module: str) -> str:
-        """The source of a module without the imports at its top, with its docstring as comments."""
+        """A module's source without its top-level imports; its docstring becomes comments."""
         tree, lines = ast.parse(_source(module)), _source(module).splitlines()
         told = ast.get_docstring(tree)
         for index, node in reversed(list(enumerate(tree.body))):
@@ -176,7 +177,7 @@ class _File:
         return f"\n\n{notes}\n{body}\n"
 
     def _top(self, module: str, node: ast.stmt, into: set[tuple[str, str]]) -> list[str]:
-        """Moves an import at a module's top to the file's; returns the lines that stay in its place."""
+        """Move a top-level import to the file's head; returns the lines that replace it."""
         if isinstance(node, ast.ImportFrom) and not node.level:
             start = f"from {node.module} import "
             if _is_ours(node.module):
@@ -197,14 +198,14 @@ class _File:
         return []
 
     def _late(self, module: str, node: ast.ImportFrom) -> str:
-        """What stands in the place of an import inside a function."""
+        """The statement that replaces an import inside a function."""
         file = self.home[str(node.module)]
         if file == self.name:
             return "; ".join(self._others(module, node)) or "pass"
         return f"from .{file} import {', '.join(map(ast.unparse, node.names))}"
 
     def _others(self, module: str, node: ast.ImportFrom) -> list[str]:
-        """Assignments of the names that an import from a module of this file gives to what it imports."""
+        """Assignments for imports with `as` from modules in this file."""
         self.wanted += [(module, alias.name) for alias in node.names]
         return [f"{alias.asname} = {alias.name}" for alias in node.names if alias.asname]
 

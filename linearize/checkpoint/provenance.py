@@ -12,13 +12,13 @@ from linearize.sources.source import _NAME_ONE, Source, _is_ours, _json_of, find
 
 
 def provenance_of(source: Source) -> dict[str, Any]:
-    """The contents of a converted model's `linearize.json`, or an empty mapping."""
+    """The contents of a converted model's `linearize.json`, or an empty mapping if it is missing."""
     return _json_of(source, "linearize.json")
 
 
 def checkpoint_digest(source: Source) -> str | None:
-    """Identity of a converted checkpoint: SHA-256 over the digests of its configuration and weights, as its
-    linearize.json has them; None where it has none. Nothing else of it is read."""
+    """Identity of a converted checkpoint: SHA-256 over the digests of configuration and weights in its
+    `linearize.json`; None if there are none. Reads no other file."""
     files = provenance_of(source).get("files")
     if not isinstance(files, dict):
         return None
@@ -26,15 +26,15 @@ def checkpoint_digest(source: Source) -> str | None:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest() if told else None
 
 
-# Not the card, which may be edited, nor the rows of training data, which are not shared.
+# Leaves out the card, which users may edit, and the rows of training data, which are not shared.
 _TELLING = re.compile(r"config\.json|model.*\.safetensors")
 
 
 def sound_provenance(source: Source) -> dict[str, Any]:
-    """The same of a converted model, if everything in it that is built on has the form that linearize writes.
+    """Read a converted model's `linearize.json` and check the entries that are used.
 
     Raises:
-        ModelError: it has not, or there is none.
+        ModelError: the file is missing, or an entry has an unexpected form.
     """
     found = provenance_of(source)
     base, stages, start, made = (found.get(key, kind()) for key, kind in _PARTS.items())
@@ -68,10 +68,10 @@ def teacher_of(source: Source, named: str | None = None) -> Source:
     """The pretrained model that a converted one was made from; any other model is its own teacher.
 
     Args:
-        named: the user's own choice of teacher, which is taken as it is.
+        named: the user's choice of teacher, used unchanged.
 
     Raises:
-        ModelError: the folder does not say, or what it names is gone.
+        ModelError: the folder does not name a teacher, or the named one is missing.
     """
     if named is not None:
         return find_source(named, trust_remote_code=source.trust_remote_code)
@@ -83,8 +83,8 @@ def teacher_of(source: Source, named: str | None = None) -> Source:
     try:
         teacher = find_source(base["model"], trust_remote_code=source.trust_remote_code)
     except ModelError as error:
-        reason = str(error).split(";")[0]  # its advice is for a model that the user named
+        reason = str(error).split(";")[0]  # drop the advice, because the user did not name this model
         raise ModelError(f"the teacher of {source.name} is gone: {reason}; {_NAME_ONE}") from error
-    if _is_ours(_json_of(teacher, "config.json")):  # load_model tells later if it cannot be had at all
+    if _is_ours(_json_of(teacher, "config.json")):  # `load_model` raises an error later if it is missing
         raise ModelError(f"{teacher.reference}: converted, where the teacher of {source.name} was; {_NAME_ONE}")
     return teacher

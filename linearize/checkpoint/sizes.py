@@ -1,4 +1,4 @@
-"""Bytes that a converted model's memory takes."""
+"""Memory of a converted model, in bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def state_nbytes(model: LinearizedForCausalLM, dtype: torch.dtype | None = None) -> int:
-    """Bytes of memory that one sequence takes in all layers before its first token: all that it ever takes, unless
-    layers or heads keep softmax over the whole past."""
+    """Bytes of memory per sequence, over all layers, before the first token. This is the total unless layers or heads
+    keep softmax over the whole past."""
     return sum(layer.memory_nbytes(dtype or model.dtype)[0] for layer in model.attention_layers)
 
 
 def growth_nbytes(model: LinearizedForCausalLM) -> int:
-    """Bytes of memory per token on top of that, in the layers and heads that keep softmax over the whole past."""
+    """Additional bytes per token in the layers and heads that keep softmax over the whole past."""
     return sum(layer.memory_nbytes(model.dtype)[1] for layer in model.attention_layers)

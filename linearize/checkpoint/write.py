@@ -31,7 +31,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def base_record(source: Source, revision: str | None) -> dict[str, Any]:
-    """The base model's record in `linearize.json`."""
+    """Build the base model's record for `linearize.json`."""
     return {"model": source.reference, "name": source.name, "kind": source.kind, "revision": revision}
 
 
@@ -50,27 +50,27 @@ def write_checkpoint(
     facts: CardFacts | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes everything a converted checkpoint consists of.
+    """Write all files of a converted checkpoint.
 
     Args:
         folder: an existing folder.
-        tokenizer: None where the base model has none.
+        tokenizer: None if the base model has none.
         base: the base model's record, see `base_record`.
         stages: a record of each training stage: objective, data, tokens.
-        name: the checkpoint's name on its card; the folder's own, if left out.
-        start: what was kept and calibrated before any training, in lines by heading.
-        shard_size: the most that one file of weights holds.
-        written: the files of weights that are in `folder` already, with their SHA-256; None writes the model's.
-        facts: what else the card says.
-        more: what else `linearize.json` says.
+        name: the checkpoint's name on its card; by default the folder's name.
+        start: heading -> lines on kept softmax and calibration before training.
+        shard_size: maximum bytes of a weight file.
+        written: file name -> SHA-256 of the weight files that already are in `folder`; None writes the model's weights.
+        facts: further content of the card.
+        more: further entries of `linearize.json`.
 
     Raises:
-        OutputError: the disk has no room for it.
+        OutputError: the disk has too little space.
     """
     check_space(folder, nbytes(model) if written is None else 0)
     model.config.auto_map = dict(AUTO_MAP)
     config: Any = model.config.text_config
-    config._name_or_path = ""  # a path of this machine; linearize.json names the base model
+    config._name_or_path = ""  # a local path; `linearize.json` names the base model
     if written is None:
         model.save_pretrained(folder, max_shard_size=shard_size)
     else:
@@ -107,7 +107,7 @@ def write_checkpoint(
 
 
 def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:
-    """Write the files that `save_pretrained` writes beside the weights."""
+    """Write the configuration files of `save_pretrained` without the weights."""
     config: Any = model.config
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -117,7 +117,7 @@ def _write_configurations(folder: Path, model: LinearizedForCausalLM) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Versions of the packages that a result depends on."""
     found = {"linearize": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "accelerate"):
         try:
@@ -128,8 +128,8 @@ def versions() -> dict[str, str]:
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Writes transformers' generic tokenizer class under the name that versions before 5, which lack the newer name,
-    know as well: a tokenizer then loads there without the model's configuration, and so without its code."""
+    """Replace transformers' generic tokenizer class by its name before version 5. Older versions lack the newer name;
+    they can then load the tokenizer without the model's configuration, and so without its code."""
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings.get("tokenizer_class") == "TokenizersBackend":

@@ -6,11 +6,11 @@ import sys
 
 
 def main() -> None:
-    """The console script's entry: run the command line and exit with its status."""
+    """The entry of the console script: run the command line and exit with its status."""
     try:
         from linearize.cli.app import run
 
         status = run()
-    except KeyboardInterrupt:  # during the imports; `run` handles its own
+    except KeyboardInterrupt:  # during the imports; `run` handles it afterwards
         status = 130
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Puts the commands together and turns whatever they raise into an exit status and, at most, one line."""
+"""The command line: collects the commands, and turns exceptions into an exit status and at most one line."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ COMMANDS = {
 }
 """Each command and its module in this package.
 
-The module has a Typer `app` (a group of commands), or a function of the module's own name and perhaps an `EPILOG`.
+The module has a Typer `app` (a group of commands), or a function with the module's name and optionally an `EPILOG`.
 """
 
-# Typer carries its own copy of click, or depends on click, by version; this is the base of their errors in either.
+# Depending on its version, Typer bundles click or depends on it; this is the base of their errors in both cases.
 _CommandLineError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
@@ -91,15 +91,15 @@ def build_app() -> typer.Typer:
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """A docstring with one line per paragraph. Typer prints line breaks as they stand, and they fit no other width."""
+    """A docstring with one line per paragraph, because Typer prints line breaks unchanged."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _with_quiet(command: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The command with the option `--quiet`, which all have."""
+    """The command with the option `--quiet`, which all commands have."""
     assert command is not None  # noqa: S101 - registered commands have one
-    if hasattr(command, "__wrapped__"):  # groups outlive the command line that was built from them
+    if hasattr(command, "__wrapped__"):  # a group keeps its wrapped commands when `build_app` runs again
         return command
 
     @functools.wraps(command)
@@ -131,7 +131,7 @@ def _options(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status.
 
-    0 done; 1 an error, told in one line on stderr; 2 a wrong command line; 130 interrupted, 143 terminated.
+    0 success; 1 an error, printed as one line on stderr; 2 an invalid command line; 130 interrupted, 143 terminated.
     """
     if sys.stdout is None or sys.stderr is None:
         return _closed_streams()
@@ -140,10 +140,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             status = build_app()(
                 args=None if arguments is None else list(arguments), prog_name="linearize", standalone_mode=False
             )
-        # Here, so that a reader who left early is noticed while it can still be handled.
+        # Flush here, so that a closed pipe raises BrokenPipeError while it can still be handled.
         sys.stdout.flush()
     except SystemExit as exit_:
-        # Typer itself exits like this, with 1, when the reader of stdout has gone; a library may exit with a message.
+        # Typer exits with 1 when the reader of stdout has closed the pipe; a library may exit with a message.
         if isinstance(exit_.code, str):
             _say(exit_.code)
             return 1
@@ -162,19 +162,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(returned: object) -> int:
-    # Outside standalone mode Typer returns a raised Exit's status, or else what the command returned.
+    # Outside standalone mode Typer returns the status of an Exit, or otherwise the command's return value.
     return returned if isinstance(returned, int) else 0
 
 
 def _closed_streams() -> int:
-    # Started with `>&-`: the next file opened would get the stream's number, and what is printed would go into it.
+    # With `>&-` the next opened file would get the descriptor of stdout, and prints would go into it.
     if sys.stderr is not None:
         _say("stdout is closed, so there is nowhere to print to; leave it open, or pass > /dev/null")
     return 1
 
 
 def _closed_pipe() -> int:
-    # What is still buffered has no reader; without this Python complains about it while it shuts down.
+    # Redirect the buffered rest to devnull, because Python otherwise prints an error at shutdown.
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return 1
@@ -188,13 +188,13 @@ def _report(error: Exception) -> int:
         return 130 if isinstance(error.__cause__, KeyboardInterrupt) else 1
     if isinstance(error, _CommandLineError):
         return _report_usage(error)
-    # The kernels stand below the package and cannot use its errors; theirs that a user causes are one line, too.
+    # The kernels package cannot import our errors, so its user error is recognised by name.
     if isinstance(error, LinearizeError) or type(error).__name__ == "UnknownKernelsError":
         _say(str(error))
     elif isinstance(error, OSError) and error.errno in _DISK_HINTS:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"{where}{error.strerror}; {_DISK_HINTS[error.errno]}")
-    elif isinstance(error, RuntimeError) and "by peer" in str(error):  # Gloo's "Connection closed by peer"
+    elif isinstance(error, RuntimeError) and "by peer" in str(error):  # Gloo: "Connection closed by peer"
         _say("another process of this run ended, and this one cannot go on without it; see the error of that one")
     else:
         first = next(iter(str(error).strip().splitlines()), "")
@@ -216,12 +216,12 @@ def _report_usage(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    # Names of files can hold escape sequences, which a terminal would obey.
+    # File names can contain escape sequences, which a terminal would execute.
     line = "".join(char if char.isprintable() else "?" for char in _without_secrets(" ".join(message.split())))
     print(f"error: {line}", file=sys.stderr)
 
 
-# Access tokens, and what makes the address of a file's storage open to everybody who reads it.
+# Access tokens, and the parts of signed storage URLs that grant access.
 _SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=[?&])(?i:[\w-]*(?:signature|credential|token))=[^&\s'\"]+")
 
 

@@ -1,4 +1,4 @@
-"""`linearize bench`: tokens per second and memory by context length, beside the teacher."""
+"""`linearize bench`: tokens per second and memory by context length, for a model and its teacher."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        str, typer.Option("--against", metavar="teacher|none", help="Whether the teacher takes turns with the model.")
+        str, typer.Option("--against", metavar="teacher|none", help="Measure the teacher too, or not.")
     ] = "teacher",
     config: Annotated[
         str | None,
@@ -56,42 +56,42 @@ def bench(
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option("--layers", min=1, help="Keep only so many layers, so that it fits; the output says so."),
+        typer.Option("--layers", min=1, help="Keep only the first N layers, so that the model fits into memory."),
     ] = None,
     lengths: Annotated[
         str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of context; 8k is 8,192 and 1M is 1,048,576.")
     ] = "1k,4k,16k,64k,256k,1M",
-    batches: Annotated[str, typer.Option("--batches", metavar="N,N,…", help="Sequences at once.")] = "1",
+    batches: Annotated[str, typer.Option("--batches", metavar="N,N,…", help="Sequences per batch.")] = "1",
     prefill_up_to: Annotated[
         str | None,
         typer.Option(
             "--prefill-up-to",
             metavar="N",
-            help="Longest length that is also read; 0 for none. By default 4k on a CPU, 64k on a GPU.",
+            help="Longest length of the prefill; 0 for none. By default 4k on a CPU, 64k on a GPU.",
             show_default=False,
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            "--steps", min=1, help="Tokens that a run writes. By default 8 on a CPU, 128 on a GPU.", show_default=False
+            "--steps", min=1, help="Decoded tokens per run. By default 8 on a CPU, 128 on a GPU.", show_default=False
         ),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs, of which the median counts.")] = 5,
-    int8: Annotated[bool, typer.Option("--int8", help="Time the model with int8 weights as well (on a CPU).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also time the model with int8 weights (on a CPU).")] = False,
     train: Annotated[
         str | None,
         typer.Option(
             "--train",
             metavar="N,N,…",
-            help="Lengths at which a step of LoRA fine-tuning is timed as well; left out, nothing is trained.",
+            help="Lengths at which a step of LoRA fine-tuning is timed too; none if left out.",
             show_default=False,
         ),
     ] = None,
     recipe: RecipeOption = "default",
     overrides: SetOption = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16, of weights and caches.")
+        str, typer.Option("--dtype", help="Dtype of weights and caches: auto, float32, bfloat16 or float16.")
     ] = "auto",
     output: Annotated[
         Path | None,
@@ -103,28 +103,28 @@ def bench(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how fast a model reads, writes and is trained, and what it keeps in memory, beside its teacher.
+    """Measure speed and memory of decoding, prefill and training, for a model and its teacher.
 
-    Teacher and model share their weights and take turns, run by run; the
-    first run of each is not counted, and medians are shown. The teacher runs
-    with SDPA, which takes FlashAttention where that is there.
+    Teacher and model share their weights and run in turns; the first run of
+    each is not counted, and medians are shown. The teacher uses SDPA, which
+    selects FlashAttention if available.
 
-    The converted model writes with the decoding engine, on a GPU a CUDA
-    graph that is replayed for each token. "of roof" is the share of the
-    bandwidth of a large copy, measured in the same run, that a step makes
-    use of: the bytes of weights and memory that it has to move, against
-    those that a copy moves in that time.
+    The converted model decodes with the decoding engine, on a GPU as a CUDA
+    graph that is replayed for each token. "of roof" is the share of memory
+    bandwidth that a decoding step uses: the bytes of weights and memory that
+    it must move, relative to the bytes that a large copy moves in that time.
+    The copy is measured in the same run.
 
-    Writing after a long context does not need the context: the teacher's
+    Decoding after a long context does not read that context: the teacher's
     cache is filled with random keys and values of that length, the model's
-    memory with random contents of its fixed size. Reading is measured on
-    random tokens. Where a cache does not fit into memory, the row says what
-    would.
+    memory with random contents of its fixed size. Prefill is measured on
+    random tokens. If a cache does not fit into memory, the row names a
+    length that does.
 
-    --train times steps of LoRA fine-tuning of model and teacher, on as many
-    rows of random tokens as --batches says: forward, cross-entropy, backward
-    and AdamW, with the adapters of the default recipe. They are put on
-    copies that share the frozen weights; the model is left as it is.
+    --train times steps of LoRA fine-tuning of model and teacher, on --batches
+    rows of random tokens: forward, cross-entropy, backward and AdamW, with
+    the adapters of the default recipe. The adapters are added to copies that
+    share the frozen weights; the model does not change.
     """
     check_dtype(dtype)
     if (model is None) == (config is None):
@@ -189,7 +189,7 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "prefill": ("reads", "reading", ("first token",)),
     "train": ("trains", "training", ()),
 }
-"""What a model does, the table's title for it, and columns that other tables do not have."""
+"""A kind's verb, its title in the table, and its additional columns."""
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`linearize cache`: show and remove what costly work left for the next run."""
+"""`linearize cache`: show and remove cached results of earlier runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linearize.runtime import cache
 from linearize.runtime.folders import cache_folder
 
 app = typer.Typer(
-    help="Show and remove kept results: teacher logits, self-written text, results of evaluations.",
+    help="Show and remove cached results: teacher logits, generated text, results of evaluations.",
     no_args_is_help=True,
     epilog=examples("linearize cache ls", "linearize cache rm teacher-logits", "linearize cache rm --all"),
 )
@@ -22,10 +22,10 @@ app = typer.Typer(
 
 @app.command("ls", epilog=examples("linearize cache ls", "linearize cache ls --json"))
 def list_entries(as_json: JsonOption = False) -> None:
-    """List the entries of $LINEARIZE_CACHE, the one used least recently first.
+    """List the entries of $LINEARIZE_CACHE, the least recently used first.
 
-    A write removes entries from the top of the list once all together are larger than $LINEARIZE_CACHE_LIMIT (10GB by
-    default). Entries in use stay.
+    When the total exceeds $LINEARIZE_CACHE_LIMIT (10GB by default), a write removes entries from the top of the list.
+    Entries in use stay.
     """
     found = cache.entries()
     total, limit = sum(entry.nbytes for entry in found), cache.limit()
@@ -56,12 +56,12 @@ def list_entries(as_json: JsonOption = False) -> None:
 def remove_entries(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME...]", help="Entries as `ls` shows them, beginnings of them, or whole kinds."),
+        typer.Argument(metavar="[NAME...]", help="Names of entries as in `ls`, prefixes of names, or kinds."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All entries.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove entries; those in use stay, and are named. Nothing is asked."""
+    """Remove entries without asking. Entries in use stay, and are listed."""
     if bool(names) == everything:
         raise typer.BadParameter("give names of entries or kinds, or --all")
     chosen = cache.entries() if everything else cache.named(names or ())

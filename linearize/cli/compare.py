@@ -34,8 +34,8 @@ def compare(
 ) -> None:
     """Show several evaluations side by side, on the tasks that they share.
 
-    Where the items are the same, systems are compared item by item: with the one of the same name in the first result,
-    or else with its last. Where they are not, it says why.
+    If the items are the same, systems are compared item by item: with the system of the same name in the first result,
+    or else with the first result's last system. If they are not, the output gives the reason.
     """
     if len(results) < 2:
         raise typer.BadParameter("give two or more results to compare")
@@ -54,7 +54,7 @@ def compare(
 
 
 def _table(title: str, grid: Grid) -> Table:
-    # Names come from files: square brackets in them are not markup.
+    # Names come from files, so square brackets in them must not be parsed as markup.
     table = Table(title=Text(title), title_justify="left")
     for i, name in enumerate(grid.header):
         table.add_column(Text(name), justify="left" if i < grid.words else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""What every command shares: options, and where its output goes (data on stdout, words on stderr)."""
+"""The shared part of the commands: options, and output (data on stdout, messages on stderr)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from linearize.recipe import Recipe
 
 stderr = Console(stderr=True, highlight=False)
-"""For progress bars and tables that are not the command's data."""
+"""For progress bars and for tables that are not the command's data."""
 
 _SECONDS_BETWEEN_LINES = 20.0
 
@@ -37,13 +37,13 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. mixer.window=128. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors on stderr.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Shipped recipes, for completion in a shell."""
+    """Shipped recipes, for shell completion."""
     names = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
     return [name for name in names if name.startswith(incomplete)]
 
@@ -60,24 +60,24 @@ RecipeArgument = Annotated[
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings. Off unless you say so.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository. Off by default.")
 ]
 TeacherOption = Annotated[
     str | None,
-    typer.Option("--teacher", metavar="ID|FOLDER", help="The pretrained model, if not what MODEL was converted from."),
+    typer.Option("--teacher", metavar="ID|FOLDER", help="The pretrained model, if it is not the base of MODEL."),
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
 def status(text: str) -> None:
-    """Say something to the person at the terminal."""
-    # Not a print: on a terminal the console keeps the line clear of a running progress bar.
+    """Print a message on stderr."""
+    # The console keeps the line clear of a running progress bar, unlike `print`.
     stderr.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def silence(wanted: bool) -> Iterator[None]:
-    """Keeps words and progress off stderr for a while; an error is told after it."""
+    """In this context nothing is printed on stderr; errors are printed after it."""
     if not wanted:
         yield
         return
@@ -87,10 +87,10 @@ def silence(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
-    """On a terminal a line that says how far something is, written over; elsewhere a line now and then.
+    """On a terminal a status line that is overwritten; elsewhere a line every `_SECONDS_BETWEEN_LINES`.
 
     Yields:
-        what to call with a part's name, its steps that are done, and how many there are.
+        a function of a part's name, its steps done, and its number of steps.
     """
     line, told = stderr.status(doing), time.monotonic()
 
@@ -102,7 +102,7 @@ def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
                 told = time.monotonic()
                 status(words)
             return
-        line.start()  # not before: what comes first may ask, or show bars of its own
+        line.start()  # not earlier, because earlier code may ask a question or show its own bars
         line.update(words)
         if done >= total:
             line.stop()
@@ -114,12 +114,12 @@ def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on stdout. NaN and infinities, which JSON does not have, become null."""
+    """Print JSON on stdout. NaN and infinities become null, because JSON has neither."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def memory_words(constant: int, growth: int) -> str:
-    """A sequence's memory: `6.1 MB, whatever its length`, or `6.1 MB, and 1.5 kB per token`."""
+    """The memory of a sequence: `6.1 MB, whatever its length`, or `6.1 MB, and 1.5 kB per token`."""
     return readable_bytes(constant) + (
         f", and {readable_bytes(growth)} per token" if growth else ", whatever its length"
     )
@@ -137,20 +137,20 @@ def parse_size(text: str, option: str) -> int:
     """`5GB` as bytes.
 
     Raises:
-        BadParameter: not a size.
+        BadParameter: `text` is not a size.
     """
     with _bad_option():
         return size_in_bytes(option, text)
 
 
 def command_line() -> str:
-    """This call, as it could be typed again; reports keep it."""
+    """This call as a shell command, for reports."""
     return shlex.join(["linearize", *sys.argv[1:]])
 
 
 def check_dtype(name: str, *, int8: bool = False) -> None:
     """Raises:
-    BadParameter: no such dtype, or int8 where that is not offered.
+    BadParameter: the dtype is unknown, or int8 is not supported here.
     """
     with _bad_option("--"):
         check(name, int8=int8)
@@ -158,7 +158,7 @@ def check_dtype(name: str, *, int8: bool = False) -> None:
 
 @contextmanager
 def _bad_option(prefix: str = "") -> Iterator[None]:
-    """Turns an argument that a job refuses into a wrong command line, whose exit status is 2."""
+    """Turn a `DataError` about an argument into a usage error, whose exit status is 2."""
     try:
         yield
     except DataError as error:
@@ -168,8 +168,8 @@ def _bad_option(prefix: str = "") -> Iterator[None]:
 def begin(
     recipe: str, overrides: Sequence[str] | None, output: Path | None = None, *, overwrite: bool = False
 ) -> Recipe:
-    """Read the recipe and check the output early, because a job does so only after the import of torch, which takes
-    seconds; then quiet the libraries.
+    """Read the recipe, check the output and quiet the libraries. The job makes the same checks, but only after it has
+    imported torch, which takes seconds.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -186,7 +186,7 @@ def begin(
 
 
 def examples(*lines: str) -> str:
-    """A command's epilog of example lines, kept one to a line under `--help`."""
+    """A command's epilog of example lines; `--help` keeps one per line."""
     return "\n".join(("Examples:", *lines))
 
 

@@ -35,12 +35,13 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
     recipe: RecipeOption = "default",
     overrides: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with sizes, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes, and stop.")] = False,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Of a file of weights, such as 500MB or 5GB.")
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Maximum size of a file of weights, such as 5GB.")
     ] = "5GB",
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Files written at once; each takes memory for a tensor or a block.")
+        int,
+        typer.Option("--workers", min=1, help="Files written in parallel; each takes memory for a tensor or block."),
     ] = 1,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
@@ -48,12 +49,12 @@ def convert(
 ) -> None:
     """Convert a pretrained model by a recipe's mixer section.
 
-    With the default recipe the result equals the pretrained model seen through its window and sinks; `linearize
-    finetune` wakes the recurrence, and so does the recipe's `calibrate` without any training (`--recipe calibrated`).
-    `mixer.keep.budget` chooses which layers keep softmax.
+    With the default recipe the result equals the pretrained model restricted to its window and sinks. `linearize
+    finetune` then trains the recurrence; a recipe with `calibrate` (`--recipe calibrated`) fits it without training.
+    `mixer.keep.budget` chooses the layers that keep softmax.
 
-    Weights in safetensors files are copied one tensor after the other, and calibrated block by block where
-    `calibrate.source` is a file, so memory does not grow with the model; --set dtype=bfloat16 casts them on the way.
+    Weights in safetensors files are copied one tensor at a time, and calibrated block by block if `calibrate.source` is
+    a file, so memory does not grow with the model; --set dtype=bfloat16 casts them during the copy.
     """
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     settings = begin(recipe, overrides, output, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""`linearize data`: look at what a recipe trains on."""
+"""`linearize data`: show the rows that a recipe trains on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from linearize.cli.console import (
 from linearize.cli.libraries import quiet_libraries
 
 app = typer.Typer(
-    help="Look at the rows that a recipe trains on.",
+    help="Show the rows that a recipe trains on.",
     no_args_is_help=True,
     epilog=examples(
         "linearize data preview mine.yaml --set model=./model",
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Keeps `preview` a command of its own: Typer would make a group of one command that command."""
+    """Makes `preview` a subcommand, because Typer turns a group with one command into that command."""
 
 
 @app.command(
@@ -46,15 +46,15 @@ def _group() -> None:
 def preview(
     recipe: RecipeArgument,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each source to show.")] = 2,
-    stage: Annotated[int | None, typer.Option("--stage", min=1, help="Show this stage alone, counted from 1.")] = None,
+    stage: Annotated[int | None, typer.Option("--stage", min=1, help="Show only this stage, counted from 1.")] = None,
     overrides: SetOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print rows as they will be trained on: their text, what of it carries loss, and where documents begin.
+    """Print training rows: their text, the part with loss, and the borders of documents.
 
-    Needs the model's tokenizer alone. Text with loss is in colour on a terminal, and between ⟦ and ⟧ elsewhere. A line
-    of dashes marks a border: positions begin again at 0 there, and nothing before it is seen behind it.
+    Only the model's tokenizer is loaded. Text with loss is coloured on a terminal, and between ⟦ and ⟧ elsewhere. A
+    line of dashes marks the start of a document: positions restart at 0, and tokens do not attend across it.
     """
     quiet_libraries()
     from linearize.jobs.data import preview_stages

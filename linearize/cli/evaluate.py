@@ -1,4 +1,4 @@
-"""`linearize eval`: what a model scores, beside its teacher and baselines that cost no training."""
+"""`linearize eval`: score a model together with its teacher and training-free baselines."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def evaluate(
     ] = None,
     suite: Annotated[
         str,
-        typer.Option(
-            "--suite", metavar="NAME,...", help="Whole suites of tasks: core, mmlu, recall, generation, length."
-        ),
+        typer.Option("--suite", metavar="NAME,...", help="Suites of tasks: core, mmlu, recall, generation, length."),
     ] = "",
     tasks: Annotated[
         str,
@@ -56,7 +54,7 @@ def evaluate(
             metavar="NAME,...",
             help="Single tasks: of any suite, e.g. piqa, passkey; any task, group or tag of lm-eval, e.g. gsm8k, "
             "mmlu_pro, or a pattern, e.g. 'mmlu_*'; and held_out. Without --suite and --tasks: the rows that "
-            "fine-tuning held out where the folder has some, otherwise the suite core.",
+            "fine-tuning held out if the folder has some, otherwise the suite core.",
         ),
     ] = "",
     list_tasks: Annotated[
@@ -83,12 +81,12 @@ def evaluate(
             help="N items of each task, or a share of them, such as 0.1; drawn at random with --seed.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit, and of tasks that draw their items.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of --limit, and of tasks that draw items.")] = 0,
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,...", help="Tokens of the texts, for tasks that sweep lengths.")
+        str, typer.Option("--lengths", metavar="N,...", help="Lengths of the texts in tokens, for tasks that sweep.")
     ] = "",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Items of each kind, for tasks that make their items.")
+        int | None, typer.Option("--samples", min=1, help="Items of each kind, for tasks that generate items.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of the tasks' files; the Hub if left out.")
@@ -116,7 +114,7 @@ def evaluate(
         Path | None, typer.Option("--report", metavar="DIR", help="Write the report as pages, plots and data.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Score everything again. Results of single items are kept otherwise.")
+        bool, typer.Option("--fresh", help="Score everything again, without cached results of single items.")
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")] = 8,
     dtype: Int8Option = "auto",
@@ -127,8 +125,8 @@ def evaluate(
 ) -> None:
     """Score a model, converted or not, on suites of tasks and on held-out rows.
 
-    Figures come with their standard error and, where a teacher is beside them, with the percent of the teacher's. An
-    evaluation that was interrupted goes on where it stopped. A converted model whose base is gone is scored alone.
+    Scores have standard errors and, if a teacher is scored too, the percentage of the teacher's score. An interrupted
+    evaluation continues where it stopped. A converted model whose base is not available is scored alone.
     """
     from linearize.evaluation.tasks import suites
 
@@ -223,7 +221,7 @@ def _limit(text: str | None) -> float | None:
 
 
 def _subsets(results: Results) -> dict[str, tuple[int, int]]:
-    """Of each task how many items were scored, of how many."""
+    """Task -> the number of items scored, and the number of all items."""
     scores = [score for system in results.scores.values() for score in system.tasks]
     return {score.task: (score.n, score.total) for score in scores if score.total is not None}
 

@@ -1,4 +1,4 @@
-"""`linearize finetune`: recover the quality that the conversion cost."""
+"""`linearize finetune`: train a converted model to recover the quality lost by the conversion."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def finetune(
     overrides: SetOption = None,
     teacher: TeacherOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")
     ] = False,
     launch: LaunchOption = None,
     accelerate_config: AccelerateOption = None,
     shard: Annotated[
         bool, typer.Option("--shard", help="Split weights, gradients and optimizer among the processes (FSDP2).")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each stage takes per GPU, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory of each stage, and stop.")] = False,
     gpus: Annotated[
         int | None,
         typer.Option(
-            "--gpus", metavar="N", min=1, help=f"GPUs that --dry-run counts with: as many as are launched, or {GPUS}."
+            "--gpus", metavar="N", min=1, help=f"Number of GPUs for --dry-run: as many as are launched, or {GPUS}."
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -60,11 +60,11 @@ def finetune(
 ) -> None:
     """Train a model by a recipe's stages; the result is merged and ready to load.
 
-    The recipe's `model` is a converted folder, or a model that is converted first. While training runs, checkpoints and
-    metrics.jsonl are in OUT.training beside OUT; with an interruption they stay, and --resume goes on from them.
-    It takes the recipe that is saved there: --set need not be repeated.
+    The recipe's `model` is a converted folder, or a model that is converted first. During training, checkpoints and
+    metrics.jsonl are in OUT.training beside OUT. After an interruption --resume continues from them, with the recipe
+    saved there, so --set need not be repeated.
 
-    Several processes share the rows of each step: losses are those of one, and the recipe is the same.
+    Several processes share the rows of each step; the losses equal those of one process with the same recipe.
     """
     from linearize.jobs.checks import recipe_to_train
     from linearize.runtime import processes
@@ -77,7 +77,7 @@ def finetune(
             status(f"{target}: this run is finished, so there is nothing to resume")
             _show_result(target, stages, as_json)
         return
-    # Here as well as in the job, which imports torch: that takes seconds.
+    # The job checks this too, but only after importing torch, which takes seconds.
     settings = recipe_to_train(recipe, overrides or (), teacher=teacher)
     if not dry_run and first:
         check_free(target, overwrite=overwrite)

@@ -38,36 +38,36 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=0, help="Stop after so many tokens; 0 only reads.")
+        int, typer.Option("--max-new-tokens", "-n", min=0, help="Maximum number of new tokens; 0 only reads.")
     ] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the most likely, up to this mass.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     load_state: Annotated[
         Path | None,
         typer.Option(
             "--load-state",
             metavar="FILE",
-            help="Continue the text that FILE remembers; PROMPT, if any, comes after it.",
+            help="Continue the text of the state in FILE; PROMPT, if any, follows it.",
         ),
     ] = None,
     save_state: Annotated[
         Path | None,
-        typer.Option("--save-state", metavar="FILE", help="Keep the memory of all that was read and written in FILE."),
+        typer.Option("--save-state", metavar="FILE", help="Save the state after all tokens, read and new, to FILE."),
     ] = None,
     dtype: Int8Option = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt. Text goes to stdout; speed and the memory held go to stderr.
+    """Continue a prompt. Text goes to stdout; speed and memory go to stderr.
 
-    A state (--save-state) is what the model remembers of a text: read once,
-    continued any number of times, by the same model only. Its size does not
-    depend on the text's length. The PROMPT after --load-state is tokenized
-    on its own; with --chat it is the user's next turn, as the chat template
-    writes it after an answer.
+    A state (--save-state) is the model's memory of a text. The text is read
+    once, and can be continued any number of times, by the same model only.
+    The state's size does not depend on the text's length. The PROMPT after
+    --load-state is tokenized on its own; with --chat it is the user's next
+    turn, in the form of the chat template after an answer.
     """
     check_dtype(dtype, int8=True)
     if prompt is None and load_state is None:

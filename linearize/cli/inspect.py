@@ -1,4 +1,4 @@
-"""`linearize inspect`: what a model is, what would be converted, and what that does to its memory."""
+"""`linearize inspect`: a model's architecture, its converted layers, and the memory of both."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def inspect(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the caches: auto (the checkpoint's), float32, bfloat16 or float16.")
+        str, typer.Option("--dtype", help="Dtype of the caches: auto (the checkpoint's), float32, bfloat16, float16.")
     ] = "auto",
     training: Annotated[
-        bool, typer.Option("--training", help="Show as well what each stage of the recipe takes on a GPU.")
+        bool, typer.Option("--training", help="Also show the memory of each training stage on a GPU.")
     ] = False,
     gpus: Annotated[
         int | None,
         typer.Option(
-            "--gpus", metavar="N", min=1, help=f"How many share that work, {GPUS} if left out; implies --training."
+            "--gpus", metavar="N", min=1, help=f"GPUs that share the training, {GPUS} if left out; implies --training."
         ),
     ] = None,
     trust_remote_code: TrustOption = False,
@@ -126,7 +126,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def _kernels(devices: dict[str, dict[str, dict[str, str]]]) -> str:
-    """For each device what runs, with the parts of the work that share it and its reason named together."""
+    """The kernels of each device; parts with the same kernels and reason are grouped."""
     told = []
     for device, parts in devices.items():
         groups: dict[tuple[str, str], list[str]] = {}
@@ -192,7 +192,7 @@ def _head(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _scaling(found: dict[str, Any]) -> str:
-    """`llama3 by 32: from 8,192 to 131,072 tokens`."""
+    """For example `llama3 by 32: from 8,192 to 131,072 tokens`."""
     by = f" by {found['factor']:g}" if found["factor"] not in (None, 1) else ""
     before = found["before"] if found["before"] != found["after"] else None
     lengths = [f"{word} {n:,}" for word, n in (("from", before), ("to", found["after"])) if n]

@@ -1,4 +1,4 @@
-"""Commands that run in several processes: each of them starts as the same command, without these options."""
+"""Options that run a command in several processes: each process runs the same command without these options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AccelerateOption = Annotated[
 
 
 def launched(processes: int | None, configuration: Path | None) -> int:
-    """Runs this very command in several processes, and returns their exit status."""
+    """Run this command in several processes, and return their exit status."""
     from linearize.runtime.processes import count, launch, launch_with
 
     if processes is not None and configuration is not None:

@@ -1,4 +1,4 @@
-"""Keeps the libraries' own words off the terminal; called by a command before it imports any of them."""
+"""Suppresses messages of the libraries; a command calls it before it imports any of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import warnings
 
 
 def quiet_libraries(*, bars: bool = False) -> None:
-    """No progress bars (but the Hub's, if asked for), no advice about versions, no warnings: what matters is said by
-    the command itself."""
+    """Disable progress bars (with `bars` all but the Hub's), version hints and warnings, because the command prints its
+    own messages."""
     if os.environ.get("LINEARIZE_DEBUG") == "1":
         return
     if not bars:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every retry of a request would be a line of its own
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise each retry prints a line
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""What training takes, as `inspect` and `finetune --dry-run` show it."""
+"""The memory of training, for `inspect` and `finetune --dry-run`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from linearize.training.memory import Engine, TrainingMemory
 
 GPUS = 8
-"""GPUs that share the work, where a command line names none."""
+"""The default number of GPUs."""
 
 
 def memory_facts(stages: list[dict[Engine, TrainingMemory]]) -> list[dict[str, Any]]:
-    """What each stage takes, by engine, for programs."""
+    """The memory of each stage by engine, as plain data."""
     return [{engine: memory.facts() for engine, memory in stage.items()} for stage in stages]
 
 
 def show_memory(recipe: Recipe, stages: list[dict[Engine, TrainingMemory]], processes: int) -> None:
-    """The same for people, a table for each stage."""
+    """Print the memory as one table per stage."""
     from linearize.training.memory import memory_rows
 
     out = Console(highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`linearize push`: a checkpoint onto the Hub, private unless said otherwise."""
+"""`linearize push`: upload a checkpoint to the Hub, private by default."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPILOG = examples(
 
 def push(
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; who is logged in is the owner, if left out.")
+        str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; the default owner is the logged-in user.")
     ],
     folder: Annotated[
         Path | None,
@@ -34,28 +34,29 @@ def push(
             metavar="FOLDER", help="The checkpoint; a folder of the repository's name if left out.", show_default=False
         ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it. It is private otherwise.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public; by default it is private.")
+    ] = False,
     message: Annotated[
-        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.", show_default=False)
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Commit message.", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the card, the files and their sizes, ask the Hub nothing, and stop.")
+        bool, typer.Option("--dry-run", help="Show the card, the files and their sizes, and stop; no Hub request.")
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Push though checks fail, or files hold paths of this machine or training data."),
+        typer.Option("--force", help="Push even if checks fail, or files contain local paths or training data."),
     ] = False,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Single decode steps of verify's drift check.")] = 256,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Push a checkpoint to the Hugging Face Hub, in one commit, after it was verified.
+    """Push a checkpoint to the Hugging Face Hub in one commit, after verification.
 
-    Shows the model card, the files and their sizes, and asks. Files that name
-    paths of this machine or hold training data are refused (linearize export
-    writes a folder without them), access tokens in files always. An upload
-    that broke off goes on with the same command: what has arrived is not sent
-    twice.
+    Shows the model card, the files and their sizes, and asks. Files with
+    local paths or training data are refused (linearize export writes a folder
+    without them), access tokens in files always. The same command continues
+    an interrupted upload, without sending uploaded data again.
     """
     quiet_libraries(bars=sys.stderr.isatty())
     from linearize.errors import HubError

@@ -38,7 +38,9 @@ NameArgument = Annotated[
 def list_recipes(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Show what each makes of this model: bytes of state, and FLOPs per token."),
+        typer.Option(
+            "--model", "-m", help="Show each recipe's cost for this model: bytes of state, and FLOPs per token."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -59,7 +61,7 @@ def list_recipes(
 
 
 def _costs(model: str, names: list[str]) -> list[dict[str, Any]]:
-    """What each recipe's mixer costs `model`, from its configuration alone."""
+    """The costs of each recipe's mixer in `model`, from the model's configuration alone."""
     quiet_libraries()
     from linearize.conversion.inspection import compare_mixers
     from linearize.recipe import load_recipe
@@ -83,7 +85,7 @@ def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
     "show", epilog=examples("linearize recipes show liger-gla", "linearize recipes show default --set mixer.window=128")
 )
 def show(name: NameArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Print a recipe with every default written out."""
+    """Print a recipe with all defaults."""
     from linearize.recipe import dump_recipe, load_recipe
 
     recipe = load_recipe(name, overrides or ())
@@ -100,7 +102,7 @@ def copy(
         Path | None, typer.Argument(metavar="[DEST]", help="A file or a folder; NAME.yaml here if left out.")
     ] = None,
 ) -> None:
-    """Copy a recipe, comments and all, to change it."""
+    """Copy a recipe, comments included, to edit it."""
     from linearize.recipe import recipe_path
     from linearize.runtime.files import staged_file
 
@@ -127,7 +129,7 @@ def check(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a recipe and print what it comes to; exits 1 with the line and key of the first error."""
+    """Check a recipe and print a summary; exits with 1 and the line and key of the first error."""
     from linearize.recipe import load_recipe
 
     summary = _summary(load_recipe(file, overrides or ()))

@@ -1,4 +1,4 @@
-"""The reference of the command line as a page, `docs/cli.md`, made from the commands themselves:
+"""The reference of the command line, generated from the commands:
 `python -m linearize.cli.reference > docs/cli.md`."""
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 _HEAD = """# The commands
 
-Made from the code by `make docs`; a test holds it to it. Data go to stdout, words and progress to stderr. The status is
-0 only when the job is done, 1 for an error, which is one line that says what to do next, 2 for a wrong command line,
-and 130 when interrupted. `LINEARIZE_DEBUG=1` shows tracebacks.
+Generated from the code by `make docs`; a test compares them. Data go to stdout, messages and progress to stderr. The
+exit status is 0 on success, 1 for an error (one line, with the next step), 2 for an invalid command line, and 130 after
+an interruption. `LINEARIZE_DEBUG=1` shows tracebacks.
 
-What many commands share has one name everywhere: `--output`/`-o` is what is written, `--recipe`/`-r` a shipped recipe
-or a file, `--set KEY=VALUE` changes one of its keys, `--json` prints data for programs, `--quiet`/`-q` leaves only
-errors on stderr, `--yes`/`-y` does not ask, `--overwrite` replaces an earlier result, `--trust-remote-code` lets a
-model's own Python run. `linearize --install-completion` lets your shell complete commands, options and recipes.
+Options that many commands share: `--output`/`-o` names the output, `--recipe`/`-r` a shipped recipe or a file,
+`--set KEY=VALUE` changes one of its keys, `--json` prints data for programs, `--quiet`/`-q` prints only errors on
+stderr, `--yes`/`-y` does not ask, `--overwrite` replaces an earlier result, `--trust-remote-code` runs a model's own
+Python code. `linearize --install-completion` lets your shell complete commands, options and recipes.
 """
 
 
 def reference() -> str:
-    """The page's Markdown."""
+    """The page as Markdown."""
     command = typer.main.get_command(build_app())
     parts = [_HEAD]
     for path, one in _commands(command, ("linearize",)):
@@ -75,7 +75,7 @@ def _names(option: Any) -> str:
 
 
 def _kind(option: Any) -> str:
-    # Typer with a click of its own says it by annotation, others by click's type.
+    # A Typer that bundles click gives the type by annotation, others by click's type.
     described = getattr(option, "type_descriptor", None)
     name = str(described.annotation.__name__ if described else option.type.name)
     return {"int": "N", "integer": "N", "float": "X"}.get(name, "TEXT")

@@ -1,4 +1,4 @@
-"""`linearize run`: everything from one recipe."""
+"""`linearize run`: convert, fine-tune, evaluate and report from one recipe."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def run(
         Path | None,
         typer.Option("--data", metavar="DIR", help="Folder of the evaluation tasks' files; the Hub if left out."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert, fine-tune, evaluate and report in one go.
+    """Convert, fine-tune, evaluate and report in one run.
 
-    DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data. While
-    a run trains, checkpoints are in DIR.training beside DIR; after an interruption --resume goes on from the last one,
-    with the recipe that is saved there: RECIPE and --set need not be repeated.
+    DIR gets the folders `converted` and `finetuned`, the report as a page (report.html), and its figures as data.
+    During training, checkpoints are in DIR.training beside DIR. After an interruption --resume continues from the last
+    one, with the recipe saved there, so RECIPE and --set need not be repeated.
     """
     from linearize.recipe import load_recipe
     from linearize.training.workfolder import recipe_to_resume

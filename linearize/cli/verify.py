@@ -1,4 +1,4 @@
-"""`linearize verify`: whether a converted model is one function, however it is called."""
+"""`linearize verify`: check that a converted model computes one function, however it is called."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def verify(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Prove on a converted model that it is one function, however it is called.
+    """Check that a converted model computes one function, however it is called.
 
-    Whole, in chunks, token by token, padded, packed, in a batch, as beams, saved and loaded: the same logits, in a
-    memory that does not grow. Works on random tokens; the exit status is 1 when a check fails.
+    Whole, in chunks, token by token, padded, packed, in a batch, as beams, saved and loaded: all must give the same
+    logits, in a memory that does not grow. Uses random tokens; the exit status is 1 if a check fails.
     """
     check_dtype(dtype)
     quiet_libraries()
@@ -106,7 +106,7 @@ def _table(found: Verification) -> Table:
     for name in ("worst error", "allowed", ""):
         table.add_column(name, justify="right")
     for check in found.checks:
-        # Square brackets in an exception's words are not markup.
+        # Square brackets in an exception's text must not be parsed as markup.
         words = Text(check.proves + (f"\n{check.detail}" if check.detail else ""))
         table.add_row(check.name, words, f"{check.error:.1e}", _allowed(check), "ok" if check.passed else "FAILED")
     return table

@@ -1,1 +1,1 @@
-"""From a pretrained model to a converted one: finding it, describing it, swapping its attention, writing it."""
+"""Convert a pretrained model: inspect it, swap its attention, and stream its weights into a checkpoint."""

@@ -1,8 +1,9 @@
-"""What `linearize inspect` tells, from a configuration alone: the architecture, what would be converted, and the memory
-and arithmetic before and after.
+"""`linearize inspect`: read from a configuration alone the architecture, the layers to convert, and memory and FLOPs
+before and after.
 
-FLOPs are those of one decoding step of the token mixers, all layers together: attention over what a layer keeps, and a
-state's update and reading (`Recurrence.flops`). Projections and feed-forward layers are the same before and after.
+FLOPs count one decoding step of the token mixers, summed over layers: attention over the cached tokens, and the update
+and reading of a state (`Recurrence.flops`). Projections and feed-forward layers are left out, because they are the same
+before and after.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ FLOPS_LENGTHS = LENGTHS[:3]
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model's configuration, read.
+    """A model's configuration and the facts derived from it.
 
     Attributes:
-        config: the base model's.
-        mixers: of a converted checkpoint, which has its own; None for any other model.
+        config: of the base model.
+        mixers: the mixers of a converted checkpoint; None for any other model.
         held: dtype of keys and values in a cache.
-        positions: what conversion does to rotary positions that depend on the length of a text, in sentences.
+        positions: sentences on the conversion of rotary positions that depend on a text's length.
     """
 
     source: Source
@@ -50,7 +51,7 @@ class _Subject:
     positions: list[str]
 
     def head(self) -> dict[str, Any]:
-        """What is so whatever the mixer."""
+        """Facts that do not depend on the mixer."""
         first = self.layers[0]
         return {
             "model": self.source.reference,
@@ -73,18 +74,18 @@ class _Subject:
         return heads * (layer.key_width + layer.value_width) * self.held.itemsize
 
     def teacher_bytes(self, tokens: int) -> int:
-        """The pretrained model's cache after that many tokens."""
+        """Bytes of the pretrained model's cache after `tokens` tokens."""
         return sum(
             min(tokens, layer.window or tokens) * self.bytes_per_token(layer, layer.key_value_heads)
             for layer in self.layers
         )
 
     def teacher_flops(self, tokens: int) -> int:
-        """What attending over that many tokens takes in the pretrained model."""
+        """FLOPs of the pretrained model's attention over `tokens` tokens."""
         return sum(min(tokens, layer.window or tokens) * layer.flops_per_key for layer in self.layers)
 
     def costs(self, attentions: list[LinearizedAttention]) -> dict[str, Any]:
-        """Bytes of a sequence and FLOPs of a step: what is constant, and what every token of context adds to it."""
+        """Bytes of one sequence and FLOPs of one step: the constant part, and the growth per token of context."""
         parts: dict[str, int] = {}
         for attention in attentions:
             for name, tensors in attention.memory(1, self.held, torch.device("meta")).parts.items():
@@ -103,11 +104,11 @@ class _Subject:
 
 
 def rotary_scaling(config: Any) -> list[dict[str, Any]]:
-    """The scaling of rotary positions that is in force: one entry for all layers, or for each kind of layer that has
-    one; none where positions are not scaled.
+    """The rotary scaling in force: one entry for all layers, or one per kind of layer with scaling; empty without
+    scaling.
 
-    An entry has the `type` as `rope_parameters` names it, the `factor` where there is one, the `layers` (`all`, or a
-    kind of `layer_types`), and the context lengths: `before`, where the configuration names it, and `after`.
+    An entry has the `type` and `factor` of `rope_parameters`, the `layers` (`all`, or a kind of `layer_types`), and the
+    context lengths `before` (None if the configuration lacks it) and `after`.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {kind: part for kind, part in rope.items() if isinstance(part, dict)} or {"all": rope}
@@ -118,15 +119,14 @@ def rotary_scaling(config: Any) -> list[dict[str, Any]]:
         if kind == "default":
             continue
         before, after = parameters.get("original_max_position_embeddings"), longest
-        if kind == "dynamic" and longest and factor:  # the only type whose configuration names the shorter length
+        if kind == "dynamic" and longest and factor:  # only this type's configuration gives the shorter length
             before, after = longest, int(longest * factor)
         found.append({"layers": layers, "type": kind, "factor": factor, "before": before, "after": after})
     return found
 
 
 def weightless_layers(config: LinearizedConfig) -> list[LinearizedAttention]:
-    """The layers that a converted model of this configuration has, without weights: what they remember and what a step
-    takes does not depend on these."""
+    """Build the attention layers of this configuration on the meta device; bytes and FLOPs do not depend on weights."""
     base: Any = config.text_config
     family = family_of(base)
     with torch.device("meta"):
@@ -137,11 +137,11 @@ def weightless_layers(config: LinearizedConfig) -> list[LinearizedAttention]:
 
 
 def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The facts about `source` and what `spec` makes of it.
+    """Facts about `source`, and the result of converting it with `spec`.
 
     Args:
         spec: the mixer to convert with; ignored for a converted checkpoint, which has its own.
-        dtype: of the caches; the checkpoint's own by default.
+        dtype: of the caches; by default the checkpoint's own.
 
     Raises:
         ModelError: the configuration cannot be read, or the architecture is not supported.
@@ -181,7 +181,7 @@ def inspect_model(source: Source, spec: MixerSpec, *, dtype: torch.dtype | None 
 
 
 def _kernels(attentions: list[LinearizedAttention], dtype: torch.dtype) -> dict[str, dict[str, dict[str, str]]]:
-    """What runs the first converted layer on this machine's devices, and why: device -> part of the work -> kernels."""
+    """Device -> part of the work -> the kernels that run the first converted layer there, and the reason."""
     mixer = next((attention.mixer for attention in attentions if attention.mixer is not None), None)
     if mixer is None:
         return {}
@@ -198,18 +198,18 @@ def _kernels(attentions: list[LinearizedAttention], dtype: torch.dtype) -> dict[
 def compare_mixers(
     source: Source, specs: dict[str, MixerSpec], *, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What each of several mixers would cost `source`.
+    """Compare the costs of several mixers for `source`.
 
     Args:
         specs: name -> mixer.
-        dtype: of the caches; the checkpoint's own by default.
+        dtype: of the caches; by default the checkpoint's own.
 
     Returns:
-        the facts about the model with its own costs under `teacher`, and a row for each of `specs`, in their order:
-        its `name` with its costs, or with `refused`, why it does not fit the model.
+        the facts about the model, with its own costs under `teacher`; and one row per entry of `specs`, in order:
+        `name` and costs, or `name` and `refused`, the reason that the mixer does not fit.
 
     Raises:
-        ModelError: as `inspect_model`, or the model is converted already.
+        ModelError: as `inspect_model`; or the model is already converted.
         RecipeError: none of `specs` fits.
     """
     subject = _read(source, dtype)
@@ -232,7 +232,7 @@ def compare_mixers(
 
 
 def every_recurrence(spec: MixerSpec) -> dict[str, MixerSpec]:
-    """`spec` with each recurrence that there is, and with none."""
+    """`spec` with each recurrence in turn, and with `none`."""
     return {name: spec.model_copy(update={"recurrence": name}) for name in ("none", *RECURRENCES)}
 
 

@@ -1,11 +1,10 @@
-"""Conversion shard by shard: the weights go from the base model's safetensors files into the checkpoint's without ever
-being in memory together.
+"""Convert shard by shard: copy the weights from the base model's safetensors files into the checkpoint's files without
+ever holding all of them in memory.
 
-The model is built on the meta device by `from_pretrained` itself, from the files' headers, so names, shapes, dtypes,
-tied weights and what is missing are the library's own findings. Then one unit after the other is read, cast and
-written: a single tensor, or the experts of a block where transformers stores them otherwise than it computes with
-them. What cannot be done this way is refused with a reason before anything is written, and the caller converts in
-memory.
+`from_pretrained` builds the model on the meta device from the files' headers, so transformers itself determines names,
+shapes, dtypes, tied weights and missing weights. Then each unit is read, cast and written in turn. A unit is a single
+tensor, or the experts of a block if transformers stores them in another layout than it computes with. A model that
+cannot be streamed raises `NotStreamable` with the reason before any file is written, and the caller converts in memory.
 """
 
 from __future__ import annotations
@@ -59,10 +58,10 @@ class Unit:
     """Weights that are read and written together.
 
     Attributes:
-        keys: their names in the base model's files; none for the mixers' own.
-        names: their names in the model.
-        saved: name in the checkpoint -> the tensor, without data.
-        fused: whether the library makes the one from the other by more than a new name.
+        keys: names in the base model's files; empty for the mixers' own weights.
+        names: names in the model.
+        saved: name in the checkpoint -> tensor on the meta device.
+        fused: True if transformers transforms the tensors, not only their names.
     """
 
     keys: tuple[str, ...]
@@ -76,23 +75,23 @@ class Unit:
 
 
 class Streamer:
-    """A model whose weights are still in its files.
+    """A converted model whose weights are still in the base model's files.
 
     Args:
         source: of kind `folder` or `hub`.
         dtype: a key of `DTYPES`, or `auto`.
-        convert: swaps the attention of a teacher where it stands.
-        most: bytes of a file that is written.
+        convert: swaps the attention of a teacher in place.
+        most: maximum bytes per output file.
 
     Attributes:
-        model: converted, without data.
+        model: the converted model on the meta device.
         revision: of the base model on the Hub.
-        units: all its weights.
-        aliases: for each name of a unit all names in the model that stand for the same weight, itself among them.
+        units: all weights.
+        aliases: for each name in a unit, all names in the model of the same weight, itself included.
 
     Raises:
-        NotStreamable: it has to be converted in memory.
-        ModelError: it cannot be read.
+        NotStreamable: the model has to be converted in memory.
+        ModelError: the model cannot be read.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class Streamer:
         return sum(unit.nbytes for unit in self.units)
 
     def _teacher(self, source: Source, config: Any, dtype: str) -> PreTrainedModel:
-        """The model as `load_model` gives it, without data."""
+        """Build the model of `load_model` on the meta device."""
         if source.trust_remote_code and hasattr(config, "auto_map"):
             raise NotStreamable("it brings code of its own")
         empty = {name: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for name, slot in self.slots.items()}
@@ -130,7 +129,8 @@ class Streamer:
             raise NotStreamable("its weights are of several dtypes, and its configuration names none")
         build: Any = AutoModelForCausalLM._model_mapping[type(config)]
         with reading(source):
-            # By their names on disk, not from the files: mapped, these would count against a limit on memory.
+            # Pass a state dict of meta tensors instead of the files: memory-mapped files would count against a memory
+            # limit.
             teacher, found = build.from_pretrained(
                 None,
                 config=config,
@@ -148,7 +148,8 @@ class Streamer:
         return model
 
     def _origins(self, teacher: PreTrainedModel) -> dict[str, list[tuple[str, bool]]]:
-        """For each of the model's names the keys it comes from, and whether by more than a new name."""
+        """Model name -> the file keys it is made from, each with True if transformers transforms the tensor, not only
+        its name."""
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
         names, prefix = teacher.state_dict(), teacher.base_model_prefix
@@ -165,8 +166,8 @@ class Streamer:
         return origins
 
     def _settle_tied(self, teacher: PreTrainedModel, origins: dict[str, list[tuple[str, bool]]]) -> None:
-        """Ties what the configuration calls tied and the files have twice, if it is the same twice, as the library
-        does where it sees the data."""
+        """Compare weights that the configuration ties and the files store twice: tie them if they are equal, else untie
+        them. `from_pretrained` does the same when it has the data."""
         for target, kept in list(teacher.all_tied_weights_keys.items()):
             if teacher.get_parameter(target) is teacher.get_parameter(kept):
                 continue
@@ -192,7 +193,7 @@ class Streamer:
             keys[name] = next((origins[alias] for alias in (name, *same) if alias in origins), [])
             unit = name
             if any(fused for _, fused in keys[name]):
-                # A fused tensor can be one of several that the same keys make, all within a block.
+                # One set of keys can make several fused tensors, all within a block, so the block is one unit.
                 inside = name.startswith(blocks)
                 unit = blocks + name.removeprefix(blocks).split(".")[0] if inside else "outside of blocks"
             units.setdefault(unit, []).append(name)
@@ -205,8 +206,8 @@ class Streamer:
             yield Unit(tuple(key for key, _ in origin), tuple(names), saved, fused)
 
     def _shards(self, most: int) -> list[list[Unit]]:
-        """The units by file, none of more than `most` bytes unless one unit is. Within a file wider numbers come
-        first, so that each tensor stands where its dtype can be read."""
+        """Group the units into files of at most `most` bytes; a larger unit gets a file to itself. Wider dtypes come
+        first in a file, so every tensor's offset is aligned to its dtype."""
         shards: list[list[Unit]] = [[]]
         size = 0
         for unit in self.units:
@@ -222,18 +223,18 @@ class Streamer:
     def write(
         self, folder: Path, *, workers: int = 1, fitted: Callable[[str], Tensor | None] = lambda name: None
     ) -> dict[str, str]:
-        """Writes the weights into `folder`.
+        """Write the weights into `folder`.
 
         Args:
-            workers: how many files are written at once; each holds a unit in memory.
-            fitted: what is written in the place of the weight of that name; None leaves it.
+            workers: number of files written in parallel; each holds one unit in memory.
+            fitted: weight name -> replacement tensor, or None to keep the weight.
 
         Returns:
-            the SHA-256 of each file.
+            file name -> SHA-256.
 
         Raises:
-            ModelError: weights that are no numbers.
-            OutputError: the disk has no room for them.
+            ModelError: a weight has values that are not finite.
+            OutputError: the disk has too little space.
         """
         check_space(folder, self.nbytes)
         count = len(self.shards)
@@ -242,7 +243,7 @@ class Streamer:
         def write(file: str, shard: tuple[bytes, list[Unit]]) -> str:
             return self._write_shard(folder / file, *shard, fitted)
 
-        if workers == 1:  # a thread's stack and heap would be memory of their own
+        if workers == 1:  # no pool, because a thread's stack and heap add memory
             hashes = list(map(write, files, self.shards))
         else:
             with ThreadPoolExecutor(workers) as pool:
@@ -275,11 +276,11 @@ class Streamer:
         return digest.hexdigest()
 
     def _saved(self, unit: Unit, fitted: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-        """The unit's weights under their names in the checkpoint."""
+        """The unit's weights by their names in the checkpoint."""
         changed = {name: value for name in unit.names if (value := fitted(name)) is not None}
         if unit.fused:
             weights = self.load(unit) | changed
-            with self.lock:  # loading leaves other rules on the model for a moment
+            with self.lock:  # loading replaces the model's conversion rules temporarily
                 saved: dict[str, Tensor] = revert_weight_conversion(self.model, weights)
             return saved
         (name,) = unit.names
@@ -287,7 +288,7 @@ class Streamer:
         return {only: changed[name] if changed else self.load(unit)[name]}
 
     def load(self, unit: Unit) -> dict[str, Tensor]:
-        """The unit's weights as converted, under their names in the model."""
+        """Read or build the unit's converted weights, by their names in the model."""
         if unit.fused:
             with self.lock:
                 return self._load_fused(unit)
@@ -326,6 +327,6 @@ def _is_own(name: str) -> bool:
 
 
 def put_weight(model: nn.Module, name: str, weight: Any) -> None:
-    """Puts a parameter or buffer of a model into its place."""
+    """Set a parameter or buffer of `model` by its full name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, weight)

@@ -1,7 +1,7 @@
-"""Conversion: the swap itself, and the checkpoint folder that comes out of it.
+"""Swap a pretrained model's attention for mixers, and check beforehand that it can be done.
 
-The checks and `mixers_for` need a configuration only. What builds or reads a model imports transformers' modeling
-modules by itself, because they take seconds.
+The checks and `mixers_for` need only a configuration. Functions that build a model import transformers' modeling
+modules lazily, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from linearize.sources.source import Source
 
 BASELINE_SINKS = 4
-"""Default size of a file of weights."""
+"""The least number of sinks in `window_sections`."""
 
 
 def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
-    """A recipe's mixer section for a model with these attention layers, one section per distinct kind of layer.
+    """Resolve a recipe's mixer section for these attention layers; one section per distinct kind of layer.
 
-    Layers with a sliding window of their own need no more memory than that already: where others see everything,
-    they stay as they are. Where all of them slide, all are converted, or there would be nothing to do.
+    A layer with its own sliding window already has bounded memory. Such layers keep their attention if other layers
+    attend to the whole past; if all layers slide, all are converted.
 
     Raises:
-        RecipeError: `keep`, `windows` or `landmark_layers` names what is not there, `windows` names a layer that stays
-            as it is, landmarks are asked of layers that slide, or nothing is left to convert.
+        RecipeError: `keep`, `windows` or `landmark_layers` names a missing layer or head; `windows` names a layer that
+            is not converted; landmarks are set for sliding layers; or no layer is left to convert.
     """
     count = len(layers)
     named_layers = {
@@ -110,7 +110,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
 
 def _check_landmarks(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> None:
     """Raises:
-    RecipeError: landmarks for layers that never see beyond a sliding window of their own.
+    RecipeError: landmarks for layers with their own sliding window, because these never attend beyond it.
     """
     for index, number in sorted(spec.landmark_layers.items()):
         if number and layers[index].window is not None:
@@ -127,8 +127,8 @@ def _check_landmarks(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> None:
 
 def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None) -> None:
     """Raises:
-    ModelError: the model is converted already, or its architecture is not supported.
-    RecipeError: `spec` does not fit it.
+    ModelError: the model is already converted, or its architecture is not supported.
+    RecipeError: `spec` does not fit the model.
     """
     if config.model_type == "linearized":
         raise ModelError(f"{source.name}: is a converted model already; finetune or eval it as it is")
@@ -141,7 +141,7 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
 
 
 def check_reach(recipe: Recipe, config: Any) -> None:
-    """Refuses a recipe that calibrates, or shares landmarks out, where no text is longer than what is read exactly.
+    """Refuse calibration or landmark sharing if no text is longer than the tokens that the mixer reads exactly.
 
     Args:
         config: of the pretrained model.
@@ -178,7 +178,7 @@ def check_reach(recipe: Recipe, config: Any) -> None:
 
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
-    """Swaps the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
+    """Swap the attention of `teacher` in place; see `LinearizedForCausalLM.from_teacher`."""
     from linearize.model import LinearizedForCausalLM
 
     base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
@@ -186,9 +186,9 @@ def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCau
 
 
 def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`mixers` with window and sinks alone; what they keep as softmax is kept. Nothing else of them is left, so two
-    models of the same window have the same baseline."""
-    # Sinks cost next to nothing and a window alone is a straw man, so the baseline has them in any case.
+    """`mixers` reduced to window, sinks and kept softmax heads, so models with the same window share one baseline."""
+    # The baseline always has sinks, because a window without them is too weak a comparison and they cost almost
+    # nothing.
     kept = ("layers", "window", "softmax_heads")
     return [
         {
@@ -204,14 +204,14 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
-    """`teacher`, which is used up, with `window_sections(mixers)`: what costs no training at all."""
+    """Convert `teacher` in place by `window_sections(mixers)`: the baseline that needs no training."""
     from linearize.model import LinearizedForCausalLM
 
     return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
 
 
 def converted_layers(model: LinearizedForCausalLM) -> int:
-    """Number of layers that compute something else than their pretrained attention."""
+    """Number of layers whose pretrained attention is replaced."""
     config = model.config
     layers = family_of(config.text_config).layers(config.text_config)
     return sum(config.mixer_of(index).converts(layer) for index, layer in enumerate(layers))

@@ -1,4 +1,5 @@
-"""Conversations of records: their messages as chat templates take them, and their text cut around what carries loss."""
+"""Turn the conversations of records into messages for chat templates, and cut the rendered text around the parts with
+loss."""
 
 from __future__ import annotations
 
@@ -25,21 +26,21 @@ _ROLES = {
     "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool",
     "observation": "tool", "function": "function",
 }  # fmt: skip
-"""Names of speakers in lower case -> the roles of chat templates."""
+"""Lower-case speaker names -> roles of chat templates."""
 _CALL = "function_call"
-"""The speaker of a tool call, whose text is JSON."""
+"""The speaker name of a tool call with JSON text."""
 
 
 class Skip(Exception):
-    """A record holds nothing to learn from; the text says why."""
+    """The record has no tokens with loss; the message gives the reason."""
 
 
 def text_of(where: str, name: str, value: Any) -> str:
-    """A string, or a number as one.
+    """Convert a string or a number to a string.
 
     Raises:
-        Skip: null.
-        DataError: something else.
+        Skip: the value is null.
+        DataError: the value has another type.
     """
     if value is None:
         raise Skip(f"{name} is null")
@@ -49,10 +50,10 @@ def text_of(where: str, name: str, value: Any) -> str:
 
 
 def list_of(where: str, name: str, value: Any) -> list[Any]:
-    """A list, or the list that a string of JSON holds; nothing is an empty one.
+    """Convert a list, or a JSON string of a list, to a list; null gives an empty list.
 
     Raises:
-        DataError: something else.
+        DataError: the value has another form.
     """
     found = value
     if isinstance(value, str):
@@ -73,14 +74,13 @@ def _shown(value: Any) -> str:
 
 
 def messages_of(where: str, turns: list[Any], notes: Counter[str], template: str) -> tuple[list[Message], set[int]]:
-    """The messages of a conversation, and the places of those that carry loss: answers that say something, unless
-    their `weight` is 0.
+    """The messages of a conversation, and the indices of those with loss: non-empty answers whose `weight` is not 0.
 
     Args:
-        template: the chat template; a role of no other name is known if the template has it as a string.
+        template: the chat template; an unknown role is accepted if the template contains it as a string.
 
     Raises:
-        DataError: a turn is no message.
+        DataError: a turn is not a message.
         Skip: a message other than an answer is null.
     """
     messages: list[Message] = []
@@ -97,8 +97,8 @@ def messages_of(where: str, turns: list[Any], notes: Counter[str], template: str
 
 
 def _message(where: str, turn: Any, template: str) -> tuple[Message, bool]:
-    """One turn as a message, and whether its `weight` lets it carry loss."""
-    # transformers drops null keys as well, because templates would write "None".
+    """Convert one turn to a message; the flag is False if its `weight` excludes it from the loss."""
+    # Drop null keys as transformers does, because templates would write "None".
     given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
     speaker, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
     if not isinstance(speaker, str):
@@ -123,7 +123,7 @@ def _message(where: str, turn: Any, template: str) -> tuple[Message, bool]:
         raise Skip(f"the content of a message by {role} is null")
     message = {**kept, "role": role, "content": _content(where, content)}
     if role == "assistant" and isinstance(old := kept.get("function_call"), dict) and "tool_calls" not in kept:
-        # Before tools there was one function a turn, which templates do not know.
+        # `function_call` is the older form of a single tool call, which templates do not support.
         del kept["function_call"], message["function_call"]
         kept["tool_calls"] = [{"type": "function", "function": old}]
     if "tool_calls" in kept:
@@ -134,7 +134,7 @@ def _message(where: str, turn: Any, template: str) -> tuple[Message, bool]:
 
 
 def _content(where: str, content: Any) -> str:
-    """The text of a message; parts of text follow one another."""
+    """The text of a message; parts are concatenated."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -147,8 +147,8 @@ def _content(where: str, content: Any) -> str:
 
 
 def _calls(where: str, value: Any) -> list[Any]:
-    """The calls of tools. Arguments that are JSON become objects, as servers make them for a chat template: it writes
-    them as JSON, and would quote a string again."""
+    """Convert tool calls. JSON arguments are parsed, as inference servers do, because a template writes objects as JSON
+    and would quote a string again."""
     calls = []
     for call in list_of(where, "tool_calls", value):
         given = call.get("function", call) if isinstance(call, dict) else None
@@ -169,7 +169,7 @@ def _object(where: str, value: Any) -> Any:
 
 
 def tools_of(where: str, value: Any) -> list[Any] | None:
-    """The tools of a record: a list of objects, or JSON of one; None where there are none."""
+    """The tools of a record from a list of objects or its JSON; None without tools."""
     tools = [_object(where, tool) for tool in list_of(where, "tools", value)]
     if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
         raise DataError(f"{where}: a tool is {_shown(wrong[0])}; expected an object")
@@ -183,21 +183,21 @@ def cut(
     tokenizer: PreTrainedTokenizerBase,
     notes: Counter[str],
 ) -> Pieces:
-    """A conversation in the tokenizer's chat template, cut around the answers that carry loss, each with its end token;
-    what follows the last of them is left out.
+    """Render a conversation with the tokenizer's chat template and cut it around the answers with loss, each with its
+    end token. The text after the last of them is dropped.
 
-    The template is rendered up to each answer and its text compared, so that no family's tags have to be known here.
+    The template is rendered up to each answer and the texts are compared, so the code needs no family's tags.
 
     Args:
-        learned: the places of the messages that carry loss.
-        notes: counts what the template leaves out.
+        learned: indices of the messages with loss.
+        notes: counts omissions of the template.
 
     Raises:
-        Skip: the template refuses the conversation, or leaves nothing to learn from.
+        Skip: the template refuses the conversation, or leaves no text with loss.
     """
 
     def render(upto: list[Message], *, tools: list[Any] | None = tools, opened: bool = False) -> str:
-        # A template is code of the model's, and raises anything.
+        # A template is the model's own code and can raise any exception.
         try:
             found: Any = tokenizer.apply_chat_template(upto, tools=tools, tokenize=False, add_generation_prompt=opened)
         except Exception as problem:
@@ -222,7 +222,7 @@ def cut(
                 if not message["content"].strip():
                     continue
         opening = _opening(before, message, closed, render)
-        # Templates that drop the reasoning of earlier turns render those differently.
+        # Templates that drop the reasoning of earlier turns render them differently.
         if whole.startswith(opening) and whole.startswith(closed) and done <= len(opening) < len(closed):
             pieces += [(whole[done : len(opening)], False), (whole[len(opening) : len(closed)], True)]
             done = len(closed)
@@ -241,10 +241,10 @@ def _same(text: str, other: Callable[[], str]) -> bool:
 
 
 def _opening(before: list[Message], message: Message, closed: str, render: Callable[..., str]) -> str:
-    """The text up to where an answer begins.
+    """The rendered text up to the start of an answer.
 
-    Templates render no empty conversation, and some none without a user's turn. There the answer begins where `closed`
-    differs from the same conversation with another answer.
+    Templates do not render an empty conversation, and some need a user's turn. In these cases the answer starts at the
+    first difference between `closed` and the same conversation with another answer.
     """
     if before:
         try:

@@ -1,4 +1,4 @@
-"""Records as documents: which shape a record has, and its tokens with those that carry loss."""
+"""Turn records into documents: detect a record's shape, and tokenise it with a loss mask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from linearize.recipe.schema import SourceSpec
 
-# The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), word for word.
+# The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), unchanged.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -43,15 +43,15 @@ _PLURALS = {"messages": "conversations", "prompt": "completions", "instruction":
 
 @dataclass
 class Tally:
-    """Counts of what was read of a source, so that nothing is dropped silently.
+    """Counts of the records of a source, so that no record is dropped silently.
 
     Attributes:
         shapes: documents by the shape of their record.
-        read, unread: by shape the fields that were read; fields that were not.
-        skipped: records that hold nothing to learn from, by the reason, with the place of one of them.
-        notes: what chat templates left out.
-        duplicates: documents that equal one that is held out.
-        about: remarks on how the source is read; see `Records`.
+        read, unread: fields that were read, and fields that were not, by shape.
+        skipped: reason -> number of skipped records, and the place of one of them.
+        notes: omissions of chat templates.
+        duplicates: documents equal to a held-out one.
+        about: remarks on the reading of the source; see `Records`.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -66,12 +66,12 @@ class Tally:
     about: tuple[str, ...] = ()
 
     def skip(self, reason: str, where: str) -> None:
-        """Counts a record that is left out."""
+        """Count a skipped record."""
         self.skipped[reason] += 1
         self.places.setdefault(reason, where)
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """A one-line summary."""
         parts = [*self.about]
         if self.plain:
             parts.append(f"{self.shapes.total():,} parts of plain text")
@@ -96,11 +96,11 @@ class Tally:
 def read_documents(
     records: Records, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase, tally: Tally
 ) -> Iterator[Document]:
-    """The documents of all records that hold something to learn.
+    """The documents of all records that have tokens with loss.
 
     Raises:
-        DataError: a record cannot be used; where the first one in the file cannot either, the error is about that.
-            Also where no record at all holds anything to learn.
+        DataError: a record cannot be used. If the file's first record has an error too, that error is raised. Also
+            raised if no record has tokens with loss.
     """
     tally.plain, tally.about = records.plain, tuple(records.about)
     first = None
@@ -111,7 +111,7 @@ def read_documents(
         except Skip as skip:
             tally.skip(str(skip), record[0])
         except DataError:
-            # Records are shuffled; an error of all of them is looked for where the file begins.
+            # Records are shuffled; an error in all of them is reported for the first one in the file.
             if records.first is not None and records.first[0] != record[0]:
                 _try(records.first, spec, tokenizer)
             raise
@@ -125,7 +125,7 @@ def read_documents(
 
 
 def _try(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The reason for which a record is skipped, if any; raises its error."""
+    """The reason to skip a record, or an empty string; raises the record's error."""
     try:
         _document(record, spec, tokenizer, Tally())
     except Skip as skip:
@@ -134,10 +134,10 @@ def _try(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> Document:
-    """The record's tokens.
+    """Tokenise a record.
 
     Raises:
-        Skip: it holds nothing to learn (an empty text, an empty answer).
+        Skip: it has no tokens with loss (an empty text, an empty answer).
     """
     where, fields, ends = record
     if not isinstance(fields, dict):
@@ -149,7 +149,7 @@ def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBa
     pieces, templated = getattr(reader, shape)()
     try:
         "".join(piece for piece, _ in pieces).encode()
-    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, and tokenizers refuse it
+    except UnicodeEncodeError:  # JSON can contain an unpaired surrogate, which tokenizers refuse
         raise Skip("its text has half of a surrogate pair, which is no character") from None
     document = encode(pieces, tokenizer, begins=not templated, ends=ends)
     if not any(document.loss):
@@ -164,7 +164,7 @@ def _document(record: Record, spec: SourceSpec, tokenizer: PreTrainedTokenizerBa
 
 
 def _shape(where: str, fields: dict[str, Any], spec: SourceSpec) -> tuple[str, dict[str, str]]:
-    """The shape of a record, and by the name of each of the shape's fields its name in the record."""
+    """The shape of a record, and shape field -> record field."""
     if spec.field is not None:
         if spec.field not in fields:
             raise _unknown(where, fields, f"{spec.field}, which data.field names")
@@ -181,7 +181,7 @@ def _shape(where: str, fields: dict[str, Any], spec: SourceSpec) -> tuple[str, d
     def name(role: str) -> str:
         return own.get(role, conversation if role == "messages" else role)
 
-    # Files of columns give every record all fields: one that is null counts only where no other is there.
+    # Columnar files give every record all fields, so null fields count only if the others match no shape.
     for there in ({key for key, value in fields.items() if value is not None}, fields.keys()):
         for shape in shapes:
             must, may = RECORD_SHAPES[shape]
@@ -197,7 +197,7 @@ def _shape(where: str, fields: dict[str, Any], spec: SourceSpec) -> tuple[str, d
 
 def _check_not_preference(where: str, fields: dict[str, Any], shape: str, named: bool) -> None:
     """Raises:
-    DataError: the record says which of two answers, or whether its answer, is the better one.
+    DataError: the record holds preference data: two ranked answers, or a rated one.
     """
     if named or shape == "messages":
         return
@@ -242,8 +242,8 @@ def _unknown(where: str, fields: dict[str, Any], expected: str) -> DataError:
 
 @dataclass
 class _Reader:
-    """Reads the fields of one record; a method for each shape gives the pieces of its text, and whether they come from
-    a chat template, which writes its own BOS."""
+    """Read the fields of one record. Each shape has a method that returns the pieces of text, and True if they come
+    from a chat template, which includes its own BOS."""
 
     where: str
     names: dict[str, str]
@@ -305,7 +305,7 @@ class _Reader:
         return value if isinstance(value, list) else [{"role": speaker, "content": self._text(role, needed=True)}]
 
     def instruction(self) -> tuple[Pieces, bool]:
-        """An Alpaca record in the tokenizer's chat template, or in Alpaca's own prompt if it has none."""
+        """Render an Alpaca record with the tokenizer's chat template, or with Alpaca's own prompt if there is none."""
         instruction, output = text_of(self.where, self.names["instruction"], self.values["instruction"]), ""
         output, more, system = self._text("output", needed=True), self._text("input"), self._text("system")
         history = self._history()
@@ -337,10 +337,10 @@ class _Reader:
 
 
 def encode(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, *, begins: bool, ends: bool) -> Document:
-    """Tokenise piece by piece, so that the boundaries of the loss are boundaries of tokens.
+    """Tokenise piece by piece, so that loss boundaries are token boundaries.
 
-    A prompt is tokenised as it is at inference, on its own. What follows it is what the whole text has beyond it: a
-    tokenizer that puts a space before each text it is given would otherwise put one into the middle.
+    A prompt is tokenised alone, as at inference. The text after it gets the tokens that the whole text has beyond the
+    prompt, because some tokenizers put a space before each separate text.
     """
     ids: list[int] = []
     loss: list[bool] = []
@@ -354,7 +354,7 @@ def encode(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, *, begins: bool, 
         ids = whole
     if ids and ends and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
         ids, loss = [*ids, tokenizer.eos_token_id], [*loss, loss[-1]]
-    # A chat template writes its own BOS.
+    # A chat template includes its own BOS.
     if (
         ids
         and begins

@@ -1,6 +1,6 @@
-"""Training data: documents from files, Hub data sets, a model or a generator, as rows of tokens of one length.
+"""Load training data: documents from files, Hub data sets, a model or a generator, packed into rows of equal length.
 
-records -> documents (token ids, and which of them carry loss) -> held-out | train -> rows
+records -> documents (token ids, and a loss mask) -> held-out | train -> rows
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from linearize.recipe.schema import DataSpec, SourceSpec, Stage
 
 _SPARE_ROWS = 16
-"""Rows beyond twice the wanted ones that a preview makes."""
+"""Extra rows that a preview makes, beyond twice the requested number."""
 
 
 def load_data(
@@ -51,20 +51,20 @@ def load_data(
 ) -> TrainingData:
     """Read the sources of `spec` into rows of `length` tokens.
 
-    Documents are shuffled with `seed`; the first of them fill `spec.held_out` rows, the following the training rows, up
-    to `spec.tokens` tokens (rounded up to a whole row). Only as many as that takes are tokenised. What does not fill a
-    last row is dropped. A record with the same tokens as a held-out one is not trained on. Of a mixture, each source
-    gives its share of both. `teacher` and `student` are called only if a source is "self" or "student".
+    Documents are shuffled with `seed`. The first documents fill `spec.held_out` rows; the next fill the training rows,
+    up to `spec.tokens` tokens (rounded up to a whole row). Only these documents are tokenised. An incomplete last row
+    is dropped. A record with the same tokens as a held-out one is not trained on. In a mixture, each source gives its
+    share of both. `teacher` and `student` are called only if a source is "self" or "student".
 
     Args:
-        draw: added to the seed of sources without an end; stages count up, also those of earlier runs.
-        reserved: by `source_key`, the least number of tokens to leave out of training; see `reserved_tokens`.
-        purpose: names a use that is no stage, such as calibration. Its text shares nothing with the stages' held-out
-            rows: its own held-out rows of a file lie behind them, and sources without an end get another seed.
+        draw: added to the seed of endless sources; stages count up, including those of earlier runs.
+        reserved: `source_key` -> least number of tokens to leave out of training; see `reserved_tokens`.
+        purpose: names a use that is not a stage, such as calibration. Its text does not overlap with the stages'
+            held-out rows: its held-out rows of a file follow theirs, and endless sources get another seed.
 
     Raises:
         DataError: a source cannot be found or read, or is too small.
-        ModelError: the model that is to write text cannot.
+        ModelError: the model that writes text fails.
     """
     started = time.monotonic()
     rows = None if spec.tokens is None else math.ceil(spec.tokens / length)
@@ -105,11 +105,11 @@ def preview_data(
     reserved: Mapping[str, int] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[str, Rows]]:
-    """The first training rows of each source that no model has to write, equal to those of `load_data` with the same
-    arguments. No more is read than that takes.
+    """The first training rows of each source that needs no model, equal to those of `load_data` with the same
+    arguments. Reads no more documents than these rows need.
 
     Args:
-        rows: of each source, at most.
+        rows: maximum number per source.
 
     Raises:
         DataError: as `load_data`.
@@ -121,7 +121,7 @@ def preview_data(
             by = "teacher" if source.source == SELF else "student"
             progress(f"data: {source.source} is written by the {by} when the stage begins; there is no row to show yet")
             continue
-        # Rows without any loss are left out, so more are made than are shown.
+        # Rows without loss are left out, so make more rows than requested.
         enough = min(2 * rows + _SPARE_ROWS, share if share is not None else math.inf)
         opened.append(
             _open(
@@ -143,21 +143,21 @@ def preview_data(
 
 
 def _drawn_by(seed: int, purpose: str) -> int:
-    """The seed of text that has no end: texts that begin from one seed begin alike, however long each is to be."""
-    # torch takes 32 bits of a seed.
+    """The seed of endless text. With one seed, texts of any length have the same beginning."""
+    # torch uses 32 bits of a seed.
     return int(hashlib.sha256(f"{purpose} {seed}".encode()).hexdigest()[:8], 16) if purpose else seed
 
 
 def source_key(source: SourceSpec) -> str:
-    """A key of a file, a folder or a data set: equal for all names of one file."""
+    """A key for a file, a folder or a data set; all paths to one file give the same key."""
     path = Path(source.source or "").expanduser()
     name = str(path.resolve()) if path.exists() else source.source
     return json.dumps([name, source.config, source.split])
 
 
 def reserved_tokens(stages: Sequence[Stage]) -> dict[str, int]:
-    """By `source_key`, the most tokens that any stage holds out. What one stage is judged by, no other may have
-    trained on: all of them shuffle a file alike and leave out as many of its first documents."""
+    """`source_key` -> the most tokens that any stage holds out. No stage may train on another stage's held-out text, so
+    all stages shuffle a file alike and leave out its first documents up to this number."""
     most: dict[str, int] = {}
     for stage in stages:
         for source, _, held in _shares(stage.data, None):
@@ -168,7 +168,7 @@ def reserved_tokens(stages: Sequence[Stage]) -> dict[str, int]:
 
 
 def _shares(spec: DataSpec, rows: int | None) -> list[tuple[SourceSpec, int | None, int]]:
-    """Each source with its number of training rows and of held-out rows."""
+    """Each source with its numbers of training rows and held-out rows."""
     if not spec.mix:
         return [(spec, rows, spec.held_out)]
     weights = [source.weight for source in spec.mix]
@@ -186,7 +186,7 @@ def _shares(spec: DataSpec, rows: int | None) -> list[tuple[SourceSpec, int | No
 
 
 def _split(total: int, weights: list[float]) -> list[int]:
-    """`total` in whole numbers by weight; what is left over goes to those that were rounded down most."""
+    """Split `total` into integers by weight; the remainder goes to the entries that were rounded down most."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [math.floor(x) for x in exact]
     for place in sorted(range(len(exact)), key=lambda n: counts[n] - exact[n])[: total - sum(counts)]:
@@ -196,14 +196,15 @@ def _split(total: int, weights: list[float]) -> list[int]:
 
 @dataclass
 class _Opened:
-    """A source of which the documents are taken that are kept apart from training.
+    """A source positioned behind its held-out documents.
 
     Attributes:
-        name: for a person.
-        stream: the documents that follow.
-        rows, held_rows: how many rows there are to be to train on (None: all), and held out.
-        held, skipped: documents of this stage's held-out rows; those that others hold out.
-        tally: of records; None where documents are made.
+        name: for messages.
+        stream: the remaining documents, to train on.
+        rows, held_rows: requested training rows (None: all) and held-out rows.
+        held: documents for this stage's held-out rows.
+        skipped: documents that other stages hold out.
+        tally: counts of records; None for generated text.
     """
 
     name: str
@@ -229,8 +230,8 @@ def _open(
     writers: dict[str, Callable[[], PreTrainedModel] | None],
     progress: Callable[[str], None],
 ) -> _Opened:
-    """One source up to its first training document: behind the first `reserved` tokens, with `held_rows` among these
-    or, where they are to be `apart`, behind them as well."""
+    """Open a source and skip to its first training document. The held-out documents are within the first `reserved`
+    tokens, or, if `apart`, follow them."""
     started = time.monotonic()
     source = spec.source or ""
     documents: Iterator[Document]
@@ -242,7 +243,7 @@ def _open(
         if writer is None or rows is None:
             raise DataError(f"data.source is {source}: there is no model here that could write it; name a file")
         longest = spec.sample_length or length
-        # The last held-out document may be needed for one token only, and what is left of it is not trained on.
+        # One extra document, because the last held-out document may be used in part, and its rest is not trained on.
         spare = longest if held_rows else 0
         ids = self_written_documents(
             writer(),
@@ -283,11 +284,11 @@ def _read(spec: SourceSpec, seed: int, tokenizer: PreTrainedTokenizerBase, tally
 def _rows(
     opened: _Opened, length: int, known: set[bytes], progress: Callable[[str], None], *, partly: bool = False
 ) -> TrainingData:
-    """The rows of a source, to train on and held out.
+    """Pack a source's training rows and held-out rows.
 
     Args:
-        known: digests of all records that are held out; those among its own records are left out.
-        partly: these are the first of its training rows.
+        known: digests of all held-out records; equal records are left out of training.
+        partly: these are only the first training rows, for a preview.
     """
     source, rows, held, held_rows = opened.name, opened.rows, opened.held, opened.held_rows
     stream = opened.stream if opened.tally is None else _without(opened.stream, known, opened.tally)
@@ -296,7 +297,7 @@ def _rows(
         progress(f"data: {source}: {opened.tally}")
     held_out, train_rows = pack(held, length)[:held_rows], pack(train, length)[:rows]
     enough, all_of_it = len(held_out) >= held_rows, len(train_rows) < (rows or 0)
-    # A prompt may fill a row, which then has nothing to learn or to score.
+    # A prompt can fill a row, which then has no tokens with loss.
     held_out, train_rows = held_out.scored(), train_rows.scored()
     if not enough or not len(train_rows):
         found, needed = sum(len(d.ids) for d in held + train), (held_rows + 1) * length
@@ -321,7 +322,7 @@ def _rows(
 
 
 def _digests(opened: list[_Opened]) -> set[bytes]:
-    """Digests of all records that are kept apart from training, of whatever source of a mixture."""
+    """Digests of all records that are kept out of training, over all sources of a mixture."""
     return {_digest(document) for one in opened if one.tally for document in itertools.chain(one.held, one.skipped)}
 
 
@@ -331,7 +332,7 @@ def _digest(document: Document) -> bytes:
 
 
 def _without(stream: Iterator[Document], known: set[bytes], tally: Tally) -> Iterator[Document]:
-    """The documents whose tokens are not those of a known one."""
+    """Drop and count documents whose token digest is in `known`."""
     for document in stream:
         if known and _digest(document) in known:
             tally.duplicates += 1
@@ -352,10 +353,10 @@ def _recall(tokenizer: PreTrainedTokenizerBase, seed: int, length: int) -> Itera
 
 
 def _take(stream: Iterator[Document], tokens: float) -> list[Document]:
-    """The next documents, until they hold `tokens` tokens or there are no more."""
+    """Take documents until they hold `tokens` tokens or the stream ends."""
     taken: list[Document] = []
     while tokens > 0 and (document := next(stream, None)) is not None:
-        # As tensors: lists of numbers would take ten times as much, and there may be hundreds of millions.
+        # As tensors, because lists of ints take ten times the memory and there may be hundreds of millions of tokens.
         ids, loss = torch.tensor(document.ids, dtype=torch.int32), torch.tensor(document.loss, dtype=torch.bool)
         taken.append(Document(ids, loss))
         tokens -= len(document.ids)

@@ -1,11 +1,11 @@
-"""Training text that can only be continued by remembering: facts and pairs, asked for a whole row later.
+"""Generate training text for recall: facts and key-value pairs, with questions about them up to a whole row later.
 
-Ordinary text seldom asks for what left the window, so a state that is trained on it alone learns little. Here every
-document is one row long and ends with questions about what stood anywhere in it; the answers alone carry loss. Half of
-the documents hide facts in sentences that say nothing (needles), half are lists of keys and values.
+Ordinary text seldom refers to tokens that have left the window, so it trains a state little. Here every document is one
+row long and ends with questions about any part of it; only the answers carry loss. Half of the documents hide facts in
+filler sentences (needles); half are lists of keys and values.
 
-Wording, names and word lists are this module's own: nothing of the evaluation's recall tasks is trained on. Keys are
-made-up names of syllables, theirs are pairs of English words.
+Wording, names and word lists differ from those of the evaluation's recall tasks. Keys here are made-up names of
+syllables; the evaluation's are pairs of English words.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from linearize.data.rows import Document, Pieces
 
 SHORTEST = 64
-"""Tokens of a document below which there is no room for facts, questions and something between them."""
+"""Least tokens of a document with room for facts, questions and text between them."""
 
 _MOST_FACTS = 8
 _TOKENS_PER_FACT = 48  # a short row has fewer facts
 _MOST_MISSES = 100
-"""Documents in a row in which no question fits, before a length is refused."""
-_QUESTIONS = 4  # a list has a quarter of its row for them
+"""A length is refused after this number of consecutive documents without room for a question."""
+_QUESTIONS = 4  # a list uses a quarter of its row for questions
 
 _ONSETS = ("b", "br", "d", "dr", "f", "g", "gl", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "t", "tr", "v", "z")
 _VOWELS = ("a", "e", "i", "o", "u")
@@ -50,10 +50,10 @@ def recall_documents(
     length: int,
     ends: tuple[list[int], list[int]],
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Documents of exactly `length` tokens, token ids and which of them carry loss, without an end.
+    """Generate documents of exactly `length` tokens without end; yields token ids and loss mask.
 
     Args:
-        encode: pieces of text, and whether each carries loss, to tokens.
+        encode: pieces of text with their loss flags -> tokens.
         length: at least `SHORTEST`.
         ends: the token ids that open and that close a document.
 
@@ -64,7 +64,7 @@ def recall_documents(
     room = length - len(opening) - len(closing)
     misses = 0
     for number in count():
-        rng = random.Random(f"recall text {seed} {number}")  # noqa: S311 - to be repeated
+        rng = random.Random(f"recall text {seed} {number}")  # noqa: S311 - reproducible
         body, questions = (_needles if number % 2 == 0 else _pairs)(rng, tokenizer, encode, room)
         asked = [token for question in questions for token in question.ids]
         loss = [learned for question in questions for learned in question.loss]
@@ -82,8 +82,7 @@ def recall_documents(
 def _needles(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
 ) -> tuple[list[list[int]], list[Document]]:
-    """Facts about people in sentences about nothing, and questions about them in another order; nothing where no fact
-    fits."""
+    """Facts about people between filler sentences, and questions about them in another order; empty if no fact fits."""
     names = _names(rng, rng.randint(1, max(1, min(_MOST_FACTS, room // _TOKENS_PER_FACT))))
     facts = [(name, rng.choice(_THINGS), _value(rng)) for name in names]
     told = _tokens(tokenizer, [f" {name} has the {thing} {value}." for name, thing, value in facts])
@@ -91,7 +90,7 @@ def _needles(
         encode([(f"\nWhich {thing} does {name} have?", False), (f" {value}", True)]) for name, thing, value in facts
     ]
     sizes = accumulate(len(fact) + len(question.ids) for fact, question in zip(told, asked, strict=True))
-    # Facts of bytes are longer than `_TOKENS_PER_FACT`, so the last ones may not fit.
+    # With byte tokens a fact is longer than `_TOKENS_PER_FACT`, so the last ones may not fit.
     fitting = [size for size in sizes if size < room]
     questions = [asked[place] for place in rng.sample(range(len(facts)), len(facts)) if place < len(fitting)]
     if not fitting:
@@ -105,8 +104,7 @@ def _needles(
 def _pairs(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Pieces], Document], room: int
 ) -> tuple[list[list[int]], list[Document]]:
-    """As many keys with their values as the row holds, then some of the keys again in another order; nothing where no
-    question fits."""
+    """Fill the row with keys and values, then ask for some keys in another order; empty if no question fits."""
     pairs = [(name, _value(rng)) for name in _names(rng, room // _QUESTIONS)]
     lines = _tokens(tokenizer, [f"\n{name} has {value}" for name, value in pairs])
     questions = [encode([("\n\nOnce more:", False)])]
@@ -128,7 +126,7 @@ def _pairs(
 
 
 def _filling(rng: random.Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
-    """Sentences of `tokens` tokens in all; what is too much is cut off where they begin."""
+    """Filler sentences of `tokens` tokens in total; excess tokens are cut from the start."""
     sentences: list[list[int]] = []
     missing = tokens
     while missing > 0:
@@ -151,7 +149,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _names(rng: random.Random, wanted: int) -> list[str]:
-    """So many different names."""
+    """`wanted` different names."""
     names: dict[str, None] = {}
     while len(names) < wanted:
         syllables = (rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.randint(2, 3)))

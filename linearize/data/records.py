@@ -1,4 +1,5 @@
-"""Read what `data.source` names: a file or a folder of text or records, a data set saved on disk, or one of the Hub."""
+"""Read the records of `data.source`: a file or folder of text or records, a data set saved on disk, or a Hub data
+set."""
 
 from __future__ import annotations
 
@@ -31,42 +32,42 @@ _KINDS = (*_TEXT, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 READABLE = f"{', '.join(_KINDS)}, also compressed ({', '.join(_COMPRESSED)})"
 LONGEST_RECORD = 16_000_000
-"""Characters of one line; a document of more is a file that has lost its line breaks, and takes minutes to tokenize."""
+"""Maximum characters per line. A longer document is a file without line breaks, which takes minutes to tokenize."""
 HUB_SHUFFLE_BUFFER = 10_000
-"""Records of a streamed data set that are shuffled among themselves: all of it is never on this machine."""
+"""Size of the shuffle buffer of a streamed data set, in records, because the data set is never local as a whole."""
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|contributing|code_of_conduct|use_policy)([._-].*)?"
     r"|dataset_infos?\.json|croissant\.json",
     re.IGNORECASE,
 )
-"""Files that come with a data set and hold none of its records."""
+"""Files beside a data set that hold none of its records."""
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-"""Words in the names of files -> the split, as `datasets` reads them."""
+"""Words in file names -> the split, as in `datasets`."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
-"""The fields under which a conversation is found without `columns`."""
+"""Fields that may hold a conversation if `columns` is not set."""
 
 _FEWEST_PARTS, _SHORTEST_PART, _LONGEST_PART = 64, 256, 65_536
-"""Parts of a text file: their least number, and their sizes in characters."""
+"""Plain text: the least number of parts, and the bounds of a part's size in characters."""
 _BOMB_BYTES, _BOMB_RATIO = 100_000_000, 200
-"""A compressed file that gives more bytes than this, and that many times its own size, is refused."""
+"""A compressed file is refused if it unpacks to more bytes than this and to more than this multiple of its own size."""
 _BLOCK = 1 << 20
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _MOST_SHOWN = 8
 
 Record = tuple[str, Any, bool]
-"""Its place (file:line), its value, and whether the document ends with it."""
+"""The record's place (file:line), its value, and True if the document ends with it."""
 
 
 class Records:
-    """The records of a source, in an order made from a seed and from nothing else, so that each stage finds the
-    documents that another holds out at the same place.
+    """The records of a source in an order that depends only on the seed, so every stage finds another stage's held-out
+    documents at the same position.
 
     Attributes:
-        about: remarks on how the source is read: the files of a folder, a separator of cells, a key of records.
-        plain: the records are parts of plain text.
+        about: remarks on the reading, such as the files of a folder, a table's separator, or a key of records.
+        plain: True if the records are parts of plain text.
     """
 
     plain = False
@@ -94,7 +95,7 @@ class Records:
 
 
 class Streamed(Records):
-    """The records of a Hub data set as they arrive: only the ones in use are downloaded."""
+    """The records of a streamed Hub data set; only the shards in use are downloaded."""
 
     def __init__(self, spec: SourceSpec, seed: int) -> None:
         super().__init__((), seed)
@@ -105,12 +106,12 @@ class Streamed(Records):
 
     @property
     def first(self) -> None:
-        """None: the stream is shuffled, so the first record that was read is the first there is."""
+        """None, because the stream is shuffled and has no file order."""
 
 
 @contextmanager
 def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
-    """The records that `spec` names. JSON lines and rows are parsed one by one, when they are reached.
+    """Open the source of `spec`. JSON lines and table rows are parsed one by one on access.
 
     Raises:
         DataError: the source cannot be found or read; also raised while records are read.
@@ -124,7 +125,7 @@ def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
     if path.is_dir() and _is_saved(path):
         yield Records([_saved(path, source, spec.split)], seed)
         return
-    about: dict[str, None] = {}  # a set in the order of insertion
+    about: dict[str, None] = {}  # an ordered set
     files = _shards(path, source, spec.split, about) if path.is_dir() else [path]
     packed = any(file.suffix.lower() in _COMPRESSED for file in files)
     with tempfile.TemporaryDirectory(prefix="linearize-") if packed else nullcontext("") as folder:
@@ -140,7 +141,7 @@ def open_records(spec: SourceSpec, *, seed: int) -> Iterator[Records]:
 
 
 def _is_path(source: str) -> bool:
-    """True for a missing source that names a file; Hub ids have one slash at most, and may have dots."""
+    """True if a missing source looks like a path; Hub ids have at most one slash, and may contain dots."""
     path = Path(source)
     if _kind(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return True
@@ -148,7 +149,7 @@ def _is_path(source: str) -> bool:
 
 
 def _kind(path: Path) -> str | None:
-    """The ending that says how a file is read, without that of its compression."""
+    """The file name's ending for the format, without the ending for compression."""
     name = path.name.lower()
     ending = Path(name.removesuffix(next((end for end in _COMPRESSED if name.endswith(end)), ""))).suffix
     return ending if ending in _KINDS else None
@@ -164,8 +165,8 @@ def _check_exists(path: Path, source: str) -> None:
 
 
 def _shards(path: Path, source: str, split: str, about: dict[str, None]) -> list[Path]:
-    """The files of a folder in the order of their names, all of one kind. Files about a data set, such as a README, and
-    other splits are left out; `about` gets the names of both."""
+    """The files of a folder, all of one kind, sorted by name. Skips files about the data set, such as a README, and
+    other splits; adds the names of both to `about`."""
     found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
     files = [file for file in found if not _ABOUT.fullmatch(file.name)]
     files = _of_split(files, source, split)
@@ -187,17 +188,17 @@ def _shards(path: Path, source: str, split: str, about: dict[str, None]) -> list
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, and the number of the others."""
+    """The first names, and the number of further ones."""
     names = list(names)
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return ", ".join(names[:_MOST_SHOWN]) + more
 
 
 def _of_split(files: list[Path], source: str, split: str) -> list[Path]:
-    """Those files of a split whose names say so; all of them where the names tell of one split, or of none."""
+    """The files whose names contain the split; all files if their names contain only one split, or none."""
     words = {file: re.split(r"[-_. 0-9]+", file.name.lower()) for file in files}
     named = {file: next((_SPLITS[word] for word in words[file] if word in _SPLITS), None) for file in files}
-    # A name without a split among others makes the words parts of titles.
+    # If a file name lacks a split, the others' split words may be parts of titles.
     if len({*named.values()}) < 2 or None in named.values():
         return files
     if split not in named.values():
@@ -209,7 +210,7 @@ def _of_split(files: list[Path], source: str, split: str) -> list[Path]:
 def _file_records(
     path: Path, source: str, spec: SourceSpec, unpacked: Path, about: dict[str, None]
 ) -> Sequence[Record]:
-    """The records of a file, which is unpacked to `unpacked` where it is compressed."""
+    """The records of a file; a compressed file is unpacked to `unpacked` first."""
     if not path.is_file():
         raise DataError(f"{source}: not a regular file; give one of {READABLE}")
     kind = _kind(path)
@@ -224,8 +225,9 @@ def _file_records(
         if kind in (".csv", ".tsv"):
             return _csv_records(path, source, "," if kind == ".csv" else "\t", about)
         if kind in _TEXT:
-            text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors put first
-            # Enough of them to hold some out, and long ones where there is much: none is seen beyond its own end.
+            text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark of some editors
+            # Enough parts to hold some out. Parts are long in a long text, because attention does not cross the end of
+            # a part.
             parts = _parts(text, min(max(len(text) // _FEWEST_PARTS, _SHORTEST_PART), _LONGEST_PART))
             return [(source, {"text": part}, number == len(parts)) for number, part in enumerate(parts, 1)]
         return _json_records(path, source, spec, about, lines=kind == ".jsonl")
@@ -264,7 +266,7 @@ def _unpack(path: Path, source: str, unpacked: Path) -> None:
 
 
 class _Lines(Sequence[Record]):
-    """A file of JSON lines, of which only the places of the lines are held."""
+    """A file of JSON lines; only the lines' offsets are in memory."""
 
     def __init__(self, path: Path, source: str) -> None:
         self.path, self.source = path, source
@@ -274,7 +276,7 @@ class _Lines(Sequence[Record]):
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                     line, start = line[3:], 3
-                if len(line) > 4 * LONGEST_RECORD:  # bytes; no character has more than 4
+                if len(line) > 4 * LONGEST_RECORD:  # bytes; a character has at most 4
                     raise _too_long(f"{source}:{number}", len(line))
                 if not line.isspace() and line:
                     self.starts.append(start)
@@ -306,7 +308,7 @@ def _too_long(where: str, size: int) -> DataError:
 def _json_records(
     path: Path, source: str, spec: SourceSpec, about: dict[str, None], *, lines: bool
 ) -> Sequence[Record]:
-    """JSON lines, or the records in one JSON value: an array, an object that holds one, or a single record."""
+    """Read JSON lines, or one JSON value: an array, an object with an array of records, or a single record."""
     broken = None
     try:
         found = _Lines(path, source)
@@ -339,8 +341,8 @@ def _json_records(
 
 
 def _key_of_records(whole: dict[str, Any], spec: SourceSpec) -> str | None:
-    """The key of an object that holds all records of a file: its only list of objects, unless the object is a record or
-    the list a conversation."""
+    """The key of an object's only list of objects; None if the object itself is a record or the list is a
+    conversation."""
     own = {spec.field, *(spec.columns.named.values() if spec.columns else ())}
     known = {*CONVERSATIONS, *(name for must, may in RECORD_SHAPES.values() for name in (*must, *may)), *own}
     lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -349,7 +351,7 @@ def _key_of_records(whole: dict[str, Any], spec: SourceSpec) -> str | None:
 
 
 def _parse(text: str, source: str, line: int) -> Any:
-    """The JSON in `text`, which starts at `line` of the file."""
+    """Parse the JSON in `text`, which starts at `line` of the file."""
     try:
         return json.loads(text, parse_constant=_constant)
     except json.JSONDecodeError as problem:
@@ -359,17 +361,17 @@ def _parse(text: str, source: str, line: int) -> Any:
         ) from problem
     except RecursionError:
         raise DataError(f"{source}:{line}: broken JSON (nested too deeply); mend that line") from None
-    except ValueError as problem:  # more digits than Python reads
+    except ValueError as problem:  # an integer with more digits than Python accepts
         raise DataError(f"{source}:{line}: broken JSON ({str(problem).split(':')[0]}); mend that line") from problem
 
 
 def _constant(name: str) -> float | None:
-    """NaN is null, as pandas writes an empty cell so."""
+    """NaN becomes null, because pandas writes an empty cell as NaN."""
     return None if name == "NaN" else float(name)
 
 
 def _csv_records(path: Path, source: str, usual: str, about: dict[str, None]) -> list[Record]:
-    """The rows of a table under its header, as text; `usual` is the separator that the file's name stands for."""
+    """The rows of a table with a header, as text; `usual` is the separator for the file's ending."""
     csv.field_size_limit(LONGEST_RECORD)
     records: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -400,11 +402,11 @@ def _csv_records(path: Path, source: str, usual: str, about: dict[str, None]) ->
 
 
 def _separator(path: Path, usual: str) -> str:
-    """The separator of a table's cells: `usual`, unless the header is one cell by it, and exactly one other separator
-    splits header and first row into one number of cells."""
+    """The separator of a table's cells. It is `usual`, unless `usual` leaves the header as one cell and exactly one
+    other separator splits the header and the first row into equal numbers of cells."""
     widths: dict[str, list[int]] = {delimiter: [] for delimiter in _SEPARATORS}
     for delimiter, cells in widths.items():
-        # `_csv_records` meets an error of csv again, and says in which row.
+        # `_csv_records` reports an error of csv later, with its row.
         with path.open(encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
             cells.extend(islice((len(row) for row in csv.reader(file, delimiter=delimiter) if row), 2))
     fitting = [delimiter for delimiter, cells in widths.items() if cells[:1] > [1] and len({*cells}) == 1]
@@ -412,7 +414,7 @@ def _separator(path: Path, usual: str) -> str:
 
 
 class _Rows(Sequence[Record]):
-    """The rows of a table, made into Python's own values one by one."""
+    """The rows of a table, converted to Python values on access."""
 
     def __init__(self, source: str, length: int, row: Callable[[int], Any]) -> None:
         self.source, self.length, self.row = source, length, row
@@ -422,7 +424,7 @@ class _Rows(Sequence[Record]):
 
     def __getitem__(self, place: Any) -> Any:
         where = f"{self.source}, row {place + 1}"
-        # Arrow and the decoders of `datasets` raise many kinds.
+        # Arrow and the decoders of `datasets` raise many kinds of exceptions.
         try:
             return where, _without_fill(self.row(place)), True
         except Exception as problem:
@@ -430,8 +432,8 @@ class _Rows(Sequence[Record]):
 
 
 def _without_fill(value: Any, *, within: bool = False) -> Any:
-    """The value without the nulls that Arrow fills in where a key of a nested object is another row's. NaN, an empty
-    cell of pandas, is null."""
+    """Remove the nulls that Arrow adds for keys of nested objects that only other rows have. NaN, an empty cell in
+    pandas, becomes null."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
@@ -455,17 +457,17 @@ def _parquet_records(path: Path, source: str) -> _Rows:
 
 
 def _is_saved(path: Path) -> bool:
-    """True for a folder that `save_to_disk` of `datasets` wrote."""
+    """True for a folder written by `save_to_disk` of `datasets`."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _saved(path: Path, source: str, split: str) -> _Rows:
-    """The rows of a data set that `save_to_disk` wrote; of several splits those of `split`."""
+    """The rows of a data set written by `save_to_disk`; with several splits, those of `split`."""
     import datasets
 
     try:
         saved: Any = datasets.load_from_disk(str(path))
-    except Exception as problem:  # of the library, of Arrow and of JSON
+    except Exception as problem:  # errors of `datasets`, Arrow and JSON
         raise DataError(
             f"{source}: not a readable folder of save_to_disk ({_first_line(problem)}); save it again"
         ) from problem
@@ -479,7 +481,8 @@ def _saved(path: Path, source: str, split: str) -> _Rows:
 
 
 def _parts(text: str, size: int) -> list[str]:
-    """`text` in parts of `size` to `2 * size` characters that begin at a paragraph, else at a line, else at a word."""
+    """Cut `text` into parts of `size` to `2 * size` characters. A part begins at a paragraph, else at a line, else at a
+    word."""
     parts = []
     while len(text) > 2 * size:
         found = (re.compile(gap).search(text, size, 2 * size) for gap in (r"\n[ \t]*\n\s*", r"\n", r"\s"))
@@ -490,7 +493,7 @@ def _parts(text: str, size: int) -> list[str]:
 
 
 def _hub_records(spec: SourceSpec, seed: int) -> Iterator[Record]:
-    """The records of a Hub data set, streamed."""
+    """Stream the records of a Hub data set."""
     import datasets
 
     name = f"{spec.source}/{spec.config}" if spec.config else spec.source
@@ -498,7 +501,7 @@ def _hub_records(spec: SourceSpec, seed: int) -> Iterator[Record]:
         stream = datasets.load_dataset(spec.source, spec.config, split=spec.split, streaming=True)
         for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=HUB_SHUFFLE_BUFFER), 1):
             yield f"{name} {spec.split}, record {number}", _without_fill(record), True
-    # The library, its HTTP client and its readers of a dozen formats all raise their own kinds.
+    # `datasets`, its HTTP client and its file readers each raise their own kinds of exceptions.
     except Exception as problem:
         raise DataError(
             f"{name} (split {spec.split}): no file of that name, and as a Hub data set it cannot be read: "

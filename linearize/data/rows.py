@@ -1,8 +1,8 @@
-"""Rows of tokens to train on, how documents are packed into them, and rows kept in a file.
+"""Rows of tokens to train on: their packing from documents, and their file format.
 
-Rows are packed without padding: documents follow one another, and one that reaches a row's end goes on in the next
-row. Each stretch of one document within one row is a segment; `position_ids` restart at 0 in each, which is what tells
-a model that nothing may be seen across the boundary.
+Rows are packed without padding: documents follow one another, and a document that reaches a row's end continues in the
+next row. A segment is the part of one document within one row. `position_ids` restart at 0 in each segment, which keeps
+attention within a segment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_LOSS = -100
 """The label that cross-entropy ignores."""
 
 Pieces = list[tuple[str, bool]]
-"""Text in order, each piece with whether it carries loss."""
+"""Pieces of text in order, each with True if it carries loss."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Rows:
         return len(self.input_ids)
 
     def __getitem__(self, rows: slice | Tensor) -> Rows:
-        """Some of the rows: a slice, or a tensor of row numbers."""
+        """Select rows by a slice or a tensor of row numbers."""
         return Rows(self.input_ids[rows], self.labels[rows], self.position_ids[rows])
 
     def scored(self) -> Rows:
-        """Those of the rows that carry any loss; all of them where none does."""
+        """The rows with any loss; all rows if none has any."""
         some = (self.labels != NO_LOSS).any(1)
         return self[some] if bool(some.any()) else self
 
     @staticmethod
     def joined(parts: list[Rows]) -> Rows:
-        """The rows of all parts, one after another."""
+        """Concatenate the rows of all parts."""
         of = zip(*((part.input_ids, part.labels, part.position_ids) for part in parts), strict=True)
         return Rows(*(tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in of))
 
@@ -66,26 +66,26 @@ class Rows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows to train on and rows kept apart for evaluation; no document is in both."""
+    """Training rows and held-out rows; they share no document."""
 
     train: Rows
     held_out: Rows
     source: str
-    """The names of its sources, for a person."""
+    """The names of its sources, for messages."""
     documents: int
-    """Documents that were read for these rows, on both sides."""
+    """Number of documents that were read, training and held-out."""
     seconds: float
 
 
 class Document(NamedTuple):
-    """Token ids, and for each whether it carries loss."""
+    """Token ids, and a loss mask."""
 
     ids: Any
     loss: Any
 
 
 def pack(documents: Iterable[Document], length: int) -> Rows:
-    """Documents one after another in rows of `length` tokens; what does not fill a last row is dropped."""
+    """Pack documents into rows of `length` tokens; an incomplete last row is dropped."""
     documents = list(documents)
     total = sum(len(d.ids) for d in documents) // length * length
     ids = _flat([d.ids for d in documents], torch.int64)[:total]
@@ -105,8 +105,7 @@ def _flat(parts: list[Any], dtype: torch.dtype) -> Tensor:
 
 
 def save_data(data: TrainingData, path: Path) -> None:
-    """Keeps `data` in a file, at once or not at all: a run that is resumed trains on the same rows whatever has become
-    of their source."""
+    """Write `data` to a file atomically. A resumed run trains on the same rows even if their source has changed."""
     tensors = {}
     for side, rows in (("train", data.train), ("held_out", data.held_out)):
         tensors[f"{side}.input_ids"] = rows.input_ids.to(torch.int32)
@@ -118,7 +117,7 @@ def save_data(data: TrainingData, path: Path) -> None:
 
 
 def read_data(path: Path) -> TrainingData:
-    """Reads the file that `save_data` wrote."""
+    """Read a file written by `save_data`."""
     sides = {}
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])

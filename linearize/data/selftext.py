@@ -1,8 +1,9 @@
-"""Training text that the teacher writes itself, so that no data set has to be found, licensed or downloaded.
+"""Training text written by the teacher itself, so no data set has to be found, licensed or downloaded.
 
-A plain language model writes from its start token. A chat model spends half of the tokens on conversations, the Magpie
-way (arXiv 2406.08464): it is given its template up to the start of a user turn, writes the user's question itself, then
-answers it. Sampling is pure (no top-k, no top-p): the text follows the distribution that the student has to match.
+A plain language model writes from its start token. A chat model spends half of the tokens on conversations with the
+Magpie method (arXiv 2406.08464): given its template up to the start of a user turn, it writes the user's question, then
+the answer. Sampling is pure (no top-k, no top-p), because the text has to follow the distribution that the student
+learns.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2
-"""Part of the cache key: raise it whenever the same arguments would give other text."""
+"""Part of the cache key: increase it when the same arguments give another text."""
 
 SHORTEST_QUESTION = 16
-"""A chat template that leaves fewer tokens than this for the question is not used."""
+"""A chat template is not used if it leaves fewer tokens than this for the question."""
 LONGEST_QUESTION = 128
-"""One that is not over by then is dropped: the few long ones would keep the whole batch waiting."""
+"""A longer question is dropped, because a few long ones would delay the whole batch."""
 
 _EMPTY_BATCHES = 3
 _SECONDS_BETWEEN_REPORTS = 5.0
@@ -47,7 +48,7 @@ _PLACEHOLDER = "placeholder"
 
 
 class ChatPieces(NamedTuple):
-    """The token ids that a chat template puts before the user's text, and after it up to where the answer starts."""
+    """Token ids of a chat template before the user's text, and after it up to the start of the answer."""
 
     before: list[int]
     after: list[int]
@@ -64,16 +65,16 @@ def self_written_documents(
     batch_size: int = 64,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[list[int]]:
-    """Documents written by `teacher`: token ids, `tokens` of them in all, none longer than `sample_length`.
+    """Documents written by `teacher`: token ids, `tokens` in total, at most `sample_length` per document.
 
-    Each document starts with what the teacher was given (its start token, or the chat template's opening) and ends with
-    the end token that it wrote, unless its length ran out. The same arguments give the same documents; they are kept in
-    `cache_folder()/self-text` under a key made of all of them and of the weights themselves. `batch_size` is the number
-    of documents written at once: more is faster (SmolLM2-135M on one CPU core, after 60 tokens: 100 tokens/s at 16, 193
-    at 64, 209 at 128) and takes more memory.
+    Each document starts with the given tokens (the start token, or the chat template's opening) and ends with the end
+    token, unless it reaches the maximum length. The same arguments give the same documents; they are cached in
+    `cache_folder()/self-text` under a key of all arguments and the weights. `batch_size` is the number of documents
+    written at once: more is faster (SmolLM2-135M on one CPU core, after 60 tokens: 100 tokens/s at 16, 193 at 64, 209
+    at 128) and takes more memory.
 
     Raises:
-        ModelError: the teacher has no token to start from, or ends every text at once.
+        ModelError: the teacher has no start token, or ends every text immediately.
     """
     limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     sample_length = min(sample_length, limit or sample_length)
@@ -81,7 +82,7 @@ def self_written_documents(
     ends = teacher.generation_config.eos_token_id
     key = json.dumps([FORMAT_VERSION, *sampling, ends, fingerprint(teacher), tokenizer_fingerprint(tokenizer)])
     path = cache_folder() / "self-text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    cache.limit()  # a limit that is no size is refused before any work
+    cache.limit()  # raises for a malformed limit before any work
     kept = _read(path)
     if kept is not None:
         cache.used(path)
@@ -92,7 +93,7 @@ def self_written_documents(
         chat = chat_pieces(tokenizer)
         conversations = writer.conversations(chat, tokens // 2) if chat else []
         documents = conversations + writer.texts(tokens - sum(map(len, conversations)))
-    random.Random(seed).shuffle(documents)  # noqa: S311 - an order, not a secret
+    random.Random(seed).shuffle(documents)  # noqa: S311 - a shuffle, not a secret
     try:
         _write(path, documents)
         cache.make_room(path, progress)
@@ -102,7 +103,7 @@ def self_written_documents(
 
 
 class _Pace(StoppingCriteria):
-    """Counts the tokens as they are sampled, reports the speed, and stops a batch when a quarter of it is over."""
+    """Counts sampled tokens, reports the speed, and stops a batch once a quarter of its rows have ended."""
 
     def __init__(self, wanted: int, progress: Callable[[str], None]) -> None:
         self.wanted, self.progress = wanted, progress
@@ -112,7 +113,7 @@ class _Pace(StoppingCriteria):
         self.over: Tensor | None = None
 
     def start(self, given: int, ends: list[int]) -> None:
-        """A new batch: `given` tokens of its documents exist, and its rows are over at any of `ends`."""
+        """Start a batch: its documents have `given` tokens, and a row ends at any of `ends`."""
         self.batch, self.ends, self.over = given, torch.tensor(ends), None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
@@ -125,7 +126,8 @@ class _Pace(StoppingCriteria):
         return torch.full((len(input_ids),), live <= len(input_ids) * 3 // 4, device=input_ids.device)
 
     def report(self, written: int) -> None:
-        """Report progress: `written` tokens exist. Part of a batch is dropped at its end, so the most counts."""
+        """Report progress at `written` tokens. The number can fall at the end of a batch, because part of it is
+        dropped, so the maximum is reported."""
         written = self.told = max(self.told, written)
         self.reported = time.monotonic()
         speed = written / max(self.reported - self.started, 1e-3)
@@ -136,7 +138,7 @@ class _Pace(StoppingCriteria):
 
 
 class _Writer:
-    """Samples documents in batches until a number of tokens is reached; works inside `_sampling` only."""
+    """Samples documents in batches until a number of tokens is reached; use it only inside `_sampling`."""
 
     def __init__(
         self,
@@ -150,13 +152,13 @@ class _Writer:
         self.teacher, self.sample_length, self.batch_size, self.pace = teacher, sample_length, batch_size, pace
         self.temperature = temperature
         self.start = start_token(tokenizer)
-        # A text is over at the model's own end tokens, and at the start of the next one (a separator of web texts).
+        # A text ends at the model's own end tokens, and at the start token of the next text (a separator of web texts).
         own = teacher.generation_config.eos_token_id
         own = own if isinstance(own, list) else [own]
         self.ends = sorted({i for i in [*own, tokenizer.eos_token_id, self.start] if i is not None})
 
     def texts(self, wanted: int) -> list[list[int]]:
-        """Documents from the start token alone, `wanted` tokens in all."""
+        """Write documents from the start token, `wanted` tokens in total."""
 
         def batch(rows: int) -> list[list[int]]:
             prompts = [[self.start]] * rows
@@ -172,7 +174,7 @@ class _Writer:
         return documents
 
     def conversations(self, chat: ChatPieces, wanted: int) -> list[list[int]]:
-        """Questions with their answers, `wanted` tokens in all; fewer, or none, if the teacher writes no questions."""
+        """Write questions and answers, `wanted` tokens in total; fewer or none if the teacher writes no questions."""
         room = min(LONGEST_QUESTION, (self.sample_length - len(chat.before) - len(chat.after)) // 2)
         if room < SHORTEST_QUESTION:
             return []
@@ -180,7 +182,7 @@ class _Writer:
 
         def batch(rows: int) -> list[list[int]]:
             questions = self._continue([chat.before] * rows, room, turn_ends)
-            # An answer to half a question, cut off by its length, would be no example of anything.
+            # Drop questions that were cut off by the length limit, because their answers are no examples.
             finished = [q[:-1] for q in questions if len(q) > 1 and q[-1] in turn_ends]
             prompts = [chat.before + question + chat.after for question in finished]
             if not prompts:
@@ -191,11 +193,12 @@ class _Writer:
         return self._fill(wanted, batch)
 
     def _fill(self, wanted: int, batch: Callable[[int], list[list[int]]]) -> list[list[int]]:
-        """Batches until `wanted` tokens are there, the last document cut to fit; less if batches come back empty."""
+        """Run batches until `wanted` tokens exist and cut the last document to fit; fewer tokens if batches come back
+        empty."""
         documents: list[list[int]] = []
         missing, empty = wanted, 0
         while missing > 0 and empty < _EMPTY_BATCHES:
-            # Near the end fewer rows do: as many as the documents so far say, with a third to spare.
+            # The last batches need fewer rows: estimate their number from the mean document length, plus a third.
             typical = (wanted - missing) / len(documents) if documents else self.sample_length
             rows = self.batch_size if empty else min(self.batch_size, int(missing / typical * 4 / 3) + 1)
             self.pace.most = self.pace.kept + missing
@@ -210,10 +213,10 @@ class _Writer:
         return documents
 
     def _continue(self, prompts: list[list[int]], new_tokens: int, ends: list[int]) -> list[list[int]]:
-        """What follows each prompt: at most `new_tokens` ids, the last one in `ends` if the teacher came to an end.
+        """Continue each prompt by at most `new_tokens` ids; the last id is in `ends` if the teacher ended the text.
 
-        generate() goes on computing rows that are over until the longest is. So each time a quarter of them are, they
-        leave the batch and its cache, and the others go on.
+        `generate()` computes ended rows until the longest row ends. So each time a quarter of the rows have ended, they
+        are removed from the batch and the cache.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         live, room = list(range(len(prompts))), new_tokens
@@ -239,7 +242,7 @@ class _Writer:
         return answers
 
     def _generate(self, ids: Tensor, mask: Tensor, cache: DynamicCache, new_tokens: int, ends: list[int]) -> Tensor:
-        """One call of generate(), which goes on from `cache`: `ids` and what it adds, filled up after an end."""
+        """One call of `generate()` that continues `cache`: returns `ids` and the new ids, padded after an end."""
         out: Tensor = self.teacher.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -258,15 +261,15 @@ class _Writer:
 
 
 def _up_to_end(row: list[int], ends: list[int]) -> list[int]:
-    """`row` up to and with its first id in `ends`."""
+    """`row` up to and including its first id in `ends`."""
     return next((row[: place + 1] for place, token in enumerate(row) if token in ends), row)
 
 
 def chat_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces | None:
-    """The tokens around a user's text, found by rendering the chat template; None if the template cannot be cut there.
+    """Find the tokens around a user's text by rendering the chat template; None if the template cannot be cut there.
 
-    It can be cut if the text appears once, as given, and is followed by a special token: that is what tells where the
-    question that the model writes is over.
+    It can be cut if the text appears once, unchanged, and a special token follows it, because this token ends the
+    question that the model writes.
     """
     if not tokenizer.chat_template:
         return None
@@ -280,10 +283,10 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces | None:
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token after which the model expects an unrelated text to begin.
+    """The token after which the model expects an unrelated text.
 
-    That is BOS, or EOS where there is none; but where these also mark the turns of a chat (SmolLM2's BOS opens each of
-    them), the first special token that does not, which is then the separator of the pretraining text.
+    It is BOS, or EOS without a BOS. If these also mark the turns of a chat (SmolLM2's BOS opens each turn), it is the
+    first special token that does not, the separator of the pretraining text.
     """
     turns: list[int] = []
     if tokenizer.chat_template:
@@ -296,14 +299,15 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
         raise ModelError(
             "the tokenizer has no special token from which the model could start to write: use a data file"
         )
-    # A BOS that opens the whole conversation occurs once; a marker of turns more often.
+    # A BOS that opens the conversation occurs once; a marker of turns occurs more often.
     return next((i for i in present if turns.count(i) < 2), present[0])
 
 
 @contextmanager
 def _sampling(teacher: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Seeded, in eval mode, with a bare generation config: the model's own may hold a top-p or a repetition penalty."""
-    # A lazy import: it loads transformers' models, and reading data needs none of them.
+    """Seed the generators, set eval mode, and use a bare generation config, because the model's own may set a top-p or
+    a repetition penalty."""
+    # A lazy import, because it imports transformers' models, which reading data does not need.
     from linearize.data.writing import grouped_attention
 
     was_training, own = teacher.training, teacher.generation_config
@@ -311,7 +315,7 @@ def _sampling(teacher: PreTrainedModel, seed: int) -> Iterator[None]:
     bare.eos_token_id = copy.copy(own.eos_token_id)
     teacher.generation_config = bare
     teacher.eval()
-    # generate() takes no torch.Generator, so the global one is seeded, and put back afterwards.
+    # `generate()` accepts no `torch.Generator`, so seed the global one and restore it afterwards.
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         try:
@@ -323,8 +327,9 @@ def _sampling(teacher: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 def _read(path: Path) -> list[list[int]] | None:
-    """The documents in `path`; None if it is missing or damaged: it can be written again."""
-    # safetensors raises its own class, which is no OSError, for a torn file; a wrong length makes `split` raise.
+    """Read the documents in `path`; None if the file is missing or damaged, because it can be written again."""
+    # For a damaged file safetensors raises its own exception, which is not an OSError; `split` raises for a wrong
+    # length.
     with suppress(Exception):
         stored = load_file(path)
         return [part.tolist() for part in stored["tokens"].split(stored["lengths"].tolist())]
@@ -332,8 +337,8 @@ def _read(path: Path) -> list[list[int]] | None:
 
 
 def _write(path: Path, documents: list[list[int]]) -> None:
-    """Keep `documents`, at once or not at all."""
+    """Write `documents` atomically."""
     flat = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
-    with claimed(path, wait=True), staged_file(path) as staging:  # another run may be writing the very same
+    with claimed(path, wait=True), staged_file(path) as staging:  # another run may be writing the same file
         save_file({"tokens": torch.tensor(flat, dtype=torch.int32), "lengths": torch.tensor(lengths)}, staging)

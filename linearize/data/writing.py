@@ -1,8 +1,8 @@
-"""A transformer that writes many rows at once on what it already has: a cache with room to grow, and attention that
-reads keys and values where they lie. The same numbers come out, bit for bit.
+"""Fast batch generation with a transformer: a cache with spare room, and attention without repeated keys and values.
+The results are bitwise equal to transformers' own.
 
-transformers' own cache copies all of itself for every token, and its attention repeats keys and values for the query
-heads of a group. With 64 rows of 300 tokens that is most of a step.
+transformers' own cache copies itself for every token, and its attention repeats keys and values for the query heads of
+a group. With 64 rows of 300 tokens this takes most of a step.
 
 Dimensions: B rows, H query heads, K key/value heads, T tokens, D width of a head.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PLAIN, _GROUPED = "sdpa", "linearize_grouped"
-# Tokens by which a cache grows.
+# Spare tokens added when a cache is full.
 _BLOCK = 128
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache for `model`, whose layers over all tokens have room for the next ones."""
+    """An empty cache for `model`; its full-attention layers allocate room for further tokens."""
     cache = DynamicCache(config=model.config.get_text_config())
     cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -38,7 +38,7 @@ def growing_cache(model: PreTrainedModel) -> DynamicCache:
 
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model whose attention is torch's multiplies one query of all heads of a group at once."""
+    """A context in which a model with torch attention multiplies one query of all heads in a group at once."""
     if model.config._attn_implementation != _PLAIN:
         yield
         return
@@ -50,10 +50,10 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values are views of the first T places of longer tensors.
+    """A cache layer whose keys and values are views of the first T tokens of longer tensors.
 
     Attributes:
-        held: those tensors, `[B, K, T + room, D]` each.
+        held: these tensors, `[B, K, T + room, D]` each.
     """
 
     keys: Tensor
@@ -67,7 +67,7 @@ class _GrowingLayer(DynamicLayer):
             return self.keys, self.values
         after = before + key_states.shape[-2]
         held = self.held
-        # Where rows were chosen, or the like, keys and values are tensors of their own again.
+        # Keys and values are separate tensors after an operation such as row selection.
         ours = held is not None and self.keys.data_ptr() == held[0].data_ptr() and len(self.keys) == len(held[0])
         if held is None or not ours or held[0].shape[-2] < after:
             room = -(-after // _BLOCK) * _BLOCK

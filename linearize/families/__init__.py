@@ -1,6 +1,6 @@
-"""Table of families: each names the query, key, value and output projections of its architectures.
+"""The table of families: each names the query, key, value and output projections of its architectures.
 
-A family is a small file that subclasses `Family` and an entry below. Nothing else in the package knows architectures.
+A new family is a small file that subclasses `Family`, and an entry below. No other room depends on an architecture.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def family_of(config: Any) -> Family:
     """The family of a base configuration.
 
     Raises:
-        ValueError: no family covers it, or the family refuses this configuration.
+        ValueError: no family covers the configuration, or the family refuses it.
     """
     model_type = getattr(config, "model_type", "unknown")
     if model_type not in FAMILIES:
@@ -59,7 +59,7 @@ def family_of(config: Any) -> Family:
     return family
 
 
-# Architectures, or parts of them, that keep a state instead of a cache.
+# Parts of the names of architectures and layers that keep a state instead of a cache.
 _LINEAR = ("mamba", "rwkv", "xlstm", "recurrent", "rnn", "ssm", "linear", "conv")
 
 

@@ -19,12 +19,12 @@ class AttentionLayer:
     """One layer's attention, apart from its weights.
 
     Attributes:
-        query_heads, key_value_heads: H and K; H / K query heads share a key/value head, neighbours together.
+        query_heads, key_value_heads: H and K; groups of H / K neighbouring query heads share a key/value head.
         key_width, value_width: D and V, per head.
-        scale: multiplies q·k.
-        softcap: scores become `softcap * tanh(scores / softcap)`.
-        window: latest tokens that the layer sees, the current one included; None means all.
-        rotary: whether queries and keys are turned by the model's rotary positions.
+        scale: the factor of q·k.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None means no cap.
+        window: the number of last tokens that the layer attends to, the current one included; None means all.
+        rotary: True if queries and keys get the model's rotary positions.
     """
 
     query_heads: int
@@ -38,7 +38,7 @@ class AttentionLayer:
 
     @property
     def flops_per_key(self) -> int:
-        """Floating-point operations of softmax attention per token and key that it sees, all query heads together: a
+        """Floating-point operations of softmax attention per token and visible key, all query heads together: a
         multiply-add (2) for each channel of the key and of the value."""
         return 2 * self.query_heads * (self.key_width + self.value_width)
 
@@ -48,7 +48,7 @@ class Projections(NamedTuple):
 
     Attributes:
         q, k, v: `[B, T, H, D]`, `[B, T, K, D]`, `[B, T, K, V]`, with biases and q/k norms, without positions.
-        q_rotated, k_rotated: q and k with the family's position encoding; the same tensors where it has none.
+        q_rotated, k_rotated: q and k with the family's position encoding; the same tensors if it has none.
     """
 
     q: Tensor
@@ -62,11 +62,11 @@ class Family(ABC):
     """One architecture; stateless.
 
     Attributes:
-        model_types: the `model_type`s of transformers configurations that it covers.
-        blocks: where in the model the list of layers is.
+        model_types: the `model_type`s of its transformers configurations.
+        blocks: the path of the list of layers in the model.
         attention: the name of the attention module in a layer.
-        projections: the short names that recipes use for linear modules, and what the modules' names end in. Where one
-            module makes queries, keys and values, all three stand for it.
+        projections: short names of linear modules, used in recipes -> the ends of the modules' names. If one module
+            computes queries, keys and values, all three map to it.
     """
 
     name: ClassVar[str]
@@ -84,7 +84,7 @@ class Family(ABC):
     }
 
     def refusal(self, config: Any) -> str | None:
-        """Why a model of this configuration cannot be converted, in a few words; None where it can."""
+        """The reason why a model of this configuration cannot be converted, in a few words; None if it can."""
         return None
 
     @abstractmethod
@@ -94,10 +94,10 @@ class Family(ABC):
     @abstractmethod
     def project(self, attention: Any, layer: AttentionLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T, H, D]`, k `[B, T, K, D]` and v `[B, T, K, V]` of `hidden_states` `[B, T, width]`: with biases and
-        q/k norms, without positions. `attention` has the submodules of the family's own attention module."""
+        q/k norms, without positions. `attention` has the submodules of the family's attention module."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Positions on `x` `[B, T, heads, D]`, as the model's rotary table `[B or 1, T, R]` says, R <= D."""
+        """`x` `[B, T, heads, D]` with the positions of the rotary table cos, sin `[B or 1, T, R]`, R <= D."""
         return rotate_halves(x, cos, sin)
 
     def output(self, attention: Any, heads: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Family(ABC):
         return [self.layer(config, index) for index in range(config.num_hidden_layers)]
 
     def attention_modules(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
-        """For each layer the module that owns the attention, and the attention's name in it."""
+        """For each layer the module that owns the attention, and the attention's attribute name in it."""
         blocks: Any = model.get_submodule(self.blocks)
         return [(block, self.attention) for block in blocks]
 
@@ -127,15 +127,15 @@ def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     ):
         whole = _side_by_side(modules)
         if whole is not None:
-            # Of two dimensions a product takes its operands as they are.
+            # With 2-d operands the product needs no reshape.
             projected = product(x.view(-1, x.shape[2]), whole).view(x.shape[0], 1, -1)
             return list(projected.split([module.out_features for module in modules], -1))
     return [module(x) for module in modules]
 
 
 def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
-    """The weights of linear layers as one matrix, which they are made views of: nothing is held twice. None where a
-    module is more than its weight, such as one with a bias, an adapter or a hook."""
+    """The weights of linear layers as one matrix; the layers' weights become views of it, so memory holds them once.
+    None if a module is more than its weight, for example one with a bias, an adapter or a hook."""
     for module in modules:
         if not is_plain(module) or module.bias is not None or module._forward_hooks or module._forward_pre_hooks:
             return None
@@ -155,7 +155,7 @@ def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
         return joint
     if any(weight.is_shared() or weight.shape[1] != width or weight.dtype != first.dtype for weight in weights):
         return None
-    if first.is_inference():  # made in inference mode, where it cannot be made a view of what is usable outside
+    if first.is_inference():  # an inference tensor cannot become a view of a normal tensor
         return None
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.cat([weight.detach() for weight in weights])
@@ -172,7 +172,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rotate_halves`, channel 2i paired with 2i + 1; cos, sin `[B or 1, T, R]` say everything twice in a row."""
+    """As `rotate_halves`, with channel 2i paired with 2i + 1; cos, sin `[B or 1, T, R]` repeat each value twice."""
     first, second = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
     return _rotate(x, torch.stack((-second, first), dim=-1).flatten(-2), cos, sin)
 
@@ -185,7 +185,7 @@ def _rotate(x: Tensor, partner: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def head_width(config: Any) -> int:
-    """`head_dim` where the configuration has one, else the model's width split evenly."""
+    """`head_dim` if the configuration has it, otherwise the model's width divided by the number of heads."""
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return width
 

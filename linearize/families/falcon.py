@@ -30,7 +30,7 @@ class Falcon(Family):
     def layer(self, config: Any, index: int) -> AttentionLayer:
         heads, width = config.num_attention_heads, config.head_dim
         groups = config.num_kv_heads
-        if not config.new_decoder_architecture:  # its number is not read then
+        if not config.new_decoder_architecture:  # transformers then ignores num_kv_heads
             groups = 1 if config.multi_query else heads
         return AttentionLayer(heads, groups, width, width, width**-0.5)
 

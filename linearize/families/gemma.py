@@ -33,11 +33,11 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """q/k norms instead of the cap, and another rotary base in sliding layers (the model passes each its own)."""
+    """q/k norms instead of the cap, and another rotary base in sliding layers (each layer gets its table)."""
 
     name: ClassVar[str] = "gemma3"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
 
     def layer(self, config: Any, index: int) -> AttentionLayer:
-        # The configuration still has a cap, which transformers' model does not apply.
+        # The configuration has a cap, but transformers does not apply it.
         return replace(super().layer(config, index), softcap=None)

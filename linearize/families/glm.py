@@ -17,6 +17,6 @@ class Glm(Llama):
     projections: ClassVar[dict[str, str]] = Llama.projections | dict.fromkeys(("gate", "up"), "gate_up_proj")
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # The table is laid out for halves.
+        # transformers' table has the layout for halves.
         cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
         return rotate_pairs(x, cos, sin)

@@ -15,7 +15,7 @@ class GPT2(Family):
     model_types: ClassVar[tuple[str, ...]] = ("gpt2",)
     blocks: ClassVar[str] = "transformer.h"
     attention: ClassVar[str] = "attn"
-    # The MLP has a `c_proj` too.
+    # The path is needed, because the MLP has a `c_proj` too.
     projections: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("q", "k", "v"), "attn.c_attn"),
         "o": "attn.c_proj",
@@ -40,6 +40,6 @@ class GPT2(Family):
         return q, k, v
 
     def output(self, attention: Any, heads: Tensor) -> Tensor:
-        # GPT-2's own linear module makes a view of its input, which heads that were cut to length do not allow.
+        # GPT-2's linear module calls `view` on its input, which fails on non-contiguous heads.
         projected: Tensor = attention.resid_dropout(attention.c_proj(heads.flatten(2).contiguous()))
         return projected

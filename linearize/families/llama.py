@@ -1,4 +1,4 @@
-"""Llama and the families laid out like it: four projections, full rotary positions, biases and q/k norms kept."""
+"""Llama and the families with its layout: four projections, full rotary positions, optional biases and q/k norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Llama(Family):
-    """Layers slide where `layer_types` says so."""
+    """Layers have a sliding window where `layer_types` has one."""
 
     name: ClassVar[str] = "llama"
     model_types: ClassVar[tuple[str, ...]] = ("llama", "ministral", "qwen2", "qwen2_moe", "qwen3")
@@ -62,7 +62,7 @@ class Starcoder2(Mistral):
 
 
 class Granite(Llama):
-    """The scale is a number of the configuration."""
+    """The configuration gives the scale."""
 
     name: ClassVar[str] = "granite"
     model_types: ClassVar[tuple[str, ...]] = ("granite", "granitemoe")

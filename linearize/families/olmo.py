@@ -21,7 +21,7 @@ class Olmo(Llama):
 
 
 class Olmo2(Llama):
-    """OLMo 3 adds sliding layers with rotary positions of their own (the model passes each its own)."""
+    """OLMo 3 adds sliding layers with their own rotary positions (each layer gets its table)."""
 
     name: ClassVar[str] = "olmo2"
     model_types: ClassVar[tuple[str, ...]] = ("olmo2", "olmo3")

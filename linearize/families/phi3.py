@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Phi3(Mistral):
-    """The model itself picks the rotary table by the length, so what is passed to the layer is the right one."""
+    """The model selects the rotary table by the length and passes it to the layer."""
 
     name: ClassVar[str] = "phi3"
     model_types: ClassVar[tuple[str, ...]] = ("phi3",)

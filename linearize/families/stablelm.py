@@ -18,7 +18,7 @@ class StableLm(Llama):
 
     def project(self, attention: Any, layer: AttentionLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(attention, layer, hidden_states)
-        if hasattr(attention, "q_layernorm"):  # StableLM's are one module per head and want heads before tokens
+        if hasattr(attention, "q_layernorm"):  # StableLM's norms are one module per head, with heads before tokens
             q = attention.q_layernorm(q.transpose(1, 2)).transpose(1, 2)
             k = attention.k_layernorm(k.transpose(1, 2)).transpose(1, 2)
         return q, k, v

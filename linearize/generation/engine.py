@@ -1,9 +1,9 @@
-"""Decoding of a converted model: what `generate` of transformers does, without its work between the tokens.
+"""Decode with a converted model: the loop of transformers' `generate`, without its per-token Python overhead.
 
-A converted model's memory has a fixed size, so a step is the same kernels on the same buffers whatever the length of
-the text. On a GPU it is recorded once for a batch size as a CUDA graph and replayed for every token: no Python, no
-launches one by one, and the host, which hears of a token while later steps run, is waited for by nobody. Elsewhere, and
-for models that keep softmax over the whole past, the same step runs call by call.
+A converted model's memory has a fixed size, so each step runs the same kernels on the same buffers, however long the
+text is. On a GPU a step is recorded once per batch size as a CUDA graph and replayed for every token. A replay has no
+Python and no separate kernel launches, and the host reads a token while later steps run, so no step waits for the host.
+On other devices, and for models that keep softmax over the whole past, the same step runs eagerly.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     from linearize.generation.sampling import Sampling
 
-# Steps that a GPU is given before the host has seen what the earliest of them wrote.
+# Steps that the host launches ahead of the oldest token that it has not read yet.
 _AHEAD = 3
 _WARM_UP = 3
 _LOG = logging.getLogger("linearize")
 
 
 class Recorder(Protocol):
-    """Records work on fixed buffers and returns a function that replays it."""
+    """Record work on fixed buffers and return a function that replays it."""
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]: ...
 
@@ -48,8 +48,8 @@ class Written:
     """The generated tokens.
 
     Attributes:
-        tokens: `[B, N]`, with pads where a row had ended.
-        state: after them, if it was asked for: of each row up to its own last token.
+        tokens: `[B, N]`, padded after the end of a row.
+        state: the state after the tokens, each row up to its own last token; None if `keep` was False.
     """
 
     tokens: Tensor
@@ -57,7 +57,7 @@ class Written:
 
 
 class CudaGraphs:
-    """Records work as CUDA graphs, which share their scratch memory: they are replayed one after the other."""
+    """Record work as CUDA graphs. The graphs share scratch memory, so only one may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
@@ -71,7 +71,7 @@ class CudaGraphs:
         side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):  # kernels are compiled and tried, and libraries choose theirs
+            for _ in range(_WARM_UP):  # triton compiles and checks kernels; cuBLAS picks its own
                 work()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -83,17 +83,17 @@ class CudaGraphs:
 
 @dataclass
 class _Rows:
-    """The fixed buffers of B rows: all that a step reads and writes beside the weights.
+    """The fixed buffers of B rows: all tensors that a step reads and writes, except the weights.
 
     Attributes:
-        state: the memories, and the last tokens, which are read next.
-        alive: `[B, 1, 1, 1]` 1 where the row goes on; what forward takes as its mask.
+        state: the memories, and the last tokens, which the next step reads.
+        alive: `[B, 1, 1, 1]` 1 for rows that go on; the attention mask of the step.
         logits: `[B, vocabulary]`, float32.
-        told: `[2, B]` for the host: the new tokens, and whether their rows go on.
-        there: `[B, vocabulary]` tokens that were there before; made where repetition is penalised.
-        ends: by rule the tokens that end a row; kept, for what was recorded reads them where they are.
-        recorded: what to replay, by what it does.
-        weights: where the weights were while it was recorded.
+        told: `[2, B]` the step's output for the host: the new tokens, and 1 for rows that go on.
+        there: `[B, vocabulary]` True for tokens that already occurred; only allocated for a repetition penalty.
+        ends: rule -> end tokens; kept because recorded graphs read these tensors by address.
+        recorded: part of a step -> its replay function.
+        weights: addresses of the weights at recording time.
     """
 
     state: State
@@ -116,13 +116,13 @@ class _Rows:
         )
 
     def forward(self, model: Any, *, masked: bool) -> None:
-        """Reads the last tokens; where `masked`, only of rows that go on."""
+        """Feed the last tokens to the model; if `masked`, only of rows that go on."""
         mask = self.alive if masked else None
         out = model(input_ids=self.state.last, attention_mask=mask, past_key_values=self.state.cache, use_cache=True)
         self.logits.copy_(out.logits[:, -1])
 
     def choose(self, sampling: Sampling) -> None:
-        """Picks the next tokens, and ends rows."""
+        """Sample the next tokens, and mark rows that end."""
         ends, last, alive = self.ends[sampling], self.state.last, self.alive.view(-1)
         goes_on = alive > 0
         new = sampling.choose(self.logits, self.there if sampling.repetition_penalty != 1 else None, last)
@@ -134,16 +134,16 @@ class _Rows:
         self.told[1] = alive
 
 
-# Of the batch size that a model was used with last. Whoever writes takes them away meanwhile, so that nobody else does.
+# Buffers of the last batch size of each model. A running generation pops its buffers, so no other call can reuse them.
 _ROWS: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
 
 
 class Engine:
-    """Writes with a converted model.
+    """Generate text with a converted model.
 
     Args:
-        model: also inside a `PeftModel`.
-        recorder: records a step; by default CUDA graphs on a GPU and nothing elsewhere.
+        model: a converted model, or a `PeftModel` around one.
+        recorder: records a step; by default CUDA graphs if all weights are on one GPU, else none.
     """
 
     def __init__(self, model: Any, recorder: Recorder | None = None) -> None:
@@ -161,27 +161,27 @@ class Engine:
         write: Callable[[Tensor], None] | None = None,
         keep: bool = False,
     ) -> Written:
-        """Continues B texts; none beyond the last position that the model has learned, where it has learned positions.
+        """Continue B texts. A text stops at the model's last learned position, if it has learned positions.
 
         Args:
-            input_ids, attention_mask: `[B, T]` what to read first, see `State.read`; may be left out with a state.
-            state: what came before; it is not changed.
-            owned: the state may be changed after all, which saves a copy.
-            write: is called with the new tokens `[B]` of each step, on the CPU, as soon as they are there.
-            keep: whether to return the state after what was written.
+            input_ids, attention_mask: `[B, T]` the prompt, see `State.read`; optional with a state.
+            state: the state to continue; it is not changed.
+            owned: `state` may be changed, which saves a copy.
+            write: called with each step's new tokens `[B]`, on the CPU.
+            keep: return the state after the new tokens.
 
         Raises:
-            DataError, StateError: see `State.read`; also where a text needs more positions than the model has learned.
+            DataError, StateError: see `State.read`; also if a text needs more positions than the model has learned.
         """
         sampling = self._within_positions(sampling, input_ids, attention_mask, state)
-        # Buffers must outlive an inference mode of the caller's.
+        # Buffers outlive the caller's inference mode, so create them outside of it.
         with _on(self.device), torch.inference_mode(False), torch.no_grad():
             rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
             with torch.inference_mode():
                 tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready)
             after = rows.state if keep else None
             if recorded is not None:
-                recount(rows.state.layers)  # replayed steps told the device alone
+                recount(rows.state.layers)  # replayed steps update the counts only on the device
                 after = rows.state.fork() if keep else None
                 _ROWS[self.model] = rows
             return Written(tokens.to(self.device), after)
@@ -189,7 +189,7 @@ class Engine:
     def _within_positions(
         self, sampling: Sampling, input_ids: Tensor | None, attention_mask: Tensor | None, state: State | None
     ) -> Sampling:
-        """Lowers `sampling.max_new_tokens` to what the model has learned positions for."""
+        """Limit `sampling.max_new_tokens` to the model's learned positions."""
         learned = learned_positions(self.model)
         if learned is None:
             return sampling
@@ -203,7 +203,7 @@ class Engine:
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, learned - longest))
 
     def forget(self) -> None:
-        """Gives back the buffers that are kept for the next text."""
+        """Free the buffers kept for the next text."""
         _ROWS.pop(self.model, None)
 
     def _placed(
@@ -215,16 +215,17 @@ class Engine:
         *,
         owned: bool,
     ) -> tuple[_Rows, list[Callable[[], None]] | None, bool]:
-        """Buffers with the text read, what was recorded on them, and whether they have the logits after the text."""
+        """Read the prompt. Returns the buffers, the recorded step, and True if the buffers hold the prompt's last
+        logits."""
         ids = input_ids if input_ids is not None else state.last[:, :0] if state is not None else None
         if ids is None:
             raise ValueError("give input_ids or a state")
         rows = _ROWS.pop(self.model, None) if self._recorder is not None else None
         if rows is not None and (rows.state.last.shape[0] != len(ids) or rows.weights != _addresses(self.model)):
-            rows = None  # its memory is free before new buffers are made
+            rows = None  # frees its memory before new buffers are allocated
         into = None if rows is None else rows.state.layers
         if rows is None and owned and state is not None and not state.layers[0].counts.is_inference():
-            into = state.layers  # what an inference mode made could not be changed here
+            into = state.layers  # inference-mode tensors cannot be changed in place here
         cache, text, real = prepared(self.model, ids, attention_mask, state, into)
         if rows is None:
             rows = _Rows.around(cache, len(ids), self.model)
@@ -240,7 +241,8 @@ class Engine:
         if rows.there is not None:
             shown = text if real is None else torch.where(real != 0, text, last)
             rows.there.zero_().scatter_(1, shown.to(self.device), True)
-        # The logits after a prompt are at hand where all rows end together; otherwise the first step makes them.
+        # If all rows end in the last column, reading the whole prompt gives their logits; else the first step computes
+        # them.
         ready = text.shape[1] > 1 and sampling.max_new_tokens > 0 and (real is None or bool(real[:, -1].all()))
         logits = read_through(self.model, cache, *((text, real) if ready else (before, real_before)))
         if ready and logits is not None:
@@ -248,14 +250,14 @@ class Engine:
         return rows, recorded, ready
 
     def _record(self, rows: _Rows, rule: Sampling) -> list[Callable[[], None]] | None:
-        """The function that replays a step; None if a step runs eagerly."""
+        """The functions that replay a step; None if a step runs eagerly."""
         if self._recorder is None or any(layer.past for layer in rows.state.layers):
             return None
         works: dict[Any, Callable[[], None]] = {
             "forward": lambda: rows.forward(self.model, masked=True),
             rule: lambda: rows.choose(rule),
         }
-        rows.alive.zero_()  # so that nothing is written into a memory that has been read already
+        rows.alive.zero_()  # masks all rows, so recording writes nothing into the memory
         for layer in rows.state.layers:
             layer.stay()
             layer.counts_on_host = False
@@ -284,10 +286,10 @@ class Engine:
         recorded: list[Callable[[], None]] | None,
         ready: bool,
     ) -> Tensor:
-        """Steps until all rows have ended, `[B, N]`."""
+        """Run steps until all rows have ended; returns the new tokens `[B, N]`."""
         ended = False
         forward, choose = recorded or (
-            # An ended row reads on where nobody asks for its memory: without a mask a step is less work.
+            # Ended rows are masked only if their memory is kept, because a step without a mask is cheaper.
             lambda: rows.forward(self.model, masked=keep and ended),
             lambda: rows.choose(sampling.rule),
         )
@@ -312,11 +314,11 @@ class Engine:
 
 
 class _Mail:
-    """Takes what a step tells to the host, without waiting for it, and hands it over in order.
+    """Copy each step's output to the host without a sync, and return the copies in order.
 
     Args:
-        told: the buffer that each step writes over.
-        room: how many steps may be on their way.
+        told: the buffer that each step overwrites.
+        room: maximum number of copies under way.
     """
 
     def __init__(self, told: Tensor, room: int) -> None:
@@ -343,7 +345,7 @@ class _Mail:
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, `device` is the current GPU, if it is one."""
+    """Make `device` the current GPU; a no-op for other devices."""
     context: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     return context
 
@@ -354,5 +356,5 @@ def _recorder_of(model: Any) -> Recorder | None:
 
 
 def _addresses(model: Any) -> tuple[int, ...]:
-    """Addresses of the weights; a recorded graph reads them there."""
+    """Addresses of the weights, because a recorded graph reads weights by address."""
     return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))

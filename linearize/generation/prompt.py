@@ -1,4 +1,4 @@
-"""Read a prompt into a model's cache, a piece at a time."""
+"""Read a prompt into a model's cache in pieces."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from linearize.generation.state import State
 
 
-# A long text is read in pieces, so that peak memory does not depend on its length either. So many tokens of all rows
-# together keep the device busy; not measured on a GPU yet.
+# Tokens per piece, over all rows. Pieces make peak memory independent of the text's length. The sizes keep the device
+# busy; not measured on a GPU yet.
 _PIECE = {"cpu": 2048, "cuda": 8192}
 
 
-_SHORTEST = 256  # a piece has a whole window to bring along
+_SHORTEST = 256  # tokens; a shorter piece would cost more, because each one reads a whole window
 
 
 def prefill_chunk(device: torch.device, rows: int = 1) -> int:
-    """Number of tokens of each of `rows` texts that are read at once."""
+    """Tokens per piece for each of `rows` texts."""
     return max(_PIECE.get(device.type, _PIECE["cpu"]) // max(rows, 1), _SHORTEST)
 
 
@@ -39,8 +39,8 @@ def prepared(
     state: State | None,
     into: Sequence[LayerMemory] | None,
 ) -> tuple[DynamicCache, Tensor, Tensor | None]:
-    """Memories as they are before a text is read, its tokens `[B, T]`, and which of them are real (None: all). The
-    arguments are those of `State.read`."""
+    """The initial memories, the tokens to read `[B, T]`, and a mask of real tokens (None: all). Arguments as in
+    `State.read`."""
     converted = _converted(model)
     ids, rows = input_ids, input_ids.shape[0]
     real = None if attention_mask is None else (attention_mask.to(ids.device) != 0).long()
@@ -67,7 +67,8 @@ def prepared(
 
 
 def read_through(model: Any, cache: DynamicCache, ids: Tensor, real: Tensor | None) -> Tensor | None:
-    """Reads a text piece by piece, from where it lies; the logits after its last column, `[B, vocabulary]`, if any."""
+    """Read a text from any device in pieces; returns the logits of its last column `[B, vocabulary]`, or None
+    for an empty text."""
     chunk, out = prefill_chunk(model.device, ids.shape[0]), None
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):
@@ -78,7 +79,7 @@ def read_through(model: Any, cache: DynamicCache, ids: Tensor, real: Tensor | No
 
 
 def without_last(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The last token of each row `[B, 1]`, then the tokens before it and which of these are real (None: all)."""
+    """Split off each row's last real token. Returns it `[B, 1]`, the earlier tokens, and their mask (None: all)."""
     if real is None:
         return ids[:, -1:].clone(), ids[:, :-1], None
     at = (real * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)

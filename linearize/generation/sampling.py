@@ -1,7 +1,7 @@
-"""Choose the next token from logits, by the settings of transformers' `generate` that need no sync with the device, so
-that every step launches the same kernels.
+"""Choose the next token from logits, for the settings of transformers' `generate` that need no sync with the device.
+Every step then launches the same kernels.
 
-What is chosen is what transformers chooses, sampled tokens included: the same operations in the same order, on the
+The chosen tokens equal those of transformers, sampled ones included: the same operations in the same order, with the
 same random numbers.
 """
 
@@ -25,7 +25,7 @@ from transformers import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# What sampling alone looks at, and what says nothing about which token comes next.
+# Settings that only sampling uses; and settings that are handled elsewhere or do not affect the choice of a token.
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 _SILENT = (
     "transformers_version", "max_length", "max_new_tokens", "do_sample", "bos_token_id",
@@ -40,12 +40,12 @@ class Sampling:
     """Choice of the next token, and conditions that end a text.
 
     Attributes:
-        max_new_tokens: the most that are written.
+        max_new_tokens: maximum number of new tokens.
         eos: tokens that end a row.
-        pad: stands where a row has ended before others.
-        temperature: None takes the most likely token, otherwise tokens are sampled.
-        top_k, top_p, min_p: leave out what is unlikely before sampling; None leaves nothing out.
-        repetition_penalty: divides the logits of tokens that were there before (multiplies those below 0).
+        pad: fills a row after its end.
+        temperature: None for greedy decoding; otherwise tokens are sampled.
+        top_k, top_p, min_p: filters for unlikely tokens before sampling; None for no filter.
+        repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that already occurred.
     """
 
     max_new_tokens: int
@@ -59,8 +59,8 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: GenerationConfig, options: Mapping[str, Any]) -> Sampling | None:
-        """The sampling of transformers under `settings` and further options of `generate`; None where that is more than
-        is done here (beams, a text's own length as limit, processors that look at the text, ...)."""
+        """Translate transformers' `settings` and further options of `generate`; None if they need an unsupported
+        feature, such as beams, a limit on the text's total length, or processors that read the text."""
         merged = copy.deepcopy(settings)
         if merged.update(**options) or merged.max_new_tokens is None:
             return None
@@ -92,11 +92,11 @@ class Sampling:
 
     @property
     def rule(self) -> Sampling:
-        """The rule of a step; it is the same for texts of any length."""
+        """The settings of a single step, equal for all text lengths."""
         return replace(self, max_new_tokens=0)
 
     def warpers(self) -> LogitsProcessorList:
-        """transformers' own, in its order."""
+        """transformers' logits warpers, in its order."""
         found = LogitsProcessorList()
         if self.temperature not in (None, 1.0):
             found.append(TemperatureLogitsWarper(self.temperature))
@@ -113,8 +113,8 @@ class Sampling:
 
         Args:
             logits: `[B, vocabulary]`, float32.
-            there: `[B, vocabulary]` bool, tokens that were there before, where repetition is penalised.
-            ids: `[B, 1]` the last tokens, which no warper looks at.
+            there: `[B, vocabulary]` bool, True for tokens that already occurred; None without a repetition penalty.
+            ids: `[B, 1]` the last tokens; required by the warpers' interface, but unused.
         """
         if there is not None:
             penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
@@ -122,5 +122,5 @@ class Sampling:
         if self.temperature is None:
             return logits.argmax(-1)
         shares: Tensor = self.warpers()(ids, logits).softmax(-1)
-        # torch.multinomial, without the look at the values for which it waits.
+        # The same samples as `torch.multinomial`, which syncs the device to check its input.
         return (shares / torch.empty_like(shares).exponential_()).argmax(-1)

@@ -5,8 +5,8 @@
     state = State.load("manual.state", model)  # in another process, on another day
     answer = state.generate(model, question_ids, max_new_tokens=50)
 
-A state has the size of the model's memory, whatever the length of the text, unless layers or heads of the model keep
-softmax over the whole past: what these remember grows with the text, and the file with it.
+A state has the size of the model's memory, independent of the text's length. If layers or heads keep softmax over the
+whole past, their caches, and thus the state and its file, grow with the text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class State:
 
     Attributes:
         cache: one `LayerMemory` per layer, with every token but the last of each text.
-        last: `[B, 1]` the last tokens, which the model has yet to read: what comes next depends on them.
+        last: `[B, 1]` the last tokens, not yet read by the model, because the next tokens' logits come from them.
     """
 
     cache: DynamicCache
@@ -50,12 +50,12 @@ class State:
 
     @property
     def tokens(self) -> Tensor:
-        """`[B]` how many tokens each text has, pads not counted."""
+        """`[B]` tokens per text, without pads."""
         return self.layers[0].counts.to(self.last.device) + 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory, all layers and rows together."""
+        """Bytes of the memory over all layers and rows."""
         return sum(layer.nbytes for layer in self.layers)
 
     @classmethod
@@ -67,17 +67,17 @@ class State:
         state: State | None = None,
         into: Sequence[LayerMemory] | None = None,
     ) -> State:
-        """Reads texts, in pieces, so that memory does not depend on their length.
+        """Read texts in pieces, so peak memory does not depend on their length.
 
         Args:
-            model: a converted model, also inside a `PeftModel`.
+            model: a converted model, or a `PeftModel` around one.
             input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, 0 at pads, which may stand anywhere; None where there are none.
-            state: of B rows, what came before; it is not changed. A row may have no new token then.
-            into: memories of B rows to write over, which are the new state's; by default new ones.
+            attention_mask: `[B, T]`, 0 at pads, in any position; None without pads.
+            state: an earlier state of B rows to continue; it is not changed. With it a row may have no new token.
+            into: memories of B rows that become the new state's; by default new ones.
 
         Raises:
-            DataError: a row has no tokens, or `state` another number of rows.
+            DataError: a row has no tokens, or `state` has another number of rows.
             StateError: the model was not converted.
         """
         cache, ids, real = prepared(model, input_ids, attention_mask, state, into)
@@ -86,8 +86,8 @@ class State:
         return cls(cache, last.to(model.device))
 
     def fork(self, copies: int = 1) -> State:
-        """An independent copy. With `copies` above 1 each row comes so many times, its copies side by side: one prefix
-        for many continuations."""
+        """An independent copy. With `copies` above 1 each row is repeated that many times in adjacent rows: one prefix
+        for several continuations."""
         memories = [layer.clone() for layer in self.layers]
         for memory in memories:
             memory.batch_repeat_interleave(copies)
@@ -96,22 +96,21 @@ class State:
     def generate(
         self, model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Any:
-        """Continues the texts with new tokens, or straight on, and leaves the state as it is.
+        """Continue the texts, and leave the state unchanged.
 
         Args:
-            input_ids, attention_mask: what to read first, see `read`.
-            options: of transformers' `generate`. What looks back over the text there does not see what was read
-                before, for a state does not keep the tokens: `repetition_penalty` sees `input_ids` and what is written,
-                what is left to transformers the last token and what is written.
+            input_ids, attention_mask: optional text to read first, see `read`.
+            options: of transformers' `generate`. A state does not store tokens, so logits processors do not see the
+                text that the state has read. `repetition_penalty` sees `input_ids` and the new tokens; with
+                transformers' own loop, processors see the last token and the new tokens.
 
         Returns:
-            the new tokens alone `[B, N]`, or B times `num_return_sequences` rows. With `return_dict_in_generate`,
-            transformers' output with these as its `sequences`; where there were no beams,
-            `State(output.past_key_values, output.sequences[:, -1:])` is the state after them, of rows that did not
-            end early.
+            the new tokens `[B, N]`, or B times `num_return_sequences` rows. With `return_dict_in_generate`,
+            transformers' output whose `sequences` are the new tokens; without beams, `State(output.past_key_values,
+            output.sequences[:, -1:])` is then the state of rows that did not end early.
 
-        `linearize.generation.engine` writes what `linearize.generation.sampling` supports; transformers writes the
-        rest, such as beams.
+        `linearize.generation.engine` runs the options that `linearize.generation.sampling` supports; transformers'
+        `generate` runs others, such as beams.
 
         Raises:
             DataError, StateError: see `read`.
@@ -142,10 +141,10 @@ class State:
         state = self if input_ids is None else State.read(model, input_ids, attention_mask, self)
         settings = options.get("generation_config") or converted.generation_config
         widths = [options.get(name, getattr(settings, name)) for name in ("num_beams", "num_return_sequences")]
-        # generate() repeats ids and positions for beams and samples, and leaves the cache to us.
+        # `generate()` repeats ids and positions for beams and samples, but not the cache.
         cache = state.fork(max(width or 1 for width in widths)).cache
-        # Positions must be given: generate() would count them from a mask over the whole text, pads and all. And a
-        # mask longer than the ids is how it is told that the ids are new; how much longer does not matter.
+        # Positions are explicit, because `generate()` would count them from a mask over the whole text, pads included.
+        # A mask longer than the ids marks the ids as new; its exact length does not matter.
         output = model.generate(
             state.last,
             attention_mask=state.last.new_ones(state.last.shape[0], 2),
@@ -160,28 +159,30 @@ class State:
         return output
 
     def save(self, path: str | os.PathLike[str], model: Any) -> int:
-        """Writes a safetensors file, beside its place first, so that an interruption leaves an old file as it was.
+        """Write the state to a safetensors file. The file is written beside `path` and then renamed, so an interruption
+        keeps an old file intact.
 
         Args:
-            model: the one that read the text; only with it can the file be loaded.
+            model: the model that read the text; only the same model can load the file.
 
         Returns:
-            bytes of the file: the same for a text of any length, see the head of this module.
+            bytes of the file, independent of the text's length; for exceptions see the head of this module.
 
         Raises:
-            OutputError: the folder is missing or closed, something else than a state is there, or the disk is full.
-            StateError: the state is another model's, or has values that are not finite.
+            OutputError: the folder is missing or not writable, another kind of file exists at `path`, or the disk is
+                full.
+            StateError: the state belongs to another model, or has values that are not finite.
         """
         layers = [layer.clone() for layer in self.layers]
         return statefile.write(_absolute(path), _converted(model), layers, self.last)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> State:
-        """Reads a file that `save` wrote, onto the devices of `model`. Everything is verified before it is used: names
-        and shapes from the file's head, before its data are read, then the data.
+        """Read a file from `save` onto the devices of `model`. Names and shapes in the file's head are verified before
+        data is read, then the data.
 
         Raises:
-            StateError: no such file; not a state, cut off or damaged; another model's.
+            StateError: the file is missing, not a state, cut off, damaged, or another model's.
         """
         memories, last = statefile.read(_absolute(path), _converted(model))
         return cls(_cache(memories), last)

@@ -1,7 +1,7 @@
-"""The file that a state is kept in: safetensors, `layers.N.part.tensor` and `last`, believed only after a look.
+"""The file format of a state: safetensors with `layers.N.part.tensor` and `last`, verified before use.
 
-The head (safetensors' metadata) says which format it has, which model wrote it (`fingerprint`), how many tokens each
-row has, and the SHA-256 of the tensors.
+The head (safetensors' metadata) holds the format's version, the model's `fingerprint`, the number of tokens of each
+row, and the SHA-256 of the tensors.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from linearize.model import LayerMemory, LinearizedForCausalLM
 
 FORMAT, VERSION = "linearize-state", "2"
-_DIGITS = 12  # of a number of tokens; all of one width, so that files have one size
+_DIGITS = 12  # digits of a token count; a fixed width keeps the file size constant
 
 _Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def empty_memories(model: LinearizedForCausalLM, rows: int) -> list[LayerMemory]:
-    """A memory of nothing for each layer, where the layer is."""
+    """An empty memory for each layer, on the layer's device."""
     return [layer.memory(rows, model.dtype, next(layer.parameters()).device) for layer in model.attention_layers]
 
 
 def write(path: Path, model: LinearizedForCausalLM, layers: Sequence[LayerMemory], last: Tensor) -> int:
-    """Writes memories without pads (see `LayerMemory.clone`) and the last tokens `[B, 1]`; see `State.save`."""
+    """Write memories without pads (see `LayerMemory.clone`) and the last tokens `[B, 1]`; see `State.save`."""
     check_target(path)
     tokens = [count + 1 for count in layers[0].counts.tolist()]
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _named(layers, last).items()}
@@ -60,7 +60,7 @@ def write(path: Path, model: LinearizedForCausalLM, layers: Sequence[LayerMemory
 
 
 def read(path: Path, model: LinearizedForCausalLM) -> tuple[list[LayerMemory], Tensor]:
-    """Memories and last tokens, on the devices of `model`; see `State.load`."""
+    """Read memories and last tokens onto the devices of `model`; see `State.load`."""
     head = header(path)
     own = fingerprint(model)
     if other := [what for what in own if head.get(what) != own[what]]:
@@ -72,7 +72,7 @@ def read(path: Path, model: LinearizedForCausalLM) -> tuple[list[LayerMemory], T
         raise _damaged(path, "it does not say how many tokens were read")
     expected = _expected(model, tokens)
     with _opened(path) as file:
-        # Names and shapes first: they bound what is read afterwards.
+        # Names and shapes come first, because they bound the bytes to read.
         if wrong := _wrong_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected):  # noqa: SIM118
             raise _damaged(path, wrong)
         tensors = {name: file.get_tensor(name) for name in expected}
@@ -88,10 +88,10 @@ def read(path: Path, model: LinearizedForCausalLM) -> tuple[list[LayerMemory], T
 
 
 def header(path: Path) -> dict[str, str]:
-    """The header of a state's file.
+    """Read the head of a state's file.
 
     Raises:
-        StateError: no such file, or not a state that this version reads.
+        StateError: the file is missing, or not a state that this version reads.
     """
     head = _head(path)
     if head.get("version") != VERSION:
@@ -104,7 +104,7 @@ def header(path: Path) -> dict[str, str]:
 
 
 def _head(path: Path) -> dict[str, str]:
-    """The metadata of a state of any format."""
+    """The metadata of a state in any version of the format."""
     with _opened(path) as file:
         head: dict[str, str] = file.metadata() or {}
     if head.get("format") != FORMAT:
@@ -113,15 +113,15 @@ def _head(path: Path) -> dict[str, str]:
 
 
 def check_target(path: Path) -> None:
-    """Refuses a place where no state can be written.
+    """Refuse a path where no state can be written.
 
     Raises:
-        OutputError: its folder is missing or closed, or there is something that is not a state.
+        OutputError: the folder is missing or not writable, or another kind of file exists at `path`.
     """
     check_file(path)
     if path.exists():
         try:
-            _head(path)  # a state of another format may be overwritten by the same text's
+            _head(path)  # a state in another version may be overwritten
         except StateError as error:
             raise OutputError(f"{path}: is not a state and will not be overwritten; name another file") from error
 
@@ -148,7 +148,7 @@ def _named(layers: Sequence[LayerMemory], last: Tensor) -> dict[str, Tensor]:
 
 
 def _expected(model: LinearizedForCausalLM, tokens: list[int]) -> _Layout:
-    """Shape and dtype of every tensor of a state whose rows have so many `tokens`."""
+    """Name -> shape and dtype of every tensor in a state whose rows have `tokens` tokens."""
     layout: _Layout = {}
     for name, tensor in _named(empty_memories(model, 1), torch.empty(1, 1, dtype=torch.long)).items():
         shape = [len(tokens), *tensor.shape[1:]]
@@ -159,7 +159,7 @@ def _expected(model: LinearizedForCausalLM, tokens: list[int]) -> _Layout:
 
 
 def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], expected: _Layout) -> str | None:
-    """The first tensor that is missing, not expected, or of another shape, in words."""
+    """Describe the first tensor that is missing, unexpected or of another shape; None if there is none."""
     if missing := sorted(expected.keys() - shapes.keys()):
         return f"{missing[0]} is missing"
     if more := sorted(shapes.keys() - expected.keys()):
@@ -173,7 +173,7 @@ def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], expected: _Layout) -> s
 def _wrong_values(
     tensors: Mapping[str, Tensor], expected: _Layout, tokens: list[int], model: LinearizedForCausalLM
 ) -> str | None:
-    """The first tensor of another dtype, or with values that no reading leaves behind, in words."""
+    """Describe the first tensor with another dtype or with impossible values; None if there is none."""
     for name, tensor in tensors.items():
         if tensor.dtype != expected[name][1]:
             return f"{name} is {tensor.dtype}, and {expected[name][1]} is expected".replace("torch.", "")
@@ -187,7 +187,7 @@ def _wrong_values(
 
 
 def _counted(text: str) -> list[int]:
-    """The tokens of each row, as the head has them; nothing where it does not."""
+    """The token counts in the head; empty if they are malformed."""
     counts = text.split(",")
     good = all(count.isascii() and count.isdigit() and len(count) == _DIGITS and int(count) for count in counts)
     return [int(count) for count in counts] if good else []

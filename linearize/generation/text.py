@@ -1,4 +1,4 @@
-"""Generation with figures: how fast, and how much memory the past takes."""
+"""Generate text and measure speed and the memory of the cache."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ class Continuation:
 
     Attributes:
         text: the new text alone.
-        prefill_seconds: until the first new token was there, or, where none was asked for, until the prompt was read.
-        tokens_per_second: of the tokens after the first.
+        prefill_seconds: time to the first new token, or, with `max_new_tokens` 0, to the end of the prompt.
+        tokens_per_second: decoding speed after the first token.
         memory_bytes: of the cache at the end.
-        constant: whether that memory is of fixed size.
-        last_position: the position at which the text had to stop, because the model has learned no further one; None
-            where it stopped for another reason.
-        state: after everything read and written; None for a model that was not converted.
+        constant: True if the cache has a fixed size.
+        last_position: the model's last learned position if the text stopped there; None otherwise.
+        state: the state after the prompt and the new text; None for a model that was not converted.
     """
 
     text: str
@@ -45,7 +44,7 @@ class Continuation:
 
 
 class _Streamer(TextStreamer):
-    """Hands text on as it is decoded, and notes when tokens came."""
+    """Pass on decoded text, and record the time of each token."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -73,19 +72,19 @@ def continue_text(
     seed: int = 0,
     write: Callable[[str], None] | None = None,
 ) -> Continuation:
-    """Continues `prompt`.
+    """Continue `prompt`.
 
     Args:
-        state: of one text, which the prompt continues; it is not changed. The prompt may be empty then.
-        chat: the prompt is a turn of the user, to be put into the chat template.
-        max_new_tokens: 0 reads and writes nothing; for converted models only.
-        temperature: 0 takes the most likely token, otherwise tokens are sampled.
-        write: called with each piece of new text as soon as it is there.
+        state: the state of one text to continue; it is not changed. With it the prompt may be empty.
+        chat: put the prompt into the chat template as a user turn.
+        max_new_tokens: 0 reads the prompt and writes nothing; for converted models only.
+        temperature: 0 for greedy decoding; otherwise tokens are sampled.
+        write: called with each piece of new text as soon as it is decoded.
 
     Raises:
-        DataError: the prompt has no tokens, a token that the embedding has no row for, or more tokens than the model
-            has positions for; or the state holds several texts.
-        StateError: a state, or reading alone, is asked of a model that was not converted.
+        DataError: the prompt has no tokens, more tokens than the model has positions, or a token without an embedding
+            row; or the state holds several texts.
+        StateError: a model that was not converted cannot use a state, or read without writing.
     """
     if state is not None and state.last.shape[0] != 1:
         raise DataError(f"the state holds {state.last.shape[0]} texts; continue them in Python with State.generate")
@@ -99,7 +98,7 @@ def continue_text(
     learned = learned_positions(model)
     reads, way = learned, ""
     if learned is None and not converted:
-        # It has never seen further positions, and its attention takes time with the square of the length.
+        # The model was not trained on further positions, and its attention takes quadratic time.
         reads, way = getattr(model.config.get_text_config(), "max_position_embeddings", None), ", or convert it"
     if reads is not None and read > reads:
         what = "the prompt has" if state is None else "the state and the prompt have"
@@ -132,7 +131,7 @@ def continue_text(
             mask = torch.ones_like(ids)
             output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
             new = output[:, ids.shape[1] :]
-    times, written = streamer.times, new.shape[1]  # the prompt's first, then one for each new token
+    times, written = streamer.times, new.shape[1]  # one time for the prompt, then one per new token
     return Continuation(
         text=tokenizer.decode(new[0], skip_special_tokens=True),
         prompt_tokens=ids.shape[1],
@@ -147,21 +146,21 @@ def continue_text(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool, state: State | None) -> torch.Tensor:
-    """`[1, T]`; what continues a state is tokenized on its own, and no special token is put before it."""
+    """Token ids `[1, T]`. After a state, the prompt is tokenized alone, without special tokens before it."""
     if chat and (prompt or state is None):
         prompt = _turn(tokenizer, prompt, state)
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat and state is None).input_ids
-    return ids.long()  # of an empty text they are floats
+    return ids.long()  # an empty text gives floats
 
 
 _ANSWER = "<the answer so far>"
 
 
 def _turn(tokenizer: Any, prompt: str, state: State | None) -> str:
-    """The user's turn as the chat template has it, up to where the answer begins.
+    """The user's turn in the chat template, up to the start of the answer.
 
-    After a state it is what the template puts between an answer and the next one. Where a template writes earlier
-    turns anew once there are later ones, that cannot be told, and the turn is written as the first of a chat.
+    After a state, the turn includes the template's text between an answer and the next turn. Some templates rewrite
+    earlier turns when a later one follows; that text is then unknown, and the turn is written as the first of a chat.
     """
 
     def render(*turns: tuple[str, str], answer: bool) -> str:
@@ -176,13 +175,13 @@ def _turn(tokenizer: Any, prompt: str, state: State | None) -> str:
         if _ANSWER in before and whole.startswith(before):
             closing = before.rpartition(_ANSWER)[2]
             if int(state.last) in tokenizer.all_special_ids:
-                closing = closing.removeprefix(tokenizer.decode(state.last[0]))  # the answer has ended already
+                closing = closing.removeprefix(tokenizer.decode(state.last[0]))  # the answer already has its end token
             return closing + whole[len(before) :]
     return render(turn, answer=True)
 
 
 def _nbytes(cache: DynamicCache) -> int:
-    """Bytes of an ordinary cache."""
+    """Bytes of a cache of transformers."""
     return sum(
         x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values) if x is not None
     )

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PRIVATE = ("held_out.safetensors",)
-"""Rows of the training data, which fine-tuning holds out for `linearize eval`."""
-# Their entries are pieces of text, and may look like anything.
+"""Rows of the training data that fine-tuning holds out for `linearize eval`."""
+# Entries are pieces of text and can look like anything, a path included.
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
 _BINARY = {".safetensors", ".bin", ".gguf", ".model", ".png", ".pt"}
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-# What is told of a checkpoint, and so may quote a command or name a file within a sentence. Other data, such as chat
-# templates, are the base model's, and only a value that is a path as a whole is of some machine.
+# Files that describe a checkpoint; their sentences may contain commands or file names. Other data, such as chat
+# templates, come from the base model; there only a value that is a path as a whole counts as local.
 _TOLD = {".md", ".yaml", ".yml", ".jsonl", ".svg"}
 _TOLD_DATA = {"linearize.json", "calibration.json", "selection.json"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that should not be shared.
+    """Content that should not be shared.
 
     Attributes:
-        file: where it is, in the folder.
-        what: in words.
-        secret: whether sharing it does harm that cannot be taken back.
+        file: name in the folder.
+        what: a description.
+        secret: True if sharing it does harm that cannot be undone.
     """
 
     file: str
@@ -45,13 +45,13 @@ class Finding:
 
 
 def shared_files(folder: Path) -> list[str]:
-    """The files of a checkpoint, relative to its folder; hidden ones are no part of it."""
+    """Files of a checkpoint, relative to its folder, without hidden files."""
     found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [path.as_posix() for path in found if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
 
 
 def local_things(folder: Path) -> list[Finding]:
-    """Files and texts in the folder that belong to this machine or its user alone."""
+    """Find files and texts in the folder that belong only to this machine or its user."""
     found = [Finding(name, "holds rows of the training data") for name in PRIVATE if (folder / name).is_file()]
     for name in shared_files(folder):
         path = folder / name
@@ -71,7 +71,7 @@ def _in_text(name: str, text: str) -> Iterator[Finding]:
         return
     paths = [value for value in _strings(name, text) if is_local_path(value)]
     if Path(name).suffix in _TOLD or Path(name).name in _TOLD_DATA:
-        # People write cards, and tell there of servers' addresses too: /v1/chat/completions.
+        # Authors edit cards and may mention URLs of servers such as /v1/chat/completions.
         paths += [path for path in local_paths(text) if Path(name).suffix != ".md" or _starts_here(path)]
     paths += [place for place in _places() if place in text]
     if paths:
@@ -84,13 +84,13 @@ def _starts_here(path: str) -> bool:
 
 
 def _places() -> list[str]:
-    """Folders that tell of this machine wherever they stand in a text."""
+    """Folders that identify this machine in any text."""
     found = {Path.home(), Path.cwd(), Path(tempfile.gettempdir())}
     return [f"{place}/" for place in sorted(found) if len(place.parts) > 1]
 
 
 def _strings(name: str, text: str) -> Iterator[str]:
-    """Every string that a document holds as a value; none of files that are not data."""
+    """Yield every string value in a data file; nothing for other files."""
     try:
         match Path(name).suffix:
             case ".json":
@@ -99,7 +99,7 @@ def _strings(name: str, text: str) -> Iterator[str]:
                 for line in text.splitlines():
                     yield from strings(json.loads(line))
             case ".yaml" | ".yml":
-                # Not its values: aliases in them could stand for more than there is time to look at.
+                # Read parse events, not values, because nested aliases can expand without bound.
                 events = yaml.parse(text, Loader=yaml.SafeLoader)
                 yield from (event.value for event in events if isinstance(event, yaml.ScalarEvent))
     except (ValueError, RecursionError, yaml.YAMLError):

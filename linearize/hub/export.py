@@ -1,7 +1,6 @@
-"""`linearize export`: a checkpoint as a folder that is fit to be shared.
+"""`linearize export`: write a checkpoint to a folder for sharing.
 
-It holds what anyone needs to load and to judge the model, and nothing of the machine that made it: no paths, no rows
-of the training data.
+The folder holds all files to load and assess the model. It leaves out local paths and rows of the training data.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
     from linearize.evaluation.results.results import Results
     from linearize.model.quantized import Quantization
 
-# How training went, and what a calibration did.
+# Records of training and calibration.
 _ALONG = ("metrics.jsonl", "training.svg", "calibration.md", "calibration.json", "selection.json")
 
 _LENGTH = 512
-"""Tokens of a row of text that weights are rounded by."""
+"""Row length of the text for rounding weights, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Exported:
     """The files that an export wrote.
 
     Attributes:
-        folder: where.
-        files: by name their bytes.
-        base: the base model's Hub id; None where it is not known.
-        licence: what the card says of it; empty where it is not known.
-        measured: the results whose tables the card has; None where there were none.
-        findings: what a push would still refuse.
-        cost: what int8 or int4 weights cost, as `linearize.json` has it; None where weights are as they were.
+        folder: the output folder.
+        files: name -> bytes.
+        base: the base model's Hub id; None if unknown.
+        licence: the card's licence; empty if unknown.
+        measured: the results in the card's tables; None without results.
+        findings: content that a push would still refuse.
+        cost: the cost of int8 or int4 weights, as in `linearize.json`; None without rounding.
     """
 
     folder: Path
@@ -84,12 +83,12 @@ def export(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Write the checkpoint `source` once more, into `output`; see `linearize.export` for its options and errors.
+    """Write a copy of the checkpoint `source` to `output`; see `linearize.export` for options and errors.
 
     Args:
-        report: a folder with results.json, or that file; looked for beside `source`, if left out.
-        outliers: None takes the share in `quantize.WEIGHTS`.
-        shard_size: the most that one file of weights holds, as `save_pretrained` takes it.
+        report: results.json, or its folder; by default searched beside `source`.
+        outliers: None for the default share in `quantize.WEIGHTS`.
+        shard_size: maximum size of a weight file, as in `save_pretrained`.
     """
     spec = _quantization(weights, outliers)
     if not (source.kind == "folder" and source.is_converted):
@@ -109,7 +108,7 @@ def export(
         tokenizer = load_tokenizer(source) if spec is not None or has_tokenizer(source) else None
         cost = None
         if spec is not None:
-            check_space(output, nbytes_after(model, spec))  # rounding and measuring take a while
+            check_space(output, nbytes_after(model, spec))  # early, because rounding and measuring take minutes
             fitted, held_out, named = _text(source, model, tokenizer, text, tokens, recipe.seed, say)
             say(f"rounding weights to int{spec.bits}, and measuring what that costs")
             cost = quantize(model, spec, fitted, held_out, portable.text(named))
@@ -162,7 +161,7 @@ def _quantization(weights: str | None, outliers: float | None) -> Quantization |
 def _text(
     source: Source, model: Any, tokenizer: Any, text: str | None, tokens: int, seed: int, say: Callable[[str], None]
 ) -> tuple[Rows, Rows, str]:
-    """Rows to fit to, others to measure on, and where they came from."""
+    """Rows to fit to, rows to measure on, and their source."""
     if text is None and (Path(source.reference) / f"{HELD_OUT}.safetensors").is_file():
         kept = held_out_rows(source)
         rows = Rows(*(kept[name] for name in ("input_ids", "labels", "position_ids"))).scored()
@@ -178,7 +177,7 @@ def _text(
 
 
 def _base(written: dict[str, Any], base: str | None) -> dict[str, Any]:
-    """The base model's record without its path: by its Hub id, or where that is not known by its name alone."""
+    """The base model's record without its path: with the Hub id, or, if it is unknown, with the name only."""
     if written.get("kind") == "hub" and base is None:
         return written
     if base is None:
@@ -188,31 +187,31 @@ def _base(written: dict[str, Any], base: str | None) -> dict[str, Any]:
 
 
 def _bases(written: dict[str, Any], base: str | None) -> list[Source]:
-    """Places where the base model's licence may be found."""
+    """Models whose card may state the base model's licence."""
     found = []
     for reference in (written.get("model"), base):
         try:
             found += [find_source(reference)] if reference else []
-        except ModelError:  # gone since
+        except ModelError:  # the model no longer exists
             continue
     return found
 
 
 def _results_beside(folder: Path) -> Path | None:
-    """The results of the run that made this folder."""
+    """The results of the run that wrote this folder."""
     beside = folder.parent / FILE_NAME
     return beside if folder.name in ("converted", "finetuned") and beside.is_file() else None
 
 
 @dataclass(frozen=True)
 class _Report:
-    """Figures for a card.
+    """Results for a card.
 
     Attributes:
-        path: as it was named or found.
-        own: what the exported checkpoint is called in it; None where it is not there.
-        marked: whether the report says itself that it is of this checkpoint.
-        dtype: what that was scored in; None where it is not recorded.
+        path: of the results file.
+        own: the exported checkpoint's name in the results; None if it is not in them.
+        marked: True if the results name this checkpoint by its digest.
+        dtype: dtype of the evaluation; None if not recorded.
     """
 
     path: Path
@@ -223,22 +222,22 @@ class _Report:
 
 
 def _report(named: Path | None, source: Source) -> _Report | None:
-    """The report whose figures the card shows.
+    """The results to show on the card.
 
     Raises:
-        DataError: the one that is named cannot be read, or is of another checkpoint.
+        DataError: the named report cannot be read, or belongs to another checkpoint.
     """
     folder = Path(source.reference)
     path = named or _results_beside(folder)
     if path is None:
         return None
     results, digest = read_results(path), checkpoint_digest(source)
-    # Reports of earlier versions have no marks.
+    # Reports of earlier versions have no digests.
     if digest is None or not any(system.checkpoint or system.dtype for system in results.systems):
         own = next((name for name in (folder.name, "model") if name in results.scores), None)
         return _Report(path, _of(results, own), own, marked=False, dtype=None)
     own_ones = {system.name: system for system in results.systems if system.checkpoint == digest}
-    if own_ones:  # one, unless training changed nothing
+    if own_ones:  # one, unless training changed no weight
         system = own_ones.get(folder.name) or next(iter(own_ones.values()))
         return _Report(path, _of(results, system.name), system.name, marked=True, dtype=system.dtype)
     if named is None:
@@ -250,7 +249,7 @@ def _report(named: Path | None, source: Source) -> _Report | None:
 
 
 def _of(results: Results, own: str | None) -> Results:
-    """Without what was made of this model later: of a converted one, what became of it by training."""
+    """Drop results of models that were made from this one by later training."""
     if own != "converted":
         return results
     return replace(
@@ -261,10 +260,10 @@ def _of(results: Results, own: str | None) -> Results:
 
 
 def _measured(report: _Report, portable: Portable, dtype: str, weights: str | None) -> str:
-    """The report of an evaluation as a section of a card: its words and tables, and where they may be off.
+    """Format evaluation results as a section of a card: text and tables, with their limits.
 
     Args:
-        dtype, weights: of what is exported.
+        dtype, weights: of the exported model.
     """
     page = tell(report.results)
     sections = [replace(section, plots=()) for section in page.sections if section.told or section.grids]
@@ -303,7 +302,7 @@ def _licence_section(rights: dict[str, str]) -> str:
 
 
 def _recipe(recipe: Recipe, base: dict[str, Any], portable: Portable) -> Recipe:
-    """The checkpoint's recipe, with the base model's id for the model and no paths."""
+    """The checkpoint's recipe with the base model's Hub id and without paths."""
     values = recipe.model_dump()
     teacher = values.get("teacher")
     values["teacher"] = None if teacher and is_local_path(teacher) else teacher

@@ -1,4 +1,4 @@
-"""The licence of a base model, which what is made of it inherits: from its card, or from a GGUF file's own keys."""
+"""Find a base model's licence, which derived models inherit, in its card or in a GGUF file's keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _KEYS = ("license", "license_name", "license_link")
 
 
 def licence_of(sources: Iterable[Source]) -> dict[str, str]:
-    """The keys `license`, `license_name` and `license_link` of the first of these models that says any; empty where
-    none does, or none can be reached."""
+    """The keys `license`, `license_name` and `license_link` of the first model that has any; empty if none has, or none
+    can be reached."""
     for source in sources:
         found = _of_gguf(Path(source.reference)) if source.kind == "gguf" else _of_card(source)
         if found:
@@ -30,7 +30,7 @@ def licence_of(sources: Iterable[Source]) -> dict[str, str]:
 def _of_card(source: Source) -> dict[str, str]:
     try:
         matter = _of_hub(source.reference) if source.kind == "hub" else front_matter(_text(Path(source.reference)))
-    except Exception:  # no card, no network, no right to read it: nothing is known then
+    except Exception:  # no card, no network or no access: unknown
         return {}
     return {key: matter[key] for key in _KEYS if isinstance(matter.get(key), str)}
 
@@ -50,7 +50,7 @@ def _text(folder: Path) -> str:
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """The YAML at the head of a model card."""
+    """Parse the YAML front matter of a model card."""
     if not card.startswith("---\n"):
         return {}
     try:
@@ -65,7 +65,7 @@ def _of_gguf(path: Path) -> dict[str, str]:
 
     try:
         values = read_head(path).values
-    except (OSError, ModelError):  # the file may be gone, or damaged since
+    except (OSError, ModelError):  # the file may be missing or damaged
         return {}
     named = {key: values.get(f"general.{key.replace('_', '.')}") for key in _KEYS}
     return {key: value for key, value in named.items() if isinstance(value, str)}

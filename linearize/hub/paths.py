@@ -1,4 +1,4 @@
-"""Paths of some machine in texts: which there are, and the same texts without the folders."""
+"""Find absolute paths in texts, and remove their folders."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-# A whole string: absolute, with a folder in it, and nothing that makes it a sentence or a template.
+# A whole string: an absolute path with at least one folder, without characters of a sentence or a template.
 _PATH = re.compile(
     r"(?:file://)?(?:~[\\/]+[^\n{}<>|*\\/]+|(?:/+|[A-Za-z]:[\\/]+)[^\n{}<>|*\\/]+[\\/]+[^\n{}<>|*\\/]+)"
     r"(?:[\\/]+[^\n{}<>|*\\/]+)*[\\/]*"
 )
-# A part of a text. It begins where nothing goes on, so neither in owner/name nor in 1/2, and an address of the web is
-# passed over; it ends at white space, a quote, a bracket, or a mark between items.
+# A path within a text. It starts at a boundary, so owner/name, 1/2 and URLs do not match. It ends at white space, a
+# quote, a bracket, or a separator of items.
 _BEGIN = r"(?:(?<![\w/\\.~…%$*\])}])|(?<=\s-[A-Za-z])|(?<=^-[A-Za-z]))"
 _NAME = r"(?:[^\s\\/{}<>|\"'`,;:()\[\]]|\([^\s\\/()]*\))"
-_POSIX = rf"(?:{_NAME}|\\.)+"  # with what a shell or Markdown escapes
+_POSIX = rf"(?:{_NAME}|\\.)+"  # with escapes of a shell or of Markdown
 _WITHIN = re.compile(
     r"(?<!\w)(?!file:)[A-Za-z][\w+.-]*://[^\s\"'`<>{}()\[\],;]+|(?P<path>"
     rf"{_BEGIN}(?:file://)?(?:~/+{_POSIX}|(?:(?<!:)/+|/(?!/)){_POSIX}/+{_POSIX})(?:/+{_POSIX})*/*"
@@ -33,18 +33,18 @@ _QUOTED = re.compile(r"""(?<!\w)(["'`])((?:file://)?(?:/|~|[A-Za-z]:)(?:(?!\1)[^
 
 
 def is_local_path(text: str) -> bool:
-    """Whether a string is an absolute path, here or on some other machine."""
+    """True if a string is an absolute path, on this or another machine."""
     return _PATH.fullmatch(text) is not None
 
 
 def local_paths(text: str) -> list[str]:
-    """The absolute paths in a text; one with spaces in it only where it is quoted."""
+    """The absolute paths in a text; a path with spaces is found only in quotes."""
     quoted = [found[2] for found in _QUOTED.finditer(text) if is_local_path(found[2])]
     return quoted + [found["path"] for found in _WITHIN.finditer(text) if found["path"]]
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string that is a value in data as JSON has it."""
+    """Yield every string value in JSON data."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -56,11 +56,10 @@ def strings(value: Any) -> Iterator[str]:
 
 
 class Portable:
-    """Leaves of each absolute path its last part.
+    """Replace each absolute path by its last part.
 
     Args:
-        known: strings among which are paths that texts may have as they are; in a text, it is not seen where one with
-            spaces ends.
+        known: strings that may be paths with spaces; without them a text does not show where such a path ends.
     """
 
     def __init__(self, known: Iterable[str] = ()) -> None:
@@ -68,7 +67,7 @@ class Portable:
         self.known = sorted(odd, key=len, reverse=True)
 
     def text(self, text: str) -> str:
-        """Words, or one path."""
+        """Clean a text or a single path."""
         if is_local_path(text):
             return _last_part(text)
         for path in self.known:
@@ -77,7 +76,7 @@ class Portable:
         return _WITHIN.sub(lambda found: _last_part(found["path"]) if found["path"] else found[0], text)
 
     def command(self, line: str) -> str:
-        """A command line."""
+        """Clean a command line."""
         try:
             words = shlex.split(line)
         except ValueError:
@@ -85,7 +84,7 @@ class Portable:
         return shlex.join(self._word(word) for word in words)
 
     def data(self, value: Any) -> Any:
-        """Data as JSON has it."""
+        """Clean the strings in JSON data."""
         if isinstance(value, dict):
             return {key: self.data(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -93,7 +92,7 @@ class Portable:
         return self.text(value) if isinstance(value, str) else value
 
     def file(self, path: Path) -> str:
-        """A file's text."""
+        """Read and clean a text file."""
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             return json.dumps(self.data(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
@@ -104,7 +103,7 @@ class Portable:
     def _line(self, line: str) -> str:
         try:
             value = json.loads(line)
-        except ValueError:  # torn
+        except ValueError:  # an incomplete line
             return self.text(line)
         clean = self.data(value)
         return line if clean == value else json.dumps(clean, ensure_ascii=False) + "\n"
@@ -116,7 +115,7 @@ class Portable:
         return f"{key}={self._word(value) if key.startswith('-') else self._setting(value)}"
 
     def _setting(self, text: str) -> str:
-        """What `--set` takes: YAML, whose values end where it says, spaces or not."""
+        """Clean a value of `--set`, which is YAML: its parser finds where a value with spaces ends."""
         if is_local_path(text):
             return _last_part(text)
         try:
@@ -137,4 +136,4 @@ def _without_folders(path: str, quote: str, otherwise: str) -> str:
 
 
 def _last_part(path: str) -> str:
-    return PureWindowsPath(path).name  # which takes either slash
+    return PureWindowsPath(path).name  # accepts both slashes

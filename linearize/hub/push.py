@@ -1,4 +1,4 @@
-"""`linearize push`: what is looked at before a checkpoint leaves the machine, and in which order."""
+"""`linearize push`: check a checkpoint before the upload."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Parcel:
     """The files and repository of a push.
 
     Attributes:
-        folder: the checkpoint's.
-        files: by name their bytes.
+        folder: the checkpoint's folder.
+        files: name -> bytes.
         card: the model card's text.
-        findings: what speaks against it.
+        findings: reasons against sharing.
     """
 
     folder: Path
@@ -44,10 +44,10 @@ class Parcel:
 
 
 def pack(folder: Path) -> Parcel:
-    """Looks through a checkpoint's folder.
+    """Inspect a checkpoint's folder.
 
     Raises:
-        HubError: it is not one.
+        HubError: the folder is not a checkpoint.
     """
     if not folder.is_dir():
         raise HubError(f"{folder}: no such folder; name the checkpoint's: linearize push REPO FOLDER")
@@ -64,10 +64,10 @@ def pack(folder: Path) -> Parcel:
 
 
 def check(parcel: Parcel, *, force: bool) -> None:
-    """Refuses what should not leave the machine. A token is refused by force or not.
+    """Refuse content that should not be shared. `force` allows it, except for tokens.
 
     Raises:
-        HubError: there is such a thing.
+        HubError: names the content.
     """
     serious = [finding for finding in parcel.findings if finding.secret or not force]
     if not serious:
@@ -93,18 +93,18 @@ def push(
     confirm: Callable[[Parcel, str, bool], None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Upload:
-    """Puts a checkpoint on the Hub, in one commit.
+    """Upload a checkpoint to the Hub in one commit.
 
     Args:
-        failed: verifies the model, and names the checks that failed.
-        public: make the repository public; otherwise it is private, and a public one is refused.
-        force: push though the model does not pass, or files are not fit to be shared.
-        confirm: called with the parcel, the repository's full name and whether it will be private, before anything is
-            sent; raises where the answer is no.
+        failed: verifies the model and returns the names of failed checks.
+        public: make the repository public; otherwise it is private, and an existing public one is refused.
+        force: push even if checks fail or files should not be shared.
+        confirm: called before the upload with the parcel, the repository's full name, and True if it will be private;
+            raises to cancel.
 
     Raises:
-        HubError: the folder is not to be pushed, or the Hub does not do as asked.
-        OutputError: another push to the repository is under way on this machine, or a disk is full.
+        HubError: the folder may not be pushed, or the Hub refuses.
+        OutputError: another push to the repository is running on this machine, or a disk is full.
     """
     from linearize.hub.upload import Hub
 
@@ -134,8 +134,7 @@ def push(
 
 
 def _alone(repo: str) -> AbstractContextManager[None]:
-    """Keeps other pushes to `repo` from this machine out. Where its lock cannot be put, as on a file system without
-    any, nothing does."""
+    """Lock out other pushes to `repo` from this machine; a no-op if the file system has no locks."""
     try:
         folder = cache_folder() / "pushes"
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,7 @@ def _alone(repo: str) -> AbstractContextManager[None]:
 
 
 def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:
-    """Files that are not what `linearize.json` says, or of which it says nothing; the card may be edited."""
+    """Files that differ from `linearize.json` or are missing in it; the card may be edited."""
     try:
         written: dict[str, Any] = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -160,6 +159,6 @@ def _changed(folder: Path, files: dict[str, int]) -> list[Finding]:
         for name, digest in written.items()
         if name in files and name != CARD and sha256(folder / name) != digest
     ]
-    # Git's own `.gitattributes` is hidden, and so not among the files.
+    # Git's `.gitattributes` is hidden, and so not among the files.
     strangers = [name for name in files if name not in written and name not in (_PROVENANCE, CARD)]
     return [*lost, *edited, *(Finding(name, "is not among the files that linearize.json names") for name in strangers)]

@@ -1,7 +1,7 @@
-"""A checkpoint's folder onto the Hub, in one commit; and one clear line when the Hub does not do as asked.
+"""Upload a checkpoint's folder to the Hub in one commit, with one-line errors.
 
-What was sent stays on the Hub though the commit that names it was never made, so an upload that broke off goes on where
-it was. A commit whose answer got lost is not made again: files that are there already are not committed a second time.
+Transferred files stay on the Hub even without a commit, so a repeated upload resumes. If a commit succeeded but its
+response was lost, the next attempt finds the files on the Hub and makes no second commit.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 _LOGIN = "log in with: hf auth login"
 _AGAIN = "run the same command again: what has arrived is not sent twice"
-# Seconds before the whole upload is tried again. The client retries transfers itself, but neither `create_repo` nor
-# `create_commit`; its `upload_large_folder` makes several commits and deletes nothing.
+# Seconds before each retry of the whole upload. The client retries transfers, but not `create_repo` or `create_commit`.
+# Its `upload_large_folder` makes several commits and cannot delete files.
 _WAITS = (1.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What an upload came to.
+    """The result of an upload.
 
     Attributes:
         repo: its full name.
         url: of the repository.
-        commit: the revision that has the files.
-        changed: whether there was anything to commit.
-        private: whether the repository is.
+        commit: the revision with the files.
+        changed: True if a commit was made.
+        private: True if the repository is private.
     """
 
     repo: str
@@ -55,36 +55,36 @@ class Upload:
 
 
 class Hub:
-    """The Hub, as the user who is logged in sees it.
+    """A Hub client for the logged-in user.
 
     Raises:
-        HubError: from every method, where the Hub cannot be reached or does not do as asked.
+        HubError: from every method, if the Hub cannot be reached or refuses.
     """
 
     def __init__(self) -> None:
         self.api = HfApi()
 
     def full_name(self, repo: str) -> str:
-        """`owner/name`; the owner is who is logged in, if left out."""
+        """`owner/name`; the default owner is the logged-in user."""
         with _told(repo):
             user = self.api.whoami()["name"]
         return repo if "/" in repo else f"{user}/{repo}"
 
     def check_room(self) -> None:
-        """Refuses a full disk where the client keeps what lets an upload go on. How much that is it does not say, but
-        weights themselves are sent from where they are.
+        """Refuse a full disk at the client's cache for resumable uploads. The client does not report the needed size;
+        weights are uploaded in place and need no copy.
 
         Raises:
-            OutputError: the disk has no room.
+            OutputError: the disk has too little space.
         """
         if find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET:
             check_space(Path(constants.HF_XET_CACHE), 0)
 
     def check(self, repo: str, *, public: bool) -> bool | None:
-        """Whether the repository is private; None where there is none yet.
+        """True if the repository is private; None if it does not exist.
 
         Raises:
-            HubError: it is public, and `public` was not said.
+            HubError: the repository is public, and `public` is False.
         """
         with _told(repo):
             info = self._info(repo)
@@ -102,7 +102,7 @@ class Hub:
         message: str,
         say: Callable[[str], None] = lambda _: None,
     ) -> Upload:
-        """Makes the repository where there is none, and one commit with the files."""
+        """Create the repository if needed, and commit the files."""
         with _told(repo):
             for wait in (*_WAITS, None):
                 try:
@@ -122,7 +122,7 @@ class Hub:
             *(CommitOperationAdd(name, folder / name) for name in files),
             *(CommitOperationDelete(name, is_folder=False) for name in sorted(stale(there, files))),
         ]
-        # Not upload_folder, which spreads a large folder over several commits.
+        # `upload_folder` would split a large folder into several commits.
         made = self.api.create_commit(repo, operations, commit_message=message, parent_commit=info.sha)
         return Upload(repo, url, made.oid, made.oid != info.sha, bool(info.private))
 
@@ -134,7 +134,7 @@ class Hub:
 
 
 def stale(there: set[str], files: Sequence[str]) -> set[str]:
-    """What an earlier push left that the model would be loaded from in place of the new files: shards and code."""
+    """Old shards and code of an earlier push that would be loaded instead of the new files."""
     return {
         name
         for name in there - set(files)
@@ -144,8 +144,8 @@ def stale(there: set[str], files: Sequence[str]) -> set[str]:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """Turns what the client raises into one line that says what to do next. No such line holds a token: they never get
-    further than the client's headers."""
+    """Turn the client's exceptions into a one-line `HubError` with the next step. The line holds no token, because
+    tokens are only in the client's request headers."""
     try:
         yield
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
@@ -157,7 +157,7 @@ def _told(repo: str) -> Iterator[None]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The client wraps what stopped a file's transfer."""
+    """Unwrap the client's exception for a failed transfer."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -168,7 +168,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether trying again may help. The client has done so already where a file did not get through."""
+    """True if a retry may help. The client itself has already retried a failed transfer."""
     if isinstance(error, RuntimeError):
         return False
     status = _status(error)
@@ -212,7 +212,8 @@ def _next(error: BaseException) -> str:
         return f"; make one that may write at {constants.ENDPOINT}/settings/tokens, then {_LOGIN}"
     if isinstance(error, OfflineModeIsEnabled):
         return "; unset it to push"
-    broken = isinstance(error, (ConnectionError, RuntimeError, TimeoutError)) or _is_transport(error)  # xet has others
+    # xet raises other exceptions
+    broken = isinstance(error, (ConnectionError, RuntimeError, TimeoutError)) or _is_transport(error)
     if broken or status in (409, 412, 429) or (status or 0) >= 500:
         return f"; {_AGAIN}"
     if isinstance(error, HFValidationError):
@@ -222,5 +223,5 @@ def _next(error: BaseException) -> str:
 
 def _first(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # What is wrong with a card's front matter is told in the lines after the first.
+    # Errors in a card's front matter are described after the first line.
     return " ".join(lines) if lines[0].startswith("Invalid metadata") else lines[0]

@@ -1,5 +1,5 @@
-"""The commands, one file each. A job is the only body of its command: `linearize.cli` parses its arguments and prints
-its result, `linearize.api` names the public ones.
+"""The commands, one file each. A job is the only implementation of its command: `linearize.cli` parses the arguments
+and prints the result, `linearize.api` exports the public jobs.
 
-Nothing below the jobs imports one of them. A job imports torch at its top, so the command line imports it last.
+No lower room imports a job. Jobs import torch at the top, so the command line imports them lazily.
 """

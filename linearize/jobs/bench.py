@@ -31,7 +31,7 @@ def bench(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> dict[str, Any]:
-    """The facts of `benchmark.bench`; figures and plots go into the folder `output`, if there is one.
+    """Run `benchmark.bench` and return its facts; figures and plots go into the folder `output`, if given.
 
     Raises:
         LinearizeError: as `benchmark.bench`, or the output cannot be written.

@@ -1,4 +1,4 @@
-"""Checks of the arguments that commands share. They import no torch, because a wrong argument should fail at once."""
+"""Argument checks that commands share. They import no torch, so a wrong argument fails at once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def quiet(_: str) -> None:
 
 
 def read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe or a file; a recipe that was read already passes through.
+    """Read a shipped recipe or a file; a `Recipe` is returned unchanged.
 
     Raises:
-        RecipeError: it is not valid, or `overrides` come with a recipe that was read already.
+        RecipeError: the recipe is not valid, or `overrides` are given with a `Recipe`.
     """
     if isinstance(recipe, (str, Path)):
         from linearize.recipe import load_recipe
@@ -41,7 +41,7 @@ def recipe_to_train(
     model: str | Path | None = None,
     teacher: str | Path | None = None,
 ) -> Recipe:
-    """`read_recipe` with `model` and `teacher` in the place of the recipe's own.
+    """`read_recipe` with `model` and `teacher` instead of the recipe's own.
 
     Raises:
         RecipeError: as `read_recipe`, or the recipe has no stages.
@@ -59,7 +59,7 @@ def model_of(recipe: Recipe) -> str:
     """The recipe's `model`.
 
     Raises:
-        RecipeError: it names none.
+        RecipeError: the recipe names no model.
     """
     if recipe.model is None:
         raise RecipeError("the recipe names no model; add `model:` or pass --set model=ID_OR_PATH")
@@ -68,7 +68,7 @@ def model_of(recipe: Recipe) -> str:
 
 def check_dtype(name: str, *, int8: bool = False) -> None:
     """Raises:
-    DataError: no such dtype, or int8 where that is not offered.
+    DataError: the dtype is unknown, or int8 is not supported here.
     """
     names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
     if name not in names:
@@ -76,10 +76,10 @@ def check_dtype(name: str, *, int8: bool = False) -> None:
 
 
 def check_numbers(least: float, most: float = math.inf, **numbers: float | None) -> None:
-    """Refuse numbers outside [`least`, `most`], by name; None passes.
+    """Refuse numbers outside [`least`, `most`]; None passes.
 
     Raises:
-        DataError: names the first of them.
+        DataError: with the name of the first such number.
     """
     for name, number in numbers.items():
         if number is not None and not least <= number <= most:
@@ -90,7 +90,7 @@ def size_in_bytes(name: str, text: str) -> int:
     """`5GB` as bytes.
 
     Raises:
-        DataError: `text` is no size, or 0.
+        DataError: `text` is not a size, or is 0.
     """
     size = bytes_of(text)
     if not size:

@@ -28,7 +28,7 @@ def compare(
         report: a folder to write pages, plots and data to.
 
     Returns:
-        the comparison for people and as data.
+        the comparison as a page and as data.
 
     Raises:
         DataError: a file has no results, or they have no task in common.

@@ -1,4 +1,4 @@
-"""`linearize convert`: choose what keeps softmax, swap the attention, calibrate it, and write the checkpoint."""
+"""`linearize convert`: choose the layers that keep softmax, swap the attention, calibrate, and write the checkpoint."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Start:
     """A converted model before any training.
 
     Attributes:
-        recipe: with what is kept named in it.
-        probe: what was measured to choose that, and `why` it was chosen, in lines; None where the recipe names it.
-        calibration: None where the recipe wants none.
+        recipe: the recipe, with the chosen layers or heads named in it.
+        probe, why: the measurement behind that choice, and its reasons in lines; None and empty without a choice.
+        calibration: None if the recipe has no `calibrate` section.
     """
 
     model: LinearizedForCausalLM
@@ -57,7 +57,7 @@ class Start:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `linearize.json` says of it."""
+        """The `start` record in `linearize.json`."""
         told: dict[str, Any] = {}
         if self.why:
             told["selection"] = self.why
@@ -66,7 +66,7 @@ class Start:
         return told
 
     def write(self, folder: Path) -> None:
-        """Writes the figures behind it into `folder`: `selection.json`, `calibration.json` and `calibration.md`."""
+        """Write `selection.json`, `calibration.json` and `calibration.md` into `folder`, if it has them."""
         if self.probe is not None:
             _write_json(folder / "selection.json", probe_data(self.probe))
         if self.calibration is not None:
@@ -84,19 +84,19 @@ def convert(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> LinearizedForCausalLM:
-    """Converts a pretrained model by a recipe's mixer section, calibrated where it says so, and writes the checkpoint.
+    """Convert a pretrained model by a recipe's mixer section, calibrate it if the recipe asks for it, and write it.
 
     Args:
-        model: what to convert.
+        model: the model to convert.
         output: the folder to write.
-        recipe: a shipped recipe's name, a file, or a recipe that was read already.
+        recipe: a shipped recipe's name, a file, or a `Recipe`.
         overrides: changes of single keys, such as `mixer.window=128`; `--set` on the command line.
         overwrite: replace the output if it exists.
-        trust_remote_code: run Python code that the model brings.
-        say: gets lines for the person at the terminal.
+        trust_remote_code: run Python code from the model's repository.
+        say: called with each progress line.
 
     Returns:
-        the converted model, as it was written.
+        the converted model, as written.
 
     Raises:
         ModelError: the model cannot be read or converted.
@@ -113,7 +113,7 @@ def convert(
         say=say,
     )
     converted: Any = start.model
-    if converted.device.type == "meta":  # its weights went from file to file
+    if converted.device.type == "meta":  # the weights were streamed from file to file
         converted = load_model(find_source(str(output)))
     return named_after(converted, output)
 
@@ -130,7 +130,7 @@ def run_convert(
     workers: int = 1,
     say: Callable[[str], None] = quiet,
 ) -> Start:
-    """`convert`, with the options and the result of `convert_into`."""
+    """`convert` with the additional options of `convert_into`; returns its `Start`."""
     settings, target = read_recipe(recipe, overrides), Path(output)
     source, _ = convertible(model, target, settings, overwrite=overwrite, trust_remote_code=trust_remote_code)
     with staged_folder(target, overwrite=overwrite) as folder:
@@ -139,25 +139,25 @@ def run_convert(
 
 
 def named_after(model: LinearizedForCausalLM, output: str | Path) -> LinearizedForCausalLM:
-    """Set the model's name as `from_pretrained(output)` does, because peft names an adapter's base by it."""
+    """Set the model's name as `from_pretrained(output)` does, because peft records it as an adapter's base."""
     model.name_or_path = model.config.name_or_path = str(output)
     return model
 
 
 def prepares(recipe: Recipe) -> bool:
-    """Whether a conversion by `recipe` is more than the swap."""
+    """True if a conversion by `recipe` needs more than the swap."""
     return recipe.calibrate is not None or selects(recipe)
 
 
 def tokenizer_for(source: Source, recipe: Recipe, config: Any, *, say: Callable[[str], None]) -> Any:
-    """Loads the tokenizer of a model to convert; None where it has none and `recipe` reads no text to convert.
+    """Load the tokenizer of a model to convert; None if it has none and the conversion reads no text.
 
     Args:
-        config: the model's.
-        say: gets a line where there is no tokenizer, or one with more tokens than the embedding has rows.
+        config: the model's configuration.
+        say: called with a warning if there is no tokenizer, or if it has more tokens than the embedding has rows.
 
     Raises:
-        ModelError: it has none and conversion reads text, or one that cannot be read.
+        ModelError: the tokenizer is missing and the conversion reads text, or it cannot be read.
     """
     if not prepares(recipe) and not has_tokenizer(source):
         say(f"{source.name}: has no tokenizer, so the result has none; finetune, eval and generate need it")
@@ -171,16 +171,16 @@ def tokenizer_for(source: Source, recipe: Recipe, config: Any, *, say: Callable[
 def make_start(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> Start:
-    """Converts `teacher`, which is used up, by `recipe.mixer`, chooses what that leaves open, and calibrates it.
+    """Convert `teacher` in place by `recipe.mixer`, with layers chosen by `select` if needed, and calibrate it.
 
     Raises:
-        LinearizeError: whatever stands in the way.
+        LinearizeError: the recipe does not fit the model, or its text cannot be read.
     """
     text = None
     check_reach(recipe, teacher.config)
     if recipe.calibrate is not None:
         check_length(teacher, recipe.calibrate.length, "calibrate.length")
-        # Before the teacher is touched: it may have to write the text.
+        # Before the conversion changes the teacher, because it may have to generate the text.
         text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
     if selects(recipe):
@@ -223,18 +223,18 @@ def convert_into(
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
 ) -> Start:
-    """Converts `source` by `recipe` and writes the checkpoint into `folder`, which must exist.
+    """Convert `source` by `recipe` and write the checkpoint into `folder`, which must exist.
 
-    Weights in safetensors files go from file to file, calibrated block by block, and the model that is returned is on
-    the meta device, without data; unless the whole model has to choose layers, or to write text.
+    Weights in safetensors files are streamed from file to file and calibrated block by block; the returned model is
+    then on the meta device. The whole model is loaded instead if it has to choose layers or generate text.
 
     Args:
-        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
-        shard_bytes: of a file of weights.
-        workers: how many files are written at once, where weights go from file to file.
+        teacher, tokenizer: those of `source`, if already loaded; the teacher is converted in place.
+        shard_bytes: the maximum size of a file of weights.
+        workers: the number of files written in parallel when weights are streamed.
 
     Raises:
-        LinearizeError: whatever stands in the way.
+        LinearizeError: the model, the recipe, the text or the output is not usable.
     """
     config = load_config(source) if teacher is None else teacher.config
     for line in rotary_notes(config):
@@ -258,15 +258,15 @@ def convert_into(
 
 
 def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callable[[str], None]) -> Streamer | None:
-    """`source` converted by `recipe.mixer`, without data; its weights can go from file to file, or be calibrated block
-    by block.
+    """A streaming conversion of `source` by `recipe.mixer`: the model is on the meta device, and its weights can be
+    streamed from file to file or calibrated block by block.
 
     Args:
-        shard_bytes: of a file of weights that is written.
-        say: is told why weights have to go through memory, where they do.
+        shard_bytes: the maximum size of a written file of weights.
+        say: called with the reason if weights cannot be streamed.
 
     Returns:
-        None where weights have to go through memory.
+        None if the weights cannot be streamed.
 
     Raises:
         ModelError: the model cannot be read or converted.
@@ -281,7 +281,7 @@ def open_files(source: Source, recipe: Recipe, *, shard_bytes: int, say: Callabl
 
 
 def _needs_memory(recipe: Recipe) -> str | None:
-    """Why a conversion by `recipe` needs the whole model; None where blocks of it are enough."""
+    """The reason why a conversion by `recipe` needs the whole model; None if single blocks are enough."""
     if selects(recipe):
         return "which layers keep or see more is measured on the whole model"
     if recipe.calibrate is not None and recipe.calibrate.source == SELF:
@@ -299,14 +299,14 @@ def _convert_files(
     workers: int,
     say: Callable[[str], None],
 ) -> Start:
-    """`convert_into`, with no more than one block in memory."""
+    """`convert_into` with at most one block in memory."""
     start = Start(streamer.model, recipe)
     if recipe.calibrate is None:
         digests = streamer.write(folder, workers=workers)
     else:
         check_reach(recipe, streamer.model.config.text_config)
         check_length(streamer.model, recipe.calibrate.length, "calibrate.length")
-        # On the disk that has room for the checkpoint; temporary folders are often in memory.
+        # On the disk of the checkpoint, because the system's temporary folder is often in memory.
         with TemporaryDirectory(prefix=".fitted-", dir=folder) as fitted:
             weights = FileWeights(streamer, Path(fitted))
             check_space(folder, streamer.nbytes + weights.fitted_nbytes)

@@ -1,4 +1,4 @@
-"""The rows that the stages of a recipe will be trained on, as text, without any model's weights."""
+"""`linearize data`: the training rows of a recipe's stages as text, without loading a model's weights."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def preview_stages(
     """The first `rows` training rows of each source of each stage, or of one stage, counted from 1.
 
     Returns:
-        for each stage its number, objective, length and rows; a row has its ids, labels and positions, and its
-        segments: the stretches of one document, cut into pieces of text that carry loss, or do not.
+        for each stage its number, objective, length and rows. A row has its ids, labels, positions and segments. A
+        segment is the part of one document, cut into pieces of text with or without loss.
 
     Raises:
         RecipeError: the recipe names no model, or has no such stage.
-        DataError: a source cannot be read, or there is none that a model does not have to write first.
+        DataError: a source cannot be read, or a model would have to generate all of the text first.
     """
     settings = load_recipe(recipe, overrides)
     reference = model_of(settings)
@@ -94,11 +94,11 @@ def _row(row: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _pieces(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Runs of tokens that carry loss, or do not, each with its text."""
+    """Runs of tokens with or without loss, each with its text."""
     borders = [n for n in range(1, len(ids)) if (labels[n] == NO_LOSS) != (labels[n - 1] == NO_LOSS)]
     pieces, before = [], ""
     for start, end in zip([0, *borders], [*borders, len(ids)], strict=True):
-        # Decoded with all that stands before, because some tokenizers drop a space where a text begins.
+        # Decode from the start, because some tokenizers drop a space at the beginning of a text.
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         pieces.append({"text": str(text)[len(before) :], "loss": labels[start] != NO_LOSS, "tokens": end - start})
         before = str(text)

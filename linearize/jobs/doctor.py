@@ -1,6 +1,6 @@
-"""What `linearize doctor` finds: versions, devices, kernels, the Hub, caches, and what of it does not go together.
+"""`linearize doctor`: versions, devices, kernels, the Hub, caches, and known incompatibilities.
 
-Each part survives the failure of the others: this is what is run when something is broken.
+Each part runs even if others fail, because the command is used when something is broken.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 OPTIONAL = ("triton", "flash-linear-attention", "numpy", "tokenizers", "huggingface-hub", "pyarrow")
-"""Beside what linearize requires."""
+"""Reported in addition to the requirements of linearize."""
 
 _HOPPER = (9, 0)
 
 
 class Problem(NamedTuple):
-    """Something that does not go together, and what to do about it."""
+    """An incompatibility or a failure, with a remedy."""
 
     severity: Literal["error", "warning"]
     what: str
@@ -35,10 +35,10 @@ class Problem(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Versions that are known not to work together; a package that is named must be installed.
+    """Versions that are known not to work together. It applies if all named packages are installed in these versions.
 
     Attributes:
-        capability: of the GPU that it takes, or None for any machine.
+        capability: the GPU's compute capability that is affected, or None for any machine.
         without: a package that must be missing.
     """
 
@@ -71,7 +71,7 @@ KNOWN_BAD: Sequence[_Pair] = (
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as plain data; `problems` comes last, and `ok` is whether none of them is an error."""
+    """All findings as plain data; `ok` is False if any of `problems` is an error."""
     versions, problems = installed()
     devices = _part(_devices, problems, "torch cannot say what devices there are")
     capabilities = [tuple(gpu["capability"]) for gpu in (devices or {}).get("gpus", [])]
@@ -105,7 +105,7 @@ def _part(look: Callable[[], Any], problems: list[Problem], failed: str) -> Any:
 
 
 def installed() -> tuple[dict[str, str], list[Problem]]:
-    """The versions of what linearize stands on, and where one is missing or not what another one asks for."""
+    """The versions of linearize's requirements, and problems: missing packages and unmet version requirements."""
     versions: dict[str, str] = {"python": platform.python_version()}
     problems = []
     needed = [one.name for one in _requirements("linearize")]
@@ -127,7 +127,7 @@ def installed() -> tuple[dict[str, str], list[Problem]]:
 def bad_pairs(
     versions: Mapping[str, str], capabilities: Sequence[tuple[int, ...]], known: Sequence[_Pair] = KNOWN_BAD
 ) -> list[Problem]:
-    """The pairs of `known` that are installed, on a machine with such GPUs."""
+    """The pairs of `known` that are installed, on a machine with these GPU capabilities."""
     found = []
     for pair in known:
         there = all(
@@ -141,7 +141,7 @@ def bad_pairs(
 
 
 def _requirements(name: str) -> list[Requirement]:
-    """What a package asks for on this machine, without its extras."""
+    """The requirements of a package on this machine, without its extras."""
     found = []
     try:
         texts = requires(name) or []
@@ -189,7 +189,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """By device what runs each part of the work, in the dtype that is usual there."""
+    """For each device, the implementation of each operation in that device's usual dtype."""
     from typing import get_args
 
     import torch
@@ -207,7 +207,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _hub() -> dict[str, Any]:
-    """Whether there is a token, and where it is from; never the token."""
+    """Hub settings: whether a token exists and its source, but never the token itself."""
     from huggingface_hub import constants, get_token
 
     named = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
@@ -240,7 +240,7 @@ def _caches() -> list[dict[str, Any]]:
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Bytes and number of the files below a folder; links, of which the Hub's cache is full, are not followed."""
+    """Bytes and number of files below a folder; symlinks, which the Hub's cache uses, are not followed."""
     size = files = 0
     waiting = [str(folder)]
     while waiting:

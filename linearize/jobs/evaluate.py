@@ -1,4 +1,4 @@
-"""`linearize eval`: score a model beside its teacher and baselines that cost no training."""
+"""`linearize eval`: score a model together with its teacher and training-free baselines."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def evaluate(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> Results:
-    """Scores a model, converted or not, beside its teacher and baselines that cost no training; `linearize eval`.
+    """Score a model, converted or not, together with its teacher and training-free baselines; `linearize eval`.
 
     Args:
-        model: what to score.
-        suites: names of whole suites: `core`, `mmlu`, `recall`, `generation`, `length`.
-        tasks: names of single tasks, of any task, group or tag of lm-eval, and `held_out`. With no suites either: the
-            rows that fine-tuning held out where the folder has some, otherwise the suite `core`.
-        baselines: of `window`, `no_window`, `neither`; or `all`. A converted model always stands beside `teacher`,
+        model: the model to score.
+        suites: names of suites: `core`, `mmlu`, `recall`, `generation`, `length`.
+        tasks: names of single tasks, of any task, group or tag of lm-eval, and `held_out`. Without tasks and suites:
+            the rows that fine-tuning held out if the folder has some, otherwise the suite `core`.
+        baselines: any of `window`, `no_window`, `neither`; or `all`. A converted model always stands beside `teacher`,
             `window_bytes` and `no_recurrence`, as far as it has them; `none` leaves these out.
-        teacher: the pretrained model, if not what the model was converted from.
-        limit: score so many items of each task, or below 1 such a share of them, drawn at random.
-        seed: of the limit, and of tasks that draw their items.
-        lengths: tokens of the texts, for tasks that sweep lengths.
-        samples: items of each kind, for tasks that make their items.
+        teacher: the pretrained model, if it is not the one that the model was converted from.
+        limit: score this many items of each task, or below 1 this share of them, drawn at random.
+        seed: the seed of `limit`, and of tasks that draw their items.
+        lengths: lengths of the texts in tokens, for tasks that sweep lengths.
+        samples: items of each kind, for tasks that generate their items.
         data: the folder of the tasks' files; None reads them from the Hub.
         include_path: a folder of lm-eval YAML files with tasks of your own; their names take precedence.
         num_fewshot: solved examples before each question; None for each task's own number. A task that sets 0 keeps it.
@@ -68,20 +68,20 @@ def evaluate(
         system_instruction: a system message for these prompts.
         confirm_run_unsafe_code: run tasks that run the code a model writes.
         report: a folder to write pages, plots and results.json to.
-        fresh: score everything again; results of single items are kept otherwise.
+        fresh: score everything again; by default cached results of single items are reused.
         batch_size: sequences per forward pass.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
-        trust_remote_code: run Python code that the model brings.
-        say: gets lines for the person at the terminal.
+        trust_remote_code: run Python code from the model's repository.
+        say: called with each progress line.
 
     Returns:
-        by system its scores, with their standard errors and items.
+        the scores of each system, with standard errors and items.
 
     Raises:
-        DataError: an unknown suite, task or baseline, or data that cannot be read.
-        ModelError: a model that cannot be read, or gives results that are not finite; or no teacher where a baseline or
-            a task needs it.
-        OutputError: results cannot be kept, or another job is writing the report.
+        DataError: a suite, task or baseline is unknown, or data cannot be read.
+        ModelError: a model cannot be read or gives results that are not finite; or a baseline or task needs a teacher
+            and there is none.
+        OutputError: results cannot be stored, or another job is writing the report.
     """
     return run_evaluate(
         model,
@@ -134,7 +134,7 @@ def run_evaluate(
     say: Callable[[str], None] = quiet,
     command: str = "",
 ) -> Results:
-    """`evaluate`; of several processes the first writes and speaks.
+    """`evaluate`; with several processes, only the first writes and prints.
 
     Args:
         progress: see `runner.Progress`.

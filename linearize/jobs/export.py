@@ -1,4 +1,4 @@
-"""`linearize export`: write a checkpoint as a folder that is fit to be shared."""
+"""`linearize export`: write a checkpoint as a folder for sharing."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def export(
     overwrite: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> Exported:
-    """Writes a checkpoint as a folder that is fit to be shared: shards, carried code, a card with what was measured.
+    """Write a checkpoint as a folder for sharing: shards, the model's code, and a model card with measurements.
 
     Args:
-        folder: what `convert`, `finetune` or `run` wrote.
+        folder: a checkpoint of `convert`, `finetune` or `run`.
         output: the folder to write.
-        name: of the model on its card; the folder's, if left out.
-        base: the Hub id of the base model, where that came from a file or a folder.
-        licence: of the base model; read from it, if left out.
-        report: the folder that `linearize eval --report` or `run` wrote; found by itself where `run` made `folder`.
-        dtype: of the weights: `auto`, `float32`, `bfloat16` or `float16`.
-        weights: `int8` or `int4`, for linear layers of integers; what that costs is measured, and said on the card.
-        outliers: share of a layer's inputs that keep their weights then; 1/64 if left out.
-        text: what that is measured on: a file, a data set of the Hub, or `self`, which the model writes. If left out,
-            the rows that fine-tuning held out, or `self` where there are none.
-        tokens: of the text; half of them are read to choose what is kept, the others measure.
-        shard_size: the most that one file of weights holds.
+        name: the model's name on its card; default: the folder's name.
+        base: the Hub id of the base model, if that was loaded from a file or a folder.
+        licence: the licence of the base model; default: read from the base model.
+        report: the folder that `linearize eval --report` or `run` wrote; found automatically if `run` wrote `folder`.
+        dtype: the dtype of the weights: `auto`, `float32`, `bfloat16` or `float16`.
+        weights: `int8` or `int4` quantizes the linear layers; the card states the measured loss.
+        outliers: the share of a layer's inputs that is then not quantized; default: 1/64.
+        text: the text of that measurement: a file, a data set of the Hub, or `self`, which the model generates.
+            Default: the rows that fine-tuning held out, or `self` if there are none.
+        tokens: the length of the text; one half chooses the inputs to keep, the other half measures.
+        shard_size: the maximum size of a file of weights.
         overwrite: replace the output if it exists.
-        say: gets lines for the person at the terminal.
+        say: called with each progress line.
 
     Raises:
-        ModelError: `folder` is no converted checkpoint.
+        ModelError: `folder` is not a converted checkpoint.
         OutputError: the output cannot be written.
         DataError: `report` has no results, or those of another checkpoint; `weights` is unknown; or the text cannot be
             read, or is too short.

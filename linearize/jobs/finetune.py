@@ -1,10 +1,9 @@
-"""`linearize finetune`: from a recipe to a trained, merged, loadable checkpoint."""
+"""`linearize finetune`: train a model by a recipe and write a merged, loadable checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from linearize.checkpoint.provenance import sound_provenance, teacher_of
 from linearize.conversion.swap import check_convertible, check_reach
 from linearize.data.load import load_data, reserved_tokens
 from linearize.data.rows import TrainingData, read_data, save_data
-from linearize.errors import ModelError, OutputError, RecipeError
+from linearize.errors import ModelError, OutputError, RecipeError, counted
 from linearize.jobs.checks import model_of, quiet, recipe_to_train
 from linearize.jobs.convert import convert_into, make_start, named_after, prepares
-from linearize.jobs.result import FinetuneResult, count_skipped, stage_record, write_result
+from linearize.jobs.result import FinetuneResult, stage_record, write_result
 from linearize.model.positions import rotary_notes
 from linearize.recipe import SELF, Recipe, Stage, load_recipe
 from linearize.runtime import processes
@@ -30,33 +29,38 @@ from linearize.runtime.memory import nbytes
 from linearize.sources.limits import check_length, check_tokens, vocabulary_warning
 from linearize.sources.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.training.adapters import add_adapters, base_of, check_dtype, check_four_bit, choose_trained, merged
-from linearize.training.checkpoints import manifest, newest, stage_to_resume, step_of
+from linearize.training.checkpoints import (
+    checkpoint_of,
+    is_done,
+    load_trained,
+    newest,
+    progress_of,
+    set_trained,
+    stage_to_resume,
+    step_of,
+    whole_trained,
+)
+from linearize.training.loop import StageLoop
 from linearize.training.memory import stages_memory
 from linearize.training.metrics import METRICS, forget_metrics, log_to
 from linearize.training.sharding import check_shardable, mesh
 from linearize.training.sharding import shard as shard_model
 from linearize.training.teachers import Teacher, wants_teacher
-from linearize.training.trackers import check_trackers, tracker_arguments, tracking
-from linearize.training.trainer import (
-    StageTrainer,
-    load_trained,
-    set_trained,
-    total_steps,
-    whole_trained,
-)
+from linearize.training.trackers import Trackers, check_trackers
 from linearize.training.windows import check_something_to_learn
 from linearize.training.workfolder import WORK, finished_stages, recipe_to_resume, shared_work_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
     from linearize.jobs.convert import Start
     from linearize.training.memory import Engine, TrainingMemory
 
-_CHECKPOINTS = 9
-"""Sizes of what is trained that checkpoints take: three of them at most, each with two moments."""
+_CHECKPOINT, _CHECKPOINTS = 3, 3
+"""The size of a checkpoint as a multiple of the trained weights (two moments each), and the maximum number of
+checkpoints without a best one."""
 
 _WIDENED = (
     "its weights are float16, whose small gradients become 0; trained and written in float32 (dtype: bfloat16 takes "
@@ -76,19 +80,19 @@ def finetune(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> FinetuneResult:
-    """Trains a model by a recipe's stages, and writes it merged and ready to load.
+    """Train a model by a recipe's stages, and write it merged and ready to load.
 
     Args:
-        recipe: a shipped recipe's name, a file, or a recipe that was read already.
-        output: the folder to write; while training runs, checkpoints and metrics.jsonl are beside it.
-        model: what to train, converted or not, instead of the recipe's `model`.
-        teacher: the pretrained model, instead of the recipe's `teacher` or what the model was converted from.
+        recipe: a shipped recipe's name, a file, or a `Recipe`.
+        output: the folder to write; during training, checkpoints and metrics.jsonl are in a work folder beside it.
+        model: the model to train, converted or not, instead of the recipe's `model`.
+        teacher: the pretrained model, instead of the recipe's `teacher` or the base of the converted model.
         overrides: changes of single keys, such as `stages.0.lr=5e-4`.
-        resume: go on with an interrupted run from its last checkpoint, by the recipe that is saved with it; a finished
-            run is loaded.
+        resume: continue an interrupted run from its last checkpoint, with the recipe saved in it; a finished run is
+            loaded.
         overwrite: replace the output if it exists.
-        trust_remote_code: run Python code that the model brings.
-        say: gets lines for the person at the terminal.
+        trust_remote_code: run Python code from the model's repository.
+        say: called with each progress line.
 
     Returns:
         the trained model, its tokenizer, and a record of each stage.
@@ -122,7 +126,7 @@ def run_finetune(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> FinetuneResult:
-    """`finetune`; of several processes the first writes and speaks, and its result is the merged one.
+    """`finetune`; with several processes, only the first writes, prints and returns the merged model.
 
     Args:
         shard: see `run_stages`.
@@ -151,7 +155,7 @@ def run_finetune(
 
 
 def plan_finetune(recipe: Recipe, gpus: int, *, trust_remote_code: bool = False) -> list[dict[Engine, TrainingMemory]]:
-    """For each stage the memory that it takes by engine, on each of so many GPUs; nothing is trained or written."""
+    """The memory of each stage by engine, on each of `gpus` GPUs; nothing is trained or written."""
     check_dtype(recipe)
     source = find_source(model_of(recipe), trust_remote_code=trust_remote_code)
     config = load_config(source)
@@ -162,7 +166,7 @@ def plan_finetune(recipe: Recipe, gpus: int, *, trust_remote_code: bool = False)
 
 def _check_named(target: Path, recipe: Recipe, **named: str | Path | None) -> None:
     """Raises:
-    OutputError: the unfinished run has another model or teacher than the one that is named.
+    OutputError: the unfinished run has another model or teacher than the given one.
     """
     for key, value in named.items():
         own = getattr(recipe, key)
@@ -193,15 +197,15 @@ def run_stages(
     begin: Callable[[], Start] | None = None,
     shard: bool = False,
 ) -> FinetuneResult:
-    """Runs the stages of `recipe`.
+    """Run the stages of `recipe`.
 
     Args:
         work: the folder of this run's checkpoints and `metrics.jsonl`; see `work_folder`.
-        say: gets lines for the person at the terminal.
-        resume: go on from the newest checkpoint in `work`.
-        pretrained, tokenizer: of `recipe.model`, where they are loaded already.
-        begin: loads what the conversion came to, where that has been done already.
-        shard: split weights, gradients and optimizer among the processes; the result is the first one's.
+        say: called with each progress line.
+        resume: continue from the newest checkpoint in `work`.
+        pretrained, tokenizer: those of `recipe.model`, if already loaded.
+        begin: loads the result of the conversion, if that is already done.
+        shard: split weights, gradients and optimizer states among the processes; the first process has the result.
 
     Raises:
         LinearizeError: the recipe, the model, the data or a checkpoint is not usable.
@@ -211,7 +215,7 @@ def run_stages(
     check_dtype(recipe)
     source = find_source(reference, trust_remote_code=trust_remote_code)
     asked = any(wants_teacher(stage) or _reads(stage, SELF) for stage in recipe.stages)
-    # A converted model's base may be gone; a stage that never calls it does not need it.
+    # The base of a converted model may no longer exist; it is needed only by stages that call it.
     base = teacher_of(source, recipe.teacher) if asked or recipe.teacher or not source.is_converted else None
     if source.is_converted and base == source:
         raise RecipeError(f"teacher: {base.name} is the model itself; name the pretrained model that it was made from")
@@ -231,7 +235,7 @@ def run_stages(
     four_bit = recipe.lora is not None and recipe.lora.four_bit
     if four_bit:
         check_four_bit(recipe, shard)
-    # Reading a model can take longer than copying it, and where a stage wants the teacher both are needed anyway.
+    # Copying a loaded model is faster than reading it again, and a stage that calls the teacher needs both.
     shared = base == source and not (shard or four_bit) and asked
     started = None
     apart = processes.count() > 1 or four_bit
@@ -247,7 +251,7 @@ def run_stages(
         told = written.get("start", {})
         say(f"{source.name}: converted already, trained as it is; the recipe's mixer section is not used")
     elif begin is None:
-        check_convertible(config, source, recipe.mixer)  # before anything is loaded
+        check_convertible(config, source, recipe.mixer)  # before any weights are loaded
         for line in rotary_notes(config):
             say(f"{source.name}: {line}")
     # A model in 4 bits cannot be cast, so it is loaded in float32 where its configuration says float16.
@@ -256,7 +260,7 @@ def run_stages(
         say(f"{source.name}: {_WIDENED}")
 
     def converted(**options: Any) -> Any:
-        """In float32 where a stage would train float16, which `auto` alone can come to; float32 holds it exactly."""
+        """The converted model; float16 weights (possible with dtype `auto` only) become float32, which is exact."""
         nonlocal half
         model = as_converted(**options)
         if not recipe.stages or options.get("four_bit") or all(p.dtype != torch.float16 for p in model.parameters()):
@@ -287,19 +291,19 @@ def run_stages(
     with processes.in_turns() if shard else contextlib.nullcontext():
         student = student_of(converted(four_bit=four_bit, device="cpu" if shard else None), say=say)
         for number, stage in enumerate(recipe.stages):
-            choose_trained(student, stage.train)  # what a later stage lacks is told now
+            choose_trained(student, stage.train)  # fail early if a later stage has nothing to train
             check_length(base_of(student), stage.length, f"stages.{number}.length")
         if shard:
             shard_model(student)
     records: list[dict[str, Any]] = list(written.get("stages", []))
     earlier = len(records)  # stages of the runs before
     data, reserved = None, reserved_tokens(recipe.stages)
-    # The first process looks and tells the others: it also removes checkpoints, and a shared disk may show them late.
+    # The first process alone decides, because it also removes checkpoints and a shared disk may list them late.
     reached = processes.from_the_first(partial(stage_to_resume, work, len(recipe.stages))) if resume else 0
 
     def rows_of(number: int, stage: Stage) -> TrainingData:
         kept = work / f"stage-{number}.rows.safetensors"
-        with processes.first_goes_ahead():  # what it wrote or fetched, the others read
+        with processes.first_goes_ahead():  # the other processes read its files
             if kept.is_file() and (resume or not processes.is_first()):
                 return read_data(kept)
             found = load_data(
@@ -318,11 +322,10 @@ def run_stages(
             save_data(found, kept)
             return found
 
-    # A teacher that is split cannot write text for one process, so that is done before.
+    # A sharded teacher cannot generate text for one process, so the rows are made before.
     ahead = [rows_of(number, stage) for number, stage in enumerate(recipe.stages)] if shard else None
     for number, stage in enumerate(recipe.stages):
         data = rows_of(number, stage) if ahead is None else ahead[number]
-        records.append(stage_record(stage, data))
         untrained = not (earlier + number or told or recipe.teacher)
         adapted = recipe.lora is not None
         if warning := check_something_to_learn(
@@ -334,38 +337,46 @@ def run_stages(
         folder = work / f"stage-{number}"
         start = processes.from_the_first(partial(newest, folder)) if resume else None
         done = step_of(start) if start else 0
-        if number < reached and done < total_steps(stage, len(data.train)):
-            # What later stages learned began at weights that are no more.
+        finished = start is not None and is_done(start)
+        if number < reached and not finished:
+            # Later stages started from weights of a checkpoint that is lost.
             reached = number
             say(f"stage {number + 1}: its last checkpoint is damaged or gone; stages after it begin anew")
             if processes.is_first():
                 for later in range(number + 1, len(recipe.stages)):
                     shutil.rmtree(work / f"stage-{later}", ignore_errors=True)
-        if start is not None and number < reached:
+        if start is not None and finished:
             say(f"stage {number + 1}: done before")
-            load_trained(student, start)
-            count_skipped(records[-1], (manifest(start) or {}).get("skipped", 0))
+            progress = progress_of(start)
+            load_trained(student, checkpoint_of(folder, progress.best_step or progress.step))
+            records.append(stage_record(stage, data, progress))
             continue
-        check_space(
-            work, nbytes(student) + _CHECKPOINTS * sum(p.nbytes for p in student.parameters() if p.requires_grad)
-        )
+        kept = _CHECKPOINT * (_CHECKPOINTS + (stage.keep == "best"))
+        check_space(work, nbytes(student) + kept * sum(p.nbytes for p in student.parameters() if p.requires_grad))
         if processes.is_first():
             forget_metrics(work / METRICS, number, done)
         with teacher.serving(stage, data.train, say, shard=shard) as served:
             log = log_to(work / METRICS, number, len(recipe.stages))
             name = work.name.removesuffix(WORK)
-            reporting = tracker_arguments(recipe.report_to, f"{name}, stage {number + 1}")
+            runs = str(work.with_name(f"{name}.runs") / f"stage-{number + 1}")
+            trackers = Trackers(recipe.report_to, f"{name}, stage {number + 1}", runs) if recipe.report_to else None
             if start:
                 say(f"stage {number + 1}: going on from {start.name}")
-            with _quiet(), tracking(recipe.report_to, work.with_name(f"{name}.runs") / f"stage-{number + 1}"):
-                trainer = StageTrainer(student, served, stage, data.train, folder, recipe.seed, log, say, reporting)
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
-        count_skipped(records[-1], trainer.skipped)
+            loop = StageLoop(student, served, stage, data, folder, recipe.seed, log, say, trackers)
+            loop.train(start)
+        progress = loop.progress
+        if progress.step < loop.steps.total:
+            worse = counted(progress.worse, "evaluation", "evaluations")
+            say(f"stage {number + 1}: ended after step {progress.step}, {worse} without a better held-out loss")
+        if progress.best_step:
+            load_trained(student, checkpoint_of(folder, progress.best_step))
+            say(f"stage {number + 1}: kept step {progress.best_step}, held-out loss {progress.best:.4f}")
+        records.append(stage_record(stage, data, progress))
     if shard or four_bit:
         trained = whole_trained(student)
         if not processes.is_first():
             return FinetuneResult(base_of(student), tokenizer, None, data, recipe, records, told)
-        # Built again, whole, on the CPU: what is frozen is on disk as it was.
+        # Rebuilt on the CPU without shards, because the frozen weights on disk are unchanged.
         student = student_of(converted(device="cpu"))
         choose_trained(student, recipe.stages[-1].train)
         set_trained(student, trained)
@@ -380,8 +391,8 @@ def run_stages(
 def _started(
     source: Source, recipe: Recipe, tokenizer: Any, folder: Path, *, resume: bool, say: Callable[[str], None]
 ) -> tuple[Recipe, dict[str, Any]]:
-    """What `make_start` came to in the first process, which leaves it in `folder` for all: the recipe with what is kept
-    as softmax named in it, and a record of it."""
+    """Run `convert_into` in the first process, which leaves the result in `folder` for all. Returns the recipe with the
+    chosen layers or heads named in it, and the `start` record."""
     with processes.first_goes_ahead():
         if processes.is_first() and not (resume and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
@@ -393,10 +404,3 @@ def _started(
 
 def _reads(stage: Stage, source: str) -> bool:
     return any(one.source == source for one in stage.data.sources)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The Trainer prints a summary on stdout, which belongs to data."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -1,4 +1,4 @@
-"""`linearize generate`: continue a prompt, with memories that are read from files and kept in them."""
+"""`linearize generate`: continue a prompt, with states loaded from files and saved to them."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ def generate(
     trust_remote_code: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> Continuation:
-    """Continues a prompt, and tells how fast and in how much memory.
+    """Continue a prompt, and measure speed and memory.
 
     Args:
-        model: which one, or the model itself where it is loaded already.
-        tokenizer: of a model that is loaded already.
+        model: a model's name or folder, or a loaded model.
+        tokenizer: the tokenizer of a loaded model.
         prompt: the text to continue.
-        state: of a text that the prompt continues; the prompt may be empty then.
+        state: the state of a text that the prompt continues; the prompt may then be empty.
         chat: put the prompt into the model's chat template.
-        max_new_tokens: stop after so many; 0 reads and writes nothing, for the sake of the state.
+        max_new_tokens: the maximum number of new tokens; 0 only reads the prompt into the state.
         temperature: 0 takes the most likely token, otherwise tokens are sampled.
-        top_p: sample among the most likely, up to this mass.
-        seed: of the sampling.
+        top_p: sample among the most likely tokens, up to this probability mass.
+        seed: the seed of the sampling.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
-        trust_remote_code: run Python code that the model brings.
-        write: called with each piece of new text as soon as it is there.
+        trust_remote_code: run Python code from the model's repository.
+        write: called with each new piece of text.
 
     Returns:
-        the new text, speed, memory and the state after it.
+        the new text, speed, memory and the final state.
 
     Raises:
-        DataError: the prompt has no tokens.
-        ModelError: the model cannot be read, or has no tokenizer, or no chat template that was asked for.
-        StateError: a state, or reading alone, is asked of a model that was not converted.
+        DataError: the prompt has no tokens, or a loaded model comes without its tokenizer.
+        ModelError: the model cannot be read, has no tokenizer, or has no chat template although `chat` is set.
+        StateError: a model that was not converted gets a state, or 0 new tokens.
     """
     check_dtype(dtype, int8=True)
     check_numbers(0, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -93,9 +93,9 @@ class Generated(NamedTuple):
     """A continuation and the states around it.
 
     Attributes:
-        read: tokens of the state that was loaded; None where none was.
-        kept: tokens and bytes of the state that was saved; None where none was.
-        seconds: from the loaded model to the last token.
+        read: tokens of the loaded state; None without one.
+        kept: tokens and bytes of the saved state; None without one.
+        seconds: time from the loaded model to the last token.
     """
 
     continuation: Continuation
@@ -119,17 +119,17 @@ def run_generate(
     trust_remote_code: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> Generated:
-    """`generate` with the state before and after it in files.
+    """`generate` with the states before and after it in files.
 
     Args:
-        prompt: the text, or a function that reads it once the files have been checked.
+        prompt: the text, or a function that reads it after the files have been checked.
         load_state: the file of a state that the prompt continues.
         save_state: the file to write the state to.
 
     Raises:
         LinearizeError: as `generate`, or a file cannot be read or written.
     """
-    # The files are checked before a model is loaded and a long text is read.
+    # Check the files first, because loading a model and reading a long text take time.
     if load_state is not None:
         header(load_state)
     if save_state is not None:
@@ -144,7 +144,7 @@ def run_generate(
                 "first"
             )
         if save_state is not None:
-            grows = growth_nbytes(loaded)  # where layers or heads are kept as softmax
+            grows = growth_nbytes(loaded)  # not 0 if layers or heads keep softmax
             check_space(save_state, state_nbytes(loaded) + (grows and grows * len(tokenizer(text).input_ids)))
         started = time.monotonic()
         state = None if load_state is None else State.load(load_state, loaded)
@@ -168,7 +168,7 @@ def run_generate(
 
 def _check_chat(tokenizer: Any, chat: bool, name: str) -> None:
     """Raises:
-    ModelError: a chat is asked for, and the tokenizer has no template for one.
+    ModelError: `chat` is True and the tokenizer has no chat template.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"{name}: its tokenizer has no chat template; leave --chat out")

@@ -1,4 +1,4 @@
-"""`linearize inspect` and `convert --dry-run`: what a recipe makes of a model, from its configuration alone."""
+"""`linearize inspect` and `convert --dry-run`: the converted form of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def inspect(
     """The facts of `inspect_model`, and for each stage of the recipe its memory on each of `gpus` GPUs.
 
     Args:
-        dtype: of the caches.
+        dtype: the dtype of the caches.
         gpus: None leaves the stages out.
-        chosen: whether the user named a mixer; `say` reports it where a converted model has its own.
+        chosen: True if the user named a mixer; a line to `say` then notes that a converted model keeps its own.
 
     Raises:
         LinearizeError: as `inspect_model` and `training_memory`.
@@ -74,7 +74,7 @@ def inspect_recurrences(
 
 
 def _say_refusal(source: Source, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Say why `linearize convert` refuses `recipe` for `source` though its mixer section fits, if so."""
+    """Report if `linearize convert` refuses `recipe` for `source`, although its mixer section fits."""
     try:
         check_reach(recipe, load_config(source))
     except (DataError, RecipeError) as error:
@@ -90,9 +90,9 @@ def plan_convert(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> tuple[Source, dict[str, Any]]:
-    """Check what `run_convert` checks and write nothing; `inspect_model` gives the facts."""
+    """Make the checks of `run_convert` and write nothing; the facts are those of `inspect_model`."""
     source, config = convertible(model, output, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    if source.kind != "gguf":  # reading its tokenizer takes seconds, and is never in doubt: see `has_tokenizer`
+    if source.kind != "gguf":  # a GGUF file always has a tokenizer, which takes seconds to read; see `has_tokenizer`
         from linearize.jobs.convert import tokenizer_for
 
         tokenizer_for(source, recipe, config, say=say)
@@ -105,7 +105,7 @@ def plan_convert(
 def convertible(
     model: str | Path, output: Path, recipe: Recipe, *, overwrite: bool, trust_remote_code: bool
 ) -> tuple[Source, Any]:
-    """The model and its configuration, once output, model and recipe go together."""
+    """The source and configuration of a model, after output, model and recipe were checked."""
     check_free(output, overwrite=overwrite)
     source = find_source(str(model), trust_remote_code=trust_remote_code)
     config = load_config(source)

@@ -1,4 +1,4 @@
-"""`linearize probe`: probe a pretrained model and write what was found."""
+"""`linearize probe`: probe a pretrained model and write the figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def probe(
     say: Callable[[str], None] = quiet,
     command: str = "",
 ) -> Probe:
-    """`run_probe` on the model of that name; its figures and report go into the folder `output`, if there is one.
+    """`run_probe` on the model; its figures and report go into the folder `output`, if given.
 
     Raises:
         LinearizeError: as `run_probe`, or the output cannot be written.

@@ -1,4 +1,4 @@
-"""`linearize push`: verify a checkpoint and put it on the Hub."""
+"""`linearize push`: verify a checkpoint and upload it to the Hub."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def push(
     tick: Callable[[str, int, int], None] | None = None,
     say: Callable[[str], None] = quiet,
 ) -> Upload:
-    """Puts a checkpoint on the Hub in one commit, after it was verified.
+    """Upload a checkpoint to the Hub in one commit, after verification.
 
     Args:
-        repo: OWNER/NAME; who is logged in is the owner, if left out.
-        folder: a checkpoint that is fit to be shared; `export` writes one.
-        public: make the repository public; it is private otherwise.
-        force: push though checks fail, or the folder has paths of this machine or rows of the training data.
-        message: of the commit.
-        steps: of the drift check of `verify`.
-        confirm: called with what would be pushed, where, and whether that is private; raises to stop.
+        repo: OWNER/NAME; the default owner is the logged-in user.
+        folder: a checkpoint for sharing, written by `export`.
+        public: make the repository public; by default it is private.
+        force: push even if checks fail, or if the folder contains local paths or rows of the training data.
+        message: the commit message.
+        steps: decode steps of the drift check of `verify`.
+        confirm: called with the parcel, the repository, and True if it is private; raises to stop.
         tick: see `verify`.
-        say: gets lines for the person at the terminal.
+        say: called with each progress line.
 
     Raises:
-        HubError: the folder is not to be pushed, or the Hub does not do as asked.
-        OutputError: another push to the repository is under way on this machine, or a disk is full.
+        HubError: the folder must not be pushed, or the Hub refuses a request.
+        OutputError: another push to the repository is running on this machine, or a disk is full.
     """
     check_numbers(1, steps=steps)
     return push_folder(
@@ -59,10 +59,10 @@ def push(
 
 
 def plan_push(folder: Path, *, force: bool = False) -> Parcel:
-    """`push` up to the first question to the Hub: pack the folder, and refuse what should not leave the machine.
+    """The local part of `push`: pack the folder, and refuse content that must not be published.
 
     Raises:
-        HubError: the folder is not to be pushed.
+        HubError: the folder must not be pushed.
     """
     parcel = pack(folder)
     check(parcel, force=force)

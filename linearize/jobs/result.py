@@ -1,4 +1,4 @@
-"""The result of a fine-tuning run, and the files it is written to."""
+"""The result of a fine-tuning run, and the files that it is written to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from linearize.checkpoint.write import base_record, write_checkpoint
 from linearize.sources.source import find_source
 from linearize.training.metrics import METRICS
 from linearize.training.plot import PLOT, draw_training
-from linearize.training.trainer import tokens_after, total_steps
+from linearize.training.steps import Steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from linearize.data.rows import Rows, TrainingData
     from linearize.model import LinearizedForCausalLM
     from linearize.recipe import Recipe, Stage
+    from linearize.training.checkpoints import Progress
 
 HELD_OUT = "held_out.safetensors"
 
@@ -32,11 +33,11 @@ class FinetuneResult:
     """A run's result in memory.
 
     Attributes:
-        model: trained and merged.
+        model: the trained and merged model.
         teacher: the pretrained model, if a stage needed it.
-        data: of the last stage.
-        recipe: with what is kept as softmax named in it.
-        stages, start: a record of each stage, and of what came before training, as in `linearize.json`.
+        data: the rows of the last stage.
+        recipe: the recipe, with the chosen layers or heads named in it.
+        stages, start: the records of each stage and of the conversion, as in `linearize.json`.
     """
 
     model: LinearizedForCausalLM
@@ -49,7 +50,7 @@ class FinetuneResult:
 
 
 def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) -> None:
-    """Writes the checkpoint of a run, its metrics and its held-out rows into `folder`."""
+    """Write the checkpoint of a run, its metrics and its held-out rows into `folder`."""
     source = find_source(result.recipe.model or "")
     record = sound_provenance(source)["base"] if source.is_converted else base_record(source, None)
     if (work / METRICS).is_file():
@@ -63,25 +64,27 @@ def write_result(folder: Path, result: FinetuneResult, work: Path, name: str) ->
 
 
 def write_held_out(folder: Path, rows: Rows) -> None:
-    """Writes the rows that the task `held_out` scores a checkpoint on."""
+    """Write the rows that the task `held_out` scores a checkpoint on."""
     save_file(
         {"input_ids": rows.input_ids, "labels": rows.labels, "position_ids": rows.position_ids}, folder / HELD_OUT
     )
 
 
-def stage_record(stage: Stage, data: TrainingData) -> dict[str, Any]:
-    """A stage's record in `linearize.json`."""
-    steps = total_steps(stage, len(data.train))
-    return {
+def stage_record(stage: Stage, data: TrainingData, progress: Progress) -> dict[str, Any]:
+    """A stage's record in `linearize.json`, with the number of skipped steps, the step of an early end, and the step of
+    the kept weights if it is not the last."""
+    steps = Steps(stage, len(data.train))
+    record = {
         "objective": " + ".join(f"{weight:g} {name}" for name, weight in stage.weights.items()),
         "data": data.source,
-        "tokens": tokens_after(stage, len(data.train), steps),
+        "tokens": steps.tokens_after(progress.step),
         "length": stage.length,
-        "steps": steps,
+        "steps": steps.total,
     }
-
-
-def count_skipped(record: dict[str, Any], skipped: int) -> None:
-    """Adds the steps that a stage skipped to its record, if there are any."""
-    if skipped:
-        record["skipped_steps"] = skipped
+    if progress.skipped:
+        record["skipped_steps"] = progress.skipped
+    if progress.step < steps.total:
+        record["stopped_after"] = progress.step
+    if progress.best_step:
+        record |= {"kept_step": progress.best_step, "held_out_loss": progress.best}
+    return record

@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
-        scores: by system: `teacher`, `window`, `converted` and, where the recipe has stages, `finetuned`.
-        table: the same for people.
-        data: the same for programs, with the seconds that each part took.
+        scores: the scores by system: `teacher`, `window`, `converted` and, if the recipe has stages, `finetuned`.
+        table: the scores as a table.
+        data: the scores as plain data, with the seconds of each part.
         trained: the fine-tuned model, still in memory.
     """
 
@@ -66,16 +66,16 @@ def run_recipe(
     trust_remote_code: bool = False,
     command: str = "",
 ) -> RunResult:
-    """Runs `recipe` and writes `target`: the folders `converted` and `finetuned`, `report.json` with the figures of all
-    parts, and the evaluation's own report (`report.html`, `report.md`, `results.json`).
+    """Run `recipe` and write `target`: the folders `converted` and `finetuned`, `report.json` with the figures of all
+    parts, and the evaluation's report (`report.html`, `report.md`, `results.json`).
 
     Args:
         data: the folder of the evaluation tasks' files; None reads them from the Hub.
-        resume: go on with the training of an earlier run that was interrupted.
+        resume: continue the training of an interrupted run.
         command: the command line, for the report.
 
     Raises:
-        LinearizeError: whatever stands in the way, before anything is written to `target`.
+        LinearizeError: the recipe, the model, the data or the output is not usable; `target` is then not written.
     """
     reference = model_of(recipe)
     check_dtype(recipe)
@@ -106,7 +106,7 @@ def run_recipe(
             )
             mixers, base = start.model.config.mixers or [], start.model.config.text_config
             if not prepares(recipe):
-                # Swapping again costs less than to keep or to read a second model.
+                # A second swap is cheaper than keeping or reading another model.
                 loads = _Again(lambda: convert_model(copy.deepcopy(teacher), recipe.mixer), start)
             else:
                 written = find_source(str(folder / "converted"))
@@ -174,7 +174,7 @@ def run_recipe(
 
 
 def _marked(info: SystemInfo, folder: Path, dtypes: dict[str, torch.dtype]) -> SystemInfo:
-    """With the checkpoint in `folder` that the system is, if it is one."""
+    """`info` with the digest and dtype of the system's checkpoint in `folder`, if it has one."""
     if info.name not in dtypes:
         return info
     made = checkpoint_digest(Source(str(folder / info.name), "folder"))
@@ -182,7 +182,7 @@ def _marked(info: SystemInfo, folder: Path, dtypes: dict[str, torch.dtype]) -> S
 
 
 class _Again:
-    """What the conversion came to, without its model; `load` makes that again."""
+    """The result of the conversion without its model; `load` makes the model again."""
 
     def __init__(self, load: Callable[[], Any], start: Start) -> None:
         self.load, self.of = load, replace(start, model=None)  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ _ABOUT = {
 
 
 def _gains(scores: dict[str, SystemScores]) -> dict[str, dict[str, float | None]]:
-    """What fine-tuning changed on the held-out rows, row by row: mean difference and its standard error, in nats."""
+    """The change by fine-tuning on the held-out rows, row by row: mean difference and its standard error, in nats."""
     before, after = (scores[name].rows if name in scores else None for name in ("converted", "finetuned"))
     if before is None or after is None:
         return {}
@@ -209,7 +209,7 @@ def _gains(scores: dict[str, SystemScores]) -> dict[str, dict[str, float | None]
 
 
 def gains_line(gains: dict[str, dict[str, float | None]]) -> str:
-    """The same for people; empty where there is nothing to compare."""
+    """The gains as a sentence; empty without gains."""
     if not gains:
         return ""
     parts = (f"{name} {d['mean']:+.4f} ± {d['stderr'] or 0:.4f}" for name, d in gains.items())
@@ -217,7 +217,7 @@ def gains_line(gains: dict[str, dict[str, float | None]]) -> str:
 
 
 class _timed:
-    """Seconds of a block, rounded to tenths, into `seconds[name]`."""
+    """A context manager that stores the seconds of its block, rounded to tenths, in `seconds[name]`."""
 
     def __init__(self, seconds: dict[str, float], name: str) -> None:
         self.seconds, self.name = seconds, name

@@ -25,15 +25,15 @@ def verify(
     trust_remote_code: bool = False,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
-    """Proves on a converted model that it is one function, however it is called; `failed` names what fails.
+    """Check that a converted model computes one function, however it is called; `failed` names the failed checks.
 
     Args:
-        model: which one.
-        tokens: length of the rows of random tokens; None for three of the widest window, at least 192.
-        steps: single decode steps of the drift check; None for two rows' length.
+        model: the model to check.
+        tokens: the length of the rows of random tokens; None means three of the widest window, at least 192.
+        steps: single decode steps of the drift check; None means the length of two rows.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        trust_remote_code: run Python code that the model brings.
-        tick: called with a check's name, the steps it has done, and how many there are.
+        trust_remote_code: run Python code from the model's repository.
+        tick: called with a check's name, the number of steps done, and the total.
 
     Raises:
         ModelError: the model cannot be read, or was not converted.

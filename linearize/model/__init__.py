@@ -1,7 +1,7 @@
 """A converted checkpoint: its configuration, attention layer, memory and model.
 
-Importing the model registers converted checkpoints with transformers' auto classes. The names below are imported when
-they are first used, because a configuration alone needs none of transformers' modeling modules, which take seconds.
+Importing the model registers converted checkpoints with transformers' auto classes. The names below are lazy imports,
+because a configuration needs none of transformers' modeling modules, which take seconds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The one attention layer of a converted model.
+"""The attention layer of a converted model.
 
-    heads  = what the layer's mixer makes of most key/value heads, and softmax over the whole past of the heads kept
+    heads  = the mixer's output for most key/value heads, softmax over the whole past for the heads in `softmax_heads`
     out    = W_o heads
 
-with the pretrained projections on both sides. A layer that is kept whole has no mixer.
+The pretrained projections stay on both sides. A layer that keeps its pretrained attention has no mixer.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-"""What models call the cache that they hand to their layers: `cache` since transformers 5.24, and two names before."""
+"""Argument names by which models pass the cache to layers: `cache` since transformers 5.24, two others before."""
 
 
 class LinearizedAttention(nn.Module):
-    """Takes the place of a pretrained attention module and keeps its weights under their names.
+    """Replaces a pretrained attention module and keeps its weights under their names.
 
     Args:
-        attention: the module it replaces; its submodules move over.
-        family: how that architecture projects.
-        layer: its heads.
+        attention: the pretrained module; its submodules move into this one.
+        family: the projections of the architecture.
+        layer: the layer's heads.
         config: the layer's mixer section.
-        layer_idx: which layer of the model, and of its cache, this is.
-        depth: where it stands in the model, 0 for the first layer and 1 for the last.
+        layer_idx: the index of the layer in the model and in its cache.
+        depth: the relative depth of the layer, 0 for the first and 1 for the last.
 
     Attributes:
-        observer: is shown the projections of every call, as rows of real tokens with their lengths (None: all), before
-            they are mixed; to see what a model attends to. Not part of the configuration.
+        observer: a callback that gets every call's projections before mixing, as rows of real tokens, and their
+            lengths `[R]` (None: all tokens are real). Probing sets it. It is not part of the configuration.
     """
 
     observer: Callable[[Projections, Tensor | None], None] | None = None
@@ -74,8 +74,8 @@ class LinearizedAttention(nn.Module):
         """An empty memory for `batch` rows.
 
         Args:
-            dtype: of keys and values; the recurrence's state is float32.
-            capacity: tokens to make room for in the heads that keep softmax; None lets that part grow.
+            dtype: the dtype of keys and values; the recurrence's state is float32.
+            capacity: the number of tokens preallocated in `past`, for the softmax heads; None lets `past` grow.
         """
         parts = self.mixer.parts(batch, dtype, device) if self.mixer is not None else {}
         past = None
@@ -85,7 +85,7 @@ class LinearizedAttention(nn.Module):
         return LayerMemory(parts, batch, device, past=past, capacity=capacity)
 
     def memory_nbytes(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of one sequence's memory that do not depend on its length, and those of each token."""
+        """Bytes of one sequence's memory: the part of constant size, and the part per token."""
         meta = torch.device("meta")
         past = self.memory(1, dtype, meta, capacity=1).past.values()
         return self.memory(1, dtype, meta).nbytes, sum(x.numel() * x.element_size() for x in past)
@@ -100,9 +100,13 @@ class LinearizedAttention(nn.Module):
         layer_past: Cache | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """`hidden_states` `[B, T, width]`; `attention_mask` is what `LinearizedForCausalLM` makes: `[B, 1, 1, T]`
-        document numbers with 0 at pads (of one token 0 or 1), or `[1, 1, 1, 0]` where there is nothing to say. The
-        cache has each of the names that families call it by (`CACHE_NAMES`)."""
+        """Attention output `[B, T, width]` for `hidden_states` `[B, T, width]`, and None for the attention weights.
+
+        Args:
+            attention_mask: the mask that `LinearizedForCausalLM` makes: `[B, 1, 1, T]` document numbers with 0 at pads
+                (0 or 1 if T is 1), or `[1, 1, 1, 0]` if all tokens are real and belong to one document per row.
+            cache, past_key_values, layer_past: the cache, under the name that the family uses (`CACHE_NAMES`).
+        """
         projected = self.project(hidden_states, position_embeddings)
         cache = next((held for held in (cache, past_key_values, layer_past) if held is not None), None)
         memory = None
@@ -113,7 +117,7 @@ class LinearizedAttention(nn.Module):
         if attention_mask is None or attention_mask.numel() == 0:
             heads = self._mix(projected, None, memory)
         elif attention_mask.shape[-1] == 1:
-            # One token a row is in place already, and nothing here waits for the device to say which are real.
+            # With one token per row no gather is needed, and a check for all-real rows would sync the device.
             lengths = attention_mask[:, 0, 0, 0]
             heads = self._mix(projected, lengths, memory)
         else:
@@ -128,15 +132,21 @@ class LinearizedAttention(nn.Module):
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, attention: Any = None
     ) -> Projections:
-        """The projections of `hidden_states` `[B, T, width]`, by this layer's weights or those of `attention`, a module
-        of the same architecture."""
+        """Project `hidden_states` `[B, T, width]`.
+
+        Args:
+            attention: a module of the same architecture whose weights are used instead of this layer's.
+
+        Raises:
+            ValueError: the layer has rotary positions and the model passed none.
+        """
         q, k, v = self.family.project(self if attention is None else attention, self.layer, hidden_states)
         if not self.layer.rotary:
             return Projections(q, k, v, q, k)
         if position_embeddings is None:
             raise ValueError("the model passed no rotary positions to its attention")
         if hidden_states.shape[1] == 1:
-            # Heads are turned alike: as one tensor it takes half of the launches.
+            # All heads are rotated alike, so one joined tensor halves the kernel launches.
             both = _joined(q, k)
             turn = self._turn(both, position_embeddings)
             if turn is None:
@@ -151,9 +161,9 @@ class LinearizedAttention(nn.Module):
         return Projections(q, k, v, q_rotated, k_rotated)
 
     def _turn(self, heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
-        """What rotary positions do to one token's `heads` `[B, 1, N, D]`, as a matrix `[B or 1, D, D]` that all layers
-        share, kept on the table: one product a layer in the place of seven small operations. None where that does not
-        pay, or would round what the family does not."""
+        """The rotation of one token's `heads` `[B, 1, N, D]` as a matrix `[B or 1, D, D]`: one matrix product per layer
+        instead of seven small operations. Cached on `cos`, because all layers share it. None where this is slower (GPU,
+        autograd, compiled code) or would round differently from the family's `rotate`."""
         cos, sin = position_embeddings
         if heads.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -167,7 +177,7 @@ class LinearizedAttention(nn.Module):
         return kept[1]
 
     def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
-        """Rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]` are the real ones, None if all."""
+        """Mix rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]`: real tokens (None: all L)."""
         if self.observer is not None:
             self.observer(new, lengths)
         heads: Tensor
@@ -184,7 +194,7 @@ class LinearizedAttention(nn.Module):
         return heads
 
     def _attend(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
-        """Softmax attention over the whole past, for the heads that keep it."""
+        """Softmax attention over the whole past, for the heads in `softmax_heads`."""
         first: Tensor | int = 0
         k, v = new.k_rotated, new.v
         if memory is not None:
@@ -192,7 +202,7 @@ class LinearizedAttention(nn.Module):
         return full_attention(new.q_rotated, k, v, first=first, scale=self.layer.scale, softcap=self.layer.softcap)
 
     def select(self, new: Projections, heads: list[int]) -> Projections:
-        """The key/value heads of that number, and the query heads that share them."""
+        """Select key/value heads by index, with the query heads that share them."""
         groups = self.layer.key_value_heads
 
         def queries(x: Tensor) -> Tensor:
@@ -205,7 +215,7 @@ class LinearizedAttention(nn.Module):
 
 
 def layout_of(attention_mask: Tensor) -> Layout:
-    """The layout that a mask made by `LinearizedForCausalLM` stands for; worked out once and kept on the mask."""
+    """The layout of a mask made by `LinearizedForCausalLM`; cached on the mask, because all layers share it."""
     layout = getattr(attention_mask, "_layout", None)
     if layout is None:
         segments = attention_mask[:, 0, 0]
@@ -216,13 +226,13 @@ def layout_of(attention_mask: Tensor) -> Layout:
 
 
 def _part_of(layer: AttentionLayer, heads: list[int]) -> AttentionLayer:
-    """The layer with only the key/value heads of that number."""
+    """`layer` reduced to these key/value heads and the query heads that share them."""
     group = layer.query_heads // layer.key_value_heads
     return replace(layer, key_value_heads=len(heads), query_heads=len(heads) * group)
 
 
 def _joined(q: Tensor, k: Tensor) -> Tensor:
-    """The heads of one token side by side, `[B, 1, H + K, D]`: as they lie, where one product has put them so."""
+    """The heads of one token in one tensor `[B, 1, H + K, D]`: a view if q and k lie side by side, else a copy."""
     size = q.element_size()
     if q.shape[0] == 1 and k.data_ptr() == q.data_ptr() + q.numel() * size and q.is_contiguous() and k.is_contiguous():
         shape, end = (1, 1, q.shape[2] + k.shape[2], q.shape[3]), q.storage_offset() + q.numel() + k.numel()

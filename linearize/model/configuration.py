@@ -1,4 +1,4 @@
-"""The configuration of a converted model: the base model's own, and one `mixer` section per distinct layer kind."""
+"""The configuration of a converted model: the base model's own, and one `mixer` section per kind of layer."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
 BLOCK = 32
-"""Tokens that leave the window together, and are merged into the landmarks at once."""
+"""The number of tokens that leave the window together and are merged into the landmarks at once."""
 
 
 def room(window: int) -> int:
-    """The most tokens that a window of that width holds with landmarks: a block stays until all of it has left."""
+    """The capacity in tokens of a window with landmarks: a block stays until its last token is W tokens old."""
     return window + BLOCK - 1
 
 
 @dataclass
 class MixerConfig:
-    """How the layers of one kind mix tokens.
+    """The mixer options of the layers of one kind.
 
     Attributes:
         layers: the layers of this kind, counted from 0.
-        recurrence: name of a registered recurrence, or `none` for the window alone.
+        recurrence: the name of a registered recurrence, or `none` for the window alone.
         window: tokens of the softmax window, the current one included; None keeps the pretrained attention, over
             the whole past or over the layer's own sliding window.
-        sinks: first tokens that every later query reads exactly.
-        mix: how window and recurrence join. `fixed` 0.5/0.5 (Liger); `learned` a weight per head and channel that
-            starts at 0; `softmax` one shared normaliser with a weight per head that starts at 0.
-        covers: which tokens the state holds: `all`, or those `evicted` from the window (and not kept as sinks).
-        feature_map: what keys and queries pass through before the state: `softmax` over a head's channels, `exp`
+        sinks: the number of first tokens that every later query reads exactly.
+        mix: the combination of window and recurrence. `fixed` 0.5/0.5 (Liger); `learned` a weight per head and channel
+            that starts at 0; `softmax` one shared normaliser with a weight per head that starts at 0.
+        covers: the tokens that the state holds: `all`, or those `evicted` from the window (sinks excluded).
+        feature_map: the map of keys and queries before the state: `softmax` over a head's channels, `exp`
             (Hedgehog's [softmax(x), softmax(-x)]), `elu` (plus 1), `identity`, or `learned` (`exp` of a learned linear
             map that starts as the identity).
-        rope: whether the recurrence gets queries and keys with the model's rotary positions.
+        rope: give the recurrence queries and keys with the model's rotary positions.
         qk_norm: scale queries and keys to length 1 before the feature map.
-        normalize: divide the recurrence's reading by the mass that was read, where it has one.
-        gate_source: what gates are built from: the token's key, query (averaged over the heads that share a key) or
-            value, or `random`, a random linear map of the key.
+        normalize: divide the recurrence's output by its mass, if it has one.
+        gate_source: the tensor that gates are computed from: the token's key, query (averaged over the heads that
+            share a key) or value, or `random`, a random linear map of the key.
         gate_scale, gate_bias, gate_divisor: the gate's input is scale * Pool(source) + bias, and its log-gate usually
             logsigmoid(input) / divisor. None is the recurrence's own start.
-        gate_learned: whether scale and bias are parameters, one per gate.
-        lower_bound: least gate of the last layer; the first layer's is 0, and it grows evenly with depth.
-        slots: of `gsa`; 0 means as many as a head is wide.
+        gate_learned: train scale and bias, one of each per gate.
+        lower_bound: the minimum of the gate in the last layer; it is 0 in the first and grows linearly with depth.
+        slots: the number of slots of `gsa`; 0 means the width of a head.
         negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
-        landmarks: tokens per key/value head that are kept and read exactly when they leave the window, chosen online;
+        landmarks: tokens per key/value head that are kept and read exactly after they leave the window, chosen online;
             a layer with a sliding window of its own has none.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
@@ -82,17 +82,17 @@ class MixerConfig:
 
     @property
     def exact_tokens(self) -> int:
-        """How many tokens of a text are all read exactly, before the state receives one."""
-        # Landmarks are merged in blocks: the first that loses its slot does so with the block that overfills them.
+        """The length in tokens up to which a text is read exactly, before the state receives a token."""
+        # Landmarks are merged in blocks; the state receives its first token with the block that overfills the slots.
         merged = (self.landmarks // BLOCK + 1) * BLOCK - 1 if self.landmarks else 0
         return (self.window or 1) + self.sinks + merged
 
     def fitted(self, layer: AttentionLayer) -> MixerConfig:
-        """This section limited to `layer`. A layer never sees beyond its own sliding window, so where ours is as wide
-        sinks and a recurrence have nothing to add.
+        """This section limited to `layer`. If its window is at least as wide as the layer's own sliding window, sinks
+        and recurrence are dropped, because the pretrained layer never reads beyond its window.
 
         Raises:
-            ValueError: heads to keep that are not there, or in a layer with a sliding window.
+            ValueError: `softmax_heads` names heads that do not exist, or heads of a layer with a sliding window.
         """
         for head in self.softmax_heads:
             if head not in range(layer.key_value_heads):
@@ -104,11 +104,11 @@ class MixerConfig:
             return replace(bare, window=layer.window)
         if self.softmax_heads:
             raise ValueError("the layer has a sliding window of its own; keep the whole layer, not single heads")
-        # A slot may hold a token from far beyond that window, which the pretrained layer never reads.
+        # The pretrained layer never reads beyond its sliding window, and a slot may hold an older token.
         return replace(self, landmarks=0)
 
     def converts(self, layer: AttentionLayer) -> bool:
-        """True if any head of `layer` computes something else than its pretrained attention."""
+        """True if any head of `layer` is no longer its pretrained attention."""
         fitted = self.fitted(layer)
         return fitted.window not in (None, layer.window) and len(set(fitted.softmax_heads)) < layer.key_value_heads
 
@@ -117,10 +117,10 @@ class LinearizedConfig(PreTrainedConfig):
     """Configuration of a converted model; unknown attributes are looked up in the base model's configuration.
 
     Args:
-        text_config: the base model's configuration, whole. The name is the one under which transformers looks for
-            the language model inside a composite configuration.
+        text_config: the base model's full configuration, under the name by which transformers finds the language model
+            inside a composite configuration.
         mixers: the `mixer` sections; layers that no section names keep their pretrained attention.
-        quantized: how linear layers' weights are stored, a `Quantization`; None leaves them as they are.
+        quantized: the fields of a `Quantization` for the linear layers; None leaves them unquantized.
     """
 
     model_type = "linearized"
@@ -134,14 +134,14 @@ class LinearizedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         base = self.text_config
         if base is None:
-            base = {"model_type": "llama"}  # transformers builds a default instance to compare against when saving
+            base = {"model_type": "llama"}  # transformers saves the difference to a default instance, built here
         if stored := isinstance(base, dict):
             base = dict(base)
             base = CONFIG_MAPPING[base.pop("model_type")](**base)
         self.mixers = [m if isinstance(m, dict) else asdict(m) for m in self.mixers or []]
         if (told := settle_rotary(base)) and stored:
             _LOG.warning_once(f"linearize: converted by an earlier version, so convert and train again; {told[0]}")
-        # The library must not find the base model's attributes on this level, or it would write them here as well.
+        # Hide `text_config` from transformers meanwhile, or it would copy the base model's attributes to this level.
         self.text_config = None
         super().__post_init__(**kwargs)
         self.text_config = base
@@ -152,13 +152,13 @@ class LinearizedConfig(PreTrainedConfig):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def mixer_of(self, layer: int) -> MixerConfig:
-        """The mixer section that names `layer`; where none does, one that keeps its attention."""
+        """The mixer section that names `layer`; without one, a section that keeps the pretrained attention."""
         for section in self.mixers or []:
             if layer in section["layers"]:
                 return MixerConfig(**section)
         return MixerConfig(layers=[layer], window=None, recurrence="none", sinks=0)
 
 
-# A copy in a checkpoint has another name and registers nothing: transformers finds it by the checkpoint's `auto_map`.
+# A copy in a checkpoint has another module name and registers nothing: transformers finds it by `auto_map`.
 if __name__ == "linearize.model.configuration":
     AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Rows of real tokens only: pads and packed documents leave before mixing and come back after it.
+"""Rows of real tokens only: pads and packed documents are removed before mixing and restored after it.
 
-Inside a layer every row starts with its first real token and is followed by nothing but filling, so no part of the
-layer has to know about pads: what comes after the last real token of a row cannot reach anything before it.
+Inside a layer every row starts with its first real token and is padded at the end only. The layer is causal, so
+padding after the last real token cannot reach anything before it, and no part of the layer handles pads.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from torch import Tensor
 
 
 class Layout:
-    """Which tokens of a batch are real, and where each one goes.
+    """The real tokens of a batch and their places in rows without pads.
 
     Args:
         segments: `[B, T]` integers: 0 for a pad, otherwise the number of the document within its row.
+        packed: True if a row may hold several documents, which become rows of their own.
     """
 
     def __init__(self, segments: Tensor, *, packed: bool) -> None:
@@ -33,7 +34,7 @@ class Layout:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=segments.device)
         self.lengths.index_add_(0, document, flat.long())
         longest = max(int(self.lengths.max()), 1)
-        rank = flat.long().cumsum(0).sub_(1)  # among all real tokens, rows one after the other
+        rank = flat.long().cumsum(0).sub_(1)  # the index among all real tokens, row after row
         place = rank - (self.lengths.cumsum(0) - self.lengths)[document]
         self._target = torch.where(flat, document * longest + place, 0)
         source = torch.zeros(rows * longest, dtype=torch.long, device=segments.device)
@@ -43,12 +44,12 @@ class Layout:
         self.filled = torch.arange(longest, device=segments.device)[None] < self.lengths[:, None]
 
     def gather(self, x: Tensor) -> Tensor:
-        """`[B, T, ...]` as rows of real tokens `[R, L, ...]`, zero where a row has ended."""
+        """`[B, T, ...]` as rows of real tokens `[R, L, ...]`, zero past the end of a row."""
         rows = x.flatten(0, 1)[self._source]
         return rows.masked_fill(~_like(self.filled, rows), 0)
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """The way back: `[R, L, ...]` to `[B, T, ...]`, zero at pads."""
+        """The inverse of `gather`: `[R, L, ...]` to `[B, T, ...]`, zero at pads."""
         x: Tensor = rows.flatten(0, 1)[self._target].unflatten(0, (self.batch, self.tokens))
         return x.masked_fill(~_like(self.real, x), 0)
 
@@ -56,20 +57,21 @@ class Layout:
 def segments_of(
     attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int, continued: bool
 ) -> Tensor | None:
-    """`[B, T]` document numbers with 0 at pads, or None where every row is one whole document.
+    """`[B, T]` document numbers with 0 at pads, or None if every row is one whole document.
 
     Args:
-        attention_mask: `[B, tokens so far]`, 0 at pads; only its last T columns concern the tokens at hand. Or
-            `[B, 1, 1, T]`, of these alone.
-        position_ids: `[B or 1, T]`; where they stop counting up by one a new document begins (packed rows). Read
-            only where no mask is given and no cache is continued, as transformers itself does.
+        attention_mask: `[B, tokens so far]`, 0 at pads; only its last T columns are used. Or `[B, 1, 1, T]`, for the
+            T new tokens alone.
+        position_ids: `[B or 1, T]`; a new document begins where they do not increase by one (packed rows). Used only
+            without a mask and without a cache to continue, as in transformers.
+        continued: True if the call continues a cache.
     """
     if attention_mask is not None:
-        ours = attention_mask.dim() == 4  # made for recorded or compiled steps, which have nobody to ask
+        ours = attention_mask.dim() == 4  # for captured or compiled steps, which must not sync
         if ours:
             attention_mask = attention_mask[:, 0, 0]
         real = attention_mask[:, -tokens:] != 0
-        # Waiting for the device to tell is worth it before a prompt, and not before every token.
+        # `.all()` syncs the device: fine once per prompt, too slow per decoded token.
         asks = tokens > 1 or (real.device.type == "cpu" and not ours)
         if real.numel() == 0 or (asks and not torch.compiler.is_compiling() and bool(real.all())):
             return None
@@ -85,7 +87,7 @@ def segments_of(
 
 
 def layer_mask(segments: Tensor | None, device: torch.device) -> Tensor:
-    """What `LinearizedAttention` takes as its mask: `segments` as `[B, 1, 1, T]`, or `[1, 1, 1, 0]` for None."""
+    """The mask of `LinearizedAttention`: `segments` as `[B, 1, 1, T]`, or `[1, 1, 1, 0]` for None."""
     return torch.ones(1, 1, 1, 0, dtype=torch.long, device=device) if segments is None else segments[:, None, None, :]
 
 

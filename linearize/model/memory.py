@@ -1,7 +1,7 @@
-"""The memory of a converted layer: a list of parts of fixed size, held as one layer of a transformers cache.
+"""The memory of a converted layer: named parts of fixed size, stored as one layer of a transformers cache.
 
-Each part is a few tensors whose first axis is the batch. `LayerMemory` knows nothing of what they mean, so a part is
-added without touching reordering, resetting, byte counts or the other parts.
+Each part is a few tensors whose first axis is the batch. `LayerMemory` does not depend on their meaning, so a new part
+needs no change to reordering, resetting or byte counts.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def store(part: Part, name: str, value: Tensor) -> None:
 
 
 class LayerMemory(CacheLayerMixin):
-    """The cache of one converted layer for a batch of sequences, of a size that does not depend on their length.
+    """The cache of one converted layer for a batch of sequences. Its size does not depend on their length.
 
     Attributes:
-        parts: name of a part -> its tensors, each `[B, ...]`.
-        past: keys and values `[B, N, ...]` of the heads that keep softmax over everything, if the layer has any: the
-            one part that has to grow.
-        capacity: how many tokens `past` has room for from the start; None where it grows.
-        counts_on_host: False while work is recorded that will be repeated, so that nothing depends on a number of now;
-            after repeating it, `recount` reads them.
-        stays: True once work was recorded on its tensors, which then stay where they are.
-        seen: tokens the layer was called with, pads included; what transformers calls the sequence length.
+        parts: the tensors of each part by name, each `[B, ...]`.
+        past: keys and values `[B, N, ...]` of the heads that keep full softmax attention; empty if there are none.
+            Only this part grows.
+        capacity: the number of tokens that `past` is preallocated for; None if it grows.
+        counts_on_host: False while a CUDA graph is captured, because Python numbers would be frozen in it. After a
+            replay, `recount` restores the numbers.
+        stays: True once a graph was captured on the tensors, which then keep their addresses.
+        seen: the number of tokens in all calls, pads included; the sequence length of transformers.
     """
 
     is_croppable: ClassVar[bool] = False
@@ -54,10 +54,10 @@ class LayerMemory(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.parts, self.past, self.capacity = parts, past or {}, capacity
-        self.ragged = False  # whether rows may have seen different numbers of tokens
+        self.ragged = False  # True if rows may have seen different numbers of tokens
         self.counts_on_host, self.stays = True, False
         self._counts, self._uncounted = torch.zeros(batch, dtype=torch.long, device=device), 0
-        # A number that compiled code would be built for again, so there it is a tensor.
+        # torch.compile would recompile for each value of a Python int, so a static cache counts in a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
         self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.is_initialized = True
@@ -66,8 +66,8 @@ class LayerMemory(CacheLayerMixin):
     def counts(self) -> Tensor:
         """`[B]` real tokens that each row has seen."""
         if self._uncounted:
-            # All rows of all layers count alike, so it is written down only when it is asked for: perhaps outside of
-            # the inference mode that made the tensor, where it may not be changed in place.
+            # Counts are added lazily, because most steps do not read them. An inference tensor cannot be changed in
+            # place outside of inference mode, so there the sum is a new tensor.
             tokens, self._uncounted = self._uncounted, 0
             if self._counts.is_inference() and not torch.is_inference_mode_enabled():
                 self._counts = self._counts + tokens
@@ -81,13 +81,13 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """True for a static cache of `generate`: no tensor ever changes its shape or address."""
+        """True for a static cache of `generate`: its tensors keep their shapes and addresses."""
         return self.capacity is not None
 
     @property
     def uniform(self) -> int | None:
-        """How many tokens every row has seen, where that is a plain number: not with pads, and not in compiled or
-        recorded code."""
+        """The number of tokens that every row has seen; None if it may differ between rows, and in compiled or captured
+        code."""
         return self._seen if isinstance(self._seen, int) and self.counts_on_host and not self.ragged else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -114,7 +114,7 @@ class LayerMemory(CacheLayerMixin):
             self._seen = tokens
 
     def advance(self, tokens: int, lengths: Tensor | None) -> None:
-        """Counts `tokens` columns as seen, of which row b had `lengths[b]` real ones (all, if None)."""
+        """Count `tokens` more columns; row b has `lengths[b]` real ones (None: all)."""
         if lengths is None and not self.stays and isinstance(self._seen, int) and self._counts.device.type == "cpu":
             self._uncounted += tokens
         else:
@@ -124,19 +124,21 @@ class LayerMemory(CacheLayerMixin):
         self.ragged = self.ragged or lengths is not None
 
     def stay(self) -> None:
-        """Keeps all tensors where they are from now on, for work that is recorded on them."""
+        """Keep the addresses of all tensors from now on, because a CUDA graph refers to them."""
         self.counts, self.stays = self.counts, True
 
     def joined(self, first: str, second: str, names: Sequence[str]) -> Part:
-        """The tensors of that name of two parts `[B, M, ...]` and `[B, N, ...]` as one `[B, M + N, ...]`, which the
-        parts are made views of. Copied only at the first call, or where a part has other tensors since; each time where
-        tensors have to stay where they are and do not lie so."""
+        """Tensors of two parts, `[B, M, ...]` and `[B, N, ...]`, as one `[B, M + N, ...]`.
+
+        The first call copies and makes the parts views of the joint tensor; later calls return it. If the tensors must
+        keep their addresses (`stays`), each call copies.
+        """
         whole: Part = {}
         one, other = self.parts[first], self.parts[second]
         for name in names:
             kept = self._joined.get(name)
             if kept is None or kept[1] is not one[name] or kept[2] is not other[name]:
-                # Whoever goes on with this memory outside of inference mode writes into it as well.
+                # A normal tensor, because calls outside of inference mode may write into it later.
                 with torch.inference_mode(False), torch.no_grad():
                     joint, at = torch.cat([one[name], other[name]], 1), one[name].shape[1]
                     if self.stays:
@@ -148,13 +150,13 @@ class LayerMemory(CacheLayerMixin):
         return whole
 
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
-        """Adds the keys and values of L new tokens `[B, L, ...]` to `past`.
+        """Append the keys and values of L new tokens `[B, L, ...]` to `past`.
 
         Args:
-            ragged: whether some of them are not real; those are written over by the next call.
+            ragged: True if some tokens may be pads; the next call overwrites those.
 
         Returns:
-            the place of the first of them (per row `[B]` where rows may differ), then all keys and all values.
+            the index of the first new token (`[B]` if rows may differ), all keys and all values.
         """
         self.ragged = self.ragged or ragged
         new, tokens = {"k_rotated": k, "v": v}, k.shape[1]
@@ -186,7 +188,7 @@ class LayerMemory(CacheLayerMixin):
         self.counts = change(self.counts)
 
     def holding(self, tensors: dict[str, Tensor]) -> LayerMemory:
-        """A memory of the same parts that holds `tensors`, named as `tensors()` names them, and starts without pads."""
+        """A memory of the same parts with the contents `tensors`, keyed as in `tensors()`, and no pads."""
         parts = {part: {name: tensors[f"{part}.{name}"] for name in held} for part, held in self.parts.items()}
         past, counts = {name: tensors[f"softmax.{name}"] for name in self.past}, tensors["counts"]
         memory = LayerMemory(parts, counts.shape[0], counts.device, past=past)
@@ -195,12 +197,12 @@ class LayerMemory(CacheLayerMixin):
         return memory
 
     def take(self, other: LayerMemory) -> None:
-        """Remembers what `other` does, in tensors of its own that stay where they are; to be recounted."""
+        """Copy the contents of `other` into this memory's tensors, whose addresses stay; `recount` must follow."""
         for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
 
     def rows(self, indices: Tensor) -> LayerMemory:
-        """A memory of some rows, which may repeat; this one stays as it is."""
+        """A memory of the rows `indices` `[N]`, which may repeat; this one does not change."""
         memory = copy.copy(self)
         memory.parts = {name: copy.copy(part) for name, part in self.parts.items()}
         memory.past, memory._joined, memory.counts = copy.copy(self.past), {}, self.counts
@@ -208,7 +210,7 @@ class LayerMemory(CacheLayerMixin):
         return memory
 
     def clone(self) -> LayerMemory:
-        """A copy that shares nothing with this one and keeps no room in `past` beyond the longest row."""
+        """A copy without shared tensors; its `past` is cropped to the longest row."""
         longest = int(self.counts.max())
         tensors = {
             name: (tensor[:, :longest] if name.startswith("softmax.") else tensor).detach().clone()
@@ -252,10 +254,10 @@ class LayerMemory(CacheLayerMixin):
         return self._counts.shape[0]
 
     def offload(self) -> None:
-        """Nothing: a memory of fixed size stays where its layer is."""
+        """No-op, because a memory of fixed size stays on its layer's device."""
 
     def prefetch(self) -> None:
-        """Nothing, see `offload`."""
+        """No-op, see `offload`."""
 
     def lazy_initialization(self, *_: Any) -> None:
         raise NotImplementedError("a LayerMemory is made whole by its layer")
@@ -265,10 +267,10 @@ class LayerMemory(CacheLayerMixin):
 
 
 def memory_of(cache: Cache, layer: int, make: Callable[[int | None], LayerMemory]) -> LayerMemory:
-    """The memory of `layer` in any transformers cache; takes the place of the entry that the library put there.
+    """The memory of `layer` in a transformers cache; replaces the empty entry that transformers made.
 
     Args:
-        make: an empty memory, given the number of tokens that a static cache has room for (None for others).
+        make: returns an empty memory; its argument is the capacity of a static cache, None for other caches.
 
     Raises:
         ValueError: the cache already holds keys and values of another kind of layer.
@@ -289,12 +291,12 @@ def memory_of(cache: Cache, layer: int, make: Callable[[int | None], LayerMemory
 
 
 def recount(layers: Sequence[LayerMemory]) -> None:
-    """Reads from their counts how many tokens the layers of one model have seen, pads not counted."""
+    """Set `seen` and `ragged` of one model's layers from their row counts; pads are not counted."""
     most, least = (int(x) for x in layers[0].counts.aminmax()[::-1])
     for layer in layers:
         layer.seen, layer.ragged = most, least < most
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes that the memories in `cache` take, all layers together."""
+    """Bytes of all layers' memories in `cache`."""
     return sum(layer.nbytes for layer in cache.layers if isinstance(layer, LayerMemory))

@@ -1,8 +1,8 @@
-"""The converted model: a transformers causal LM whose attention modules were replaced, and nothing else.
+"""The converted model: a transformers causal LM with replaced attention modules.
 
-`LinearizedForCausalLM` stands in front. For each base architecture it derives one class, which is both a
-`LinearizedForCausalLM` and, say, a `LlamaForCausalLM`: weights keep the base model's names, and tied embeddings,
-tensor-parallel plans, gradient checkpointing and `generate` are the base model's own.
+`LinearizedForCausalLM` is the front. For each base architecture it derives one class, a subclass of both
+`LinearizedForCausalLM` and the base class, such as `LlamaForCausalLM`. Weights keep the base model's names; tied
+embeddings, tensor-parallel plans, gradient checkpointing and `generate` are the base model's own.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 
 class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
-    """A converted language model; see `from_pretrained` and `from_teacher`."""
+    """A converted language model; construct it with `from_pretrained` or `from_teacher`."""
 
     config: LinearizedConfig
     config_class = LinearizedConfig
-    # A recurrent state cannot be rolled back, so assisted decoding must be refused by generate().
+    # `generate` refuses assisted decoding for stateful models; a recurrent state cannot be rolled back.
     _is_stateful = True
-    # The few own parameters are small and take small updates: half precision would swallow them.
+    # Half precision would round away the small updates of the mixers' parameters.
     _keep_in_fp32_modules_strict = ("mixer",)
-    # What the base model calls its cache; told by its forward.
+    # The name of the base model's cache argument, from the signature of its `forward`.
     _cache_name: str
-    # Phi-3's own drops the cache where its rotary table changes; a converted model has one table.
+    # Phi-3 overrides this to drop the cache when its rotary table changes; a converted model has one table.
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def __init__(self, config: LinearizedConfig, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         super().post_init()
 
     def _install(self, config: LinearizedConfig) -> None:
-        """Puts a `LinearizedAttention` in the place of every attention that `config` names."""
+        """Replace each attention module that `config` names by a `LinearizedAttention`."""
         base: Any = config.text_config
         family = family_of(base)
         layers = family.layers(base)
@@ -73,7 +73,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"layer {index}: {error}") from error
             setattr(owner, name, attention)
         self.config = config
-        # Base classes set it from `text_config`, which names no checkpoint. peft names an adapter's base by it.
+        # Base classes set it from `text_config`, which names no checkpoint. peft records it as an adapter's base.
         self.name_or_path = config.name_or_path
         if config.quantized:
             install(self, Quantization(**config.quantized))
@@ -81,13 +81,13 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def attention_layers(self) -> list[LinearizedAttention]:
-        """What stands in the place of each layer's attention, first layer first."""
+        """The `LinearizedAttention` modules, first layer first."""
         return [module for module in self.modules() if isinstance(module, LinearizedAttention)]
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Gives every parameter that nothing was loaded into the value it starts as."""
-        # Not in `_init_weights`: for what lies inside the base model transformers asks the base model's own.
+        """Set every parameter that no checkpoint loaded to its initial value."""
+        # Not in `_init_weights`, because transformers calls the base model's own for modules inside the base model.
         for module in self.modules():
             if isinstance(module, Mixer):
                 for name, value in module.initial_values().items():
@@ -96,7 +96,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LinearizedForCausalLM:
-        """As `PreTrainedModel.from_pretrained`, for a converted checkpoint."""
+        """`PreTrainedModel.from_pretrained` for a converted checkpoint."""
         if cls is not LinearizedForCausalLM and cls.__bases__[0] is LinearizedForCausalLM:
             model: LinearizedForCausalLM = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             return model
@@ -107,7 +107,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _from_config(cls, config: LinearizedConfig, **kwargs: Any) -> LinearizedForCausalLM:
-        """What `AutoModelForCausalLM.from_config` calls: random weights."""
+        """The implementation of `AutoModelForCausalLM.from_config`: random weights."""
         if cls.__bases__[0] is LinearizedForCausalLM:
             model: LinearizedForCausalLM = super()._from_config(config, **kwargs)
             return model
@@ -115,13 +115,13 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_teacher(cls, teacher: PreTrainedModel, mixers: Sequence[MixerConfig]) -> LinearizedForCausalLM:
-        """Converts `teacher` where it stands: no weight is copied, and the teacher must not be used afterwards.
+        """Convert `teacher` in place: no weight is copied, and the teacher must not be used afterwards.
 
-        A teacher that is a converted model is converted anew, as if it were still the pretrained one. Rotary positions
-        that depend on the length of a text get one table, see `settle_rotary`.
+        A converted model is converted again from its pretrained architecture. Rotary tables that depend on the length
+        of a text become one table, see `settle_rotary`.
 
         Raises:
-            ValueError: the architecture is not supported, or a mixer section names a layer that is not there.
+            ValueError: the architecture is not supported, or a mixer section names a layer that does not exist.
         """
         base = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
         family = family_of(base)
@@ -130,13 +130,13 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             if any(index not in range(len(layers)) for index in mixer.layers):
                 raise ValueError(f"the model has layers 0 to {len(layers) - 1}; the mixer names {mixer.layers}")
             for index in mixer.layers:
-                Mixer.check(mixer.fitted(layers[index]), layers[index])  # before the teacher is touched
+                Mixer.check(mixer.fitted(layers[index]), layers[index])  # before the teacher is changed
         if settle_rotary(base):
             renew_rotary(teacher, base)
         config = LinearizedConfig(text_config=base, mixers=[asdict(mixer) for mixer in mixers], dtype=teacher.dtype)
         model: Any = teacher
         model.__class__ = derived_class(cls, config)
-        # How names in the teacher's files differ from the model's; a converted checkpoint is read under other rules.
+        # The renaming rules of the teacher's files; a converted checkpoint is read by other rules.
         model.__dict__.pop("_weight_conversions", None)
         model._install(config)
         for owner, name in family.attention_modules(model):
@@ -159,14 +159,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Computes logits as the base model does; since transformers 5.24 `past_key_values` is called `cache`.
+        """Compute logits as the base model does; since transformers 5.24 `past_key_values` is called `cache`.
 
-        Pads (mask 0) may stand on either side and change nothing. Without a mask and before a cache continues, rows
-        whose `position_ids` restart are packed documents, which do not attend to each other; such a call makes no
-        cache.
+        Pads (mask 0) may be on either side and change nothing. Without a mask and without a cache to continue, rows
+        whose `position_ids` restart are packed documents: they do not attend to each other, and no cache is made.
 
         Raises:
-            ValueError: attention weights, a mask of another form, or a cache of packed rows is asked for.
+            ValueError: attention weights are requested, the mask has another form, or packed rows would need a cache.
+            RuntimeError: this version of transformers passes its cache under an unknown name.
         """
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("a converted model has no attention weights to return; leave output_attentions out")
@@ -183,7 +183,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         continued = tokens > 1 and memory is not None and memory.seen > 0
         segments = segments_of(attention_mask, position_ids, batch, tokens, continued)
         if attention_mask is None and segments is not None:
-            # A memory has a row for each row of the batch, and packed documents are more rows than that.
+            # A memory has one row per row of the batch; packed documents would need more.
             if use_cache or cache is not None:
                 raise ValueError("position_ids restart, so the rows are packed documents, which no cache can continue")
             use_cache = False
@@ -193,14 +193,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         elif position_ids is None and memory is not None:
             position_ids = memory.counts[:, None] + torch.arange(tokens, device=memory.counts.device)
         if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
-            # The balancing loss of experts counts tokens by this mask, so it has to be whole, and of 0 and 1 alone.
+            # The load-balancing loss of experts counts tokens by this mask, so it must be full and of 0 and 1 only.
             segments = (
                 torch.ones(batch, tokens, dtype=torch.long, device=given.device) if segments is None else segments
             )
             if bool((segments > 1).any()):
                 raise ValueError("output_router_logits does not go with packed rows; give one document per row")
-        # Base models hand a mask of four dimensions through to their layers as it is. Ours speaks of the new
-        # tokens only, so that nothing quadratic, and nothing that grows with the context, is ever made.
+        # Base models pass a 4-dimensional mask to their layers unchanged. Ours covers the new tokens only, so it is not
+        # quadratic and does not grow with the context.
         attention_mask = layer_mask(segments, given.device)
         kwargs[self._cache_name] = cache
         output = super().forward(
@@ -215,7 +215,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         )
         held = getattr(output, self._cache_name, None)
         if held is not None and _first_memory(held) is None:
-            # Layers pass over names that they do not know, so each token would be read as if it were the first.
+            # Layers ignore unknown arguments, so without a cache each token would be processed as the first one.
             raise RuntimeError(
                 f"transformers {transformers.__version__} hands its cache to layers under a name that is not known "
                 "here; take an earlier version of it, or a later one of linearize"
@@ -224,14 +224,18 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """What `generate` hands to `forward` for a static cache: the mask of the new tokens, of a shape that does not
-        grow."""
+        """The mask that `generate` passes to `forward` for a static cache. It covers the new tokens only, so its shape
+        does not grow."""
         tokens = inputs_embeds.shape[1]
         real = None if attention_mask is None else (attention_mask[:, -tokens:] != 0).long()
         return layer_mask(real, inputs_embeds.device)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """Refused: it pages keys and values, which a converted model does not keep."""
+        """Not supported: continuous batching pages keys and values, which a converted model does not keep.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError("continuous batching is not supported by converted models; use generate with a padded batch")
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
@@ -239,10 +243,10 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
 @cache
 def _derive(front: Any, base: Any) -> type[LinearizedForCausalLM]:
-    # The name keeps the base architecture's, by which transformers finds the loss function among other things.
+    # The name contains the base architecture's, because transformers finds the loss function by it, for example.
     name = f"Linearized{base.__name__}"
     known = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    # `pipeline` and the label smoothing of `Trainer` know a causal LM by its class name, in the values of this table.
+    # `pipeline` and `Trainer` (label smoothing) recognise a causal LM by its class name in the values of this table.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{LinearizedConfig.model_type}:{base.__name__}"] = name
     return type(name, (front, base), {"__module__": front.__module__, "_cache_name": known})
 
@@ -250,7 +254,7 @@ def _derive(front: Any, base: Any) -> type[LinearizedForCausalLM]:
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> type[LinearizedForCausalLM]:
-        """Returns the derived class of this name: pickles, and checkpoints that `save_pretrained` writes, name it."""
+        """The derived class of this name; pickles and checkpoints of `save_pretrained` refer to it by name."""
         base = getattr(transformers, name.removeprefix("Linearized"), None) if name.startswith("Linearized") else None
         if base is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -273,6 +277,6 @@ def _first_memory(past_key_values: Cache | None) -> LayerMemory | None:
     return next((layer for layer in layers if isinstance(layer, LayerMemory)), None)
 
 
-# A copy in a checkpoint has another name and registers nothing: transformers finds it by the checkpoint's `auto_map`.
+# A copy in a checkpoint has another module name and registers nothing: transformers finds it by `auto_map`.
 if __name__ == "linearize.model.modeling":
     AutoModelForCausalLM.register(LinearizedConfig, LinearizedForCausalLM, exist_ok=True)

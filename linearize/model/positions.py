@@ -1,9 +1,9 @@
 """One rotary table for texts of every length.
 
-transformers picks two kinds of rotary frequencies by the longest position of a call: LongRoPE's short or long factors
-(arXiv 2402.13753), and the base of dynamic NTK scaling. Cached keys keep the table of their own call, and so does what
-later layers made of them, so a text in pieces and the same text at once are two functions. A converted model has one
-table: the one for the longest context that its configuration announces, which vLLM takes too.
+transformers selects some rotary frequencies by the longest position of a call: LongRoPE's short or long factors
+(arXiv 2402.13753), and the base of dynamic NTK scaling. Cached keys keep the table of their own call, so a text read in
+pieces gives other outputs than the same text read at once. A converted model has one table: the one for the longest
+context in its configuration, which vLLM uses too.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def settle_rotary(config: Any) -> list[str]:
-    """Replaces tables that depend on the length of a text by the one for the longest context, in `config` itself.
+    """Replace tables that depend on the length of a text by the one for the longest context, in `config` itself.
 
     Returns:
-        for each kind of table that was replaced a sentence about it; none where positions do not depend on the length.
+        one sentence per kind of replaced table; empty if no table depends on the length.
     """
     told: list[str] = []
     found = getattr(config, "rope_parameters", None)
     if not isinstance(found, dict):
         return told
-    if any(isinstance(section, dict) for section in found.values()):  # one table for each type of layer
+    if any(isinstance(section, dict) for section in found.values()):  # one table per type of layer
         config.rope_parameters = {
             kind: _settled(section, config, told) if isinstance(section, dict) else section
             for kind, section in found.items()
@@ -38,7 +38,7 @@ def settle_rotary(config: Any) -> list[str]:
 
 
 def rotary_notes(config: Any) -> list[str]:
-    """The sentences of `settle_rotary` about a pretrained model, whose `config` is left as it is."""
+    """The sentences of `settle_rotary` for a pretrained model; `config` does not change."""
     return settle_rotary(copy.deepcopy(config))
 
 
@@ -59,7 +59,7 @@ def _settled(section: dict[str, Any], config: Any, told: list[str]) -> dict[str,
         factor, theta = float(section["factor"]), float(section["rope_theta"])
         width = int(head_width(config) * section.get("partial_rotary_factor", 1.0))
         length = max(most, int(factor * most))
-        # As `_compute_dynamic_ntk_parameters` of transformers has it, for a text of `length` tokens.
+        # The formula of `_compute_dynamic_ntk_parameters` in transformers, for a text of `length` tokens.
         theta *= (factor * length / most - (factor - 1)) ** (width / (width - 2))
         told.append(
             f"dynamic NTK: converted, texts of all lengths are read with the base for {length:,} tokens; the "
@@ -71,7 +71,7 @@ def _settled(section: dict[str, Any], config: Any, told: list[str]) -> dict[str,
 
 
 def renew_rotary(model: nn.Module, config: Any) -> None:
-    """Makes the rotary embeddings of `model` anew from `config`, where they are."""
+    """Replace the rotary embeddings of `model` by new ones from `config`, on the same device."""
     for owner in list(model.modules()):
         for name, module in list(owner.named_children()):
             if hasattr(module, "rope_type"):

@@ -1,10 +1,10 @@
-"""Linear layers of small integers: int8 with a scale per output channel, or int4 with one per group of inputs.
+"""Quantized linear layers: int8 with a scale per output channel, or int4 with a scale per group of inputs.
 
-    y = x Wᵀ + b ,   W = scale ⊙ integers, but for the kept inputs, whose columns are as they were
+    y = x Wᵀ + b ,   W = scale ⊙ integers, except for the kept inputs, whose columns are not quantized
 
-Weights are symmetric (no zero point). The kept inputs are those whose rounding would cost most: where activations have
-outliers, or where one large weight would make the scale of all others coarse. `linearize.quantization.rounding`
-rounds them; this file travels inside checkpoints.
+Quantization is symmetric (no zero point). The kept inputs are those with the largest rounding cost: inputs whose
+activations have outliers, or with a large weight that would coarsen the scale of all others.
+`linearize.quantization.rounding` rounds the weights. This file is copied into checkpoints.
 
 Dimensions: N rows, I inputs, O outputs, G groups of inputs, C kept inputs.
 """
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# From so many rows on, unpacking the weights costs less than torch's kernel, which multiplies them row by row.
+# From this number of rows on, unpacking the weights is faster than torch's kernel, which multiplies row by row.
 _MANY = 32
-# The kernel reads so many inputs at a time and looks at no end.
+# The kernel reads this many inputs at a time and does not check the end.
 ALIGNED = 32
-# Bytes; it wants 16 of weights and 32 of activations, and allocations of torch's own are at 64.
+# Bytes. The kernel needs 16 for weights and 32 for activations; torch allocates at 64.
 _BOUNDARY = 64
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are stored.
+    """The format of quantized weights.
 
     Attributes:
-        bits: of an integer; of those of 4, two are in a byte.
-        group: inputs that share a scale; None: all of an output channel, as in layers whose inputs it does not divide.
-        kept: share of a layer's inputs whose weights stay as they were.
+        bits: bits per integer; with 4, a byte holds two.
+        group: inputs that share a scale; None, or a size that does not divide a layer's inputs, means all inputs.
+        kept: the share of a layer's inputs whose weights are not quantized.
     """
 
     bits: Literal[4, 8] = 8
@@ -49,27 +49,26 @@ class Quantization:
 
     @property
     def largest(self) -> int:
-        """The largest integer, and the least below 0."""
+        """The largest integer; the smallest is its negative."""
         return int(2 ** (self.bits - 1) - 1)
 
     def groups(self, inputs: int) -> int:
-        """How many scales an output channel has."""
+        """Scales per output channel."""
         return inputs // self.group if self.group and inputs % self.group == 0 else 1
 
     def takes(self, linear: nn.Linear) -> bool:
-        """Whether the layer can be stored so."""
+        """True if the layer can be quantized: 4 bits need an even number of inputs."""
         return self.bits == 8 or linear.in_features % 2 == 0
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of integers; empty, until a checkpoint or `linearize.quantization.rounding` fills it.
+    """A quantized linear layer; empty until a checkpoint or `linearize.quantization.rounding` fills its buffers.
 
     Attributes:
-        weight: int8 [O, I], or uint8 [O, I / 2] with the first of two in the low half of a byte and 8 added to each.
+        weight: int8 [O, I]; or uint8 [O, I / 2] with two integers per byte, the first in the low half, 8 added to each.
         scale: bfloat16 [O, G].
-        columns, kept: the inputs that are kept, int32 [C], whose integers are 0, and their weights [O, C] in the dtype
-            of the layer that it stands for.
-        fast: whether few rows of float32 may go through bfloat16, for the sake of torch's kernel.
+        columns, kept: the kept inputs, int32 [C], whose integers are 0, and their weights [O, C] in the original dtype.
+        fast: True if few rows of float32 may be rounded to bfloat16, because torch's kernel needs it.
     """
 
     weight: Tensor
@@ -115,7 +114,7 @@ class QuantizedLinear(nn.Module):
         return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1).to(torch.int8) - 8
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """What the integers stand for, [O, I], without the kept inputs."""
+        """scale ⊙ integers, [O, I]; 0 for the kept inputs."""
         weights: Tensor = self.integers().to(dtype).unflatten(1, (self.scale.shape[1], -1))
         return (weights * self.scale.to(dtype)[..., None]).flatten(1)
 
@@ -133,12 +132,13 @@ class QuantizedLinear(nn.Module):
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The same where the kernel may read it: elsewhere, as in a file's bytes or a slice, it brings the process down."""
+    """The tensor, or a copy at an aligned address, because the kernel crashes the process at others (mapped files,
+    slices)."""
     return tensor if tensor.data_ptr() % _BOUNDARY == 0 else tensor.clone()
 
 
 def linear_layers(model: nn.Module, *, head: bool) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Linear layers of a model with their owners and names; with `head` also an output head that is the embedding."""
+    """Linear layers of a model with their owners and names; `head` includes an output head tied to the embedding."""
     whole: Any = model
     left = None
     if not head:  # the base model's configuration says so
@@ -151,7 +151,7 @@ def linear_layers(model: nn.Module, *, head: bool) -> Iterator[tuple[nn.Module, 
 
 
 def install(model: nn.Module, spec: Quantization) -> None:
-    """Puts empty `QuantizedLinear`s where a checkpoint of `spec` has them."""
+    """Replace linear layers by empty `QuantizedLinear`s where a checkpoint of `spec` has them."""
     for parent, name, linear in list(linear_layers(model, head=False)):
         if spec.takes(linear):
             setattr(parent, name, QuantizedLinear(linear, spec))

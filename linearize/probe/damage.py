@@ -1,7 +1,7 @@
-"""The loss that windowing a part of the model causes: one layer, or one key/value head with its queries.
+"""The damage of windowing a part of the model: one layer, or one key/value head with its queries.
 
-Everything is measured on one model in memory: the pretrained model with its attention made replaceable, of which one
-layer at a time is exchanged. No weight is copied or loaded again.
+All measurements use one model in memory, the pretrained model as a `LinearizedForCausalLM`, and replace one layer's
+attention at a time. No weight is copied or loaded again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from linearize.probe.needles import Needle
     from linearize.recipe import MixerSpec
 
-# Tokens of a forward pass: what keeps its logits small.
+# Tokens of a forward pass; limits the memory of its logits.
 _BATCH_TOKENS = 2048
 
 
@@ -65,8 +65,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Damage:
-    """Losses above the pretrained model's, in nats per token; means and standard errors of differences that are paired
-    over rows and over needles.
+    """Losses above the pretrained model's, in nats per token: means and standard errors of differences, paired by row
+    and by needle.
 
     Attributes:
         loss: rise of the loss on the text.
@@ -77,7 +77,7 @@ class Damage:
     recall: Estimate
 
     def total(self, with_recall: bool) -> Estimate:
-        """Both together; without `recall` the loss alone."""
+        """Loss plus recall; the loss alone without `with_recall`."""
         if not with_recall:
             return self.loss
         errors = [error for error in (self.loss.stderr, self.recall.stderr) if error is not None]
@@ -85,10 +85,10 @@ class Damage:
 
 
 def read(model: LinearizedForCausalLM, rows: Rows, needles: Sequence[Needle]) -> Reading:
-    """Reads all rows and needles.
+    """Score all rows and needles.
 
     Raises:
-        ModelError: logits that are not finite.
+        ModelError: logits are not finite.
     """
     batch = max(1, _BATCH_TOKENS // rows.input_ids.shape[1])
     loss = score_rows(model, rows, batch_size=batch).loss
@@ -98,14 +98,14 @@ def read(model: LinearizedForCausalLM, rows: Rows, needles: Sequence[Needle]) ->
 
 
 def damage(base: Reading, other: Reading) -> Damage:
-    """The losses of `other` above those of `base`; without needles the loss in recall is 0."""
+    """The losses of `other` minus those of `base`; without needles the loss of recall is 0."""
     rise, fall = (other.loss - base.loss).tolist(), (base.recall - other.recall).tolist()
     recall = Estimate(*mean_and_error(fall)) if fall else Estimate(0.0, None)
     return Damage(Estimate(*mean_and_error(rise)), recall)
 
 
 def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec, keep: KeepSpec | None = None) -> list[int]:
-    """The layers that a conversion with this window changes, were it to keep no more than `keep`.
+    """The layers that a conversion with this window changes, apart from those that `keep` names.
 
     Raises:
         RecipeError: there are none.
@@ -124,10 +124,10 @@ def convertible_layers(layers: Sequence[AttentionLayer], spec: MixerSpec, keep: 
 def parts_of(
     layers: Sequence[AttentionLayer], convertible: Sequence[int], kind: str, heads: Heads = NO_HEADS
 ) -> list[Part]:
-    """The parts that are windowed in turn: `layers` or `heads`, but for the `heads` that are kept in any case.
+    """The parts to window one at a time: `layers` or `heads`, without the `heads` that are kept anyway.
 
     Raises:
-        RecipeError: single heads of layers with a sliding window, which no recipe can keep.
+        RecipeError: heads of layers with a sliding window, because no recipe can keep these.
     """
     if kind == "layers":
         return [Part(index) for index in convertible]
@@ -145,10 +145,10 @@ def parts_of(
 def windowed(
     model: LinearizedForCausalLM, kept: Mapping[int, Sequence[int]], *, window: int, sinks: int
 ) -> Iterator[None]:
-    """Inside, some layers see their last `window` tokens and the first `sinks` alone.
+    """In this context some layers attend to their last `window` tokens and the first `sinks` only.
 
     Args:
-        kept: layer -> its key/value heads that go on seeing everything.
+        kept: layer -> its key/value heads that keep attending to everything.
     """
     owners = model.attention_layers
     places = {index: owners[index].family.attention_modules(model)[index] for index in kept}
@@ -166,7 +166,7 @@ def windowed(
 
 
 def all_but(part: Part, layers: Sequence[AttentionLayer], heads: Heads = NO_HEADS) -> dict[int, list[int]]:
-    """The argument of `windowed` that windows this part alone, but for `heads` of its layer."""
+    """The argument of `windowed` that windows this part alone, except `heads` of its layer."""
     every = range(layers[part.layer].key_value_heads)
     if part.head is None:
         return {part.layer: sorted({*heads.get(part.layer, ())})}
@@ -174,7 +174,7 @@ def all_but(part: Part, layers: Sequence[AttentionLayer], heads: Heads = NO_HEAD
 
 
 def everything_but(parts: Sequence[Part], convertible: Sequence[int], heads: Heads = NO_HEADS) -> dict[int, list[int]]:
-    """The argument of `windowed` that windows all convertible layers but for these parts and `heads`."""
+    """The argument of `windowed` that windows all convertible layers except these parts and `heads`."""
     whole = {part.layer for part in parts if part.head is None}
     kept = {index: sorted({*heads.get(index, ())}) for index in convertible if index not in whole}
     for part in parts:

@@ -1,8 +1,8 @@
-"""Needles: a number hidden in the text at hand, asked for at its end, with the right answer after the question.
+"""Needles: texts with a hidden number, a question for it at the end, and the right answer after the question.
 
-The words are RULER's S-NIAH-2 (see `evaluation.recall.texts`), the haystack the text that is probed. The answer is not
-written by the model but given, so that one forward pass tells both how likely the model finds each of its tokens and
-which heads look at the needle while they are to be said.
+The words are those of RULER's S-NIAH-2 (see `evaluation.recall.texts`), the haystack is the text of the probe. The
+answer is part of the input, so one forward pass gives the log-probability of each answer token and the attention to the
+needle at these positions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from linearize.evaluation.tasks.recall.texts import NOISE, Essay, niah_essay
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Longer ones are addresses or what is left of a text that has no words.
+# Longer words are addresses, or text without spaces.
 _LONGEST_WORD = 24
 _DRAWS = 5
 
@@ -32,9 +32,9 @@ class Needle:
     """A text with a needle.
 
     Attributes:
-        ids: its tokens, the answer included.
-        value: where in `ids` the hidden number stands.
-        answer: where the same number stands as the answer.
+        ids: its token ids, the answer included.
+        value: the positions of the hidden number in `ids`.
+        answer: the positions of the answer, the same number.
     """
 
     ids: list[int]
@@ -43,22 +43,22 @@ class Needle:
 
     @property
     def asking(self) -> range:
-        """The positions whose next token is one of the answer."""
+        """The positions whose next token belongs to the answer."""
         return range(self.answer.start - 1, self.answer.stop - 1)
 
 
 def make_needles(
     tokenizer: Any, texts: Sequence[str], *, count: int, length: int, window: int, sinks: int, seed: int
 ) -> list[Needle]:
-    """Texts of at most `length` tokens whose needle is in none of the answer's windows, nor among the sinks.
+    """Texts of at most `length` tokens whose needle is outside the windows of all answer tokens, and not a sink.
 
     Args:
-        tokenizer: a fast one, which tells where in the text its tokens stand.
-        texts: the haystack; repeated where it is short, sentences that say nothing where it has no words.
-        count: how many; depths are spread evenly over what lies outside the window.
+        tokenizer: a fast one, because its token offsets are needed.
+        texts: the haystack; repeated if it is short, RULER's noise sentences if it has no words.
+        count: the number of texts; depths are spaced evenly over the part outside the window.
 
     Raises:
-        DataError: `length` does not hold the question, or no needle outside the window.
+        DataError: `length` is too short for the question, or for a needle outside the window.
     """
     words = [word for text in texts for word in text.split() if len(word) <= _LONGEST_WORD]
     words = words or " ".join(NOISE).split()
@@ -95,10 +95,10 @@ def _needle(tokenizer: Any, writer: Writer, essay: Essay, rng: random.Random, de
 
 
 def answer_log_probability(model: Any, needle: Needle) -> float:
-    """Mean log-probability of the answer's tokens, in nats; `model` in eval mode, called without gradients.
+    """Mean log-probability of the answer's tokens, in nats; `model` must be in eval mode, without gradients.
 
     Raises:
-        ModelError: it is not a number.
+        ModelError: the result is NaN.
     """
     ids = torch.tensor([needle.ids], device=model.device)
     kept = len(needle.ids) - needle.asking.start

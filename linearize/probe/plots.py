@@ -1,4 +1,4 @@
-"""The plots of a probe: the attention mass of every head, and what windowing costs."""
+"""The plots of a probe: the attention mass of every head, and the damage of windowing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _DAMAGES = {"loss": "rise of loss on the text", "recall": "fall of the answers' 
 
 
 def plots_of(probe: Probe) -> list[Plot]:
-    """`probe`, the heads' attention; and where damage was measured that of layers, as `damage-loss` and
-    `damage-recall`, or of key/value heads, as `damage`."""
+    """The plot `probe` of the heads' attention. If damage was measured, also `damage-loss` and `damage-recall` for
+    layers, or `damage` for key/value heads."""
     plots = [Plot("probe", "Attention mass by layer and head", _heads(probe))]
     if probe.windowed is not None and probe.options.damage == "layers":
         plots += [_damage_of_layers(probe, name) for name in _DAMAGES]
@@ -52,7 +52,7 @@ def _damage_of_layers(probe: Probe, name: str) -> Plot:
 
 
 def _damage_of_heads(probe: Probe) -> list[HeatMap]:
-    """Two maps, each in shares of its own largest damage."""
+    """Two maps, each as shares of its largest damage."""
     maps = []
     for name, count in (("loss", probe.rows), ("recall", probe.needles)):
         found = {part: max(_estimate(probe, part, name).mean, 0.0) for part in probe.parts}

@@ -1,4 +1,4 @@
-"""A probe from beginning to end: text and needles, what each head attends to, what windowing costs, what to keep."""
+"""A probe from beginning to end: text and needles, attention of each head, damage of windowing, and the choice."""
 
 from __future__ import annotations
 
@@ -47,26 +47,27 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 8192
 LEAST_ROWS = 2
-"""With fewer there is no standard error."""
+"""The minimum for a standard error."""
 Kind = Literal["layers", "heads", "none"]
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Options of a probe: the text it reads and the figures it measures.
+    """Options of a probe: its text and its measurements.
 
     Attributes:
-        text: `self` (the teacher writes it), a file, or a data set of the Hub, with its field and so on, as in recipes.
-        tokens: of text, at least two rows of it; as many again are read in texts with needles.
+        text: `self` (the teacher generates it), a file, or a data set of the Hub, with its field and so on, as in
+            recipes.
+        tokens: tokens of text, at least two rows; the same number is read again in texts with needles.
         length: tokens of a row, and of a text with a needle.
-        damage: what is windowed in turn: `layers`, `heads` (key/value heads), or `none`.
+        damage: the parts to window one at a time: `layers`, `heads` (key/value heads), or `none`.
         by: the damage that counts: `recall` is that of loss and recall together, `loss` that of loss alone.
-        budget: of the kept caches; None is a tenth of the teacher's cache, or one part if that is more.
+        budget: the limit of the kept caches; None is a tenth of the teacher's cache, or one part if that is larger.
         context: tokens of a sequence at which the budget holds; None is the length that the model was trained on.
-        seed: of the text, and of the needles.
-        keep: what is kept in any case: never windowed, and none of the parts to choose from. Its budget is left out of
-            account.
-        reserved, purpose: of the text; see `load_data`.
+        seed: the seed of the text and of the needles.
+        keep: layers and heads that are kept anyway: they are never windowed, and not among the parts to choose from.
+            Its budget is ignored.
+        reserved, purpose: arguments of `load_data` for the text.
     """
 
     text: SourceSpec = field(default_factory=lambda: SourceSpec(source=SELF))
@@ -87,10 +88,12 @@ class Kept:
     """The chosen layers or heads.
 
     Attributes:
-        parts: best first; empty where no damage stands out from its error.
-        section: the recipe's `mixer.keep`, with what is kept in any case.
-        nbytes: of the parts' caches at `context` tokens, and `budget` the most they may have.
-        damage: what is left of the damage when all but these parts are windowed; None where nothing is kept.
+        parts: best first; empty if no damage is significant.
+        section: the recipe's `mixer.keep`, with the parts that are kept anyway.
+        nbytes: bytes of the parts' caches at `context` tokens.
+        budget: the limit of `nbytes`.
+        context: tokens of a sequence.
+        damage: the remaining damage when all other parts are windowed; None if nothing is kept.
     """
 
     parts: list[Part]
@@ -106,16 +109,15 @@ class Probe:
     """The figures of a probe.
 
     Attributes:
-        layers: the attention of each layer; `convertible` are those that a conversion would change, and are not kept
-            in any case.
+        layers: the attention of each layer.
+        convertible: the layers that a conversion would change and that are not kept anyway.
         heads: for each layer, the statistics of its query heads.
-        queries: how many queries these are means over.
-        source: where the text came from, for a person.
+        queries: the number of queries that these are means over.
+        source: a readable name of the text.
         teacher: loss and recall of the pretrained model.
-        parts: damage of each part that was windowed alone.
-        windowed: damage of windowing all of them; None where no damage was measured.
-        recall_counts: whether the needles count: they are wanted, the model finds them, and windowed as a whole it does
-            not.
+        parts: the damage of windowing each part alone.
+        windowed: the damage of windowing all of them; None if no damage was measured.
+        recall_counts: True if recall is part of the damage: it is requested, and windowing everything lowers it.
         sizes: bytes of each part's cache at `kept.context` tokens.
     """
 
@@ -141,7 +143,7 @@ class Probe:
     versions: dict[str, str] = field(default_factory=dict)
 
     def ranked(self) -> list[Part]:
-        """The parts by their damage, worst first."""
+        """The parts by their damage, largest first."""
         return sorted(self.parts, key=lambda part: self.parts[part].total(self.recall_counts).mean, reverse=True)
 
 
@@ -156,17 +158,16 @@ def run_probe(
     teacher: PreTrainedModel | None = None,
     tokenizer: Any = None,
 ) -> Probe:
-    """Probes a pretrained model.
+    """Probe a pretrained model.
 
     Args:
-        recipe: its mixer's window and sinks are what the model is probed for, its dtype is the model's; `mixer.keep`
-            is left out of account, since it is what a probe is to find (`options.keep` is not).
+        recipe: gives window, sinks and dtype; its `mixer.keep` is ignored (`options.keep` is not).
         progress: see `runner.Progress`.
-        teacher, tokenizer: of `source`, where they are loaded already; the teacher is used up.
+        teacher, tokenizer: those of `source`, if already loaded; the teacher is changed in place.
 
     Raises:
-        ModelError: the model cannot be read or converted, or gives logits that are not finite.
-        RecipeError: the window leaves nothing to convert, or the budget nothing to keep.
+        ModelError: the model cannot be read or converted, or its logits are not finite.
+        RecipeError: no layer is wider than the window, or the budget is smaller than any part.
         DataError: the text cannot be read, or is too short for the window.
     """
     config = load_config(source) if teacher is None else teacher.config
@@ -215,7 +216,7 @@ def run_probe(
         sinks=spec.sinks,
         seed=options.seed,
     )
-    # Converted with nothing to convert: the pretrained model, whose attention can be watched and exchanged.
+    # Without mixers this is the pretrained model, with attention that can be observed and replaced.
     bench = _Bench(
         LinearizedForCausalLM.from_teacher(teacher, []), layers, text.train, needles, spec.window, spec.sinks
     )
@@ -263,7 +264,7 @@ def run_probe(
 
 @dataclass
 class _Bench:
-    """A model with what it is to read; `base` is what it makes of that when nothing is windowed."""
+    """A model with its rows and needles; `base` is its reading without any windowing."""
 
     model: LinearizedForCausalLM
     layers: Sequence[AttentionLayer]
@@ -274,7 +275,7 @@ class _Bench:
     base: Reading = field(init=False)
 
     def attend(self) -> tuple[list[list[HeadStatistics]], int]:
-        """One pass over everything, which sets `base`: each head's statistics, and over how many queries.
+        """Read everything once and set `base`. Returns each head's statistics and the number of queries.
 
         Raises:
             DataError: no document of the text is long enough.
@@ -294,7 +295,7 @@ class _Bench:
         return [one.heads(mass / len(recall)) for one, mass in zip(tallies, masses, strict=True)], queries
 
     def _look(self, needle: Needle, masses: list[Tensor]) -> float:
-        """Adds to each layer's `masses` what its heads have on this needle; the log-probability of its answer."""
+        """Add each head's attention mass on this needle to `masses`; returns the log-probability of its answer."""
 
         def observer(index: int) -> Callable[[Projections, Tensor | None], None]:
             def look(new: Projections, lengths: Tensor | None) -> None:
@@ -306,6 +307,6 @@ class _Bench:
             return answer_log_probability(self.model, needle)
 
     def damage(self, kept: dict[int, list[int]]) -> Damage:
-        """The loss that windowing causes; see `windowed`."""
+        """The damage of windowing; `kept` as in `windowed`."""
         with windowed(self.model, kept, window=self.window, sinks=self.sinks):
             return damage(self.base, read(self.model, self.rows, self.needles))

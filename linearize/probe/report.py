@@ -1,4 +1,4 @@
-"""The files of a probe: its figures as data, what to keep as a recipe, and a report with plots."""
+"""The files of a probe: its figures as data, the choice as a recipe, and a report with plots."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ RECIPE_NAME = "keep.yaml"
 
 
 def write_probe(probe: Probe, folder: Path) -> None:
-    """Writes `probe.json`, `report.md`, `report.html`, the plots as `.svg` (the heads are `probe.svg`) and, where
-    something is to be kept, `keep.yaml`."""
+    """Write `probe.json`, `report.md`, `report.html`, the plots as `.svg` (`probe.svg` shows the heads) and, if the
+    probe chose parts, `keep.yaml`."""
     document = json.dumps(probe_data(probe), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE_NAME).write_text(document + "\n", encoding="utf-8")
     recipe = recipe_text(probe)
@@ -37,8 +37,8 @@ def write_probe(probe: Probe, folder: Path) -> None:
 
 
 def probe_data(probe: Probe) -> dict[str, Any]:
-    """The figures as plain data. Shares lie in [0, 1], losses and log-probabilities are in nats per token, sizes in
-    bytes of one sequence's cache, layers and heads count from 0; `damage.parts` is sorted, worst first."""
+    """The figures as plain data. Shares are in [0, 1], losses and log-probabilities in nats per token, sizes in bytes
+    of one sequence's cache. Layers and heads count from 0. `damage.parts` is sorted, largest first."""
     group = [layer.query_heads // layer.key_value_heads for layer in probe.layers]
     return {
         "schema": SCHEMA,
@@ -75,7 +75,7 @@ def probe_data(probe: Probe) -> dict[str, Any]:
 
 
 def recipe_text(probe: Probe) -> str | None:
-    """What to keep as a recipe, with what that is based on; None where nothing is to be kept."""
+    """The chosen parts as a recipe, with the reasons as comments; None if there are none."""
     kept = probe.kept
     if kept is None or not kept.parts:
         return None

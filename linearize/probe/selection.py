@@ -1,4 +1,4 @@
-"""Choose the layers or key/value heads to keep as softmax: those that lose most per byte of their cache."""
+"""Choose the layers or key/value heads to keep as softmax, by damage per byte of their cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARE = 0.1
 SURE = 2.0
-"""Standard errors above zero from where on a damage counts as one."""
+"""Standard errors above zero from which a damage is significant."""
 
 _COMMENT_WIDTH = 110
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -49,14 +49,14 @@ class Budget:
         raise RecipeError(f"budget {text}: expected a share of the teacher's cache or bytes, such as 10% or 2MB")
 
     def at(self, cache_bytes: int) -> int:
-        """In bytes, where the pretrained model's cache has `cache_bytes`."""
+        """The budget in bytes, given the size of the pretrained model's cache."""
         return self.nbytes if self.nbytes is not None else int((self.share or 0.0) * cache_bytes)
 
 
 def part_bytes(
     part: Part, layers: Sequence[AttentionLayer], itemsize: int, context: int, heads: Heads = NO_HEADS
 ) -> int:
-    """Bytes that keeping `part` adds to one sequence's cache of `context` tokens, which has those of `heads`."""
+    """Bytes that keeping `part` adds to one sequence's cache of `context` tokens that already holds `heads`."""
     layer = layers[part.layer]
     added = layer.key_value_heads - len({*heads.get(part.layer, ())}) if part.head is None else 1
     tokens = context if layer.window is None else min(context, layer.window)
@@ -64,10 +64,10 @@ def part_bytes(
 
 
 def budget_bytes(budget: Budget | None, sizes: Mapping[Part, int], cache_bytes: int, context: int) -> int:
-    """The budget in bytes. Without one it is a tenth of the pretrained model's cache, or the smallest part.
+    """The budget in bytes; the default is a tenth of the pretrained model's cache, at least the smallest part.
 
     Raises:
-        RecipeError: it holds no part at all.
+        RecipeError: it is smaller than every part.
     """
     smallest = min(sizes.values())
     if budget is None:
@@ -86,8 +86,8 @@ def budget_bytes(budget: Budget | None, sizes: Mapping[Part, int], cache_bytes: 
 def choose(totals: Mapping[Part, Estimate], sizes: Mapping[Part, int], budget: int) -> list[Part]:
     """The parts to keep, best first: by damage per byte, as long as they fit.
 
-    A damage within `SURE` standard errors of zero is none, and a conversion that converts nothing is none either, so
-    that not all parts are ever kept.
+    Only damage of more than `SURE` standard errors counts. At least one part is not chosen, because a conversion must
+    convert something.
     """
     real = [part for part, total in totals.items() if total.mean > SURE * (total.stderr or 0.0)]
     chosen: list[Part] = []
@@ -101,8 +101,7 @@ def choose(totals: Mapping[Part, Estimate], sizes: Mapping[Part, int], budget: i
 def keep_section(
     parts: Sequence[Part], layers: Sequence[AttentionLayer], keep: KeepSpec | None = None
 ) -> dict[str, Any]:
-    """The recipe's `mixer.keep` for these parts, and what `keep` names; a layer of which all heads are kept is kept
-    whole."""
+    """The recipe's `mixer.keep` for these parts and those of `keep`; a layer with all heads kept is listed whole."""
     keep = keep or KeepSpec()
     whole = {*keep.layers, *(part.layer for part in parts if part.head is None)}
     heads = {index: {*kept} for index, kept in keep.heads.items()}
@@ -116,12 +115,12 @@ def keep_section(
 
 
 def fragment(keep: Mapping[str, Any], comments: Sequence[str]) -> str:
-    """A recipe that says nothing but what to keep, with comments before it."""
+    """A recipe of `mixer.keep` alone, preceded by comments."""
     wrapped = [part for line in comments for part in textwrap.wrap(line, _COMMENT_WIDTH, break_long_words=False)]
     lines = [*(f"# {line}" for line in wrapped), "mixer:", "  keep:", *(f"    {k}: {v}" for k, v in keep.items())]
     return "\n".join(lines) + "\n"
 
 
 def set_option(keep: Mapping[str, Any]) -> str:
-    """The same for `--set`."""
+    """`mixer.keep` as a value of `--set`."""
     return f"mixer.keep={{{', '.join(f'{key}: {value}' for key, value in keep.items())}}}"

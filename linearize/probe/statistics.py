@@ -1,4 +1,4 @@
-"""Attention of each head by distance: exact softmax weights, computed for a block of queries at a time and summed.
+"""Attention of each head by distance: sums of exact softmax weights, computed for a block of queries at a time.
 
 Dimensions: R rows, L tokens a row, C queries of a block, N keys, H query heads, K key/value heads, D key width;
 W tokens of the window, M sinks.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from linearize.families import AttentionLayer, Projections
     from linearize.model import LinearizedForCausalLM
 
-# Weights that exist at one time: 32 MB in float32, and a few times that while they are summed up.
+# Attention weights in memory at once: 32 MB in float32, and a few times that during the sums.
 _WEIGHTS = 2**23
 _LONGEST_BLOCK = 128
 
@@ -33,10 +33,10 @@ class HeadStatistics:
         window: share of the attention mass on the last W tokens, the query's own included.
         sinks: share on the first M tokens of the text.
         beyond: share on all others.
-        half_life: the least distance d such that half of the mass that is not on sinks lies at most d tokens back
-            (0: the query's own token); None where all of it is on sinks.
-        entropy: of the weights, in nats.
-        retrieval: share of the mass on a needle's value while the model is to repeat it.
+        half_life: the smallest distance d such that at least half of the mass outside the sinks is at most d tokens
+            back (0: the query's own token); None if all mass is on sinks.
+        entropy: entropy of the weights, in nats.
+        retrieval: share of the mass on a needle's value, at the positions that predict the answer.
     """
 
     window: float
@@ -48,17 +48,17 @@ class HeadStatistics:
 
 
 class Tally:
-    """Sums up what the query heads of one layer attend to; an `observer` of `LinearizedAttention`.
+    """Sums the attention of one layer's query heads by distance; an `observer` of `LinearizedAttention`.
 
-    Counted are the queries at position W + M and later. Those before have nothing beyond window and sinks, and would
+    Only queries at position W + M and later count, because earlier ones have nothing beyond window and sinks and would
     make every head look local.
 
     Args:
-        layer: its heads.
+        layer: the layer's heads.
         window, sinks: W and M.
 
     Attributes:
-        queries: how many were counted.
+        queries: the number of counted queries.
     """
 
     def __init__(self, layer: AttentionLayer, window: int, sinks: int) -> None:
@@ -79,7 +79,7 @@ class Tally:
             start = stop
 
     def _add(self, new: Projections, lengths: Tensor | None, start: int, stop: int) -> None:
-        """Queries `start` to `stop` of all rows."""
+        """Add queries `start` to `stop` of all rows."""
         weights = attention_weights(self.layer, new.q_rotated[:, start:stop], new.k_rotated[:, :stop], start)
         query = torch.arange(start, stop, device=weights.device)
         counted = torch.ones(len(weights), stop - start, dtype=torch.bool, device=weights.device)
@@ -100,15 +100,15 @@ class Tally:
         grown[:, : self._by_distance.shape[1]] = self._by_distance
         grown[:, :stop] += total(lagged)
         self._by_distance = grown
-        farthest = (counted * (query - self.sinks + 1)).flatten()  # distances below lead to no sink
+        farthest = (counted * (query - self.sinks + 1)).flatten()  # smaller distances lead to no sink
         reached = torch.bincount(farthest.clamp_min(0).cpu(), minlength=grown.shape[1] + 1).double()
         available = reached.flip(0).cumsum(0).flip(0)[1 : grown.shape[1] + 1]
         available[: self._available.shape[0]] += self._available
         self._available = available
 
     def beyond(self) -> tuple[Tensor, Tensor]:
-        """Attention mass beyond window and sinks: `[H, E]` by distance, counted from the first token that has left the
-        window, and `[E]` how many queries had a token there that is no sink."""
+        """Attention mass beyond window and sinks: `[H, E]` by distance, counted from the first token outside the
+        window, and `[E]` the number of queries with a token at that distance that is not a sink."""
         return self._by_distance[:, self.window :], self._available[self.window :]
 
     def heads(self, retrieval: Tensor) -> list[HeadStatistics]:
@@ -120,7 +120,7 @@ class Tally:
         count = max(self.queries, 1)
         within = self._by_distance.cumsum(1)
         every = self._by_distance.sum(1, keepdim=True)
-        # The sum and the last cumulated sum differ in their last digits.
+        # The total and the last cumulative sum differ by rounding.
         half = (within < every / 2 * (1 - 1e-9)).sum(1)
         local = self._by_distance[:, : self.window].sum(1)
         return [
@@ -140,8 +140,8 @@ def attention_weights(layer: AttentionLayer, q: Tensor, k: Tensor, first: int) -
     """Softmax weights `[R, H, C, N]`, in float32 or float64.
 
     Args:
-        q: `[R, C, H, D]` with positions, the first of them query number `first`.
-        k: `[R, N, K, D]` with positions, from the first token on.
+        q: `[R, C, H, D]` with positions; the first is query number `first`.
+        k: `[R, N, K, D]` with positions, from the first token of the row.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(dtype).unflatten(2, (layer.key_value_heads, -1)).permute(0, 2, 3, 1, 4)  # [R, K, G, C, D]
@@ -155,7 +155,7 @@ def attention_weights(layer: AttentionLayer, q: Tensor, k: Tensor, first: int) -
 
 
 def mass_on(layer: AttentionLayer, new: Projections, queries: range, keys: range) -> Tensor:
-    """Share of each query head's attention mass on some keys, as a mean over some queries: `[H]` float64."""
+    """Share of each query head's attention mass on the keys at `keys`, averaged over `queries`: `[H]` float64."""
     q, k = new.q_rotated[:, queries.start : queries.stop], new.k_rotated[:, : queries.stop]
     weights = attention_weights(layer, q, k, queries.start)
     return weights[..., keys.start : keys.stop].sum(-1).mean((0, 2)).double().cpu()
@@ -165,7 +165,7 @@ def mass_on(layer: AttentionLayer, new: Projections, queries: range, keys: range
 def observed(
     model: LinearizedForCausalLM, observer: Callable[[int], Callable[[Projections, Tensor | None], None]]
 ) -> Iterator[None]:
-    """Inside, `observer(layer)` is shown the projections of that layer in every call."""
+    """In this context every call passes the projections of layer i to `observer(i)`."""
     layers = model.attention_layers
     try:
         for index, attention in enumerate(layers):

@@ -1,4 +1,4 @@
-"""Write a probe's figures as sentences, tables and a page."""
+"""A probe's figures as sentences, tables and a page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tell(probe: Probe) -> Page:
 
 
 def basis(probe: Probe) -> list[str]:
-    """Lines that say which figures the choice is based on, or why nothing was chosen."""
+    """Lines with the figures behind the choice, or the reason why nothing was chosen."""
     kept, all_windowed = probe.kept, probe.windowed
     if kept is None or all_windowed is None:
         return ["No damage was measured, so there is nothing to choose by (--damage layers or heads)."]
@@ -79,7 +79,7 @@ def basis(probe: Probe) -> list[str]:
 
 
 def hardest(probe: Probe, most: int) -> list[dict[str, str]]:
-    """The parts that suffer most, as rows for a table: texts by column."""
+    """The parts with the largest damage, as table rows: texts by column."""
     kept = set(_kept(probe))
     return [
         {
@@ -96,19 +96,19 @@ def hardest(probe: Probe, most: int) -> list[dict[str, str]]:
 
 
 def part_name(part: Part) -> dict[str, str]:
-    """Its columns in a table."""
+    """The table columns that name a part."""
     return {"layer": str(part.layer), **({} if part.head is None else {"key/value head": str(part.head)})}
 
 
 def heads_of(probe: Probe, part: Part) -> list[HeadStatistics]:
-    """The query heads that belong to a part."""
+    """The query heads of a part."""
     heads, layer = probe.heads[part.layer], probe.layers[part.layer]
     group = layer.query_heads // layer.key_value_heads
     return heads if part.head is None else heads[part.head * group : (part.head + 1) * group]
 
 
 def far_heads(probe: Probe, most: int) -> list[dict[str, str]]:
-    """The query heads with the highest retrieval score, as rows for a table."""
+    """The query heads with the highest retrieval score, as table rows."""
     every = [(one.retrieval, layer, head) for layer, heads in enumerate(probe.heads) for head, one in enumerate(heads)]
     rows = []
     for _, layer, head in sorted(every, key=lambda entry: (-entry[0], entry[1:]))[:most]:

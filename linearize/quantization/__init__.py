@@ -1,1 +1,1 @@
-"""Weights in int8 and int4."""
+"""int8 and int4 weights."""

@@ -1,9 +1,9 @@
-"""Large int8 layers on processors that multiply int8 by itself (VNNI): oneDNN, with activations as pairs of int8.
+"""Large int8 layers on processors with int8 products (VNNI), through oneDNN, with each activation as a pair of int8.
 
-    x ≈ s (a + b / 254) ,  s = max|x| / 127        a, b in -127 .. 127, b what rounding leaves of a
+    x ≈ s (a + b / 254) ,  s = max|x| / 127        a, b in -127 .. 127, b the rounding error of a
 
-Both are rows of one product, which reads the weights once, and the error is that of 16 bits: below that of bfloat16
-activations, on which torch's own int8 kernel runs.
+The pair is two rows of one product, which reads the weights once. The error is that of 16 bits, below that of bfloat16
+activations, which torch's own int8 kernel uses.
 
 Dimensions: N rows, I inputs, O outputs.
 """
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from linearize.model.quantized import QuantizedLinear
 
-# Weights from which on taking activations apart costs less than it saves.
+# Least number of weights at which the product saves more time than splitting activations costs.
 _LARGE = 2**21
-# Steps of a pair's second row in one of its first.
+# Steps of `b` per step of `a`.
 _FINER = 254
 
 
@@ -33,8 +33,8 @@ class PairedLinear(nn.Module):
     """An int8 layer with a scale per output channel, for float activations on a CPU.
 
     Attributes:
-        packed: the integers in the layout of oneDNN; no buffer, because nothing else reads that layout.
-        told: the SHA-256 of the integers, which `fingerprint` reads in their place.
+        packed: the integers in oneDNN's layout; not a buffer, because no other code reads this layout.
+        told: the SHA-256 of the integers, which `fingerprint` reads instead of them.
     """
 
     scale: Tensor
@@ -60,7 +60,7 @@ class PairedLinear(nn.Module):
 
     @property
     def packed_nbytes(self) -> int:
-        """Bytes of the integers."""
+        """Bytes of the packed integers."""
         return self.in_features * self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,13 +81,13 @@ class PairedLinear(nn.Module):
 
 
 def pairs_are_fast() -> bool:
-    """True if the processor has int8 products and torch uses them; without them, products of these pairs are slow, and
-    their sums may not be exact."""
+    """True if the processor has int8 products and torch uses them. Otherwise products of pairs are slow, and their sums
+    may not be exact."""
     known = getattr(torch.cpu, "_is_vnni_supported", None)
     return known is not None and bool(known()) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 def takes_pairs(layer: QuantizedLinear) -> bool:
-    """True if the layer is faster as pairs."""
+    """True if the layer is faster with pairs."""
     alike = layer.spec.bits == 8 and layer.scale.shape[1] == 1
     return alike and layer.weight.numel() >= _LARGE and pairs_are_fast()

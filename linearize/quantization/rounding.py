@@ -1,11 +1,11 @@
-"""Weights as small integers: how they are rounded, which are left out of it, and what that costs.
+"""Round weights to small integers, and choose the weights to keep.
 
-For decoding on a CPU int8 weights are close to four times as fast to read as float32, and there every token reads all
-of them once: `to_int8`, which needs no text. In a checkpoint (`quantize`) they save bytes, and text says where rounding
-would cost most: an input channel with large activations makes errors of its weights large, and a single large weight
-makes the scale of all others coarse. A share of the inputs, those with the largest estimated cost, keeps its weights.
+`to_int8` is for decoding on a CPU, where each token reads all weights once: int8 weights are read almost four times as
+fast as float32. It needs no text. `quantize` is for checkpoints and saves bytes. It uses text to estimate the cost of
+rounding each input channel: large activations multiply the errors of a channel's weights, and a single large weight
+makes the scale of its whole group coarse. The inputs with the largest estimated cost keep their weights.
 
-Embeddings, norms and the mixers' own parameters stay as they are, and so does an output head that is the embedding.
+Embeddings, norms and the mixers' own parameters are not rounded, nor is an output head tied to the embedding.
 
 Dimensions: I inputs, O outputs, G groups of inputs.
 """
@@ -31,15 +31,16 @@ WEIGHTS = {
     "int8": Quantization(bits=8, kept=1 / 64),
     "int4": Quantization(bits=4, group=32, kept=1 / 64),
 }
-"""Choices of `linearize export --weights`."""
-# Of a group's largest weight: rounding the others finer may be worth cutting it.
+"""Values of `linearize export --weights`."""
+# Candidate clip factors for a group's largest weight: clipping it can pay off because the other weights get a finer
+# scale.
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 _LEAST = torch.finfo(torch.float32).tiny
 
 
 def to_int8(model: PreTrainedModel) -> PreTrainedModel:
-    """Replaces the linear layers of `model`, where it stands, for decoding on a CPU; those of a width that the kernel
-    cannot read stay.
+    """Replace the linear layers of `model` in place, for decoding on a CPU. Layers with a width that the kernel does
+    not support stay.
 
     Raises:
         ModelError: the model is not on a CPU, or none of its layers can be replaced.
@@ -68,7 +69,7 @@ def to_int8(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def nbytes_after(model: nn.Module, spec: Quantization) -> int:
-    """Bytes of the checkpoint that `quantize` would make of `model`."""
+    """Bytes of the checkpoint after `quantize`."""
     found = nbytes(model)
     for _, _, linear in linear_layers(model, head=False):
         if spec.takes(linear):
@@ -80,11 +81,11 @@ def nbytes_after(model: nn.Module, spec: Quantization) -> int:
 
 @torch.no_grad()
 def rounded(linear: nn.Linear, spec: Quantization, power: Tensor | None = None) -> QuantizedLinear:
-    """`linear` as a quantised layer.
+    """Quantise `linear`.
 
     Args:
-        power: mean square of each input [I], by which errors of its weights count; all alike, if left out. The largest
-            weights of a group are cut, and inputs kept, only where it is given.
+        power: mean square of each input [I], the weight of its errors; by default equal for all inputs. Without it no
+            weight is clipped.
     """
     weight = linear.weight.detach().float()
     layer = QuantizedLinear(linear, spec)
@@ -105,9 +106,9 @@ def rounded(linear: nn.Linear, spec: Quantization, power: Tensor | None = None) 
 
 
 def costliest(weight: Tensor, spec: Quantization, power: Tensor) -> Tensor:
-    """Inputs [I], those first whose weights [O, I] cost most when they are rounded, in square error of the outputs:
-    what each adds itself, and what it adds to the others as the largest of its group, whose scale would shrink without
-    it."""
+    """Input indices [I], costliest first. An input's cost is the square error of the outputs from rounding its weights
+    [O, I]. If it is the largest of its group, the cost also includes the error it adds to the other inputs by widening
+    their scale."""
     scale, integers = _round(weight, spec, (1.0,), None)
     groups = scale.shape[1]
     grouped = weight.unflatten(1, (groups, -1))
@@ -124,8 +125,8 @@ def costliest(weight: Tensor, spec: Quantization, power: Tensor) -> Tensor:
 
 
 def _round(weight: Tensor, spec: Quantization, cuts: tuple[float, ...], power: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scales [O, G], of those that a largest weight cut by `cuts` gives the ones with the least error, and integers
-    [O, I], both float32. Scales are values of bfloat16, in which they are stored."""
+    """Scales [O, G] with the least error over the clip factors `cuts`, and integers [O, I], both float32. Scales are
+    rounded to bfloat16, their storage dtype."""
     groups = spec.groups(weight.shape[1])
     grouped = weight.unflatten(1, (groups, -1))
     counts = None if power is None else power.view(groups, -1)

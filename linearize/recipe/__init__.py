@@ -1,4 +1,4 @@
-"""Recipes: what they may say, and how they are read. Imports neither torch nor transformers."""
+"""The schema of recipes, and the functions that read and write them. Imports neither torch nor transformers."""
 
 from linearize.recipe.reading import (
     dump_recipe,

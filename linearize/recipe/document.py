@@ -1,7 +1,7 @@
-"""The subset of YAML that recipes use, read into plain values that remember their lines.
+"""The subset of YAML that recipes use, parsed into plain values with their line numbers.
 
-Narrower than YAML 1.1 on purpose: one document, no tags, anchors or aliases, no key twice, `yes` and `12:30` are text.
-Wider in one place: `1e-3` is a number, as everyone who types it means.
+Narrower than YAML 1.1: one document, no tags, anchors or aliases, no duplicate keys; `yes` and `12:30` are text.
+Wider in one place: `1e-3` is a number.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Path = tuple[str | int, ...]
-"""Path of a value: keys and list indexes from the top of the document."""
+"""Path of a value: keys and list indices from the top of the document."""
 
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]{1,4})?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]{1,4})?"
     r"|[0-9][0-9_]*[eE][-+]?[0-9]{1,4}|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
 )
-# (type, what it looks like, the characters it can start with); 100 digits keep Python's int limit out of reach.
+# (type, pattern, possible first characters). At most 100 digits, because Python limits the length of ints it parses.
 _PLAIN_SCALARS: tuple[tuple[str, re.Pattern[str], list[str]], ...] = (
     ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -52,7 +52,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
 
 
 class DocumentError(Exception):
-    """The text is not in the subset; `line` counts from 1."""
+    """The text is not in the subset. `line` counts from 1; None if there is no line to name."""
 
     def __init__(self, message: str, line: int | None) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class DocumentError(Exception):
 
 @dataclass
 class Document:
-    """A parsed text: its value, and the line (from 1) of every key and list item in it."""
+    """A parsed document: its value, and the line (from 1) of every key and list item."""
 
     value: Any
     lines: dict[Path, int] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class _Resolver(BaseResolver):
 
 
 class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
-    """PyYAML's pure-Python front end without its constructors, so that no tag can build an object."""
+    """PyYAML's pure-Python front end without its constructors, so no tag can build an object."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -92,14 +92,14 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes any text that either this reader or a YAML 1.1 reader would take for something else."""
+    """Quotes any text that this reader or a YAML 1.1 reader would parse as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Single quotes fold line breaks, and PyYAML takes U+0085 and its like for one: escape what does not print.
+    # Single quotes fold line breaks, and PyYAML treats U+0085 and similar as one: escape unprintable characters.
     return dumper.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
 
 
@@ -110,7 +110,11 @@ for _name, _pattern, _first in _PLAIN_SCALARS:
 
 
 def parse_document(text: str) -> Document:
-    """Read one document; raises `DocumentError` with a one-line message."""
+    """Parse one document.
+
+    Raises:
+        DocumentError: with a one-line message.
+    """
     try:
         node = _Loader(text).get_single_node()
         document = Document(None)
@@ -140,7 +144,7 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int]) -> Any:
             if key in built:
                 first = lines[(*path, key)]
                 raise DocumentError(f"{key}: key given twice (first on line {first}); remove one", line)
-            # The key's own line, not the value's: that is what an editor has to jump to.
+            # The key's own line, not the value's, because an editor should jump to the key.
             lines[(*path, key)] = line
             built[key] = _build(value_node, (*path, key), lines)
         return built

@@ -1,7 +1,7 @@
-"""Read recipes from files, shipped names and `--set`, and say in one line what is wrong with them.
+"""Read recipes from files, shipped names and `--set`, with one-line errors.
 
-A recipe may build on another: `base: NAME|FILE` takes everything from there but the description. Keys of a section are
-laid over it one by one; a list (`stages`) or a plain value replaces what was there.
+A recipe may build on another: `base: NAME|FILE` takes everything from it except the description. Sections are merged
+key by key; a list (`stages`) or a plain value replaces the base's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from linearize.recipe.document import Path as KeyPath
 
 LARGEST_FILE = 1_000_000
-"""Bytes; a recipe is a page of text, so anything larger is the wrong file."""
+"""Bytes. A recipe is a page of text, so a larger file is the wrong file."""
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -41,19 +41,19 @@ class ShippedRecipe:
 
 @dataclass
 class _Draft:
-    """A recipe before it is checked: its plain values with those of its base, and the `file:line` of every key."""
+    """A recipe before validation: its plain values merged over its base's, and the `file:line` of every key."""
 
     value: dict[Any, Any]
     places: dict[KeyPath, str]
 
 
 _LONGEST_NAME = 300
-"""Characters of a name or path that an error shows."""
+"""The maximum number of characters of a name or path in an error."""
 
 
 @dataclass(frozen=True)
 class _Override:
-    """One `--set`: where it writes, what, and how the user spelled it."""
+    """One `--set`: the path, the value, and the user's spelling."""
 
     path: KeyPath
     value: Any
@@ -69,10 +69,12 @@ def shipped_recipes() -> list[ShippedRecipe]:
 
 
 def recipe_path(name_or_path: str, folder: Path | None = None) -> Path:
-    """The file behind a shipped recipe's name or a path, which is relative to `folder` (the working directory).
+    """The file of a recipe, given by a shipped recipe's name or by a path relative to `folder` (the working directory).
 
     A bare name means the shipped recipe; a name with a folder or a YAML suffix means a file.
-    Raises `RecipeError` when there is neither.
+
+    Raises:
+        RecipeError: there is neither.
     """
     beside = folder or Path()
     shipped = shipped_folder("recipes")
@@ -96,18 +98,22 @@ def recipe_path(name_or_path: str, folder: Path | None = None) -> Path:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe by name, or a file, and lay `key=value` overrides over it; raises `RecipeError`."""
+    """Read a shipped recipe by name, or a file, and apply `key=value` overrides.
+
+    Raises:
+        RecipeError: one line, with the file and line of the key.
+    """
     path = recipe_path(name_or_path)
     where = _shown_path(path)
     return parse_recipe(_read(path, where), where, overrides, path=path)
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: Path | None = None) -> Recipe:
-    """Validate a recipe's text with its base under it and `overrides` over it.
+    """Validate a recipe's text, merged over its base, with `overrides` applied.
 
     Args:
-        where: names the text in errors.
-        path: the file it came from; a base is looked for beside it, without one in the working directory.
+        where: the name of the text in errors.
+        path: the file of the text; a relative base is looked up in its folder, without a path in the working directory.
 
     Raises:
         RecipeError: one line, with the file and line of the key.
@@ -127,12 +133,12 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: 
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe, every key written out, as YAML that `parse_recipe` reads back to an equal recipe."""
+    """The resolved recipe as YAML with every key; `parse_recipe` reads it back to an equal recipe."""
     return write_document(recipe.model_dump())
 
 
 def _draft(text: str, where: str, chain: tuple[Path, ...]) -> _Draft:
-    """The values of a recipe's text over those of its base; `chain` is the files from the recipe asked for to here."""
+    """The values of a recipe's text merged over those of its base; `chain` are the files from the first recipe on."""
     try:
         document = parse_document(text)
     except DocumentError as error:
@@ -153,7 +159,7 @@ def _draft(text: str, where: str, chain: tuple[Path, ...]) -> _Draft:
     if path.resolve() in (earlier.resolve() for earlier in chain):
         raise RecipeError(wording.one_line(f"{place}: {name} builds on this recipe in turn; name another base"))
     below = _draft(_read(path, _shown_path(path)), _shown_path(path), (*chain, path))
-    below.value.pop("description", None)  # it would not be true of what builds on it
+    below.value.pop("description", None)  # it describes the base, not this recipe
     replaced: list[KeyPath] = []
     _lay_over(below.value, own.value, (), replaced)
     kept = {key: at for key, at in below.places.items() if not any(key[: len(new)] == new for new in replaced)}
@@ -161,7 +167,7 @@ def _draft(text: str, where: str, chain: tuple[Path, ...]) -> _Draft:
 
 
 def _lay_over(base: dict[Any, Any], own: dict[Any, Any], parent: KeyPath, replaced: list[KeyPath]) -> None:
-    """Lays the keys of `own` over `base`, section by section; adds to `replaced` what nothing is left of."""
+    """Merge `own` into `base`, section by section; adds the paths of replaced values to `replaced`."""
     for key, value in own.items():
         path: KeyPath = (*parent, key)
         if isinstance(value, dict) and isinstance(base.get(key), dict) and wording.section_at(path) is not None:
@@ -202,7 +208,7 @@ def _at(where: str, line: int | None) -> str:
 def _first_error(error: ValidationError, draft: _Draft, overrides: Sequence[_Override]) -> str:
     errors = error.errors(include_url=False)
     path = errors[0]["loc"]
-    # The last --set that wrote this key, around it or inside it is to blame; else the line of the nearest key there is.
+    # Blame the last --set that wrote this key, a parent or a child; otherwise the line of the nearest existing key.
     blamed = [override for override in overrides if all(a == b for a, b in zip(path, override.path, strict=False))]
     if blamed:
         full = wording.dotted(path)
@@ -235,7 +241,7 @@ def _override_error(text: str, message: str) -> RecipeError:
 
 
 def _apply(recipe: dict[Any, Any], override: _Override) -> None:
-    """Write one override into a recipe's plain values, making the sections that are not there yet."""
+    """Write one override into a recipe's plain values, creating missing sections."""
     target: Any = recipe  # a mapping or a list of the document
     for depth, part in enumerate(override.path):
         parent, last = override.path[:depth], depth == len(override.path) - 1

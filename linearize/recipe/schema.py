@@ -1,7 +1,7 @@
 """The recipe's schema: one pydantic model per section, every key with its range.
 
-Types are strict: a quoted number is not a number, `true` is not 1, and a key that is not listed here is refused.
-A section is immutable once read; `load_recipe` is the only place where a recipe changes (`--set`).
+Types are strict: a quoted number is not a number, `true` is not 1, and unknown keys are errors.
+A section is immutable once read; only `load_recipe` changes a recipe (`--set`).
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ RecurrenceName = Literal[
 
 SELF, STUDENT, RECALL = "self", "student", "recall"
 ENDLESS = (SELF, STUDENT, RECALL)
-"""Sources that are made as they are needed."""
+"""Sources that are generated on demand."""
 SELF_TOKENS = 200_000
-"""Tokens that are made of these when the recipe names no budget."""
+"""The token budget of these sources when the recipe names none."""
 
 GONE: dict[tuple[str | int, ...], str] = {
     ("mixer", "reach"): "gone; use mixer.landmarks_by or mixer.keep.budget",
 }
-"""Path of a key of version 0.1.0 -> the error for it. Every recipe that version saved names the key; null is dropped,
-because it asks for nothing."""
+"""Path of a key of version 0.1.0 -> the error for it. All recipes saved by that version contain the key; null is
+dropped, because it has no effect."""
 
 BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", re.IGNORECASE)
 
 
 def _refusal(message: str) -> PydanticCustomError:
-    # A plain ValueError would get pydantic's own prefix, and braces in a template would be filled in: pass it as data.
+    # pydantic prefixes the message of a ValueError and fills in braces of a template, so the text is passed as data.
     return PydanticCustomError("recipe", "{message}", {"message": message})
 
 
 def _objective(value: Any) -> Any:
     """One objective, or a mapping of objectives to weights.
 
-    A plain validator: with a union pydantic would put the name of the branch it tried into the error's path.
+    A plain validator, because pydantic would put the name of a union's branch into the error's path.
     """
     names, mixed = (" or ".join((", ".join(known[:-1]), known[-1])) for known in (OBJECTIVES, OBJECTIVES[:2]))
     if isinstance(value, str) and value in OBJECTIVES:
@@ -98,33 +98,33 @@ class GateSpec(Section):
     source: Literal["k", "q", "v", "random"] = "k"
     """The token's key, query or value, or a random linear map of the key."""
     scale: float | None = None
-    """Null is the recurrence's own start, which forgets slowly."""
+    """Null means the recurrence's own start, which decays slowly."""
     bias: float | None = None
     divisor: float = Field(default=1.0, gt=0)
     learned: bool = True
     """Train scale and bias, one per gate."""
     lower_bound: float = Field(default=0.0, ge=0, lt=1)
-    """Least gate of the last layer; the first layer's is 0, and it grows evenly with depth."""
+    """The minimum of the gate in the last layer; it is 0 in the first and grows linearly with depth."""
 
 
 class KeepSpec(Section):
-    """Layers or heads that keep softmax attention over the whole past, and so a growing cache."""
+    """Layers or heads that keep softmax attention over the whole past, and therefore a growing cache."""
 
     layers: list[int] = []
     """Whole layers, counted from 0."""
     every: int | None = Field(default=None, ge=2)
-    """N keeps every N-th layer whole: layers N - 1, 2N - 1 and so on, beside those that `layers` names."""
+    """N keeps every N-th layer whole: layers N - 1, 2N - 1 and so on, in addition to `layers`."""
     heads: dict[int, list[int]] = {}
     """Layer -> key/value heads in it, each with the query heads that share it."""
     budget: Annotated[str | None, PlainValidator(_budget)] = None
-    """Bytes of caches, or a share of the teacher's: `convert` then chooses what to keep beside what is named here, by
-    the damage of taking it away, and the recipe that is saved with the result names what was chosen."""
+    """Bytes of caches, or a share of the teacher's. `convert` then chooses more layers or heads to keep, by the damage
+    of windowing them; the recipe saved with the result names its choice."""
     by: Literal["recall", "loss"] = "recall"
-    """The damage that counts: `recall` is loss of recall and loss on text together, `loss` that on text alone."""
+    """The damage that counts: `recall` adds loss of recall to loss on text, `loss` is that on text alone."""
     unit: Literal["layers", "heads"] = "layers"
     """Unit of the choice: whole layers, or key/value heads."""
     context: int | None = Field(default=None, ge=1)
-    """Tokens of a sequence at which the budget holds; null means as many as the model was trained on."""
+    """Tokens of a sequence at which the budget holds; null means the length that the model was trained on."""
 
     @field_validator("layers", "heads")
     @classmethod
@@ -144,10 +144,10 @@ class MixerSpec(Section):
 
     recurrence: RecurrenceName = "gla"
     window: int = Field(default=64, ge=1)
-    """Latest tokens under softmax attention."""
+    """Most recent tokens under softmax attention."""
     windows: dict[int, Annotated[int, Field(ge=1)]] = {}
-    """Layer -> its window, where that is not `window`. Recipes that version 0.1.0 saved with its checkpoints name them,
-    and `linearize export` reads those recipes."""
+    """Layer -> its window, if it differs from `window`. Recipes that version 0.1.0 saved with its checkpoints contain
+    this key, and `linearize export` reads those recipes."""
     sinks: int = Field(default=4, ge=0)
     """First tokens of the text that stay under softmax attention."""
     mix: Literal["fixed", "learned", "softmax"] = "learned"
@@ -157,22 +157,22 @@ class MixerSpec(Section):
     rope: bool = False
     """Apply rotary positions in the recurrence; the window always has them."""
     qk_norm: bool = False
-    """Queries and keys scaled to length 1 before the feature map."""
+    """Scale queries and keys to length 1 before the feature map."""
     normalize: bool = True
-    """Divide the output by the mass that was read, where the recurrence has one."""
+    """Divide the output by its mass, if the recurrence has one."""
     slots: int = Field(default=0, ge=0)
     """Slots of gsa; 0 means the head width."""
     negative_eigenvalues: bool = False
     """Write strengths up to 2, for gated_deltanet and kda."""
     gate: GateSpec = GateSpec()
     landmarks: int = Field(default=0, ge=0)
-    """Tokens per key/value head that stay under softmax attention when they leave the window, chosen online."""
+    """Tokens per key/value head that stay under softmax attention after they leave the window, chosen online."""
     landmark_layers: dict[int, int] = {}
-    """Layer -> its own number of landmarks, where some layers have more to find again than others."""
+    """Layer -> its own number of landmarks, instead of `landmarks`."""
     landmarks_by: Literal["recall", "loss"] | None = None
-    """`convert` shares the landmarks of all layers out anew, by what each layer would lose with fewer, all together no
-    more than with `landmarks` each: `recall` counts loss of recall beside loss on text. The recipe that is saved names
-    them in `landmark_layers`."""
+    """`convert` redistributes the landmarks among the layers, by the loss of each layer with fewer of them; the total
+    is at most `landmarks` per layer. `recall` counts loss of recall in addition to loss on text. The saved recipe names
+    the numbers in `landmark_layers`."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")
@@ -199,7 +199,7 @@ class MixerSpec(Section):
     @field_validator("normalize")
     @classmethod
     def _softmax_mix_is_normalised(cls, value: bool, info: ValidationInfo) -> bool:
-        # One shared normaliser needs the recurrence's own mass beside the window's log-sum-exp.
+        # One shared normaliser needs the recurrence's mass in addition to the window's log-sum-exp.
         if not value and info.data.get("mix") == "softmax":
             raise _refusal("mix: softmax needs normalize: true")
         return value
@@ -213,16 +213,15 @@ RECORD_SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "instruction": (("instruction", "output"), ("input", "system", "history")),
     "text": (("text",), ()),
 }
-"""Shape of a record -> the fields that it must have, and those that it may have. A record has the first shape that
-fits it."""
+"""Shape of a record -> its required and its optional fields. A record has the first shape that fits it."""
 
 
 class Columns(Section):
-    """The fields of a record that hold what linearize reads, where they have other names than these."""
+    """The fields of a record that linearize reads, if they have other names than the keys here."""
 
     text: _Name = None
     messages: _Name = None
-    """A conversation; found by itself under `messages`, `conversations` and `conversation`."""
+    """A conversation; found automatically under `messages`, `conversations` and `conversation`."""
     tools: _Name = None
     system: _Name = None
     instruction: _Name = None
@@ -241,12 +240,12 @@ class Columns(Section):
 
     @property
     def named(self) -> dict[str, str]:
-        """The names that the recipe gives."""
+        """The fields that the recipe names."""
         return {key: name for key, name in self if name is not None}
 
     @property
     def shapes(self) -> list[str]:
-        """The shapes that have a place for every field named here."""
+        """The shapes that contain every field named here."""
         return [shape for shape, (must, may) in RECORD_SHAPES.items() if self.named.keys() <= {*must, *may}]
 
 
@@ -257,19 +256,19 @@ class SourceSpec(Section):
     """A source of text."""
 
     source: str | None = Field(default=None, min_length=1)
-    """`self` (the teacher writes it), `student` (the model as it stands when the stage begins writes it), `recall`
-    (questions about facts and pairs, made on the fly), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also
-    compressed), a folder of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
+    """`self` (the teacher generates the text), `student` (the model at the start of the stage generates it), `recall`
+    (generated questions about facts and pairs), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also compressed),
+    a folder of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
-    """Short for `columns: {text: ...}`, or `columns: {messages: ...}` where it holds a list."""
+    """Short for `columns: {text: ...}`, or `columns: {messages: ...}` if it holds a list."""
     columns: Columns | None = None
     format: Literal["auto", "text", "instruction"] = "auto"
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of text that a model writes."""
+    """Sampling temperature of generated text."""
     sample_length: int | None = Field(default=None, ge=1)
-    """Tokens of one text of `self`, `student` or `recall`; null means the stage's `length`."""
+    """Tokens of one generated text of `self`, `student` or `recall`; null means the stage's `length`."""
 
     @field_validator("columns")
     @classmethod
@@ -303,11 +302,11 @@ class DataSpec(SourceSpec):
     """Text of a stage: one `source`, or several under `mix`."""
 
     tokens: int | None = Field(default=None, ge=1)
-    """Token budget of the whole data; null takes all of it (of what has no end: `SELF_TOKENS`)."""
+    """Token budget of the whole data; null takes all of it (`SELF_TOKENS` of a generated source)."""
     held_out: int = Field(default=16, ge=0)
-    """Rows of the stage's `length` kept for evaluation."""
+    """Rows of the stage's `length` held out for evaluation."""
     mix: list[MixedSource] = []
-    """Several sources in the place of one, by weight; needs `tokens`."""
+    """Several sources instead of one, by weight; needs `tokens`."""
 
     @field_validator("tokens")
     @classmethod
@@ -328,42 +327,42 @@ class DataSpec(SourceSpec):
 
     @classmethod
     def of(cls, source: SourceSpec, *, tokens: int, held_out: int) -> DataSpec:
-        """So much of one source."""
+        """The data of one source with a token budget."""
         return cls(**source.model_dump(), tokens=tokens, held_out=held_out)
 
     @property
     def sources(self) -> list[SourceSpec]:
-        """The one source, or all of the mixture."""
+        """The single source, or all sources of the mix."""
         return list(self.mix) or [self]
 
 
 class CalibrateSpec(Section):
-    """Layer-wise fit by `convert`, without training: each layer's own parameters and its output projection, to the
-    output of the teacher's attention. No gradient goes through more than one layer."""
+    """Layer-wise fit by `convert`, without training. Each layer's own parameters and its output projection are fitted
+    to the output of the teacher's attention. No gradient passes through more than one layer."""
 
     tokens: int = Field(default=65_536, ge=1)
     """Tokens of text to fit to; `held_out` more rows of `length` tokens decide which fits are kept."""
     source: str = Field(default=SELF, min_length=1)
-    """`self` (the teacher writes it), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    """`self` (the teacher generates the text), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
     length: int = Field(default=1024, ge=2)
-    """Tokens of a row; only what lies beyond window and sinks teaches anything."""
+    """Tokens of a row; only tokens beyond window and sinks affect the fit."""
     held_out: int = Field(default=8, ge=2)
-    """Rows, and as many texts with needles, that decide what is kept."""
+    """Rows, and the same number of texts with needles, that decide which fits are kept."""
     inputs: Literal["student", "teacher"] = "student"
-    """Inputs that a layer is fitted on: the outputs of the converted layers below it, or the teacher's own."""
+    """Inputs of a layer during its fit: the outputs of the converted layers below it, or the teacher's."""
     steps: int = Field(default=100, ge=0)
-    """Gradient steps of each layer's own parameters, a row each; 0 leaves the closed forms."""
+    """Gradient steps of each layer's own parameters, one row each; 0 stops after the closed forms."""
     step_size: float = Field(default=0.03, gt=0)
-    """Step size of the first step; it falls to 0 as a cosine."""
+    """Step size of the first step; cosine decay to 0."""
     ridge: bool = True
-    """Fit the output projection as well, by ridge regression."""
+    """Fit the output projection too, by ridge regression."""
 
     @property
     def text(self) -> SourceSpec:
-        """Name of the text, also of the text on which `convert` chooses."""
+        """The source of the text, which `convert` also uses for its choices."""
         return SourceSpec(source=self.source, config=self.config, split=self.split, field=self.field)
 
 
@@ -377,42 +376,49 @@ class Stage(Section):
     batch_tokens: int = Field(default=8192, ge=2)
     """Tokens of an optimizer step: a multiple of `length`."""
     micro_batch: int = Field(default=1, ge=1)
-    """Rows of a forward pass; the rest of a step accumulates."""
+    """Rows of a forward pass; a step accumulates gradients over its rows."""
     train: Literal["lora", "mixer", "full"] = "lora"
-    """Trained parameters: adapters and the layer's own parameters; these parameters alone; or every weight but
-    adapters."""
+    """Trained parameters: adapters and the layer's own parameters; the layer's own parameters only; or every weight,
+    without adapters."""
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
-    """The last one needs a GPU, and bitsandbytes."""
+    """`adamw8bit` needs a GPU and bitsandbytes."""
     lr: float = Field(default=1e-3, ge=0)
     """Peak learning rate of the adapters or, under `train: full`, of the pretrained weights."""
     mixer_lr: float = Field(default=1e-2, ge=0)
     """Peak learning rate of the layer's own parameters."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warm-up; `wsd` stays at the peak and comes down, as 1 - sqrt, over the last fifth of the steps."""
+    """After the warm-up; `wsd` stays at the peak and decays, as 1 - sqrt, over the last fifth of the steps."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps."""
     epochs: float = Field(default=1.0, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, ge=0)
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0 does not clip."""
     gradient_checkpointing: bool = False
     save_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 means about ten times a run."""
+    """Steps between checkpoints; 0 means about ten checkpoints in a run."""
+    eval_every: int | None = Field(default=None, ge=0)
+    """Steps between evaluations on the held-out rows; 0 means none, null a number with little cost, at most 10."""
+    keep: Literal["last", "best"] = "last"
+    """The stage's final weights: the last ones, or those with the lowest held-out loss."""
+    patience: int | None = Field(default=None, ge=1)
+    """The stage ends after this many evaluations without a lower held-out loss; null disables it."""
     skip_bad_batches: int = Field(default=0, ge=0)
-    """Optimizer steps that may be left out because a loss or gradient in them is not finite; one more ends the run."""
+    """Optimizer steps that may be skipped because of a loss or gradient that is not finite; one more ends the run."""
     temperature: float = Field(default=1.0, gt=0)
     """Softening of both distributions under `distill`."""
     top_k: int | None = Field(default=None, ge=1)
-    """Under `distill`, tokens of the teacher's that are told apart, most likely first; all others count as one."""
+    """Under `distill`, the number of the teacher's most likely tokens whose probabilities are compared; all other
+    tokens count as one."""
     teacher_at: Literal["device", "cpu", "disk"] = "device"
-    """Place of the teacher: on the student's device; in CPU memory, moved layer by layer; or on disk, as its `top_k`
+    """Location of the teacher: on the student's device; in CPU memory, moved layer by layer; or on disk, as its `top_k`
     log-probabilities, which are written before the stage begins."""
     hide_window: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a layer's window is hidden but for its last token and the sinks, so that the recurrence must
-    answer; drawn for each layer and forward pass."""
+    """Probability that a layer's window is masked except for its last token and the sinks, so that the output needs the
+    recurrence; drawn for each layer and forward pass."""
     beyond: float = Field(default=0.5, ge=0, le=1)
-    """Under `align`, the share of the steps, the first ones, in which the recurrence alone learns what the window
-    cannot see; in the others the layer as a whole does."""
+    """Under `align`, the share of first steps in which the recurrence alone is trained, on the attention output beyond
+    the window; later steps train the layer's whole output."""
 
     @field_validator("batch_tokens")
     @classmethod
@@ -420,6 +426,15 @@ class Stage(Section):
         length = info.data.get("length")
         if length is not None and value % length:
             raise _refusal(f"expected a multiple of length ({length}), got {value}")
+        return value
+
+    @field_validator("keep", "patience")
+    @classmethod
+    def _is_evaluated(cls, value: str | int | None, info: ValidationInfo) -> str | int | None:
+        data = info.data.get("data")
+        held_out = data.held_out if isinstance(data, DataSpec) else None
+        if value not in ("last", None) and (info.data.get("eval_every") == 0 or held_out == 0):
+            raise _refusal("looks at held-out losses; expected data.held_out and eval_every not to be 0")
         return value
 
     @field_validator("teacher_at")
@@ -442,14 +457,14 @@ class LoraSpec(Section):
     """Low-rank adapters on the projections; `lora: null` trains the layer's own parameters only."""
 
     kind: Literal["lora", "rslora", "dora", "pissa", "miss"] = "lora"
-    """As peft has them; `miss` was called Bone, and takes no alpha."""
+    """As in peft; `miss` was called Bone, and has no alpha."""
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=8, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] = Field(default=["q", "k", "v"], min_length=1)
-    """Short names (q, k, v, o, gate, up, down) or the last part of a module's name."""
+    """Short names (q, k, v, o, gate, up, down) or the last component of a module's name."""
     four_bit: bool = False
-    """Frozen weights in 4 bits (NF4) while adapters train, as QLoRA has it; what is written has them whole. Needs
+    """Frozen weights in 4 bits (NF4) while adapters train, as in QLoRA; the checkpoint has full weights. Needs
     bitsandbytes."""
 
 
@@ -458,13 +473,13 @@ class EvaluateSpec(Section):
 
     tasks: list[str] = []
     limit: int | None = Field(default=None, ge=1)
-    """Examples of a task; null takes all."""
+    """Examples per task; null takes all."""
     baselines: list[Literal["teacher", "window", "window_bytes"]] = ["teacher", "window"]
     """`window` is the teacher with the model's own window and sinks, `window_bytes` one with its memory's bytes."""
 
 
 class Recipe(Section):
-    """A whole experiment: which model, what becomes of its attention, and how it is trained back."""
+    """A whole experiment: the model, its mixer, and the training stages."""
 
     description: str = ""
     model: str | None = Field(default=None, min_length=1)
@@ -472,11 +487,11 @@ class Recipe(Section):
     """Null means the model's own base."""
     mixer: MixerSpec = MixerSpec()
     calibrate: CalibrateSpec | None = None
-    """Null fits nothing: the layer starts as its window and sinks."""
+    """Null skips the fit: the layer starts as its window and sinks."""
     stages: list[Stage] = []
     lora: LoraSpec | None = LoraSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Trackers that training reports to, besides its metrics.jsonl; each is a package of its own."""
+    """Trackers that training reports to, in addition to its metrics.jsonl; each needs its own package."""

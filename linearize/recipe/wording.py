@@ -1,4 +1,4 @@
-"""Errors in the user's words: what the schema expects at a path, and which key was probably meant."""
+"""The wording of recipe errors: the value that the schema expects at a path, and suggestions for misspelled keys."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def dotted(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe would spell it, cut to a readable length."""
+    """A value in a recipe's spelling, cut to a readable length."""
     spelled = {None: "null", True: "true", False: "false"}
     text = spelled[value] if value is None or isinstance(value, bool) else repr(value)
     return cut(text, _LONGEST)
 
 
 def cut(text: str, most: int) -> str:
-    """The text, of which no more than so many characters are left."""
+    """The text, cut to at most `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def section_at(path: Path) -> type[BaseModel] | None:
-    """The section of the schema that a path leads to, or None when it leads to a value or nowhere."""
+    """The section of the schema at a path; None if the path leads to a value or does not exist."""
     found = _lookup(path)
     if found is None:
         return None
@@ -69,7 +69,7 @@ def is_list(path: Path) -> bool:
 def unknown_key(path: Path, full_path: bool = False) -> str:
     """Message for a path whose last key is not in its section.
 
-    The suggestion is the bare key, or the whole dotted path when the key belongs elsewhere or `full_path` asks for it.
+    The suggestion is the bare key, or the full dotted path if the key is in another section or `full_path` is True.
     """
     if path in GONE:
         return GONE[path]
@@ -77,8 +77,8 @@ def unknown_key(path: Path, full_path: bool = False) -> str:
     section = section_at(tuple(parents))
     fields = list(section.model_fields) if section else []
     if section is Recipe:
-        fields.insert(0, "base")  # taken out while reading, see `reading`
-    # A key spelled right but put in the wrong section says more than one that merely looks alike.
+        fields.insert(0, "base")  # removed by `reading` before validation
+    # An exact match in another section is a better suggestion than a similar spelling in this one.
     if elsewhere := [dotted(known) for known in _all_paths(Recipe, ()) if known[-1] == key]:
         return f"unknown key; did you mean {elsewhere[0]!r}?"
     if near := difflib.get_close_matches(str(key), fields, n=1):
@@ -88,7 +88,7 @@ def unknown_key(path: Path, full_path: bool = False) -> str:
 
 
 def explain(error: ErrorDetails) -> str:
-    """One pydantic error in a short clause: what was expected, what was there, what may have been meant."""
+    """One pydantic error as a short clause: the expected value, the value found, and a suggestion."""
     path, kind = error["loc"], error["type"]
     if kind == "recipe":
         return error["msg"]
@@ -107,7 +107,7 @@ def explain(error: ErrorDetails) -> str:
 
 
 def _lookup(path: Path) -> tuple[Any, Sequence[Any]] | None:
-    """The annotation at a path of the schema and its constraints."""
+    """The annotation at a path of the schema, and its constraints."""
     annotation: Any = Recipe
     constraints: Sequence[Any] = ()
     for part in path:
@@ -148,7 +148,7 @@ def _all_paths(section: type[BaseModel], prefix: Path) -> Iterator[Path]:
 
 
 def _expected(annotation: Any, constraints: Sequence[Any]) -> str:
-    """`an integer >= 1`, `one of 'gla', 'none'`, `a list of text or null`."""
+    """For example `an integer >= 1`, `one of 'gla', 'none'`, `a list of text or null`."""
     kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
     text = " or ".join(dict.fromkeys(_kind(kind, constraints) for kind in kinds))
     return f"{text} or null" if len(kinds) < len(_alternatives(annotation)) else text

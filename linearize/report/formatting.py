@@ -7,7 +7,7 @@ _SHARES = {"acc", "acc_norm", "agreement", "common_prefix", "exact_match", "repe
 
 
 def is_share(metric: str) -> bool:
-    """True if a metric's values are shares, and written in percent; `exact_match,strict-match` is one by its first
+    """True if the metric's values are shares, written in percent. `exact_match,strict-match` is named by its first
     word."""
     name = metric.partition(",")[0]
     return name in _SHARES or name.endswith("_acc")
@@ -21,7 +21,7 @@ def number(value: float, metric: str) -> str:
 
 
 def with_error(value: float, stderr: float | None, metric: str) -> str:
-    """`45.0 ± 1.0`; without an error where there is none."""
+    """`45.0 ± 1.0`; the value alone without an error."""
     return number(value, metric) + ("" if stderr is None else f" ± {number(stderr, metric)}")
 
 
@@ -47,7 +47,7 @@ def readable_count(count: float) -> str:
 
 
 def readable_length(tokens: float) -> str:
-    """`512`, `4k`, `1M` where these are exact, otherwise `1,000`."""
+    """`512`, `4k`, `1M` if exact, otherwise `1,000`."""
     whole = round(tokens)
     for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
         if whole >= size and whole % size == 0:
@@ -56,13 +56,13 @@ def readable_length(tokens: float) -> str:
 
 
 def fixed(value: float, digits: int) -> str:
-    """`-1234.5` with so many decimals: `−1,234.5`. A value that rounds to zero has no minus."""
+    """`-1234.5` with `digits` decimals: `−1,234.5`. A value that rounds to zero has no minus."""
     text = f"{value:,.{digits}f}"
     return text.lstrip("-") if not text.strip("-0.") else text.replace("-", "−")
 
 
 def _scaled(count: float, units: tuple[str, ...]) -> str:
-    """A count in the largest of the units, each a thousand of the one before, that leaves it at 1 or more."""
+    """A count in the largest unit that keeps it at 1 or more; each unit is a thousand of the one before."""
     place = 0
     while count >= 1000 and place < len(units) - 1:
         count, place = count / 1000, place + 1

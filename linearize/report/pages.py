@@ -1,4 +1,4 @@
-"""Pages of words, tables and plots, written as Markdown and as one HTML file that needs no other file."""
+"""Pages of text, tables and plots, written as Markdown and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: the first columns are words, the others figures.
+    """A table: the first columns are text, the others figures.
 
     Attributes:
-        words: how many columns are words. A row whose first cell is empty continues the row above it.
+        words: the number of text columns. A row whose first cell is empty continues the row above it.
         notes: explanations below the table.
     """
 
@@ -34,7 +34,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page, in this order: sentences as (subject, sentences), tables, plots."""
+    """A part of a page: sentences as (subject, sentences), then tables, then plots."""
 
     title: str
     told: Sequence[tuple[str, Sequence[str]]] = ()
@@ -52,7 +52,7 @@ class Page:
 
 
 def write_pages(page: Page, folder: Path) -> None:
-    """Writes `report.md`, `report.html` and, beside them, every plot as an `.svg` of its own."""
+    """Write `report.md`, `report.html` and, in the same folder, every plot as an `.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(to_markdown(page), encoding="utf-8")
     (folder / "report.html").write_text(to_html(page), encoding="utf-8")
@@ -60,23 +60,23 @@ def write_pages(page: Page, folder: Path) -> None:
 
 
 def write_plots(plots: Sequence[Plot], folder: Path) -> None:
-    """Writes each plot as `NAME.svg` into a folder."""
+    """Write each plot as `NAME.svg` into a folder."""
     for plot in plots:
         (folder / f"{plot.name}.svg").write_text(plot.alone, encoding="utf-8")
 
 
 def to_markdown(page: Page) -> str:
-    """The page as Markdown; plots are the files beside it."""
+    """The page as Markdown; it refers to the plots' files."""
     return _rendered("report.md", _plain, page=page)
 
 
 def to_html(page: Page) -> str:
-    """The page as one HTML document with everything in it: no script, nothing to fetch."""
+    """The page as one self-contained HTML document without scripts."""
     return _rendered("report.html", _shown, page=page, plot_style=STYLE)
 
 
 def _rendered(name: str, finalize: Callable[[Any], Any], **values: object) -> str:
-    """A template with its values. Each value passes `finalize`, and in HTML is escaped after that."""
+    """A template with its values. Each value passes `finalize`, and in HTML is escaped afterwards."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -92,7 +92,7 @@ def _rendered(name: str, finalize: Callable[[Any], Any], **values: object) -> st
 
 
 def _shown(value: Any) -> Any:
-    """Text without control characters; a unit or an arrow stays on the line of its number."""
+    """Text without control characters; units and arrows get a non-breaking space before them."""
     if hasattr(value, "__html__"):  # markup that a template marked as safe
         return value
     text = "".join(character for character in str(value) if character.isprintable())
@@ -102,7 +102,7 @@ def _shown(value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """Text in Markdown that stays text: on one line, no markup, no column marks."""
+    """Text escaped for Markdown: on one line, without markup and column marks."""
     text = "".join(character if character.isprintable() else " " for character in str(value))
     for mark in "\\`*_[]<>|#":
         text = text.replace(mark, "\\" + mark)

@@ -1,7 +1,7 @@
 """Plots as SVG by matplotlib: lines, bars and heat maps, for light and dark screens and for phones.
 
-Series differ in colour, dash and marker, so they stay apart in grey and for the colour-blind. Colours follow Okabe and
-Ito; heat maps use cividis. A plot is data until its SVG is read: only then is matplotlib imported.
+Series differ in colour, dash and marker, so they are distinct in grey and for colour-blind readers. Colours follow
+Okabe and Ito; heat maps use cividis. A plot is plain data; matplotlib is a lazy import of its `svg` property.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINE, _CHARACTER = 21, 8.6
-"""Pixels of a line of text, and of a character of it."""
+"""The height of a line of text and the width of a character, in pixels."""
 
 _DASHES = (None, (3.5, 2), None, (4.5, 1.5, 1, 1.5), None, (1, 1.5), (3.5, 2), (4.5, 1.5, 1, 1.5))
 _MARKERS = "os^Dx+vo"
@@ -35,7 +35,7 @@ _MARKED_POINTS = 12
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its title with the unit, how ticks are written, and its scale.
+    """An axis: its title with the unit, the format of its ticks, and its scale.
 
     Attributes:
         ticks: values to label, thinned until the labels fit; None for round numbers.
@@ -62,7 +62,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """A line, or bars: points (x, y, standard error of y or None), and a number that gives its look."""
+    """A line, or bars: points (x, y, standard error of y or None), and an index into the colours and markers."""
 
     name: str
     points: Sequence[tuple[float, float, float | None]]
@@ -82,13 +82,13 @@ class Lines:
     height = 250
 
     def draw(self, axes: Axes, drawing: _Drawing) -> None:
-        """Draws into `axes`."""
+        """Draw into `axes`."""
         from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
         axes.set_xscale("log" if self.x.log else "linear")
         axes.set_yscale("log" if self.y.log else "linear")
         axes.margins(0.03, 0.08)
-        # Dashes last: of two lines that are one, both can be seen.
+        # Dashed lines last, so that both of two identical lines are visible.
         for one in sorted(self.series, key=lambda one: _DASHES[one.look % len(_DASHES)] is not None):
             (self._bars if self.bars else self._line)(axes, one, drawing)
         axes.set_ylim(self.y.limits)
@@ -106,7 +106,7 @@ class Lines:
         axes.grid(axis="y", linewidth=1)
 
     def words(self) -> list[str]:
-        """The figures as text: a line for each series."""
+        """The figures as text, one line per series."""
         return [
             f"{one.name}: "
             + ", ".join(f"{self.y.write(y)} at {self.x.write(x)}" for x, y, _ in one.points[:: _every(one.points)])
@@ -147,8 +147,8 @@ class HeatMap:
     """A heat map of shares in [0, 1].
 
     Attributes:
-        cells: by (row, column) the share and the number of items.
-        written: the shares are written into the cells, in percent; otherwise a scale stands below.
+        cells: (row, column) -> the share and the number of items.
+        written: write the shares into the cells, in percent; otherwise a colour scale is drawn below.
     """
 
     name: str
@@ -159,16 +159,16 @@ class HeatMap:
 
     @property
     def across(self) -> int:
-        """How many of these fit beside each other."""
+        """The number of these maps in a row of panels."""
         return 2 if not self.written or len({column for _, column in self.cells}) <= 3 else 1
 
     @property
     def height(self) -> float:
-        """In pixels, with its title and its ticks."""
+        """The height in pixels, title and ticks included."""
         return 96 + (24 if self.written else 13) * len({row for row, _ in self.cells})
 
     def draw(self, axes: Axes, drawing: _Drawing) -> None:
-        """Draws into `axes`."""
+        """Draw into `axes`."""
         import numpy
 
         rows, columns = (sorted({key[i] for key in self.cells}) for i in (0, 1))
@@ -193,18 +193,18 @@ class HeatMap:
         axes.set_title(_shortened(self.name, svg.WIDTH / self.across - 70), color=svg.INK)
         if self.written:
             for (row, column), (share, _) in self.cells.items():
-                # Not the colours that change with the screen: the cell behind does not.
+                # Fixed colours, because the cell's colour does not change with the screen's theme.
                 ink, place = "#fefefe" if share < 0.55 else "#111111", (columns.index(column), rows.index(row))
                 axes.text(place[0] + 0.5, place[1] + 0.5, f"{100 * share:.0f}", color=ink, ha="center", va="center")
 
     def words(self) -> list[str]:
-        """Nothing: every cell has its own title."""
+        """Empty, because every cell has its own title."""
         return []
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: the name of its file without `.svg`, panels of one kind, and words below them."""
+    """A plot: the name of its file without `.svg`, panels of one kind, and text below them."""
 
     name: str
     title: str
@@ -213,14 +213,14 @@ class Plot:
 
     @cached_property
     def svg(self) -> str:
-        """The plot as an `<svg>` for a page that has `svg.STYLE`: the same bytes for the same plot."""
+        """The plot as an `<svg>` for a page with `svg.STYLE`; the output is deterministic."""
         import matplotlib
 
         drawing = _Drawing()
         with matplotlib.rc_context(), warnings.catch_warnings(), io.StringIO() as file:
-            # Names may have any characters, and the reader's own font draws them.
+            # matplotlib's font may lack a glyph; the viewer's font draws it.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-            matplotlib.rcdefaults()  # a user's own settings would change the plot
+            matplotlib.rcdefaults()  # ignore the user's settings
             matplotlib.rcParams.update(svg.settings(self.name))
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             self._figure(drawing).savefig(file, format="svg", metadata=nothing)
@@ -230,7 +230,7 @@ class Plot:
 
     @property
     def alone(self) -> str:
-        """The plot as the text of a file of its own, with its style sheet."""
+        """The plot as the text of an SVG file, with its style sheet."""
         start = self.svg.index(">") + 1
         return f"{self.svg[:start]}<style>{svg.STYLE}</style>{self.svg[start:]}\n"
 
@@ -275,8 +275,8 @@ class Plot:
 
 @dataclass
 class _Drawing:
-    """A figure on its way to SVG: its height, lines by name for the legend, titles by group id, and a mesh that needs a
-    scale."""
+    """The state of a figure while it is drawn: its height, the legend's lines by name, titles by group id, and the mesh
+    of a colour scale."""
 
     height: float = 0.0
     legend: dict[str, Artist] = field(default_factory=dict)
@@ -284,20 +284,20 @@ class _Drawing:
     mesh: QuadMesh | None = None
 
     def title(self, titles: list[str]) -> str:
-        """A group id whose group, or each path in it, gets these titles."""
+        """A new group id; its group, or each path in it, gets these titles."""
         gid = f"titled-{len(self.titles)}"
         self.titles[gid] = titles
         return gid
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """The powers of two between two numbers; the lower number where there are none."""
+    """The powers of two between two numbers; the lower number if there are none."""
     powers = range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)
     return [2.0**power for power in powers] or [low]
 
 
 def _legend_names(panels: Sequence[Lines]) -> dict[str, str]:
-    """Names of series as the legend shows them. matplotlib leaves out names that begin with an underscore."""
+    """Names of series in the legend. matplotlib drops names that begin with an underscore, so these get a space."""
     names = {one.name: _shortened(one.name, svg.WIDTH - 52) for panel in panels for one in panel.series}
     return {name: f" {shown}" if shown.startswith("_") else shown for name, shown in names.items()}
 

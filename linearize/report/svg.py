@@ -1,4 +1,4 @@
-"""The colours of plots on light and dark screens, and matplotlib's SVG made fit for a page."""
+"""The colours of plots on light and dark screens, and the conversion of matplotlib's SVG for a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DARK = {
     "#009e73": "#2ec4a0", "#b0568f": "#e39ac6", "#c98a00": "#f2c14e", "#3d9fd6": "#9bdcff", "#8c564b": "#c79a8b",
 }  # fmt: skip
 
-# Screens only: paper is white.
+# The dark theme applies to screens only, because paper is white.
 STYLE = (
     ".plot text{font-family:system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif!important}"
     ".plot *{stroke-linejoin:round}@media screen and (prefers-color-scheme:dark){"
@@ -30,11 +30,11 @@ STYLE = (
     )
     + "}"
 )
-"""The style sheet of every plot: part of a plot that stands alone, once in a page that holds several."""
+"""The style sheet of plots: inside a stand-alone plot, once in a page with several."""
 
 
 def settings(salt: str) -> dict[Any, Any]:
-    """matplotlib's settings: text stays text, `$` is no formula, and ids depend on the salt alone."""
+    """matplotlib's settings: text is not drawn as paths, `$` starts no formula, and ids depend on `salt` only."""
     return {
         "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False,
         "font.size": FONT, "font.sans-serif": ["DejaVu Sans"], "text.color": INK,
@@ -50,13 +50,14 @@ def settings(salt: str) -> dict[Any, Any]:
 def element(
     svg: str, name: str, title: str, words: Sequence[str], titles: Mapping[str, Sequence[str]], height: float
 ) -> str:
-    """Matplotlib's document as an `<svg>` for a page: named, described, with ids that no other plot has.
+    """matplotlib's document as an `<svg>` for a page, with a title, a description, and ids unique to this plot.
 
     Args:
-        words: sentences that describe it.
-        titles: by the id of a group its title, or one for each path in it.
+        words: sentences of the description.
+        titles: group id -> one title of the group, or one for each path in it.
+        height: the plot's height in pixels.
     """
-    # Matplotlib's own style sheet would apply to the whole page.
+    # Drop matplotlib's style sheet, because it would apply to the whole page.
     body = "\n".join(map(clean, svg[svg.index("</defs>") + len("</defs>") :].strip().split("\n")))
     for group, texts in titles.items():
         start = body.index(">", body.index(f'<g id="{group}"')) + 1
@@ -82,12 +83,12 @@ def clean(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Text without control characters, as XML has it."""
+    """Text without control characters, escaped for XML."""
     return html.escape(clean(text))
 
 
 def _tag(tag: str, name: str, used: Container[str]) -> str:
-    """A tag with ids of this plot, without those that nothing refers to, and with two decimals."""
+    """A tag with ids prefixed by the plot's name, without unused ids, and with two decimals."""
     tag = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", tag)
     tag = re.sub(r'(url\(|href=")#', rf"\1#{name}-", tag)
     tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", tag)

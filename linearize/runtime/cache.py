@@ -1,7 +1,7 @@
-"""`$LINEARIZE_CACHE`: its entries, its size limit, and the removal of those that were used least recently.
+"""`$LINEARIZE_CACHE`: its entries, its size limit, and the removal of least recently used entries.
 
-An entry is a file (a text) or a folder of files (a teacher's logits, a model's results). Only files with names that
-linearize gives are counted and removed, so a cache folder may hold other files. Links are not followed.
+An entry is a file (a text) or a folder of files (a teacher's logits, a model's results). Only names that linearize
+generates are counted and removed, so a cache folder may hold other files. Links are not followed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Kind:
     """A folder of the cache.
 
     Attributes:
-        about: its entries, in a few words.
-        entry: a pattern of an entry's name.
-        file: a pattern of the files of an entry that is a folder; None for entries that are files.
+        about: a short description of its entries.
+        entry: pattern of an entry's name.
+        file: pattern of file names in a folder entry; None if entries are files.
     """
 
     about: str
@@ -56,9 +56,9 @@ class Entry:
 
     Attributes:
         path: its file or folder.
-        nbytes: of its files, unfinished ones included.
-        used: the time of its last use, in seconds since 1970.
-        files: those of a folder.
+        nbytes: bytes of its files, unfinished ones included.
+        used: time of the last use, in seconds since 1970.
+        files: the files of a folder entry.
     """
 
     kind: str
@@ -69,15 +69,15 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """`kind/name`, as `linearize cache` takes it."""
+        """`kind/name`, as in `linearize cache`."""
         return f"{self.kind}/{self.path.name}"
 
 
 def limit() -> int:
-    """The most bytes that the cache keeps.
+    """The cache's size limit in bytes.
 
     Raises:
-        OutputError: the environment variable is no size.
+        OutputError: the environment variable is not a size.
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
@@ -89,7 +89,7 @@ def limit() -> int:
 
 
 def bytes_of(text: str) -> int | None:
-    """`20GB`, or `20GiB`, as bytes; None where `text` is no size."""
+    """Bytes of a size such as `20GB` or `20GiB`; None if `text` is not a size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKmMgGtT])(i?))?[bB]?\s*", text)
     if match is None:
         return None
@@ -97,33 +97,33 @@ def bytes_of(text: str) -> int | None:
 
 
 def entries() -> list[Entry]:
-    """All entries, the one that was used least recently first."""
+    """All entries, least recently used first."""
     found = [entry for kind in KINDS for entry in _entries_of(kind)]
     return sorted(found, key=lambda entry: (entry.used, entry.name))
 
 
 def used(path: Path) -> None:
-    """Notes that the entry at `path` is used now."""
+    """Set the entry's time of last use to now."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def hold(folder: Path) -> object | None:
-    """Keeps the entry `folder`, which is made if it is missing, from removal for as long as the returned object lives.
+    """Protect the entry `folder` from removal while the returned object lives; creates the folder if needed.
 
     Returns:
-        None where the file system has no locks or the folder cannot be written.
+        a lock, or None if the file system has no locks or the folder is not writable.
     """
     used(folder)
     return shared_lock(folder / _LOCK)
 
 
 def make_room(kept: Path, say: Callable[[str], None] = lambda _: None) -> list[Entry]:
-    """Removes least recently used entries until the cache is within its limit.
+    """Remove least recently used entries until the cache is within its limit.
 
     Args:
-        kept: the entry that was just written; it stays, as do entries that a process holds or writes.
-        say: gets one line if anything was removed.
+        kept: the entry just written; it stays, as do entries that a process holds or writes.
+        say: receives one line if entries were removed.
 
     Returns:
         the removed entries.
@@ -148,10 +148,10 @@ def make_room(kept: Path, say: Callable[[str], None] = lambda _: None) -> list[E
 
 
 def remove(entry: Entry) -> bool:
-    """Removes an entry; False where a process holds or writes it, or the file system refuses."""
+    """Remove an entry; False if a process holds or writes it, or the file system refuses."""
     try:
         if KINDS[entry.kind].file is None:
-            with claimed(entry.path):  # which also clears what a killed process left of it
+            with claimed(entry.path):  # also removes a killed process's leftovers
                 entry.path.unlink(missing_ok=True)
             return True
         with locked_alone(entry.path / _LOCK) as alone:
@@ -159,7 +159,7 @@ def remove(entry: Entry) -> bool:
                 return False
             for path in [*entry.files, entry.path / _LOCK]:
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it holds other files
+            with contextlib.suppress(OSError):  # the folder still holds other files
                 entry.path.rmdir()
     except (OSError, OutputError):
         return False
@@ -167,7 +167,7 @@ def remove(entry: Entry) -> bool:
 
 
 def in_use(entry: Entry) -> bool:
-    """True while a process holds or writes the entry."""
+    """True if a process holds or writes the entry."""
     is_file = KINDS[entry.kind].file is None
     lock = entry.path.with_name(f".{entry.path.name}.lock") if is_file else entry.path / _LOCK
     if not lock.exists():
@@ -177,10 +177,10 @@ def in_use(entry: Entry) -> bool:
 
 
 def named(names: Iterable[str]) -> list[Entry]:
-    """The entries of these names: a kind, or `kind/name` or a beginning of it that fits one entry.
+    """Find entries by a kind, by `kind/name`, or by a unique beginning of `kind/name`.
 
     Raises:
-        OutputError: a name that fits none, or several.
+        OutputError: a name matches no entry, or several.
     """
     found, chosen = entries(), dict[str, Entry]()
     for name in names:
@@ -201,7 +201,7 @@ def _entries_of(kind: str) -> list[Entry]:
             continue
         entry = found.setdefault(name, Entry(kind, top / name))
         parts = [item] if spec.file is None else [part for part in _scan(Path(item.path)) if _is_ours(part, spec.file)]
-        with contextlib.suppress(OSError):  # removed meanwhile
+        with contextlib.suppress(OSError):  # the entry was removed meanwhile
             stats = [part.stat(follow_symlinks=False) for part in parts]
             entry.nbytes += sum(stat.st_size for stat in stats)
             times = [stat.st_mtime for stat in (item.stat(follow_symlinks=False), *stats)]

@@ -1,7 +1,7 @@
-"""One job at a time for each output: a second one is refused, and what a dead one left is cleared away.
+"""Locks for outputs: one job at a time per output. A second job is refused, and a dead job's leftovers are removed.
 
-`fcntl.flock` directly, not the package `filelock`: that has no shared lock on the same file, which the cache needs, and
-leaves its lock file beside the output.
+Uses `fcntl.flock`, not the package `filelock`, because `filelock` lacks a shared lock on the same file, which the cache
+needs, and leaves its lock file behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from linearize.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nothing keeps two jobs apart
+except ImportError:  # on Windows, where outputs are not locked
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def beside(target: Path, kind: str) -> Path:
-    """Where this process keeps what is to become `target` (`PARTIAL`), or what was there (`OLD`)."""
+    """This process's path beside `target` for the unfinished result (`PARTIAL`) or for the replaced one (`OLD`)."""
     return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
 
 
 def final_name(path: Path) -> str:
-    """The name that `path` has in the end: that of its target where `beside` staged it, else its own."""
+    """The final name of `path`: the name of its target if `beside` made it, else its own."""
     path = Path(os.path.abspath(path))
     staged = re.fullmatch(rf"\.(.+)\.{PARTIAL}-\d+", path.name)
     return staged[1] if staged else path.name
@@ -45,19 +45,19 @@ def final_name(path: Path) -> str:
 
 @contextmanager
 def claimed(target: Path | None, *, wait: bool = False, name: str = "") -> Iterator[None]:
-    """The right to write the file or folder `target`, for as long as the block lasts.
+    """Hold the exclusive right to write the file or folder `target` during the block.
 
-    The lock is the system's (flock, on a file beside `target`), which ends with its process: what a dead job leaves
-    keeps nobody out. What it had staged is removed, and a result that it was about to replace is put back. A process
-    may claim the same place again inside the block. Folders that had to be made for it go again if they stay empty.
+    The lock is `flock` on a file beside `target`; it ends with its process, so a dead job blocks no one. A dead job's
+    staged files are removed, and a result that it was replacing is restored. A process may claim the same target again
+    inside the block. Parent folders created for the lock are removed if they stay empty.
 
     Args:
-        target: None where nothing is going to be written, and nothing is claimed.
-        wait: until the other job is done with it, which is for what two jobs may share.
-        name: of the place in what is said to whom it is refused, if not its path.
+        target: None for no output; then the block is a no-op.
+        wait: wait for the other job instead of raising; for outputs that jobs share.
+        name: names the target in the error; by default its path.
 
     Raises:
-        OutputError: another job has it, or nothing can be written there.
+        OutputError: another job holds the lock, or `target` cannot be written.
     """
     if target is None:
         yield
@@ -80,7 +80,7 @@ def claimed(target: Path | None, *, wait: bool = False, name: str = "") -> Itera
             finally:
                 del _HELD[target]
     finally:
-        for folder in made:  # the innermost first
+        for folder in made:  # innermost folder first
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -97,12 +97,12 @@ def _lock(target: Path, wait: bool, name: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # while the lock is held: who has just opened the file sees that it is gone
+            path.unlink()  # under the lock, so a process that has just opened the file detects the removal
         os.close(file)
 
 
 class SharedLock:
-    """A lock that several processes hold at once; it ends with the object."""
+    """A lock that several processes can hold at once; released when the object is deleted."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -112,7 +112,8 @@ class SharedLock:
 
 
 def shared_lock(path: Path) -> SharedLock | None:
-    """A shared lock on the file `path`, made with its folder; None without locks, or where nothing can be written."""
+    """Take a shared lock on the file `path`, which is created with its folder; None if the system has no locks or the
+    path is not writable."""
     while fcntl is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def shared_lock(path: Path) -> SharedLock | None:
             fcntl.flock(file, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(file), path.stat()):
                 return lock
-        except FileNotFoundError:  # the file or its folder was removed between two calls
+        except FileNotFoundError:  # another process removed the file or its folder between the calls
             continue
         except OSError:
             break
@@ -129,7 +130,8 @@ def shared_lock(path: Path) -> SharedLock | None:
 
 @contextmanager
 def locked_alone(path: Path) -> Iterator[bool]:
-    """Yields True if no process holds the lock on the file `path`; then none can take it until the block ends."""
+    """Take the exclusive lock on the file `path` without waiting; yields False if another process holds it. Until the
+    block ends no other process can take it."""
     if fcntl is None:
         yield True
         return
@@ -160,7 +162,7 @@ def _acquire(path: Path, wait: bool, name: str) -> int:
             if error.errno not in _WITHOUT_LOCKS:
                 os.close(file)
                 raise
-        # Its owner may have removed the file between the two calls; then the lock is on nothing.
+        # The owner may have removed the file between the calls; then the lock is on an unlinked file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
                 os.ftruncate(file, 0)
@@ -170,7 +172,7 @@ def _acquire(path: Path, wait: bool, name: str) -> int:
 
 
 def _clear(target: Path) -> None:
-    """Clears away what jobs that were killed left beside `target`."""
+    """Remove killed jobs' leftovers beside `target`."""
     for old in _leftovers(target, OLD):
         if not target.exists():
             old.rename(target)

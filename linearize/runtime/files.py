@@ -1,4 +1,4 @@
-"""Results that appear whole or not at all: written beside their place, then renamed into it."""
+"""Write results atomically: write beside the target, then rename into place."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 
 _RESULTS = ("linearize.json", "report.json", "probe.json")
-"""Every folder that linearize writes has one of these files; a pretrained model's folder has none."""
+"""Every folder that linearize writes contains one of these files; a pretrained model's folder contains none."""
 
 _SPARE = 16_000_000
-"""Bytes on top of weights: tokenizer, code, pages."""
+"""Bytes of a checkpoint besides weights: tokenizer, code, pages."""
 
 
 @contextmanager
 def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` when the block ends without an error.
+    """A staging folder that becomes `target` when the block ends without an error.
 
-    It is made at once, so that a place that cannot be written is found before any work is done.
+    The folder is created immediately, so an unwritable place raises before any work.
 
     Raises:
-        OutputError: `target` exists (and `overwrite` is not set), cannot be made, another job is making it, or the disk
-            is full.
+        OutputError: `target` exists (and `overwrite` is not set), cannot be created, is claimed by another job, or the
+            disk is full.
     """
     target = Path(os.path.abspath(target.expanduser()))
     check_free(target, overwrite=overwrite)
     with claimed(target):
-        check_free(target, overwrite=overwrite)  # as it is now that nobody else can change it
+        check_free(target, overwrite=overwrite)  # checked under the lock, so the answer cannot change
         staging = beside(target, PARTIAL)
         try:
             staging.mkdir()
@@ -54,11 +54,11 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the file `target` (instead of one that is there) when the block ends without
-    an error.
+    """A staging path that becomes the file `target` when the block ends without an error, and replaces an existing
+    file.
 
     Raises:
-        OutputError: see `check_file`; or another job is writing it, or the disk is full.
+        OutputError: see `check_file`; or another job is writing the file, or the disk is full.
     """
     target = Path(os.path.abspath(target.expanduser()))
     check_file(target)
@@ -76,11 +76,11 @@ def staged_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """A folder to write files into, which are put into `folder` when the block ends without an error: each in one step,
-    instead of one of its name that is there. Other files of `folder` stay.
+    """A staging folder whose files move into `folder` when the block ends without an error. Each file moves atomically
+    and replaces a file of the same name; other files of `folder` stay.
 
     Raises:
-        OutputError: the folder cannot be made, or the disk is full.
+        OutputError: the folder cannot be created, or the disk is full.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
     made = not folder.exists()
@@ -105,10 +105,10 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def check_space(target: Path, nbytes: int) -> None:
-    """Refuses a disk that has no room for `nbytes` at `target`, before the work whose result they are.
+    """Refuse a disk with less than `nbytes` free at `target`, before the work starts.
 
     Raises:
-        OutputError: with what is needed and what is free.
+        OutputError: gives the needed and the free bytes.
     """
     target = Path(os.path.abspath(target.expanduser()))
     nearest = next(folder for folder in (target, *target.parents) if folder.is_dir())
@@ -121,20 +121,20 @@ def check_space(target: Path, nbytes: int) -> None:
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
-# safetensors and torch report a full disk as errors of their own.
+# safetensors and torch raise their own exceptions for a full disk.
 _FULL = ("No space left", "file write failed", "failed writing file", "unexpected pos")
 
 
 @contextmanager
 def telling(target: Path, left: str = "nothing was left there", *, inside: Path | None = None) -> Iterator[None]:
-    """Turns what a disk can do wrong into one line.
+    """Turn file system errors into a one-line `OutputError`.
 
     Args:
-        left: what there is of the result now.
-        inside: the folder that is written into, `target` if left out; that it vanishes is told, too.
+        left: describes the partial result for the message.
+        inside: the folder being written, by default `target`; if it has vanished, the message says so.
 
     Raises:
-        OutputError: instead of what was raised.
+        OutputError: in place of the original error.
     """
     try:
         yield
@@ -153,10 +153,10 @@ def telling(target: Path, left: str = "nothing was left there", *, inside: Path 
 
 
 def check_file(target: Path) -> None:
-    """Refuses a place where no file can be written.
+    """Refuse a path where no file can be written.
 
     Raises:
-        OutputError: a folder is there, or its own folder is missing or closed.
+        OutputError: `target` is a folder, or its parent folder is missing or not writable.
     """
     parent = target.parent
     if target.is_dir():
@@ -168,13 +168,13 @@ def check_file(target: Path) -> None:
 
 
 def check_writable(target: Path, *, below: Path | None = None) -> None:
-    """Refuses the folder `target` where it, or the nearest folder that is there already, cannot be written to.
+    """Refuse the folder `target` if it, or else its nearest existing parent, is not writable.
 
     Args:
         below: a folder that has to be writable instead of `target`.
 
     Raises:
-        OutputError: a file stands in the way, or permissions do.
+        OutputError: a file is in the way, or permissions are missing.
     """
     place = Path(os.path.abspath((below or target).expanduser()))
     nearest = next(folder for folder in (place, *place.parents) if folder.exists())
@@ -185,10 +185,10 @@ def check_writable(target: Path, *, below: Path | None = None) -> None:
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:
-    """Refuses a place that cannot be written, or that is taken and may not be overwritten.
+    """Refuse a folder that is not writable, or that exists and may not be overwritten.
 
     Raises:
-        OutputError: see above.
+        OutputError: the path cannot be used.
     """
     check_writable(target, below=Path(os.path.abspath(target.expanduser())).parent)
     if target.is_file():
@@ -201,8 +201,8 @@ def check_free(target: Path, *, overwrite: bool) -> None:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Puts `staging` in the place of `target`; at no moment is neither the old nor the new one there."""
-    readers = staging.stat().st_mode & 0o444  # as the user's umask has it; safetensors lets only its owner read a file
+    """Replace `target` by `staging`. A crash at any moment leaves the old or the new folder on disk."""
+    readers = staging.stat().st_mode & 0o444  # readers by the user's umask, because safetensors makes files owner-only
     for path in staging.rglob("*"):
         if path.is_file():
             path.chmod(path.stat().st_mode | readers)
@@ -224,19 +224,19 @@ def _replace(staging: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step, where the system and the file system can (Linux's renameat2)."""
+    """Swap two folders atomically with Linux's `renameat2`; False if the system or the file system lacks it."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def flush(path: Path) -> None:
-    """Has a file's content, or a folder's names, written to the disk."""
+    """fsync a file's content, or a folder's entries."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     except OSError as error:
-        # Some file systems have no sync for folders.
+        # Some file systems cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.EBADF):
             raise
     finally:
@@ -244,7 +244,7 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,6 +1,6 @@
-"""Folders of the files that ship with the code (recipes, evaluation tasks), and of the cache.
+"""Folders of the files shipped with the code (recipes, evaluation tasks), and the cache folder.
 
-In a wheel they lie under `linearize/_data`; in a checkout (an editable install) they are the repository's own folders.
+A wheel has shipped files under `linearize/_data`; a checkout (an editable install) uses the repository's own folders.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from linearize.errors import OutputError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _IN_CHECKOUT = {"recipes": "recipes", "tasks": "evals/tasks"}
 
 
@@ -21,10 +21,10 @@ def shipped_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Folder of cached results (`$LINEARIZE_CACHE`, else `~/.cache/linearize`).
+    """The folder of cached results (`$LINEARIZE_CACHE`, else `~/.cache/linearize`).
 
     Raises:
-        OutputError: nobody says where, and the user has no home folder.
+        OutputError: the variable is not set, and the user has no home folder.
     """
     chosen = os.environ.get("LINEARIZE_CACHE")
     if chosen:

@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM: a command unwinds and leaves nothing half done; training ends its step and saves first."""
+"""Handle SIGINT and SIGTERM: a command unwinds and removes partial output; training finishes its step and saves
+first."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to stop. Like KeyboardInterrupt it is no error, so that no handler of errors keeps it.
+    """A signal interrupted the process. A BaseException like KeyboardInterrupt, so `except Exception` does not catch
+    it.
 
     Args:
-        told: what a person should know, on one line.
+        told: a one-line message for the user.
     """
 
     def __init__(self, signum: int, told: str = "") -> None:
@@ -27,16 +29,16 @@ class Interrupted(BaseException):
 
     @property
     def status(self) -> int:
-        """The exit status that shells expect: 130 for SIGINT, 143 for SIGTERM."""
+        """The conventional exit status: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """SIGTERM raises `Interrupted` in the block, as SIGINT raises KeyboardInterrupt, so that what is staged is removed.
+    """SIGTERM raises `Interrupted` in the block, as SIGINT raises KeyboardInterrupt, so staged output is removed.
 
-    A second one while that happens is not obeyed. Handlers are put back afterwards. Outside the main thread, which
-    alone may set them, nothing is done.
+    A second SIGTERM during the cleanup is ignored. The previous handlers are restored afterwards. Outside the main
+    thread the block is a no-op, because only the main thread may set handlers.
     """
 
     def stop(signum: int, _: Any) -> None:
@@ -54,11 +56,11 @@ def unwinding() -> Iterator[None]:
 
 
 class Postponed:
-    """A context in which the first SIGINT or SIGTERM is only noted, in `signum`; a second one is obeyed at once.
+    """A context that records the first SIGINT or SIGTERM in `signum`; a second one takes effect immediately.
 
     Args:
-        together: this is one of several processes, to whom a terminal and who started them both say the same: what
-            comes within a second is one signal.
+        together: this is one of several processes. A terminal and the launcher can both signal each process, so signals
+            within one second count as one.
     """
 
     def __init__(self, *, together: bool = False) -> None:
@@ -69,7 +71,7 @@ class Postponed:
     def __enter__(self) -> Postponed:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                # What the parent process had ignored (nohup) stays ignored.
+                # Signals that the parent process ignored (nohup) stay ignored.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Far more than a cache of the processor holds.
+# Much larger than any processor cache.
 _COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}
 _COPIES = 8
 _STATUS = Path("/proc/self/status")
@@ -24,7 +24,7 @@ _STATUS = Path("/proc/self/status")
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
-        # What the allocator holds without using it is free as well.
+        # Memory that torch's allocator has reserved but not allocated is free too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
     try:
@@ -36,12 +36,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident bytes of the process, or 0 where Linux's /proc is missing."""
+    """Resident bytes of the process; 0 without Linux's /proc."""
     return _resident("VmRSS")
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes: what no step can beat that has to read its weights."""
+    """Bytes per second that a large copy reads and writes: an upper bound for a step that reads all weights."""
     source = torch.zeros(_COPIED[device.type], dtype=torch.uint8, device=device)
     target, taken = torch.empty_like(source), []
     for _ in range(_COPIES):
@@ -54,15 +54,15 @@ def bandwidth(device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns once a GPU has done what it was given."""
+    """Sync a GPU; a no-op on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PeakMemory:
-    """A context that measures by how many bytes memory in use grew at most, or None where that cannot be told.
+    """A context that measures the peak increase of memory in use, in bytes; None if it cannot be measured.
 
-    On a GPU it is what torch allocated. On a CPU it is the process's resident memory, as Linux keeps its peak.
+    On a GPU this is torch's allocated memory; on a CPU, the process's peak resident memory from Linux's /proc.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,7 +86,7 @@ class PeakMemory:
 
 
 def _give_back() -> None:
-    """Freed memory goes back to the system, so that what is resident is in use (glibc only)."""
+    """Return freed memory to the system, so resident memory is memory in use (glibc only)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
@@ -110,7 +110,7 @@ def _resident(name: str) -> int:
 
 
 def nbytes(model: torch.nn.Module) -> int:
-    """Bytes of what a checkpoint of the model holds; what is tied counts once."""
+    """Bytes of the model's state dict; tied weights count once."""
     kept = {id(tensor): tensor.numel() * tensor.element_size() for tensor in model.state_dict(keep_vars=True).values()}
     return sum(kept.values())
 

@@ -1,8 +1,8 @@
-"""One training or evaluation in several processes, one to a GPU: each has its share of a step's rows, or of the items,
-and the whole model or a part of it.
+"""Run one training or evaluation in several processes, one per GPU. Each process has a share of a step's rows, or of
+the items, and all or a part of the model.
 
-What an optimizer step sees is what the recipe says, whatever the number of processes, so losses are those of one. The
-first process writes and speaks; the others compute.
+The rows of an optimizer step do not depend on the number of processes, so losses equal those of a single process. Only
+the first process writes files and prints.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_ASKED_FOR = "LINEARIZE_PROCESSES"  # as accelerate's configuration has it
+_ASKED_FOR = "LINEARIZE_PROCESSES"  # set by accelerate's configuration
 
 _PATIENCE = (1.0, 5.0)
-"""Seconds after one process failed in which the others may end by themselves, and then upon SIGTERM, before SIGKILL."""
+"""After one process has failed: seconds until the others get SIGTERM, and then until SIGKILL."""
 
-_LONGEST_WAIT = timedelta(days=7)  # while the first process alone fetches data or writes text
+_LONGEST_WAIT = timedelta(days=7)  # the others wait while the first process downloads data or writes text
 
 
 def count() -> int:
@@ -53,13 +53,13 @@ def is_first() -> bool:
 
 
 def join() -> bool:
-    """Meets the other processes, and takes the GPU of this one.
+    """Join the process group, and select this process's GPU.
 
     Returns:
-        whether accelerate's configuration wants the model split (FSDP2).
+        True if accelerate's configuration shards the model (FSDP2).
 
     Raises:
-        LinearizeError: they were started for an engine that is not supported.
+        LinearizeError: the configuration uses an unsupported engine.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise LinearizeError("DeepSpeed is not supported; take FSDP with fsdp_version: 2, which splits the same things")
@@ -71,7 +71,7 @@ def join() -> bool:
             f"accelerate's configuration asks for {asked} processes, but it starts several on CPUs by MPI alone, which "
             f"is not supported: pass --launch {asked} instead of the file, or on several machines use torchrun"
         )
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # `sharding.shard` does it, on CPUs as well
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # `sharding.shard` shards the model, on CPUs too
     if count() > 1:
         import torch
         from accelerate import PartialState
@@ -87,7 +87,7 @@ def _is_set(name: str) -> bool:
 
 
 def most(number: int) -> int:
-    """The largest of what the processes give, the same in all of them."""
+    """The maximum of `number` over all processes."""
     if count() == 1:
         return number
     import torch
@@ -99,7 +99,7 @@ def most(number: int) -> int:
 
 
 def everyones(mine: T) -> list[T]:
-    """The values of all processes, in order of their index."""
+    """All-gather: the values of all processes, by rank."""
     if count() == 1:
         return [mine]
     import torch
@@ -110,11 +110,11 @@ def everyones(mine: T) -> list[T]:
 
 
 def from_the_first(find: Callable[[], T]) -> T:
-    """Calls `find` in the first process alone and returns its result in all of them; the others wait for it.
+    """Call `find` only in the first process and broadcast its result; the other processes wait.
 
     Raises:
-        LinearizeError: `find` raised it, in the first, which alone prints it.
-        SystemExit: the same, in the others.
+        LinearizeError: in the first process, if `find` raised it; only this process prints it.
+        SystemExit: in the other processes, if `find` raised in the first.
     """
     if count() == 1:
         return find()
@@ -131,8 +131,8 @@ def from_the_first(find: Callable[[], T]) -> T:
 
 
 def leave() -> None:
-    """Ends the process group, once all processes are here and nothing is shared any more. Its threads are joined: an
-    interpreter that ends while one runs may be aborted, and its exit status is 134 then.
+    """Destroy the process group after a barrier. This joins its threads, because an interpreter that exits while one
+    runs may abort with exit status 134.
     """
     if count() > 1:
         import torch
@@ -143,7 +143,7 @@ def leave() -> None:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """A barrier for all processes."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -152,7 +152,7 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """The first process runs the block alone, then the others do; what it left on disk they find there."""
+    """Run the block in the first process alone, then in the others, which find its files on disk."""
     if not is_first():
         wait()
     yield
@@ -162,7 +162,7 @@ def first_goes_ahead() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turns() -> Iterator[None]:
-    """The processes of a machine run the block one after another, so that its memory is needed once."""
+    """Run the block in one process of a machine after another, so only one needs the block's memory at a time."""
     turn, of = (
         int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
     )
@@ -174,7 +174,7 @@ def in_turns() -> Iterator[None]:
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Averages over the processes what each has found, where no wrapper does."""
+    """Average gradients over processes, for parameters without a wrapper that does so."""
     if count() > 1:
         import torch
 
@@ -185,10 +185,10 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `linearize` with `arguments` in so many processes on this machine, and returns the first one's exit status,
-    or that of the one that failed.
+    """Run `linearize` with `arguments` in `processes` processes on this machine. Returns the exit status of the first
+    process, or of the one that failed.
 
-    One that fails ends the others. SIGINT and SIGTERM are passed on, so that they end their step and save.
+    If one fails, the others are stopped. SIGINT and SIGTERM are forwarded, so each process finishes its step and saves.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -207,7 +207,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             }
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             command = [sys.executable, "-m", "linearize", *arguments]
-            started.append(subprocess.Popen(command, env=environment))  # noqa: S603 - this very command again
+            started.append(subprocess.Popen(command, env=environment))  # noqa: S603 - the current command
         with Postponed() as signals:
             passed_on = False
             while True:
@@ -223,32 +223,32 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
                         process.send_signal(signals.signum)
                 time.sleep(0.1)
     finally:
-        # A collective whose other side is gone may hang, and training only notes a SIGTERM until its step ends.
+        # A collective without its peer may hang, and training defers a SIGTERM to the end of its step.
         for seconds, stop in zip(_PATIENCE, (subprocess.Popen.terminate, subprocess.Popen.kill), strict=True):
             until = time.monotonic() + seconds
             while time.monotonic() < until and None in [process.poll() for process in started]:
                 time.sleep(0.05)
             for process in started:
-                stop(process)  # a no-op for those that have ended
+                stop(process)  # a no-op for processes that have ended
 
 
 def launch_with(configuration: Path, arguments: Sequence[str]) -> int:
-    """The same by `accelerate launch`, from its configuration file: on each of several machines.
+    """The same with `accelerate launch` and its configuration file, on each of several machines.
 
     Raises:
         LinearizeError: the file cannot be read.
     """
     environment = dict(os.environ)
-    # Where accelerate cannot start as many it starts one, and says nothing.
+    # If accelerate cannot start the requested number of processes, it silently starts one.
     if (asked := asked_for(configuration)) is not None:
         environment[_ASKED_FOR] = str(asked)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "-m"]
     command += ["linearize", *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - this very command again
+    return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - the current command
 
 
 def asked_for(configuration: Path) -> int | None:
-    """The number of processes in accelerate's configuration file, on all machines together; None where it names none.
+    """The total number of processes in accelerate's configuration file, over all machines; None if it is not set.
 
     Raises:
         LinearizeError: the file cannot be read.

@@ -1,1 +1,1 @@
-"""Models as they come: folders, GGUF files, Hub ids."""
+"""Locate, check and load models: folders, GGUF files, Hub ids."""

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def documents_apart(teacher: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
-    """Arguments, besides positions `[B, T]`, that keep documents in a row apart in a teacher: for most nothing, and
-    `[B, 1, T, T]` where the architecture does not tell documents by their positions (Falcon)."""
+    """Extra forward arguments, besides positions `[B, T]`, that keep the documents of a packed row apart in a teacher.
+
+    Most architectures detect documents by their positions and need none. For others (Falcon) the result is an
+    `attention_mask` `[B, 1, T, T]`.
+    """
     if teacher not in _TELLS_APART:
         _TELLS_APART[teacher] = _tells_apart(teacher, position_ids.device)
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -30,8 +33,8 @@ _TELLS_APART: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _tells_apart(teacher: PreTrainedModel, device: torch.device) -> bool:
-    """True if a document does not change the logits after it in its row; it is tried on the model, because only the
-    architecture's code decides it."""
+    """True if the logits do not depend on an earlier document in the row. The model is run on an example, because only
+    the architecture's code determines it."""
     positions = torch.arange(8, device=device).repeat(2)[None]
     answers = []
     for first in (1, 2):

@@ -1,5 +1,5 @@
-"""The fingerprint of a model: states, kept results of evaluations, teacher logits and self-written text belong to the
-model of one fingerprint and are read for no other."""
+"""The fingerprint of a model: states, cached evaluation results, teacher logits and self-written text are reused only
+for a model with the same fingerprint."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-# Settings of generation and training, on top of what any configuration has: none of them changes a memory.
+# Generation and training settings beside those of `PreTrainedConfig`; none of them changes a model's state.
 _NEUTRAL = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range"}
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """`configuration` and `weights`, SHA-256 in hexadecimal, and `dtype`, of a causal LM, converted or not, with the
-    adapters active on it.
+    """`configuration` and `weights` (SHA-256 in hexadecimal) and `dtype` of a causal LM, converted or not, with its
+    active adapters.
 
-    Weights count with their names, shapes, dtypes and all their bits, so a CPU and a GPU agree. Hashing 538 MB takes
-    0.5 s on one core with SHA instructions. The digests are kept with `model`; a later call sums the tensors' 64-bit
-    words, which takes 0.1 s, and hashes only what was written to or replaced since.
+    The digest covers names, shapes, dtypes and all bits of the weights, so a CPU and a GPU give the same one. Hashing
+    538 MB takes 0.5 s on one core with SHA instructions. The digests are cached per `model`; a later call sums the
+    tensors' 64-bit words, which takes 0.1 s, and hashes only tensors that were written or replaced since.
 
     Raises:
-        StateError: weights are offloaded, so that they are not at hand.
+        StateError: weights are offloaded.
     """
     unused, scales = _adapters(model)
-    # Other buffers are computed from the configuration, and not to the last bit.
+    # Skip other buffers: they are computed from the configuration, and differ in the last bit between devices.
     tensors = {name: x for name, x in model.state_dict().items() if not f"{name}.".startswith(unused)}
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -60,13 +60,13 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 
 _State = tuple[Any, ...]
 _KEPT: WeakKeyDictionary[PreTrainedModel, dict[str, tuple[_State, str]]] = WeakKeyDictionary()
-"""By model the digest of each tensor, and the tensor's state when it was computed."""
+"""Model -> name -> digest of the tensor, and the tensor's `_state` at the time."""
 _FOLD = 4093
-"""Words of a tensor are weighted by their place modulo this prime, of which no usual width of a row is a multiple."""
+"""Each word's weight is its index modulo this prime, because no usual row width is a multiple of it."""
 
 
 def _state(tensor: Tensor) -> _State:
-    """Numbers that differ once the tensor was replaced or written to."""
+    """Numbers that change when the tensor is replaced or written."""
     octets = tensor.detach().contiguous().flatten().view(torch.uint8)
     if octets.storage_offset() % 8:
         octets = octets.clone()
@@ -75,14 +75,14 @@ def _state(tensor: Tensor) -> _State:
     folded = words.numel() // _FOLD * _FOLD
     sums = words[:folded].view(-1, _FOLD).sum(0)
     sums[: words.numel() - folded] += words[folded:]
-    # `_version` alone misses fused optimizers and writes through `.data`; a sum of 64-bit words shows those. Weights by
-    # place show rows that changed places, too.
+    # `_version` misses fused optimizers and writes through `.data`; the sum of 64-bit words detects those. Weights by
+    # index detect swapped rows.
     total = (sums * torch.arange(1, 2 * _FOLD, 2, device=sums.device)).sum() + octets[whole:].sum()
     return _place(tensor), -1 if tensor.is_inference() else tensor._version, int(total)
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> shape, dtype and SHA-256 of all bytes; tied tensors are read once."""
+    """Name -> shape, dtype and SHA-256 of all bytes; a tied tensor is hashed once."""
     different = {_place(tensor): tensor for tensor in tensors.values()}
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashlib releases the GIL
         found = dict(zip(different, threads.map(digest_of, different.values()), strict=True))
@@ -97,7 +97,7 @@ def _configuration(model: PreTrainedModel) -> str:
     config: Any = model.config
     converted = config.model_type == "linearized"
     base = config.text_config if converted else config
-    # Only what differs from the defaults: a later transformers may know more settings.
+    # Hash only the settings that differ from the defaults, because a later transformers may add settings.
     neutral = _NEUTRAL | PreTrainedConfig().to_dict().keys()
     settings = {name: value for name, value in base.to_diff_dict().items() if name not in neutral}
     described = {"model_type": base.model_type, "settings": settings, "mixers": config.mixers if converted else None}
@@ -105,13 +105,14 @@ def _configuration(model: PreTrainedModel) -> str:
 
 
 def _adapters(model: nn.Module) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The adapters of peft: prefixes of tensors that no active adapter uses, and the scale of each active adapter."""
+    """peft adapters: prefixes of tensors that no active adapter uses, and the scale of each active adapter."""
     unused, scales = [], {}
     for path, module in model.named_modules():
         layer: Any = module
         if not hasattr(layer, "adapter_layer_names"):
             continue
-        silent = layer.disable_adapters or getattr(layer, "merged", False)  # merged: it is in the base weight
+        # A merged adapter is part of the base weight.
+        silent = layer.disable_adapters or getattr(layer, "merged", False)
         active = [] if silent else list(layer.active_adapters)
         for kind in layer.adapter_layer_names:
             for name in getattr(layer, kind, ()):
@@ -127,7 +128,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        for passing in ("padding", "truncation"):  # settings of the last call
+        for passing in ("padding", "truncation"):  # the previous call's settings
             rules.pop(passing, None)
     settings = [tokenizer.model_max_length, getattr(tokenizer, "add_bos_token", 0), tokenizer.chat_template]
     parts = [rules, tokenizer.special_tokens_map, *settings]

@@ -1,8 +1,8 @@
 """The header of a GGUF file: checked before any library opens the file, and read without its vocabulary.
 
-gguf's own reader takes counts and lengths as the file has them. `read_head` compares each with the bytes that are left
+gguf's own reader trusts the counts and lengths in the file. `read_head` compares each one with the remaining bytes
 first, so a damaged file costs neither memory nor time, and the error names the fault. gguf's reader also makes numpy
-arrays of every token and merge; `GgufHead` keeps their number only. For SmolLM2-135M `gguf.GGUFReader` takes 5.7 s of
+arrays of every token and merge; `GgufHead` stores only their number. For SmolLM2-135M `gguf.GGUFReader` takes 5.7 s of
 CPU time, `read_head` 0.03 s.
 
     magic, version | counts of tensors and of key/value pairs | pairs | tensors' names, shapes, types, offsets | data
@@ -37,7 +37,7 @@ _SHORTEST_PAIR, _SHORTEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 
 
 class _Fault(Exception):
-    """A fault of the file; its text says which."""
+    """A fault in the file, described by its message."""
 
 
 class _Split(Exception):
@@ -52,9 +52,9 @@ class Tensor(NamedTuple):
     """A tensor in a GGUF file.
 
     Attributes:
-        shape: as the file has it, the fastest axis first.
-        kind: the number of its ggml type.
-        start: byte of the file at which its data begins.
+        shape: in the file's order, fastest axis first.
+        kind: number of the ggml type.
+        start: offset of its data in the file, in bytes.
     """
 
     shape: tuple[int, ...]
@@ -64,14 +64,14 @@ class Tensor(NamedTuple):
 
 
 class GgufHead(NamedTuple):
-    """The header of a GGUF file, sound.
+    """The checked header of a GGUF file.
 
     Attributes:
         order: `<` or `>`, the file's byte order for `struct`.
-        values: key -> scalar or string; of an array its number of elements.
-        pairs: for each key the bytes of the file that hold it with its value.
+        values: key -> scalar or string, or the number of elements of an array.
+        pairs: key -> first and end byte of the key/value pair in the file.
         arrays: keys whose value is an array.
-        tensors: by name.
+        tensors: name -> tensor.
     """
 
     path: Path
@@ -97,10 +97,10 @@ class GgufHead(NamedTuple):
     def without_vocabulary(self, vocabulary: str) -> bytes:
         """A small GGUF file with the same keys and tensor names, for libraries that read a configuration from it.
 
-        Arrays of the tokenizer are left out, and each tensor is one float32.
+        It leaves out the tokenizer's arrays, and each tensor is one float32.
 
         Args:
-            vocabulary: a key for the number of tokens, added where the file has tokens and no such key.
+            vocabulary: the key for the number of tokens; added if the file has tokens and lacks this key.
         """
         kept = [span for key, span in self.pairs.items() if not (key in self.arrays and key.startswith("tokenizer."))]
         tokens = self.values.get(_TOKENS) if vocabulary not in self.values else None
@@ -122,7 +122,7 @@ class GgufHead(NamedTuple):
 
 
 def read_head(path: Path) -> GgufHead:
-    """The header of a GGUF file.
+    """Read and check the header of a GGUF file.
 
     Raises:
         ModelError: the header is damaged, the file ends before its tensors do, or it is a part of a split model.
@@ -133,7 +133,7 @@ def read_head(path: Path) -> GgufHead:
 
 @lru_cache(maxsize=16)
 def _read(path: Path, size: int, _changed: int) -> GgufHead:
-    """Cached by the file's size and time, because a large vocabulary takes a tenth of a second."""
+    """Cached by the file's size and modification time, because a large vocabulary takes 0.1 s."""
     if size < 4:
         raise ModelError(f"{path}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -146,7 +146,7 @@ def _read(path: Path, size: int, _changed: int) -> GgufHead:
 
 
 def _split(path: Path, number: int, count: int) -> str:
-    """The error for a part of a split model, with the command of llama.cpp that merges the parts."""
+    """The error message for a part of a split model, with llama.cpp's command that merges the parts."""
     name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     first = f"{name[1]}-00001-of-{name[2]}.gguf" if name else "FIRST-PART.gguf"
     whole = f"{name[1]}.gguf" if name else "WHOLE.gguf"
@@ -157,7 +157,7 @@ def _split(path: Path, number: int, count: int) -> str:
 
 
 class _Head:
-    """The bytes of the file, read from the front; never past its end."""
+    """A cursor over the file's bytes that refuses to read past the end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.size, self.order = data, 0, len(data), "<"
@@ -192,7 +192,7 @@ class _Head:
             raise _Fault(f"the GGUF file is damaged: {what} that is not UTF-8") from None
 
     def count(self, of: str, shortest: int) -> int:
-        """A number of things that follow, none of them shorter than `shortest` bytes."""
+        """Read the number of items that follow; refuse it if `shortest` bytes per item exceed the file's size."""
         found = self.number("Q")
         if found * shortest > self.size:
             raise _Fault(f"the GGUF file is damaged or cut off: {found:,} {of} in {self.size:,} bytes")
@@ -204,7 +204,7 @@ def _walk(path: Path, head: _Head) -> GgufHead:
         raise _Fault("not a GGUF file")
     head.at = 4
     version = head.number("I")
-    if version & 0xFFFF == 0:  # written on a machine of the other byte order
+    if version & 0xFFFF == 0:  # the file has the other byte order
         head.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
     if version not in _VERSIONS:
         raise _Fault(f"the GGUF file is of version {version}, and {' and '.join(map(str, _VERSIONS))} can be read")
@@ -230,7 +230,7 @@ def _walk(path: Path, head: _Head) -> GgufHead:
 
 
 def _pairs(head: _Head, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]], frozenset[str]]:
-    """Walks the key/value pairs; see `GgufHead` for what it returns of them."""
+    """Read the key/value pairs; returns `values`, `pairs` and `arrays` of `GgufHead`."""
     values: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
     arrays: set[str] = set()
@@ -276,7 +276,7 @@ def _value(head: _Head, key: str, kind: int) -> Any:
 
 
 def _strings(head: _Head, count: int) -> None:
-    # A vocabulary has hundreds of thousands; calls for each would take most of the time of a check.
+    # One loop without method calls, because a vocabulary has hundreds of thousands of strings.
     data, at, size, read = head.data, head.at, head.size, struct.Struct(head.order + "Q").unpack_from
     for _ in range(count):
         if at + 8 > size:
@@ -286,7 +286,7 @@ def _strings(head: _Head, count: int) -> None:
 
 
 def _tensors(head: _Head, count: int, alignment: int) -> dict[str, Tensor]:
-    """The tensors by name, each with its start counted from the first tensor's data."""
+    """Name -> tensor; each start is relative to the first tensor's data."""
     from gguf.constants import GGML_QUANT_SIZES
 
     sizes = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}

@@ -1,9 +1,9 @@
 """The configuration of a GGUF file: transformers' own mapping, completed by the rotary keys and end tokens it drops.
 
 transformers ignores `ARCH.rope.scaling.*`, the tensors `rope_freqs.weight` and `rope_factors_{long,short}.weight`, and
-all end tokens but one. This module reads them with llama.cpp's meaning (`load_hparams`, `llama_context`,
-`ggml_rope_ext`) and writes `rope_parameters` and `eos_token_id`, which transformers' models read. A key that no
-`rope_parameters` can express is refused by its name, because without it positions would be wrong.
+all end tokens except one. This module reads them with llama.cpp's meaning (`load_hparams`, `llama_context`,
+`ggml_rope_ext`) and writes `rope_parameters` and `eos_token_id`, which transformers' models read. A key that
+`rope_parameters` cannot express raises an error that names it, because positions would be wrong without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from linearize.sources.gguf import GgufHead, read_head
 
 _ARCHITECTURE = "general.architecture"
 _ENDS = ("eos", "eot", "eom")
-"""`tokenizer.ggml.*_token_id`: the end of a text, of a turn and of a message. Generation stops at each of them."""
+"""`tokenizer.ggml.*_token_id`: the ends of a text, a turn and a message. Generation stops at each of them."""
 
 _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _SCALING = {
@@ -31,15 +31,16 @@ _PARTIAL = {"phi3", "stablelm"}
 """Model types whose models read `partial_rotary_factor`."""
 
 _LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
-"""Original lengths that are tried, the published one first."""
+"""Candidate original lengths; the published one comes first."""
 _LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
-"""`low_freq_factor` and `high_freq_factor` of all published models; other values are carried as explicit factors."""
+"""`low_freq_factor` and `high_freq_factor` of all published models; other values become explicit factors."""
 _SAME = 1e-6
-"""Largest difference between the frequencies of recovered parameters and the tensor's, both over the unscaled ones."""
+"""Maximum difference between the frequencies of recovered parameters and those of the tensor, relative to the unscaled
+frequencies."""
 
 
 def gguf_config(path: Path) -> Any:
-    """The configuration of the model in a GGUF file; no weight is read.
+    """Read the configuration of the model in a GGUF file, without its weights.
 
     Raises:
         ModelError: the file is damaged, or has a key that cannot be applied.
@@ -49,7 +50,7 @@ def gguf_config(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as a model: it has no {_ARCHITECTURE}; fetch the file again")
     config = _mapped(head)
     stated = [head.values.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
-    # Ids outside of the vocabulary mean that there is no such token; some writers put 2**32 - 1.
+    # An id outside the vocabulary means "no such token"; some writers store 2**32 - 1.
     if ends := list(dict.fromkeys(end for end in stated if isinstance(end, int) and 0 <= end < config.vocab_size)):
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if getattr(config, "rope_parameters", None):
@@ -58,14 +59,14 @@ def gguf_config(path: Path) -> Any:
 
 
 def _mapped(head: GgufHead) -> Any:
-    """transformers' own configuration. It reads a copy of the header without the vocabulary, because gguf's reader
-    takes seconds for a large one."""
+    """transformers' own configuration, read from a header without the vocabulary because gguf's reader takes seconds
+    for a large one."""
     size_key = f"{head.values[_ARCHITECTURE]}.vocab_size"
     with TemporaryDirectory(prefix="linearize-") as folder:
         (Path(folder) / head.path.name).write_bytes(head.without_vocabulary(size_key))
         config = AutoConfig.from_pretrained(folder, gguf_file=head.path.name)
     size = head.values.get(size_key, head.values.get("tokenizer.ggml.tokens"))
-    if size is not None and config.vocab_size != size:  # gpt2, starcoder2: no key for the size is mapped
+    if size is not None and config.vocab_size != size:  # transformers maps no size key for gpt2 and starcoder2
         config = AutoConfig.from_pretrained(str(head.path.parent), gguf_file=head.path.name)
     config.name_or_path = str(head.path.parent)
     return config
@@ -75,7 +76,7 @@ class _Rotary:
     """The rotary keys and tensors of a file.
 
     Attributes:
-        parameters: the `rope_parameters` that scaling applies to: of all layers, or of Gemma 3's global layers.
+        parameters: the `rope_parameters` with scaling: of all layers, or of Gemma 3's global layers.
         sliding: the `rope_parameters` of Gemma 3's sliding layers, which are never scaled; empty for other models.
     """
 
@@ -90,7 +91,7 @@ class _Rotary:
         """Complete the configuration's `rope_parameters`.
 
         Raises:
-            ModelError: a key or tensor that cannot be applied; it is named.
+            ModelError: names a key or tensor that cannot be applied.
         """
         if (base := self._base("freq_base")) is not None:
             self.parameters["rope_theta"] = base
@@ -153,14 +154,14 @@ class _Rotary:
 
     def _yarn(self, factor: float, attention: float) -> dict[str, Any]:
         prefix = self.prefix + "scaling."
-        if self.config.model_type == "phi3":  # transformers reads yarn of Phi-3 as longrope
+        if self.config.model_type == "phi3":  # transformers treats yarn of Phi-3 as longrope
             raise self._refused(prefix + "type", "yarn of phi3")
         extrapolation = self._number("scaling.yarn_ext_factor", 1.0)
-        if extrapolation >= 0 and extrapolation != 1:  # below 0: not set
+        if extrapolation >= 0 and extrapolation != 1:  # a value below 0 means "not set"
             raise self._refused(prefix + "yarn_ext_factor", f"{extrapolation}")
         scale = 1.0 if factor <= 1 else 1.0 + 0.1 * math.log(factor)
-        # llama.cpp ignores this key; its converter writes `attention_factor`, which includes `scale`, or the older
-        # `attn_factor`, which multiplies it.
+        # llama.cpp ignores this key. Its converter writes `attention_factor`, which includes `scale`, or the older
+        # `attn_factor`, which multiplies `scale`.
         stated = self._number("scaling.yarn_attn_factor", 1.0)
         if stated != 1 and not math.isclose(stated, scale, rel_tol=1e-4):
             raise self._refused(prefix + "yarn_attn_factor", f"{stated}, and yarn by {factor:g} has {scale:.4f}")
@@ -190,7 +191,8 @@ class _Rotary:
         return self._explicit(self._factors(_SHORT), self._factors(_LONG), attention, original)
 
     def _frequencies(self, factor: float, attention: float) -> dict[str, Any]:
-        """`rope_freqs.weight` divides each frequency by a factor: Llama 3's rule where it fits, or explicit factors."""
+        """Convert `rope_freqs.weight`, which divides each frequency, to Llama 3's rule if it fits, or else to explicit
+        factors."""
         factors = [factor * each for each in self._factors(_FREQS)]
         if attention == 1:
             if all(each == 1 for each in factors):
@@ -221,10 +223,10 @@ class _Rotary:
         return None
 
     def _explicit(self, short: list[float], long: list[float], attention: float, original: int) -> dict[str, Any]:
-        """`longrope`, the only type of transformers with explicit factors; equal lists give one table at any length."""
+        """`longrope`, transformers' only type with explicit factors; equal lists give one table at any length."""
         return {
             "rope_type": "longrope",
-            "factor": max(self.config.max_position_embeddings / original, 1.0),  # computes nothing beside `attention`
+            "factor": max(self.config.max_position_embeddings / original, 1.0),  # has no effect beside `attention`
             "short_factor": short,
             "long_factor": long,
             "attention_factor": attention,
@@ -238,7 +240,7 @@ class _Rotary:
         if not all(math.isfinite(each) and each > 0 for each in factors):
             raise self._refused(name, "factors that are not positive numbers")
         if name == _FREQS and max(factors) <= 1 and min(factors) < 1:
-            # Files of 2023 have Llama 2's frequencies under this name, which are no factors.
+            # Files of 2023 store Llama 2's frequencies, not factors, under this name.
             raise self._refused(name, "numbers below 1, which are frequencies and no factors")
         return factors
 
@@ -247,7 +249,7 @@ class _Rotary:
         return int(value) or None
 
     def _base(self, key: str) -> float | None:
-        """The base of rotary frequencies; None where the file has no such key."""
+        """The base of rotary frequencies; None if the file lacks the key."""
         if self.prefix + key not in self.head.values:
             return None
         if (base := self._number(key, 0.0)) <= 0:

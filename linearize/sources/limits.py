@@ -1,4 +1,4 @@
-"""Embedding tables end: how many positions a model has learned, and which tokens of a tokenizer have no row."""
+"""Limits of embedding tables: the number of learned positions, and tokenizer ids without a row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from linearize.errors import DataError
 
 
 def learned_positions(model: Any) -> int | None:
-    """The number of positions that a model has learned an embedding of, beyond which it cannot read; None for rotary
-    models and others that have no such table."""
+    """The number of learned position embeddings, which limits the length of a text; None for models without such a
+    table, such as rotary models."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     words = model.get_input_embeddings()
     for module in model.modules():
-        # Some tables have two entries more than positions, for pads.
+        # Some tables have two extra rows for pads.
         table = isinstance(module, nn.Embedding) and module is not words
         if table and limit and 0 <= module.num_embeddings - limit <= 2:
             return int(limit)
@@ -27,7 +27,7 @@ def learned_positions(model: Any) -> int | None:
 
 def check_length(model: Any, length: int, key: str) -> None:
     """Raises:
-    DataError: `key` of the recipe asks for rows of `length` tokens, and `model` has learned fewer positions.
+    DataError: the recipe's `key` sets rows of `length` tokens, and `model` has learned fewer positions.
     """
     limit = learned_positions(model)
     if limit is not None and length > limit:
@@ -35,8 +35,7 @@ def check_length(model: Any, length: int, key: str) -> None:
 
 
 def vocabulary_warning(tokenizer: Any, config: Any, name: str) -> str | None:
-    """One line with the sizes of `tokenizer` and of the embedding that `config` asks for, where some ids have no row;
-    None where all have one."""
+    """One warning line with the tokenizer and embedding sizes if some token ids have no row; None if all have one."""
     rows: int = config.get_text_config().vocab_size
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
     if not beyond:
@@ -50,7 +49,7 @@ def vocabulary_warning(tokenizer: Any, config: Any, name: str) -> str | None:
 
 def check_tokens(ids: Tensor, tokenizer: Any, config: Any, where: str) -> None:
     """Raises:
-    DataError: `ids`, of text that `where` names, has a token that the embedding has no row for.
+    DataError: `ids`, from the text named by `where`, contains a token without a row in the embedding.
     """
     rows: int = config.get_text_config().vocab_size
     if ids.numel() and (most := int(ids.max())) >= rows:
@@ -59,9 +58,9 @@ def check_tokens(ids: Tensor, tokenizer: Any, config: Any, where: str) -> None:
 
 
 def guard_embeddings(model: Any) -> None:
-    """Makes the embeddings of `model` refuse ids that they have no row for, in one line in the place of an IndexError.
+    """Make the embeddings of `model` raise a one-line `DataError` instead of an IndexError for ids without a row.
 
-    Only on a CPU: reading the largest id would sync a GPU at each call.
+    CPU only: reading the largest id would sync a GPU at each call.
     """
     words = model.get_input_embeddings()
     for module in model.modules():

@@ -1,8 +1,7 @@
-"""A model's folder, looked at before any library opens it: nothing outside it is read, and no pickle is.
+"""Check a model's folder before any library opens it: only files inside the folder are read, and no pickle.
 
-What is checked is what a stranger's folder could do harm with, or what a library would pass over in silence: sizes that
-nobody has memory for, an index that names files elsewhere, a header that does not fit its file, weights that are only
-there as a pickle.
+The checks cover harmful input and input that a library would ignore silently: absurd sizes, an index with paths outside
+the folder, a header that does not fit its file, weights that exist only as a pickle.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 def check_config(folder: Path) -> None:
-    """Refuses a `config.json` that is no JSON object, or asks for more layers than there can be or sizes below 1.
+    """Refuse a `config.json` that is not a JSON object, has an impossible number of layers, or has a size below 1.
 
     Raises:
-        ModelError: with what is wrong.
+        ModelError: describes the fault.
     """
     config = _json(folder / "config.json", _LARGEST_CONFIG)
     for section in (config, *(part for part in config.values() if isinstance(part, dict))):
@@ -45,10 +44,11 @@ def check_config(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuses weights that cannot be read safely, before they are read.
+    """Refuse unsafe or incomplete weight files before they are read.
 
     Raises:
-        ModelError: no safetensors, shards missing or elsewhere, a damaged header, or an adapter beside the weights.
+        ModelError: no safetensors, shards missing or outside the folder, a damaged header, or an adapter beside the
+            weights.
     """
     if (folder / "adapter_config.json").exists():
         raise ModelError(
@@ -66,10 +66,10 @@ def check_weights(folder: Path) -> None:
 
 
 def read_index(path: Path) -> list[str]:
-    """The names of the shards that an index lists, all of them plain names beside it.
+    """The shard names in an index; each is a file name in the index's own folder.
 
     Raises:
-        ModelError: it is no such index, or names a file elsewhere.
+        ModelError: the file is not such an index, or names a file in another folder.
     """
     weights = _json(path, _LARGEST_INDEX).get("weight_map")
     if not isinstance(weights, dict) or not weights:

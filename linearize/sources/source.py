@@ -1,7 +1,7 @@
-"""Load models from a Hub id, a folder or a GGUF file; a model that cannot be read is one line of error.
+"""Load models from a Hub id, a folder or a GGUF file, and turn any loading error into a one-line `ModelError`.
 
-transformers' modeling modules and tokenizers are imported where a model or a tokenizer is loaded, because they take
-seconds and a configuration needs neither.
+transformers' modeling modules and tokenizers are lazy imports, because they take seconds and a configuration needs
+neither.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A model's whereabouts.
+    """The location of a model.
 
     Attributes:
-        reference: as the user gave it; absolute for local ones.
+        reference: the user's own string for a Hub id; an absolute path for a local model.
         kind: `hub` id, local `folder`, or `gguf` file.
-        trust_remote_code: whether the user allowed the model's own Python code to run.
+        trust_remote_code: True if the user allowed the model's own Python code to run.
     """
 
     reference: str
@@ -60,7 +60,7 @@ class Source:
         return self.reference if self.kind == "hub" else Path(self.reference).name
 
     def arguments(self) -> tuple[str, dict[str, Any]]:
-        """The positional and keyword arguments that transformers' `from_pretrained` wants."""
+        """The positional and keyword arguments of transformers' `from_pretrained`."""
         keywords: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.kind == "gguf":
             path = Path(self.reference)
@@ -69,25 +69,25 @@ class Source:
 
     @cached_property
     def is_converted(self) -> bool:
-        """True if `linearize convert` wrote this model, here or on the Hub.
+        """True if `linearize convert` wrote this model.
 
         Raises:
-            ModelError: the Hub does not have it, or cannot be reached.
+            ModelError: the Hub cannot be reached, or has no such model.
         """
         with reading(self):
             return _is_ours(_json_at(self, "config.json"))
 
 
 def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
-    """Resolve `reference`; a path is checked on disk, a Hub id is not checked yet.
+    """Resolve `reference`. A path is checked on disk; a Hub id is not checked yet.
 
     Raises:
-        ModelError: a path that is not there, a folder without a configuration, a file that is not GGUF or damaged.
+        ModelError: the path does not exist, the folder has no configuration, or the file is not GGUF or is damaged.
     """
     path = Path(reference).expanduser()
     try:
         folder, file = path.is_dir(), path.is_file()
-    except OSError as error:  # a name too long
+    except OSError as error:  # the name is too long
         raise ModelError(f"{reference[:80]!r}: cannot be looked for: {error.strerror}") from None
     if folder:
         if not (path / "config.json").is_file():
@@ -108,7 +108,11 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def load_config(source: Source) -> Any:
-    """The model's configuration."""
+    """Load the model's configuration, without its weights.
+
+    Raises:
+        ModelError: the configuration is missing or cannot be read.
+    """
     import_validators()
     reference, keywords = source.arguments()
     with reading(source):
@@ -131,7 +135,7 @@ _TOKENIZER_FILES = (
 
 
 def has_tokenizer(source: Source) -> bool:
-    """True if the model has files of a tokenizer; a GGUF file is taken to hold one.
+    """True if the model has tokenizer files. A GGUF file is assumed to hold a tokenizer.
 
     Raises:
         ModelError: the Hub cannot be reached.
@@ -149,10 +153,10 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Loads the model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        ModelError: it has none, or one that cannot be read.
+        ModelError: the model has no tokenizer, or it cannot be read.
     """
     if not has_tokenizer(source):
         raise ModelError(
@@ -169,31 +173,32 @@ def load_tokenizer(source: Source) -> Any:
 def load_model(
     source: Source, *, dtype: str = "auto", device: str | None = None, four_bit: bool = False
 ) -> PreTrainedModel:
-    """The model, ready to be evaluated or converted.
+    """Load the model in eval mode.
 
     Args:
-        dtype: a key of `DTYPES`, or `auto` for the checkpoint's own (float32 for GGUF, whose weights are unpacked); or
-            `int8`: the checkpoint's own with int8 in the place of linear layers' weights, for decoding on a CPU.
-        device: where it goes; the first GPU if there is one, by default.
-        four_bit: hold the weights of linear layers in 4 bits (NF4), for adapters on top.
+        dtype: a key of `DTYPES`; `auto` for the checkpoint's own dtype (float32 for GGUF, because its weights are
+            dequantized); `int8` for the checkpoint's own dtype with int8 weights in linear layers, for decoding on a
+            CPU.
+        device: the model's device; by default the first GPU, or the CPU.
+        four_bit: load the weights of linear layers in 4 bits (NF4), for training adapters.
 
     Raises:
-        ModelError: the model cannot be read, or not in 4 bits.
+        ModelError: the model cannot be read, or cannot be loaded in 4 bits.
     """
     if dtype == "int8":
-        from linearize.quantization.rounding import to_int8  # which measures, and so stands above this module
+        from linearize.quantization.rounding import to_int8  # lazy, because only int8 needs it
 
         return to_int8(load_model(source, device=device))
     from transformers import AutoModelForCausalLM, GgufConfig
 
     reference, keywords = source.arguments()
     if source.kind == "gguf":
-        # Without this the weights would stay marked as quantized, and saving them would fail.
+        # Without this argument the model stays marked as quantized, and `save_pretrained` fails.
         keywords["quantization_config"] = GgufConfig(dequantize=True)
         keywords["config"] = load_config(source)
         dtype = "float32" if dtype == "auto" else dtype
     else:
-        keywords["use_safetensors"] = True  # a pickle could run any code
+        keywords["use_safetensors"] = True  # unpickling a file can run any code
     if source.kind == "folder":
         check_weights(Path(reference))
     if four_bit:
@@ -212,7 +217,7 @@ def load_model(
 
 def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     """Raises:
-    ModelError: bitsandbytes is not there, or the model is not stored as safetensors.
+    ModelError: bitsandbytes is not installed, or the model is not stored as safetensors.
     """
     if source.kind == "gguf":
         raise ModelError(f"{source.name}: a GGUF file is not read in 4 bits; take the safetensors model it was made of")
@@ -223,7 +228,8 @@ def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
         dtype = own if isinstance(own, torch.dtype) else torch.float32
     from transformers import BitsAndBytesConfig
 
-    # Quantized scales cost no accuracy (Dettmers et al. 2023, arXiv 2305.14314); a mixer's own layers are tiny.
+    # Double quantization costs no accuracy (Dettmers et al. 2023, arXiv 2305.14314). A mixer's layers are too small to
+    # gain.
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -234,11 +240,11 @@ def _four_bits(source: Source, dtype: torch.dtype | None) -> BitsAndBytesConfig:
 
 
 def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source) -> None:
-    """Refuses what transformers only logs: weights that the files lack, which are random then; weights that the model
-    does not take; and values that are not finite.
+    """Refuse faults that transformers only logs: missing weights (initialized at random), unexpected weights, and
+    values that are not finite.
 
     Raises:
-        ModelError: it names the first of them.
+        ModelError: names the first such weight.
     """
     unexpected = list(map(str, loaded["unexpected_keys"]))
     missing = sorted(loaded["missing_keys"])
@@ -261,13 +267,14 @@ _SCALES = re.compile(r"scale|qweight|qzeros|absmax|quant_map|weight_packed|zero_
 
 
 def check_taken(unexpected: Iterable[str], source: Source) -> None:
-    """Refuses weights that the model has no parameter for, because transformers drops them.
+    """Refuse unexpected weights, because transformers drops them without an error.
 
     Args:
-        unexpected: the `unexpected_keys` of `from_pretrained`, without what the model's class says to ignore.
+        unexpected: `unexpected_keys` of `from_pretrained`, which leaves out the keys in
+            `_keys_to_ignore_on_load_unexpected`.
 
     Raises:
-        ModelError: it counts them and names the first ones.
+        ModelError: gives the number of unexpected weights and the first three names.
     """
     left = sorted(name for name in map(str, unexpected) if not _COMPUTED.search(name))
     if not left:
@@ -286,7 +293,7 @@ def check_taken(unexpected: Iterable[str], source: Source) -> None:
 
 
 def _wrapped(names: Iterable[str]) -> str | None:
-    """The wrapper that a model was saved in, which renames weights, and what to do; None where no name shows one."""
+    """Name the wrapper that renamed the weights (peft, torch.compile) and the fix; None if no name matches."""
     for name in names:
         if name.startswith("base_model.model.") or ".lora_" in name or ".base_layer." in name:
             return "adapters of peft are in it; merge them first (model.merge_and_unload()) and save that model"
@@ -297,11 +304,11 @@ def _wrapped(names: Iterable[str]) -> str | None:
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raises:
-    ModelError: the weight `name` of the model at `where` has values that are no numbers.
+    ModelError: the weight `name` of the model at `where` has values that are not finite.
     """
     if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize == 1:  # float8 has no reductions
         return
-    # One pass without a copy; NaN and infinities show in the extremes.
+    # `aminmax` reads the tensor once without a copy; NaN and infinities propagate to its result.
     if not all(map(math.isfinite, torch.aminmax(tensor))):
         raise ModelError(f"{where}: {name} has values that are not finite; fetch the weights again")
 
@@ -316,7 +323,7 @@ _NAME_ONE = "name the teacher with --teacher ID|FOLDER"
 
 @contextmanager
 def reading(source: Source) -> Iterator[None]:
-    """Turns whatever the libraries raise about a model into one line."""
+    """Turn any library exception about a model into a one-line `ModelError`; `LINEARIZE_DEBUG=1` keeps the original."""
     try:
         yield
     except ModelError:
@@ -350,7 +357,8 @@ def _reason(error: Exception, source: Source) -> str:
         return "its weights are not of the shapes that config.json asks for; they are of another model"
     if "Float8" in text:
         return "its weights are float8, and config.json names no dtype; add one, or pass --set dtype=bfloat16"
-    told = text if type(error).__name__.startswith("StrictDataclass") else lines[0]  # its first line says nothing
+    # The first line of this error has no details.
+    told = text if type(error).__name__.startswith("StrictDataclass") else lines[0]
     return f"cannot be read as a model: {type(error).__name__}: {told[:300]}"
 
 
@@ -370,10 +378,10 @@ def _opening(reference: str) -> Iterator[None]:
 
 
 def _json_of(source: Source, name: str) -> dict[str, Any]:
-    """A model's JSON file; an empty mapping where there is none, or it cannot be read."""
+    """Read a JSON file of the model; an empty mapping if it is missing or cannot be read."""
     try:
         return _json_at(source, name)
-    except (OSError, ValueError, RecursionError):  # the Hub's own errors are of these
+    except (OSError, ValueError, RecursionError):  # the Hub client's errors are subclasses of these
         return {}
 
 
@@ -398,8 +406,8 @@ def _nearest(path: Path) -> str:
 
 
 def open_model(reference: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any, Source]:
-    """Any model, converted or not, with its tokenizer and whereabouts."""
+    """Load a pretrained or converted model, its tokenizer and its `Source`."""
     source = find_source(reference, trust_remote_code=trust_remote_code)
-    load_config(source)  # a name that nobody has is looked for once, where the calls below look for several files
+    load_config(source)  # an unknown Hub id then costs one request; the calls below would request several files
     tokenizer = load_tokenizer(source)
     return load_model(source, dtype=dtype), tokenizer, source

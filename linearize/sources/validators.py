@@ -1,8 +1,8 @@
-"""transformers' validators of configurations, imported without its activation functions.
+"""Import transformers' configuration validators without its activation functions.
 
-`transformers.utils.type_validators`, which the configuration of Llama imports, reads the names of activation functions
-in `transformers.activations`. That module imports kernels, FSDP and torch._dynamo: half of the time of `linearize
-inspect`. Few configurations validate such a name, and none of a family in `linearize.families`.
+The configuration of Llama imports `transformers.utils.type_validators`, which reads the names in
+`transformers.activations`. That module imports kernels, FSDP and torch._dynamo, which takes half of the time of
+`linearize inspect`. Few configurations validate an activation name, and none in `linearize.families` does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VALIDATORS, _ACTIVATIONS = "transformers.utils.type_validators", "transformers.
 
 
 class _Activations(Mapping[str, Any]):
-    """`ACT2FN` of transformers, imported at its first use."""
+    """A lazy import of transformers' `ACT2FN`."""
 
     @property
     def _found(self) -> Mapping[str, Any]:
@@ -29,7 +29,7 @@ class _Activations(Mapping[str, Any]):
         return self._found[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._found  # reading an item would build the module
+        return name in self._found  # `self._found[name]` would build the module
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -39,14 +39,14 @@ class _Activations(Mapping[str, Any]):
 
 
 def import_validators() -> None:
-    """Imports the validators with `ACT2FN` as a lazy import; a no-op where they or the activations are imported."""
+    """Import the validators with a lazy `ACT2FN`; a no-op if they or the activations are already imported."""
     if not sys.modules.keys().isdisjoint((_VALIDATORS, _ACTIVATIONS)):
         return
     lazy: Any = ModuleType(_ACTIVATIONS)
     lazy.ACT2FN = _Activations()
     sys.modules[_ACTIVATIONS] = lazy
     try:
-        with suppress(ImportError):  # a version of transformers without them needs no lazy import
+        with suppress(ImportError):  # older versions of transformers lack the module and need no lazy import
             importlib.import_module(_VALIDATORS)
     finally:
         del sys.modules[_ACTIVATIONS]

@@ -1,4 +1,4 @@
-"""Safetensors files, tensor by tensor: where a model's are, where in them each tensor lies, and how a file begins."""
+"""Read and write safetensors files tensor by tensor: their headers, tensor offsets and raw bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 BLOCK = 1 << 24
-"""Bytes that are read or written at once."""
+"""Block size of reads and writes, in bytes."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,11 +35,11 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class NotStreamable(Exception):
-    """Why a model has to be converted in memory."""
+    """The model cannot be converted by streaming; the message gives the reason, and the caller converts in memory."""
 
 
 class Slot(NamedTuple):
-    """A tensor's place: bytes `start` to `end` of `file`."""
+    """The location of a tensor: bytes `start` to `end` of `file`."""
 
     file: Path
     start: int
@@ -48,7 +48,8 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own: a mapped file would count as the process's until it is closed."""
+        """Read the tensor into its own memory, because a memory-mapped file counts as process memory until it is
+        closed."""
         raw = torch.empty(self.end - self.start, dtype=torch.uint8)
         view = bytes_of(raw)
         with self.file.open("rb", buffering=0) as file:
@@ -66,7 +67,7 @@ def weight_files(source: Source) -> list[Path]:
     """The safetensors files of a model.
 
     Raises:
-        NotStreamable: there are none, or they are not all of it.
+        NotStreamable: there are none, or some are missing.
     """
     if source.kind == "gguf":
         raise NotStreamable("it is a GGUF file")
@@ -93,10 +94,10 @@ def weight_files(source: Source) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Slot]:
-    """The places of the tensors in a safetensors file.
+    """Name -> location of each tensor in a safetensors file.
 
     Raises:
-        NotStreamable: one of them has a dtype that models are not computed in.
+        NotStreamable: a tensor has a dtype that models do not compute in.
         ModelError: the file is damaged or cut off.
     """
     with file.open("rb") as opened:
@@ -122,10 +123,10 @@ def read_header(file: Path) -> dict[str, Slot]:
 
 
 def header_of(tensors: Iterable[dict[str, Tensor]]) -> bytes:
-    """The header of a safetensors file.
+    """The header of a safetensors file with `tensors` in this order.
 
     Raises:
-        NotStreamable: a tensor would stand where its dtype cannot be read.
+        NotStreamable: a tensor's offset would not be aligned to its dtype.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -143,6 +144,6 @@ def header_of(tensors: Iterable[dict[str, Tensor]]) -> bytes:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as they lie in a file."""
+    """A tensor's raw bytes in the file's order."""
     array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

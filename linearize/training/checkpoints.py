@@ -1,19 +1,188 @@
-"""Checkpoints that are whole or do not count: a manifest with each file's SHA-256, written last, then one rename."""
+"""Checkpoints of a stage: the trained parameters, the optimizer's state, random numbers and progress.
+
+A checkpoint is whole or does not count: its manifest has each file's SHA-256 and is written last, then the folder gets
+its name by one rename. Tensors are saved whole, however the model was split, so any number of processes can resume.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from linearize.runtime.files import flush, sha256
+import torch
+from safetensors.torch import load_file, save_file
+
+from linearize.errors import LinearizeError
+from linearize.runtime import processes
+from linearize.runtime.files import flush, sha256, telling
+from linearize.training.sharding import is_sharded, part_like, split_state, whole, whole_state
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor, nn
+
 MANIFEST = "manifest.json"
 _PREFIX = "checkpoint-"
+_TRAINED, _OPTIMIZER, _RANDOM = "trained.safetensors", "optimizer.pt", "random-{}.safetensors"
+_KEPT = 2
+
+
+@dataclass
+class Progress:
+    """How far a stage has come.
+
+    Attributes:
+        step: optimizer steps done.
+        skipped: steps among them that changed nothing, because a loss or gradient was not finite.
+        best: the least held-out loss so far, in nats per token.
+        worse: evaluations since then.
+        best_step: the step of the checkpoint with the best weights; 0 if the stage ends with its last weights.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    best: float | None = None
+    worse: int = 0
+    best_step: int = 0
+
+    def note(self, loss: float, *, keeps: bool) -> None:
+        """Notes the held-out loss after this step.
+
+        Args:
+            keeps: the stage ends with its best weights.
+        """
+        self.worse += 1
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
+            self.best, self.worse = loss, 0
+            self.best_step = self.step if keeps else 0
+
+
+def save_training(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, done: bool
+) -> None:
+    """Writes the checkpoint after `progress.step` steps and removes old ones; all processes call it, the first writes.
+
+    Args:
+        done: the stage ends here.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    good = newest(folder)
+    kept = f"go on from {good.name} with --resume" if good else "there is no earlier checkpoint"
+    target = checkpoint_of(folder, progress.step)
+    staging = folder / ".partial" / target.name
+    if processes.is_first():
+        shutil.rmtree(staging.parent, ignore_errors=True)
+    try:
+        with telling(folder, f"the checkpoint after step {progress.step} is lost; {kept}"):
+            processes.wait()
+            staging.mkdir(parents=True, exist_ok=True)
+            _write(staging, model, optimizer)
+            processes.wait()  # each has written its random numbers
+            if processes.is_first():
+                seal(staging, target, **asdict(progress), done=done)
+    finally:
+        if processes.is_first():
+            shutil.rmtree(staging.parent, ignore_errors=True)
+    if processes.is_first():
+        complete = checkpoints(folder)
+        for old in set(complete).difference(*map(_with_best, complete[-_KEPT:])):
+            shutil.rmtree(old, ignore_errors=True)
+    processes.wait()
+
+
+def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The files of a checkpoint; all processes call it."""
+    trained, state = whole_trained(model), optimizer.state_dict()
+    state = whole_state(state) if is_sharded(model) else state
+    if processes.is_first():
+        save_file(trained, folder / _TRAINED)
+        torch.save(state, folder / _OPTIMIZER)
+    save_file(_random_numbers(), folder / _RANDOM.format(processes.rank()))
+
+
+def load_training(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Reads back a checkpoint of `save_training`.
+
+    Raises:
+        LinearizeError: it does not fit the model, or an earlier version wrote it.
+    """
+    progress = progress_of(checkpoint)
+    load_trained(model, checkpoint)
+    state = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(split_state(state, optimizer) if is_sharded(model) else state)
+    numbers = checkpoint / _RANDOM.format(processes.rank())
+    if numbers.is_file():  # not there for a process that the run before did not have
+        saved = load_file(numbers)
+        torch.set_rng_state(saved["cpu"])
+        if "cuda" in saved and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["cuda"])
+    return progress
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    """The progress that a checkpoint was written at.
+
+    Raises:
+        LinearizeError: an earlier version wrote it.
+    """
+    told = manifest(checkpoint) or {}
+    if "step" not in told:
+        raise LinearizeError(f"{checkpoint}: an earlier version of linearize wrote it; start again without --resume")
+    return Progress(**{name: told[name] for name in asdict(Progress())})
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The folder of a stage's checkpoint after `step` steps."""
+    return folder / f"{_PREFIX}{step}"
+
+
+def _with_best(checkpoint: Path) -> set[Path]:
+    """A checkpoint and the one with the best weights before it, which the stage may end with."""
+    best = (manifest(checkpoint) or {}).get("best_step", 0)
+    return {checkpoint, checkpoint_of(checkpoint.parent, best)} if best else {checkpoint}
+
+
+def is_done(checkpoint: Path) -> bool:
+    """True if the stage ended with this checkpoint."""
+    return bool((manifest(checkpoint) or {}).get("done"))
+
+
+def _random_numbers() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+
+
+def whole_trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are being trained, whole and on the CPU; all processes have to call it."""
+    return {n: whole(p.detach()).cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def set_trained(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Sets the parameters that are being trained."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(part_like(values[name], parameter))
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Reads back the parameters that are being trained.
+
+    Raises:
+        LinearizeError: they do not fit the model.
+    """
+    saved = load_file(folder / _TRAINED)
+    trained = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    if {n: x.shape for n, x in saved.items()} != trained:
+        raise LinearizeError(f"{folder}: the checkpoint is of another recipe; start again without --resume")
+    set_trained(model, saved)
 
 
 def seal(staging: Path, target: Path, **facts: Any) -> None:
@@ -56,8 +225,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in a stage's folder whose files are what was written, by their digests."""
-    return next((path for path in reversed(checkpoints(folder)) if _fits(path, digests=True)), None)
+    """The newest checkpoint in a stage's folder whose files, and those of its best weights, have their digests."""
+    complete = reversed(checkpoints(folder))
+    return next((one for one in complete if all(_fits(each, digests=True) for each in _with_best(one))), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -80,5 +250,12 @@ def _fits(checkpoint: Path, *, digests: bool) -> bool:
 
 
 def stage_to_resume(work: Path, stages: int) -> int:
-    """The last stage that has a checkpoint."""
-    return max((n for n in range(stages) if checkpoints(work / f"stage-{n}")), default=0)
+    """The last stage that has a checkpoint.
+
+    Raises:
+        LinearizeError: an earlier version wrote it.
+    """
+    found = [(number, one) for number in range(stages) for one in checkpoints(work / f"stage-{number}")]
+    for _, one in found:
+        progress_of(one)
+    return max((number for number, _ in found), default=0)

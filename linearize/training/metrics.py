@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from linearize.runtime import processes
 from linearize.runtime.files import staged_file
-from linearize.training.trainer import ProgressLine, append_json_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,18 +36,47 @@ def forget_metrics(path: Path, stage: int, step: int) -> None:
 
 def log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], None]:
     """Callbacks that receive a stage's figures step by step; only the first process writes them."""
-    line = ProgressLine()
+    line, held_out = ProgressLine(), ""
     if not processes.is_first():
         return lambda _: None
 
     def log(figures: dict[str, Any]) -> None:
+        nonlocal held_out
         append_json_line(path, {"stage": stage, **figures})
+        if "held_out_loss" in figures:
+            # The objective compares with the training loss; the cross-entropy alone is named as such.
+            objective = figures.get("held_out_objective")
+            name, value = ("", objective) if objective is not None else ("cross-entropy ", figures["held_out_loss"])
+            held_out = f"held out {name}{value:.4f}  "
         left = figures["seconds_left"]
         of = f"stage {stage + 1} of {stages}, " if stages > 1 else ""
         line.show(
-            f"{of}step {figures['step']} of {figures['steps']}  loss {figures['loss']:.4f}  "
+            f"{of}step {figures['step']} of {figures['steps']}  loss {figures['loss']:.4f}  {held_out}"
             f"{figures['tokens_per_second']:,.0f} tok/s  {int(left // 60)}:{int(left % 60):02d} left",
-            final=figures["step"] == figures["steps"],
+            final=left == 0,
         )
 
     return log
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends a line to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+class ProgressLine:
+    """One line that is rewritten on a terminal, and now and then a line of its own where stderr is not one."""
+
+    def __init__(self, every_seconds: float = 20.0) -> None:
+        self.terminal, self.every, self.last = sys.stderr.isatty(), every_seconds, -math.inf
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Shows `text`; `final` ends the line."""
+        now = time.monotonic()
+        if self.terminal:
+            sys.stderr.write(f"\r\x1b[2K{text}" + ("\n" if final else ""))
+        elif final or now - self.last >= self.every:
+            self.last = now
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import RecipeError
+from linearize.training.adapters import is_own_parameter
 
 if TYPE_CHECKING:
     from linearize.recipe import Stage
@@ -45,6 +46,16 @@ def build_optimizer(stage: Stage, pretrained: list[nn.Parameter], own: list[nn.P
     if all(p.dtype in (torch.float32, torch.float64) for group in groups for p in group["params"]):
         return build(groups)
     return MasterWeights(groups, build)
+
+
+def stage_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """The optimizer that `stage` names, over the parameters of `model` that require gradients."""
+    own: list[nn.Parameter] = []
+    pretrained: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (own if is_own_parameter(name) else pretrained).append(parameter)
+    return build_optimizer(stage, pretrained, own)
 
 
 def rate_at(step: int, *, schedule: str, steps: int, warmup: float) -> float:

@@ -19,17 +19,23 @@ _POINTS = 40
 
 
 def draw_training(metrics: Path, plot: Path) -> None:
-    """Draws `metrics.jsonl`, a line per stage. Nothing is written where no step was logged."""
+    """Draws `metrics.jsonl`: a line per stage, and one for its objective on held-out rows. Without steps nothing is
+    written."""
     stages: dict[int, list[tuple[float, float]]] = {}
+    held_out: dict[int, list[tuple[float, float, float | None]]] = {}
     before, stage, tokens = 0.0, 0, 0.0
     for line in _lines(metrics):
         if line["stage"] != stage:
             before, stage = before + tokens, line["stage"]
         tokens = float(line["tokens"])
         stages.setdefault(stage, []).append((before + tokens, line["loss"]))
+        if math.isfinite(line.get("held_out_objective", math.nan)):
+            held_out.setdefault(stage, []).append((before + tokens, line["held_out_objective"], None))
     if not stages:
         return
     series = [Series(f"stage {stage + 1}", _joined(steps), stage) for stage, steps in stages.items()]
+    first = max(stages) + 1
+    series += [Series(f"stage {stage + 1}, held out", points, first + stage) for stage, points in held_out.items()]
     read = Axis("tokens trained on", readable_length)
     loss = Axis("loss, nats per token", lambda value: f"{value:.3g}")
     plot.write_text(Plot("training", "Training", [Lines(read, loss, series)]).alone, encoding="utf-8")

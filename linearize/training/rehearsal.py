@@ -183,7 +183,7 @@ def _loss(
     ids: Tensor,
     checkpointing: bool,
 ) -> Tensor:
-    """As `StageTrainer.compute_loss` has it, for rows of which every token counts."""
+    """As `StageLoop.micro_loss` has it, for rows of which every token counts."""
     if "align" in stage.weights and teacher is not None:
         aligned = Alignment(base, teacher, stage.length, checkpointing=checkpointing)
         return aligned.losses_of(ids, None, torch.empty(0, device=ids.device), _mask_of(ids), beyond=False).mean()

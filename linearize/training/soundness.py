@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 _LISTED = 3
 
 
-class NotFinite(Exception):
-    """The loss of a batch, in words with where it came from; raised before anything was changed by it."""
-
-
 def first_unsound(model: nn.Module, run_again: Callable[[], object]) -> str:
     """The innermost module of `model` whose output is the first that is not finite, while `run_again` runs its forward
     pass; "the loss itself" if there is none."""

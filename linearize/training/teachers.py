@@ -132,6 +132,13 @@ def keep_logits(
     return KeptLogits(folder, len(rows), held)
 
 
+def logits_of(teacher: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """A teacher's logits `[B, T, V]` on packed rows `[B, T]`; documents in a row are kept apart."""
+    apart = documents_apart(teacher, position_ids)
+    logits: Tensor = teacher(input_ids=input_ids, position_ids=position_ids, **apart, use_cache=False).logits
+    return logits
+
+
 @contextmanager
 def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """`teacher` computes on `device`, and its weights stay in the CPU's memory but for the layer at hand."""
@@ -204,8 +211,7 @@ def _write(path: Path, teacher: PreTrainedModel, rows: Rows, top_k: int, tempera
     for start in range(0, len(rows), batch):
         part = rows[slice(start, start + batch)]
         ids, positions = (x.to(teacher.device) for x in (part.input_ids, part.position_ids))
-        given = {"input_ids": ids, "position_ids": positions, **documents_apart(teacher, positions)}
-        logits = teacher(**given, use_cache=False).logits
+        logits = logits_of(teacher, ids, positions)
         top = top_k_of(logits.flatten(0, 1)[counted_positions(part.labels).to(logits.device)], top_k, temperature)
         tokens.append(top.tokens.to("cpu", torch.int32))
         logs.append(top.log.to("cpu", torch.float16))

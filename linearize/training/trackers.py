@@ -1,52 +1,55 @@
-"""Trackers that a recipe's `report_to` names; training sends its figures to them besides `metrics.jsonl`, through
-transformers' own callbacks."""
+"""Trackers that a recipe's `report_to` names; accelerate sends a stage's figures to them, besides `metrics.jsonl`."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import get_available_trackers
 
 from linearize.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
-_FOLDER = "TENSORBOARD_LOGGING_DIR"
+    from accelerate import Accelerator
+
 PROJECT = "linearize"
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """Trackers of one stage's run.
+
+    Attributes:
+        names: of `tensorboard`, `wandb` and `trackio`.
+        run: the run's name.
+        folder: of TensorBoard's files; the environment variable `TENSORBOARD_LOGGING_DIR` names another.
+    """
+
+    names: Sequence[str]
+    run: str
+    folder: str
+
+    def start(self, accelerator: Accelerator) -> None:
+        """Begins the run. Nothing is published: a trackio run stays on this machine unless the user's environment says
+        otherwise."""
+        named: dict[str, Any] = {name: {"name": self.run} for name in ("wandb", "trackio") if name in self.names}
+        folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or self.folder)
+        project = PROJECT if named else folder.name
+        accelerator.project_configuration.logging_dir = str(folder.parent if not named else folder)
+        accelerator.init_trackers(project, init_kwargs=named)
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises:
-    RecipeError: a tracker's package is not installed.
+    RecipeError: accelerate does not find a tracker's package.
     """
+    installed = {one.value for one in get_available_trackers()}
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if name not in installed:
             raise RecipeError(
                 f"report_to: {name} is not installed; pip install {name}, or take it out: metrics.jsonl is always there"
             )
-
-
-def tracker_arguments(names: Sequence[str], run: str) -> dict[str, Any]:
-    """The Trainer's arguments for the trackers. Nothing is published: a trackio run stays on this machine unless the
-    user's environment says where it goes."""
-    return {"report_to": list(names), "run_name": run, "project": PROJECT, "trackio_static_space_id": False}
-
-
-@contextmanager
-def tracking(names: Sequence[str], folder: Path) -> Iterator[None]:
-    """For a stage's training: TensorBoard's files go into `folder`, where the user's environment names no other, and
-    the stage's run ends with it."""
-    given = os.environ.get(_FOLDER)
-    if "tensorboard" in names and given is None:
-        os.environ[_FOLDER] = str(folder)
-    try:
-        yield
-    finally:
-        if given is None:
-            os.environ.pop(_FOLDER, None)
-        if "wandb" in names and "wandb" in sys.modules:
-            sys.modules["wandb"].finish()  # or the next stage would go on in the same run

@@ -3,16 +3,18 @@ recurrence has to answer."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
 
 from linearize.data.rows import NO_LOSS
 from linearize.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from linearize.data.rows import Rows
     from linearize.model import LinearizedForCausalLM
     from linearize.model.mixer.mixer import Mixer
@@ -71,14 +73,14 @@ def check_something_to_learn(
     return warning
 
 
-class WindowDropout(TrainerCallback):
-    """Draws anew for each forward pass, and leaves all windows as they were when training ends.
+class WindowDropout:
+    """A context that hides windows anew for each forward pass; all windows are as before when it ends.
 
-    A hidden window holds its last token alone. What it would have held is in the state then, also with `covers:
-    evicted`, so the layer still has the whole past: sinks and state answer for it.
+    A hidden window holds its last token alone. The tokens that it would have held are in the state then, also with
+    `covers: evicted`, so the layer still has the whole past: sinks and state answer for it.
 
     Args:
-        share: how often a layer's window is hidden, 0 to 1.
+        share: probability that a layer's window is hidden, 0 to 1.
     """
 
     def __init__(self, student: LinearizedForCausalLM, share: float) -> None:
@@ -94,6 +96,22 @@ class WindowDropout(TrainerCallback):
             for (mixer, window), hides in zip(self.mixers, hidden, strict=True):
                 mixer.window = 1 if hides else window
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for mixer, window in self.mixers:
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """All windows as configured within the block, and as drawn after it."""
+        drawn = [mixer.window for mixer, _ in self.mixers]
+        self._set([window for _, window in self.mixers])
+        try:
+            yield
+        finally:
+            self._set(drawn)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._set([window for _, window in self.mixers])
+
+    def _set(self, windows: list[int]) -> None:
+        for (mixer, _), window in zip(self.mixers, windows, strict=True):
             mixer.window = window

@@ -1,4 +1,4 @@
-"""Proof, on a checkpoint at hand, that a converted model is one function however it is called."""
+"""Check on a checkpoint that a converted model computes the same function in every way of calling it."""
 
 from linearize.verification.verify import Check, Verification, verify, widened
 

@@ -1,7 +1,7 @@
-"""The checks: each calls a model in two ways that must agree and says how far apart they are.
+"""The checks. Each check calls a model in two ways that must agree, and returns their relative error.
 
-The tokens are random, so neither a file nor the network is needed, and more than window and sinks hold, so that every
-part of the memory has work to do.
+The tokens are random, so a check needs no file and no network. Rows are longer than window and sinks, so every part of
+the memory is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Pairs = Iterator[tuple[Tensor, Tensor]]
 
 _DRIFT_CHUNK = 128
-# Call sizes that add up to 100 tokens, and to 1,000 more: in parallel and one by one.
+# Call sizes for 100 tokens, and for 1,000 more: one parallel call, then single steps.
 _FIRST_100, _NEXT_1000 = (90, *[1] * 10), (970, *[1] * 30)
 
 
@@ -47,7 +47,7 @@ def _chunks(subject: Subject) -> Pairs:
 
 def _pads(subject: Subject) -> Pairs:
     model, half = subject.model, subject.tokens // 2 - 1
-    first, then = (half, 3), (5, half)  # a window that is full, one that is not, and one that becomes so
+    first, then = (half, 3), (5, half)  # windows that are full, that are not full, and that fill up during the check
     for side in ("left", "right", "both"):
         tokens, mask = subject.padded(side, (0, 0), first)
         prompt = model(tokens, attention_mask=mask, use_cache=True)
@@ -109,7 +109,7 @@ def _reorder(subject: Subject) -> Pairs:
         held = subject.model(tokens, attention_mask=mask, use_cache=True).past_key_values
         rows = change(held)
         copies = [rows[:place].count(row) for place, row in enumerate(rows)]
-        # Copies of a row go on differently, as beams do.
+        # Copies of a row get different continuations, as in beam search.
         ways = [(row + copy) % ROWS for row, copy in zip(rows, copies, strict=True)]
         starts = [lengths[row] for row in rows]
         new = torch.stack([subject.ids[way, start : start + more] for way, start in zip(ways, starts, strict=True)])
@@ -123,7 +123,7 @@ def _reorder(subject: Subject) -> Pairs:
 
 
 def _state(subject: Subject) -> tuple[float, str]:
-    read = subject.tokens - 12  # more than window and sinks hold, so that no part of the memory is empty
+    read = subject.tokens - 12  # longer than window and sinks, so every part of the memory is filled
     ids, rest = subject.ids[:2, :read], subject.ids[:2, read:]
     state = State.read(subject.model, ids)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,19 +135,20 @@ def _state(subject: Subject) -> tuple[float, str]:
     )
     whole = torch.stack([subject.alone(row)[read - 1 :] for row in range(len(ids))])
     apart = relative_error(unbroken, whole)
-    # What was never saved may differ from one forward as any other way of calling may; what was must not differ.
+    # The resumed run must equal the unbroken one exactly; the unbroken one may differ from one forward by the
+    # tolerance.
     error = max(relative_error(resumed, unbroken), apart if not apart <= subject.tolerance else 0.0)
     return error, f"{apart:.1e} from one forward"
 
 
 def _held_bytes(value: Any) -> int:
-    """Bytes of every tensor that can be reached from a cache, whatever it says of itself."""
+    """Bytes of every tensor reachable from a cache, independent of the cache's own report."""
     bytes_of: dict[int, tuple[int, int]] = {}
     for tensor in _held_tensors(value):
         whole = tensor.untyped_storage()
         named, _ = bytes_of.get(whole.data_ptr(), (0, 0))
         bytes_of[whole.data_ptr()] = named + tensor.numel() * tensor.element_size(), whole.nbytes()
-    # Tensors may be views of one that is held as well, and take no more than it does.
+    # Several tensors can be views of one storage; together they count at most its size.
     return sum(min(named, there) for named, there in bytes_of.values())
 
 
@@ -199,9 +200,9 @@ def _reload(subject: Subject) -> tuple[float, str]:
 
 
 def _differs_from_files(subject: Subject, ours: dict[str, Tensor]) -> list[str]:
-    """Names of tensors whose values are not what the folder's files hold under the same name: two loads that lose a
-    weight in the same way agree with each other. What is stored in another shape than it is used in, as the experts of
-    some mixtures are, has another name."""
+    """Names of tensors that differ from the folder's files under the same name. Two loads that lose a weight in the
+    same way agree with each other, so comparing loads is not enough. Tensors stored in another layout, such as the
+    experts of some mixtures, have other names and are skipped."""
     folder, differing = Path(subject.source.reference), []
     for file in sorted(folder.glob("*.safetensors")) if subject.source.kind == "folder" else []:
         with safe_open(file, framework="pt") as tensors:
@@ -244,11 +245,11 @@ class Kind:
 
     Attributes:
         proves: one sentence.
-        measure: the worst relative error, and what else there is to say.
-        exact: whether only 0 will do.
-        least_tolerance: nothing tighter is asked.
-        as_loaded: whether it looks at the weights as they are on disk, before any is changed to be seen better; so it
-            must not ask for `Subject.alone`, which is kept.
+        measure: returns the worst relative error and a detail for the report.
+        exact: True if only an error of 0 passes.
+        least_tolerance: lower bound of the tolerance.
+        as_loaded: True if the check needs the weights as on disk, before `awake` raises any. It must not use
+            `Subject.alone`, because that is cached.
     """
 
     proves: str
@@ -273,9 +274,9 @@ KINDS = {
     "reorder": Kind("Rows of a cache that are reordered, copied or selected go on as they were.", _worst(_reorder)),
     "state": Kind("A state saved to a file and loaded goes on as if nothing had happened.", _state, exact=True),
     "memory": Kind("Memory does not grow with the text, save where softmax was kept.", _memory, exact=True),
-    # Among thousands of random tokens are a few that amplify rounding a hundredfold; one lost token does more.
+    # A few of thousands of random tokens amplify rounding a hundredfold; one lost token has a larger effect.
     "drift": Kind(
         "Over a long text single steps do not drift away from the parallel form.", _drift, least_tolerance=1e-3
     ),
 }
-"""Each check by its name, in the order in which they run."""
+"""Name -> check, in the order of execution."""

@@ -1,4 +1,4 @@
-"""The model that is verified, and the ways to call it."""
+"""The model under test, and the ways to call it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Subject:
 
     Args:
         model: loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
-        special: token ids that do not stand inside a text.
-        tokens: length of the rows; None for three of the widest window, at least 192.
-        steps: single decode steps of the drift check; None for two rows' length.
-        tick: called by long checks with how many of their steps are done, and of how many.
+        special: token ids that do not occur inside a text.
+        tokens: row length; None for three times the widest window, at least 192.
+        steps: single decode steps of the drift check; None for two row lengths.
+        tick: called by long checks with the completed steps and their total.
 
     Attributes:
-        alone: logits `[T, V]` of a row of `ids` in one parallel forward without a cache, worked out once.
-        tolerance: the error that a check which is not exact allows; set once it is known.
+        alone: logits `[T, V]` of one row of `ids` from one parallel forward without a cache; cached.
+        tolerance: the maximum error of checks that are not exact; set later.
 
     Raises:
-        VerificationError: `tokens` do not fill a window and its sinks, or are more than the model has positions for.
+        VerificationError: `tokens` do not fill a window and its sinks, or exceed the model's positions.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Subject:
         self.alone: Callable[[int], Tensor] = cache(lambda row: self.parallel(self.ids[row : row + 1])[0])
 
     def random(self, rows: int, tokens: int, seed: int) -> Tensor:
-        """Random tokens `[rows, tokens]`, none of them special."""
+        """Random token ids `[rows, tokens]` without special tokens."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(self._allowed), (rows, tokens), generator=generator)
         return self._allowed[chosen].to(self.model.device)
 
     def at(self, start: int, tokens: int) -> dict[str, Tensor]:
-        """The argument that tells a forward its positions where a text is longer than the model has any: they start
-        again, for neither memory nor drift depends on what they are."""
+        """Explicit `position_ids` if the text is longer than the model's positions; empty otherwise. Positions restart
+        at 0, because memory and drift do not depend on them."""
         if self._positions is None:
             return {}
         positions = torch.arange(start, start + tokens, device=self.model.device) % self._positions
@@ -93,7 +93,7 @@ class Subject:
         return logits
 
     def pieces(self, ids: Tensor, sizes: Iterable[int], held: Cache | None = None) -> Tensor:
-        """Logits `[B, T, V]` of forwards of these sizes, again and again until all is read, that continue one cache."""
+        """Logits `[B, T, V]` of forwards that continue one cache; `sizes` repeats until all tokens are read."""
         outputs, start, size = [], 0, itertools.cycle(sizes)
         while start < ids.shape[1]:
             piece = ids[:, start : start + next(size)]
@@ -103,8 +103,8 @@ class Subject:
         return torch.cat(outputs, 1)
 
     def padded(self, side: str, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`lengths[b]` tokens of row b from `starts[b]` on, padded on that side, and their mask. The pads are random
-        tokens, which would show if they were read."""
+        """`lengths[b]` tokens of row b from `starts[b]` on, padded on `side`, and their mask. Pads are random tokens,
+        so reading one changes the result."""
         width = max(lengths) + 7
         tokens = self.random(len(lengths), width, seed=1)
         mask = torch.zeros_like(tokens)
@@ -116,9 +116,9 @@ class Subject:
 
 
 def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
-    """The widest window; the fewest tokens that fill each window that conversion made and its sinks; and how many to
-    take by default: `_WINDOWS` windows, but no more than `_MOST_TOKENS` because of a model's own sliding windows, which
-    count as the widest only where conversion made none."""
+    """The widest window; the least row length that fills every converted window and its sinks; and the default row
+    length. The default is `_WINDOWS` windows, at most `_MOST_TOKENS`. A model's own sliding windows count as the widest
+    only if conversion set none."""
     mixers = [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
     ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
     widest = max((mixer.window for mixer in ours or mixers), default=0)
@@ -127,7 +127,7 @@ def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b| in float32; infinite where the shapes differ or anything is not finite."""
+    """max |a - b| / max |b| in float32; infinite for different shapes or values that are not finite."""
     a, b = a.float(), b.float()
     if a.shape != b.shape or not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         return math.inf

@@ -1,4 +1,4 @@
-"""Runs the checks: what a model is lent for them, and how far apart two ways of calling it may be."""
+"""Run the checks on a model with raised mix weights, and set the tolerances."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ if TYPE_CHECKING:
     from linearize.sources.source import Source
 
 FLOAT32_TOLERANCE = 1e-4
-"""One function in another order of sums: that is 1e-6 to 1e-5, while one token out of place is above 1e-3."""
+"""Another order of sums gives an error of 1e-6 to 1e-5; one misplaced token gives more than 1e-3."""
 HALF_FLOOR = 1e-3
-"""Nothing tighter is asked in half precision, whose steps are 1e-3 (float16) and 8e-3 (bfloat16) of a value."""
+"""The lowest tolerance in half precision, because the relative spacing is 1e-3 (float16) and 8e-3 (bfloat16)."""
 SEEN = 0.05
-"""A recurrence that moves the logits by so much is seen by every check. More is no better: too loud for weights that
-were never trained with it, it makes single tokens so sensitive that float32 itself is 3e-4 away from float64."""
+"""The recurrence's target effect on the logits, large enough for every check to detect it. A larger effect is no
+better: weights that were not trained with it make single tokens so sensitive that float32 is 3e-4 away from float64."""
 _MIX_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check.
+    """The result of one check.
 
     Attributes:
-        name, proves: what was checked, in a word and in a sentence.
-        error: the worst relative error, max |a - b| / max |b|; infinite where something was not finite or an
-            exception was raised.
-        tolerance: the largest error that passes; 0 where bits must agree.
-        detail: what else there is to say; of an exception its first line.
+        name, proves: the check's name, and the property as a sentence.
+        error: the worst relative error, max |a - b| / max |b|; infinite for values that are not finite or an exception.
+        tolerance: the maximum error that passes; 0 for bitwise equality.
+        detail: a remark; for an exception its first line.
     """
 
     name: str
@@ -56,13 +55,13 @@ class Verification:
     """The checks of one model.
 
     Attributes:
-        checks: in the order in which they ran.
+        checks: in the order of execution.
         dtype: of the model's weights.
         tokens, steps: length of the rows, and of the drift check.
-        woken: how many layers' mix weights were raised for the checks.
-        moved: relative change of the logits by the recurrence during the checks; None where no weight says how much.
-        distance: relative distance of the logits from those of the same weights in a wider type: float32 for half
-            precision, float64 for float32, where it is measured only if a check asks for more than the usual.
+        woken: number of layers whose mix weights were raised for the checks.
+        moved: the recurrence's relative effect on the logits during the checks; None for models without mix weights.
+        distance: relative distance of the logits from the same weights in a wider dtype: float32 for half precision,
+            float64 for float32. In float32 it is measured only if a check exceeds the usual tolerance.
     """
 
     checks: list[Check]
@@ -75,7 +74,7 @@ class Verification:
 
     @property
     def failed(self) -> list[str]:
-        """Names of the checks that did not pass."""
+        """Names of the checks that failed."""
         return [check.name for check in self.checks if not check.passed]
 
 
@@ -90,18 +89,18 @@ def verify(
     steps: int | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
-    """Runs every check. Weights that are changed meanwhile (see `awake`, `widened`) are put back bit for bit.
+    """Run every check. Weights changed by `awake` or `widened` are restored bit for bit.
 
     Args:
-        model: as loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
-        special: token ids that do not stand inside a text.
-        tokens: length of the rows; None for three of the widest window, at least 192.
-        steps: single decode steps of the drift check; None for two rows' length, because most of a verification's time
-            goes with single steps, and what drifts at all shows more with each window that passes.
-        tick: called with a check's name and number, the steps it has done, and how many there are.
+        model: loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
+        special: token ids that do not occur inside a text.
+        tokens: row length; None for three times the widest window, at least 192.
+        steps: single decode steps of the drift check; None for two row lengths, because single steps take most of the
+            time and drift grows with each window.
+        tick: called with a check's name and number, the completed steps, and their total.
 
     Raises:
-        VerificationError: `tokens` do not fill a window and its sinks, or are more than the model has positions for.
+        VerificationError: `tokens` do not fill a window and its sinks, or exceed the model's positions.
     """
     name = ""
 
@@ -122,9 +121,10 @@ def verify(
             report(0, 1)
             checks.append(_check(subject, name))
         if not half and any(FLOAT32_TOLERANCE < check.error < math.inf for check in checks):
-            # Some models amplify rounding; how much, only a run in float64 can tell, so it is made where it is needed.
+            # Some models amplify rounding. Only a float64 run measures by how much, so it is made if a float32 check
+            # fails.
             distance = _distance_from(subject, torch.float64)
-            # Which token it is that amplifies most is chance, and the checks see more of them than these rows have.
+            # The factor 2 allows for tokens outside these rows that amplify rounding more.
             subject.tolerance = _tolerance(2 * distance, FLOAT32_TOLERANCE)
             for place, check in enumerate(checks):
                 if not check.passed and not KINDS[name := check.name].as_loaded:
@@ -139,7 +139,7 @@ def _check(subject: Subject, name: str) -> Check:
     try:
         error, detail = kind.measure(subject)
     except Exception as exception:
-        # Whatever breaks is what the user wants to know of, together with what the other checks find.
+        # Catch every exception, so the report shows it together with the other checks' results.
         first = next(iter(str(exception).strip().splitlines()), "")
         error, detail = math.inf, f"{type(exception).__name__}: {first}"
     allowed = 0.0 if kind.exact else max(subject.tolerance, kind.least_tolerance)
@@ -147,25 +147,25 @@ def _check(subject: Subject, name: str) -> Check:
 
 
 def _tolerance(distance: float, floor: float) -> float:
-    # Each of two ways of calling may be that far from the exact logits, on opposite sides.
+    # The two ways of calling can each differ by `distance` from the exact logits, in opposite directions.
     return max(floor, 2 * distance) if math.isfinite(distance) else floor
 
 
 def _distance_from(subject: Subject, wide: torch.dtype) -> float:
-    """Distance by which rounding alone moves the logits; infinite if it cannot be measured."""
+    """The relative change of the logits by rounding alone; infinite if it cannot be measured."""
     rows = range(len(subject.ids))
     try:
         narrow = [subject.alone(row) for row in rows]
         with widened(subject.model, wide):
             return max(relative_error(narrow[row], subject.parallel(subject.ids[row : row + 1])[0]) for row in rows)
     except Exception:
-        return math.inf  # the checks run into the same and report it
+        return math.inf  # the checks raise and report the same exception
 
 
 @contextmanager
 def widened(model: torch.nn.Module, wide: torch.dtype) -> Iterator[None]:
-    """The same weights in a wider type for a while. Every value of the narrower is one of the wider, so the way back
-    is exact, and only one copy of the weights is held at a time."""
+    """Convert the weights to a wider dtype during the block. The conversion back is exact, because the wider dtype
+    represents every value of the narrower. Only one copy of the weights exists at a time."""
     changed: list[tuple[torch.nn.Parameter | torch.Tensor, torch.dtype]] = []
     try:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -180,11 +180,13 @@ def widened(model: torch.nn.Module, wide: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def awake(subject: Subject) -> Iterator[tuple[int, float | None]]:
-    """Lets the recurrence be heard for a while, or no check could see it: a converted model starts with mix weights
-    of 0, and training may have left some close to it. Weights are raised until the logits move by `SEEN`.
+    """Raise the mix weights during the block until the recurrence changes the logits by `SEEN`. A converted model
+    starts with mix weights of 0, and training may leave some near 0; the checks could then not detect errors of the
+    recurrence.
 
     Yields:
-        how many layers' weights were raised, and how far the recurrence moves the logits (None: no such weights).
+        the number of layers with raised weights, and the recurrence's relative effect on the logits (None without mix
+        weights).
     """
     weights = [weight for name, weight in subject.model.named_parameters() if name.endswith("mixer.mix_weight")]
     own = [weight.detach().clone() for weight in weights]
@@ -211,6 +213,6 @@ def _wake(subject: Subject, weights: list[torch.nn.Parameter], own: list[torch.T
             if moved >= SEEN:
                 break
     except Exception:
-        moved = math.inf  # the checks run into the same and report it
+        moved = math.inf  # the checks raise and report the same exception
     raised = sum(not torch.equal(weight, value) for weight, value in zip(weights, own, strict=True))
     return raised, moved

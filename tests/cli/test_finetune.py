@@ -12,7 +12,7 @@ import pytest
 
 import linearize
 from linearize.errors import OutputError
-from linearize.training import metrics, trainer
+from linearize.training import metrics
 from tests.conftest import random_llama
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ def test_float16_is_refused_before_it_is_counted(outcome, settings):
 @pytest.fixture
 def interrupted(outcome, monkeypatch: pytest.MonkeyPatch):
     """Runs a command line until its second step of training."""
+    given = metrics.append_json_line
 
     def append(path: Path, record: dict[str, Any]) -> None:
-        trainer.append_json_line(path, record)
+        given(path, record)
         if record["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -89,7 +90,7 @@ def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, 
         "; default differs from it in mixer.window, stages.0.batch_tokens, stages.0.data.held_out, "
         "stages.0.data.source, stages.0.data.tokens and 3 more"
     )
-    assert "going on from checkpoint-3" in words and not (tmp_path / "out.training").exists()
+    assert "going on from checkpoint-2" in words and not (tmp_path / "out.training").exists()
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     # Once more there is nothing to do.
     for launch in ((), ("--launch", "2")):

@@ -10,20 +10,11 @@ import pytest
 
 import linearize
 from linearize.errors import DataError, LinearizeError
-from tools.house import House
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_nothing_below_the_jobs_imports_them() -> None:
-    above = {"api", "cli", "jobs"}
-    found = {room: targets & above for room, targets in House(ROOT).rooms().items()}
-    assert found.pop("jobs") == set() == found.pop("api") - {"jobs"}
-    assert found.pop("cli") == {"jobs"}
-    assert {room: targets for room, targets in found.items() if targets} == {}
 
 
 ERRORS: dict[str, tuple[list[str], Callable[[str, Path], Any]]] = {

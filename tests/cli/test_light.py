@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conversion.gguf_kit import tiny, write_gguf
+from tests.tables import some
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,19 +48,20 @@ def imports_none_of(modules: set[str], *arguments: object) -> subprocess.Complet
     return done
 
 
-@pytest.mark.parametrize("more", [(), ("--json",), ("--recurrence", "all"), ("-r", "landmarks-exact")])
+@pytest.mark.parametrize("more", some([(), ("--json",), ("--recurrence", "all"), ("-r", "landmarks-exact")], [()]))
 def test_inspecting_a_gguf_file_imports_no_modeling(gguf: Path, more: tuple[str, ...]) -> None:
     done = imports_none_of(MODELING | SLOW, "inspect", gguf, *more)
     assert done.returncode == 0 and "llama" in done.stdout, done.stderr
 
 
+@pytest.mark.check
 def test_inspecting_a_folder_imports_no_modeling(tiny_folder: Path, converted: Path) -> None:
     assert imports_none_of(MODELING | SLOW, "inspect", tiny_folder).returncode == 0
     done = imports_none_of(MODELING | SLOW, "inspect", converted)
     assert done.returncode == 0 and "(converted)" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["default", "landmarks-exact", "calibrated"])
+@pytest.mark.parametrize("recipe", some(["default", "landmarks-exact", "calibrated"], ["default"]))
 def test_a_dry_run_of_a_gguf_file_imports_no_modeling(gguf: Path, tmp_path: Path, recipe: str) -> None:
     small = ("--set", "mixer.window=8", "--set", "mixer.landmarks=32")
     done = imports_none_of(MODELING | SLOW, "convert", gguf, "-o", tmp_path / "out", "-r", recipe, *small, "--dry-run")
@@ -88,17 +90,17 @@ print(type(AutoModelForCausalLM.from_pretrained(config)).__name__)
 """
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import linearize; from transformers import LlamaConfig; assert 'linearize.model.modeling' not in sys.modules",
-        "import linearize, transformers.models.auto.modeling_auto as auto; auto.AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import linearize",
-        "import transformers.models.auto.modeling_auto; import linearize",
-        "import linearize.model.modeling",
-        "from linearize.model import LinearizedForCausalLM",
-    ],
-)
+ORDERS = [
+    "import linearize; from transformers import LlamaConfig; assert 'linearize.model.modeling' not in sys.modules",
+    "import linearize, transformers.models.auto.modeling_auto as auto; auto.AutoModelForCausalLM",
+    "from transformers import AutoModelForCausalLM; import linearize",
+    "import transformers.models.auto.modeling_auto; import linearize",
+    "import linearize.model.modeling",
+    "from linearize.model import LinearizedForCausalLM",
+]
+
+
+@pytest.mark.parametrize("first", some(ORDERS, ORDERS[:1]))
 def test_converted_checkpoints_are_registered_in_whichever_order_modules_are_imported(
     first: str, converted: Path
 ) -> None:
@@ -107,6 +109,7 @@ def test_converted_checkpoints_are_registered_in_whichever_order_modules_are_imp
     assert done.stdout == "LinearizedLlamaForCausalLM\n", done.stderr
 
 
+@pytest.mark.check
 def test_a_name_of_an_activation_function_is_still_validated() -> None:
     program = """
 import sys

@@ -14,7 +14,7 @@ from linearize.jobs.finetune import run_stages
 from linearize.recipe import load_recipe
 from linearize.runtime import processes
 from linearize.sources.source import find_source, load_tokenizer
-from linearize.training import trainer
+from linearize.training.loop import StageLoop
 from linearize.training.workfolder import shared_work_folder
 from tests.evaluation.test_runner import Count, model
 
@@ -25,14 +25,14 @@ class Cut(Exception):
 
 def main(folder: Path) -> None:
     processes.join()
-    told = trainer._Reporter.on_log
+    step = StageLoop.train_step
 
-    def on_log(self, args, state, control, logs=None, **more):
-        if state.global_step == 6:
+    def cut(self):
+        if self.progress.step == 5:
             raise Cut
-        told(self, args, state, control, logs, **more)
+        return step(self)
 
-    trainer._Reporter.on_log = on_log
+    StageLoop.train_step = cut
     settings = load_recipe(str(folder / "recipe.yaml"), ())
     for name, shard in (("whole", False), ("split", True)):
         with contextlib.suppress(Cut), shared_work_folder(folder / name, settings, resume=False) as work:

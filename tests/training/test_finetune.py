@@ -21,8 +21,8 @@ from linearize.model.attention import LinearizedAttention
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.runtime.files import staged_folder
 from linearize.training import metrics as module
-from linearize.training import trainer as trainer_module
 from linearize.training.adapters import add_adapters, choose_trained, is_adapter, is_own_parameter
+from linearize.training.metrics import append_json_line
 from linearize.training.workfolder import is_resumable, work_folder
 from tests.tables import some
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_folder, text, tmp_path, mon
     def stop(path, record):
         if record["step"] == 6:
             raise Interrupted
-        trainer_module.append_json_line(path, record)
+        append_json_line(path, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "append_json_line", stop)
@@ -294,7 +294,7 @@ def test_a_run_that_ends_in_its_second_stage_goes_on_there(tiny_folder, text, tm
     def stop(path, record):
         if (record["stage"], record["step"]) == (1, 3):
             raise Interrupted
-        trainer_module.append_json_line(path, record)
+        append_json_line(path, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "append_json_line", stop)

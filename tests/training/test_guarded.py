@@ -15,8 +15,9 @@ import torch
 from linearize.errors import LinearizeError, ModelError, OutputError
 from linearize.recipe import Recipe, load_recipe
 from linearize.runtime.interruption import Interrupted
-from linearize.training import guarded, trainer
+from linearize.training import checkpoints as saving
 from linearize.training.checkpoints import MANIFEST, checkpoints, manifest, newest
+from linearize.training.loop import StageLoop
 from tests.conftest import random_llama
 from tests.tables import some
 from tests.training.troubles import Weights, at_step, poison, same, steps, trained
@@ -24,6 +25,8 @@ from tests.training.troubles import Weights, at_step, poison, same, steps, train
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from linearize.training.steps import Batch
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +69,11 @@ def test_a_signal_ends_the_step_saves_and_resumes_bit_for_bit(
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(Interrupted, match=f"{number.name} after step 5 of 8, which is saved; .* --resume") as stop:
+        with pytest.raises(Interrupted, match=f"{number.name} after step 4 of 8, which is saved; .* --resume") as stop:
             trained(recipe(), tmp_path / "cut")
     assert stop.value.status == status
     assert {one: signal.getsignal(one) for one in before} == before
-    assert newest(tmp_path / "cut" / "stage-0").name == "checkpoint-5"
+    assert newest(tmp_path / "cut" / "stage-0").name == "checkpoint-4"
     assert same(whole, trained(recipe(), tmp_path / "cut", resume=True))
     assert steps(tmp_path / "cut") == list(range(1, 9))
 
@@ -97,7 +100,7 @@ def flipped(checkpoint: Path) -> None:
 
 
 def without_a_file(checkpoint: Path) -> None:
-    (checkpoint / "scheduler.pt").unlink()
+    (checkpoint / "random-0.safetensors").unlink()
 
 
 def without_a_list(checkpoint: Path) -> None:
@@ -141,24 +144,22 @@ def test_a_gradient_that_is_no_number_stops_before_the_optimizer(recipe, tmp_pat
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_bad_steps_are_passed_over_counted_and_change_nothing(recipe, tmp_path, monkeypatch, gradient):
+def test_bad_steps_are_skipped_counted_and_change_nothing(recipe, tmp_path, monkeypatch, gradient):
     seen = poison(monkeypatch, {2, 5}, gradient=gradient)
     said: list[str] = []
     work = tmp_path / "work"
     result = trained(recipe("stages.0.skip_bad_batches=2", "stages.0.warmup=0"), work, said)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in result.values())
-    passes = len(seen) // 8
-    starts = seen[::passes]
-    changed = [not same(a, b) for a, b in pairwise(starts)]
+    changed = [not same(a, b) for a, b in pairwise(seen)]
     assert changed == [step not in (2, 5) for step in range(1, 8)]
-    assert [line for line in said if "passed over" in line] == [
-        "step 2 was passed over (1 of at most 2)", "step 5 was passed over (2 of at most 2)",
+    assert [line for line in said if "skipped" in line] == [
+        "step 2 was skipped (1 of at most 2)", "step 5 was skipped (2 of at most 2)",
     ]  # fmt: skip
     counts = [json.loads(line)["skipped"] for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert counts == [0, 1, 1, 1, 2, 2, 2, 2]
     assert manifest(newest(work / "stage-0"))["skipped"] == 2
     poison(monkeypatch, {2, 3, 4}, gradient=gradient)
-    with pytest.raises(LinearizeError, match=r"at step 4.*\(2 such steps were passed over before\); the last good"):
+    with pytest.raises(LinearizeError, match=r"at step 4.*\(2 such steps were skipped before\); the last good"):
         trained(recipe("stages.0.skip_bad_batches=2"), tmp_path / "again")
 
 
@@ -167,16 +168,16 @@ def test_bad_steps_are_passed_over_counted_and_change_nothing(recipe, tmp_path, 
 def test_too_little_memory_halves_the_micro_batch_and_nothing_else(recipe, tmp_path, monkeypatch, fits, failing):
     small = trained(recipe(f"stages.0.micro_batch={fits}"), tmp_path / "small")
     losses = (tmp_path / "small" / "metrics.jsonl").read_text()
-    compute = trainer.StageTrainer.compute_loss
+    compute = StageLoop.micro_loss
 
-    def scarce(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        too_many = len(inputs["input_ids"]) > fits and self.state.global_step >= 2  # later than the first step
+    def scarce(self: StageLoop, batch: Batch) -> Any:
+        too_many = len(batch.input_ids) > fits and self.progress.step >= 2  # later than the first step
         if too_many and failing == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        loss = compute(self, model, inputs, *args, **options)
+        loss = compute(self, batch)
         return _Backward.apply(loss) if too_many else loss
 
-    monkeypatch.setattr(trainer.StageTrainer, "compute_loss", scarce)
+    monkeypatch.setattr(StageLoop, "micro_loss", scarce)
     said: list[str] = []
     found = trained(recipe("stages.0.micro_batch=4"), tmp_path / "work", said)
     told = [line for line in said if line.startswith("out of memory")]
@@ -202,15 +203,15 @@ def test_an_attempt_that_failed_leaves_no_trace(recipe, tmp_path, monkeypatch):
     """From the first step on it is bit for bit the run with the smaller micro-batch, though earlier passes of a step
     were computed already when memory ran out."""
     small = trained(recipe("stages.0.micro_batch=1"), tmp_path / "small")
-    compute, calls = trainer.StageTrainer.compute_loss, []
+    compute, calls = StageLoop.micro_loss, []
 
-    def scarce(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        calls.append(len(inputs["input_ids"]))
+    def scarce(self: StageLoop, batch: Batch) -> Any:
+        calls.append(len(batch.input_ids))
         if calls == [2, 2]:  # the second pass of the first step, when gradients of the first one are there
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return compute(self, model, inputs, *args, **options)
+        return compute(self, batch)
 
-    monkeypatch.setattr(trainer.StageTrainer, "compute_loss", scarce)
+    monkeypatch.setattr(StageLoop, "micro_loss", scarce)
     assert same(small, trained(recipe("stages.0.micro_batch=2"), tmp_path / "work"))
     assert calls[:6] == [2, 2, 1, 1, 1, 1] and set(calls[2:]) == {1}
 
@@ -219,7 +220,7 @@ def test_no_memory_for_one_row_is_told(recipe, tmp_path, monkeypatch):
     def scarce(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.StageTrainer, "compute_loss", scarce)
+    monkeypatch.setattr(StageLoop, "micro_loss", scarce)
     with pytest.raises(ModelError, match=r"out of memory with one row at a time; .* gradient_checkpointing: true"):
         trained(recipe("stages.0.micro_batch=4"), tmp_path / "work")
 
@@ -233,15 +234,15 @@ def test_no_memory_for_one_row_is_told(recipe, tmp_path, monkeypatch):
     ],
 )
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(recipe, whole, tmp_path, monkeypatch, error):
-    save = guarded.Trainer._save_optimizer_and_scheduler
+    write = saving._write
 
-    def full(self: Any, folder: str) -> None:
-        save(self, folder)
-        if self.state.global_step == 6:
+    def full(folder: Path, *others: Any) -> None:
+        write(folder, *others)
+        if folder.name == "checkpoint-6":
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(guarded.Trainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(saving, "_write", full)
         with pytest.raises(OutputError) as caught:
             trained(recipe(), tmp_path / "cut")
     told = str(caught.value).lower()

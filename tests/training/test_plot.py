@@ -29,6 +29,16 @@ def test_a_line_per_stage(tmp_path):
     assert "nan" not in text
 
 
+def test_held_out_losses_are_a_line_of_their_own(tmp_path):
+    lines = [{"stage": 0, "step": step, "tokens": 64 * step, "loss": 3.0} for step in range(1, 5)]
+    lines[1] |= {"held_out_loss": 7.5, "held_out_objective": 3.5}
+    lines[3] |= {"held_out_loss": 7.25, "held_out_objective": float("nan")}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.svg")
+    text = (tmp_path / "training.svg").read_text()
+    assert ">stage 1, held out<" in text and ". stage 1, held out: 3.5 at 128.<" in text
+
+
 def test_no_step_no_picture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n")
     draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.svg")

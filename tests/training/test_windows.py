@@ -25,9 +25,12 @@ def test_a_hidden_window_is_a_window_of_one_token(tiny_folder, covers):
     given, hidden = model(ids).logits, narrow(ids).logits
     assert float((given - hidden).detach().abs().max()) > 0.1
     windows = WindowDropout(model, 1.0)
-    windows.draw()
-    assert torch.equal(model(ids).logits, hidden)
-    windows.on_train_end(None, None, None)
+    with windows:
+        windows.draw()
+        assert torch.equal(model(ids).logits, hidden)
+        with windows.shown():
+            assert torch.equal(model(ids).logits, given)
+        assert torch.equal(model(ids).logits, hidden)
     assert torch.equal(model(ids).logits, given)
 
 

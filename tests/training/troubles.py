@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linearize.jobs.finetune import run_stages
-from linearize.training import metrics as module
-from linearize.training import trainer
-from linearize.training.guarded import GuardedTrainer
+from linearize.training import metrics
+from linearize.training.loop import StageLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,13 +34,14 @@ def same(a: Weights, b: Weights) -> bool:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object], stage: int = 0) -> None:
     """Calls `act` when the figures of a step of a stage are logged."""
+    append = metrics.append_json_line
 
     def log(path: Path, record: dict[str, Any]) -> None:
-        trainer.append_json_line(path, record)
+        append(path, record)
         if (record["stage"], record["step"]) == (stage, step):
             act()
 
-    monkeypatch.setattr(module, "append_json_line", log)
+    monkeypatch.setattr(metrics, "append_json_line", log)
 
 
 def steps(work: Path) -> list[int]:
@@ -51,23 +51,23 @@ def steps(work: Path) -> list[int]:
 def poison(
     monkeypatch: pytest.MonkeyPatch, wanted: set[int], *, gradient: bool = False, at: str = "o_proj"
 ) -> list[Weights]:
-    """Plants NaN in a forward or backward pass of these steps, in a module of the second layer's attention; gives the
-    weights seen at the start of each pass."""
+    """Plants NaN in the forward or backward passes of these steps, in a module of the second layer's attention; returns
+    the weights at the start of each step."""
     seen: list[Weights] = []
-    step = GuardedTrainer._in_parts
+    step = StageLoop.train_step
 
-    def planted(self: Any, model: Any, inputs: Any, counted: Any) -> Any:
-        seen.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-        bad = self.state.global_step + 1 in wanted
-        layer = next(module for name, module in model.named_modules() if name.endswith(f"layers.1.self_attn.{at}"))
+    def planted(self: StageLoop) -> dict[str, Any]:
+        seen.append({n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad})
+        bad = self.progress.step + 1 in wanted
+        layer = next(module for name, module in self.model.named_modules() if name.endswith(f"layers.1.self_attn.{at}"))
         if gradient:
             hook: Any = layer.register_full_backward_hook(lambda _, given, __: (given[0] * (torch.nan if bad else 1),))
         else:
             hook = layer.register_forward_hook(lambda _, __, y: y * torch.nan if bad else y)
         try:
-            return step(self, model, inputs, counted)
+            return step(self)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(GuardedTrainer, "_in_parts", planted)
+    monkeypatch.setattr(StageLoop, "train_step", planted)
     return seen

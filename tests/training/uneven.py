@@ -14,7 +14,7 @@ from linearize.cli.app import run
 from linearize.jobs import finetune as module
 from linearize.recipe import load_recipe
 from linearize.runtime import processes
-from linearize.training import trainer
+from linearize.training.loop import StageLoop
 
 
 class Cut(Exception):
@@ -23,18 +23,17 @@ class Cut(Exception):
 
 def main(folder: Path) -> None:
     processes.join()
-    told = trainer._Reporter.on_log
-    cuts = True
+    step, cuts = StageLoop.train_step, True
 
-    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        if cuts and state.global_step == 2:
+    def cut(self: StageLoop) -> dict[str, Any]:
+        if cuts and self.progress.step == 1:
             raise Cut
-        told(self, args, state, control, logs, **more)
+        return step(self)
 
     def stale(_: Path) -> NoReturn:
         raise AssertionError("a process that is not the first looks for checkpoints")
 
-    trainer._Reporter.on_log = on_log
+    StageLoop.train_step = cut
     if not processes.is_first():
         module.newest = module.checkpoints = stale
     for recipe in sorted(folder.glob("*.yaml")):

@@ -1,6 +1,6 @@
-"""Attention with landmarks; `slots.py` defines them.
+"""Attention with landmarks for any number of tokens; see `slots.py` for the definition.
 
-Any number of tokens goes block by block: between two merges all queries read the same sinks, the same slots and the
+Queries are computed block by block, because all queries between two merges read the same sinks, the same slots and the
 same state.
 """
 
@@ -49,16 +49,16 @@ def landmark_attention(
 
 
 class _Rows(NamedTuple):
-    """Rows laid out as they stand in their windows: place 0 is the first token of the first block that has not been
-    merged, so that all rows come to the borders of blocks together.
+    """Rows aligned by their windows: place 0 is the first token of the oldest block that is not merged yet, so block
+    borders are at the same places in all rows.
 
     Attributes:
-        merged: blocks that have been merged before, in all rows `[R]` or of each.
-        offset: the place of the first new token, before 0 if it is a sink; likewise.
-        total: `[R]` places that are filled; None means all.
+        merged: the number of blocks merged so far, one number for all rows or `[R]`.
+        offset: the place of the first new token, one number for all rows or `[R]`; negative if it is a sink.
+        total: `[R]` the number of filled places; None means all.
         first: the place of the first query in `q` and `q_state`.
-        q, q_state: `[R, L, H, D]` queries with positions, and the recurrence's.
-        held: by name, the tokens from place 0 on.
+        q, q_state: `[R, L, H, D]` the queries of softmax attention and those of the recurrence.
+        held: the tensors of the tokens from place 0 on, by name.
     """
 
     merged: Tensor | int
@@ -70,14 +70,14 @@ class _Rows(NamedTuple):
     held: Part
 
     def real(self, query: Tensor) -> Tensor | None:
-        """`[R, L]`, which of the queries at these places `[L]` are new tokens; None means all."""
+        """`[R, L]`, True if the query at a place in `query` `[L]` is a new token; None means all."""
         if self.total is None:
             return None
         real = query < self.total[:, None]
         return real if isinstance(self.offset, int) else real & (query >= self.offset[:, None])
 
     def back(self, y: Tensor, tokens: int) -> Tensor:
-        """`y` `[R, L, ...]` of the queries, in the order of the new tokens."""
+        """`y` `[R, L, ...]` from the order of places to the order of the new tokens."""
         if isinstance(self.offset, int):
             return y
         place = torch.arange(tokens, device=y.device) + self.offset[:, None] - self.first
@@ -109,7 +109,7 @@ def _lay_out(
 
 
 def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
-    """Any number of tokens, whole rows without a memory among them."""
+    """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
     config, window, device = mixer.config, mixer.window, new.v.device
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
     fresh, sums = novelty(new.k, parts["keys"]["sum"])
@@ -145,10 +145,13 @@ def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: L
 def _block(
     mixer: MixerBase, rows: _Rows, places: slice, block: int, sinks: Part, landmarks: Part
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the queries at `places`, which have left `block` blocks behind; adds their shares to `received`.
+    """Attention of the queries at `places`; adds each key's attention weights to its `received` score.
+
+    Args:
+        block: the number of blocks of `rows.held` merged before these queries.
 
     Returns:
-        outputs and the log of the softmax's denominator, as of `joint_attention`.
+        outputs and the log of the softmax's denominator, as `joint_attention` returns them.
     """
     held, slots, count = rows.held, mixer.config.landmarks, mixer.config.sinks
     query = torch.arange(places.start, places.stop, device=rows.q.device)
@@ -156,7 +159,7 @@ def _block(
     distance = query[:, None] - torch.arange(local.start, local.stop, device=query.device)
     read: list[Part] = [{name: x[:, local] for name, x in held.items()}]
     seen: list[Tensor | None] = [(distance >= 0)[None, None]]
-    # Where all rows have merged as many blocks, so many slots are filled in each.
+    # If all rows have merged the same number of blocks, the same number of slots is filled in each.
     filled = min(slots, (rows.merged + block) * BLOCK) if isinstance(rows.merged, int) else slots
     if filled:
         read.insert(0, {name: x[:, :filled] for name, x in landmarks.items()})
@@ -185,22 +188,22 @@ def _block(
 
 
 class _Recall:
-    """The reads of a chunk's queries from the state, between the merges that write into it.
+    """The reads of a chunk's queries from the state, interleaved with the writes of its merges.
 
-    Writes and reads are gathered and then run as one sequence, in which the places of the queries write nothing.
+    Writes and reads are queued and then run as one sequence, in which the tokens at query places do not write.
     """
 
     def __init__(self, mixer: MixerBase, rows: _Rows) -> None:
         self.mixer, self.q, self.first = mixer, rows.q_state, rows.first
         self.on = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
-        self.waiting: list[tuple[Tensor, ...]] = []  # written, but not read yet
+        self.waiting: list[tuple[Tensor, ...]] = []  # written after the last read
         self.sequence: list[tuple[Tensor, ...]] = []  # q, k, v, source, writes
         self.reads: list[Tensor] = []  # places in the sequence
         self.empty: list[Tensor] = []
         self.start, self.length = 0, 0
 
     def write(self, lost: Part, goes: Tensor | None) -> None:
-        """Queue the tokens that a merge left without a slot, in the rows that `goes` selects."""
+        """Queue the tokens that a merge evicts, in the rows that `goes` selects."""
         if not self.on:
             return
         writes = lost["number"][:, :, 0] > 0
@@ -209,9 +212,10 @@ class _Recall:
         self.waiting.append((q, k, v, source, writes if goes is None else writes & goes[:, None]))
 
     def read(self, start: int, end: int, written: Tensor | int) -> None:
-        """Queries at places `start` to `end`, after `written` tokens in all: 0 or less where the state is empty."""
+        """Queue the queries at places `start` to `end`. `written` is the number of tokens in the state; 0 or less means
+        an empty state."""
         if not self.on or (isinstance(written, int) and written <= 0):
-            self.waiting = []  # nothing was lost, in any row
+            self.waiting = []  # no merge has evicted a token in any row
             return
         q = self.q[:, start - self.first : end - self.first]
         if not self.reads:
@@ -229,7 +233,8 @@ class _Recall:
             self.empty.append((written <= 0)[:, None].expand(-1, shape[1]))
 
     def join(self, y: Tensor, logs: Tensor, memory: LayerMemory | None) -> Tensor:
-        """The exact part's outputs `[R, L, H, V]`, with `logs` `[R, L, H]` of their denominators, and the state's."""
+        """Run the sequence and mix its outputs with the exact branch's `y` `[R, L, H, V]`; `logs` `[R, L, H]` are the
+        logs of the softmax's denominators."""
         if "window" in self.mixer.branches_off:
             y = torch.zeros_like(y)
         recurrence = self.mixer.recurrence
@@ -246,7 +251,7 @@ class _Recall:
 
 
 def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Part:
-    """Keys and values of the sinks `[R, M, K, D or V]` once the new tokens are there."""
+    """Keys and values of the sinks `[R, M, K, D or V]`, those among the new tokens included."""
     sinks, (rows, tokens) = mixer.config.sinks, new.v.shape[:2]
     if not sinks:
         return {}
@@ -271,12 +276,12 @@ def _keep(
     sums: Tensor,
     lengths: Tensor | None,
 ) -> None:
-    """Writes what a chunk ended with into the memory; what holds no token is 0.
+    """Write the tensors at the end of a chunk into the memory; places without a token become 0.
 
     Args:
-        done: blocks of `rows.held` that have been merged.
+        done: the number of blocks of `rows.held` that have been merged.
         exact: landmarks and sinks.
-        sums: those of normalised keys after each new token.
+        sums: `[R, L, K, D]` running sums of normalised keys after each new token.
     """
     window = memory.parts["window"]
     for name, held in list(window.items()):

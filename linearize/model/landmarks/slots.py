@@ -3,24 +3,24 @@
 Tokens after the sinks are numbered in blocks of `BLOCK`. Query t attends, under one softmax, to
 
     sinks       the first M tokens
-    landmarks   N slots per key/value head, of the blocks that all of the last W tokens have left behind
-    window      every token of the later blocks up to t: the last W at least, and W + BLOCK - 1 at most
+    landmarks   N slots per key/value head, filled from the blocks that have left the window
+    window      all tokens of the later blocks up to t: at least the last W, at most W + BLOCK - 1
 
-and reads the state, where there is a recurrence. When the next query leaves another block behind, the block's tokens
-and those in the slots are ranked, the N of highest rank are in the slots from then on, and the others go into the
-state in the order of the text. Between two merges nothing but the window changes, so all queries of a block are
-answered at once, and merging token by token, in chunks and in one go is the same sequence of merges.
+and reads the state, if the mixer has a recurrence. A block is merged when its last token leaves the window. A merge
+ranks the block's tokens together with those in the slots. The N of highest rank take the slots; the others are written
+into the state in text order. Slots and state do not change between two merges, so all queries of a block are computed
+at once, and any split of a text into calls makes the same merges.
 
 A token's rank is the sum of two scores, each standardised over the candidates of its head:
 
-    novelty     minus the cosine between its key, without positions, and the mean of its head's keys of length 1
-                before it (KeyDiff, arXiv 2504.15364): what is unlike the rest of the text. Averaged over the tokens
-                up to `REACH` places away, for what is to be recalled comes in runs
-    attention   the log of the attention it receives of a query, its head's queries together: a mean over queries at
-                least W / 4 tokens later, for what nearby tokens make of it says little about what distant ones will,
-                in which a block of queries counts `FADING` of the one after it (as H2O, arXiv 2306.14048, which has
-                neither). It counts against a token by `MOST_AGAINST` at most: what is to be recalled is often read
-                by nobody until it is asked for
+    novelty     minus the cosine between its key, without positions, and the mean of the head's earlier keys, each
+                scaled to length 1 (KeyDiff, arXiv 2504.15364). Averaged over the tokens up to `REACH` places away,
+                because facts worth recalling span several tokens
+    attention   the log of the mean attention weight it receives per query, summed over its head's queries (as H2O,
+                arXiv 2306.14048, without the two changes that follow). Only queries at least W / 4 tokens later
+                count, because the weights of near queries predict those of distant ones poorly. A block of queries
+                weighs `FADING` times the next block. The score is clipped below at -`MOST_AGAINST`, because a token
+                may receive no attention until the text returns to it
 
 Ranks are not differentiated; gradients reach the keys and values that are kept.
 """
@@ -51,8 +51,11 @@ _LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
 
 def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, device: torch.device) -> dict[str, Part]:
-    """The exact parts of `Mixer.parts` with landmarks; `empty` makes room for so many tokens' tensors of some names.
-    Tokens are numbered from 1 in `number`; 0 is an empty slot."""
+    """The tensors of `Mixer.parts` with landmarks. `number` counts tokens from 1; 0 marks an empty slot.
+
+    Args:
+        empty: makes zero tensors for a number of tokens and some tensor names.
+    """
     layer, slots = mixer.layer, mixer.config.landmarks
 
     def part(count: int, *names: str, **scores: torch.dtype) -> Part:
@@ -72,8 +75,8 @@ def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, dev
 
 
 def kept_names(mixer: MixerBase) -> tuple[str, ...]:
-    """The tensors kept of a token: those that attention reads, and those that the state takes if the token loses its
-    slot."""
+    """The names of the tensors kept per token: the inputs of attention, and the inputs of the state, which receives
+    the token if it loses its slot."""
     config = mixer.config
     if mixer.recurrence is None:
         return ("k_rotated", "v")
@@ -87,16 +90,20 @@ def merges(mixer: MixerBase, tokens: Tensor) -> Tensor: ...
 @overload
 def merges(mixer: MixerBase, tokens: Tensor | int) -> Tensor | int: ...
 def merges(mixer: MixerBase, tokens: Tensor | int) -> Tensor | int:
-    """How many blocks have been merged for the last of that many tokens of a row."""
+    """The number of blocks merged when the last of `tokens` tokens of a row is a query."""
     left = tokens - mixer.window - mixer.config.sinks
     return max(left, 0) // BLOCK if isinstance(left, int) else left.clamp_min(0) // BLOCK
 
 
 def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """The novelty of tokens with keys `k` `[R, L, K, D]`; earlier keys, of length 1, sum up to `before` `[R, K, D]`.
+    """The novelty of tokens with keys `k` `[R, L, K, D]`.
+
+    Args:
+        before: `[R, K, D]` the sum of the earlier keys, each scaled to length 1.
 
     Returns:
-        minus the cosine between each key and the mean before it, `[R, L, K]`, and the sums after each, `[R, L, K, D]`.
+        minus the cosine between each key and the mean of those before it, `[R, L, K]`, and the sum after each key,
+        `[R, L, K, D]`.
     """
     unit = F.normalize(k.detach().float(), dim=-1)
     sums = before[:, None] + unit.cumsum(1)
@@ -104,8 +111,8 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smoothed(raw: Tensor, window: int) -> Tensor:
-    """Novelty of a block's tokens `[R, BLOCK, K]` from those of the block and what follows it: the mean of `REACH`
-    tokens on either side, as far as they are in the window when the block leaves it."""
+    """Novelty of the first block's tokens, `[R, BLOCK, K]`: the mean of `raw` `[R, L, K]` over `REACH` tokens on either
+    side, as far as they are in the window when the block leaves it."""
     seen = raw[:, : BLOCK + min(REACH, window - 1)]
     sums = F.pad(seen.cumsum(1), (0, 0, 1, 0))
     place = torch.arange(BLOCK, device=raw.device)
@@ -114,7 +121,7 @@ def smoothed(raw: Tensor, window: int) -> Tensor:
 
 
 def ranks(candidates: Part, window: int) -> Tensor:
-    """`[R, N + C, K]`: how much each candidate is worth keeping, minus infinity where there is none."""
+    """The rank of each candidate, `[R, N + C, K]`; minus infinity for an empty slot."""
     exists = candidates["number"] > 0
     count = exists.sum(1, keepdim=True).clamp_min(1)
 
@@ -123,7 +130,7 @@ def ranks(candidates: Part, window: int) -> Tensor:
         apart = (score - score.sum(1, keepdim=True) / count).masked_fill(~exists, 0)
         return apart / (apart.square().sum(1, keepdim=True) / count).sqrt().clamp_min(_LEAST_SPREAD)
 
-    # All tokens of a block have been read by as many queries: in the window, and in the slots since.
+    # All tokens of a block have been seen by the same number of queries, in the window and then in the slots.
     number = candidates["number"]
     faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
     queries = faded * (window - window // 4 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
@@ -133,11 +140,14 @@ def ranks(candidates: Part, window: int) -> Tensor:
 
 
 def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
-    """The slots after a block, and the `BLOCK` tokens that have none: those of 0 first, which are no tokens, then by
-    number.
+    """Merge a block into the slots.
 
     Args:
-        landmarks: `[R, N, K, ...]` as in the memory; block: the same of the block's tokens, all of them real.
+        landmarks: the slots `[R, N, K, ...]`, as in the memory.
+        block: the same tensors for the block's tokens `[R, BLOCK, K, ...]`, all of them real.
+
+    Returns:
+        the new slots, and the `BLOCK` candidates without a slot, by number. Empty slots (number 0) come first.
     """
     candidates = {name: torch.cat([tensor, block[name].to(tensor.dtype)], 1) for name, tensor in landmarks.items()}
     with torch.no_grad():
@@ -149,33 +159,33 @@ def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
 
 
 def take_by_head(x: Tensor, at: Tensor) -> Tensor:
-    """Tokens or slots `at` `[R, N, K]` of `x` `[R, S, K, ...]`, for each head its own."""
+    """Tokens or slots `at` `[R, N, K]` of `x` `[R, S, K, ...]`, separately for each head."""
     return x.gather(1, at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:]))
 
 
 def where(rows: Tensor | None, a: Part, b: Part) -> Part:
-    """`a` in those rows and `b` in the others."""
+    """`a` in the rows that are True in `rows` `[R]` (None: all), `b` in the others."""
     if rows is None:
         return a
     return {name: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, b[name]) for name, x in a.items()}
 
 
 def stored(mixer: MixerBase, tokens: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and what gates are built from, as the state takes them, of tokens that lose their slots."""
+    """The keys, values and gate inputs that the state receives for tokens without a slot."""
     k = tokens["k_rotated" if mixer.config.rope else "k"]
     source = tokens.get("source", tokens["v"] if mixer.config.gate_source == "v" else k)
     return k, tokens["v"], source
 
 
 def arriving_of(mixer: MixerBase, new: Projections, fresh: Tensor) -> Part:
-    """The new tokens as the window keeps them."""
+    """The window's tensors for the new tokens."""
     given = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": mixer.source(new)}
     names = kept_names(mixer)
     return {name: given[name] for name in names} | {"novelty": fresh, "received": torch.zeros_like(fresh)}
 
 
 def numbers(first: Tensor | int, like: Tensor) -> Tensor:
-    """Numbers of a block's tokens `[R, BLOCK, K]`."""
+    """The numbers of a block's tokens, in the shape `[R, BLOCK, K]` of `like`; `first` is that of its first token."""
     number = torch.arange(BLOCK, device=like.device)
     number = number + (first if isinstance(first, int) else first[:, None])
     return number.view(-1, BLOCK, 1).expand(like.shape).int()

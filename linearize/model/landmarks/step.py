@@ -1,4 +1,4 @@
-"""One token of decoding with landmarks: the memory is updated where it lies, and once in a block there is a merge."""
+"""One token of decoding with landmarks. It updates the memory in place and merges once per block."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class _Seen(NamedTuple):
-    """The slots that the new token reads once it is in its place.
+    """The slots that the new token attends to, once it is written.
 
     Attributes:
-        sinks, landmarks, window: how many slots of each, from the first on.
-        masks: of these slots which are read, to be broadcast to `[R, K, 1, slots]`; None is all.
-        counts: `[R, landmarks, 1]` and `[R, window, 1]`, which of them the token counts as an attentive reader of, or
-            for how many, from the first on, it does.
-        written: tokens that the state has received: 0 or less where it is empty.
+        sinks, landmarks, window: the number of leading slots of each.
+        masks: for each of the three, True for visible slots, broadcastable to `[R, K, 1, slots]`; None means all.
+        counts: for landmarks and window, the slots whose `received` score the token's attention adds to: a mask
+            `[R, slots, 1]`, or the number of leading slots.
+        written: the number of tokens in the state; 0 or less if it is empty.
     """
 
     sinks: int
@@ -47,14 +47,14 @@ class _Seen(NamedTuple):
 
 
 def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
-    """As `landmark_attention`, for one token a row and no gradient."""
+    """`landmark_attention` for one token per row, without a gradient."""
     config, parts = mixer.config, memory.parts
     fresh, sums = novelty(new.k, parts["keys"]["sum"])
     arriving = arriving_of(mixer, new, fresh) | {"sum": sums[:, 0]}
     count = memory.uniform if lengths is None else None
     seen = _apart(mixer, memory, arriving, lengths) if count is None else _alike(mixer, memory, arriving, count)
     sizes = {"sinks": seen.sinks, "landmarks": seen.landmarks, "window": seen.window}
-    # Sinks are there or not as the recipe says; the other two always are, if with nothing in them yet.
+    # Only the sinks may be missing from the memory; landmarks and window are always there, possibly empty.
     names = [name for name, size in sizes.items() if size or name != "sinks"]
     y, log, received = joint_attention(
         new.q_rotated,
@@ -84,7 +84,7 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
 
 
 def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, count: int) -> _Seen:
-    """Takes in a token where all rows have seen `count` of them: everything is a plain number."""
+    """Write a token into rows that have all seen `count` tokens, so that masks are plain slices."""
     config, parts = mixer.config, memory.parts
     merged = merges(mixer, count + 1)
     if merged > merges(mixer, count):
@@ -106,12 +106,12 @@ def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, count: int) ->
 
 
 def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, lengths: Tensor | None) -> _Seen:
-    """Takes in a token in rows that differ: those of length 0 stay as they are."""
+    """Write a token into rows of different lengths; rows with length 0 in `lengths` do not change."""
     config, parts, counts = mixer.config, memory.parts, memory.counts
     real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
     before, merged = merges(mixer, counts), merges(mixer, counts + 1)
     goes = real & (merged > before)
-    # `any` syncs a GPU, and a recorded step must not depend on a value of the host; merging no row is a no-op.
+    # `any` syncs a GPU, and a CUDA graph must not depend on a host value. Merging no row is a no-op.
     if goes.device.type != "cpu" or not memory.counts_on_host or bool(goes.any()):
         _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, goes)
     place = counts - config.sinks - torch.where(real, merged, before) * BLOCK
@@ -140,8 +140,8 @@ def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, lengths: Tenso
 
 
 def _merge(mixer: MixerBase, memory: LayerMemory, first: Tensor | int, goes: Tensor | None) -> None:
-    """Merges the window's oldest block into the landmarks, in the rows that `goes` names, and moves the rest of the
-    window to its place; `first` is the number of the block's first token."""
+    """Merge the window's oldest block into the landmarks and shift the window by one block, in the rows that `goes`
+    selects (None: all); `first` is the number of the block's first token."""
     window, landmarks = memory.parts["window"], memory.parts["landmarks"]
     block = {name: tensor[:, :BLOCK] for name, tensor in window.items()}
     block |= {
@@ -160,7 +160,7 @@ def _merge(mixer: MixerBase, memory: LayerMemory, first: Tensor | int, goes: Ten
         q = k.repeat_interleave(mixer.layer.query_heads // mixer.layer.key_value_heads, 2)
         pinned = mixer.recurrence.form
         if not memory.counts_on_host:
-            mixer.recurrence.form = "parallel"  # other forms look at how strong the gates are, and choose by it
+            mixer.recurrence.form = "parallel"  # the choice between the other forms reads gate values, which syncs
         try:
             mixer.recurrence(q, k, v, source, writes, memory.parts["state"])
         finally:

@@ -1,8 +1,9 @@
-"""Attention with landmarks over whole rows where gradients are wanted.
+"""Attention with landmarks over whole rows, with gradients.
 
-Ranks are not differentiated, so which tokens are where is found first, without gradients and from keys alone; then all
-blocks are answered at once from the row's own keys and values. The same function as `landmark_attention`, which moves
-keys and values from block to block: going back through that costs more than everything else.
+Ranks are not differentiated, so the first pass finds the tokens in the slots from the keys alone, without gradients.
+The second pass computes all blocks at once from the row's own keys and values. The result equals
+`landmark_attention`, which copies keys and values from block to block; a backward pass through these copies would cost
+more than the rest of the layer.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
 
 def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
-    """`landmark_attention` of rows without a memory, `[R, L, H, V]`."""
+    """`landmark_attention` for rows without a memory, `[R, L, H, V]`."""
     sinks, slots, tokens = mixer.config.sinks, mixer.config.landmarks, new.q.shape[1]
-    first = min(sinks + mixer.window - 1 + BLOCK, tokens)  # queries that no block has left behind
+    first = min(sinks + mixer.window - 1 + BLOCK, tokens)  # the number of queries before the first merge
     kept, lost = _choose(mixer, new)
     blocks = kept.shape[1]
 
@@ -52,8 +53,8 @@ def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
 
 
 def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
-    """By number, from 1 on (0 is none): which tokens are in the slots after each merge, `[R, B, N, K]`, and which have
-    lost theirs by it, `[R, B, BLOCK, K]`."""
+    """Token numbers, from 1 (0: none): those in the slots after each merge, `[R, B, N, K]`, and those that each merge
+    evicts, `[R, B, BLOCK, K]`."""
     config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
     sinks, q, k = config.sinks, new.q_rotated.detach(), new.k_rotated.detach()
     fresh, _ = novelty(new.k, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
@@ -93,7 +94,7 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
 def _attend(
     mixer: MixerBase, new: Projections, own: slice, size: int, at: Tensor, seen: Tensor, widths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the queries `own`, in blocks of `size`, to the tokens `at`."""
+    """Attention of the queries `own`, in blocks of `size`, to the tokens `at`; see `gathered_attention`."""
     q = new.q_rotated[:, own]
     blocks = F.pad(q, (0, 0, 0, 0, 0, -q.shape[1] % size)).unflatten(1, (-1, size))
     scale, softcap = mixer.layer.scale, mixer.layer.softcap
@@ -103,7 +104,7 @@ def _attend(
 
 
 def _read_by_blocks(mixer: MixerBase, new: Projections, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Sinks, window and slots of each block's queries, as `gathered_attention` takes them."""
+    """The tokens that each block's queries attend to (sinks, window, slots), as arguments of `gathered_attention`."""
     sinks, width, (rows, blocks, slots, heads) = mixer.config.sinks, room(mixer.window), kept.shape
     device = kept.device
     merged = BLOCK * torch.arange(1, blocks + 1, device=device)[:, None]
@@ -119,15 +120,15 @@ def _read_by_blocks(mixer: MixerBase, new: Projections, kept: Tensor) -> tuple[T
 
 
 def _with_state(mixer: MixerBase, new: Projections, y: Tensor, logs: Tensor, lost: Tensor, first: int) -> Tensor:
-    """Mix in the outputs of the state. One sequence holds the tokens that a merge left without a slot, which write, and
-    then the queries up to the next merge, which read.
+    """Mix in the outputs of the state, computed as one sequence: per merge, the evicted tokens, which write, and then
+    the queries up to the next merge, which read.
 
     Args:
         first: the first query after a merge.
     """
     if "window" in mixer.branches_off:
         y = torch.zeros_like(y)
-    empty = mixer.config.landmarks // BLOCK  # merges that left none without
+    empty = mixer.config.landmarks // BLOCK  # merges that evict no token, because slots are free
     recurrence, lost = mixer.recurrence, lost[:, empty:]
     if recurrence is None or "recurrence" in mixer.branches_off or not lost.shape[1]:
         return y

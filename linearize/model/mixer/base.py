@@ -124,7 +124,7 @@ class MixerBase(nn.Module, ABC):
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of a decoding step once window and sinks are full; see `Recurrence.flops`."""
+        """Floating-point operations of a decoding step with a full window and full sinks; see `Recurrence.flops`."""
         window = room(self.window) if self.config.landmarks else self.window
         exact = self.layer.flops_per_key * (window + self.config.sinks + self.config.landmarks)
         if self.recurrence is None:

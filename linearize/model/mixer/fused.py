@@ -1,4 +1,4 @@
-"""A mixer on the fused kernels: its options as the kernels take them, the choice of a kernel, and the call.
+"""The fused kernels of a mixer: translation of its options, choice of a kernel, and the call.
 
     fused_step        one token a row, no gradient: everything in one launch, in place
     fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from linearize.model.memory import LayerMemory, Part
     from linearize.model.mixer.base import MixerBase
 
-# The recurrences that the kernels know, with what has a gate of its own and the sign of the gate's input.
+# The recurrences that the kernels support: the axis of the gate, and the sign of the gate's input.
 _GATES: dict[str, tuple[Any, float]] = {
     "gla": ("channel", 1.0),
     "hgrn2": ("channel", 1.0),
@@ -81,7 +81,7 @@ def decide_mixer(
 
 def fuses(mixer: MixerBase, new: Projections, memory: LayerMemory | None) -> bool:
     """True if a fused kernel runs `Mixer.forward` on these arguments."""
-    # Compiled code fuses on its own, and the kernels' launches have not been tried in it.
+    # torch.compile fuses by itself, and the kernels are not checked inside compiled graphs.
     if mixer.branches_off or torch.compiler.is_compiling() or settled(new.v.device):
         return False
     operation: Operation = "step" if new.q.shape[1] == 1 else "attention"
@@ -120,7 +120,7 @@ def fused_attention(
     source = mixer.source(new)
     given = {"k": new.k, "k_rotated": new.k_rotated, "v": new.v, "source": source}
     if whole is not None:
-        # A state of all tokens asks nothing of those that are in the window already.
+        # With `covers: all` the state already holds the tokens of the window, so their inputs are padded with zeros.
         given = {name: whole[name] if name in whole else F.pad(x, (0, 0, 0, 0, past, 0)) for name, x in given.items()}
         if config.covers == "evicted" and config.gate_source != "q":
             given["source"] = given["v" if config.gate_source == "v" else "k"]
@@ -173,7 +173,7 @@ def fused_attention(
         rows=row_starts,
         longest=tokens,
         counts=memory.counts.clone() if memory is not None and whole is not None else None,
-        # A backward pass may want what is written over below.
+        # The kernel's backward reads the initial state, and `store` overwrites the memory's tensor below.
         initial_state=state.clone() if state is not None else None,
     )
     if memory is not None:
@@ -198,7 +198,7 @@ def _packing(lengths: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, T
 
 
 def _chosen(x: Tensor, at: Tensor | None) -> Tensor:
-    """The tokens of all rows of `x` `[R, L, ...]`, or those numbered `at`."""
+    """`x` `[R, L, ...]` with rows and tokens flattened; with `at`, only the tokens at these indices."""
     flat = x.flatten(0, 1)
     return flat if at is None else flat[at]
 

@@ -31,10 +31,10 @@ def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
     """`Mixer.forward` for the calls that `steps` accepts."""
     config, window, count, recurrence = mixer.config, mixer.window, memory.uniform, mixer.recurrence
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
-    leaving = count - window  # the number of the token that the new one pushes out; below 0 there is none
+    leaving = count - window  # the number of the token that the new one evicts; negative: none
     slot = count % window
     ring = memory.parts["window"]
-    place = {name: tensor[:, slot : slot + 1] for name, tensor in ring.items()}  # of what leaves, then of what comes
+    place = {name: tensor[:, slot : slot + 1] for name, tensor in ring.items()}  # the evicted token, then the new one
     q = new.q_rotated if config.rope else new.q
     read = mass = None
     if recurrence is None or (config.covers == "evicted" and leaving < config.sinks):
@@ -67,7 +67,7 @@ def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
 
 
 def _visible(memory: LayerMemory, count: int, window: int, sinks: int) -> Part:
-    """The keys and values that token number `count` sees, in any order."""
+    """The keys and values that token number `count` attends to, in any order."""
     ring, leaving = memory.parts["window"], count - window
     if leaving < -1:
         return {name: ring[name][:, : count + 1] for name in _SEEN}

@@ -1,6 +1,6 @@
-"""The check of a fused kernel on the device at hand, because a compiler or a driver may break it there alone.
+"""A check of each fused kernel on the user's GPU, because a compiler or driver version can break a kernel.
 
-Before a GPU's first call of a kind, the mixer runs on random tokens with the kernel and in plain PyTorch. The kernel is
+Before the first call of each kind, the mixer runs on random tokens with the kernel and in plain PyTorch. The kernel is
 used only if outputs, memory and gradients agree.
 """
 
@@ -18,11 +18,11 @@ from linearize.model.memory import LayerMemory
 if TYPE_CHECKING:
     from linearize.model.mixer.base import MixerBase
 
-# In Triton's interpreter there is no compiler to doubt.
+# The interpreter on the CPU uses no GPU compiler, so there is nothing to check.
 ON_TRIAL = {"cuda"}
 _VERDICTS: dict[tuple[Any, ...], bool] = {}
 _ROWS = 2
-# Of the largest value: far above what rounding does, far below what a fault does.
+# Relative to the largest value: far above rounding errors, far below the effect of a fault.
 _TOLERANCE = {torch.float32: 2e-3}
 _HALF_TOLERANCE = 4e-2
 
@@ -34,7 +34,7 @@ def passes(operation: Operation, mixer: MixerBase, device: torch.device, dtype: 
     kind = (operation, mixer.kind, device, dtype)
     if kind not in _VERDICTS:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # nothing can be tried inside a graph
+            return False  # the check cannot run during CUDA graph capture
         _VERDICTS[kind] = _agrees(operation, mixer, device, dtype)
     return _VERDICTS[kind]
 
@@ -69,7 +69,7 @@ def _agrees(operation: Operation, mixer: MixerBase, device: torch.device, dtype:
 def _run(
     operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype, *, fused: bool
 ) -> list[Tensor]:
-    """Outputs, memory and, of a prompt, gradients of a mixer on tokens that are the same at every call."""
+    """Outputs, memory and (for `attention`) gradients of a mixer on random tokens of a fixed seed."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> Projections:
@@ -103,7 +103,7 @@ def _run(
 
 
 def _distance(ours: Tensor, plain: Tensor) -> float:
-    """The largest difference, as a share of the largest value; infinite where it is not a number."""
+    """The largest absolute difference relative to the largest value; infinite if it is NaN."""
     if plain.numel() == 0:
         return 0.0
     worst = float((ours - plain).abs().max() / plain.abs().max().clamp_min(1e-6))

@@ -1,7 +1,7 @@
 """Window and sinks of rows that continue a memory.
 
-The window is a ring: token i of a row stands in slot i mod W. `slide` writes the new tokens into it, returns the keys
-that their queries read, and the tokens that leave.
+The window is a ring buffer: token i of a row is in slot i mod W. `slide` writes the new tokens into it and returns the
+keys for their queries and the tokens that leave.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Evicted:
     Attributes:
         k, k_rotated, v: `[R, E, K, D or V]` keys without and with positions, and values.
         source: `[R, E, K, D]` the input of their gates.
-        index: `[R or 1, E]` each token's number in its row; a number below 0 stands for no token.
+        index: `[R or 1, E]` each token's number in its row; a number below 0 means no token.
         writes: `[R or 1, E]` True for the tokens that the state receives; None means all.
     """
 
@@ -48,7 +48,7 @@ class Evicted:
 
 @dataclass
 class Span:
-    """The keys that new queries read, and the tokens that their window lets go.
+    """The keys for new queries, and the tokens that leave the window.
 
     Attributes:
         k_rotated, v: `[R, P + L, K, D or V]`, the P tokens before the first query, then those of the queries.
@@ -72,8 +72,8 @@ def starts(memory: LayerMemory, lengths: Tensor | None) -> bool:
 
 
 def fill(mixer: MixerBase, new: Projections, memory: LayerMemory) -> None:
-    """Write the first tokens of the rows into an empty memory: the last W into the window, the sinks that it lets go
-    into their slots."""
+    """Write the first tokens of the rows into an empty memory: the last W into the window, and the sinks that have left
+    it into their slots."""
     ring, window, tokens = memory.parts["window"], mixer.window, new.q.shape[1]
     for name, tensor in ring.items():
         arriving = mixer.source(new) if name == "source" else getattr(new, name)
@@ -81,14 +81,14 @@ def fill(mixer: MixerBase, new: Projections, memory: LayerMemory) -> None:
         if tokens < window:
             store(ring, name, torch.cat([latest.to(tensor.dtype), tensor[:, tokens:]], 1))
         else:
-            store(ring, name, latest.roll(tokens % window, 1))  # token i stands in slot i mod W
+            store(ring, name, latest.roll(tokens % window, 1))  # token i is in slot i mod W
     for name, tensor in memory.parts.get("sinks", {}).items():
         count = max(min(tensor.shape[1], tokens - window), 0)
         tensor[:, :count].copy_(getattr(new, name)[:, :count].detach())
 
 
 def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Span:
-    """Move the window over the new tokens `[R, L, ...]`, and keep the sinks among those that leave it."""
+    """Move the window over the new tokens `[R, L, ...]` and store the sinks that leave it."""
     window, tokens = mixer.window, new.q.shape[1]
     query_index = memory.counts[:, None] + torch.arange(tokens, device=new.q.device)  # [R, L]
     index = query_index - window  # of the token that query t pushes out
@@ -99,7 +99,7 @@ def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: La
     writes = None if count is not None and count >= window else (index >= 0) & real
     whole: Part | None = None
     if tokens == 1:
-        # The order of keys does not matter to softmax, so one slot is exchanged and nothing else moves.
+        # Softmax does not depend on the order of the keys, so overwriting one slot is enough.
         slot = (query_index % window)[:, :, None, None]
         held: Part = {}
         for name, tensor in ring.items():
@@ -108,7 +108,7 @@ def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: La
             incoming = arriving[name].detach().to(tensor.dtype)
             tensor.scatter_(1, at, torch.where(real[:, :, None, None], incoming, held[name]))
         exists = torch.arange(window, device=slot.device) <= query_index
-        # The next step writes into the ring, and a backward pass reads these tensors after it.
+        # Clone for autograd: the next step overwrites the ring before a backward pass reads these tensors.
         seen = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
     else:
         past = torch.arange(window, device=index.device)
@@ -135,7 +135,7 @@ def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: La
 def _split_sinks(
     mixer: MixerBase, evicted: Evicted, memory: LayerMemory, query_index: Tensor
 ) -> tuple[ExactColumns, Evicted]:
-    """Keep the first tokens of each row as they leave the window. Returns the sinks, and the other tokens."""
+    """Store the first M tokens of each row as they leave the window. Returns the sinks, and the other tokens."""
     sinks, part = mixer.config.sinks, memory.parts["sinks"]
     number = torch.arange(sinks, device=query_index.device)
     visible = number <= (query_index - mixer.window)[:, :, None]
@@ -143,7 +143,7 @@ def _split_sinks(
     if count is not None and count >= mixer.window + sinks:
         return (part["k_rotated"], part["v"], visible), evicted
     rows = evicted.v.shape[0]
-    place = (number - evicted.index[:, :1]).expand(rows, -1)  # of sink j in `evicted`, if it leaves now
+    place = (number - evicted.index[:, :1]).expand(rows, -1)  # the index of sink j in `evicted`, if it leaves now
     inside = place.clamp(0, evicted.index.shape[1] - 1)
     arrives = place == inside
     if evicted.writes is not None:
@@ -154,12 +154,12 @@ def _split_sinks(
     store(part, "k_rotated", k)
     store(part, "v", v)
     if evicted.writes is None:
-        # The rows are of one length, so the sinks are the same few columns in each.
+        # All rows have the same length, so the sinks are the same columns in each row.
         return (k, v, visible), evicted.without(max(sinks - max((count or 0) - mixer.window, 0), 0))
     evicted.writes = evicted.writes & (evicted.index >= sinks)
     return (k, v, visible), evicted
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` `[R, N]` along the token axis of `x` `[R, T, heads, width]`."""
+    """Tokens `index` `[R, N]` of each row of `x` `[R, T, heads, width]`."""
     return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))

@@ -1,4 +1,4 @@
-"""The recurrences: each reads its gate off the pretrained keys, keeps a state of fixed size, and has one row below."""
+"""The recurrences. Each computes its gate from pretrained keys, keeps a state of fixed size, and has a row below."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def build_recurrence(config: MixerConfig, layer: AttentionLayer, depth: float = 
     """The recurrence that `config` names, for the heads of `layer`; None for `none`.
 
     Args:
-        depth: where the layer stands in the model, 0 for the first and 1 for the last.
+        depth: the relative depth of the layer, 0 for the first and 1 for the last.
 
     Raises:
-        ValueError: no recurrence of that name, or one that does not go with the other options.
+        ValueError: the name is unknown, or the recurrence does not support the other options.
     """
     if config.recurrence == "none":
         return None

@@ -1,11 +1,11 @@
-"""What every recurrence shares: the gate built from pretrained projections, feature maps, and how a state is held.
+"""The base class of the recurrences: the gate from pretrained projections, the feature maps, and the state.
 
 A recurrence is a module with the layer's few own parameters. It turns queries, keys and values into
 
-    outputs [R, L, H, V]   what the state answers to each query
-    mass    [R, L, H]      how much it summed up to say so (the same sum with every value 1), where that has a meaning
+    outputs [R, L, H, V]   the state's output for each query
+    mass    [R, L, H]      the same sum with every value 1, if the recurrence has one
 
-so that outputs / mass is an average of values, as softmax attention's output is.
+so that outputs / mass is an average of values, like the output of softmax attention.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Recurrence(nn.Module, ABC):
 
     Args:
         config: the layer's mixer section.
-        layer: the heads that it serves.
-        depth: where the layer stands in the model, 0 for the first and 1 for the last.
+        layer: the heads that it mixes.
+        depth: the relative depth of the layer, 0 for the first and 1 for the last.
 
     Attributes:
-        paper: where the recurrence comes from.
-        gates: what has a gate of its own.
-        gate_start: scale and bias of the gate where the recipe names none; they make it forget slowly.
-        has_mass: whether its outputs are sums of values with weights that cannot be negative.
-        update_flops: floating-point operations that a step takes per entry of the state, reading aside; see `flops`.
-        mapped: what passes through the feature map: queries, keys, or both.
-        form: pins a form of the kernels; None takes the one that suits the length.
+        paper: the source of the recurrence.
+        gates: the axis of the gate: one gate per channel, head, slot or value channel, or none.
+        gate_start: scale and bias of the gate where the recipe names none; they make it decay slowly.
+        has_mass: True if its outputs are sums of values with non-negative weights.
+        update_flops: floating-point operations of a step per entry of the state, reading aside; see `flops`.
+        mapped: the inputs of the feature map: queries (`q`), keys (`k`), or both.
+        form: pins a form of the kernels; None chooses by the length.
     """
 
     paper: ClassVar[str]
@@ -73,7 +73,7 @@ class Recurrence(nn.Module, ABC):
         register(self, self.initial_values())
 
     def initial_values(self) -> dict[str, Tensor]:
-        """What each own parameter starts as."""
+        """The start of each own parameter."""
         config, values = self.config, dict[str, Tensor]()
         if config.gate_learned and self.gates != "none":
             shape = (self.key_value_heads, self.gate_width)
@@ -125,31 +125,31 @@ class Recurrence(nn.Module, ABC):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Reads and updates the state, token after token.
+        """Write and read the state, token after token.
 
         Args:
             q: `[R, L, H, D]`. k, v: `[R, L, K, D]`, `[R, L, K, V]`, aligned with q: k[:, t] is written, then read.
-            source: `[R, L, K, D]`, what the gate is built from.
+            source: `[R, L, K, D]`, the tensor that the gate is computed from.
             writes: `[R, L]`, False where k[:, t] neither writes nor decays; None means all write.
-            state: as `state()` makes it, updated in place; None starts from nothing and keeps nothing.
+            state: as `state()` makes it, updated in place; None starts from zeros and stores nothing.
 
         Returns:
-            outputs and mass (None where it has no meaning), float32.
+            outputs `[R, L, H, V]` and mass `[R, L, H]` (None if the recurrence has none), float32.
         """
 
     def flops(self, group: int) -> int:
         """Floating-point operations of one decoding step of one key/value head that `group` query heads share.
 
-        Per entry of the state's matrices (tensors `[B, K, rows, columns]`), a multiply-add counting 2:
+        Per entry of the state's matrices (tensors `[B, K, rows, columns]`), counting a multiply-add as 2:
 
             3   gated: decay 1, write k_tᵀ v_t 2
             2   without a gate: write 2
-            5   delta rule: decay 1, what the state answers 2, write k_tᵀ (v_t - answer) 2
+            5   delta rule: decay 1, read k_t S 2, write k_tᵀ (v_t - k_t S) 2
             7   delta rule that corrects along another vector than it writes: one write more
             2   for each query head: read q_t S
 
-        and 2 per weight of a learned feature map or a random gate. What is done to vectors alone (gates, normalising,
-        bonuses) is left out: it is less by a factor of a head's width, except where the state is itself a vector.
+        and 2 per weight of a learned feature map or a random gate. Operations on vectors (gates, normalising, bonuses)
+        are left out: they are smaller by a factor of a head's width, except where the state is itself a vector.
         """
         matrices = (x for x in self.state(1, torch.device("meta")).values() if x.dim() == 4)
         entries = sum(x.shape[2] * x.shape[3] for x in matrices)
@@ -163,8 +163,8 @@ class Recurrence(nn.Module, ABC):
     def in_segments(
         self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, writes: Tensor | None, state: Part | None
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward`, with a long text cut into segments where no gradient is wanted: what is computed on the way then
-        takes memory for one segment, and pieces that small are reused instead of asked for from the system anew."""
+        """`forward` in segments of `_SEGMENT` tokens if no gradient is needed. Intermediates then take memory for one
+        segment only, and the allocator reuses them."""
         tokens = k.shape[1]
         if tokens <= _SEGMENT or torch.is_grad_enabled():
             result: tuple[Tensor, Tensor | None] = self(q, k, v, source, writes, state)
@@ -177,7 +177,7 @@ class Recurrence(nn.Module, ABC):
             read, mass = self(q[:, own], k[:, own], v[:, own], source[:, own], written, state)
             results = [read] if mass is None else [read, mass]
             if not outputs:
-                # Filled in place: pieces that are kept to be joined later are memory that no segment can use again.
+                # Preallocated, because pieces kept for a `cat` would be memory that no later segment can reuse.
                 outputs = [x.new_empty(x.shape[0], tokens, *x.shape[2:]) for x in results]
             for whole, piece in zip(outputs, results, strict=True):
                 whole[:, own] = piece
@@ -197,27 +197,27 @@ class Recurrence(nn.Module, ABC):
         return self.gate_scale_start * source + self.gate_bias_start
 
     def log_gate(self, source: Tensor) -> Tensor:
-        """log g = logsigmoid(x) / divisor, x the gate's input; with a lower bound γ, γ + (1 - γ) g takes its place."""
+        """log g = logsigmoid(x) / divisor, x the gate's input; with a lower bound γ, g is replaced by γ + (1 - γ) g."""
         log_gate = F.logsigmoid(self.gate_input(source))
         if self.config.gate_divisor != 1:
             log_gate = log_gate / self.config.gate_divisor
         bound = self.config.lower_bound * self.depth
-        # γ + (1 - γ) g = 1 + (1 - γ)(g - 1), which keeps what a gate near 1 lets go.
+        # γ + (1 - γ) g = 1 + (1 - γ)(g - 1): expm1 and log1p keep the small 1 - g of a gate near 1.
         return torch.log1p((1 - bound) * torch.expm1(log_gate)) if bound else log_gate
 
     def gate(self, source: Tensor) -> Tensor:
-        """g itself, for a step; over many tokens only its logarithm keeps what a gate near 1 lets go."""
+        """g itself, for one step. Over many tokens use `log_gate`, because g near 1 rounds 1 - g away."""
         plain = type(self).log_gate is Recurrence.log_gate and self.config.gate_divisor == 1
         if plain and not self.config.lower_bound * self.depth:
             return self.gate_input(source).sigmoid()
         return self.log_gate(source).exp()
 
     def in_place(self, tokens: int, state: Part | None) -> bool:
-        """Whether `forward` of so many tokens may update the state where it lies: one token, and no gradient."""
+        """True if `forward` on this number of tokens may update `state` in place: one token, and no gradient."""
         return tokens == 1 and state is not None and self.form is None and not torch.is_grad_enabled()
 
     def features(self, x: Tensor) -> Tensor:
-        """The feature map on queries `[R, L, H, D]` or keys `[R, L, K, D]`."""
+        """Apply the feature map to queries `[R, L, H, D]` or keys `[R, L, K, D]`."""
         if self.config.qk_norm:
             x = F.normalize(x, dim=-1, eps=1e-6)
         kind = self.config.feature_map
@@ -231,12 +231,12 @@ class Recurrence(nn.Module, ABC):
         return F.elu(x) + 1 if kind == "elu" else x
 
     def per_feature(self, x: Tensor) -> Tensor:
-        """What belongs to channels of the key `[..., D]`, as wide as the features; what belongs to the head stays."""
+        """Repeat channels of the key `[..., D]` to the width of the features; a value per head `[..., 1]` stays."""
         return torch.cat([x, x], -1) if x.shape[-1] > 1 and self.feature_width != self.key_width else x
 
 
 def register(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Makes a parameter of each value. Under a meta device there is only its shape, and loading fills it in."""
+    """Register each value as a parameter. On the meta device only its shape exists, and loading fills it in."""
     for name, value in values.items():
         parameter = torch.empty(value.shape)
         if not parameter.is_meta:
@@ -245,12 +245,12 @@ def register(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def as_computed(*tensors: Tensor) -> list[Tensor]:
-    """In float32, or float64 where they are."""
+    """The tensors in float32; float64 stays."""
     return [x if x.dtype in (torch.float32, torch.float64) else x.float() for x in tensors]
 
 
 def silenced(writes: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """0 where a token does not write."""
+    """The tensors `[R, L, ...]` with 0 at tokens that do not write."""
     if writes is None:
         return list(tensors)
     silent = ~writes[:, :, None, None]
@@ -258,19 +258,19 @@ def silenced(writes: Tensor | None, *tensors: Tensor) -> list[Tensor]:
 
 
 def held(state: Part | None, name: str = "state") -> Tensor | None:
-    """A part of the state to start from."""
+    """One tensor of the initial state; None without a state."""
     if state is None:
         return None
-    # What is updated in place after this is still wanted by the backward pass.
+    # A clone for autograd, because the tensor is overwritten in place before the backward pass reads it.
     return state[name].clone() if torch.is_grad_enabled() else state[name]
 
 
 def keep(into: Part | None, **final: Tensor) -> None:
-    """Writes what a call ended with back into the state."""
+    """Store the final tensors of a call in the state."""
     if into is not None:
         for name, value in final.items():
             store(into, name, value)
 
 
-# Tokens. In a small model every intermediate then stays below the 32 MB from which malloc stops reusing memory.
+# Tokens. In a small model every intermediate then stays below 32 MB, from which malloc no longer reuses memory.
 _SEGMENT = 512

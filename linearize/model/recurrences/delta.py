@@ -1,4 +1,4 @@
-"""Recurrences that correct what the state already answers to a key, before they write (delta rules). All run on one
+"""Delta rules: recurrences that subtract the state's current output for a key before they write. All run on one
 kernel, `linearize_kernels.delta_rule`.
 
 k̂ is the feature map of the key, scaled to length 1, as is q̂; σ is the logistic function; x is the gate's input.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Delta(Recurrence):
-    """What they have in common: unit queries and keys, a state without a mass."""
+    """The shared part of the delta rules: unit queries and keys, a state without a mass."""
 
     has_mass: ClassVar[bool] = False
     update_flops: ClassVar[int] = 5
@@ -37,7 +37,7 @@ class Delta(Recurrence):
     def corrected(
         self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, a: Tensor, b: Tensor, state: Part | None
     ) -> Tensor:
-        """`delta_rule` from the state on, and into it."""
+        """Run `delta_rule` from `state` on and store the final state in it."""
         if self.in_place(q.shape[1], state):
             assert state is not None  # noqa: S101 - for the type checker; `in_place` has looked
             return delta_rule_step(q, k, v, log_gate.exp(), a, b, state["state"])
@@ -50,7 +50,7 @@ class KimiDeltaAttention(Delta):
     """S_t = (I - β_t k̂_tᵀ k̂_t) diag(g_t) S_{t-1} + β_t k̂_tᵀ v_t ,  o_t = q̂_t S_t
 
     log g = logsigmoid(x) / divisor per channel; β = σ(y) per head, y = write_scale * Pool(k) + write_bias. With
-    `negative_eigenvalues` β is 2 σ(y): above 1 the state is reflected along a key, which lets it track parity
+    `negative_eigenvalues` β is 2 σ(y). A β above 1 reflects the state along the key, so it can track parity
     (arXiv 2411.12537).
     """
 
@@ -91,8 +91,8 @@ class RWKV7(Delta):
     """S_t = diag(w_t) S_{t-1} - (a_t ⊙ k̂_t)ᵀ (k̂_t S_{t-1}) + k̃_tᵀ v_t ,  o_t = q̂_t S_t + (q̂_t · (ρ ⊙ k̃_t)) v_t
 
     w = exp(-exp(-1/2) σ(x) / divisor) and a = σ(rate_scale * k + rate_bias) per channel;
-    k̃ = k̂ ⊙ (1 + (a - 1) ⊙ replacement), where the paper has the key as projected in the place of k̂; ρ is a learned
-    bonus that starts at 0.
+    k̃ = k̂ ⊙ (1 + (a - 1) ⊙ replacement), where the paper uses the projected key instead of k̂; ρ is a learned bonus that
+    starts at 0.
     """
 
     paper: ClassVar[str] = "RWKV-7, arXiv 2503.14456"

@@ -1,5 +1,5 @@
-"""Recurrences of the form S_t = diag(g_t) S_{t-1} + k_tᵀ v_t, o_t = q_t S_t: they differ in the gate, in what is
-written, and in when it is read. All run on one kernel, `linearize_kernels.gla`.
+"""Recurrences of the form S_t = diag(g_t) S_{t-1} + k_tᵀ v_t, o_t = q_t S_t. They differ in the gate, in the written
+key, and in the order of write and read. All run on one kernel, `linearize_kernels.gla`.
 
 φ is the recipe's feature map; σ is the logistic function; x is the gate's input, scale * Pool(k) + bias.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Gated(Recurrence):
-    """What they have in common: subclasses say what the gate is and what is written."""
+    """The shared part of these recurrences; subclasses define the gate and the written key."""
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
         super().__init__(config, layer, depth)
@@ -38,7 +38,7 @@ class Gated(Recurrence):
         return {"state": torch.zeros(shape, dtype=torch.float32, device=device)}
 
     def written(self, k: Tensor, log_gate: Tensor) -> Tensor:
-        """What is written for keys `[R, L, K, D]` as projected."""
+        """The written key for the projected keys `k` `[R, L, K, D]`: the feature map, unless a subclass replaces it."""
         return self.features(k)
 
     def forward(
@@ -73,7 +73,7 @@ class GatedLinearAttention(Gated):
 
 
 class LinearAttention(Gated):
-    """S_t = S_{t-1} + φ(k_t)ᵀ v_t: nothing is ever forgotten; the control beside the others."""
+    """S_t = S_{t-1} + φ(k_t)ᵀ v_t, without any decay: the baseline of the other recurrences."""
 
     paper: ClassVar[str] = "Linear attention, arXiv 2006.16236"
     gates: ClassVar[GateWidth] = "none"
@@ -102,8 +102,8 @@ class GatedRetention(Gated):
 
 
 class HGRN2(Gated):
-    """g = γ + (1 - γ) σ(x)^(1/divisor) per channel, and 1 - g is written in the place of the key; γ is the recipe's
-    lower bound in the last layer, 0 in the first, and grows evenly in between. (Liger's released code has γ = 0.)"""
+    """g = γ + (1 - γ) σ(x)^(1/divisor) per channel, and 1 - g is written instead of the key; γ is the recipe's lower
+    bound in the last layer, 0 in the first, and grows linearly in between. (Liger's released code has γ = 0.)"""
 
     paper: ClassVar[str] = "HGRN2, arXiv 2404.07904"
     mapped: ClassVar[str] = "q"
@@ -124,11 +124,11 @@ class Mamba2(Gated):
 
 
 class RWKV6(Gated):
-    """g = exp(-exp(x) / divisor) per channel; a token reads the state as it stood before it, and itself with a bonus u:
+    """g = exp(-exp(x) / divisor) per channel. A token reads the state before its own write, and itself with a bonus u:
 
     o_t = q_t (S_{t-1} + diag(u) k_tᵀ v_t)
 
-    u is exp(log_bonus), which keeps the mass positive whatever is learned; it starts at 1.
+    u = exp(log_bonus), so the mass stays positive; u starts at 1.
     """
 
     paper: ClassVar[str] = "RWKV-6, arXiv 2404.05892"
@@ -141,7 +141,7 @@ class RWKV6(Gated):
         }
 
     def log_gate(self, source: Tensor) -> Tensor:
-        # exp(-exp(10)) is 0 in every dtype; exp of more would only leave float32's range.
+        # exp(-exp(10)) is 0 in every dtype; a larger input would only overflow float32.
         return -self.gate_input(source).clamp_max(10).exp() / self.config.gate_divisor
 
     def forward(
@@ -151,7 +151,7 @@ class RWKV6(Gated):
         k, log_gate = silenced(writes, self.features(k), self.per_feature(self.log_gate(source)))
         q, v = self.features(q), F.pad(v, (0, 1), value=1.0)
         before = held(state)
-        # Query t + 1 reads what stands after token t, so the queries move one place to the left and the answers back.
+        # `gla` reads after the write of the same token, so query t + 1 is moved to token t and its output back.
         read, final = gla(torch.cat([q[:, 1:], q[:, :1]], 1), k, v, log_gate, before, form=self.form)
         grouped = q.unflatten(2, (self.key_value_heads, -1))  # [R, L, K, G, D]
         first = torch.zeros_like(read[:, :1]) if before is None else (grouped[:, 0] @ before).flatten(1, 2)[:, None]
@@ -166,7 +166,7 @@ class MLSTM(Gated):
 
     C_t = f_t C_{t-1} + i_t φ(k_t)ᵀ v_t ,  n_t = f_t n_{t-1} + i_t φ(k_t) ,  o_t = φ(q_t) C_t / max(|φ(q_t)·n_t|, 1)
 
-    Both sums are kept divided by exp(m_t), m_t = max(log f_t + m_{t-1}, log i_t), so that no gate can overflow.
+    Both sums are divided by exp(m_t), m_t = max(log f_t + m_{t-1}, log i_t), so that no gate can overflow.
     """
 
     paper: ClassVar[str] = "xLSTM, arXiv 2405.04517"
@@ -192,7 +192,7 @@ class MLSTM(Gated):
         k, log_gate = silenced(writes, self.features(k), log_gate)
         if writes is not None:
             write = write.masked_fill(~writes[:, :, None, None], -math.inf)
-        # What scales both sums alike cancels, so no gradient has to go through it.
+        # A common factor of both sums cancels in the output, so it needs no gradient.
         with torch.no_grad():
             forgotten = log_gate.double().cumsum(1)
             start = held(state, "log_scale")
@@ -200,7 +200,7 @@ class MLSTM(Gated):
             highest = torch.cummax(torch.cat([start[:, None], write.double() - forgotten], 1), 1).values
             log_scale = highest + F.pad(forgotten, (0, 0, 0, 0, 1, 0))  # [R, 1 + L, K, 1]
             before, after = log_scale[:, :-1], log_scale[:, 1:]
-        # Differences of numbers that may be large: taken before they are rounded to float32.
+        # Differences of possibly large numbers: subtract in float64, then round to float32.
         read, final = gla(
             self.features(q),
             k * (write.double() - after).to(q.dtype).exp(),
@@ -215,8 +215,8 @@ class MLSTM(Gated):
 
 
 class LightNet(Gated):
-    """Each channel is a running softmax over all tokens so far, with x as its logits: g_t = exp(L_{t-1} - L_t), and
-    exp(x_t - L_t) is written in the place of the key; L_t = log Σ_{s<=t} exp(x_s)."""
+    """Each channel is a running softmax over all tokens so far with x as its logits: g_t = exp(L_{t-1} - L_t), and
+    exp(x_t - L_t) is written instead of the key; L_t = log Σ_{s<=t} exp(x_s)."""
 
     paper: ClassVar[str] = "LightNet, arXiv 2405.21022"
     mapped: ClassVar[str] = "q"
@@ -227,7 +227,7 @@ class LightNet(Gated):
         return {
             **super().state(batch, device),
             "log_sum": torch.zeros(shape, dtype=torch.float32, device=device),
-            "started": torch.zeros(batch, dtype=torch.float32, device=device),  # whether log_sum holds anything
+            "started": torch.zeros(batch, dtype=torch.float32, device=device),  # 1 once log_sum is valid
         }
 
     def forward(
@@ -254,12 +254,13 @@ class LightNet(Gated):
 
 
 class GateLoop(Gated):
-    """A complex gate per channel, g_t = σ(x_t) exp(i θ_t), θ_t = phase * k_t: what was written turns as it fades, and
-    what is read is the real part:
+    """A complex gate per channel, g_t = σ(x_t) exp(i θ_t), θ_t = phase * k_t: written entries rotate as they decay, and
+    the output is the real part:
 
     o_t = Σ_s Σ_d φ(q_t)_d φ(k_s)_d exp(c_td - c_sd) cos(Θ_td - Θ_sd) v_s ,  c, Θ the running sums of log σ(x) and θ
 
-    A product of cosines and sines, so it runs as two real channels per complex one. The divisor applies to log σ.
+    The cosine of a difference is a sum of two products, so each complex channel runs as two real ones. The divisor
+    applies to log σ.
     """
 
     paper: ClassVar[str] = "GateLoop, arXiv 2311.01927"
@@ -296,4 +297,4 @@ class GateLoop(Gated):
         return read, None
 
 
-_NOTHING = -1e30  # the logit of what was never written
+_NOTHING = -1e30  # the logit of a token that does not write

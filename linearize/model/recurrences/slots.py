@@ -1,4 +1,4 @@
-"""Recurrences whose gates belong to slots or to value channels. They run on `linearize_kernels.gated_values`."""
+"""Recurrences with gates per slot or per value channel. They run on `linearize_kernels.gated_values`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class GatedSlotAttention(Recurrence):
 
     K̃_t = diag(g_t) K̃_{t-1} + (1 - g_t)ᵀ k_t ,  Ṽ_t = diag(g_t) Ṽ_{t-1} + (1 - g_t)ᵀ v_t ,  o_t = softmax(q_t K̃_tᵀ) Ṽ_t
 
-    with one gate per slot, log g = logsigmoid(x) / divisor, x from the keys pooled to M channels. Queries and keys go
-    through the recipe's feature map (the paper's is the identity). M is the recipe's `slots`, or the width of a head.
+    with one gate per slot, log g = logsigmoid(x) / divisor, x from the keys pooled to M channels. Queries and keys pass
+    through the recipe's feature map (the paper uses the identity). M is the recipe's `slots`, or the width of a head.
     """
 
     paper: ClassVar[str] = "GSA, arXiv 2409.07146"
@@ -57,8 +57,8 @@ class GatedSlotAttention(Recurrence):
 
 
 class Elementwise(Recurrence):
-    """A gated average of the values, channel by channel, h_t = g_t ⊙ h_{t-1} + i_t ⊙ v_t, and a query that opens or
-    closes each channel of it: o_t = 2 σ(q_t) ⊙ h_t."""
+    """A gated average of the values per channel, h_t = g_t ⊙ h_{t-1} + i_t ⊙ v_t; the query scales each channel of the
+    output: o_t = 2 σ(q_t) ⊙ h_t."""
 
     gates: ClassVar[GateWidth] = "value"
     has_mass: ClassVar[bool] = False
@@ -99,8 +99,8 @@ class MinGRU(Elementwise):
 class RGLRU(Elementwise):
     """log g_t = -c softplus(Λ) r_t with r_t = σ(x) and c = 8;  i_t = sqrt(1 - g_t²) σ(input_scale * k + input_bias).
 
-    Λ is learned per channel and starts such that a full step (r = 1) keeps 0.9 to 0.999 of the state, evenly spaced
-    over the channels of a head.
+    Λ is learned per channel. It starts so that a full step (r = 1) keeps 0.9 to 0.999 of the state, evenly spaced over
+    the channels of a head.
     """
 
     paper: ClassVar[str] = "RG-LRU (Griffin), arXiv 2402.19427"
@@ -123,7 +123,7 @@ class RGLRU(Elementwise):
         return -_SHARPNESS * F.softplus(self.decay) * reset / self.config.gate_divisor
 
     def admitted(self, v: Tensor, source: Tensor, log_gate: Tensor) -> Tensor:
-        # sqrt(1 - g²) has no finite slope where g is 1, which a weak gate rounds to: its last 1e-6 is a straight line.
+        # sqrt(1 - g²) has an infinite slope at g = 1, to which a weak gate rounds, so roots below 1e-6 are linear.
         share = -torch.expm1(2 * log_gate)
         root = torch.where(share < 1e-12, share * 1e6, share.clamp_min(1e-12).sqrt())
         return root * (self.input_scale * source + self.input_bias).sigmoid() * v
