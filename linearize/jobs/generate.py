@@ -51,7 +51,7 @@ def generate(
         max_new_tokens: stop after so many; 0 reads and writes nothing, for the sake of the state.
         temperature: 0 takes the most likely token, otherwise tokens are sampled.
         top_p: sample among the most likely, up to this mass.
-        seed: of the sampling.
+        seed: of the sampling, as `torch.manual_seed` takes it.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
         trust_remote_code: run Python code that the model brings.
         write: called with each piece of new text as soon as it is there.
@@ -60,13 +60,14 @@ def generate(
         the new text, speed, memory and the state after it.
 
     Raises:
-        DataError: the prompt has no tokens.
+        DataError: the prompt has no tokens, or a number is out of its range.
         ModelError: the model cannot be read, or has no tokenizer, or no chat template that was asked for.
         StateError: a state, or reading alone, is asked of a model that was not converted.
     """
     check_dtype(dtype, int8=True)
     check_numbers(0, max_new_tokens=max_new_tokens, temperature=temperature)
     check_numbers(0, 1, top_p=top_p)
+    check_numbers(-(2**63), 2**64 - 1, seed=seed)
     loaded: Any = model
     name = "the model"
     if isinstance(model, (str, Path)):
