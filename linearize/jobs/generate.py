@@ -67,6 +67,7 @@ def generate(
     check_dtype(dtype, int8=True)
     check_numbers(0, max_new_tokens=max_new_tokens, temperature=temperature)
     check_numbers(0, 1, top_p=top_p)
+    check_numbers(-(2**63), 2**64 - 1, seed=seed)
     loaded: Any = model
     name = "the model"
     if isinstance(model, (str, Path)):

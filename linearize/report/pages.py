@@ -104,6 +104,6 @@ def _shown(value: Any) -> Any:
 def _plain(value: Any) -> str:
     """Text escaped for Markdown: on one line, without markup and column marks."""
     text = "".join(character if character.isprintable() else " " for character in str(value))
-    for mark in "\\`*_[]<>|#":
+    for mark in "\\`*_[]<>|#&~":
         text = text.replace(mark, "\\" + mark)
     return text

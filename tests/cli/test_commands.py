@@ -231,7 +231,7 @@ from linearize.cli.app import run
 
 for line in sys.stdin.read().splitlines():
     status = run(line.split("|"))
-    loaded = sorted({"torch", "transformers", "lm_eval", "datasets"} & set(sys.modules))
+    loaded = sorted({"torch", "transformers"} & set(sys.modules))
     print(status, *loaded)
 """
 

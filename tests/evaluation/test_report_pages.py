@@ -16,6 +16,7 @@ from linearize.evaluation.results.report import write_report
 from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.results.telling import summary, tell
 from linearize.report.formatting import percent_text, with_error
+from linearize.report.pages import Page, to_markdown
 from linearize.report.svg import STYLE
 
 from .results_kit import accuracy, answers, needles, results, system
@@ -243,3 +244,7 @@ def test_many_systems_with_long_names(tmp_path: Path) -> None:
     scores = {info.name: system(20, 0.1, [1.0, 0.5, 0.25, 0.0]) for info in infos}
     write_report(results(systems=infos, scores=scores), tmp_path)
     check_page(tmp_path)
+
+
+def test_entities_and_strikes_in_a_name_stay_text_in_markdown() -> None:
+    assert to_markdown(Page("&lt;b&gt; ~~x~~", [])).startswith(r"# \&lt;b\&gt; \~\~x\~\~")
