@@ -101,7 +101,7 @@ def test_a_value_that_the_command_line_refuses_is_not_guessed_in_python(outcome,
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda: linearize.evaluate("m", limit=0), "limit 0: expected 1 or more"),
+        (lambda: linearize.evaluate("m", limit=0), "limit is 0: give 1 or more items per task"),
         (lambda: linearize.evaluate("m", lengths=[256, 0]), "lengths 0: expected 1 or more"),
         (lambda: linearize.generate("m", "x", max_new_tokens=-1), "max_new_tokens -1: expected 0 or more"),
         (lambda: linearize.generate("m", "x", top_p=1.5), "top_p 1.5: expected 0 to 1"),
