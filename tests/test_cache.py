@@ -174,7 +174,7 @@ def test_writers_keep_to_it(tmp_path, monkeypatch):
         return kept, store
 
     held = write()
-    assert {name.partition("/")[0] for name in left()} == set(cache.KINDS)
+    assert {name.partition("/")[0] for name in left()} == set(cache.KINDS) - {"task-names"}  # `eval --list` writes it
     monkeypatch.setenv("LINEARIZE_CACHE_LIMIT", "1")
     said.clear()
     write()  # what exists is read; the store's entry is written again

@@ -346,7 +346,7 @@ def run_stages(
                 for later in range(number + 1, len(recipe.stages)):
                     shutil.rmtree(work / f"stage-{later}", ignore_errors=True)
         if start is not None and finished:
-            say(f"stage {number + 1}: done before")
+            say(f"stage {number + 1}: done before ({start.name})")
             progress = progress_of(start)
             load_trained(student, checkpoint_of(folder, progress.best_step or progress.step))
             records.append(stage_record(stage, data, progress))

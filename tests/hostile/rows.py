@@ -432,21 +432,27 @@ PROMPTS = [
     ),
 ]
 
+
+def both(kit: Kit, content: str) -> list[Path]:
+    """Two files of results with the same content."""
+    return [kit.write(name, content) for name in ("results.json", "other.json")]
+
+
 RESULTS = [
     (
         "results that are no JSON",
-        lambda kit: ["compare", *[kit.write("results.json", "{")] * 2],
+        lambda kit: ["compare", *both(kit, "{")],
         "results.json: line 1: not JSON",
     ),
-    ("results nested too deeply", lambda kit: ["compare", *[kit.write("results.json", DEEP)] * 2], "nested too deeply"),
+    ("results nested too deeply", lambda kit: ["compare", *both(kit, DEEP)], "nested too deeply"),
     (
         "results that are a very long number",
-        lambda kit: ["compare", *[kit.write("results.json", "9" * 5_000)] * 2],
+        lambda kit: ["compare", *both(kit, "9" * 5_000)],
         "a number of thousands of digits",
     ),
     (
         "results of another schema",
-        lambda kit: ["compare", *[kit.write("results.json", '{"schema": 1}')] * 2],
+        lambda kit: ["compare", *both(kit, '{"schema": 1}')],
         "results.json: ",
     ),
 ]

@@ -261,7 +261,7 @@ def _of_system(document: Document, name: str) -> list[TaskScore]:
             axis=task.axis,
             total=score.total,
             seed=score.seed,
-            count=score.n,
+            count=0 if score.items else score.n,
         )
         for task in document.tasks
         if (score := task.systems.get(name)) is not None
