@@ -18,14 +18,14 @@ PUBLIC = {
     "evaluate": [
         "model", "suites", "tasks", "baselines", "teacher", "limit", "seed", "lengths", "samples", "data",
         "include_path", "num_fewshot", "apply_chat_template", "system_instruction", "confirm_run_unsafe_code", "report",
-        "fresh", "batch_size", "dtype", "trust_remote_code", "say",
+        "fresh", "batch_size", "dtype", "trust_remote_code", "progress", "say", "command",
     ],
     "export": [
         "folder", "output", "name", "base", "licence", "report", "dtype", "weights", "outliers", "text", "tokens",
         "shard_size", "overwrite", "say",
     ],
     "finetune": [
-        "recipe", "output", "model", "teacher", "overrides", "resume", "overwrite", "trust_remote_code", "say",
+        "recipe", "output", "model", "teacher", "overrides", "resume", "overwrite", "shard", "trust_remote_code", "say",
     ],
     "generate": [
         "model", "prompt", "tokenizer", "state", "chat", "max_new_tokens", "temperature", "top_p", "seed", "dtype",

@@ -145,13 +145,13 @@ def evaluate(
     quiet_libraries()
     from linearize.evaluation.progress import ProgressLine
     from linearize.evaluation.results.report import report_data, report_table
-    from linearize.jobs.evaluate import run_evaluate
+    from linearize.jobs.evaluate import evaluate as score
     from linearize.runtime import processes
     from linearize.sources.source import find_source
 
     progress = ProgressLine()
     try:
-        results = run_evaluate(
+        results = score(
             model,
             suites=_names(suite),
             tasks=_names(tasks),

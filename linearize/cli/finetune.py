@@ -86,7 +86,8 @@ def finetune(
     quiet_libraries()
     if dry_run and not first:
         return
-    from linearize.jobs.finetune import plan_finetune, run_finetune
+    from linearize.jobs.finetune import finetune as train
+    from linearize.jobs.finetune import plan_finetune
 
     if dry_run:
         configured = None if accelerate_config is None else processes.asked_for(accelerate_config)
@@ -98,7 +99,7 @@ def finetune(
         else:
             show_memory(settings, taken, counted)
         return
-    result = run_finetune(
+    result = train(
         recipe,
         target,
         teacher=teacher,

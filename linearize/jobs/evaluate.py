@@ -45,7 +45,9 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
     say: Callable[[str], None] = quiet,
+    command: str = "",
 ) -> Results:
     """Score a model, converted or not, together with its teacher and training-free baselines; `linearize eval`.
 
@@ -72,7 +74,9 @@ def evaluate(
         batch_size: sequences per forward pass.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
         trust_remote_code: run Python code from the model's repository.
-        say: called with each progress line.
+        progress: called with how many items are scored, see `runner.Progress`.
+        say: called with each progress line. With several processes, only the first calls it and writes.
+        command: the command line, for the report.
 
     Returns:
         the scores of each system, with standard errors and items.
@@ -82,63 +86,6 @@ def evaluate(
         ModelError: a model cannot be read or gives results that are not finite; or a baseline or task needs a teacher
             and there is none.
         OutputError: results cannot be stored, or another job is writing the report.
-    """
-    return run_evaluate(
-        model,
-        suites=suites,
-        tasks=tasks,
-        baselines=baselines,
-        teacher=teacher,
-        limit=limit,
-        seed=seed,
-        lengths=lengths,
-        samples=samples,
-        data=data,
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template,
-        system_instruction=system_instruction,
-        confirm_run_unsafe_code=confirm_run_unsafe_code,
-        report=report,
-        fresh=fresh,
-        batch_size=batch_size,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        say=say,
-    )
-
-
-def run_evaluate(
-    model: str | Path,
-    *,
-    suites: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    baselines: Sequence[str] = (),
-    teacher: str | Path | None = None,
-    limit: float | None = None,
-    seed: int = 0,
-    lengths: Sequence[int] = (),
-    samples: int | None = None,
-    data: str | Path | None = None,
-    include_path: str | Path | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool = False,
-    system_instruction: str | None = None,
-    confirm_run_unsafe_code: bool = False,
-    report: str | Path | None = None,
-    fresh: bool = False,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = quiet,
-    command: str = "",
-) -> Results:
-    """`evaluate`; with several processes, only the first writes and prints.
-
-    Args:
-        progress: see `runner.Progress`.
-        command: the command line, for the report.
     """
     check_dtype(dtype, int8=True)
     check_limit(limit)

@@ -77,6 +77,7 @@ def finetune(
     overrides: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
+    shard: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> FinetuneResult:
@@ -91,6 +92,7 @@ def finetune(
         resume: continue an interrupted run from its last checkpoint, with the recipe saved in it; a finished run is
             loaded.
         overwrite: replace the output if it exists.
+        shard: split weights, gradients and optimizer state among the processes (FSDP2); see `run_stages`.
         trust_remote_code: run Python code from the model's repository.
         say: called with each progress line.
 
@@ -99,37 +101,6 @@ def finetune(
 
     Raises:
         LinearizeError: the recipe, the model, the data or the output is not usable.
-    """
-    return run_finetune(
-        recipe,
-        output,
-        model=model,
-        teacher=teacher,
-        overrides=overrides,
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        say=say,
-    )
-
-
-def run_finetune(
-    recipe: str | Path | Recipe,
-    output: str | Path,
-    *,
-    model: str | Path | None = None,
-    teacher: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    resume: bool = False,
-    overwrite: bool = False,
-    shard: bool = False,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = quiet,
-) -> FinetuneResult:
-    """`finetune`; with several processes, only the first writes, prints and returns the merged model.
-
-    Args:
-        shard: see `run_stages`.
     """
     target, first = Path(output), processes.is_first()
     say = say if first else quiet

@@ -34,7 +34,7 @@ _KEPT = 2
 
 @dataclass
 class Progress:
-    """How far a stage has come.
+    """Counts and the best held-out loss of a stage after some steps.
 
     Attributes:
         step: optimizer steps done.

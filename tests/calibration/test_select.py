@@ -1,4 +1,4 @@
-"""What `keep.budget` keeps, and how landmarks are shared out."""
+"""Tests of the layers that `keep.budget` keeps, and of the landmarks that each layer gets."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ HOSTILE = '<script>alert("x")</script> & | `[a](b)` *\x1b[31m'
 
 
 def _fetches(name: str, value: str) -> bool:
-    """Whether an attribute fetches or runs something: references within the page do not."""
+    """True if an attribute fetches or runs something; references within the page do not."""
     return name.startswith("on") or (name in ("src", "href", "xlink:href") and not value.startswith("#"))
 
 
