@@ -55,11 +55,12 @@ ROOMS = [
 Definition = tuple[str, str]  # ("linearize.model.mixer.mixer", "Mixer.forward")
 OPENINGS = ("What", "Whether", "Where", "Of", "Whoever")
 _MIXER = "MixerConfig Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"
-# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; pads; heads that keep softmax;
-# the rotary table of one token.
+# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; 8 and 4 bits; pads; heads that
+# keep softmax; the rotary table of one token.
 _ASIDE = (
-    "Mixer._alternative fuses steps LinearizedAttention.memory memory_of starts fill slide store layout_of "
-    "LinearizedAttention._attend LinearizedAttention.select _by_group LinearizedAttention._turn _joined"
+    "Mixer._alternative Mixer._as_stored Mixer._rounded fuses steps LinearizedAttention.memory memory_of starts fill "
+    "slide store layout_of LinearizedAttention._attend LinearizedAttention.select _by_group "
+    "LinearizedAttention._turn _joined"
 )
 # Name -> entries (`end of the module:name` if a name is not unique), and definitions that are skipped.
 READINGS = {

@@ -131,11 +131,3 @@ class MixerBase(nn.Module, ABC):
             return exact
         heads = self.layer.key_value_heads
         return exact + heads * self.recurrence.flops(self.layer.query_heads // heads)
-
-
-def empty_slots(
-    layer: AttentionLayer, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros `[B, N, K, D or V]` for N keys or, with the name `v`, values."""
-    width = layer.value_width if name == "v" else layer.key_width
-    return torch.zeros(*shape, layer.key_value_heads, width, dtype=dtype, device=device)
