@@ -65,7 +65,8 @@ KINDS = {
 # Kinds in which each part of the memory, each way to mix and each layout of a state occurs.
 DISTINCT = [
     "window", "default", "no sinks", "softmax heads, state of all", "softmax layer", "gsa, 4 slots", "kda, reflecting",
-    "gates from values", "landmarks", "landmarks, few and shared", "lightnet", "mlstm", "gateloop", "mingru",
+    "gates from values", "landmarks", "landmarks, few and shared", "int8", "int4 landmarks", "lightnet", "mlstm",
+    "gateloop", "mingru",
 ]  # fmt: skip
 # Before and after the window is full: single tokens, short pieces, and one longer than the window.
 SIZES = [[1] * 20 + [7] * 5 + [1, 33, 3] + [1] * 28, [1] * TOKENS, [7] * 17 + [1], [1, 50, 3, 66], [17, 103], [TOKENS]]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from linearize_kernels.codes import groups_of
 from torch import Tensor, nn
 
 from linearize.model.configuration import room
@@ -54,6 +55,9 @@ class MixerBase(nn.Module, ABC):
         self.recurrence = build_recurrence(config, layer, depth)
         if config.landmarks and self.recurrence is not None and config.covers == "all":
             raise ValueError("landmarks need covers: evicted, for a state of all tokens holds them already")
+        if config.landmarks and config.memory_dtype == "int4":
+            for width in (layer.key_width, layer.value_width):
+                groups_of(width)  # refuses a width
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
         if (weight := self._mix_start()) is not None:
