@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from linearize.cli import app
 from linearize.errors import LinearizeError, RecipeError
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import dump_recipe, load_recipe
 from linearize.runtime import processes
 from linearize.training.checkpoints import newest
