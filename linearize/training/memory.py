@@ -46,9 +46,7 @@ CARDS = (16, 24, 48, 80, 141)
 """GB of the GPUs that `fits` covers."""
 
 _CONTEXT = 1_000_000_000  # the driver, CUDA's libraries and NCCL on an empty GPU
-_FOUR_BIT = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # bytes per weight, with its shares of both levels of scales
+_FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight, with its shares of both levels of scales
 _COUNTED = 512  # tokens; with fewer, or fewer windows, memory does not grow linearly yet
 _COUNTED_WINDOWS = 4
 _FEW_LAYERS = (2, 4)
