@@ -38,3 +38,8 @@ def some(values: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
     """All values, of which `make test` runs those that are `kept`, and `make check` the rest."""
     assert all(value in values for value in kept), kept
     return [value if value in kept else pytest.param(value, marks=pytest.mark.check) for value in values]
+
+
+def first_of(rows: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
+    """All rows, of which `make test` runs the first `count`, and `make check` the rest."""
+    return [row if place < count else pytest.param(*row, marks=pytest.mark.check) for place, row in enumerate(rows)]
