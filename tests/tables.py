@@ -25,10 +25,12 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     return table
 
 
-def in_turn(values: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """Each value with each other one; `make test` runs a value with one other, in turn, and `make check` the rest."""
+def in_turn(values: Sequence[Any], others: Sequence[Any], every: int | None = None) -> list[Any]:
+    """Each value with each other one; `make test` runs a value with one other, or with one of `every`, in turn, and
+    `make check` the rest."""
+    step = every or len(others)
     return [
-        pytest.param(value, other, marks=() if place == number % len(others) else pytest.mark.check)
+        pytest.param(value, other, marks=() if place % step == number % step else pytest.mark.check)
         for number, value in enumerate(values)
         for place, other in enumerate(others)
     ]
