@@ -223,6 +223,7 @@ def test_one_that_fails_ends_the_others(capfd, tmp_path, monkeypatch):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.check
 def test_the_first_process_alone_tells_that_a_change_does_not_go_with_resume(small_recipe, tmp_path):
     (tmp_path / "out.training").mkdir()
     shutil.copy(small_recipe, tmp_path / "out.training")
