@@ -5,6 +5,9 @@ They stand apart from the tasks, which import torch, because `linearize eval` ch
 
 from __future__ import annotations
 
+HELD_OUT = "held_out"
+"""The task of scoring the rows that fine-tuning kept apart, which lie in the checkpoint's folder."""
+
 ESSAY = "books/war_and_peace_pg2600.txt"
 """The haystack of the essay tasks, relative to the data folder."""
 

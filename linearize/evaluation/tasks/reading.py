@@ -15,14 +15,11 @@ from transformers import DynamicCache
 
 from linearize.errors import ModelError
 from linearize.evaluation.baselines import branches_off
+from linearize.evaluation.tasks.hidden import pieces as hidden_pieces
 from linearize.sources.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-
-# Logits that exist at one time: 128 MB in float32, and a few times that while they are compared.
-_LOGITS = 2**25
-_SHORTEST, _LONGEST = 64, 1024
 
 
 def pieces(model: Any, ids: Tensor, first: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -36,19 +33,9 @@ def pieces(model: Any, ids: Tensor, first: int = 0) -> Iterator[tuple[int, Tenso
     Yields:
         (start, `[B, C, V]` float32): the logits at positions start, start + 1, ..., each for the token after it.
     """
-    cache = DynamicCache(config=model.config.get_text_config())
-    vocabulary = model.config.get_text_config().vocab_size
-    length = max(_SHORTEST, min(_LONGEST, _LOGITS // (vocabulary * len(ids))))
-    start = 0
-    while start < ids.shape[1]:
-        # What comes before `first` is read in pieces of its own, whose logits are not made.
-        stop = min(start + length, first if start < first else ids.shape[1])
-        kept = {"logits_to_keep": 1} if stop <= first else {}
-        piece = ids[:, start:stop].to(model.device)
-        logits = model(input_ids=piece, past_key_values=cache, use_cache=True, **kept).logits
-        if stop > first:
-            yield start, logits.float()
-        start = stop
+    for start, hidden in hidden_pieces(model, ids, first=first):
+        for at, logits in hidden.slices():
+            yield start + at, logits
 
 
 def losses(model: Any, ids: Tensor) -> Iterator[Tensor]:

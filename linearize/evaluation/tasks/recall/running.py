@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -15,8 +14,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from linearize.evaluation.tasks.hidden import read
 from linearize.generation.prompt import prefill_chunk
-from linearize.model import LinearizedForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ def written(
     """Greedy continuations.
 
     Args:
-        model: in eval mode. A converted one reads long prompts in pieces, so that its memory stays constant.
+        model: in eval mode. It reads long prompts in pieces, so that what it holds beside its cache stays small.
         prompts: B lists of token ids, each with at least one.
         pad: a token to fill rows with; which one changes nothing.
         done: whether a row, by its index, needs no more than the new tokens it has.
@@ -53,7 +52,7 @@ def written(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,
-        prefill_chunk_size=chunk if _is_converted(model) and ids.shape[1] > chunk else None,
+        prefill_chunk_size=chunk if ids.shape[1] > chunk else None,
     )
     with torch.inference_mode():
         output = model.generate(
@@ -78,25 +77,12 @@ def expected(model: Any, prompts: Sequence[Sequence[int]], last: int, pad: int) 
     """
     ids, mask = _padded(prompts, pad, model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache, start, end = DynamicCache(config=model.config.get_text_config()), 0, max(ids.shape[1] - last, 0)
-    step = prefill_chunk(model.device, len(prompts)) if _is_converted(model) else max(end, 1)
-    output: Any = None
     with torch.inference_mode():
-        for stop in [*range(step, end, step), end, ids.shape[1]]:
-            if stop == start:
-                continue
-            output = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=min(stop - start, last),
-            )
-            start = stop
-        real = mask[:, -output.logits.shape[1] :].bool()
-        sound = (_sound(output.logits) | ~real).all(1)
-        return output.logits.argmax(-1).cpu(), sound.cpu()
+        hidden = read(model, ids, mask=mask, positions=positions, first=max(ids.shape[1] - last, 0))
+        found = [(logits.argmax(-1), _sound(logits)) for _, logits in hidden.slices()]
+    likely, sound = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    real = mask[:, -likely.shape[1] :].bool()
+    return likely.cpu(), (sound | ~real).all(1).cpu()
 
 
 class _Watch(LogitsProcessor):
@@ -132,7 +118,3 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Te
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _is_converted(model: Any) -> bool:
-    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, LinearizedForCausalLM)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import ModelError, is_out_of_memory
+from linearize.evaluation.tasks.hidden import PROMPTS, rows_at_once
 from linearize.evaluation.tasks.recall.running import expected, written
 from linearize.evaluation.tasks.task import Item, Task, evaluating
 from linearize.sources.limits import learned_positions
@@ -89,7 +90,8 @@ class RecallTask(Task):
         indices: Sequence[int],
         batch_size: int,
     ) -> list[Item]:
-        """Items of value 1.0 or 0.0. Rows of one length go together, `batch_size` of them or as many as memory holds.
+        """Items of value 1.0 or 0.0. Rows of one length go together, `batch_size` of them, or fewer if they are long or
+        memory does not hold them.
 
         Raises:
             ModelError: logits that are not finite, a length that memory does not hold, or one beyond the positions
@@ -101,7 +103,8 @@ class RecallTask(Task):
         with evaluating(model):
             while wanted:
                 length = self.rows[wanted[0]].length
-                batch = [row for row in wanted if self.rows[row].length == length][:batch_size]
+                most = rows_at_once(length, batch_size, PROMPTS)
+                batch = [row for row in wanted if self.rows[row].length == length][:most]
                 while (found := self._try(model, tokenizer, batch)) is None and len(batch) > 1:
                     batch = batch[: len(batch) // 2]
                     batch_size = len(batch)
