@@ -128,7 +128,7 @@ def run_recipe(
                 (folder / "finetuned").mkdir()
                 write_result(folder / "finetuned", trained, work, "finetuned")
         with _timed(seconds, "evaluate"):
-            wanted = recipe.evaluate.baselines
+            wanted: list[str] = list(recipe.evaluate.baselines)
             widest = equal_bytes(base, mixers, teacher.dtype) if "window_bytes" in wanted else []
             last = loads.load if not recipe.stages else lambda: trained.model
             baselines: dict[str, Loader] = {
@@ -138,7 +138,7 @@ def run_recipe(
             }
             if any(mixer["recurrence"] != "none" for mixer in mixers):
                 baselines["no_recurrence"] = lambda: silence(last(), BRANCHES_OFF["no_recurrence"])
-            systems = {name: load for name, load in baselines.items() if name in wanted}
+            systems: dict[str, Loader] = {name: load for name, load in baselines.items() if name in wanted}
             systems["converted"] = loads.load
             if recipe.stages:
                 systems["finetuned"] = lambda: silence(trained.model, ())  # with its recurrence again

@@ -35,7 +35,7 @@ class Hidden:
         cache: what the model returned as its cache; None without one.
     """
 
-    def __init__(self, model: Any, states: Tensor, cache: Any, output: type | None) -> None:
+    def __init__(self, model: Any, states: Tensor, cache: Any, output: type[Any] | None) -> None:
         self.states, self.cache = states, cache
         self.model, self._output = model, output
 
@@ -69,7 +69,7 @@ class Hidden:
 def hidden_states(model: Any, **inputs: Any) -> Hidden:
     """One forward pass of a causal LM, in which it makes the logits of each row's last position alone."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body, taken = _body(model), list[tuple[type, Tensor]]()
+    body, taken = _body(model), list[tuple[type[Any], Tensor]]()
     if body is model:
         whole = model(**inputs)
         return Hidden(model, whole.logits, getattr(whole, "past_key_values", None), None)
@@ -172,5 +172,5 @@ def _body(model: Any) -> Any:
     return model.base_model
 
 
-def _rebuilt(output: type, states: Tensor) -> Any:
+def _rebuilt(output: type[Any], states: Tensor) -> Any:
     return (states,) if issubclass(output, tuple) else output(last_hidden_state=states)

@@ -202,9 +202,9 @@ class _Answers:
             where = torch.tensor([place for place, _ in part])
             log_probabilities = F.log_softmax(hidden.logits(where[:, 0], where[:, 1]).float(), dim=-1)
             of = [(index, target) for index, (_, wanted) in enumerate(part) for target, _ in wanted]
-            index, target = torch.tensor(of, device=log_probabilities.device).unbind(1)
-            nats = log_probabilities[index, target].tolist()
-            likely = (log_probabilities.argmax(-1)[index] == target).tolist()
+            at, wanted_there = torch.tensor(of, device=log_probabilities.device).unbind(1)
+            nats = log_probabilities[at, wanted_there].tolist()
+            likely = (log_probabilities.argmax(-1)[at] == wanted_there).tolist()
             numbers = [number for _, wanted in part for _, number in wanted]
             for number, value, same in zip(numbers, nats, likely, strict=True):
                 self.nats[number] += value
