@@ -107,8 +107,8 @@ def score_rows(
 ) -> RowScores:
     """Scores a model on rows of tokens, beside its teacher where one is given.
 
-    Logits at t predict labels[t + 1]. In packed rows (position ids that restart) a document's first token is never
-    counted: only another document stands before it.
+    Logits at t predict labels[t + 1]. In packed rows (position ids that restart) the first token of a document is not
+    counted, because only another document precedes it.
 
     Args:
         model: a causal LM on its device; it is in eval mode for the run and put back afterwards.
@@ -267,7 +267,7 @@ class HeldOut(Task):
 
 
 def row_scores(measured: Sequence[TaskScore]) -> RowScores:
-    """What `HeldOut` measured of one model."""
+    """The scores of one model that `HeldOut` measured."""
     columns = {one.metric: torch.tensor(one.items, dtype=torch.float64) for one in measured}
     tokens = torch.tensor([tag["tokens"] for tag in measured[0].tags])
     return RowScores(columns["loss"], columns.get("kl"), columns.get("agreement"), tokens)

@@ -61,7 +61,7 @@ DEFAULTS = ("teacher", "window_bytes", "no_recurrence")
 
 @dataclass(frozen=True)
 class System:
-    """A model to score: what it is, and how to load it."""
+    """A model to score: its description and its loader."""
 
     info: SystemInfo
     load: Loader
@@ -94,10 +94,10 @@ def evaluate(
         tasks: names of any suite's tasks, and `held_out`; with no suites either, `default_tasks(source)`.
         suites: names of `SUITES`: all their tasks.
         baselines: of `BASELINES`, beside `DEFAULTS`; `all` for those that the model has, `none` for no defaults.
-        teacher: a Hub id, a folder or a GGUF file; None is what `source` was converted from.
-        options: what tasks are built from; its seed also draws the items under a limit.
+        teacher: a Hub id, a folder or a GGUF file; None is the model that `source` was converted from.
+        options: settings of the tasks; its seed also draws the items under a limit.
         limit: score so many items of each task, or below 1 such a share of them, drawn at random.
-        store: where results are kept; None keeps none.
+        store: the cache of results; None caches nothing.
         report: the folder that a report is to be written to later; it only has to have room.
 
     Raises:
@@ -124,7 +124,7 @@ def evaluate(
             "long, and --baseline none scores the model alone"
         )
     rows = held_out_rows(source) if HELD_OUT in tasks else None
-    # Names first, then data, then models: what is wrong is told before anything costs time.
+    # Names first, then data, then models, so that an error is reported before anything takes time.
     chosen = choose_tasks(tasks, suites, options.include)
     tokenizer = load_tokenizer(source)
     # One copy for all that compare with the teacher, and then for the teacher's own scores.
@@ -208,7 +208,7 @@ def score_systems(
     Args:
         systems: name -> how to load it.
         rows: held-out rows, or None to leave them out.
-        teacher: what the divergence on the rows is measured against.
+        teacher: the reference of the divergence on the rows.
         limit, seed, store, progress: as `runner.run` takes them.
     """
     scores = {}
@@ -261,7 +261,7 @@ def _asks_for_teacher(baselines: Sequence[str]) -> bool:
 
 
 def with_defaults(source: Source, teacher: Source | None, baselines: Sequence[str]) -> list[str]:
-    """The baselines that are asked for, and `DEFAULTS` as far as the model has them."""
+    """The named baselines, and `DEFAULTS` as far as the model has them."""
     named = [name for name in baselines if name != NONE]
     if NONE in baselines or not source.is_converted:
         return named

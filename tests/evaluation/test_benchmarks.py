@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,13 @@ def benchmarks(include: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.check
 def test_the_command_equals_lm_evals(benchmarks: Path, tmp_path: Path) -> None:
     for folder in (tiny_model_folder(), converted_folder(tiny_model_folder(), tmp_path)):
-        assert_the_command_equals_lm_evals(folder, benchmarks, tmp_path / "report")
+        assert_the_command_equals_lm_evals(folder, benchmarks, tmp_path / f"report-{folder.name}")
 
 
 @pytest.mark.slow
 def test_the_command_on_a_real_model_equals_lm_evals(smollm2_path: Path, benchmarks: Path, tmp_path: Path) -> None:
     for folder in (smollm2_path, converted_folder(smollm2_path, tmp_path)):
-        assert_the_command_equals_lm_evals(folder, benchmarks, tmp_path / "report")
+        assert_the_command_equals_lm_evals(folder, benchmarks, tmp_path / f"report-{folder.name}")
 
 
 def converted_folder(teacher: Path, folder: Path) -> Path:
@@ -164,6 +164,7 @@ def converted_folder(teacher: Path, folder: Path) -> Path:
 
 def assert_the_command_equals_lm_evals(folder: Path, include: Path, report: Path) -> None:
     """`linearize eval` against `lm_eval --model hf` and `--model linearize` on one checkpoint, item by item."""
+    from lm_eval.__main__ import cli_evaluate
 
     names = "piqa,arc_easy,gsm8k,ifeval"
     line = ["eval", str(folder), "--tasks", names, "--include-path", str(include), "--limit", str(LIMIT)]
@@ -176,12 +177,16 @@ def assert_the_command_equals_lm_evals(folder: Path, include: Path, report: Path
         out = report / kind
         arguments = f"pretrained={folder},dtype=float32,softmax_dtype=float32,trust_remote_code=True"
         settings = ["--device", "cpu", "--batch_size", "4", "--log_samples", "--output_path", str(out)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [
-                "lm_eval", "run", "--model", kind, "--model_args", arguments, "--tasks", names,
-                "--include_path", str(include), "--limit", str(LIMIT), *settings,
-            ])  # fmt: skip
-            runpy.run_module("linearize.evaluation.tasks.lm", run_name="__main__")
+        line = [
+            "--model", kind, "--model_args", arguments, "--tasks", names, "--include_path", str(include),
+            "--limit", str(LIMIT), *settings,
+        ]  # fmt: skip
+        if kind == "linearize":
+            subprocess.run([sys.executable, "-m", "linearize.evaluation.tasks.lm", *line], check=True)
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["lm_eval", *line])
+                cli_evaluate()
         for (task, metric), score in found.items():
             name, _, kept = metric.partition(",")
             (file,) = out.rglob(f"samples_{task}_*.jsonl")

@@ -1,6 +1,6 @@
 """The names of the tasks of our own suites: recall, generation and length.
 
-They stand apart from the tasks, which import torch, because `linearize eval` checks names before it imports torch.
+They have a module of their own because `linearize eval` checks names before it imports torch, which tasks need.
 """
 
 from __future__ import annotations

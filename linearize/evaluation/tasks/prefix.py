@@ -35,7 +35,7 @@ class Query:
     """A continuation to score.
 
     Attributes:
-        tokens: what the model reads: context and continuation without its last token.
+        tokens: the model's input: context and continuation without its last token.
         targets: the continuation; its tokens are predicted at the last positions of `tokens`.
     """
 
@@ -44,7 +44,7 @@ class Query:
 
     @property
     def context(self) -> Tokens:
-        """Tokens that are read before the first target is predicted."""
+        """Tokens that predict the first target."""
         return self.tokens[: len(self.tokens) - len(self.targets) + 1]
 
 
@@ -54,7 +54,7 @@ class Group:
 
     Attributes:
         prefix: the tokens that all of them start with, at least one.
-        rests: what follows it -> the numbers of the queries that read just that.
+        rests: the tokens after it -> the numbers of the queries that have these.
     """
 
     prefix: Tokens
@@ -110,7 +110,7 @@ def log_likelihoods(
     Args:
         model: a causal LM on its device, in eval mode.
         batch_size: rows per forward pass, fewer where they are long.
-        max_length: the model's context; no position beyond it is asked for.
+        max_length: the model's context; position ids stay below it.
         share: read what queries share once. A model whose cache cannot be copied row by row reads each by itself.
     """
     everyone = range(len(queries))
@@ -176,7 +176,7 @@ def log_likelihoods(
 
 
 class _Answers:
-    """What `log_likelihoods` has found so far, by query."""
+    """The answers of `log_likelihoods` so far, by query."""
 
     def __init__(self, queries: Sequence[Query]) -> None:
         self.queries = queries

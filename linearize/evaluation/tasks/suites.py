@@ -129,7 +129,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
 
 
 def choose_tasks(tasks: Sequence[str], suites: Sequence[str] = (), include: Path | None = None) -> dict[str, list[str]]:
-    """By suite the names of the tasks that are asked for, each once: those of whole suites, then single ones.
+    """By suite the names of the chosen tasks, each once: those of whole suites, then single ones.
 
     lm-eval's names are read where a name is not one of ours, or `include` may have it.
 

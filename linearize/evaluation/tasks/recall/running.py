@@ -34,14 +34,14 @@ def written(
         model: in eval mode. It reads long prompts in pieces, so that what it holds beside its cache stays small.
         prompts: B lists of token ids, each with at least one.
         pad: a token to fill rows with; which one changes nothing.
-        done: whether a row, by its index, needs no more than the new tokens it has.
+        done: True if a row, by its index, needs no more tokens than the new ones it is given.
 
     Returns:
-        per prompt its new tokens, up to `new_tokens`; and `[B]` bool, whether all logits of a row were numbers.
+        per prompt its new tokens, up to `new_tokens`; and `[B]` bool, True if all logits of a row were numbers.
     """
     ids, mask = _padded(prompts, pad, model.device)
     watch, chunk = _Watch(len(prompts), model.device), prefill_chunk(model.device, len(prompts))
-    # Whatever the checkpoint wants of sampling and penalties is set back: systems are compared on what they know.
+    # Overrides the checkpoint's sampling and penalties, so that systems are compared under one greedy decoding.
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -86,7 +86,7 @@ def expected(model: Any, prompts: Sequence[Sequence[int]], last: int, pad: int) 
 
 
 class _Watch(LogitsProcessor):
-    """Changes nothing and notes which rows had logits that are not numbers."""
+    """Records which rows had logits that are not numbers; the scores stay as they are."""
 
     def __init__(self, rows: int, device: Any) -> None:
         self.sound = torch.ones(rows, dtype=torch.bool, device=device)
@@ -97,7 +97,7 @@ class _Watch(LogitsProcessor):
 
 
 class _Done(StoppingCriteria):
-    """Ends the rows that need no more; the batch ends with the last of them."""
+    """Ends the rows that are done; the batch ends with the last of them."""
 
     def __init__(self, start: int, done: Callable[[int, list[int]], bool]) -> None:
         self.start, self.done = start, done
@@ -108,7 +108,7 @@ class _Done(StoppingCriteria):
 
 
 def _sound(logits: Tensor) -> Tensor:
-    """Minus infinity is how a model says never."""
+    """True where logits are numbers; minus infinity, a masked token, counts as one."""
     return ~(logits.isnan() | (logits == torch.inf)).any(-1)
 
 
