@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.cli.app import run as command
+from linearize.conversion.swap import convert_model
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
@@ -21,6 +23,7 @@ from linearize.evaluation.tasks import index
 from linearize.evaluation.tasks.suites import BENCHMARKS, SuiteOptions, build_suites, choose_tasks, list_tasks
 from linearize.evaluation.tasks.task import TaskScore
 from linearize.evaluation.tasks.tasks import task_definitions
+from linearize.recipe import MixerSpec
 
 from . import data_folder, tiny_model_folder
 from .test_tasks import STOCK
@@ -209,6 +212,29 @@ def test_answers_of_texts_are_those_of_lm_eval(model: Any, tokenizer: Any, inclu
         # The very prompt, with the very solved examples, and the very text.
         assert answer.arguments == sample["arguments"]
         assert answer.responses == sample["filtered_resps"]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_long_prompts_are_read_in_pieces_and_few_together(
+    converted: bool, model: Any, tokenizer: Any, include: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linearize.evaluation.tasks import lm
+
+    reader = convert_model(copy.deepcopy(model), MixerSpec(window=16)).eval() if converted else model
+    (task,) = build_suites(choose_tasks(["animals_write"], include=include), tokenizer, SuiteOptions(include=include))
+    expected = task.answers(reader, tokenizer, range(6), 6)  # type: ignore[attr-defined]
+    generate, sizes = reader.generate, list[tuple[int, int | None]]()
+
+    def watched(**options: Any) -> Any:
+        sizes.append((len(options["input_ids"]), options.get("prefill_chunk_size")))
+        return generate(**options)
+
+    monkeypatch.setattr(reader, "generate", watched)
+    monkeypatch.setattr(lm, "PROMPTS", 2 * max(len(tokenizer(one.arguments[0][0]).input_ids) for one in expected))
+    monkeypatch.setattr(lm, "prefill_chunk", lambda device, rows: 7)
+    found = task.answers(reader, tokenizer, range(6), 6)  # type: ignore[attr-defined]
+    assert sizes == [(2, 7)] * 3
+    assert [one.responses for one in found] == [one.responses for one in expected]
 
 
 def test_groups_tags_and_perplexities(model: Any, tokenizer: Any, include: Path) -> None:

@@ -117,16 +117,16 @@ def pieces(
     step = max(_SHORTEST, min(TOKENS // rows, _MASK // (rows * (past + length))))
     start = 0
     while start < length:
-        # Tokens before `first` are read in pieces of their own, because their states are not wanted.
-        stop = min(start + step, first if start < first else length)
+        stop = min(start + step, length)
         found = _piece(model, ids, mask, positions, cache, start, stop, keep_cache or stop < length or start > 0)
         if found.cache is None and stop < length:  # the model has no cache to go on from
             start, stop = 0, length
             found = _piece(model, ids, mask, positions, cache, start, stop, False)
-            start, found.states = first, found.states[:, first:]
-        if stop > first:
-            yield start, found
-        cache, start = found.cache, stop
+        cache, wanted = found.cache, max(start, first)
+        if wanted < stop:
+            found.states = found.states[:, wanted - start :]
+            yield wanted, found
+        start = stop
 
 
 def _piece(
