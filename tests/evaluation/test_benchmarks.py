@@ -296,7 +296,7 @@ def test_from_the_command_line(include: Path, tmp_path: Path, capfd: pytest.Capt
     out, words = capfd.readouterr()
     found = json.loads(out)
     assert found["limit"] == 0.5 and found["items"]["animals_write"] == {"n": 6, "of": 12}
-    assert words.rstrip().endswith(f"wrote {tmp_path / 'report' / 'report.html'}")
+    assert words.rstrip().endswith(f"report: {tmp_path / 'report' / 'report.html'}")
     assert "50 % of each task" in (tmp_path / "report" / "report.md").read_text()
     assert command(["eval", "--list", "animals_w*", "--include-path", str(include), "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == [{"name": "animals_write", "kind": "task", "about": ""}]
