@@ -286,6 +286,12 @@ def test_what_is_refused(model: Any, tokenizer: Any, include: Path, tmp_path: Pa
     with pytest.raises(DataError, match=r"task animals_write: cannot be loaded \(FileNotFoundError") as caught:
         scores(model, tokenizer, ["animals_write"], tmp_path)
     assert "\n" not in str(caught.value)
+    (tmp_path / "long.yaml").write_text((include / "ifeval.yaml").read_text())
+    (tmp_path / "orders.py").write_text("import no_such_package")
+    with pytest.raises(
+        DataError, match="task ifeval: needs the Python package no_such_package, which is not installed"
+    ):
+        scores(model, tokenizer, ["ifeval"], tmp_path)
     with pytest.raises(DataError, match="solved examples were asked for"):
         build_suites({"core": ["piqa"]}, tokenizer, SuiteOptions(data=data_folder(), num_fewshot=2))
 

@@ -91,10 +91,9 @@ def _load(manager: Any, name: str) -> list[Any]:
     """
     try:
         loaded = manager.load([name])
-    except ImportError as error:
-        package = error.name or str(error)
+    except ModuleNotFoundError as error:
         raise DataError(
-            f"task {name}: needs the Python package {package}, which is not installed: pip install {package}"
+            f"task {name}: needs the Python package {error.name}, which is not installed: pip install {error.name}"
         ) from error
     except Exception as error:  # tasks bring code of their own, and with it errors of any kind
         told = " ".join(str(error).split())[:300]
