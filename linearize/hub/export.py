@@ -20,7 +20,7 @@ from linearize.evaluation.results.results import FILE_NAME, read_results
 from linearize.evaluation.results.telling import tell
 from linearize.evaluation.rounding_cost import cost_record, cost_section, quantize
 from linearize.evaluation.systems import held_out_rows
-from linearize.evaluation.tasks.suites import HELD_OUT
+from linearize.evaluation.tasks.names import HELD_OUT
 from linearize.hub.contents import Finding, local_things, shared_files
 from linearize.hub.licence import licence_of
 from linearize.hub.paths import Portable, is_local_path, local_paths, strings

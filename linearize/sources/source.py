@@ -85,6 +85,12 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
     Raises:
         ModelError: the path does not exist, the folder has no configuration, or the file is not GGUF or is damaged.
     """
+    if "://" in reference:
+        named = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", reference)
+        meant = (
+            f"the model is {named[1]} there" if named else "give a Hub id such as ORG/NAME, a folder, or a .gguf file"
+        )
+        raise ModelError(f"{reference}: a URL, not a model; {meant}")
     path = Path(reference).expanduser()
     try:
         folder, file = path.is_dir(), path.is_file()

@@ -68,7 +68,7 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
 class ProgressLine:
     """A line that is rewritten on a terminal; without a terminal, a new line every `every_seconds`."""
 
-    def __init__(self, every_seconds: float = 20.0) -> None:
+    def __init__(self, every_seconds: float = 60.0) -> None:
         self.terminal, self.every, self.last = sys.stderr.isatty(), every_seconds, -math.inf
 
     def show(self, text: str, *, final: bool = False) -> None:

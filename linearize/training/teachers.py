@@ -47,7 +47,6 @@ FORMAT_VERSION = 2
 """Part of the cache's key: raise it when the format of the files changes."""
 
 _SHARD_ROWS = 256
-_SECONDS_BETWEEN_REPORTS = 5.0
 
 
 def wants_teacher(stage: Stage) -> bool:
@@ -125,7 +124,7 @@ def keep_logits(
                 _write(path, teacher, rows[_part(starts[number])], top_k, temperature, batch)
                 cache.make_room(folder, progress)
         now = time.monotonic()
-        if now - reported > _SECONDS_BETWEEN_REPORTS or done + 1 == len(missing):
+        if now - reported > processes.seconds_between_lines() or done + 1 == len(missing):
             reported = now
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
             progress(f"teacher: top {top_k}, shard {done + 1:,} of {len(missing):,}, {left:,.0f} s left")
