@@ -20,8 +20,8 @@ from linearize.evaluation.systems import BASELINES, describe, score_systems
 from linearize.evaluation.tasks.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.jobs.checks import model_of
 from linearize.jobs.convert import Start, convert_into, prepares
-from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import FinetuneResult, write_result
+from linearize.jobs.stages import run_stages
 from linearize.runtime.files import check_free, staged_folder
 from linearize.sources.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.training.adapters import check_dtype

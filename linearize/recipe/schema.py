@@ -88,7 +88,14 @@ def _budget(value: Any) -> Any:
 class Section(BaseModel):
     """Base class of all sections: unknown keys are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # for the JSON schema
+    )
 
 
 class GateSpec(Section):
