@@ -1,6 +1,6 @@
-"""The compiler takes the kernels of Liger attention for Hopper, and they fit its shared memory; no GPU is needed.
+"""The machine code of Liger attention's kernels for Hopper, as a launch on a GPU specialises them; no GPU is needed.
 
-The interpreter lets pass what the compiler refuses, as a variable that changes its shape in a loop.
+The interpreter lets pass what the compiler refuses, and knows nothing of registers, tensor cores and shared memory.
 """
 
 from __future__ import annotations
@@ -8,70 +8,53 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import linearize_kernels.liger as liger
 import pytest
 import torch
-from linearize_kernels.liger import liger_attention
-from linearize_kernels.liger_options import Columns, Gate, LigerOptions
 
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
         reason="needs triton, and its compiler",
     ),
 ]
-SHARED_MEMORY = 232448  # bytes that a block may ask for on compute capability 9.0
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+# For chunks of strong decays, key by key: slow, and rare.
+KEY_BY_KEY = {"write_outputs_kernel", "query_gradients", "key_gradients", "keys_of_states", "read_chunks"}
+# Their products are too small for wgmma, or there are none.
+WITHOUT_TILES = {
+    *("key_statistics", "carry_states", "carry_gradients", "chunk_factors", "gate_gradients"),
+    "sum_columns",
+}
+WIDTHS, GROUPS = (64, 128, 256), (1, 3, 4, 16)
+QUICK = {(64, 3), (128, 4)}
+SHAPES = [
+    pytest.param(width, group, marks=[] if (width, group) in QUICK else pytest.mark.slow)
+    for width in WIDTHS
+    for group in GROUPS
+]
 
 
-@pytest.mark.parametrize(
-    ("width", "group", "mix", "gates", "dtype"),
-    [(128, 4, "learned", "key", torch.bfloat16)],
-)
-def test_kernels_compile_for_hopper(width, group, mix, gates, dtype, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
+def passes(width: int, group: int, **options):
+    from evals.kernels.compiled import launches
 
-    sizes: dict[str, int] = {}
+    return launches(2 * group, 2, width, options.pop("tokens", 2048), **options)
 
-    def compile_only(kernel, *args, grid, warmup, num_warps=4, **kwargs):
-        values = dict(zip([p.name for p in kernel.params], args, strict=False)) | kwargs
-        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-        plain = {int: "i32", float: "fp32"}
-        signature = {
-            p.name: "constexpr"
-            if p.is_constexpr
-            else POINTERS[values[p.name].dtype]
-            if isinstance(values[p.name], torch.Tensor)
-            else plain[type(values[p.name])]
-            for p in kernel.params
-        }
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-        sizes[kernel.__name__] = compiled.metadata.shared
 
-    monkeypatch.setattr(liger, "_interpreted", lambda: True)
-    monkeypatch.setattr(JITFunction, "run", compile_only)
+@pytest.mark.parametrize(("width", "group"), SHAPES)
+def test_programs_keep_to_their_bounds(width, group):
+    from evals.kernels.compiled import BLOCK_SHARED_MEMORY, compile_launch
 
-    def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=of, requires_grad=True)
+    for ahead, part in zip((True, False), passes(width, group), strict=True):
+        for program in map(compile_launch, part):
+            assert program.shared <= BLOCK_SHARED_MEMORY, program
+            if program.name in KEY_BY_KEY:
+                continue
+            assert program.spills <= (0 if ahead and width <= 128 else 256), program
+            assert program.tensor_cores == "wgmma" or program.name in WITHOUT_TILES, program
 
-    gate = Gate(zeros(1, width, of=torch.float32), zeros(1, width, of=torch.float32))
-    outputs, _ = liger_attention(
-        zeros(100, group, width),
-        zeros(100, 1, width),
-        zeros(100, 1, width),
-        zeros(100, group, width),
-        zeros(100, 1, width),
-        gate if gates == "key" else zeros(100, 1, width),
-        LigerOptions(64, 0.1, mix=mix),
-        mix_weight=zeros(group, width, of=torch.float32) if mix == "learned" else zeros(group, of=torch.float32),
-        columns=Columns(zeros(1, 4, 1, width), zeros(1, 4, 1, width), 4),
-    )
-    outputs.float().sum().backward()
-    assert len(sizes) == 11
-    assert max(sizes.values()) <= SHARED_MEMORY
+
+def test_one_program_serves_every_length():
+    keys = set()
+    for tokens in range(1001, 1017):
+        keys |= {launch.key for part in passes(64, 3, tokens=tokens) for launch in part}
+    assert len(keys) == sum(map(len, passes(64, 3)))
