@@ -458,11 +458,12 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor, totals: Te
     whole, pieces = problem.rows * o.groups, triton.cdiv(o.values, o.value_block)
     if o.tiled:
         chunk_outputs[problem.query_chunks, whole, pieces](
-            **taken_by(chunk_outputs, arguments | factors_of_chunks(o, totals)),
+            **taken_by(chunk_outputs, arguments | factors_of_chunks(o, states, totals)),
             BV=o.value_block,
             HEADS=o.heads_per_chunk,
             KEYS=64,
             num_warps=4 * o.heads_per_chunk,
+            num_stages=1,  # more do not fit into shared memory
         )
     heads, parts = o.tile(OUTPUT_HEADS)
     write_outputs_kernel[problem.query_chunks if o.tiled else problem.tiles, whole, pieces * parts](
@@ -471,21 +472,24 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor, totals: Te
     return outputs
 
 
-def factors_of_chunks(operands: Operands, totals: Tensor) -> dict[str, Tensor]:
-    """The factors of the tokens of chunks with weak decays (see `liger_chunks`)."""
+def factors_of_chunks(operands: Operands, states: Tensor, totals: Tensor) -> dict[str, Tensor]:
+    """Factors, folded keys and entering states of chunks with weak decays (see `liger_chunks`)."""
     o, problem = operands, operands.problem
     kept = torch.float32 if interpreted() else o.q.dtype
-    factors = {"rise": o.float32(*o.k.shape), "folded": torch.empty(o.k.shape, dtype=kept, device=o.k.device)}
+    factors = {"rise": o.float32(*o.k.shape)}
+    factors |= {"folded": torch.empty_like(o.k, dtype=kept), "entering": torch.empty_like(states, dtype=kept)}
     if problem.chunks:
         chunk_factors[problem.chunks, problem.rows * o.groups](
             o.k,
             o.stats,
             **o.gate,
             **o.rows,
+            states=states,
             totals=totals,
             **factors,
             **o.numbers,
-            **without(o.recurrence, "V"),
+            **o.recurrence,
+            BV=block(o.values),
             **FUSION,
             num_warps=8 if block(o.features) > 64 else 4,
         )
@@ -516,7 +520,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     inputs = {name: getattr(o, name) for name in ("q_rotated", "k_rotated", "v", "q", "k", "stats")}
     inputs |= o.gate | o.columns | o.rows | o.numbers | o.window | o.recurrence | mixed | of_states | passed
     if o.tiled:
-        inputs |= factors_of_chunks(o, totals)
+        inputs |= factors_of_chunks(o, states, totals)
         chunk_rows[problem.query_chunks, whole](
             **taken_by(chunk_rows, inputs),
             dweight=o.q if dweight is None else dweight,
@@ -524,6 +528,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             SUB=SUB,
             KEYS=64,
             num_warps=4 * o.heads_per_chunk,
+            num_stages=1,  # more do not fit into shared memory
         )
     query_gradients[problem.query_chunks if o.tiled else problem.tiles, whole, parts](
         **taken_by(query_gradients, inputs),

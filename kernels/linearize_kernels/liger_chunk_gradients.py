@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
-from linearize_kernels.liger_chunks import chunk_operands, load_reads, load_rise, open_chunk
+from linearize_kernels.liger_chunks import (
+    load_keys,
+    load_mass,
+    load_reads,
+    load_rise,
+    load_state,
+    load_values,
+    open_chunk,
+)
 from linearize_kernels.liger_forward import read_window, shares
 from linearize_kernels.liger_query_gradients import ratio_gradients
 from linearize_kernels.liger_tiles import VARYING, decay, features, operand, tl, triton, weak
@@ -33,11 +41,11 @@ def chunk_rows(
     starts,
     counts,
     slots,
-    states,
     masses,
     totals,
     rise,
     folded,
+    entering,
     doutputs,
     dweight,
     rows,
@@ -89,29 +97,9 @@ def chunk_rows(
     d, u = tl.arange(0, BD)[None, :], tl.arange(0, BV)
     first_key = start + (row + 1) * past
     s = i + tl.arange(0, CHUNK)
-    key, values, state, mass_at_start, _writes, _offset = chunk_operands(
-        v,
-        folded,
-        states,
-        masses,
-        slot,
-        total,
-        wide,
-        s,
-        length - lag,
-        count - ahead,
-        least,
-        first_key,
-        ahead,
-        head,
-        u,
-        K,
-        F,
-        V,
-        BF,
-        OPERAND,
-        EXACT,
-    )
+    writes = (s >= 0) & (s < length - lag) & (count - ahead + s >= least)
+    offset = (tl.where(writes, first_key + s - ahead, 0) * K + head)[:, None]
+    mass_at_start = load_mass(masses, slot, total, wide, F, BF, EXACT)
     low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
     high = tl.minimum(i + lag + CHUNK, length)
     # Tiles are numbered as those of `query_gradients`, so that both write into one array.
@@ -133,10 +121,13 @@ def chunk_rows(
         reads = reads * load_rise(rise, place, length - lag, first_key, ahead, head, K, F, BF)
         mass = tl.sum(reads * mass_at_start[None, :], 1)
         reads = operand(reads, OPERAND)
+        key = load_keys(folded, offset, writes, F, BF)
         pairs = tl.dot(reads, tl.trans(key), input_precision=PRECISION)
         pairs = tl.where(place[:, None] >= s[None, :], pairs, 0.0)
         mass += tl.sum(pairs, 1)
+        state = load_state(entering, slot, wide, u, F, V, BF)
         read = tl.dot(reads, state, input_precision=PRECISION)
+        values = load_values(v, offset, writes, u, V, OPERAND)
         read += tl.dot(operand(pairs, OPERAND), values, input_precision=PRECISION)
         weight = mass * 0.0
         if MIX == "softmax":
@@ -295,11 +286,11 @@ def chunk_pairs(
     starts,
     counts,
     slots,
-    states,
     masses,
     totals,
     rise,
     folded,
+    entering,
     doutputs,
     rows,
     dstates,
@@ -346,29 +337,9 @@ def chunk_pairs(
     f, u = tl.arange(0, BF), tl.arange(0, BV)
     first_key = start + (row + 1) * past
     s = i + tl.arange(0, CHUNK)
-    key, values, state, mass_at_start, writes, offset = chunk_operands(
-        v,
-        folded,
-        states,
-        masses,
-        slot,
-        total,
-        wide,
-        s,
-        length - lag,
-        count - ahead,
-        least,
-        first_key,
-        ahead,
-        head,
-        u,
-        K,
-        F,
-        V,
-        BF,
-        OPERAND,
-        EXACT,
-    )
+    writes = (s >= 0) & (s < length - lag) & (count - ahead + s >= least)
+    offset = (tl.where(writes, first_key + s - ahead, 0) * K + head)[:, None]
+    mass_at_start = load_mass(masses, slot, total, wide, F, BF, EXACT)
     inside = (u < V)[None, :]
     t = s + lag
     real = (t >= 0) & (t < length)
@@ -381,8 +352,10 @@ def chunk_pairs(
         entry = tl.where(real, (start + t) * H + head * G + member, 0)
         query = entry[:, None]
         dread, dm = load_dreads(doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND)
-        rises = load_rise(rise, s, length - lag, first_key, ahead, head, K, F, BF)
-        faded = operand(load_reads(q, query, real, F, BF, SOFTMAX) * rises, OPERAND)
+        faded = load_reads(q, query, real, F, BF, SOFTMAX)
+        faded = operand(faded * load_rise(rise, s, length - lag, first_key, ahead, head, K, F, BF), OPERAND)
+        key = load_keys(folded, offset, writes, F, BF)
+        values = load_values(v, offset, writes, u, V, OPERAND)
         pairs = tl.dot(key, tl.trans(faded), input_precision=PRECISION)
         pairs = operand(tl.where(after, pairs, 0.0), OPERAND)
         dvalues += tl.dot(pairs, dread, input_precision=PRECISION)
@@ -391,6 +364,7 @@ def chunk_pairs(
         dkey += tl.dot(dpairs, faded, input_precision=PRECISION)
         dpairs = tl.dot(dread, tl.trans(values), input_precision=PRECISION) + dm[:, None]
         dpairs = operand(tl.where(before, dpairs, 0.0), OPERAND)
+        state = load_state(entering, slot, wide, u, F, V, BF)
         dfaded = tl.dot(dread, tl.trans(state), input_precision=PRECISION)
         dfaded += tl.dot(dpairs, key, input_precision=PRECISION)
         dfaded += dm[:, None] * mass_at_start[None, :]
@@ -404,6 +378,8 @@ def chunk_pairs(
         tl.store(to, dreads.to(dq.dtype.element_ty), mask=real[:, None] & (f < F)[None, :])
     mask = writes[:, None] & (f < F)[None, :]
     at = offset * F + f[None, :]
+    key = load_keys(folded, offset, writes, F, BF)
+    values = load_values(v, offset, writes, u, V, OPERAND)
     tl.store(dlog + at, of_decay - key.to(tl.float32) * dkey, mask=mask)
     # The outgoing state's part, relative to half of the chunk's decay as the keys are.
     half = decay(total * 0.5, EXACT)

@@ -5,7 +5,9 @@ are computed once for all query heads, and then all products are those of tensor
 left to the kernels over sub-chunks, which compute each decay by itself.
 
 Arrays between these kernels are `rise` `[P, K, F]` in float32, the factors of a chunk's queries, each in the row of the
-key that has its place in the stream; and `folded` `[P, K, F]`, key features times their factors.
+key that has its place in the stream; and, as operands of products, `folded` `[P, K, F]`, key features times their
+factors, and `entering` `[slots, K, F, V]`, the states, decayed by half of their chunk. Loops load them anew for each
+head: a tile that is kept over a loop takes registers.
 """
 
 from __future__ import annotations
@@ -54,8 +56,10 @@ def chunk_factors(
     counts,
     slots,
     totals,
+    states,
     rise,
     folded,
+    entering,
     keys,
     past,
     lag,
@@ -63,7 +67,9 @@ def chunk_factors(
     least,
     K: tl.constexpr,
     F: tl.constexpr,
+    V: tl.constexpr,
     BF: tl.constexpr,
+    BV: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTMAX: tl.constexpr,
     FROM_KEY: tl.constexpr,
@@ -71,9 +77,9 @@ def chunk_factors(
     COUNTED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Compute `rise` and `folded` of a chunk of weak decay."""
+    """Compute `rise`, `folded` and `entering` of a chunk of weak decay."""
     i = tl.program_id(0) * CHUNK
-    row, head, start, length, count, _slot, total, _wide = open_chunk(
+    row, head, start, length, count, slot, total, _wide = open_chunk(
         starts, counts, slots, totals, i, lag, K, F, BF, CHUNK, COUNTED
     )
     if i + lag >= length:
@@ -92,46 +98,39 @@ def chunk_factors(
     inside = within[:, None] & (f < F)
     tl.store(rise + offset * F + f, decay(from_middle, EXACT), mask=inside)
     tl.store(folded + offset * F + f, key.to(folded.dtype.element_ty), mask=inside)
+    half = decay(total * 0.5, EXACT)
+    u = tl.arange(0, BV)[None, :]
+    at = (slot * F + tl.arange(0, BF)[:, None]) * V + u
+    of_state = (tl.arange(0, BF) < F)[:, None] & (u < V)
+    state = tl.load(states + at, mask=of_state, other=0.0) * half[:, None]
+    tl.store(entering + at, state.to(entering.dtype.element_ty), mask=of_state)
 
 
 @triton.jit
-def chunk_operands(
-    v,
-    folded,
-    states,
-    masses,
-    slot,
-    total,
-    wide,
-    place,
-    stream,
-    number,
-    least,
-    first_key,
-    ahead,
-    head,
-    u,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    V: tl.constexpr,
-    BF: tl.constexpr,
-    OPERAND: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Folded keys, values, the state and the mass at the chunk's start, both relative to half of its decay; and which
-    tokens are written, with their rows in `[P, K, ...]`."""
+def load_keys(folded, offset, writes, F: tl.constexpr, BF: tl.constexpr):
+    """Folded keys of a chunk."""
+    f = tl.arange(0, BF)[None, :]
+    return tl.load(folded + offset * F + f, mask=writes[:, None] & (f < F), other=0.0)
+
+
+@triton.jit
+def load_values(v, offset, writes, u, V: tl.constexpr, OPERAND: tl.constexpr):
+    """Values of a chunk."""
+    return operand(tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0), OPERAND)
+
+
+@triton.jit
+def load_state(entering, slot, wide, u, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr):
+    """The state at a chunk's start, decayed by half of the chunk."""
+    f = tl.arange(0, BF)[:, None]
+    return tl.load(entering + (slot * F + f) * V + u[None, :], mask=(f < wide) & (u < V)[None, :], other=0.0)
+
+
+@triton.jit
+def load_mass(masses, slot, total, wide, F: tl.constexpr, BF: tl.constexpr, EXACT: tl.constexpr):
+    """The mass at a chunk's start, decayed by half of the chunk."""
     f = tl.arange(0, BF)
-    writes = (place >= 0) & (place < stream) & (number + place >= least)
-    offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
-    inside = (u < V)[None, :]
-    key = operand(
-        tl.load(folded + offset * F + f[None, :], mask=writes[:, None] & (f < F)[None, :], other=0.0), OPERAND
-    )
-    values = operand(tl.load(v + offset * V + u[None, :], mask=writes[:, None] & inside, other=0.0), OPERAND)
-    half = decay(total * 0.5, EXACT)
-    state = tl.load(states + (slot * F + f[:, None]) * V + u[None, :], mask=(f < wide)[:, None] & inside, other=0.0)
-    mass = tl.load(masses + slot * F + f, mask=f < wide, other=0.0) * half
-    return key, values, operand(state * half[:, None], OPERAND), mass, writes, offset
+    return tl.load(masses + slot * F + f, mask=f < wide, other=0.0) * decay(total * 0.5, EXACT)
 
 
 @triton.jit
@@ -166,11 +165,11 @@ def chunk_outputs(
     starts,
     counts,
     slots,
-    states,
     masses,
     totals,
     rise,
     folded,
+    entering,
     outputs,
     window,
     past,
@@ -218,29 +217,9 @@ def chunk_outputs(
     d, u = tl.arange(0, BD)[None, :], tl.program_id(2) * BV + tl.arange(0, BV)
     first_key = start + (row + 1) * past
     s = i + tl.arange(0, CHUNK)
-    key, values, state, mass_at_start, _writes, _offset = chunk_operands(
-        v,
-        folded,
-        states,
-        masses,
-        slot,
-        total,
-        wide,
-        s,
-        length - lag,
-        count - ahead,
-        least,
-        first_key,
-        ahead,
-        head,
-        u,
-        K,
-        F,
-        V,
-        BF,
-        OPERAND,
-        EXACT,
-    )
+    writes = (s >= 0) & (s < length - lag) & (count - ahead + s >= least)
+    offset = (tl.where(writes, first_key + s - ahead, 0) * K + head)[:, None]
+    mass_at_start = load_mass(masses, slot, total, wide, F, BF, EXACT)
     low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
     high = tl.minimum(i + lag + CHUNK, length)
     x = tl.arange(0, HEADS * CHUNK)
@@ -255,6 +234,7 @@ def chunk_outputs(
         reads = reads * load_rise(rise, place, length - lag, first_key, ahead, head, K, F, BF)
         mass = tl.sum(reads * mass_at_start[None, :], 1)
         reads = operand(reads, OPERAND)
+        key = load_keys(folded, offset, writes, F, BF)
         pairs = tl.dot(reads, tl.trans(key), input_precision=PRECISION)
         pairs = tl.where(place[:, None] >= s[None, :], pairs, 0.0)
         mass += tl.sum(pairs, 1)
@@ -293,7 +273,9 @@ def chunk_outputs(
             PRECISION,
         )
         if i >= 0:
+            state = load_state(entering, slot, wide, u, F, V, BF)
             read = tl.dot(reads, state, input_precision=PRECISION)
+            values = load_values(v, offset, writes, u, V, OPERAND)
             read += tl.dot(pairs, values, input_precision=PRECISION)
             live = real
             if EVICTED:
