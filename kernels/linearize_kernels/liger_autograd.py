@@ -38,6 +38,7 @@ MOST_PROGRAMS = 65535
 CARRIED = 512
 # Input dtypes whose chunks of weak decays are tiles of tensor cores. float16 has too few exponents for their factors.
 TILED = {torch.bfloat16}
+# Launches over chunks have as few stages as let them fit into the 99 KiB of shared memory of smaller GPUs.
 # Triton 3.10 changes the default.
 FUSION = {"enable_fp_fusion": True}
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -463,7 +464,7 @@ def write_outputs(operands: Operands, states: Tensor, masses: Tensor, totals: Te
             HEADS=o.heads_per_chunk,
             KEYS=64,
             num_warps=4 * o.heads_per_chunk,
-            num_stages=1,  # more do not fit into shared memory
+            num_stages=1,
         )
     heads, parts = o.tile(OUTPUT_HEADS)
     write_outputs_kernel[problem.query_chunks if o.tiled else problem.tiles, whole, pieces * parts](
@@ -528,7 +529,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             SUB=SUB,
             KEYS=64,
             num_warps=4 * o.heads_per_chunk,
-            num_stages=1,  # more do not fit into shared memory
+            num_stages=1,
         )
     query_gradients[problem.query_chunks if o.tiled else problem.tiles, whole, parts](
         **taken_by(query_gradients, inputs),
@@ -541,7 +542,8 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         TILED=o.tiled,
         num_warps=o.warps(heads),
     )
-    tile = 64 if o.widest * o.q.element_size() <= 512 else 32
+    # Tiles of 64 rows are those of tensor cores; wider heads leave no room for them in shared memory.
+    tile, stages = (64, 2) if o.widest * o.q.element_size() <= 256 else (32, 1)
     # Tiles of all rows are concatenated; each row may have an incomplete one.
     columns = [x for x in (o.column_k, o.column_v) if x is not None]
     parts_of_columns = [o.float32(o.tokens // tile + problem.rows, o.groups, *x.shape[1::2]) for x in columns]
@@ -551,8 +553,9 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         parts_k=parts_of_columns[0] if columns else rows,
         parts_v=parts_of_columns[1] if columns else rows,
         TILE=tile,
-        KEYS=64 if tile == 64 else 32,
+        KEYS=tile,
         num_warps=8,
+        num_stages=stages,
     )
     dcolumns: list[Tensor | None] = [None, None]
     if columns:
@@ -578,7 +581,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         of_chunks = inputs | {"dstates": dstates, "dmasses": dmasses, "TILED": o.tiled}
         warps = 8 if block(o.features) > 64 else 4
         if o.tiled:
-            chunk_reads[problem.chunks, whole](**taken_by(chunk_reads, of_chunks), num_warps=warps)
+            chunk_reads[problem.chunks, whole](**taken_by(chunk_reads, of_chunks), num_warps=warps, num_stages=2)
         read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
             **taken_by(read_chunks, of_chunks | {"BV": width}), num_warps=warps
         )
@@ -639,6 +642,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             flow=flow,
             dlog=dlog,
             num_warps=8,
+            num_stages=1,
         )
     heads, members = o.tile(KEY_HEADS)
     if problem.chunks:
@@ -662,6 +666,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         TILE=tile,
         QUERIES=tile,
         num_warps=8,
+        num_stages=stages,
     )
 
     of_key = problem.divisor is not None

@@ -150,8 +150,9 @@ def tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
         strengths = torch.tensor([0.0, 300.0, 0.01, 0.01, 0.0], dtype=torch.float64).repeat(keys)[:keys]
         values["gate"] = gate * (strengths[:, None, None] if case.gates == "strong" else 0.1)
         if case.gates == "border":
-            steps = torch.tensor([tokens * decay for decay in (0.99, 1.01) for tokens in (8 / 64, 8 / 16)])
-            values["gate"] = -steps.double().repeat_interleave(64)[:keys, None, None].expand_as(gate).clone()
+            steps = torch.tensor([0.99 * 8 / 64, 0.99 * 8 / 16, 1.01 * 8 / 64, 1.01 * 8 / 16], dtype=torch.float64)
+            chunk = (torch.arange(keys) // 64).clamp_max(len(steps) - 1)
+            values["gate"] = -steps[chunk, None, None].expand_as(gate).clone()
     if case.mix == "learned":
         values["mix_weight"] = random(heads, case.values, draw=torch.rand)
     if case.mix == "softmax":
