@@ -48,10 +48,12 @@ docs: $(READY)
 	@echo "the site is in build/site"
 
 # Triton's kernels: on an NVIDIA GPU as they are, in one process; elsewhere in Triton's interpreter, on small shapes.
+# Their machine code for Hopper is compiled and read on either.
 test-kernels: $(WITH_KERNELS)
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(PYTEST) -m triton; \
 	else TRITON_INTERPRET=1 $(PYTEST) -n 2 -m triton; fi
+	$(PYTEST) -m "triton and not slow" tests/kernels/test_liger_compiles.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
