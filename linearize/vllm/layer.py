@@ -42,7 +42,7 @@ class BothPositions(nn.Module):
         return torch.cat([q, q_rotated], -1), torch.cat([k, k_rotated], -1)
 
 
-class MixedAttention(nn.Module, MambaBase):  # type: ignore[misc]
+class MixedAttention(nn.Module, MambaBase):
     """`attn` of a converted layer.
 
     Args:
@@ -93,22 +93,25 @@ class MixedAttention(nn.Module, MambaBase):  # type: ignore[misc]
         return out
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, q_rotated: Tensor, k_rotated: Tensor, out: Tensor) -> None:
-        """`forward` for the sequences of the present step."""
+        """`forward` for the sequences of the present step.
+
+        Raises:
+            RuntimeError: vLLM has divided the step (dual batch overlap).
+        """
         steps = get_forward_context().attn_metadata
-        step = steps.get(self.layer_name) if isinstance(steps, dict) else None
-        if step is None or self.pages is None:  # vLLM measures the memory that a step takes
+        if steps is None or self.pages is None:  # vLLM measures the memory that a step takes
             out.zero_()
             return
-        plan = self._plan(step)
+        if not isinstance(steps, dict):
+            raise RuntimeError("linearize: converted layers do not go with dual batch overlap; leave it out")
+        plan = self._plan(steps[self.layer_name])
         if plan.fresh is not None:
             clear(self.pages, plan.fresh)
-        keys, values, queries = self.layer.key_value_heads, self.layer.key_value_heads, self.layer.query_heads
+        keys, queries = self.layer.key_value_heads, self.layer.query_heads
         new = Projections(
             *(
                 x.unflatten(-1, (heads, -1))
-                for x, heads in zip(
-                    (q, k, v, q_rotated, k_rotated), (queries, keys, values, queries, keys), strict=True
-                )
+                for x, heads in zip((q, k, v, q_rotated, k_rotated), (queries, keys, keys, queries, keys), strict=True)
             )
         )
         heads = out.view(-1, queries, self.layer.value_width)
@@ -122,6 +125,40 @@ class MixedAttention(nn.Module, MambaBase):  # type: ignore[misc]
         if plan is None:
             plan = step.__dict__["linearize_plan"] = _Plan(step)
         return plan
+
+
+class SplitAttention(nn.Module):
+    """`attn` of a layer in which some key/value heads keep softmax over the whole past.
+
+    Args:
+        kept: vLLM's attention, for these heads and the query heads that share them.
+        mixed: the attention of the other heads.
+        heads: the key/value heads that `kept` has.
+        layer: all heads.
+    """
+
+    def __init__(self, kept: nn.Module, mixed: MixedAttention, heads: list[int], layer: AttentionLayer) -> None:
+        super().__init__()
+        self.kept, self.mixed, self.layer = kept, mixed, layer
+        others = [head for head in range(layer.key_value_heads) if head not in heads]
+        order = heads + others
+        self.choices = heads, others
+        self.places = [order.index(head) for head in range(layer.key_value_heads)]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups, (heads, others) = self.layer.key_value_heads, self.choices
+
+        def of(x: Tensor, chosen: list[int]) -> Tensor:
+            """`[T, heads * width]` of these key/value heads and the query heads that share them."""
+            return x.unflatten(-1, (groups, -1))[:, chosen].flatten(1)
+
+        both = 2 if self.layer.rotary else 1
+        parts = [x.chunk(both, -1) for x in (q, k)]
+        kept = self.kept(*(of(part[-1], heads) for part in parts), of(v, heads))
+        q, k = (torch.cat([of(x, others) for x in part], -1) for part in parts)
+        mixed = self.mixed(q, k, of(v, others))
+        out = [x.unflatten(-1, (len(chosen), -1)) for x, chosen in zip((kept, mixed), self.choices, strict=True)]
+        return torch.cat(out, 1)[:, self.places].flatten(1)
 
 
 class _Plan:
@@ -138,7 +175,7 @@ class _Plan:
         self.fresh = torch.tensor(fresh, device=device) if fresh else None
 
 
-class _Builder(LinearAttentionMetadataBuilder):  # type: ignore[misc]
+class _Builder(LinearAttentionMetadataBuilder):
     # A step reads lengths on the host, which a full CUDA graph cannot; piecewise graphs leave this op out.
     _cudagraph_support = AttentionCGSupport.NEVER
 
@@ -147,7 +184,7 @@ class _Builder(LinearAttentionMetadataBuilder):  # type: ignore[misc]
         return cls._cudagraph_support
 
 
-class PageBackend(LinearAttentionBackend):  # type: ignore[misc]
+class PageBackend(LinearAttentionBackend):
     """vLLM's attention backend of layers on pages."""
 
     @staticmethod

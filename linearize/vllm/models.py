@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from linearize.families import family_of
 from linearize.model.mixer.mixer import Mixer
-from linearize.vllm.layer import BothPositions, MixedAttention
+from linearize.vllm.layer import BothPositions, MixedAttention, SplitAttention
 from linearize.vllm.pages import Page
 from linearize.vllm.plugin import HYBRID
 from linearize.vllm.settings import base_model
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from linearize.model.configuration import LinearizedConfig
+    from linearize.families.base import AttentionLayer
+    from linearize.model.configuration import LinearizedConfig, MixerConfig
 
 
 class LinearizedModel:
@@ -102,20 +104,38 @@ def _install(model: Any, vllm_config: Any) -> dict[str, nn.Parameter]:
             continue
         layer = family.layer(config.text_config, index)
         section = config.mixer_of(index).fitted(layer)
-        if section.window is None:
+        if section.window is None or len(set(section.softmax_heads)) == layer.key_value_heads:
             continue
         attention = getattr(owner, name)
         old = attention.attn
         heads = replace(layer, query_heads=old.num_heads, key_value_heads=old.num_kv_heads)
-        mixer = Mixer(section, heads, index / depth).float()  # half precision would round trained values
+        mixed = _mixed(section, heads)
+        mixer = Mixer(section, mixed, index / depth).float()  # half precision would round trained values
         page = Page(mixer.parts(1, vllm_config.model_config.dtype, torch.device("meta")))
         del context[old.layer_name]
         attention.attn = MixedAttention(mixer, page, nbytes, old.layer_name, context)
+        if section.softmax_heads:
+            kept = Attention(
+                layer.query_heads - mixed.query_heads,
+                layer.key_width,
+                layer.scale,
+                num_kv_heads=len(section.softmax_heads),
+                cache_config=vllm_config.cache_config,
+                logits_soft_cap=layer.softcap,
+                prefix=f"{old.layer_name}.kept",
+            )
+            attention.attn = SplitAttention(kept, attention.attn, sorted(section.softmax_heads), layer)
         if layer.rotary:
             attention.rotary_emb = BothPositions(attention.rotary_emb)
         for parameter_name, parameter in mixer.named_parameters():
             own[f"{family.blocks}.{index}.{name}.mixer.{parameter_name}"] = parameter
     return own
+
+
+def _mixed(section: MixerConfig, heads: AttentionLayer) -> AttentionLayer:
+    """The heads of a layer that the mixer has."""
+    mixed, group = heads.key_value_heads - len(section.softmax_heads), heads.query_heads // heads.key_value_heads
+    return replace(heads, query_heads=mixed * group, key_value_heads=mixed)
 
 
 def page_nbytes(vllm_config: Any) -> int:
@@ -125,14 +145,12 @@ def page_nbytes(vllm_config: Any) -> int:
     for index in range(config.text_config.num_hidden_layers):
         layer = family.layer(config.text_config, index)
         section = config.mixer_of(index).fitted(layer)
-        if section.window is not None:
+        if section.window is not None and len(set(section.softmax_heads)) < layer.key_value_heads:
             heads = replace(
-                layer,
-                query_heads=layer.query_heads // ranks,
-                key_value_heads=max(layer.key_value_heads // ranks, 1),
+                layer, query_heads=layer.query_heads // ranks, key_value_heads=layer.key_value_heads // ranks
             )
             with meta:
-                parts = Mixer(section, heads).parts(1, vllm_config.model_config.dtype, meta)
+                parts = Mixer(section, _mixed(section, heads)).parts(1, vllm_config.model_config.dtype, meta)
             largest = max(largest, Page(parts).nbytes)
     return largest
 

@@ -11,7 +11,7 @@ from linearize.families import family_of
 from linearize.vllm.plugin import HYBRID
 
 
-class Settings(MambaModelConfig):  # type: ignore[misc]
+class Settings(MambaModelConfig):
     """Called by vLLM before it starts a model."""
 
     @classmethod
@@ -37,8 +37,8 @@ def refusal(vllm_config: Any) -> str | None:
         )
     layers = family_of(base).layers(base)
     mixers = [config.mixer_of(index).fitted(layer) for index, layer in enumerate(layers)]
-    if any(mixer.softmax_heads for mixer in mixers):
-        return "single heads keep softmax, and vLLM pages whole layers; convert with `mixer.keep.layers`"
+    if ranks > 1 and any(mixer.softmax_heads for mixer in mixers):
+        return "single heads keep softmax, and each tensor-parallel rank would need as many of them"
     if ranks > 1 and (heads := {layer.key_value_heads for layer in layers if layer.key_value_heads % ranks}):
         return (
             f"each of {ranks} tensor-parallel ranks needs whole key/value heads, and the model has {heads.pop()}; set "

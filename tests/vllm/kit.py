@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ def served(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    _register(folder)
     given = {
         "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128,
         "max_num_seqs": 4, "disable_log_stats": True, "distributed_executor_backend": "uni",
@@ -37,6 +39,20 @@ def served(folder: Path, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _register(folder: Path) -> None:
+    """Register the classes of a checkpoint's architecture; vLLM would start a process to look at each."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from linearize.vllm import models
+    from linearize.vllm.plugin import HYBRID
+
+    load_general_plugins()
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    for architecture in (name, HYBRID + name):
+        ModelRegistry.register_model(architecture, getattr(models, architecture))
 
 
 def write(llm: Any, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
