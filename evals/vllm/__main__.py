@@ -2,7 +2,8 @@
 environment that `make test-vllm` makes.
 
 speed    MODEL is the pretrained model, which vLLM serves as it is, or a converted one. `--concurrent` requests of
-         `--prompt` tokens arrive at once and get `--new` tokens each; models take turns for each number of requests
+         `--prompt` tokens arrive at once and get `--new` tokens each; models take turns for each number of requests.
+         Rates are per second of this process on the CPU, because other processes may take the rest; `wall` is beside
 memory   bytes of vLLM's cache that one request holds when `--lengths` tokens of it have been read
 equal    8 requests of unequal lengths on four places get 64 greedy tokens each, with whole prompts and with chunks of
          32 tokens; the same in transformers. A difference counts as a tie if the two logits differ by less than 1e-4 of
@@ -78,31 +79,33 @@ def greedy(tokens: int) -> SamplingParams:
 
 
 def speed(folder: str, concurrent: int, prompt: int, new: int) -> dict[str, Any]:
-    """Seconds from the arrival of all requests to the first token of the last one, and to the end."""
+    """Seconds and rates of requests that arrive together."""
     with served(folder, max_model_len=prompt + new, max_num_seqs=concurrent, max_num_batched_tokens=2048) as llm:
         asked = prompts(folder, [prompt] * concurrent)
         llm.generate([{"prompt_token_ids": asked[0][:64]}], greedy(4), use_tqdm=False)  # the first call is slower
-        engine, started, first, count = llm.llm_engine, time.perf_counter(), dict[str, float](), 0
+        engine, started, begun = llm.llm_engine, time.process_time(), time.perf_counter()
         for number, ids in enumerate(asked):
             engine.add_request(str(number), {"prompt_token_ids": ids}, greedy(new))
-        held, steps = 0, list[tuple[float, int]]()
+        held, first, steps = 0, dict[str, float](), list[tuple[float, int]]()
         while engine.has_unfinished_requests():
             answers = engine.step()
-            now = time.perf_counter() - started
-            written = 0
+            now = time.process_time() - started
             for answer in answers:
                 first.setdefault(answer.request_id, now)
-                written += 1
-            count += written
-            steps.append((now, written))
+            steps.append((now, len(answers)))
             held = max(held, used(llm))
-        total, last_first = steps[-1][0], max(first.values())
-        decoding = [tokens for at, tokens in steps if at > last_first]
+        total, last_first, wall = steps[-1][0], max(first.values()), time.perf_counter() - begun
+        decoding = sum(tokens for at, tokens in steps if at > last_first)
     return {
-        "seconds": total, "requests_per_second": concurrent / total, "new_tokens_per_second": concurrent * new / total,
-        "prompt_seconds": last_first, "prompt_tokens_per_second": concurrent * prompt / last_first,
-        "decoding_tokens_per_second": sum(decoding) / max(total - last_first, 1e-9), "cache_bytes": held,
-    }  # fmt: skip
+        "seconds": total,
+        "wall": wall,
+        "requests_per_second": concurrent / total,
+        "new_tokens_per_second": concurrent * new / total,
+        "seconds_to_last_first_token": last_first,
+        "prompt_tokens_per_second": concurrent * prompt / last_first,
+        "decoding_tokens_per_second": decoding / max(total - last_first, 1e-9),
+        "cache_bytes": held,
+    }
 
 
 def used(llm: Any) -> int:

@@ -90,9 +90,10 @@ def batches(lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], d
 
 
 def _joins(group: list[int], i: int, lengths: Sequence[int], seen: Sequence[int]) -> bool:
-    longest, real = lengths[i], sum(lengths[j] for j in group) + lengths[i]
+    longest = lengths[i]
     if longest == 1 or lengths[group[0]] == 1:
         return lengths[group[0]] == longest
+    real = sum(lengths[j] for j in group) + longest
     # Rows that start have a path of their own in the mixer.
     alike = (seen[i] > 0) == (seen[group[0]] > 0)
     return alike and longest * (len(group) + 1) - real <= _MOST_PADDING * real
@@ -106,19 +107,17 @@ def _batch(
     pages: Sequence[int],
     device: torch.device,
 ) -> Batch:
-    length = lengths[group[-1]]
-    apart = len({lengths[i] for i in group}) > 1
-    counts = [seen[i] for i in group]
-    first = [starts[i] for i in group]
+    own, counts, held = ([given[i] for i in group] for given in (lengths, seen, pages))
+    first, length, apart = [starts[i] for i in group], own[-1], own[0] != own[-1]
+    sizes = torch.tensor(own, device=device)
     at: Tensor | slice = slice(first[0], first[0] + len(group) * length)
     if apart or first != list(range(first[0], first[0] + len(group) * length, length)):
-        places = [[starts[i] + min(t, lengths[i] - 1) for t in range(length)] for i in group]
-        at = torch.tensor(places, device=device)
-    held = [pages[i] for i in group]
+        place = torch.arange(length, device=device).minimum(sizes[:, None] - 1)
+        at = torch.tensor(first, device=device)[:, None] + place
     return Batch(
         at=at,
         length=length,
-        lengths=torch.tensor([lengths[i] for i in group], device=device) if apart else None,
+        lengths=sizes if apart else None,
         counts=torch.tensor(counts, device=device),
         uniform=counts[0] if len(set(counts)) == 1 else None,
         pages=slice(held[0], held[0] + 1) if len(held) == 1 else torch.tensor(held, device=device),

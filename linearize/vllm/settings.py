@@ -30,6 +30,9 @@ def refusal(vllm_config: Any) -> str | None:
             f"vLLM has no model of its own for {base.model_type!r}, only a backend that pages the keys of every "
             "layer of transformers' model; use `linearize generate` or transformers"
         )
+    if any(getattr(base, option, False) for option in _IGNORED.get(base.model_type, ())):
+        options = " or ".join(_IGNORED[base.model_type])
+        return f"vLLM's model for {base.model_type!r} has no {options}, which this model uses"
     if vllm_config.speculative_config is not None:
         return (
             "speculative decoding takes back the tokens that the model rejects, and a recurrent state cannot give them "
@@ -47,6 +50,13 @@ def refusal(vllm_config: Any) -> str | None:
     if ranks > 1 and any(mixer.recurrence == "retention" for mixer in mixers):
         return "a head's decay in retention depends on its number, which a tensor-parallel rank does not know"
     return None
+
+
+_IGNORED = {
+    "stablelm": ("qk_layernorm", "use_parallel_residual"),
+    "gpt2": ("scale_attn_by_inverse_layer_idx",),
+}
+"""Options of a base model that vLLM's model of it does not compute."""
 
 
 def base_model(architecture: str) -> Any:
