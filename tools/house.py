@@ -36,6 +36,7 @@ ROOMS = [
     "families",
     "model",
     "quantization",
+    "vllm",
     "sources",
     "checkpoint",
     "data",
