@@ -180,6 +180,9 @@ class MixerSpec(Section):
     """`convert` redistributes the landmarks among the layers, by the loss of each layer with fewer of them; the total
     is at most `landmarks` per layer. `recall` counts loss of recall in addition to loss on text. The saved recipe names
     the numbers in `landmark_layers`."""
+    memory_dtype: Literal["auto", "int8", "int4"] = "auto"
+    """Storage of keys and values in the memory: `auto` in the model's dtype; `int8` with one scale per token and head;
+    `int4` with landmarks in 4 bits and window and sinks in 8."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")
@@ -201,6 +204,19 @@ class MixerSpec(Section):
     def _has_some_to_share(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not info.data.get("landmarks"):
             raise _refusal("there are no landmarks to share out: set mixer.landmarks, or leave this out")
+        return value
+
+    @field_validator("memory_dtype")
+    @classmethod
+    def _has_slots_to_round(cls, value: str, info: ValidationInfo) -> str:
+        if (
+            value == "int4"
+            and not info.data.get("landmarks")
+            and not any(info.data.get("landmark_layers", {}).values())
+        ):
+            raise _refusal(
+                "int4 stores landmarks alone in 4 bits, and there are none: set mixer.landmarks, or use int8"
+            )
         return value
 
     @field_validator("normalize")
