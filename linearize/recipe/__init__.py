@@ -8,7 +8,6 @@ from linearize.recipe.reading import (
     shipped_recipes,
 )
 from linearize.recipe.schema import (
-    BUILTIN,
     SELF,
     CalibrateSpec,
     DataSpec,
@@ -23,7 +22,6 @@ from linearize.recipe.schema import (
 )
 
 __all__ = [
-    "BUILTIN",
     "SELF",
     "CalibrateSpec",
     "DataSpec",
