@@ -99,8 +99,9 @@ def calibration_data(found: Calibration) -> dict[str, Any]:
         "recall_counts": found.recall_counts,
         "seconds": round(found.seconds, 1),
         "readings": {name: _reading(one) for name, one in found.readings.items()},
-        "recurrence": silent
-        and {"loss": silent.loss._asdict(), "recall": silent.recall._asdict() if found.needles else None},
+        "recurrence": None
+        if silent is None
+        else {"loss": silent.loss._asdict(), "recall": silent.recall._asdict() if found.needles else None},
         "ingredients": [
             {
                 "name": one.name,
