@@ -182,11 +182,8 @@ def test_a_calibration_that_harms_the_whole_is_taken_back(monkeypatch):
 
 def test_projections_that_harm_a_model_without_a_recurrence_are_taken_back(monkeypatch):
     monkeypatch.setattr(module, "_judge", lambda *_: False)
-    changes = [
-        "mixer={window: 8, landmarks: 20, landmarks_by: null}",
-        "calibrate={tokens: 216, length: 72, held_out: 2}",
-    ]
-    settings = load_recipe("landmarks-exact", changes)
+    slots = ["mixer.window=8", "mixer.landmarks=20", "mixer.landmarks_by=null"]
+    settings = load_recipe("landmarks-exact", [*slots, "calibrate={tokens: 216, length: 72, held_out: 2}"])
     model = convert_model(copy.deepcopy(build("llama")), settings.mixer)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     found = calibrate(Weights(model), drawn_text(), settings.calibrate)
