@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from linearize.calibration.weights import Weights
     from linearize.data.rows import Rows
     from linearize.families import Projections
+    from linearize.model.memory import LayerMemory
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block other than its hidden states."""
@@ -132,7 +133,7 @@ class Blocks:
         """In this context the layer's output projection is given `heads`, and nothing is mixed."""
         attention = self._attention(layer)
 
-        def nothing(new: Projections, *_: Any) -> Tensor:
+        def nothing(new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
             return new.v.new_zeros(*new.q.shape[:3], new.v.shape[-1])
 
         handle = output_projection(attention).register_forward_pre_hook(lambda *_: (heads,))
