@@ -75,6 +75,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         qk_norm=spec.qk_norm,
         slots=spec.slots,
         negative_eigenvalues=spec.negative_eigenvalues,
+        landmark_score=spec.landmark_score,
         gate_source=spec.gate.source,
         lower_bound=spec.gate.lower_bound,
         gate_scale=spec.gate.scale,

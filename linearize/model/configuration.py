@@ -17,6 +17,7 @@ _LOG = get_logger(__name__)
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
+LandmarkScore = Literal["novelty", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
 BLOCK = 32
 """The number of tokens that leave the window together and are merged into the landmarks at once."""
@@ -56,6 +57,7 @@ class MixerConfig:
         negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
         landmarks: tokens per key/value head that are kept and read exactly after they leave the window, chosen online;
             a layer with a sliding window of its own has none.
+        landmark_score: the static part of a token's rank among the landmarks: its `novelty`, or `learned`.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
 
@@ -78,6 +80,7 @@ class MixerConfig:
     slots: int = 0
     negative_eigenvalues: bool = False
     landmarks: int = 0
+    landmark_score: LandmarkScore = "novelty"
     softmax_heads: list[int] = field(default_factory=list)
 
     @property

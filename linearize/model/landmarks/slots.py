@@ -110,6 +110,34 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
 
 
+def static_scores(mixer: MixerBase, new: Projections, before: Tensor) -> tuple[Tensor, Tensor]:
+    """The score that a token has from its projection on, `[R, L, K]`: its novelty, or with a learned score an affine
+    map of the layer's keys and values.
+
+    Args:
+        before: as in `novelty`.
+
+    Returns:
+        the scores, and the sum of keys after each token, as `novelty` returns it; a learned score leaves it at 0.
+    """
+    weight = mixer._parameters.get("score_weight")
+    if weight is None:
+        return novelty(new.k, before)
+    weight = weight.detach().float()
+    scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
+    return scores, before[:, None].expand(-1, scores.shape[1], -1, -1)
+
+
+def score_inputs(new: Projections) -> Tensor:
+    """Keys, without positions, and values of all heads, `[R, L, K (D + V)]`: the inputs of a learned score."""
+    return torch.cat([x.detach().flatten(2).float() for x in (new.k, new.v)], -1)
+
+
+def leaving_scores(mixer: MixerBase, raw: Tensor) -> Tensor:
+    """The static scores of the first block of `raw` `[R, L, K]`, as its tokens leave the window, `[R, BLOCK, K]`."""
+    return raw[:, :BLOCK] if mixer.config.landmark_score == "learned" else smoothed(raw, mixer.window)
+
+
 def smoothed(raw: Tensor, window: int) -> Tensor:
     """Novelty of the first block's tokens, `[R, BLOCK, K]`: the mean of `raw` `[R, L, K]` over `REACH` tokens on either
     side, as far as they are in the window when the block leaves it."""
@@ -120,9 +148,11 @@ def smoothed(raw: Tensor, window: int) -> Tensor:
     return (sums[:, end] - sums[:, first]) / (end - first).view(-1, 1)
 
 
-def ranks(candidates: Part, window: int) -> Tensor:
+def ranks(mixer: MixerBase, candidates: Part) -> Tensor:
     """The rank of each candidate, `[R, N + C, K]`; minus infinity for an empty slot."""
-    exists = candidates["number"] > 0
+    exists, window = candidates["number"] > 0, mixer.window
+    if mixer.config.landmark_score == "learned":
+        return candidates["novelty"].masked_fill(~exists, -math.inf)
     count = exists.sum(1, keepdim=True).clamp_min(1)
 
     def standardised(score: Tensor) -> Tensor:
@@ -139,7 +169,7 @@ def ranks(candidates: Part, window: int) -> Tensor:
     return total.masked_fill(~exists, -math.inf)
 
 
-def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
+def merge(mixer: MixerBase, landmarks: Part, block: Part) -> tuple[Part, Part]:
     """Merge a block into the slots.
 
     Args:
@@ -151,7 +181,7 @@ def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
     """
     candidates = {name: torch.cat([tensor, block[name].to(tensor.dtype)], 1) for name, tensor in landmarks.items()}
     with torch.no_grad():
-        order = ranks(candidates, window).argsort(dim=1, descending=True, stable=True)
+        order = ranks(mixer, candidates).argsort(dim=1, descending=True, stable=True)
         kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
         lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
     slots, others = ({name: take_by_head(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))

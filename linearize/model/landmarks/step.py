@@ -12,11 +12,11 @@ from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.slots import (
     arriving_of,
     join,
+    leaving_scores,
     merge,
     merges,
-    novelty,
     numbers,
-    smoothed,
+    static_scores,
     stored,
     where,
 )
@@ -49,7 +49,7 @@ class _Seen(NamedTuple):
 def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """`landmark_attention` for one token per row, without a gradient."""
     config, parts = mixer.config, memory.parts
-    fresh, sums = novelty(new.k, parts["keys"]["sum"])
+    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
     arriving = arriving_of(mixer, new, fresh) | {"sum": sums[:, 0]}
     count = memory.uniform if lengths is None else None
     seen = _apart(mixer, memory, arriving, lengths) if count is None else _alike(mixer, memory, arriving, count)
@@ -145,10 +145,10 @@ def _merge(mixer: MixerBase, memory: LayerMemory, first: Tensor | int, goes: Ten
     window, landmarks = memory.parts["window"], memory.parts["landmarks"]
     block = {name: tensor[:, :BLOCK] for name, tensor in window.items()}
     block |= {
-        "novelty": smoothed(window["novelty"], mixer.window),
+        "novelty": leaving_scores(mixer, window["novelty"]),
         "number": numbers(first, block["received"]),
     }
-    kept, lost = merge(landmarks, block, mixer.window)
+    kept, lost = merge(mixer, landmarks, block)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for held, now in ((landmarks, kept), (window, moved)):
         for name, tensor in where(goes, now, held).items():
