@@ -117,11 +117,9 @@ def curves(
             tell(layer, torch.stack(changes).cpu())
 
         with watched(model, layers, read):
-            counted = torch.ones(len(ids), dtype=torch.bool, device=model.device)
-            if answer is not None:
-                counted[: answer.start] = False
-                counted[answer.stop :] = False
-            pass_back(model, ids.to(model.device), counted, mean=answer is not None)
+            place = torch.arange(len(ids), device=model.device)
+            asked = place >= 0 if answer is None else (place >= answer.start) & (place < answer.stop)
+            pass_back(model, ids.to(model.device), asked, mean=answer is not None)
     found = {}
     for layer in layers:
         loss, recall = (x.cummin(0).values.tolist() for x in (losses[layer], falls[layer]))

@@ -11,11 +11,14 @@ ranks the block's tokens together with those in the slots. The N of highest rank
 into the state in text order. Slots and state do not change between two merges, so all queries of a block are computed
 at once, and any split of a text into calls makes the same merges.
 
-A token's rank is the sum of two scores, each standardised over the candidates of its head:
+A token's rank is the sum of two scores, each standardised over the candidates of its head. The first is given with
+the token, the second follows from what attends to it:
 
     novelty     minus the cosine between its key, without positions, and the mean of the head's earlier keys, each
                 scaled to length 1 (KeyDiff, arXiv 2504.15364). Averaged over the tokens up to `REACH` places away,
                 because facts worth recalling span several tokens
+    or learned  an affine map of the layer's keys and values (`landmark_score: learned`), fitted by `convert` to the log
+                of the cost of losing the token. Attention counts `BESIDE_LEARNED` times beside it
     attention   the log of the mean attention weight it receives per query, summed over its head's queries (as H2O,
                 arXiv 2306.14048, without the two changes that follow). Only queries at least W / 4 tokens later
                 count, because the weights of near queries predict those of distant ones poorly. A block of queries
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 REACH = 2
 FADING = 0.8
 MOST_AGAINST = 1.0
+BESIDE_LEARNED = 0.5
 _SCORES = ("novelty", "received")
 _LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
@@ -151,8 +155,6 @@ def smoothed(raw: Tensor, window: int) -> Tensor:
 def ranks(mixer: MixerBase, candidates: Part) -> Tensor:
     """The rank of each candidate, `[R, N + C, K]`; minus infinity for an empty slot."""
     exists, window = candidates["number"] > 0, mixer.window
-    if mixer.config.landmark_score == "learned":
-        return candidates["novelty"].masked_fill(~exists, -math.inf)
     count = exists.sum(1, keepdim=True).clamp_min(1)
 
     def standardised(score: Tensor) -> Tensor:
@@ -165,7 +167,8 @@ def ranks(mixer: MixerBase, candidates: Part) -> Tensor:
     faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
     queries = faded * (window - window // 4 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
     attention = (candidates["received"] / queries + _LEAST_ATTENTION).log()
-    total = standardised(candidates["novelty"]) + standardised(attention).clamp_min(-MOST_AGAINST)
+    weight = BESIDE_LEARNED if mixer.config.landmark_score == "learned" else 1.0
+    total = standardised(candidates["novelty"]) + weight * standardised(attention).clamp_min(-MOST_AGAINST)
     return total.masked_fill(~exists, -math.inf)
 
 
