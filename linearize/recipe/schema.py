@@ -88,7 +88,14 @@ def _budget(value: Any) -> Any:
 class Section(BaseModel):
     """Base class of all sections: unknown keys are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # for the JSON schema
+    )
 
 
 class GateSpec(Section):
@@ -485,8 +492,13 @@ class EvaluateSpec(Section):
     tasks: list[str] = []
     limit: int | None = Field(default=None, ge=1)
     """Examples per task; null takes all."""
-    baselines: list[Literal["teacher", "window", "window_bytes"]] = ["teacher", "window"]
-    """`window` is the teacher with the model's own window and sinks, `window_bytes` one with its memory's bytes."""
+    baselines: list[Literal["teacher", "window", "window_bytes", "no_recurrence"]] = [
+        "teacher",
+        "window_bytes",
+        "no_recurrence",
+    ]
+    """`window_bytes` is the teacher with a window alone, of as many bytes as the model's memory; `window` has the
+    model's own window and sinks; `no_recurrence` is the trained model with its recurrence off."""
 
 
 class Recipe(Section):

@@ -22,7 +22,7 @@ from linearize.errors import DataError
 from linearize.evaluation.heldout import paired_difference, score_rows
 from linearize.evaluation.systems import find_systems
 from linearize.jobs.convert import convert_into, make_start
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.probe import probing
 from linearize.probe.damage import Reading
 from linearize.recipe import load_recipe

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from linearize.conversion.swap import convert_model, mixers_for, window_baseline
 from linearize.errors import DataError, ModelError
+from linearize.evaluation.tasks import hidden
 from linearize.evaluation.tasks.names import RECALL
 from linearize.evaluation.tasks.recall import RecallTask, recall_tasks, running, texts
 from linearize.evaluation.tasks.recall import tasks as tasks_module
@@ -301,6 +302,8 @@ def test_pads_and_pieces_change_nothing(
     ends = [running.expected(reader, [row], 9, 0)[0][0].tolist() for row in rows]
     assert running.expected(reader, rows, 9, 0)[0].tolist() == ends
     monkeypatch.setattr(running, "prefill_chunk", lambda device, rows: 50)
+    monkeypatch.setattr(hidden, "TOKENS", 200)
+    monkeypatch.setattr(hidden, "_SHORTEST", 1)
     assert written(rows) == alone
     assert running.expected(reader, rows, 9, 0)[0].tolist() == ends
 

@@ -1,9 +1,12 @@
 """The names of the tasks of our own suites: recall, generation and length.
 
-They stand apart from the tasks, which import torch, because `linearize eval` checks names before it imports torch.
+They have a module of their own because `linearize eval` checks names before it imports torch, which tasks need.
 """
 
 from __future__ import annotations
+
+HELD_OUT = "held_out"
+"""The task of scoring the rows that fine-tuning kept apart, which lie in the checkpoint's folder."""
 
 ESSAY = "books/war_and_peace_pg2600.txt"
 """The haystack of the essay tasks, relative to the data folder."""

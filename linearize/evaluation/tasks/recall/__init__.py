@@ -1,4 +1,4 @@
-"""Recall over a distance: what stands somewhere in a long text is asked for at its end.
+"""Recall over a distance: a question at the end of a long text about a fact somewhere in it.
 
 Benchmarks of short texts hardly notice what a recurrence forgets; these tasks do. Needles and questions are RULER's
 (arXiv 2404.06654) word for word, and those of passkey and kv_retrieval their papers'; `texts.py` names the sources.
@@ -10,8 +10,8 @@ What differs:
 - The essay is War and Peace, from a place drawn for each item: RULER downloads essays by Paul Graham and always begins
   at their beginning.
 - As many tokens are written as the longest answer has, and eight (RULER: 128).
-- Keys are drawn from a list of our own, pass keys have five digits, and mqar asks in words what Zoology
-  (arXiv 2312.04927) asks in bare tokens.
+- Keys are drawn from a list of our own, pass keys have five digits, and mqar has words where Zoology
+  (arXiv 2312.04927) has bare tokens.
 
 With `twice`, each task has a variant whose text and question come twice (Just Read Twice, arXiv 2407.05483): the same
 items, so that the two pair up, in up to 2 L tokens.
@@ -76,7 +76,7 @@ def recall_tasks(
         twice: add each task's variant.
         chat: put the text into the tokenizer's chat template as the user's turn, and begin the answer as the
             assistant's. Plain text is what RULER gives base models, and an instructed model such as
-            SmolLM2-135M-Instruct finds needles as well in it; for one that does not, say so here.
+            SmolLM2-135M-Instruct finds needles as well in it; set this for a model that does not.
 
     Raises:
         DataError: an unknown name; the essay is missing or too short; a length that does not hold the question; a
