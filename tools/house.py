@@ -55,11 +55,12 @@ ROOMS = [
 Definition = tuple[str, str]  # ("linearize.model.mixer.mixer", "Mixer.forward")
 OPENINGS = ("What", "Whether", "Where", "Of", "Whoever")
 _MIXER = "MixerConfig Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"
-# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; pads; heads that keep softmax;
-# the rotary table of one token.
+# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; 8 and 4 bits; pads; heads that
+# keep softmax; the rotary table of one token.
 _ASIDE = (
-    "Mixer._alternative fuses steps LinearizedAttention.memory memory_of starts fill slide store layout_of "
-    "LinearizedAttention._attend LinearizedAttention.select _by_group LinearizedAttention._turn _joined"
+    "Mixer._alternative Mixer._as_stored Mixer._rounded fuses steps LinearizedAttention.memory memory_of starts fill "
+    "slide store layout_of LinearizedAttention._attend LinearizedAttention.select _by_group "
+    "LinearizedAttention._turn _joined"
 )
 # Skipped in the steps of a conversion in memory, from the command to the new layers and their checkpoint: arguments,
 # checks and errors; GGUF files and weights of few bits; weights that are streamed; text, choices and calibration; the

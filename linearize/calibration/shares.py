@@ -154,5 +154,12 @@ def share_landmarks(found: Mapping[int, Curve], landmarks: int, *, recall: bool)
 def _exact(attention: LinearizedAttention, spec: MixerSpec, layer: int, number: int) -> Mixer:
     """A mixer of window, sinks and landmarks, without a recurrence."""
     window = spec.windows.get(layer, spec.window)
-    config = MixerConfig(layers=[layer], recurrence="none", window=window, sinks=spec.sinks, landmarks=number)
+    config = MixerConfig(
+        layers=[layer],
+        recurrence="none",
+        window=window,
+        sinks=spec.sinks,
+        landmarks=number,
+        memory_dtype=spec.memory_dtype,
+    )
     return Mixer(config, attention.layer).eval()

@@ -182,6 +182,9 @@ class MixerSpec(Section):
     the numbers in `landmark_layers`."""
     landmark_score: Literal["novelty", "learned"] = "novelty"
     """The static part of a token's rank: `novelty`, or `learned`, a map of keys and values that `convert` fits."""
+    memory_dtype: Literal["auto", "int8", "int4"] = "auto"
+    """Storage of keys and values in the memory: `auto` in the model's dtype; `int8` with one scale per token and head;
+    `int4` with landmarks in 4 bits and window and sinks in 8."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")
@@ -212,6 +215,19 @@ class MixerSpec(Section):
     def _has_some_to_share(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not info.data.get("landmarks"):
             raise _refusal("there are no landmarks to share out: set mixer.landmarks, or leave this out")
+        return value
+
+    @field_validator("memory_dtype")
+    @classmethod
+    def _has_slots_to_round(cls, value: str, info: ValidationInfo) -> str:
+        if (
+            value == "int4"
+            and not info.data.get("landmarks")
+            and not any(info.data.get("landmark_layers", {}).values())
+        ):
+            raise _refusal(
+                "int4 stores landmarks alone in 4 bits, and there are none: set mixer.landmarks, or use int8"
+            )
         return value
 
     @field_validator("normalize")

@@ -9,7 +9,8 @@ Tokens after the sinks are numbered in blocks of `BLOCK`. Query t attends, under
 and reads the state, if the mixer has a recurrence. A block is merged when its last token leaves the window. A merge
 ranks the block's tokens together with those in the slots. The N of highest rank take the slots; the others are written
 into the state in text order. Slots and state do not change between two merges, so all queries of a block are computed
-at once, and any split of a text into calls makes the same merges.
+at once, and any split of a text into calls makes the same merges. In 4 bits a block is rounded when it is merged, also
+the tokens that get no slot.
 
 A token's rank is the sum of two scores, each standardised over the candidates of its head. The first is given with
 the token, the second follows from what attends to it:
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
+from linearize.model.precision import rounded_part, slot_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,23 +60,22 @@ def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, dev
     """The tensors of `Mixer.parts` with landmarks. `number` counts tokens from 1; 0 marks an empty slot.
 
     Args:
-        empty: makes zero tensors for a number of tokens and some tensor names.
+        empty: makes zero tensors for a number of tokens and some tensor names; `bits` other than the window's.
     """
     layer, slots = mixer.layer, mixer.config.landmarks
 
-    def part(count: int, *names: str, **scores: torch.dtype) -> Part:
+    def with_scores(part: Part, count: int, **scores: torch.dtype) -> Part:
         shape = (batch, count, layer.key_value_heads)
-        return empty(count, *names) | {
-            name: torch.zeros(shape, dtype=kind, device=device) for name, kind in scores.items()
-        }
+        return part | {name: torch.zeros(shape, dtype=kind, device=device) for name, kind in scores.items()}
 
-    names, scores = kept_names(mixer), dict.fromkeys(_SCORES, torch.float32)
-    parts = {"window": part(room(mixer.window), *names, **scores)}
-    parts["landmarks"] = part(slots, *names, **scores, number=torch.int32)
+    names, scores, width = kept_names(mixer), dict.fromkeys(_SCORES, torch.float32), room(mixer.window)
+    parts = {"window": with_scores(empty(width, *names), width, **scores)}
+    kept = empty(slots, *names, bits=slot_bits(mixer.config))
+    parts["landmarks"] = with_scores(kept, slots, **scores, number=torch.int32)
     if mixer.config.sinks:
         parts["sinks"] = empty(mixer.config.sinks, "k_rotated", "v")
-    width = (batch, layer.key_value_heads, layer.key_width)
-    parts["keys"] = {"sum": torch.zeros(width, dtype=torch.float32, device=device)}
+    shape = (batch, layer.key_value_heads, layer.key_width)
+    parts["keys"] = {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
     return parts
 
 
@@ -201,6 +202,12 @@ def where(rows: Tensor | None, a: Part, b: Part) -> Part:
     if rows is None:
         return a
     return {name: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, b[name]) for name, x in a.items()}
+
+
+def in_slots(mixer: MixerBase, tokens: Part) -> Part:
+    """Tokens that leave the window as the slots store them, in values: rounded to 4 bits with `memory_dtype: int4`."""
+    bits = slot_bits(mixer.config)
+    return rounded_part(tokens, bits) if bits == 4 else tokens
 
 
 def stored(mixer: MixerBase, tokens: Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from linearize_kernels.codes import groups_of
 from torch import Tensor, nn
 
 from linearize.model.configuration import room
@@ -54,6 +55,9 @@ class MixerBase(nn.Module, ABC):
         self.recurrence = build_recurrence(config, layer, depth)
         if config.landmarks and self.recurrence is not None and config.covers == "all":
             raise ValueError("landmarks need covers: evicted, for a state of all tokens holds them already")
+        if config.landmarks and config.memory_dtype == "int4":
+            for width in (layer.key_width, layer.value_width):
+                groups_of(width)  # refuses a width
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
         own = {"mix_weight": self._mix_start(), "score_weight": self._score_start()}
@@ -138,11 +142,3 @@ class MixerBase(nn.Module, ABC):
             return exact
         heads = self.layer.key_value_heads
         return exact + heads * self.recurrence.flops(self.layer.query_heads // heads)
-
-
-def empty_slots(
-    layer: AttentionLayer, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros `[B, N, K, D or V]` for N keys or, with the name `v`, values."""
-    width = layer.value_width if name == "v" else layer.key_width
-    return torch.zeros(*shape, layer.key_value_heads, width, dtype=dtype, device=device)
