@@ -180,6 +180,8 @@ class MixerSpec(Section):
     """`convert` redistributes the landmarks among the layers, by the loss of each layer with fewer of them; the total
     is at most `landmarks` per layer. `recall` counts loss of recall in addition to loss on text. The saved recipe names
     the numbers in `landmark_layers`."""
+    landmark_score: Literal["novelty", "learned"] = "novelty"
+    """The static part of a token's rank: `novelty`, or `learned`, a map of keys and values that `convert` fits."""
     memory_dtype: Literal["auto", "int8", "int4"] = "auto"
     """Storage of keys and values in the memory: `auto` in the model's dtype; `int8` with one scale per token and head;
     `int4` with landmarks in 4 bits and window and sinks in 8."""
@@ -197,6 +199,15 @@ class MixerSpec(Section):
     def _numbers_from_0(cls, value: dict[int, int]) -> dict[int, int]:
         if any(number < 0 for pair in value.items() for number in pair):
             raise _refusal("expected layers counted from 0, each with a number of landmarks")
+        return value
+
+    @field_validator("landmark_score")
+    @classmethod
+    def _scores_landmarks(cls, value: str, info: ValidationInfo) -> str:
+        if value == "learned" and not (
+            info.data.get("landmarks") or any(info.data.get("landmark_layers", {}).values())
+        ):
+            raise _refusal("there are no landmarks to choose: set mixer.landmarks, or leave this out")
         return value
 
     @field_validator("landmarks_by")
