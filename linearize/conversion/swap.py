@@ -76,6 +76,7 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         slots=spec.slots,
         memory_dtype=spec.memory_dtype,
         negative_eigenvalues=spec.negative_eigenvalues,
+        landmark_score=spec.landmark_score,
         gate_source=spec.gate.source,
         lower_bound=spec.gate.lower_bound,
         gate_scale=spec.gate.scale,

@@ -64,14 +64,14 @@ def teacher_beside(source: Source, named: str | None, say: Callable[[str], None]
 
 
 def alone(why: ModelError) -> str:
-    """A line that says that a model is scored without its teacher."""
+    """The line for a model that is scored without its teacher."""
     return f"no teacher, so no baselines made of it and no divergence from it: {why}"
 
 
 def silence(model: LinearizedForCausalLM, branches: Sequence[str]) -> LinearizedForCausalLM:
     """`model` itself, with branches off in every layer that was converted.
 
-    Without `recurrence` a layer's output is its window's and sinks', as if the recurrence had nothing to say. Without
+    Without `recurrence` a layer's output is its window's and sinks', as if its state were empty. Without
     `window` it is the recurrence's reading alone, and zero while the state is empty. Without both it is zero. Layers
     and heads that keep their softmax attention keep it here.
     """

@@ -17,6 +17,7 @@ _LOG = get_logger(__name__)
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
+LandmarkScore = Literal["novelty", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
 MemoryDtype = Literal["auto", "int8", "int4"]
 BLOCK = 32
@@ -57,6 +58,7 @@ class MixerConfig:
         negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
         landmarks: tokens per key/value head that are kept and read exactly after they leave the window, chosen online;
             a layer with a sliding window of its own has none.
+        landmark_score: the static part of a token's rank among the landmarks: its `novelty`, or `learned`.
         memory_dtype: the storage of keys and values. `auto` is the model's dtype; `int8` has one scale per token and
             head; `int4` has landmarks in 4 bits, and window and sinks in 8.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
@@ -81,6 +83,7 @@ class MixerConfig:
     slots: int = 0
     negative_eigenvalues: bool = False
     landmarks: int = 0
+    landmark_score: LandmarkScore = "novelty"
     memory_dtype: MemoryDtype = "auto"
     softmax_heads: list[int] = field(default_factory=list)
 

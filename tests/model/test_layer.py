@@ -48,6 +48,7 @@ KINDS = {
     "lightnet, wide features": {"recurrence": "lightnet", "feature_map": "learned"},
     "landmarks": {"landmarks": 24},
     "landmarks alone": {"landmarks": 24, "recurrence": "none"},
+    "landmarks, a learned score": {"landmarks": 24, "landmark_score": "learned", "recurrence": "none"},
     "landmarks, few and shared": {"landmarks": 5, "mix": "softmax", "rope": True, "sinks": 0},
     "landmarks, gates from queries": {"landmarks": 40, "gate_source": "q", "softmax_heads": [1]},
     "int8 window": {"memory_dtype": "int8", "recurrence": "none"},
@@ -82,6 +83,8 @@ def converted(teacher: PreTrainedModel, *, awake: bool = True, **changes) -> Lin
         for name, parameter in model.named_parameters():
             if name.endswith("mix_weight"):
                 parameter.data = 0.3 + 0.2 * torch.randn(parameter.shape, generator=generator)
+            elif name.endswith("score_weight"):  # fitted by `convert`
+                parameter.data = torch.randn(parameter.shape, generator=generator)
     # In float64, because a code of a memory in 8 or 4 bits may change with the last bit of a float32.
     return model.double() if "memory_dtype" in changes else model
 

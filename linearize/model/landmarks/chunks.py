@@ -19,12 +19,12 @@ from linearize.model.landmarks.slots import (
     arriving_of,
     in_slots,
     join,
+    leaving_scores,
     merge,
     merges,
-    novelty,
     numbers,
     rows_of,
-    smoothed,
+    static_scores,
     stored,
     where,
 )
@@ -115,7 +115,7 @@ def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: L
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
     config, window, device, dtype = mixer.config, mixer.window, new.v.device, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
-    fresh, sums = novelty(new.k, parts["keys"]["sum"])
+    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
     rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), decoded(parts["window"], dtype), lengths, memory)
     held, landmarks, sinks = rows.held, decoded(parts["landmarks"], dtype), _sinks_of(mixer, new, lengths, memory)
     ys, logs, recall = list[Tensor](), list[Tensor](), _Recall(mixer, rows)
@@ -126,11 +126,11 @@ def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: L
             first = (block - 1) * BLOCK
             leaving = in_slots(mixer, {name: x[:, first : first + BLOCK] for name, x in held.items()})
             leaving |= {
-                "novelty": smoothed(held["novelty"][:, first:], window),
+                "novelty": leaving_scores(mixer, held["novelty"][:, first:]),
                 "number": numbers(config.sinks + 1 + rows.merged * BLOCK + first, leaving["received"]),
             }
             goes = None if rows.total is None else rows.total > window - 1 + block * BLOCK
-            kept, lost = merge(landmarks, leaving, window)
+            kept, lost = merge(mixer, landmarks, leaving)
             landmarks = where(goes, kept, landmarks)
             recall.write(lost, goes)
         if end > start:

@@ -12,11 +12,14 @@ into the state in text order. Slots and state do not change between two merges, 
 at once, and any split of a text into calls makes the same merges. In 4 bits a block is rounded when it is merged, also
 the tokens that get no slot.
 
-A token's rank is the sum of two scores, each standardised over the candidates of its head:
+A token's rank is the sum of two scores, each standardised over the candidates of its head. The first is given with
+the token, the second follows from what attends to it:
 
     novelty     minus the cosine between its key, without positions, and the mean of the head's earlier keys, each
                 scaled to length 1 (KeyDiff, arXiv 2504.15364). Averaged over the tokens up to `REACH` places away,
                 because facts worth recalling span several tokens
+    or learned  an affine map of the layer's keys and values (`landmark_score: learned`), fitted by `convert` to the log
+                of the cost of losing the token. Attention counts `BESIDE_LEARNED` times beside it
     attention   the log of the mean attention weight it receives per query, summed over its head's queries (as H2O,
                 arXiv 2306.14048, without the two changes that follow). Only queries at least W / 4 tokens later
                 count, because the weights of near queries predict those of distant ones poorly. A block of queries
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 REACH = 2
 FADING = 0.8
 MOST_AGAINST = 1.0
+BESIDE_LEARNED = 0.5
 _SCORES = ("novelty", "received")
 _LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
@@ -111,6 +115,34 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
 
 
+def static_scores(mixer: MixerBase, new: Projections, before: Tensor) -> tuple[Tensor, Tensor]:
+    """The score that a token has from its projection on, `[R, L, K]`: its novelty, or with a learned score an affine
+    map of the layer's keys and values.
+
+    Args:
+        before: as in `novelty`.
+
+    Returns:
+        the scores, and the sum of keys after each token, as `novelty` returns it; a learned score leaves it at 0.
+    """
+    own = mixer._parameters.get("score_weight")
+    if own is None:
+        return novelty(new.k, before)
+    weight = own.detach().float()
+    scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
+    return scores, before[:, None].expand(-1, scores.shape[1], -1, -1)
+
+
+def score_inputs(new: Projections) -> Tensor:
+    """Keys, without positions, and values of all heads, `[R, L, K (D + V)]`: the inputs of a learned score."""
+    return torch.cat([x.detach().flatten(2).float() for x in (new.k, new.v)], -1)
+
+
+def leaving_scores(mixer: MixerBase, raw: Tensor) -> Tensor:
+    """The static scores of the first block of `raw` `[R, L, K]`, as its tokens leave the window, `[R, BLOCK, K]`."""
+    return raw[:, :BLOCK] if mixer.config.landmark_score == "learned" else smoothed(raw, mixer.window)
+
+
 def smoothed(raw: Tensor, window: int) -> Tensor:
     """Novelty of the first block's tokens, `[R, BLOCK, K]`: the mean of `raw` `[R, L, K]` over `REACH` tokens on either
     side, as far as they are in the window when the block leaves it."""
@@ -121,9 +153,9 @@ def smoothed(raw: Tensor, window: int) -> Tensor:
     return (sums[:, end] - sums[:, first]) / (end - first).view(-1, 1)
 
 
-def ranks(candidates: Part, window: int) -> Tensor:
+def ranks(mixer: MixerBase, candidates: Part) -> Tensor:
     """The rank of each candidate, `[R, N + C, K]`; minus infinity for an empty slot."""
-    exists = candidates["number"] > 0
+    exists, window = candidates["number"] > 0, mixer.window
     count = exists.sum(1, keepdim=True).clamp_min(1)
 
     def standardised(score: Tensor) -> Tensor:
@@ -136,11 +168,12 @@ def ranks(candidates: Part, window: int) -> Tensor:
     faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
     queries = faded * (window - window // 4 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
     attention = (candidates["received"] / queries + _LEAST_ATTENTION).log()
-    total = standardised(candidates["novelty"]) + standardised(attention).clamp_min(-MOST_AGAINST)
+    weight = BESIDE_LEARNED if mixer.config.landmark_score == "learned" else 1.0
+    total = standardised(candidates["novelty"]) + weight * standardised(attention).clamp_min(-MOST_AGAINST)
     return total.masked_fill(~exists, -math.inf)
 
 
-def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
+def merge(mixer: MixerBase, landmarks: Part, block: Part) -> tuple[Part, Part]:
     """Merge a block into the slots.
 
     Args:
@@ -152,7 +185,7 @@ def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
     """
     candidates = {name: torch.cat([tensor, block[name].to(tensor.dtype)], 1) for name, tensor in landmarks.items()}
     with torch.no_grad():
-        order = ranks(candidates, window).argsort(dim=1, descending=True, stable=True)
+        order = ranks(mixer, candidates).argsort(dim=1, descending=True, stable=True)
         kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
         lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
     slots, others = ({name: take_by_head(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))

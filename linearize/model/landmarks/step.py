@@ -13,11 +13,11 @@ from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.slots import (
     arriving_of,
     join,
+    leaving_scores,
     merge,
     merges,
-    novelty,
     numbers,
-    smoothed,
+    static_scores,
     stored,
     where,
 )
@@ -51,7 +51,7 @@ class _Seen(NamedTuple):
 def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """`landmark_attention` for one token per row, without a gradient."""
     config, parts = mixer.config, memory.parts
-    fresh, sums = novelty(new.k, parts["keys"]["sum"])
+    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
     values, dtype = arriving_of(mixer, new, fresh), computing_dtype(new.q)
     arriving = encoded(values, parts["window"]) | {"sum": sums[:, 0]}
     count = memory.uniform if lengths is None else None
@@ -153,10 +153,10 @@ def _merge(mixer: MixerBase, memory: LayerMemory, dtype: torch.dtype, first: Ten
     if slot_bits(mixer.config) == 4:
         block = encoded(decoded(block, dtype), landmarks)
     block |= {
-        "novelty": smoothed(window["novelty"], mixer.window),
+        "novelty": leaving_scores(mixer, window["novelty"]),
         "number": numbers(first, block["received"]),
     }
-    kept, lost = merge(landmarks, block, mixer.window)
+    kept, lost = merge(mixer, landmarks, block)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for held, now in ((landmarks, kept), (window, moved)):
         for name, tensor in where(goes, now, held).items():

@@ -21,10 +21,10 @@ from linearize.model.landmarks.slots import (
     in_slots,
     join,
     kept_names,
+    leaving_scores,
     merge,
-    novelty,
     numbers,
-    smoothed,
+    static_scores,
     stored,
     take_by_head,
 )
@@ -65,7 +65,7 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
     sinks, q, k = config.sinks, new.q_rotated.detach(), new.k_rotated.detach()
     of_slots = in_slots(mixer, {"k_rotated": k})["k_rotated"]
-    fresh, _ = novelty(new.k, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
+    fresh, _ = static_scores(mixer, new, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
     received, nothing = torch.zeros_like(fresh), k[..., :0]
     empty = fresh.new_zeros(k.shape[0], config.landmarks, k.shape[2])
     slots: Part = {"novelty": empty, "received": empty, "number": empty.int()}
@@ -88,8 +88,8 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
         received[:, local:end] += (shares[2] * (distance >= window // 4)).sum(2).transpose(1, 2)
         slots["received"][:, :filled] += shares[1].sum(2).transpose(1, 2)
         block = slice(local, local + BLOCK)
-        leaving = {"novelty": smoothed(fresh[:, local:], window), "received": received[:, block]}
-        slots, out = merge(slots, leaving | {"number": numbers(local + 1, received[:, block])}, window)
+        leaving = {"novelty": leaving_scores(mixer, fresh[:, local:]), "received": received[:, block]}
+        slots, out = merge(mixer, slots, leaving | {"number": numbers(local + 1, received[:, block])})
         kept.append(slots["number"])
         lost.append(out["number"])
         start, local = end, local + BLOCK
