@@ -102,7 +102,7 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
     if k.zero is None:
         return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
     # Scales and zeros act on the scores of a group of channels, of which there are fewer than channels.
-    grouped = turned(q).unflatten(-1, (k.scale.shape[-1], -1)).transpose(2, 3)  # [B, K, groups, Q, channels]
+    grouped: Tensor = turned(q).unflatten(-1, (k.scale.shape[-1], -1)).transpose(2, 3)  # [B, K, groups, Q, channels]
     found = grouped @ _steps(k, q.dtype).permute(0, 2, 3, 4, 1)
     scale, zero = (x.permute(0, 2, 3, 1) for x in (k.scale, k.zero))  # [B, K, groups, S]
     of_zeros = grouped.sum(-1).transpose(2, 3) @ zero.to(q.dtype)
@@ -131,8 +131,9 @@ def turned(x: Tensor) -> Tensor:
 
 def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
     """The codes of 4 bits `[..., groups, channels of a group]`, as numbers 0 to 15."""
-    steps = torch.cat([held.codes & 15, held.codes >> 4], -1)
-    return steps.to(dtype).unflatten(-1, (held.scale.shape[-1], -1))
+    steps = torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype)
+    grouped: Tensor = steps.unflatten(-1, (held.scale.shape[-1], -1))
+    return grouped
 
 
 @cache
