@@ -49,6 +49,7 @@ KINDS = {
     "softmax": ("default", "mixer.mix=softmax"),
     "kept": ("default", "mixer.keep.layers=[1]", "mixer.keep.heads={0: [1]}"),
     "landmarks": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null"),
+    "int4": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null", "mixer.memory_dtype=int4"),
     "bfloat16": ("default", "dtype=bfloat16"),
     "float16": ("default", "dtype=float16"),
 }

@@ -176,7 +176,8 @@ def _summary(recipe: Recipe) -> str:
         (
             f"model {recipe.model or 'to be named'}",
             f"{mixer.recurrence}, window {mixer.window} + {mixer.sinks} sinks"
-            f"{f' + {mixer.landmarks} landmarks' if mixer.landmarks else ''}, mix {mixer.mix}, covers {mixer.covers}",
+            f"{f' + {mixer.landmarks} landmarks' if mixer.landmarks else ''}, mix {mixer.mix}, covers {mixer.covers}"
+            f"{f', memory in {mixer.memory_dtype}' if mixer.memory_dtype != 'auto' else ''}",
             *(f"stage {index}: {_stage_summary(stage)}" for index, stage in enumerate(recipe.stages)),
             f"lora rank {lora.rank} on {', '.join(lora.targets)}" if lora else "no lora",
             f"seed {recipe.seed}",

@@ -138,6 +138,10 @@ def _adapter_config(lora: LoraSpec, targets: list[_Target]) -> PeftConfig:
     )
 
 
+FITTED = ".mixer.score_weight"
+"""Ends the names of parameters that get no gradient, because which tokens are kept is not differentiated."""
+
+
 def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:
     """Set `requires_grad` on the parameters that a stage trains, and clear it on all others.
 
@@ -147,7 +151,7 @@ def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> Non
     for name, parameter in student.named_parameters():
         adapter = is_adapter(name)
         chosen = {"lora": adapter, "mixer": False, "full": not adapter}[train] or is_own_parameter(name)
-        parameter.requires_grad_(chosen)
+        parameter.requires_grad_(chosen and not name.endswith(FITTED))
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
 
