@@ -41,6 +41,7 @@ ROOMS = [
     "data",
     "conversion",
     "generation",
+    "serving",
     "verification",
     "evaluation",
     "training",

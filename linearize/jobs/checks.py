@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.errors import DataError, RecipeError
+from linearize.errors import check_numbers as check_numbers
 from linearize.runtime.cache import bytes_of
 
 if TYPE_CHECKING:
@@ -73,17 +73,6 @@ def check_dtype(name: str, *, int8: bool = False) -> None:
     names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
     if name not in names:
         raise DataError(f"dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}")
-
-
-def check_numbers(least: float, most: float = math.inf, **numbers: float | None) -> None:
-    """Refuse numbers outside [`least`, `most`]; None passes.
-
-    Raises:
-        DataError: with the name of the first such number.
-    """
-    for name, number in numbers.items():
-        if number is not None and not least <= number <= most:
-            raise DataError(f"{name} {number}: expected {least} " + ("or more" if most == math.inf else f"to {most}"))
 
 
 def size_in_bytes(name: str, text: str) -> int:
