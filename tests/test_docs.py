@@ -104,8 +104,8 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
         assert block.language == "text", f"{page}:{block.line}: which language?"
 
 
-# Of every command, and of accelerate and torchrun, pip, and llama-gguf-split.
-_OTHERS = {"--help", "--merge", "--max-restarts", "--no-deps"}
+# Of every command, and of accelerate and torchrun, pip, llama-gguf-split, and vLLM.
+_OTHERS = {"--help", "--merge", "--max-restarts", "--no-deps", "--gpu-memory-utilization"}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)

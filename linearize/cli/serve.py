@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EPILOG = examples(
     "linearize serve ./tuned",
     "linearize serve ./tuned --port 8123 --served-name tuned --at-once 64",
-    "linearize serve ./tuned --engine vllm -- --gpu-memory-utilization 0.8",
+    "linearize serve ./tuned --engine own --dtype int8",
 )
 
 

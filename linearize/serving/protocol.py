@@ -161,7 +161,7 @@ class Protocol:
         try:
             with self._one:
                 ids = self.tokenizer(text, add_special_tokens=special).input_ids
-        except UnicodeError as error:  # half of a surrogate pair, which JSON can write
+        except (UnicodeError, TypeError) as error:  # half of a surrogate pair, which JSON can write
             raise RequestError(f"{field}: is not valid Unicode", field=field) from error
         return self._checked([int(token) for token in ids], field)
 

@@ -28,6 +28,8 @@ def chatting(folder: Path, source: Path) -> Path:
     assert run(["convert", str(source), "-o", str(folder), "--set", "mixer.window=16"]) == 0
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 1023}))  # it writes on
     return folder
 
 
@@ -69,4 +71,4 @@ def server(chatty: Path) -> Iterator[Server]:
     one = started(chatty, "--served-name", "tiny", "--at-once", "8")
     yield one
     one.process.send_signal(signal.SIGINT)
-    assert one.process.wait(timeout=20) == 130
+    assert one.process.wait(timeout=120) == 130

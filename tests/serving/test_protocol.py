@@ -20,7 +20,7 @@ class Model(nn.Module):
     def __init__(self, config: Any, positions: int | None, **settings: Any) -> None:
         super().__init__()
         self.config = SimpleNamespace(get_text_config=lambda: config)
-        config.max_position_embeddings = positions
+        config.max_position_embeddings = positions or 512
         self.generation_config = GenerationConfig(**settings)
         self.words = nn.Embedding(config.vocab_size, 1)
         self.positions = nn.Embedding(positions, 1) if positions else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import queue
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,28 @@ def tokenizer(tiny_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def models(tiny_folder: Path) -> dict[str, LinearizedForCausalLM]:
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float64).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    teacher.generation_config.eos_token_id = 1023  # it writes on
     return {
         name: LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), mixers).eval()
         for name, mixers in KINDS.items()
     }
+
+
+@pytest.fixture
+def scheduling(models: dict[str, LinearizedForCausalLM], tokenizer: Any) -> Iterator[Any]:
+    """Makes schedulers, and closes them."""
+    made: list[Scheduler] = []
+
+    def make(kind: str, rows: int) -> Scheduler:
+        made.append(Scheduler(models[kind], tokenizer, rows))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+        assert not one.alive
 
 
 class Writing:
@@ -58,34 +76,30 @@ class Writing:
 
     def text(self) -> str:
         pieces = []
-        while (piece := self.told.get(timeout=60)) is not None:
+        while (piece := self.told.get(timeout=300)) is not None:
             pieces.append(piece)
         return "".join(pieces)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_text_is_what_it_is_alone(models, tokenizer, kind, monkeypatch) -> None:
+def test_each_text_is_what_it_is_alone(models, tokenizer, scheduling, kind, monkeypatch) -> None:
     monkeypatch.setattr("linearize.serving.scheduler.prefill_chunk", lambda *_: 24)
     model, alone = models[kind], []
     for prompt, options in zip(PROMPTS, OPTIONS, strict=True):
         alone.append(continue_text(model, tokenizer, prompt, decoding=Decoding(**options)))
-    scheduler = Scheduler(model, tokenizer, rows=3)  # two wait for a place
-    scheduler.start()
+    scheduler = scheduling(kind, rows=3)  # two wait for a place
     writing = [Writing(tokenizer, prompt, **options) for prompt, options in zip(PROMPTS, OPTIONS, strict=True)]
     for one in writing:
         scheduler.submit(one.job)
     texts = [one.text() for one in writing]
-    scheduler.close()
-    assert not scheduler.alive
     sampled = 2  # drawn from a generator of its own; test_a_seed_is_of_its_text
     for index, (text, found) in enumerate(zip(texts, alone, strict=True)):
         assert index == sampled or (text == found.text and writing[index].job.new_tokens == found.new_tokens)
         assert writing[index].job.finish in ("stop", "length") and writing[index].job.error is None
 
 
-def test_a_seed_is_of_its_text(models, tokenizer) -> None:
-    scheduler = Scheduler(models["default"], tokenizer, rows=4)
-    scheduler.start()
+def test_a_seed_is_of_its_text(tokenizer, scheduling) -> None:
+    scheduler = scheduling("default", rows=4)
     options = {"max_new_tokens": 20, "temperature": 1.0}
 
     def texts(*seeds: int) -> list[str]:
@@ -95,21 +109,19 @@ def test_a_seed_is_of_its_text(models, tokenizer) -> None:
         return [one.text() for one in writing]
 
     (alone,), (other, again, more) = texts(5), texts(6, 5, 7)
-    scheduler.close()
     assert alone == again and len({alone, other, more}) == 3
 
 
-def test_a_stop_string_and_a_cancelled_text_leave_the_others(models, tokenizer) -> None:
+def test_a_stop_string_and_a_cancelled_text_leave_the_others(models, tokenizer, scheduling) -> None:
     model = models["default"]
     whole = continue_text(model, tokenizer, STORY, decoding=Decoding(max_new_tokens=40)).text
     word = whole.split()[5]
-    scheduler = Scheduler(model, tokenizer, rows=2)
-    endless = Writing(tokenizer, PROMPTS[1], max_new_tokens=10**6, temperature=1.0)
+    scheduler = scheduling("default", rows=2)
+    endless = Writing(tokenizer, PROMPTS[1], max_new_tokens=10**6)
     waits = Writing(tokenizer, PROMPTS[2], max_new_tokens=10**6)
     stopped, plain = (Writing(tokenizer, STORY, max_new_tokens=40, stop=stop) for stop in ((word,), ()))
     scheduler.submit(endless.job)
-    scheduler.start()
-    endless.told.get(timeout=60)  # it writes
+    endless.told.get(timeout=300)  # it writes
     scheduler.submit(stopped.job)
     scheduler.submit(plain.job)
     scheduler.submit(waits.job)
@@ -120,13 +132,11 @@ def test_a_stop_string_and_a_cancelled_text_leave_the_others(models, tokenizer) 
     endless.job.cancelled = True
     endless.text()
     assert endless.job.finish is None and endless.job.error is None
-    scheduler.close()
 
 
-def test_a_failure_ends_its_texts_and_not_the_server(models, tokenizer, monkeypatch, caplog) -> None:
+def test_a_failure_ends_its_texts_and_not_the_server(models, tokenizer, scheduling, monkeypatch) -> None:
     model = models["default"]
-    scheduler = Scheduler(model, tokenizer, rows=2)
-    scheduler.start()
+    scheduler = scheduling("default", rows=2)
     whole, forward = model.forward, []
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -146,7 +156,7 @@ def test_a_failure_ends_its_texts_and_not_the_server(models, tokenizer, monkeypa
     assert one.text() and one.job.finish == "length"
     last = Writing(tokenizer, STORY, max_new_tokens=10**6)
     scheduler.submit(last.job)
-    last.told.get(timeout=60)
+    last.told.get(timeout=300)
     scheduler.close()
     last.text()
     assert last.job.error == "the server is shutting down"

@@ -27,7 +27,7 @@ STORY = "Once upon a time there was a little dog"
 @pytest.fixture(scope="module")
 def client(server: Server) -> Any:
     openai = pytest.importorskip("openai")
-    return openai.OpenAI(base_url=server.url, api_key="none", timeout=60, max_retries=0)
+    return openai.OpenAI(base_url=server.url, api_key="none", timeout=300, max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_prompt_that_is_too_long_for_learned_positions(tmp_path: Path) -> None
     assert run(["convert", str(folder), "-o", str(tmp_path / "model"), "--set", "mixer.window=8"]) == 0
     one = started(tmp_path / "model", "--served-name", "tiny")
     try:
-        client = openai.OpenAI(base_url=one.url, api_key="none", timeout=60, max_retries=0)
+        client = openai.OpenAI(base_url=one.url, api_key="none", timeout=300, max_retries=0)
         with pytest.raises(openai.BadRequestError, match="has 65 tokens, and the model has learned 64; shorten it"):
             complete(client, "x" * 65)
         found = complete(client, "x" * 60, 50)
@@ -168,7 +168,7 @@ def test_a_prompt_that_is_too_long_for_learned_positions(tmp_path: Path) -> None
             chat(client)
     finally:
         one.process.terminate()
-        assert one.process.wait(timeout=20) == 143
+        assert one.process.wait(timeout=120) == 143
 
 
 def test_errors_come_before_the_model(capfd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,11 +217,11 @@ def test_ending_the_server_ends_its_streams(chatty: Path) -> None:
 
     openai = pytest.importorskip("openai")
     one = started(chatty, "--served-name", "tiny")
-    client = openai.OpenAI(base_url=one.url, api_key="none", timeout=60, max_retries=0)
+    client = openai.OpenAI(base_url=one.url, api_key="none", timeout=300, max_retries=0)
     stream = iter(complete(client, tokens=10**8, stream=True))
     next(stream)
     threading.Timer(0.2, one.process.terminate).start()
     with pytest.raises(Exception):  # noqa: B017 - the client's own, of a connection that ends
         for _ in stream:
             pass
-    assert one.process.wait(timeout=20) == 143
+    assert one.process.wait(timeout=120) == 143
