@@ -2,14 +2,15 @@
 `python -m evals.serving MODEL --clients 1,8`.
 
 Each client sends one request after another, without a pause; all are greedy and stream nothing. The first request of
-each client is not counted. A row has the new tokens of all clients per second, those of one client, and the server's
-resident memory after it.
+each client is not counted. A row has the new tokens of all clients per second, and per second of the server's processor
+time, which does not depend on what else the machine does; and the server's resident memory after it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -51,11 +52,11 @@ def _measure(facts: dict[str, Any], pid: int, clients: int, requests: int, token
             return sum(_ask(facts, SUBJECTS[number % len(SUBJECTS)], tokens) for _ in range(rounds))
 
         list(pool.map(client, range(clients), [1] * clients))
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), _cpu_seconds(pid)
         written = sum(pool.map(client, range(clients), [requests] * clients))
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began, _cpu_seconds(pid) - busy
     row = {"clients": clients, "tokens": written, "seconds": round(seconds, 2)}
-    row |= {"tokens_per_second": round(written / seconds, 1), "of_one_client": round(written / seconds / clients, 1)}
+    row |= {"tokens_per_second": round(written / seconds, 1), "per_cpu_second": round(written / busy, 1)}
     print(json.dumps({**row, "resident_mb": _resident(pid)}), flush=True)
 
 
@@ -75,6 +76,11 @@ def _until_brace(server: subprocess.Popen[str]) -> str:
         if not lines[-1]:
             sys.exit("the server has ended")
     return "".join(lines)
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident(pid: int) -> int:

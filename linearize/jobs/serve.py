@@ -144,8 +144,16 @@ def serve(
             access_log=False,
             timeout_graceful_shutdown=3,
         )
+        server = uvicorn.Server(settings)
+        leave = server.handle_exit
+
+        def end(signum: int, frame: Any) -> None:
+            scheduler.stop()  # its texts end, so no connection has to be cut
+            leave(signum, frame)
+
+        server.handle_exit = end
         ready(told)
-        uvicorn.Server(settings).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def _facts(model: Any, source: str, at_once: int | None, name: str, url: str) -> tuple[Serving, int | None]:

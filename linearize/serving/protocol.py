@@ -260,7 +260,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise RequestError(f"{field}.content: expected a text", field=field)
-    role = {"developer": "system"}.get(message["role"], message["role"])
+    role = "system" if message["role"] == "developer" else message["role"]
     if role not in ("system", "user", "assistant"):
         raise RequestError(f"{field}.role {role[:40]!r}: expected system, user or assistant", field=field)
     return {"role": role, "content": content}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from linearize.model.memory import LayerMemory
 
 _LOG = logging.getLogger("linearize")
+_CLOSING = "the server is shutting down"
 _SHARE = 8  # while others write, a piece of a prompt is this part of its usual length
 
 
@@ -104,7 +105,10 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Queue a job; its `tell` is called until it has ended."""
-        self._arrived.put(job)
+        if self._closed:
+            self._end(job, error=_CLOSING)
+        else:
+            self._arrived.put(job)
 
     @property
     def alive(self) -> bool:
@@ -116,10 +120,14 @@ class Scheduler:
         """Jobs that are not in the batch yet, approximately."""
         return self._arrived.qsize() + len(self._waiting)
 
-    def close(self) -> None:
-        """End all jobs and the thread."""
+    def stop(self) -> None:
+        """End all jobs soon; a signal handler may call it."""
         self._closed = True
         self._arrived.put(None)
+
+    def close(self) -> None:
+        """End all jobs and the thread."""
+        self.stop()
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
@@ -136,9 +144,12 @@ class Scheduler:
                 except Exception as error:
                     self._fail(error, *(row.job for row in self._batch.rows))
                     self._batch = _Batch()
-        for job in (*self._waiting, self._head, *(row.job for row in self._batch.rows)):
-            if job is not None:
-                self._end(job, error="the server is shutting down")
+        while not self._arrived.empty():
+            if (job := self._arrived.get()) is not None:
+                self._waiting.append(job)
+        for left in (*self._waiting, self._head, *(row.job for row in self._batch.rows)):
+            if left is not None:
+                self._end(left, error=_CLOSING)
 
     def _collect(self) -> None:
         """Take in new jobs, and wait for one if there is nothing to do. Drops cancelled ones."""
