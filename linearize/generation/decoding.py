@@ -66,10 +66,15 @@ class Decoding:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             repetition_penalty=self.repetition_penalty or settings.repetition_penalty or 1.0,
         )
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}  # transformers refuses 0
         if self.temperature >= _GREEDY_BELOW:
             options |= {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             options |= {"min_p": self.min_p or None}
         found = Sampling.of(own, options)
         assert found is not None  # noqa: S101 - it follows all of these settings
-        return replace(found, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty)
+        return replace(
+            found,
+            max_new_tokens=self.max_new_tokens,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )

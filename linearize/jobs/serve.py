@@ -61,7 +61,7 @@ def engine_for(engine: str, options: Sequence[str] = ()) -> str:
         plugins = entry_points(group="vllm.general_plugins")
         engine = "vllm" if installed and any(one.value.startswith("linearize") for one in plugins) else "own"
     if engine == "vllm" and not installed:
-        raise LinearizeError("vLLM is not installed; pip install vllm, or serve with --engine own")
+        raise LinearizeError("vLLM is not installed; pip install 'linearize[vllm]', or serve with --engine own")
     if engine == "own":
         if options:
             raise DataError(f"options {' '.join(options)}: they are vLLM's, and vLLM does not serve here")
