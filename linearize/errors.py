@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class LinearizeError(Exception):
@@ -22,7 +22,15 @@ class ModelError(LinearizeError):
 
 
 class RecipeError(LinearizeError):
-    """A recipe, or a `--set` on top of it, is not valid."""
+    """A recipe, or a `--set` on top of it, is not valid.
+
+    Attributes:
+        every: a line for each error of the recipe, if it has several.
+    """
+
+    def __init__(self, message: str, *, every: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.every = list(every)
 
 
 class DataError(LinearizeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 
@@ -110,16 +109,10 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_path(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a folder of safetensors."""
-    import gguf
-
     from linearize.sources.source import find_source, load_model, load_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")
     source = find_source(str(smollm2_gguf))
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers reads the header seven times, and makes the table of names once per module: half a minute.
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-        load_model(source).save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
+    load_model(source).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
     return folder

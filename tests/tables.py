@@ -25,10 +25,12 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     return table
 
 
-def in_turn(values: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """Each value with each other one; `make test` runs a value with one other, in turn, and `make check` the rest."""
+def in_turn(values: Sequence[Any], others: Sequence[Any], every: int | None = None) -> list[Any]:
+    """Each value with each other one; `make test` runs a value with one other, or with one of `every`, in turn, and
+    `make check` the rest."""
+    step = every or len(others)
     return [
-        pytest.param(value, other, marks=() if place == number % len(others) else pytest.mark.check)
+        pytest.param(value, other, marks=() if place % step == number % step else pytest.mark.check)
         for number, value in enumerate(values)
         for place, other in enumerate(others)
     ]
@@ -38,3 +40,8 @@ def some(values: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
     """All values, of which `make test` runs those that are `kept`, and `make check` the rest."""
     assert all(value in values for value in kept), kept
     return [value if value in kept else pytest.param(value, marks=pytest.mark.check) for value in values]
+
+
+def first_of(rows: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
+    """All rows, of which `make test` runs the first `count`, and `make check` the rest."""
+    return [row if place < count else pytest.param(*row, marks=pytest.mark.check) for place, row in enumerate(rows)]

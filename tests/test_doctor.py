@@ -56,7 +56,7 @@ def test_what_is_broken_is_one_line_and_the_rest_is_shown(capfd, monkeypatch):
     monkeypatch.setenv("LINEARIZE_KERNELS", "cuda")
     status, text, words = told(capfd)
     assert status == 1 and "versions" in text and "Hub" in text and "cache" in text
-    assert words.startswith("error: it cannot be said which kernels run: UnknownKernelsError: LINEARIZE_KERNELS=cuda")
+    assert words.startswith("error: the kernels cannot be chosen: UnknownKernelsError: LINEARIZE_KERNELS=cuda")
     assert words.count("\n") == 1
 
 
@@ -70,7 +70,7 @@ def test_missing_and_old_packages_are_errors(monkeypatch):
     _, problems = doctor.installed()
     whats = [problem.what for problem in problems]
     assert "peft is not installed" in whats
-    assert any(what.startswith("linearize ") and "wants transformers" in what and ">=5.17" in what for what in whats)
+    assert any(what.startswith("linearize ") and "requires transformers" in what and ">=5.17" in what for what in whats)
     assert all(problem.severity == "error" for problem in problems)
 
 

@@ -49,6 +49,7 @@ KINDS = {
     "softmax": ("default", "mixer.mix=softmax"),
     "kept": ("default", "mixer.keep.layers=[1]", "mixer.keep.heads={0: [1]}"),
     "landmarks": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null"),
+    "int4": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null", "mixer.memory_dtype=int4"),
     "bfloat16": ("default", "dtype=bfloat16"),
     "float16": ("default", "dtype=float16"),
 }
@@ -318,7 +319,7 @@ def test_the_command_says_what_it_found(folder, tiny_folder, monkeypatch, capfd)
 
 def test_progress_names_the_check_and_its_place(folder, monkeypatch, capfd):
     """Off a terminal a line now and then, and on one a line that is written over."""
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(console, "seconds_between_lines", lambda: 0.0)
     assert run(["verify", str(folder("default")), "--tokens", "80", "--steps", "20"]) == 0
     lines = capfd.readouterr().err.splitlines()
     assert f"verifying: reload (1 of {len(ALL)})" in lines

@@ -36,6 +36,7 @@ ROOMS = [
     "families",
     "model",
     "quantization",
+    "vllm",
     "sources",
     "checkpoint",
     "data",
@@ -56,11 +57,25 @@ ROOMS = [
 Definition = tuple[str, str]  # ("linearize.model.mixer.mixer", "Mixer.forward")
 OPENINGS = ("What", "Whether", "Where", "Of", "Whoever")
 _MIXER = "MixerConfig Mixer.forward Recurrence.in_segments GatedLinearAttention Gated.forward"
-# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; pads; heads that keep softmax;
-# the rotary table of one token.
+# Skipped in a plain reading: landmarks, fused kernels and the single step; the cache; 8 and 4 bits; pads; heads that
+# keep softmax; the rotary table of one token.
 _ASIDE = (
-    "Mixer._alternative fuses steps LinearizedAttention.memory memory_of starts fill slide store layout_of "
-    "LinearizedAttention._attend LinearizedAttention.select _by_group LinearizedAttention._turn _joined"
+    "Mixer._alternative Mixer._as_stored Mixer._rounded fuses steps LinearizedAttention.memory memory_of starts fill "
+    "slide store layout_of LinearizedAttention._attend LinearizedAttention.select _by_group "
+    "LinearizedAttention._turn _joined"
+)
+# Skipped in the steps of a conversion in memory, from the command to the new layers and their checkpoint: arguments,
+# checks and errors; GGUF files and weights of few bits; weights that are streamed; text, choices and calibration; the
+# parts of a new layer; cards, carried code and hashes.
+_UNSTEPPED = (
+    "begin plan_convert parse_size read_recipe quiet quiet_libraries status print_json memory_words converted_layers "
+    "convertible check_free check_space check_convertible check_reach check_length check_weights _check_loaded reading "
+    "find_source load_config vocabulary_warning guard_embeddings rotary_notes ModelError OutputError "
+    "_from_gguf _four_bits to_int8 take_products open_files _needs_memory _convert_files nbytes staged_folder "
+    "tokenizer_for load_tokenizer prepares _text selects select Weights.__init__ Weights _calibrated Start "
+    "_check_landmarks family_of MixerBase.__init__ MixerBase.check Mixer settle_rotary renew_rotary LinearizedConfig "
+    "base_record state_nbytes growth_nbytes model_card CardFacts carried_files AUTO_MAP versions dump_recipe "
+    "final_name sha256 RecipeError RecipeError.__init__"
 )
 # Name -> entries (`end of the module:name` if a name is not unique), and definitions that are skipped.
 READINGS = {
@@ -69,6 +84,7 @@ READINGS = {
     "gla, mixer": (_MIXER, _ASIDE),
     "conversion": ("cli.convert:convert", ""),
     "conversion, plain": ("cli.convert:convert", "inspect_model select calibration_text calibrate deciding_needles"),
+    "conversion, steps": ("cli.convert:convert", _UNSTEPPED),
 }
 _CODE = (ast.FunctionDef, ast.AsyncFunctionDef)
 

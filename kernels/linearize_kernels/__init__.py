@@ -10,6 +10,7 @@ Layouts are `[B, T, heads, width]`; gates are natural logarithms (<= 0); states 
 head and never repeated per query head. Arithmetic is float32, or float64 for float64 inputs.
 """
 
+from linearize_kernels.codes import Codes
 from linearize_kernels.decay import Form
 from linearize_kernels.delta import (
     delta_rule,
@@ -34,6 +35,7 @@ from linearize_kernels.window import joint_attention, step_attention, window_att
 
 __all__ = [
     "CHOICES",
+    "Codes",
     "Decision",
     "Form",
     "Operation",

@@ -7,13 +7,17 @@ y_t = Σ_s p_ts v_s ,   p_t = softmax over {last W tokens} ∪ {visible columns}
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize_kernels.codes import Codes, decode, key_scores, value_sums
 from linearize_kernels.decay import computing_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Divisors are clamped to TINY, and a recurrence's weight is at most e^60 times the window's.
 TINY = torch.finfo(torch.float32).tiny
@@ -78,13 +82,19 @@ def window_attention(
 
 
 def step_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, normaliser: bool = True
+    q: Tensor,
+    k: Tensor | Codes,
+    v: Tensor | Codes,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    normaliser: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one query to all given keys.
 
     Args:
         q: `[B, H, D]` or `[B, 1, H, D]`, positions already encoded.
-        k, v: `[B, N, K, D]` and `[B, N, K, V]`, in any order.
+        k, v: `[B, N, K, D]` and `[B, N, K, V]`, or their codes, in any order.
         scale: multiplies the scores.
         softcap, normaliser: as in `window_attention`.
 
@@ -93,23 +103,23 @@ def step_attention(
         float32 (or float64).
     """
     dtype = computing_dtype(q)
-    groups, width = k.shape[2:]
+    groups = (k if isinstance(k, Tensor) else k.codes).shape[2]
     # The query heads of a group become several queries of one head.
-    grouped, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
-    grouped, k, v = grouped.view(q.shape[0], groups, -1, width), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = (q if q.dtype == dtype else q.to(dtype)).view(q.shape[0], groups, -1, q.shape[-1])
     if softcap is None and not normaliser:
-        attended = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        keys, values = (decode(x, dtype) if isinstance(x, Codes) else x.to(dtype) for x in (k, v))
+        attended = F.scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), scale=scale)
         return attended.view(*q.shape[:-1], -1), None
-    scores = _cap(grouped @ k.transpose(-1, -2) * scale, softcap)
-    outputs: Tensor = scores.softmax(-1) @ v
-    logs = scores.logsumexp(-1).view(q.shape[:-1]) if normaliser else None
+    score = _cap(key_scores(grouped, k) * scale, softcap)
+    outputs = value_sums(score.softmax(-1), v)
+    logs = score.logsumexp(-1).view(q.shape[:-1]) if normaliser else None
     return outputs.view(*q.shape[:-1], -1), logs
 
 
 def joint_attention(
     q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
+    keys: Sequence[Tensor | Codes],
+    values: Sequence[Tensor | Codes],
     seen: list[Tensor | None],
     *,
     scale: float,
@@ -119,7 +129,7 @@ def joint_attention(
 
     Args:
         q: `[B, T, H, D]`.
-        keys, values: each `[B, S, K, D or V]`.
+        keys, values: each `[B, S, K, D or V]`, or its codes.
         seen: per tensor a mask of the keys that a query reads, broadcastable to `[B, K, T, S]`; None means all.
         scale, softcap: as in `window_attention`.
 
@@ -129,18 +139,18 @@ def joint_attention(
     """
     rows, tokens, heads = q.shape[:3]
     dtype = computing_dtype(q)
-    groups = keys[0].shape[2]
+    groups = (keys[0] if isinstance(keys[0], Tensor) else keys[0].codes).shape[2]
     q = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     shape, flat = (rows, groups, heads // groups, tokens), q.flatten(2, 3)
-    scores = []
+    found = []
     for k, mask in zip(keys, seen, strict=True):
-        score = (flat @ k.to(dtype).permute(0, 2, 3, 1) * scale).view(*shape, -1)
+        score = (key_scores(flat, k) * scale).view(*shape, -1)
         score = _cap(score, softcap)
-        scores.append(score if mask is None else score.masked_fill(~mask.unsqueeze(2), -math.inf))
-    joined = torch.cat(scores, -1)
+        found.append(score if mask is None else score.masked_fill(~mask.unsqueeze(2), -math.inf))
+    joined = torch.cat(found, -1)
     shares = joined.softmax(-1)
-    pieces = shares.split([score.shape[-1] for score in scores], -1)
-    read = [p.flatten(2, 3) @ v.to(dtype).transpose(1, 2) for p, v in zip(pieces, values, strict=True)]
+    pieces = shares.split([score.shape[-1] for score in found], -1)
+    read = [value_sums(p.flatten(2, 3), v) for p, v in zip(pieces, values, strict=True)]
     outputs = sum(read[1:], read[0]).view(*shape, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
     logs = joined.logsumexp(-1).permute(0, 3, 1, 2).flatten(2, 3)
     return outputs, logs, [piece.detach().sum(2) for piece in pieces]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from linearize.errors import ModelError
 from linearize.model import LinearizedForCausalLM
 from linearize.quantization.rounding import to_int8
 from linearize.report.formatting import readable_bytes
+from linearize.runtime.interruption import Interrupted
 from linearize.runtime.memory import bandwidth, free_bytes
 from linearize.sources.limits import check_length
 from linearize.sources.source import DTYPES, Source, default_device, find_source, load_model
@@ -77,6 +79,8 @@ def bench(
     """Measure and return the facts: the setting, a row for each model, kind, batch and length, and the length from
     which the converted model is faster.
 
+    SIGINT or SIGTERM ends it after the last length that is measured, if there is one; `stopped_by` is then the signal.
+
     Args:
         reference: a converted checkpoint, or a pretrained model, which is converted in memory; None with `config`.
         spec: the mixer of the conversion; ignored for a converted checkpoint.
@@ -114,15 +118,21 @@ def bench(
     check_length(model, max(plan.train, default=0), "--train")
     rows: list[dict[str, Any]] = []
     roof = bandwidth(torch.device(device))
-    with torch.no_grad():
-        for batch in plan.batches:
-            for tokens in plan.lengths:
-                rows += decode(subjects, batch, tokens, steps=steps, repeats=plan.repeats, say=say)
-            for tokens in plan.lengths:
-                if tokens <= limit:
-                    rows += prefill(subjects, batch, tokens, repeats=plan.repeats, say=say)
-            for tokens in plan.train:
-                rows += train(trained, batch, tokens, repeats=plan.repeats, say=say)
+    stopped_by = None
+    try:
+        with torch.no_grad():
+            for batch in plan.batches:
+                for tokens in plan.lengths:
+                    rows += decode(subjects, batch, tokens, steps=steps, repeats=plan.repeats, say=say)
+                for tokens in plan.lengths:
+                    if tokens <= limit:
+                        rows += prefill(subjects, batch, tokens, repeats=plan.repeats, say=say)
+                for tokens in plan.train:
+                    rows += train(trained, batch, tokens, repeats=plan.repeats, say=say)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        if not rows:
+            raise
+        stopped_by = stop.signum if isinstance(stop, Interrupted) else int(signal.SIGINT)
     for row in rows:
         if row["kind"] == "decode" and "skipped" not in row:
             row["roof_share"] = row["tokens_per_second"] / row["batch"] * row["step_bytes"] / roof
@@ -136,6 +146,7 @@ def bench(
         "copy_bytes_per_second": roof,
         "versions": versions(),
         "repeats": plan.repeats,
+        "stopped_by": stopped_by,
         "prefill_up_to": limit,
         "weights_bytes": {subject.name: subject.weights_bytes for subject in subjects},
         "rows": rows,

@@ -1,16 +1,17 @@
-"""The plots of `linearize bench` (speed and memory by length), and the folder of plots and facts."""
+"""The page of `linearize bench`: speed and memory by length, as tables, sentences and plots."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from linearize.benchmark.bench import sequence_of
 from linearize.benchmark.running import TEACHERS
 from linearize.evaluation.results.plots import BYTES
-from linearize.report.formatting import readable_length
-from linearize.report.pages import write_plots
+from linearize.report.formatting import readable_bytes, readable_length
+from linearize.report.pages import Grid, Page, Section, write_pages
 from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ _TITLES = {
     "prefill": "Prefill: tokens per second by length",
     "train": "Training: tokens per second by length",
 }
+_KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "decode": ("writing", "writes", ("of roof", "cache")),
+    "prefill": ("reading", "reads", ("first token",)),
+    "train": ("training", "trains", ()),
+}
+"""A kind's title, its verb, and its additional columns."""
 _FIGURES = {
     "tokens_per_second": Axis("tokens per second", lambda value: f"{value:,g}", log=True),
     "cache_bytes": replace(BYTES, title="cache of all sequences"),
@@ -29,9 +36,76 @@ _FIGURES = {
 
 
 def write_report(facts: dict[str, Any], folder: Path) -> None:
-    """Write `bench.json` and the plots as SVG files."""
+    """Write `bench.json`, `report.html`, `report.md` and the plots as SVG files."""
     (folder / "bench.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    write_plots(plots_of(facts), folder)
+    write_pages(page_of(facts), folder)
+
+
+def page_of(facts: dict[str, Any]) -> Page:
+    """The figures as a page: a section for each kind of work, and the overview."""
+    mixer, layers, whole = facts["mixers"][0], facts["layers"], facts["layers_of_the_whole"]
+    cut = f"{layers} of its {whole} layers" if layers != whole else f"{layers} layers"
+    random = ", random weights" if facts["weights"] == "random" else ""
+    about = [
+        ("model", f"{facts['model']}, {cut}, {facts['dtype']}{random}"),
+        ("mixer", f"{mixer['recurrence']}, window {mixer['window']}, {mixer['sinks']} sinks"),
+        ("machine", f"{facts['device']}, {facts['threads']} threads, torch {facts['versions'].get('torch', '?')}"),
+        ("weights", ", ".join(f"{name} {readable_bytes(size)}" for name, size in facts["weights_bytes"].items())),
+    ]
+    if facts["stopped_by"] is not None:
+        about.append(("stopped", f"by {Signals(facts['stopped_by']).name}; lengths that were not measured are missing"))
+    plots = plots_of(facts)
+    sections = []
+    for kind, (title, _, _) in _KINDS.items():
+        if rows := [row for row in facts["rows"] if row["kind"] == kind]:
+            own = [plot for plot in plots if plot.name.startswith(f"{kind}-")]
+            sections.append(Section(title.capitalize(), _told(facts, kind, rows), [_grid(kind, rows)], own))
+    both = [plot for plot in plots if plot.name == "overview"]
+    return Page(
+        f"Speed and memory of {facts['model']}", about, [*sections, *([Section("Overview", plots=both)] * bool(both))]
+    )
+
+
+def _told(facts: dict[str, Any], kind: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    _, verb, _ = _KINDS[kind]
+    missing = {
+        f"{row['system']} at {row['tokens']:,} tokens, batch {row['batch']}: {row['skipped']}": None
+        for row in rows
+        if "skipped" in row
+    }
+    ahead = [
+        f"{system}, batch {batch}: {verb} faster than the teacher "
+        + (f"from {tokens:,} tokens on" if tokens else "at no length measured")
+        for system, kinds in facts["ahead_from"].items()
+        for batch, tokens in kinds.get(kind, {}).items()
+        if any(str(row["batch"]) == batch for row in rows)
+    ]
+    found = [("Left out", list(missing)), ("Beside the teacher", ahead)]
+    return [(about, sentences) for about, sentences in found if sentences]
+
+
+def _grid(kind: str, rows: Sequence[dict[str, Any]]) -> Grid:
+    title, _, more = _KINDS[kind]
+    teacher = {(row["batch"], row["tokens"]): row for row in rows if row["system"] == "teacher"}
+    header = ["batch", "tokens", title, "tok/s", "x teacher", *more, "peak memory"]
+    lines = []
+    for row in rows:
+        cells = ["no room"] if "skipped" in row else _cells(row, teacher.get((row["batch"], row["tokens"])))
+        cells += ["–"] * (len(header) - 3 - len(cells))
+        lines.append([str(row["batch"]), f"{row['tokens']:,}", row["system"], *cells])
+    return Grid("Medians of all runs", header, lines, words=3)
+
+
+def _cells(row: dict[str, Any], teacher: dict[str, Any] | None) -> list[str]:
+    ratio = "–"
+    if teacher is not None and teacher is not row and "skipped" not in teacher:
+        ratio = f"{row['tokens_per_second'] / teacher['tokens_per_second']:.2f}"
+    if row["kind"] == "decode":
+        more = [f"{100 * row['roof_share']:.0f} %", readable_bytes(row["cache_bytes"])]
+    else:
+        more = [f"{row['first_token_seconds']:.2f} s"] if row["kind"] == "prefill" else []
+    peak = "–" if row["peak_bytes"] is None else readable_bytes(row["peak_bytes"])
+    return [f"{row['tokens_per_second']:,.1f}", ratio, *more, peak]
 
 
 def plots_of(facts: dict[str, Any]) -> list[Plot]:

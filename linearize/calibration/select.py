@@ -3,8 +3,9 @@ as `linearize probe` measures it. `mixer.landmarks_by` distributes landmarks amo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from linearize.calibration import scores
 from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
 from linearize.conversion.swap import mixers_for
 from linearize.data.load import load_data, reserved_tokens
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from linearize.data.rows import TrainingData
+    from linearize.model import MixerConfig
     from linearize.probe.damage import Part
-    from linearize.recipe import Recipe
+    from linearize.recipe import MixerSpec, Recipe
     from linearize.sources.source import Source
 
 # Of text, and the same number in texts with needles. One pass over all of them per layer.
@@ -35,19 +39,31 @@ _PURPOSE = "select"
 
 def selects(recipe: Recipe) -> bool:
     """True if the recipe leaves a choice to `select`."""
-    return recipe.mixer.keep.budget is not None or recipe.mixer.landmarks_by is not None
+    mixer = recipe.mixer
+    return mixer.keep.budget is not None or mixer.landmarks_by is not None or mixer.landmark_score == "learned"
+
+
+class Choices(NamedTuple):
+    """Attributes:
+    recipe: the recipe with the choices named in it.
+    probe: the measurement behind `keep.budget`, or None.
+    why: the reasons in lines.
+    scores: layer -> `score_weight`, for `mixer.landmark_score: learned`.
+    """
+
+    recipe: Recipe
+    probe: Probe | None
+    why: list[str]
+    scores: dict[int, Tensor]
 
 
 def select(
     source: Source, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
-) -> tuple[Recipe, Probe | None, list[str]]:
+) -> Choices:
     """Make the choices that the recipe leaves open.
 
     Args:
         teacher: its attention is replaced in place by an equal, replaceable one; convert it as the pretrained model.
-
-    Returns:
-        `recipe` with the choices named in it, the probe behind `keep.budget` or None, and the reasons in lines.
 
     Raises:
         RecipeError: the budget holds nothing, or there is nothing to choose from.
@@ -56,10 +72,14 @@ def select(
     probe, why = None, list[str]()
     if recipe.mixer.keep.budget is not None:
         recipe, probe, why = _by_damage(source, recipe, teacher, tokenizer, say=say)
-    if recipe.mixer.landmarks_by is not None:
+    fitted: dict[int, Tensor] = {}
+    if recipe.mixer.landmark_score == "learned":
+        recipe, fitted, told = _scores(recipe, teacher, tokenizer, say=say)
+        why += told
+    elif recipe.mixer.landmarks_by is not None:
         recipe, told = _landmarks(recipe, teacher, tokenizer, say=say)
         why += told
-    return recipe, probe, why
+    return Choices(recipe, probe, why, fitted)
 
 
 def _by_damage(
@@ -110,21 +130,75 @@ def _named_part(part: Part) -> str:
     return f"layer {part.layer}" if part.head is None else f"key/value head {part.head} of layer {part.layer}"
 
 
+def _sections(spec: MixerSpec, teacher: PreTrainedModel) -> dict[int, MixerConfig]:
+    """Converted layer -> its mixer section, fitted to the layer."""
+    # After a probe the teacher is already a `LinearizedForCausalLM`.
+    base: Any = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    layers = family_of(base).layers(base)
+    return {
+        index: section.fitted(layers[index])
+        for section in mixers_for(spec, layers)
+        for index in section.layers
+        if section.converts(layers[index])
+    }
+
+
+def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, length: int, say: Any) -> TrainingData:
+    return load_data(
+        DataSpec.of(_text(recipe), tokens=count * length, held_out=0),
+        tokenizer=tokenizer,
+        length=length,
+        seed=recipe.seed,
+        teacher=lambda: teacher,
+        reserved=reserved_tokens(recipe.stages),
+        purpose=_PURPOSE,
+        progress=say,
+    )
+
+
+def _scores(
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
+) -> tuple[Recipe, dict[int, Tensor], list[str]]:
+    """Fit the score of each layer with landmarks, and distribute the landmarks by it if the recipe asks for it."""
+    spec, by = recipe.mixer, recipe.mixer.landmarks_by
+    sections = {layer: one for layer, one in _sections(spec, teacher).items() if one.landmarks}
+    if not sections:
+        return recipe, {}, []
+    length = min(scores.LENGTH, learned_positions(teacher) or scores.LENGTH)
+    text = _rows(recipe, teacher, tokenizer, scores.ROWS, length, say)
+    widest = max(one.window or 1 for one in sections.values())
+    lessons = scores.lessons(tokenizer, list(text.train.input_ids), recipe.seed, widest)
+    model = LinearizedForCausalLM.from_teacher(teacher, []).eval()
+    known = scores.measure(model, sections, lessons, say=say)
+    fitted = {layer: one.weight() for layer, one in known.items()}
+    asked = sum(lesson.recall for lesson in lessons)
+    why = [
+        f"Landmarks: scores are fitted to what losing a token costs, in {len(lessons)} texts of up to {length:,} "
+        f"tokens, {asked} of them with questions ({text.source})."
+    ]
+    if by is not None:
+        chosen = {layer: one for layer, one in known.items() if layer not in spec.landmark_layers}
+        shares = scores.shares(chosen, fitted, spec.landmarks, recall=by == "recall") if chosen else {}
+        why += [_told(shares, spec.landmarks)] if shares else []
+        named = {"landmarks_by": None, "landmark_layers": {**spec.landmark_layers, **shares}}
+        recipe = recipe.model_copy(update={"mixer": spec.model_copy(update=named)})
+    return recipe, fitted, why
+
+
+def _told(shares: dict[int, int], equal: int) -> str:
+    most = sorted(shares, key=lambda layer: -shares[layer])[:3]
+    return (
+        f"Landmarks: {', '.join(f'layer {layer} has {shares[layer]:,}' for layer in most)}, the fewest are "
+        f"{min(shares.values())}; all together as many as {equal} each."
+    )
+
+
 def _landmarks(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> tuple[Recipe, list[str]]:
     """Distribute the landmarks among the layers."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    # After a probe the teacher is already a `LinearizedForCausalLM`.
-    base: Any = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
-    layers = family_of(base).layers(base)
-    sections = mixers_for(spec, layers)
-    chosen = sorted(
-        index
-        for section in sections
-        for index in section.layers
-        if section.converts(layers[index]) and index not in spec.landmark_layers
-    )
+    chosen = sorted(layer for layer in _sections(spec, teacher) if layer not in spec.landmark_layers)
     length = min(LENGTH, learned_positions(teacher) or LENGTH)
     reach = spec.window + spec.sinks + spec.landmarks
     if not chosen:  # the recipe names the number of every layer
@@ -134,16 +208,7 @@ def _landmarks(
             f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: lower "
             "mixer.landmarks"
         )
-    text = load_data(
-        DataSpec.of(_text(recipe), tokens=TEXTS * length, held_out=0),
-        tokenizer=tokenizer,
-        length=length,
-        seed=recipe.seed,
-        teacher=lambda: teacher,
-        reserved=reserved_tokens(recipe.stages),
-        purpose=_PURPOSE,
-        progress=say,
-    )
+    text = _rows(recipe, teacher, tokenizer, TEXTS, length, say)
     rows = text.train.input_ids
     needles = []
     if by == "recall":
@@ -161,12 +226,10 @@ def _landmarks(
     shares = share_landmarks(found, spec.landmarks, recall=bool(needles))
     even = dict.fromkeys(chosen, spec.landmarks)
     costs = [sum(found[layer].cost(n, recall=False) for layer, n in one.items()) for one in (even, shares)]
-    most = sorted(shares, key=lambda layer: -shares[layer])[:3]
     why = [
-        f"Landmarks: {', '.join(f'layer {layer} has {shares[layer]:,}' for layer in most)}, the fewest are "
-        f"{min(shares.values())}; all together as many as {spec.landmarks} each. What they leave unread is estimated "
-        f"at {costs[1]:.4f} nats per token, with equal shares at {costs[0]:.4f} ({len(rows)} texts, {len(needles)} "
-        f"needles, {length:,} tokens each, {text.source})."
+        f"{_told(shares, spec.landmarks)} What they leave unread is estimated at {costs[1]:.4f} nats per token, with "
+        f"equal shares at {costs[0]:.4f} ({len(rows)} texts, {len(needles)} needles, {length:,} tokens each, "
+        f"{text.source})."
     ]
     mixer = spec.model_copy(update={"landmarks_by": None, "landmark_layers": {**spec.landmark_layers, **shares}})
     return recipe.model_copy(update={"mixer": mixer}), why

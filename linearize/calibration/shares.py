@@ -14,24 +14,22 @@ interpolated; then slots go to the layers where they lower the cost most per slo
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
-from linearize.calibration.weights import output_projection
+from linearize.calibration.backward import pass_back, watched
 from linearize.model import MixerConfig
 from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from linearize.families import Projections
+    from linearize.calibration.backward import Watched
     from linearize.model import LinearizedForCausalLM
     from linearize.model.attention import LinearizedAttention
     from linearize.probe.needles import Needle
@@ -109,8 +107,19 @@ def curves(
     for done, (ids, answer) in enumerate(jobs):
         say(f"landmarks: text {done + 1} of {len(jobs)}")
         tell = of_text if answer is None else of_needle
-        with _watched(model, spec, layers, numbers, tell):
-            _pass_back(model, ids.to(model.device), answer)
+
+        def read(layer: int, seen: Watched, tell: Callable[[int, Tensor], None] = tell) -> None:
+            changes = []
+            for number in numbers:
+                mixer = _exact(model.attention_layers[layer], spec, layer, number)
+                less = mixer(seen.new, seen.lengths, None).flatten(2)
+                changes.append(((less - seen.heads).double() * seen.gradient.double()).sum(-1)[0])
+            tell(layer, torch.stack(changes).cpu())
+
+        with watched(model, layers, read):
+            place = torch.arange(len(ids), device=model.device)
+            asked = place >= 0 if answer is None else (place >= answer.start) & (place < answer.stop)
+            pass_back(model, ids.to(model.device), asked, mean=answer is not None)
     found = {}
     for layer in layers:
         loss, recall = (x.cummin(0).values.tolist() for x in (losses[layer], falls[layer]))
@@ -142,93 +151,15 @@ def share_landmarks(found: Mapping[int, Curve], landmarks: int, *, recall: bool)
     return {layer: number + spare // len(shares) for layer, number in shares.items()}
 
 
-def _pass_back(model: LinearizedForCausalLM, ids: Tensor, answer: range | None) -> None:
-    """Backward pass of a text's summed loss, or of minus the mean log-probability of the answer's tokens."""
-    first = 0 if answer is None else answer.start - 1
-    end = len(ids) - 1 if answer is None else answer.stop - 1
-    with torch.enable_grad():
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=len(ids) - first).logits[0]
-        rows = logits[: end - first].float()
-        reduction = "sum" if answer is None else "mean"
-        F.cross_entropy(rows, ids[first + 1 : end + 1], reduction=reduction).backward()
-
-
-@contextmanager
-def _watched(
-    model: LinearizedForCausalLM,
-    spec: MixerSpec,
-    layers: Sequence[int],
-    numbers: Sequence[int],
-    tell: Callable[[int, Tensor], None],
-) -> Iterator[None]:
-    """In this context a backward pass calls `tell(layer, changes)` for each layer: `changes` `[numbers, L]` is the
-    first-order rise of the objective, per token. Gradient checkpointing recomputes one block at a time, so memory holds
-    the attention of one layer only."""
-    handles: list[Any] = []
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    blocks = [block for block, _ in model.attention_layers[0].family.attention_modules(model)]
-    checkpoints = bool(model.supports_gradient_checkpointing)
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        model.enable_input_require_grads()
-        if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for block in blocks:
-                block.training = True  # of the block module only, so no dropout inside becomes active
-        for layer in layers:
-            handles += _watch(model.attention_layers[layer], layer, spec, numbers, tell)
-        yield
-    finally:
-        model.disable_input_require_grads()
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            model.attention_layers[layer].observer = None
-        if checkpoints:
-            model.gradient_checkpointing_disable()
-            for block in blocks:
-                block.training = False
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-
-
-def _watch(
-    attention: LinearizedAttention,
-    layer: int,
-    spec: MixerSpec,
-    numbers: Sequence[int],
-    tell: Callable[[int, Tensor], None],
-) -> list[Any]:
-    """Register the hooks of one layer for `_watched`."""
-    seen: list[tuple[Projections, Tensor | None]] = []
-
-    def observe(new: Projections, lengths: Tensor | None) -> None:
-        seen[:] = [(type(new)(*(None if x is None else x.detach() for x in new)), lengths)]
-
-    def before_output(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        whole: Tensor = arguments[0]
-        if not whole.requires_grad:
-            return
-        new, lengths = seen[0]
-        everything = whole.detach()  # a hook that refers to its own tensor would leak it
-
-        @torch.no_grad()
-        def arrived(gradient: Tensor) -> None:
-            changes = []
-            for number in numbers:
-                read = _exact(attention, spec, layer, number)(new, lengths, None).flatten(2)
-                changes.append(((read - everything).double() * gradient.double()).sum(-1)[0])
-            tell(layer, torch.stack(changes).cpu())
-
-        whole.register_hook(arrived)
-
-    attention.observer = observe
-    return [output_projection(attention).register_forward_pre_hook(before_output)]
-
-
 def _exact(attention: LinearizedAttention, spec: MixerSpec, layer: int, number: int) -> Mixer:
     """A mixer of window, sinks and landmarks, without a recurrence."""
     window = spec.windows.get(layer, spec.window)
-    config = MixerConfig(layers=[layer], recurrence="none", window=window, sinks=spec.sinks, landmarks=number)
+    config = MixerConfig(
+        layers=[layer],
+        recurrence="none",
+        window=window,
+        sinks=spec.sinks,
+        landmarks=number,
+        memory_dtype=spec.memory_dtype,
+    )
     return Mixer(config, attention.layer).eval()

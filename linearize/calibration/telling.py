@@ -20,27 +20,27 @@ _NAMES = {
 }
 _READINGS = {
     "teacher": "the pretrained model",
-    "converted": "as converted",
+    "converted": "converted",
     "calibrated": "calibrated",
-    "no recurrence": "calibrated, its recurrence silent",
+    "no recurrence": "calibrated, without its recurrence",
 }
 
 
 def calibration_lines(found: Calibration) -> list[str]:
     """Lines with the text, the fits that were kept, and the gain of the whole model."""
     lines = [
-        f"{found.tokens:,} tokens of {found.source}, in rows of {found.length:,}; {found.held_out} rows held out and "
-        f"{found.needles} needles decided. No training. Seed {found.seed}. {found.seconds:,.0f} s."
+        f"{found.tokens:,} tokens of {found.source}, in rows of {found.length:,}; {found.held_out} held-out rows and "
+        f"{found.needles} needles for the choice. No training. Seed {found.seed}. {found.seconds:,.0f} s."
     ]
     fitted = [layer for layer in found.layers if layer.kept != "silent"]
     if fitted:
         left = 100 * statistics.fmean(layer.error for layer in fitted)
         lines.append(
             f"Layers: the recurrence of {len(fitted)} of {len(found.layers)} lowers the error of their attention on "
-            f"the rows held out, to {left:.0f} % of what window and sinks leave; the others stay silent."
+            f"held-out rows to {left:.0f} % of the error of window and sinks alone; the others keep a mix weight of 0."
         )
     elif found.layers:
-        lines.append("Layers: no recurrence lowers the error of its attention on the rows held out; all stay silent.")
+        lines.append("Layers: no recurrence lowers the error of its attention on held-out rows; mix weights are 0.")
     for one in found.ingredients:
         verdict = "kept" if one.kept else "not kept"
         recall = f", log-probability of the needles' answers {_signed(one.change.recall, -1)}"
@@ -48,13 +48,14 @@ def calibration_lines(found: Calibration) -> list[str]:
             f"{_NAMES[one.name]}: {verdict}; loss {_signed(one.change.loss)}{recall if found.needles else ''} "
             "(nats per token)."
         )
-    rows = ", ".join(f"{_READINGS[name]} {float(found.readings[name].loss.mean()):.4f}" for name in _READINGS)
-    lines.append(f"Loss on the rows held out: {rows}.")
+    read = {about: found.readings[name] for name, about in _READINGS.items() if name in found.readings}
+    rows = ", ".join(f"{about} {float(one.loss.mean()):.4f}" for about, one in read.items())
+    lines.append(f"Loss on held-out rows: {rows}.")
     if found.needles:
-        rows = ", ".join(f"{_READINGS[name]} {float(found.readings[name].recall.mean()):.3f}" for name in _READINGS)
+        rows = ", ".join(f"{about} {float(one.recall.mean()):.3f}" for about, one in read.items())
         lines.append(f"Log-probability of the needles' answers: {rows}.")
         if not found.recall_counts:
-            lines.append("The needles did not count: as converted the model finds them no worse than its teacher.")
+            lines.append("The needles did not count, because the converted model recalls them as well as its teacher.")
     return lines
 
 
@@ -64,9 +65,9 @@ def calibration_text_report(found: Calibration) -> str:
     if found.layers:
         names = list(dict.fromkeys(name for layer in found.layers for name in layer.errors))
         lines += [
-            "Squared error of each layer's attention after the output projection, on the rows held out, as a share of "
-            "what window and sinks alone leave. The last column is the share that ridge regression left of the error "
-            "of the output against the teacher's own.",
+            "Squared error of each layer's attention after the output projection, on held-out rows, divided by the "
+            "error of window and sinks alone. The last column is the error of the output against the teacher's after "
+            "ridge regression, divided by the error before it.",
             "",
             f"| layer | {' | '.join(names)} | kept | ridge |",
             "|---" * (len(names) + 3) + "|",
@@ -81,7 +82,9 @@ def calibration_text_report(found: Calibration) -> str:
 
 def calibration_data(found: Calibration) -> dict[str, Any]:
     """The figures as plain data: losses and log-probabilities in nats per token, errors as in `LayerResult`."""
-    silent = damage(found.readings["calibrated"], found.readings["no recurrence"])
+    silent = None
+    if "no recurrence" in found.readings:
+        silent = damage(found.readings["calibrated"], found.readings["no recurrence"])
     return {
         "schema": SCHEMA,
         "text": {
@@ -96,10 +99,9 @@ def calibration_data(found: Calibration) -> dict[str, Any]:
         "recall_counts": found.recall_counts,
         "seconds": round(found.seconds, 1),
         "readings": {name: _reading(one) for name, one in found.readings.items()},
-        "recurrence": {
-            "loss": silent.loss._asdict(),
-            "recall": silent.recall._asdict() if found.needles else None,
-        },
+        "recurrence": None
+        if silent is None
+        else {"loss": silent.loss._asdict(), "recall": silent.recall._asdict() if found.needles else None},
         "ingredients": [
             {
                 "name": one.name,

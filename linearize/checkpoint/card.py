@@ -135,10 +135,11 @@ def _words(mixer: dict[str, Any]) -> str:
     if mixer["window"] is None:
         return "pretrained attention, kept"
     heads = mixer.get("softmax_heads")
-    slots = mixer.get("landmarks")
+    slots, stored = mixer.get("landmarks"), mixer.get("memory_dtype", "auto")
     return (
         f"{mixer['recurrence']}, window {mixer['window']}, sinks {mixer['sinks']}, "
         f"{f'landmarks {slots}, ' if slots else ''}mix {mixer['mix']}, covers {mixer['covers']}"
+        f"{'' if stored == 'auto' else f', memory in {stored}'}"
         f"{f'; key/value heads {ranges(heads)} keep softmax' if heads else ''}"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,10 +22,7 @@ from linearize.cli.console import (
     print_json,
     status,
 )
-from linearize.report.formatting import readable_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from linearize.runtime.interruption import Interrupted
 
 EPILOG = examples(
     "linearize bench ./tuned",
@@ -96,7 +93,7 @@ def bench(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", "--report", metavar="DIR", help="Write the figures and plots there.", show_default=False
+            "--output", "-o", "--report", metavar="DIR", help="Write a page, figures and plots.", show_default=False
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -125,6 +122,9 @@ def bench(
     rows of random tokens: forward, cross-entropy, backward and AdamW, with
     the adapters of the default recipe. The adapters are added to copies that
     share the frozen weights; the model does not change.
+
+    Stopped by Ctrl-C or SIGTERM, it shows and writes the lengths that it has
+    measured.
     """
     check_dtype(dtype)
     if (model is None) == (config is None):
@@ -165,6 +165,11 @@ def bench(
         print_json(facts)
     else:
         _show(facts)
+    if facts["stopped_by"] is not None:
+        kept = f"what was measured is in {output / 'report.html'}" if output is not None else ""
+        raise Interrupted(facts["stopped_by"], kept)
+    if output is not None:
+        status(f"report: {output / 'report.html'}")
 
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -184,69 +189,21 @@ def _numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
     return numbers
 
 
-_KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "decode": ("writes", "writing", ("of roof", "cache")),
-    "prefill": ("reads", "reading", ("first token",)),
-    "train": ("trains", "training", ()),
-}
-"""A kind's verb, its title in the table, and its additional columns."""
-
-
 def _show(facts: dict[str, Any]) -> None:
-    out = Console(highlight=False, soft_wrap=True)
-    mixer, layers, whole = facts["mixers"][0], facts["layers"], facts["layers_of_the_whole"]
-    cut = f"{layers} of its {whole} layers" if layers != whole else f"{layers} layers"
-    weights = ", ".join(f"{name} {readable_bytes(size)}" for name, size in facts["weights_bytes"].items())
-    rows = {
-        "model": f"{facts['model']}, {cut}, {facts['dtype']}"
-        + (", random weights" if facts["weights"] == "random" else ""),
-        "mixer": f"{mixer['recurrence']}, window {mixer['window']}, {mixer['sinks']} sinks",
-        "machine": f"{facts['device']}, {facts['threads']} threads, torch {facts['versions'].get('torch', '?')}",
-        "weights": weights,
-    }
-    for name, text in rows.items():
-        out.print(f"{name:8} {text}", markup=False)
-    for kind in _KINDS:
-        if chosen := [row for row in facts["rows"] if row["kind"] == kind]:
-            out.print(_table(kind, chosen))
-    told = set()
-    for row in facts["rows"]:
-        place = (row["kind"] == "train", row["system"], row["batch"], row["tokens"])
-        if "skipped" in row and place not in told:
-            told.add(place)
-            out.print(
-                f"{row['system']} at {row['tokens']:,} tokens, batch {row['batch']}: {row['skipped']}", markup=False
-            )
-    for system, kinds in facts["ahead_from"].items():
-        for kind, found in kinds.items():
-            for batch, tokens in found.items():
-                if any(row["kind"] == kind and str(row["batch"]) == batch for row in facts["rows"]):
-                    verb = _KINDS[kind][0]
-                    where = f"from {tokens:,} tokens on" if tokens else "at no length measured"
-                    out.print(f"{system}, batch {batch}: {verb} faster than the teacher {where}", markup=False)
+    from linearize.benchmark.page import page_of
 
-
-def _table(kind: str, rows: Sequence[dict[str, Any]]) -> Table:
-    _, title, more = _KINDS[kind]
-    teacher = {(row["batch"], row["tokens"]): row for row in rows if row["system"] == "teacher"}
-    table = Table("batch", "tokens", title, "tok/s", "x teacher", *more, "peak memory")
-    for column in table.columns:
-        column.justify = "right"
-    for row in rows:
-        place = row["batch"], row["tokens"]
-        cells = ["no room"] if "skipped" in row else _cells(row, teacher.get(place))
-        cells += ["–"] * (len(table.columns) - 3 - len(cells))
-        table.add_row(str(row["batch"]), f"{row['tokens']:,}", row["system"], *cells)
-    return table
-
-
-def _cells(row: dict[str, Any], teacher: dict[str, Any] | None) -> list[str]:
-    ratio = "–"
-    if teacher is not None and teacher is not row and "skipped" not in teacher:
-        ratio = f"{row['tokens_per_second'] / teacher['tokens_per_second']:.2f}"
-    if row["kind"] == "decode":
-        more = [f"{100 * row['roof_share']:.0f} %", readable_bytes(row["cache_bytes"])]
-    else:
-        more = [f"{row['first_token_seconds']:.2f} s"] if row["kind"] == "prefill" else []
-    peak = "–" if row["peak_bytes"] is None else readable_bytes(row["peak_bytes"])
-    return [f"{row['tokens_per_second']:,.1f}", ratio, *more, peak]
+    out, page = Console(highlight=False, soft_wrap=True), page_of(facts)
+    width = max(len(name) for name, _ in page.facts)
+    for name, text in page.facts:
+        out.print(f"{name:{width}}  {text}", markup=False)
+    for section in page.sections:
+        for grid in section.grids:
+            table = Table(*grid.header)
+            for column in table.columns:
+                column.justify = "right"
+            for row in grid.rows:
+                table.add_row(*row)
+            out.print(table)
+        for _, sentences in section.told:
+            for sentence in sentences:
+                out.print(sentence, markup=False)

@@ -20,6 +20,7 @@ from linearize.jobs.checks import check_dtype as check
 from linearize.jobs.checks import size_in_bytes
 from linearize.report.formatting import readable_bytes
 from linearize.runtime.folders import shipped_folder
+from linearize.runtime.processes import seconds_between_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 stderr = Console(stderr=True, highlight=False)
 """For progress bars and for tables that are not the command's data."""
 
-_SECONDS_BETWEEN_LINES = 20.0
 
 SetOption = Annotated[
     list[str] | None,
@@ -93,7 +93,7 @@ def silence(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
-    """On a terminal a status line that is overwritten; elsewhere a line every `_SECONDS_BETWEEN_LINES`.
+    """On a terminal a status line that is overwritten; elsewhere a line a minute.
 
     Yields:
         a function of a part's name, its steps done, and its number of steps.
@@ -104,7 +104,7 @@ def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
         nonlocal told
         words = f"{doing}: {name}" + (f", {done:,} of {total:,} steps" if done else "")
         if not stderr.is_terminal:
-            if time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
+            if time.monotonic() - told >= seconds_between_lines():
                 told = time.monotonic()
                 status(words)
             return

@@ -49,7 +49,7 @@ def _show(facts: dict[str, Any]) -> None:
             memory = f"{readable_bytes(gpu['free_bytes'])} of {readable_bytes(gpu['bytes'])} free"
             line("GPU", f"{gpu['name']}, sm_{''.join(map(str, gpu['capability']))}, {memory}, CUDA {devices['cuda']}")
         if not devices["gpus"]:
-            line("GPU", "none that torch can use" + ("" if devices["cuda"] else " (this torch is for CPUs)"))
+            line("GPU", "none available to torch" + ("" if devices["cuda"] else " (a build of torch for CPUs)"))
     for device, parts in (facts["kernels"] or {}).items():
         groups: dict[tuple[str, str], list[str]] = {}
         for part, decision in parts.items():
@@ -58,7 +58,7 @@ def _show(facts: dict[str, Any]) -> None:
         line("kernels", f"on {device}: {'; '.join(told)}")
     if (hub := facts["hub"]) is not None:
         login = (
-            f"a token is there, from {hub['token_from']}" if hub["logged_in"] else "no token; hf auth login sets one"
+            f"logged in by the token in {hub['token_from']}" if hub["logged_in"] else "no token; hf auth login sets one"
         )
         line("Hub", f"{login}; {hub['endpoint']}{', offline by HF_HUB_OFFLINE' if hub['offline'] else ''}")
     for cache in facts["caches"] or []:
@@ -71,4 +71,4 @@ def _show(facts: dict[str, Any]) -> None:
     for problem in facts["problems"]:
         line(problem["severity"], f"{problem['what']}; {problem['remedy']}")
     if not facts["problems"]:
-        line("all well", "nothing is missing, and no known bad pairs")
+        line("ok", "all requirements are installed, without known incompatibilities")

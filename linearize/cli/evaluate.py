@@ -191,10 +191,10 @@ def evaluate(
                 **report_data(results.scores),
             }
         )
-        return
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(report_table(results.scores))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(report_table(results.scores))
     drawn = [f"{n:,} of {total:,} in {task}" for task, (n, total) in subsets.items() if n < total]
-    if drawn:
+    if drawn and not as_json:
         status(f"items drawn with seed {seed}: {', '.join(drawn)}")
     if report is not None:
         status(f"report: {report / 'report.html'}")

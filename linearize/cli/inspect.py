@@ -108,7 +108,7 @@ def _show(facts: dict[str, Any]) -> None:
         f"covers {mixer['covers']}",
         **({"keeps": "; ".join(kept)} if kept else {}),
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
-        + f" = {readable_bytes(facts['state_bytes'])} per sequence ({facts['dtype']}, state in float32)"
+        + f" = {readable_bytes(facts['state_bytes'])} per sequence ({_stored(facts)}, state in float32)"
         + (f", and {readable_bytes(growth)} per token" if growth else ""),
         **({"kernels": _kernels(facts["kernels"])} if facts["kernels"] else {}),
     }
@@ -147,7 +147,7 @@ def _show_all(facts: dict[str, Any]) -> None:
     rows = {
         **_head(facts),
         "mixer": f"window {mixer['window']}, {mixer['sinks']} sinks, {_landmarks([mixer])}covers {mixer['covers']}; "
-        f"caches in {facts['dtype']}, states in float32",
+        f"caches in {_stored({**facts, 'mixers': [mixer]})}, states in float32",
         "FLOPs": "per token of decoding, of all token mixers; projections and feed-forward layers are not among them",
     }
     if more := fitting[0]["growth_flops_per_token"]:
@@ -170,6 +170,13 @@ def _show_all(facts: dict[str, Any]) -> None:
     for line in facts["teacher"]:
         table.add_row(f"{line['tokens']:,} tokens", readable_bytes(line["bytes"]), readable_count(line["flops"]))
     out.print(table)
+
+
+def _stored(facts: dict[str, Any]) -> str:
+    """The dtype that keys and values are stored in."""
+    kinds = {mixer.get("memory_dtype", "auto") for mixer in facts["mixers"] if mixer["window"] is not None}
+    named = {"auto": facts["dtype"], "int8": "int8", "int4": "landmarks in int4, window and sinks in int8"}
+    return "; ".join(named[kind] for kind in sorted(kinds or {"auto"}))
 
 
 def _landmarks(mixers: list[dict[str, Any]]) -> str:

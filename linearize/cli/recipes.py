@@ -10,7 +10,7 @@ import typer
 
 from linearize.cli.console import JsonOption, SetOption, examples, print_json, recipe_names, status
 from linearize.cli.libraries import quiet_libraries
-from linearize.errors import OutputError
+from linearize.errors import OutputError, RecipeError
 from linearize.report.formatting import readable_bytes, readable_count
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def list_recipes(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Show each recipe's cost for this model: bytes of state, and FLOPs per token."
+            "--model",
+            "-m",
+            help="Show each recipe's cost for this model: bytes of a sequence's memory, and FLOPs per token.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -54,10 +56,12 @@ def list_recipes(
     if as_json:
         print_json(rows)
         return
+    heads = ("RECIPE", *(() if model is None else ("MEMORY OF A SEQUENCE", "ATTENTION PER TOKEN")))
     lines = [(row["name"], *(() if model is None else _cost_words(row))) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for row, line in zip(rows, lines, strict=True):
-        print("  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), row["description"])))
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    described = [(heads, "DESCRIPTION"), *((line, row["description"]) for line, row in zip(lines, rows, strict=True))]
+    for line, description in described:
+        print("  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), description)))
 
 
 def _costs(model: str, names: list[str]) -> list[dict[str, Any]]:
@@ -75,8 +79,9 @@ def _cost_words(row: dict[str, Any]) -> tuple[str, str]:
     if "refused" in row:
         return "does not fit:", row["refused"]
     more = row["growth_flops_per_token"]
+    growth = row["growth_bytes_per_token"]
     return (
-        readable_bytes(row["state_parts"].get("state", 0)),
+        readable_bytes(row["state_bytes"]) + (f" + {readable_bytes(growth)} x context" if growth else ""),
         f"{readable_count(row['flops'])}{f' + {readable_count(more)} x context' if more else ''} FLOPs",
     )
 
@@ -121,6 +126,22 @@ def copy(
 
 
 @app.command(
+    "schema", epilog=examples("linearize recipes schema > recipe.schema.json", "linearize recipes schema | less")
+)
+def schema() -> None:
+    """Print the JSON schema of recipes, with which an editor completes and checks keys.
+
+    With the YAML language server, begin a recipe with `# yaml-language-server: $schema=recipe.schema.json`.
+    """
+    from linearize.recipe import Recipe
+
+    found = Recipe.model_json_schema()
+    base = {"type": "string", "description": "A recipe, by name or file, whose keys hold where this one has none."}
+    found["properties"] = {"base": base, **found["properties"]}
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **found})
+
+
+@app.command(
     "check",
     epilog=examples("linearize recipes check mine.yaml", "linearize recipes check default --set mixer.window=128"),
 )
@@ -129,10 +150,20 @@ def check(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a recipe and print a summary; exits with 1 and the line and key of the first error."""
+    """Check a recipe and print a summary; exits with 1 and the line and key of every error."""
     from linearize.recipe import load_recipe
 
-    summary = _summary(load_recipe(file, overrides or ()))
+    try:
+        recipe = load_recipe(file, overrides or ())
+    except RecipeError as error:
+        if as_json:
+            print_json({"recipe": file, "ok": False, "errors": error.every or [str(error)]})
+            raise typer.Exit(1) from None
+        *others, last = error.every or [str(error)]
+        for line in others:
+            status(f"error: {line}")
+        raise RecipeError(last) from None
+    summary = _summary(recipe)
     if as_json:
         print_json({"recipe": file, "ok": True, "summary": summary})
     else:
@@ -145,7 +176,8 @@ def _summary(recipe: Recipe) -> str:
         (
             f"model {recipe.model or 'to be named'}",
             f"{mixer.recurrence}, window {mixer.window} + {mixer.sinks} sinks"
-            f"{f' + {mixer.landmarks} landmarks' if mixer.landmarks else ''}, mix {mixer.mix}, covers {mixer.covers}",
+            f"{f' + {mixer.landmarks} landmarks' if mixer.landmarks else ''}, mix {mixer.mix}, covers {mixer.covers}"
+            f"{f', memory in {mixer.memory_dtype}' if mixer.memory_dtype != 'auto' else ''}",
             *(f"stage {index}: {_stage_summary(stage)}" for index, stage in enumerate(recipe.stages)),
             f"lora rank {lora.rank} on {', '.join(lora.targets)}" if lora else "no lora",
             f"seed {recipe.seed}",

@@ -21,6 +21,7 @@ from linearize.cli.console import (
     status_line,
 )
 from linearize.cli.libraries import quiet_libraries
+from linearize.errors import VerificationError, counted
 
 if TYPE_CHECKING:
     from linearize.verification import Check, Verification
@@ -57,12 +58,11 @@ def verify(
     """
     check_dtype(dtype)
     quiet_libraries()
-    from linearize.errors import VerificationError
-    from linearize.jobs.verify import verify as prove
+    from linearize.jobs.verify import verify as run_checks
     from linearize.sources.source import find_source
 
     with status_line("verifying") as tick:
-        found = prove(model, tokens=tokens, steps=steps, dtype=dtype, tick=tick)
+        found = run_checks(model, tokens=tokens, steps=steps, dtype=dtype, tick=tick)
     source = find_source(model)
     if as_json:
         print_json({"model": source.reference, **_data(found)})
@@ -73,7 +73,7 @@ def verify(
     if found.failed:
         raise VerificationError(
             f"{source.name}: {len(found.failed)} of {len(found.checks)} checks failed: {', '.join(found.failed)}; "
-            "do not rely on being able to call it in these ways"
+            "do not call the model in these ways"
         )
 
 
@@ -90,7 +90,7 @@ def _data(found: Verification) -> dict[str, Any]:
         "checks": [
             {
                 "name": check.name,
-                "proves": check.proves,
+                "holds": check.holds,
                 "passed": check.passed,
                 "error": check.error,
                 "tolerance": check.tolerance,
@@ -102,12 +102,12 @@ def _data(found: Verification) -> dict[str, Any]:
 
 
 def _table(found: Verification) -> Table:
-    table = Table("check", "what it proves")
+    table = Table("check", "property")
     for name in ("worst error", "allowed", ""):
         table.add_column(name, justify="right")
     for check in found.checks:
         # Square brackets in an exception's text must not be parsed as markup.
-        words = Text(check.proves + (f"\n{check.detail}" if check.detail else ""))
+        words = Text(check.holds + (f"\n{check.detail}" if check.detail else ""))
         table.add_row(check.name, words, f"{check.error:.1e}", _allowed(check), "ok" if check.passed else "FAILED")
     return table
 
@@ -120,13 +120,13 @@ def _remarks(found: Verification) -> list[str]:
     remarks = []
     if found.woken:
         remarks.append(
-            f"during the checks the mix weights were raised (layers: {found.woken}), so that the recurrence moves the "
-            f"logits by {100 * (found.moved or 0):.1f} %; now they are as before"
+            f"mix weights of {counted(found.woken, 'layer', 'layers')} were raised during the checks, so that the "
+            f"recurrence changes the logits by {100 * (found.moved or 0):.1f} %, and restored after them"
         )
     if found.distance is not None:
-        sharper = "; --dtype float32 checks more sharply" if found.distance > 0.05 else ""
+        sharper = "; --dtype float32 gives a smaller tolerance" if found.distance > 0.05 else ""
         remarks.append(
-            f"rounding to {found.dtype} alone moves the logits by {100 * found.distance:.2g} %, of which checks "
-            f"allow {'the double' if found.dtype != 'float32' else 'four times as much'}{sharper}"
+            f"rounding to {found.dtype} alone changes the logits by {100 * found.distance:.2g} %; the tolerance is "
+            f"{'twice' if found.dtype != 'float32' else 'four times'} as much{sharper}"
         )
     return remarks

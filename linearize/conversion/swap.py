@@ -74,7 +74,9 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         rope=spec.rope,
         qk_norm=spec.qk_norm,
         slots=spec.slots,
+        memory_dtype=spec.memory_dtype,
         negative_eigenvalues=spec.negative_eigenvalues,
+        landmark_score=spec.landmark_score,
         gate_source=spec.gate.source,
         lower_bound=spec.gate.lower_bound,
         gate_scale=spec.gate.scale,
@@ -189,6 +191,7 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """`mixers` reduced to window, sinks and kept softmax heads, so models with the same window share one baseline."""
     # The baseline always has sinks, because a window without them is too weak a comparison and they cost almost
     # nothing.
+    # It stores its tokens as the model does; only another storage than `auto` is named, as in older checkpoints.
     kept = ("layers", "window", "softmax_heads")
     return [
         {
@@ -196,6 +199,7 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "recurrence": "none",
             "covers": "evicted",
             "sinks": max(mixer["sinks"], BASELINE_SINKS),
+            **{name: kind for name, kind in mixer.items() if name == "memory_dtype" and kind != "auto"},
         }
         if mixer["window"] is not None
         else mixer

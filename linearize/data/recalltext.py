@@ -39,6 +39,20 @@ _THINGS = ("account number", "code", "licence", "locker", "membership", "parcel 
 _WHO = ("A clerk", "My neighbour", "The baker", "The gardener", "The nurse", "The porter", "Their aunt", "Somebody")
 _DID = ("carried", "counted", "described", "forgot", "mended", "moved", "noticed", "painted", "sold", "watched")
 _WHAT = ("a bench", "a bicycle", "a ladle", "an umbrella", "some envelopes", "the blinds", "the hedge", "two trolleys")
+_GOODS = (
+    "basket",
+    "bottle",
+    "bridge",
+    "candle",
+    "carpet",
+    "engine",
+    "kettle",
+    "ladder",
+    "orchard",
+    "shovel",
+    "whistle",
+)
+_PLACES = ("castle", "forest", "harbour", "island", "market", "museum", "station", "valley")
 _WHERE = ("at noon", "before supper", "by the canal", "for a while", "in the attic", "near the depot", "on Tuesday")
 
 
@@ -123,6 +137,30 @@ def _pairs(
         return [], []
     filling = _filling(rng, tokenizer, room - used - sum(len(q.ids) for q in questions))
     return [*filling, *lines[:kept]], questions
+
+
+def facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+    """`count` facts of ten kinds, among them numbers, names, quotations and entries of tables: how each is told, how it
+    is asked for, and the answer."""
+    names = _names(rng, 2 * count)
+    return [rng.choice(_kinds(rng, *names[2 * number : 2 * number + 2])) for number in range(count)]
+
+
+def _kinds(rng: random.Random, one: str, other: str) -> list[tuple[str, str, str]]:
+    thing, place, key = rng.choice(_THINGS), rng.choice(_PLACES), one.lower()
+    value, words = str(rng.randrange(10 ** rng.randint(2, 6))), " ".join(rng.sample(_GOODS, rng.randint(1, 3)))
+    return [
+        (f" {one} has the {thing} {value}.", f"\nWhich {thing} does {one} have?", f" {value}"),
+        (f" {other} was painted by {one}.", f"\nWho painted {other}? {other} was painted by", f" {one}"),
+        (f'\n{{"{key}": {value}}}\n', f'\nAgain:\n{{"{key}":', f" {value}"),
+        (f' "{words}," said {one}.', f'\nWhat did {one} say? {one} said: "', words),
+        (f" In {one} they sell only the {words}.", f"\nWhat do they sell in {one}? They sell only the", f" {words}"),
+        (f"\n{one} - {value}\n", f"\n{one} -", f" {value}"),
+        (f" The {words} in the {place} is worth {value}.", f"\nThe {words} in the {place} is worth", f" {value}"),
+        (f" Remember that {one} lives in {other}.", f"\nWhere does {one} live? {one} lives in", f" {other}"),
+        (f" {one} ({other}, {value})", f"\nOnce more: {one} ({other},", f" {value}"),
+        (f' The motto of {one} is "{words} and {other}".', f'\nThe motto of {one} is "', f"{words} and {other}"),
+    ]
 
 
 def _filling(rng: random.Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:

@@ -25,6 +25,7 @@ from linearize.runtime import cache
 from linearize.runtime.claims import claimed
 from linearize.runtime.files import staged_file
 from linearize.runtime.folders import cache_folder
+from linearize.runtime.processes import seconds_between_lines
 from linearize.sources.fingerprint import fingerprint, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ LONGEST_QUESTION = 128
 """A longer question is dropped, because a few long ones would delay the whole batch."""
 
 _EMPTY_BATCHES = 3
-_SECONDS_BETWEEN_REPORTS = 5.0
 _PLACEHOLDER = "placeholder"
 
 
@@ -121,7 +121,7 @@ class _Pace(StoppingCriteria):
         self.over = ended if self.over is None else self.over | ended
         live = int((~self.over).sum())
         self.batch += live
-        if time.monotonic() - self.reported > _SECONDS_BETWEEN_REPORTS:
+        if time.monotonic() - self.reported > seconds_between_lines():
             self.report(min(self.kept + self.batch, self.most))
         return torch.full((len(input_ids),), live <= len(input_ids) * 3 // 4, device=input_ids.device)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from linearize.checkpoint.provenance import teacher_of
 from linearize.conversion.inspection import weightless_layers
 from linearize.conversion.swap import BASELINE_SINKS
@@ -15,8 +17,6 @@ from linearize.sources.source import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from linearize.model import LinearizedForCausalLM
     from linearize.sources.source import Source
@@ -64,14 +64,14 @@ def teacher_beside(source: Source, named: str | None, say: Callable[[str], None]
 
 
 def alone(why: ModelError) -> str:
-    """A line that says that a model is scored without its teacher."""
+    """The line for a model that is scored without its teacher."""
     return f"no teacher, so no baselines made of it and no divergence from it: {why}"
 
 
 def silence(model: LinearizedForCausalLM, branches: Sequence[str]) -> LinearizedForCausalLM:
     """`model` itself, with branches off in every layer that was converted.
 
-    Without `recurrence` a layer's output is its window's and sinks', as if the recurrence had nothing to say. Without
+    Without `recurrence` a layer's output is its window's and sinks', as if its state were empty. Without
     `window` it is the recurrence's reading alone, and zero while the state is empty. Without both it is zero. Layers
     and heads that keep their softmax attention keep it here.
     """
@@ -118,7 +118,7 @@ def equal_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[
             continue
         if section.converts(layer):
             held, _ = attention.memory_nbytes(dtype)
-            token = len(attention.mixed_heads) * (layer.key_width + layer.value_width) * dtype.itemsize
+            token = _token_bytes(attention, dtype)
             room += held - 8 - max(section.sinks, BASELINE_SINKS) * token
             per_token += token
             converted.append(len(widest))
@@ -126,3 +126,11 @@ def equal_bytes(config: Any, mixers: Sequence[Any], dtype: torch.dtype) -> list[
     for place in converted:
         widest[place]["window"] = max(1, room // per_token)
     return widest
+
+
+def _token_bytes(attention: LinearizedAttention, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in the window of a converted layer."""
+    assert attention.mixer is not None  # noqa: S101 - for the type checker; a converted layer has one
+    window = attention.mixer.parts(1, dtype, torch.device("meta"))["window"]
+    read = [x[:, :1] for name, x in window.items() if name.startswith(("k_rotated", "v"))]
+    return sum(x.numel() * x.element_size() for x in read)

@@ -5,6 +5,8 @@ Dimensions: N rows, L tokens a row, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +17,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.errors import DataError, ModelError, is_out_of_memory
-from linearize.evaluation.tasks.task import draw, evaluating
+from linearize.evaluation.tasks.hidden import Hidden, hidden_states, positions_at_once, read, rows_at_once
+from linearize.evaluation.tasks.names import HELD_OUT
+from linearize.evaluation.tasks.task import Item, Measure, Task, evaluating, mean_and_error
+from linearize.sources.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearize.evaluation.tasks.task import TaskScore
 
 # A label that is not counted, as in torch's cross entropy.
 IGNORE = -100
-# Positions whose float32 log-probabilities exist at one time: 256 of a vocabulary of 128k take 0.13 GB each.
-CHUNK_POSITIONS = 256
 _COLUMNS = ("input_ids", "labels", "position_ids")
+_SCORES = ("loss", "kl", "agreement", "tokens")  # of `RowScores`
+_VERSION = 1
 
 
 class Rows(Protocol):
@@ -98,14 +107,14 @@ def score_rows(
 ) -> RowScores:
     """Scores a model on rows of tokens, beside its teacher where one is given.
 
-    Logits at t predict labels[t + 1]. In packed rows (position ids that restart) a document's first token is never
-    counted: only another document stands before it.
+    Logits at t predict labels[t + 1]. In packed rows (position ids that restart) the first token of a document is not
+    counted, because only another document precedes it.
 
     Args:
         model: a causal LM on its device; it is in eval mode for the run and put back afterwards.
         rows: `input_ids` and `labels` [N, L] int64, and optionally `position_ids` [N, L], as a mapping or attributes.
         teacher: another causal LM of the same vocabulary, on any device.
-        batch_size: rows per forward pass; halved where memory does not hold them.
+        batch_size: rows per forward pass, fewer where they are long; halved where memory does not hold them.
 
     Raises:
         DataError: no rows, or a row in which nothing is counted.
@@ -122,6 +131,7 @@ def score_rows(
         raise DataError(f"row {int((tokens == 0).nonzero()[0])} has no position to score: leave such rows out")
 
     parts = []
+    batch_size = rows_at_once(input_ids.shape[1], batch_size)
     with evaluating(model), evaluating(teacher), torch.inference_mode():
         start = 0
         while start < len(input_ids):
@@ -161,25 +171,24 @@ def _score_batch(
     counted: Tensor,
 ) -> Tensor:
     """Sums over each row's counted positions: [3, B] float64 of loss, KL and agreement (zeros without a teacher)."""
-    logits = _logits(model, input_ids, position_ids)
-    if teacher is None or teacher is model:
-        teacher_logits = None if teacher is None else logits
-    else:
-        teacher_logits = _logits(teacher, input_ids, position_ids)
-    if teacher_logits is not None and teacher_logits.shape[-1] != logits.shape[-1]:
-        raise ModelError(
-            f"the model's vocabulary has {logits.shape[-1]} entries and the teacher's {teacher_logits.shape[-1]}: "
-            "only models with one tokenizer can be compared"
-        )
+    ours = _hidden(model, input_ids, position_ids)
+    beside = ours if teacher is model else None if teacher is None else _hidden(teacher, input_ids, position_ids)
     row, step = counted.nonzero(as_tuple=True)
     targets = labels[row, step + 1]
     sums = torch.zeros(3, len(input_ids), dtype=torch.float64)
-    for start in range(0, len(row), CHUNK_POSITIONS):
-        chunk = slice(start, start + CHUNK_POSITIONS)
-        log_q = _log_probabilities(logits, row[chunk], step[chunk], "model")
+    size = positions_at_once(model)
+    for start in range(0, len(row), size):
+        chunk = slice(start, start + size)
+        log_q = _log_probabilities(ours, row[chunk], step[chunk], "model")
         per_position = [F.nll_loss(log_q, targets[chunk].to(log_q.device), reduction="none")]
-        if teacher_logits is not None:
-            log_p = _log_probabilities(teacher_logits, row[chunk], step[chunk], "teacher").to(log_q.device)
+        if beside is not None:
+            log_p = log_q if beside is ours else _log_probabilities(beside, row[chunk], step[chunk], "teacher")
+            if log_p.shape != log_q.shape:
+                raise ModelError(
+                    f"the model's vocabulary has {log_q.shape[-1]} entries and the teacher's {log_p.shape[-1]}: "
+                    "only models with one tokenizer can be compared"
+                )
+            log_p = log_p.to(log_q.device)
             per_position.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
             per_position.append((log_q.argmax(-1) == log_p.argmax(-1)).float())
         for total, values in zip(sums, per_position, strict=False):
@@ -187,33 +196,81 @@ def _score_batch(
     return sums
 
 
-def _log_probabilities(logits: Tensor, row: Tensor, step: Tensor, whose: str) -> Tensor:
-    """Float32 log-probabilities [positions, V] at some positions of logits [B, L, V]."""
-    chosen = logits[row.to(logits.device), step.to(logits.device)].float()
-    if not bool(torch.isfinite(chosen).all()):
+def _log_probabilities(hidden: Hidden, row: Tensor, step: Tensor, whose: str) -> Tensor:
+    """Float32 log-probabilities [positions, V]."""
+    logits = hidden.logits(row, step).float()
+    if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"the {whose} gives logits that are not finite on the held-out rows: nothing to score")
-    return F.log_softmax(chosen, dim=-1)
+    return F.log_softmax(logits, dim=-1)
 
 
-def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Logits [B, L, V] in the model's own type. Packing is told by the position ids, and by a mask to those that do not
-    listen to them."""
-    device = next(model.parameters()).device
-    positions = None if position_ids is None else position_ids.to(device)
-    apart = {}
-    if positions is not None and model.config.model_type != "linearized":
+def _hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None) -> Hidden:
+    """The hidden states [B, L, D]. Packed rows are one forward pass: no cache can continue them."""
+    if position_ids is None:
+        return read(model, input_ids)
+    positions, apart = position_ids.to(model.device), {}
+    if model.config.model_type != "linearized":
         from linearize.sources.documents import documents_apart  # which loads transformers
 
         apart = documents_apart(model, positions)
-    logits: Tensor = model(input_ids=input_ids.to(device), position_ids=positions, use_cache=False, **apart).logits
-    return logits
+    ids = input_ids.to(model.device)
+    return hidden_states(model, input_ids=ids, position_ids=positions, use_cache=False, **apart)
 
 
-def drawn_rows(rows: Mapping[str, Tensor] | Rows, limit: float | None, seed: int) -> dict[str, Tensor]:
-    """`limit` of the rows (below 1 a share of them) at random, in their order; all of them without one."""
-    columns = {name: column for name in _COLUMNS if (column := _column(rows, name)) is not None}
-    places = draw("held_out", len(columns["input_ids"]), limit, seed)
-    return {name: column[places] for name, column in columns.items()}
+class HeldOut(Task):
+    """Held-out rows as a task, so that their results are kept and shared out like those of any other.
+
+    Args:
+        rows: as `score_rows` takes them.
+        teacher: as `score_rows` takes it.
+
+    Raises:
+        DataError: no rows.
+    """
+
+    name = suite = HELD_OUT
+    metric = "loss"
+    higher_is_better = False
+    item_bytes = 160
+
+    def __init__(self, rows: Mapping[str, Tensor] | Rows, teacher: PreTrainedModel | None) -> None:
+        self.rows = {name: column for name in _COLUMNS if (column := _column(rows, name)) is not None}
+        self.teacher = teacher
+        if not len(self.rows.get("input_ids", ())):
+            raise DataError("no rows of tokens to score: give input_ids and labels")
+        content = {name: column.tolist() for name, column in self.rows.items()}
+        beside = None if teacher is None else fingerprint(teacher)
+        self.digest = hashlib.sha256(json.dumps([_VERSION, content, beside]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows["input_ids"])
+
+    def score(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int], batch_size: int
+    ) -> list[Item]:
+        """As `Task.score`; the value is the loss."""
+        chosen = {name: column[list(indices)] for name, column in self.rows.items()}
+        found = score_rows(model, chosen, teacher=self.teacher, batch_size=batch_size)
+        columns = {name: column.tolist() for name in _SCORES if (column := getattr(found, name)) is not None}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [Item(row["loss"], metrics=row) for row in rows]
+
+    def measures(self, indices: Sequence[int], items: Sequence[Item]) -> list[Measure]:
+        """Loss, divergence and agreement; each row has the tag `tokens`."""
+        tags = [{"tokens": item.metrics["tokens"]} for item in items]
+        found = []
+        for metric in _SCORES[:-1] if self.teacher is not None else ["loss"]:
+            values = [item.metrics[metric] for item in items]
+            value, stderr = mean_and_error(values)
+            found.append(Measure(metric, metric == "agreement", value, stderr, values, tags, len(values)))
+        return found
+
+
+def row_scores(measured: Sequence[TaskScore]) -> RowScores:
+    """The scores of one model that `HeldOut` measured."""
+    columns = {one.metric: torch.tensor(one.items, dtype=torch.float64) for one in measured}
+    tokens = torch.tensor([tag["tokens"] for tag in measured[0].tags])
+    return RowScores(columns["loss"], columns.get("kl"), columns.get("agreement"), tokens)
 
 
 def _column(rows: Mapping[str, Tensor] | Rows, name: str) -> Tensor | None:

@@ -15,7 +15,7 @@ class ProgressLine:
     """Items done, rate and time left of the task at hand, on stderr; see `runner.Progress`.
 
     Args:
-        stream: where it goes; None is stderr.
+        stream: the output; None is stderr.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -38,7 +38,7 @@ class ProgressLine:
             self.clear()
 
     def clear(self) -> None:
-        """Takes the line away."""
+        """Remove the line."""
         if self._width:
             self.stream.write("\r" + " " * self._width + "\r")
             self.stream.flush()

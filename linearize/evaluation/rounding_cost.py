@@ -29,7 +29,7 @@ class Cost:
     """Loss of quantised weights on rows of text that they were not fitted to.
 
     Attributes:
-        text: where the rows came from, and `rows`, `tokens` how many there were; `fitted` tokens were read to choose
+        text: the source of the rows, and `rows`, `tokens` their numbers; `fitted` tokens were read to choose
             what is kept.
         perplexity: before and after.
         loss, kl: difference of the losses, and divergence from the model before, in nats per token over rows.
@@ -54,9 +54,9 @@ def quantize(model: Any, spec: Quantization, rows: Rows, held_out: Rows, text: s
     """Replaces the linear layers of a converted model, where it stands, and measures what that cost.
 
     Args:
-        rows: what shows which inputs matter.
-        held_out: what the cost is measured on.
-        text: where both came from.
+        rows: texts that show which inputs matter.
+        held_out: rows on which the cost is measured.
+        text: the source of both.
 
     Raises:
         ModelError: the model's weights are integers already, or it has no linear layers.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Loader = Callable[[], "PreTrainedModel"]
 """Loads a model. One with an attribute `stamp`, see `StampedLoader`, is not called where all results are kept."""
 Progress = Callable[[str, str, int, int], None]
-"""Told system, task, items that are done and items in all: before the first item, and after every chunk."""
+"""Called with system, task, finished items and all items: before the first item, and after every chunk."""
 
 # Items between two writes; fewer where that takes long, since they are what an interruption costs.
 CHUNK = 32
@@ -67,8 +67,8 @@ def run(
             same seed contains it. Below 1 it is a share of the items.
         seed: of that subset.
         batch_size: sequences per forward pass; halved where memory does not hold them.
-        store: where results are kept, and looked for before anything is scored; None keeps none.
-        progress: told how far it is.
+        store: the cache of results, read before anything is scored; None caches nothing.
+        progress: called as items finish.
 
     Returns:
         by system the scores of each task, one per metric, in the order given.
@@ -88,7 +88,7 @@ def run(
         found = system.results(tasks, chosen)
         scores[name] = [one for task in tasks for one in _scores(task, chosen[task.name], found[task.name], seed)]
         del system
-        gc.collect()  # a model is full of cycles, and the next one wants its memory
+        gc.collect()  # reference cycles keep a model's memory, which the next one needs
     return scores
 
 
@@ -153,7 +153,7 @@ class _System:
         return found
 
     def _all_kept(self, tasks: Sequence[Task]) -> dict[str, dict[int, Item]]:
-        """As the first of several processes finds it: what it writes afterwards is not to reach some of the others."""
+        """What the first of several processes reads, because only some of the others might see its later writes."""
         return processes.everyones({task.name: self.kept(task) for task in tasks} if processes.is_first() else {})[0]
 
     def kept(self, task: Task) -> dict[int, Item]:

@@ -1,4 +1,4 @@
-"""Results of single items, kept: what was scored once is not scored again, and a run that was interrupted goes on.
+"""A cache of the results of single items: no item is scored twice, and an interrupted run goes on.
 
 A folder of JSON lines, one file for each model and task. Lines are only ever added, each in one write with its chunk,
 so two processes can share a folder; a line that was torn by a kill is not read.
@@ -34,7 +34,7 @@ class Store:
     """Results of items by model and task.
 
     Args:
-        folder: where they lie; made when the first result is written. None is `evaluation` in the cache folder.
+        folder: the cache; made when the first result is written. None is `evaluation` in the cache folder.
         fresh: read nothing that is there, and only add.
     """
 

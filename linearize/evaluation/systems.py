@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,10 +23,11 @@ from linearize.evaluation.baselines import (
     silence,
     teacher_beside,
 )
-from linearize.evaluation.heldout import drawn_rows, score_rows
+from linearize.evaluation.heldout import HeldOut, row_scores
 from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
-from linearize.evaluation.tasks.suites import HELD_OUT, SuiteOptions, build_suites, choose_tasks
+from linearize.evaluation.tasks.names import HELD_OUT
+from linearize.evaluation.tasks.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.families import family_of
 from linearize.recipe import MixerSpec
 from linearize.runtime import processes
@@ -60,7 +61,7 @@ DEFAULTS = ("teacher", "window_bytes", "no_recurrence")
 
 @dataclass(frozen=True)
 class System:
-    """A model to score: what it is, and how to load it."""
+    """A model to score: its description and its loader."""
 
     info: SystemInfo
     load: Loader
@@ -93,10 +94,10 @@ def evaluate(
         tasks: names of any suite's tasks, and `held_out`; with no suites either, `default_tasks(source)`.
         suites: names of `SUITES`: all their tasks.
         baselines: of `BASELINES`, beside `DEFAULTS`; `all` for those that the model has, `none` for no defaults.
-        teacher: a Hub id, a folder or a GGUF file; None is what `source` was converted from.
-        options: what tasks are built from; its seed also draws the items under a limit.
+        teacher: a Hub id, a folder or a GGUF file; None is the model that `source` was converted from.
+        options: settings of the tasks; its seed also draws the items under a limit.
         limit: score so many items of each task, or below 1 such a share of them, drawn at random.
-        store: where results are kept; None keeps none.
+        store: the cache of results; None caches nothing.
         report: the folder that a report is to be written to later; it only has to have room.
 
     Raises:
@@ -115,24 +116,33 @@ def evaluate(
         except ModelError as error:
             say(alone(error))
             pretrained = None
-    systems = find_systems(source, pretrained, with_defaults(source, pretrained, baselines), dtype)
+    beside_it = with_defaults(source, pretrained, baselines)
+    systems = find_systems(source, pretrained, beside_it, dtype)
+    if len(systems) > 1 and NONE not in baselines:
+        say(
+            f"scoring {len(systems)} models: {', '.join(system.info.name for system in systems)}; each takes about as "
+            "long, and --baseline none scores the model alone"
+        )
     rows = held_out_rows(source) if HELD_OUT in tasks else None
-    # Names first, then data, then models: what is wrong is told before anything costs time.
+    # Names first, then data, then models, so that an error is reported before anything takes time.
     chosen = choose_tasks(tasks, suites, options.include)
     tokenizer = load_tokenizer(source)
-    reference = _reference_dtype(dtype)
-    if options.teacher is None and pretrained is not None:
-        options = replace(options, teacher=partial(load_model, pretrained, dtype=reference))
+    # One copy for all that compare with the teacher, and then for the teacher's own scores.
+    reference = None if pretrained is None else cache(partial(load_model, pretrained, dtype=_reference_dtype(dtype)))
+    if options.teacher is None and reference is not None:
+        options = replace(options, teacher=reference)
     with processes.first_goes_ahead():  # what it fetches, the others find
         built = build_suites(chosen, tokenizer, options)
     loaders = {system.info.name: system.load for system in systems}
+    if reference is not None and source.is_converted and "teacher" in loaders:
+        loaders["teacher"] = _held_or_loaded(reference, loaders["teacher"])
     processes.from_the_first(
         partial(_check_room, loaders, tokenizer, built, limit=limit, seed=options.seed, store=store, report=report)
     )
     beside = None
-    if rows is not None and pretrained is not None:
+    if rows is not None and reference is not None:
         try:
-            beside = load_model(pretrained, dtype=reference)
+            beside = reference()
         except ModelError as error:
             if teacher is not None or loaders.keys() & _OF_TEACHER:
                 raise
@@ -198,20 +208,14 @@ def score_systems(
     Args:
         systems: name -> how to load it.
         rows: held-out rows, or None to leave them out.
-        teacher: what the divergence on the rows is measured against.
+        teacher: the reference of the divergence on the rows.
         limit, seed, store, progress: as `runner.run` takes them.
     """
     scores = {}
     if rows is not None:
-        rows = drawn_rows(rows, limit, seed)
-    for name, load in systems.items():
-        say(f"evaluating {name}")
-        held_out = None
-        if rows is not None:
-            model = load()
-            held_out = score_rows(model, rows, teacher=teacher, batch_size=min(batch_size, 4))
-            load = partial(_given, model)
-            del model
+        tasks = [HeldOut(rows, teacher), *tasks]
+    for number, (name, load) in enumerate(systems.items(), start=1):
+        say(f"evaluating {name} ({number} of {len(systems)})")
         results = []
         if tasks:
             results = run(
@@ -224,7 +228,9 @@ def score_systems(
                 store=store,
                 progress=progress,
             )[name]
-        scores[name] = SystemScores(results, held_out)
+        held_out = [one for one in results if one.task == HELD_OUT]
+        others = [one for one in results if one.task != HELD_OUT]
+        scores[name] = SystemScores(others, row_scores(held_out) if held_out else None)
     return scores
 
 
@@ -255,7 +261,7 @@ def _asks_for_teacher(baselines: Sequence[str]) -> bool:
 
 
 def with_defaults(source: Source, teacher: Source | None, baselines: Sequence[str]) -> list[str]:
-    """The baselines that are asked for, and `DEFAULTS` as far as the model has them."""
+    """The named baselines, and `DEFAULTS` as far as the model has them."""
     named = [name for name in baselines if name != NONE]
     if NONE in baselines or not source.is_converted:
         return named
@@ -354,6 +360,11 @@ class _Maker:
         return describe(name, about, self.base, mixers, self._held())
 
 
+def _held_or_loaded(reference: Any, load: Any) -> StampedLoader:
+    """`load`, but the model that the cached function `reference` has already loaded where it has."""
+    return StampedLoader(lambda: reference() if reference.cache_info().currsize else load(), load.stamp)
+
+
 def _reference_dtype(dtype: str) -> str:
     """Dtype of the systems that others are compared with; it is never int8, so that the difference includes the cost of
     int8."""
@@ -373,10 +384,6 @@ def describe(name: str, about: str, base: Any, mixers: Sequence[Any], dtype: tor
     except ValueError:  # an architecture of which we do not know how it remembers
         return SystemInfo(name, about)
     return SystemInfo(name, about, sum(layer[0] for layer in layers), sum(layer[1] for layer in layers))
-
-
-def _given(model: PreTrainedModel) -> PreTrainedModel:
-    return model
 
 
 def _files(source: Source) -> list[Any] | None:

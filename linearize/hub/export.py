@@ -20,10 +20,10 @@ from linearize.evaluation.results.results import FILE_NAME, read_results
 from linearize.evaluation.results.telling import tell
 from linearize.evaluation.rounding_cost import cost_record, cost_section, quantize
 from linearize.evaluation.systems import held_out_rows
-from linearize.evaluation.tasks.suites import HELD_OUT
+from linearize.evaluation.tasks.names import HELD_OUT
 from linearize.hub.contents import Finding, local_things, shared_files
 from linearize.hub.licence import licence_of
-from linearize.hub.paths import Portable, is_local_path, strings
+from linearize.hub.paths import Portable, is_local_path, local_paths, strings
 from linearize.quantization.rounding import WEIGHTS, nbytes_after
 from linearize.recipe import SELF, DataSpec, Recipe, dump_recipe, load_recipe
 from linearize.report.pages import to_markdown
@@ -130,9 +130,7 @@ def export(
             facts=CardFacts(
                 rights,
                 [
-                    _measured(shown, portable, str(model.dtype).removeprefix("torch."), weights)
-                    if shown
-                    else _NOT_MEASURED,
+                    _measured(shown, str(model.dtype).removeprefix("torch."), weights) if shown else _NOT_MEASURED,
                     *([cost_section(spec, cost)] if spec and cost else ()),
                     _recipe_section(recipe),
                     _licence_section(rights),
@@ -259,7 +257,7 @@ def _of(results: Results, own: str | None) -> Results:
     )
 
 
-def _measured(report: _Report, portable: Portable, dtype: str, weights: str | None) -> str:
+def _measured(report: _Report, dtype: str, weights: str | None) -> str:
     """Format evaluation results as a section of a card: text and tables, with their limits.
 
     Args:
@@ -267,7 +265,7 @@ def _measured(report: _Report, portable: Portable, dtype: str, weights: str | No
     """
     page = tell(report.results)
     sections = [replace(section, plots=()) for section in page.sections if section.told or section.grids]
-    facts = [(key, portable.command(text) if key == "command" else text) for key, text in page.facts]
+    facts = [(key, text) for key, text in page.facts if not local_paths(text)]  # a command may name paths
     text = to_markdown(replace(page, facts=facts, sections=sections))
     told = [f"In the tables this model is **{report.own}**."] if report.own else []
     if not report.marked:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -75,14 +72,6 @@ class Portable:
         text = _QUOTED.sub(lambda found: _without_folders(found[2], found[1], found[0]), text)
         return _WITHIN.sub(lambda found: _last_part(found["path"]) if found["path"] else found[0], text)
 
-    def command(self, line: str) -> str:
-        """Clean a command line."""
-        try:
-            words = shlex.split(line)
-        except ValueError:
-            return self.text(line)
-        return shlex.join(self._word(word) for word in words)
-
     def data(self, value: Any) -> Any:
         """Clean the strings in JSON data."""
         if isinstance(value, dict):
@@ -107,28 +96,6 @@ class Portable:
             return self.text(line)
         clean = self.data(value)
         return line if clean == value else json.dumps(clean, ensure_ascii=False) + "\n"
-
-    def _word(self, word: str) -> str:
-        key, equals, value = word.partition("=")
-        if not equals or "://" in key or is_local_path(word):
-            return self.text(word)
-        return f"{key}={self._word(value) if key.startswith('-') else self._setting(value)}"
-
-    def _setting(self, text: str) -> str:
-        """Clean a value of `--set`, which is YAML: its parser finds where a value with spaces ends."""
-        if is_local_path(text):
-            return _last_part(text)
-        try:
-            events = yaml.parse(text, Loader=yaml.SafeLoader)
-            scalars: list[Any] = [event for event in events if isinstance(event, yaml.ScalarEvent)]
-        except (ValueError, RecursionError, yaml.YAMLError):
-            scalars = []
-        for scalar in reversed(scalars):
-            if is_local_path(scalar.value):
-                name = _last_part(scalar.value)
-                new = json.dumps(name, ensure_ascii=False) if scalar.style else name
-                text = text[: scalar.start_mark.index] + new + text[scalar.end_mark.index :]
-        return self.text(text)
 
 
 def _without_folders(path: str, quote: str, otherwise: str) -> str:

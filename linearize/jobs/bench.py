@@ -31,7 +31,7 @@ def bench(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = quiet,
 ) -> dict[str, Any]:
-    """Run `benchmark.bench` and return its facts; figures and plots go into the folder `output`, if given.
+    """Run `benchmark.bench` and return its facts; a page, figures and plots go into the folder `output`, if given.
 
     Raises:
         LinearizeError: as `benchmark.bench`, or the output cannot be written.
@@ -51,6 +51,4 @@ def bench(
         )
         if folder is not None:
             write_report(facts, folder)
-    if output is not None:
-        say(f"figures and plots: {output}")
     return facts

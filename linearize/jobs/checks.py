@@ -72,7 +72,9 @@ def check_dtype(name: str, *, int8: bool = False) -> None:
     """
     names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
     if name not in names:
-        raise DataError(f"dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}")
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.get(name)
+        meant = f"; did you mean {short}?" if short else ""
+        raise DataError(f"dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}{meant}")
 
 
 def size_in_bytes(name: str, text: str) -> int:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
+from linearize.calibration.scores import put_scores
 from linearize.calibration.select import select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.calibration.weights import FileWeights, Weights
@@ -30,6 +31,7 @@ from linearize.sources.weightfiles import NotStreamable
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from linearize.data.rows import TrainingData
@@ -183,11 +185,13 @@ def make_start(
         # Before the conversion changes the teacher, because it may have to generate the text.
         text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
+    scores: dict[int, Tensor] = {}
     if selects(recipe):
-        recipe, probe, why = select(source, recipe, teacher, tokenizer, say=say)
+        recipe, probe, why, scores = select(source, recipe, teacher, tokenizer, say=say)
         for line in why:
             say(f"select: {line}")
     start = Start(convert_model(teacher, recipe.mixer), recipe, probe, why)
+    put_scores(start.model, scores)
     if text is not None:
         start.calibration = _calibrated(Weights(start.model), recipe, text, tokenizer, say=say)
     return start

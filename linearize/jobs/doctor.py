@@ -63,7 +63,7 @@ KNOWN_BAD: Sequence[_Pair] = (
     ),
     _Pair(
         {"flash-linear-attention": ""},
-        "without triton nothing of it can be imported, and recurrences run in plain torch",
+        "it cannot be imported without triton, so recurrences run in plain torch",
         "pip install triton",
         without="triton",
     ),
@@ -73,7 +73,7 @@ KNOWN_BAD: Sequence[_Pair] = (
 def examine() -> dict[str, Any]:
     """All findings as plain data; `ok` is False if any of `problems` is an error."""
     versions, problems = installed()
-    devices = _part(_devices, problems, "torch cannot say what devices there are")
+    devices = _part(_devices, problems, "torch cannot list the devices")
     capabilities = [tuple(gpu["capability"]) for gpu in (devices or {}).get("gpus", [])]
     problems += bad_pairs(versions, capabilities)
     found = {
@@ -84,9 +84,9 @@ def examine() -> dict[str, Any]:
             "cpus": os.cpu_count(),
         },
         "devices": devices,
-        "kernels": _part(_kernels, problems, "it cannot be said which kernels run"),
-        "hub": _part(_hub, problems, "the Hub's library cannot be asked"),
-        "caches": _part(_caches, problems, "the caches cannot be looked at"),
+        "kernels": _part(_kernels, problems, "the kernels cannot be chosen"),
+        "hub": _part(_hub, problems, "the settings of the Hub cannot be read"),
+        "caches": _part(_caches, problems, "the caches cannot be read"),
     }
     return {
         "ok": not any(problem.severity == "error" for problem in problems),
@@ -100,7 +100,11 @@ def _part(look: Callable[[], Any], problems: list[Problem], failed: str) -> Any:
         return look()
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
-        problems.append(Problem("error", f"{failed}: {type(error).__name__}: {reason}", "mend or reinstall it"))
+        problems.append(
+            Problem(
+                "error", f"{failed}: {type(error).__name__}: {reason}", "correct the setting or reinstall the package"
+            )
+        )
         return None
 
 
@@ -119,7 +123,7 @@ def installed() -> tuple[dict[str, str], list[Problem]]:
         for wanted in _requirements(name):
             has = _version(wanted.name)
             if has is not None and not wanted.specifier.contains(has, prereleases=True):
-                text = f"{name} {versions[name]} wants {wanted.name}{wanted.specifier}, and {has} is installed"
+                text = f"{name} {versions[name]} requires {wanted.name}{wanted.specifier}, and {has} is installed"
                 problems.append(Problem("error", text, f"pip install '{wanted.name}{wanted.specifier}'"))
     return versions, problems
 

@@ -130,5 +130,4 @@ def evaluate(
         processes.leave()
         if folder is not None and first:
             write_report(results, folder)
-            say(f"wrote {folder / 'report.html'}")
     return results

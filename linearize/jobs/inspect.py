@@ -92,7 +92,7 @@ def plan_convert(
 ) -> tuple[Source, dict[str, Any]]:
     """Make the checks of `run_convert` and write nothing; the facts are those of `inspect_model`."""
     source, config = convertible(model, output, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    if source.kind != "gguf":  # a GGUF file always has a tokenizer, which takes seconds to read; see `has_tokenizer`
+    if source.kind != "gguf":  # a GGUF file always has a tokenizer; see `has_tokenizer`
         from linearize.jobs.convert import tokenizer_for
 
         tokenizer_for(source, recipe, config, say=say)

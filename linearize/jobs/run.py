@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.provenance import checkpoint_digest
 from linearize.conversion.swap import check_convertible, check_reach, convert_model, window_baseline, window_sections
 from linearize.errors import ModelError
-from linearize.evaluation.baselines import equal_bytes
+from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, silence
 from linearize.evaluation.heldout import paired_difference
 from linearize.evaluation.results.report import SystemScores, report_data, report_table, write_report
 from linearize.evaluation.results.results import Results
+from linearize.evaluation.store import Store
 from linearize.evaluation.systems import BASELINES, describe, score_systems
 from linearize.evaluation.tasks.suites import SuiteOptions, build_suites, choose_tasks
 from linearize.jobs.checks import model_of
 from linearize.jobs.convert import Start, convert_into, prepares
-from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import FinetuneResult, write_result
+from linearize.jobs.stages import run_stages
 from linearize.runtime.files import check_free, staged_folder
 from linearize.sources.source import Source, find_source, load_config, load_model, load_tokenizer
 from linearize.training.adapters import check_dtype
@@ -43,7 +44,7 @@ class RunResult:
     """The result of a run.
 
     Attributes:
-        scores: the scores by system: `teacher`, `window`, `converted` and, if the recipe has stages, `finetuned`.
+        scores: the scores by system: the recipe's baselines, `converted` and, if the recipe has stages, `finetuned`.
         table: the scores as a table.
         data: the scores as plain data, with the seconds of each part.
         trained: the fine-tuned model, still in memory.
@@ -127,18 +128,20 @@ def run_recipe(
                 (folder / "finetuned").mkdir()
                 write_result(folder / "finetuned", trained, work, "finetuned")
         with _timed(seconds, "evaluate"):
-            systems: dict[str, Loader] = {}
-            if "teacher" in recipe.evaluate.baselines:
-                systems["teacher"] = lambda: teacher
-            if "window" in recipe.evaluate.baselines:
-                systems["window"] = lambda: window_baseline(copy.deepcopy(teacher), mixers)
-            widest = []
-            if "window_bytes" in recipe.evaluate.baselines:
-                widest = equal_bytes(base, mixers, teacher.dtype)
-                systems["window_bytes"] = lambda: window_baseline(copy.deepcopy(teacher), widest)
+            wanted: list[str] = list(recipe.evaluate.baselines)
+            widest = equal_bytes(base, mixers, teacher.dtype) if "window_bytes" in wanted else []
+            last = loads.load if not recipe.stages else lambda: trained.model
+            baselines: dict[str, Loader] = {
+                "teacher": lambda: teacher,
+                "window": lambda: window_baseline(copy.deepcopy(teacher), mixers),
+                "window_bytes": lambda: window_baseline(copy.deepcopy(teacher), widest),
+            }
+            if any(mixer["recurrence"] != "none" for mixer in mixers):
+                baselines["no_recurrence"] = lambda: silence(last(), BRANCHES_OFF["no_recurrence"])
+            systems: dict[str, Loader] = {name: load for name, load in baselines.items() if name in wanted}
             systems["converted"] = loads.load
             if recipe.stages:
-                systems["finetuned"] = lambda: trained.model
+                systems["finetuned"] = lambda: silence(trained.model, ())  # with its recurrence again
             rows = trained.data.held_out if trained.data is not None and len(trained.data.held_out) else None
             options = SuiteOptions(data=data, seed=recipe.seed, teacher=lambda: teacher)
             tasks = build_suites(chosen, trained.tokenizer, options)
@@ -150,6 +153,7 @@ def run_recipe(
                 teacher=teacher,
                 limit=recipe.evaluate.limit,
                 seed=recipe.seed,
+                store=Store(),
                 say=say,
             )
         gains = _gains(scores)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from linearize.families.base import AttentionLayer, Family, Projections
 from linearize.model.layout import Layout
 from linearize.model.memory import LayerMemory, memory_of
-from linearize.model.mixer.base import empty_slots
 from linearize.model.mixer.mixer import Mixer
+from linearize.model.precision import empty_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from linearize.model.configuration import MixerConfig
+    from linearize.model.memory import Part
 
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
@@ -78,10 +79,12 @@ class LinearizedAttention(nn.Module):
             capacity: the number of tokens preallocated in `past`, for the softmax heads; None lets `past` grow.
         """
         parts = self.mixer.parts(batch, dtype, device) if self.mixer is not None else {}
-        past = None
+        past: Part | None = None
         if self.softmax_heads:
             kept, slots = _part_of(self.layer, self.softmax_heads), (batch, capacity or 0)
-            past = {name: empty_slots(kept, name, slots, dtype, device) for name in ("k_rotated", "v")}
+            past = {}
+            for name in ("k_rotated", "v"):
+                past |= empty_slots(kept, name, slots, dtype, device)
         return LayerMemory(parts, batch, device, past=past, capacity=capacity)
 
     def memory_nbytes(self, dtype: torch.dtype) -> tuple[int, int]:

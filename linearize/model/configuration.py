@@ -17,7 +17,9 @@ _LOG = get_logger(__name__)
 Mix = Literal["fixed", "learned", "softmax"]
 Covers = Literal["all", "evicted"]
 FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
+LandmarkScore = Literal["novelty", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
+MemoryDtype = Literal["auto", "int8", "int4"]
 BLOCK = 32
 """The number of tokens that leave the window together and are merged into the landmarks at once."""
 
@@ -56,6 +58,9 @@ class MixerConfig:
         negative_eigenvalues: write strengths up to 2 instead of 1, for `gated_deltanet` and `kda`.
         landmarks: tokens per key/value head that are kept and read exactly after they leave the window, chosen online;
             a layer with a sliding window of its own has none.
+        landmark_score: the static part of a token's rank among the landmarks: its `novelty`, or `learned`.
+        memory_dtype: the storage of keys and values. `auto` is the model's dtype; `int8` has one scale per token and
+            head; `int4` has landmarks in 4 bits, and window and sinks in 8.
         softmax_heads: key/value heads that keep softmax over the whole past, with the query heads that share them.
     """
 
@@ -78,6 +83,8 @@ class MixerConfig:
     slots: int = 0
     negative_eigenvalues: bool = False
     landmarks: int = 0
+    landmark_score: LandmarkScore = "novelty"
+    memory_dtype: MemoryDtype = "auto"
     softmax_heads: list[int] = field(default_factory=list)
 
     @property
@@ -97,7 +104,10 @@ class MixerConfig:
         for head in self.softmax_heads:
             if head not in range(layer.key_value_heads):
                 raise ValueError(f"there is no key/value head {head}; the layer has 0 to {layer.key_value_heads - 1}")
-        bare = replace(self, recurrence="none", sinks=0, covers="evicted", landmarks=0, softmax_heads=[])
+        # Such a layer stays the pretrained one, so its window stays in the model's dtype.
+        bare = replace(
+            self, recurrence="none", sinks=0, covers="evicted", landmarks=0, memory_dtype="auto", softmax_heads=[]
+        )
         if layer.window is None:
             return replace(bare, window=None) if self.window is None else self
         if self.window is None or self.window >= layer.window:

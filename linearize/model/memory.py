@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 Part = dict[str, Tensor]
 
@@ -127,7 +127,7 @@ class LayerMemory(CacheLayerMixin):
         """Keep the addresses of all tensors from now on, because a CUDA graph refers to them."""
         self.counts, self.stays = self.counts, True
 
-    def joined(self, first: str, second: str, names: Sequence[str]) -> Part:
+    def joined(self, first: str, second: str, names: Iterable[str]) -> Part:
         """Tensors of two parts, `[B, M, ...]` and `[B, N, ...]`, as one `[B, M + N, ...]`.
 
         The first call copies and makes the parts views of the joint tensor; later calls return it. If the tensors must

@@ -21,12 +21,12 @@ MOST_HEADS = 20
 _PLACES = ("window", "sinks", "beyond")
 _READING = (
     "± is one standard error, over rows of text or over needles; losses and log-probabilities are in nats per token.",
-    "Window, sinks and beyond are shares of a head's attention mass: on the last tokens, on the first ones, and on all "
-    "others. They are means over the queries that have tokens beyond both.",
-    "Half-life is the distance in tokens within which half of the mass lies that is not on sinks.",
-    "Retrieval is the share of the mass on the value of a needle while the model is to repeat it.",
-    "Loss rise and recall fall are what windowing that part alone does, without any training. They do not add up: two "
-    "layers may do the same work.",
+    "Window, sinks and beyond are shares of a head's attention mass: on the last tokens, on the first tokens, and on "
+    "all others. Each is the mean over queries with tokens beyond window and sinks.",
+    "Half-life is the distance in tokens that holds half of the mass outside the sinks.",
+    "Retrieval is the share of the mass on a needle's value while the model has to repeat it.",
+    "Loss rise and recall fall are measured with only that part windowed, without training. They do not add up, "
+    "because two layers can hold the same information.",
 )
 
 
@@ -34,13 +34,13 @@ def tell(probe: Probe) -> Page:
     """The report of one probe."""
     plots = {plot.name: plot for plot in plots_of(probe)}
     grids = [_layers_grid(probe), _heads_grid(probe)]
-    sections = [Section("What the heads attend to", _attention(probe), grids, [plots.pop("probe")])]
+    sections = [Section("Attention of the heads", _attention(probe), grids, [plots.pop("probe")])]
     if probe.windowed is not None:
         told = [("The whole model", _whole(probe))]
-        sections.append(Section("What a window costs", told, [_damage_grid(probe)], list(plots.values())))
+        sections.append(Section("Damage of a window", told, [_damage_grid(probe)], list(plots.values())))
         kept = [str(part.layer) + ("" if part.head is None else f".{part.head}") for part in _kept(probe)]
         named = f"Best first: {', '.join(kept)}" if kept else "Nothing"
-        sections.append(Section("What to keep as softmax", [(named, basis(probe))]))
+        sections.append(Section("Layers and heads to keep as softmax", [(named, basis(probe))]))
     sections.append(Section("How to read this", [("In the tables", _READING)]))
     return Page(f"Probe of {probe.model}", _facts(probe), sections)
 
@@ -49,28 +49,28 @@ def basis(probe: Probe) -> list[str]:
     """Lines with the figures behind the choice, or the reason why nothing was chosen."""
     kept, all_windowed = probe.kept, probe.windowed
     if kept is None or all_windowed is None:
-        return ["No damage was measured, so there is nothing to choose by (--damage layers or heads)."]
+        return ["Nothing was chosen, because no damage was measured (--damage layers or heads)."]
     keep = probe.options.keep
     named = bool(keep.layers or keep.every or keep.heads)
     if kept.damage is None:
-        more = " beside what the recipe names" if named else ""
+        more = " beside the layers and heads in the recipe" if named else ""
         return [
-            f"Nothing to keep{more}: no damage is more than {SURE:g} standard errors above 0. More text tells more "
-            "(`linearize probe --tokens`)."
+            f"Nothing to keep{more}: no damage is more than {SURE:g} standard errors above 0. More text lowers the "
+            "standard errors (`linearize probe --tokens`)."
         ]
     kind = "layer" if probe.options.damage == "layers" else "key/value head"
     rise = f"rise of loss on {probe.rows} rows of {probe.options.length:,} tokens ({probe.source})"
     if probe.recall_counts:
         measure = f"{rise} plus fall of the log-probability of the answers to {probe.needles} needles, per token"
     else:
-        measure = f"{rise}; needles do not count, since windowing all layers does not make them harder"
-    beside, every = (" beside those that the recipe names", "All others") if named else ("", "All")
+        measure = f"{rise}; needles do not count, because windowing all layers does not lower their recall"
+    beside, every = (" beside those in the recipe", "All others") if named else ("", "All")
     with_all, with_kept = _words(probe, all_windowed), _words(probe, kept.damage)
     return [
         f"Kept: {len(kept.parts)} of {len(probe.parts)} {kind}s{beside}, by damage per byte of cache; only damage of "
         f"more than {SURE:g} standard errors counts.",
-        f"Damage: {measure}, when that {kind} alone sees {probe.window} tokens and {probe.sinks} sinks. Nothing was "
-        f"trained, and training may mend some of it. Seed {probe.options.seed}.",
+        f"Damage: {measure}, with a window of {probe.window} tokens and {probe.sinks} sinks in that {kind} only. "
+        f"Measured without training, which may reduce it. Seed {probe.options.seed}.",
         f"{every} windowed: {with_all}. All but these: {with_kept} (nats per token).",
         f"Caches of these at {kept.context:,} tokens: {readable_bytes(kept.nbytes)}, of {readable_bytes(kept.budget)} "
         "allowed.",
@@ -137,9 +137,9 @@ def _attention(probe: Probe) -> list[tuple[str, Sequence[str]]]:
         (
             f"{len(heads)} query heads, {probe.queries:,} queries each",
             [
-                f"Of their attention mass {mean['window']:.1f} % is in the window, {mean['sinks']:.1f} % on sinks and "
+                f"Their attention mass is {mean['window']:.1f} % in the window, {mean['sinks']:.1f} % on sinks and "
                 f"{mean['beyond']:.1f} % beyond.",
-                f"{local} of the heads have less than 10 % beyond: for them window and sinks are nearly all there is.",
+                f"{local} of the heads have less than 10 % beyond, so window and sinks hold nearly all of their mass.",
             ],
         )
     ]
@@ -154,7 +154,7 @@ def _whole(probe: Probe) -> list[str]:
         f"With all {len(probe.convertible)} layers windowed: {_words(probe, probe.windowed)}.",
     ]
     if not probe.recall_counts:
-        sentences.append("Windowing everything does not make the needles any harder, so recall says nothing here.")
+        sentences.append("Windowing all layers does not lower recall of the needles, so recall does not count.")
     return sentences
 
 
@@ -165,21 +165,21 @@ def _kept(probe: Probe) -> list[Part]:
 def _layers_grid(probe: Probe) -> Grid:
     rows = [[str(layer), *_shares(heads).values()] for layer, heads in enumerate(probe.heads)]
     header = ["layer", *_shares(probe.heads[0])]
-    note = "Means over a layer's heads; of half-life the median, of retrieval the highest."
+    note = "Means over a layer's heads; the median for half-life, the maximum for retrieval."
     return Grid("Layers", header, rows, notes=[note])
 
 
 def _heads_grid(probe: Probe) -> Grid:
     rows = far_heads(probe, MOST_HEADS)
-    return Grid("Heads that look at needles most", [*rows[0]], [[*row.values()] for row in rows])
+    return Grid("Heads with the highest retrieval", [*rows[0]], [[*row.values()] for row in rows])
 
 
 def _damage_grid(probe: Probe) -> Grid:
     rows = hardest(probe, len(probe.parts))
     kind = "layer" if probe.options.damage == "layers" else "key/value head"
-    sum_of = "loss rise and recall fall together" if probe.recall_counts else "loss rise"
-    note = f"Sorted by {sum_of}. Beyond is the mean and retrieval the highest of the query heads that are windowed."
-    caption = f"Damage of windowing one {kind} alone, worst first"
+    sum_of = "loss rise plus recall fall" if probe.recall_counts else "loss rise"
+    note = f"Sorted by {sum_of}. Beyond is the mean and retrieval the maximum over the windowed query heads."
+    caption = f"Damage of windowing one {kind} only, largest first"
     return Grid(caption, [*rows[0]], [[*row.values()] for row in rows], notes=[note])
 
 

@@ -7,6 +7,7 @@ key by key; a list (`stages`) or a plain value replaces the base's.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from linearize.runtime.folders import shipped_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pydantic_core import ErrorDetails
 
     from linearize.recipe.document import Path as KeyPath
 
@@ -85,6 +88,8 @@ def recipe_path(name_or_path: str, folder: Path | None = None) -> Path:
     shown = wording.cut(wording.one_line(name_or_path), _LONGEST_NAME)
     try:
         if path.is_dir():
+            if (path / "config.json").is_file():
+                raise RecipeError(f"{shown}: a model, not a recipe; name a recipe first, and --set model={shown}")
             raise RecipeError(f"{shown}: a folder, not a recipe; name a .yaml file in it")
         if path.exists():
             return path
@@ -116,7 +121,7 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: 
         path: the file of the text; a relative base is looked up in its folder, without a path in the working directory.
 
     Raises:
-        RecipeError: one line, with the file and line of the key.
+        RecipeError: one line, with the file and line of the first wrong key; `every` has one line for each.
     """
     draft = _draft(text, where, () if path is None else (path,))
     for section, key in GONE:
@@ -129,7 +134,9 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: 
     try:
         return Recipe.model_validate(draft.value)
     except ValidationError as error:
-        raise RecipeError(_first_error(error, draft, parsed)) from None
+        lines = [_error_line(one, draft, parsed) for one in error.errors(include_url=False)]
+        more = f" (+{len(lines) - 1} more; 'linearize recipes check' shows all)" if len(lines) > 1 else ""
+        raise RecipeError(lines[0] + more, every=lines) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -205,9 +212,8 @@ def _at(where: str, line: int | None) -> str:
     return where if line is None else f"{where}:{line}"
 
 
-def _first_error(error: ValidationError, draft: _Draft, overrides: Sequence[_Override]) -> str:
-    errors = error.errors(include_url=False)
-    path = errors[0]["loc"]
+def _error_line(error: ErrorDetails, draft: _Draft, overrides: Sequence[_Override]) -> str:
+    path = error["loc"]
     # Blame the last --set that wrote this key, a parent or a child; otherwise the line of the nearest existing key.
     blamed = [override for override in overrides if all(a == b for a, b in zip(path, override.path, strict=False))]
     if blamed:
@@ -216,15 +222,15 @@ def _first_error(error: ValidationError, draft: _Draft, overrides: Sequence[_Ove
     else:
         nearest = next(draft.places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in draft.places)
         place = f"{nearest}: {wording.dotted(path)}"
-    more = f" (+{len(errors) - 1} more)" if len(errors) > 1 else ""
-    return wording.one_line(f"{place}: {wording.explain(errors[0])}{more}")
+    return wording.one_line(f"{place}: {wording.explain(error)}")
 
 
 def _parse_override(text: str) -> _Override:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise _override_error(text, "expected key=value, for example --set mixer.window=128")
-    path: KeyPath = tuple(int(part) if _is_index(part) else part for part in key.strip().split("."))
+    dotted = re.sub(r"\[(\d+)\]", r".\1", key.strip())  # stages[0].lr is stages.0.lr
+    path: KeyPath = tuple(int(part) if _is_index(part) else part for part in dotted.split("."))
     try:
         value = parse_document(raw).value
     except DocumentError as error:

@@ -36,7 +36,7 @@ RecurrenceName = Literal[
     "none",
 ]
 
-SELF, STUDENT, RECALL = "self", "student", "recall"
+BUILTIN, SELF, STUDENT, RECALL = "builtin", "self", "student", "recall"
 ENDLESS = (SELF, STUDENT, RECALL)
 """Sources that are generated on demand."""
 SELF_TOKENS = 200_000
@@ -88,7 +88,14 @@ def _budget(value: Any) -> Any:
 class Section(BaseModel):
     """Base class of all sections: unknown keys are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # for the JSON schema
+    )
 
 
 class GateSpec(Section):
@@ -173,6 +180,11 @@ class MixerSpec(Section):
     """`convert` redistributes the landmarks among the layers, by the loss of each layer with fewer of them; the total
     is at most `landmarks` per layer. `recall` counts loss of recall in addition to loss on text. The saved recipe names
     the numbers in `landmark_layers`."""
+    landmark_score: Literal["novelty", "learned"] = "novelty"
+    """The static part of a token's rank: `novelty`, or `learned`, a map of keys and values that `convert` fits."""
+    memory_dtype: Literal["auto", "int8", "int4"] = "auto"
+    """Storage of keys and values in the memory: `auto` in the model's dtype; `int8` with one scale per token and head;
+    `int4` with landmarks in 4 bits and window and sinks in 8."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")
@@ -189,11 +201,33 @@ class MixerSpec(Section):
             raise _refusal("expected layers counted from 0, each with a number of landmarks")
         return value
 
+    @field_validator("landmark_score")
+    @classmethod
+    def _scores_landmarks(cls, value: str, info: ValidationInfo) -> str:
+        if value == "learned" and not (
+            info.data.get("landmarks") or any(info.data.get("landmark_layers", {}).values())
+        ):
+            raise _refusal("there are no landmarks to choose: set mixer.landmarks, or leave this out")
+        return value
+
     @field_validator("landmarks_by")
     @classmethod
     def _has_some_to_share(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not info.data.get("landmarks"):
             raise _refusal("there are no landmarks to share out: set mixer.landmarks, or leave this out")
+        return value
+
+    @field_validator("memory_dtype")
+    @classmethod
+    def _has_slots_to_round(cls, value: str, info: ValidationInfo) -> str:
+        if (
+            value == "int4"
+            and not info.data.get("landmarks")
+            and not any(info.data.get("landmark_layers", {}).values())
+        ):
+            raise _refusal(
+                "int4 stores landmarks alone in 4 bits, and there are none: set mixer.landmarks, or use int8"
+            )
         return value
 
     @field_validator("normalize")
@@ -257,8 +291,9 @@ class SourceSpec(Section):
 
     source: str | None = Field(default=None, min_length=1)
     """`self` (the teacher generates the text), `student` (the model at the start of the stage generates it), `recall`
-    (generated questions about facts and pairs), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also compressed),
-    a folder of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
+    (generated questions about facts and pairs), `builtin` (the text that comes with the package: 140,000 tokens of
+    English books and reference works), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also compressed), a folder
+    of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
@@ -343,7 +378,8 @@ class CalibrateSpec(Section):
     tokens: int = Field(default=65_536, ge=1)
     """Tokens of text to fit to; `held_out` more rows of `length` tokens decide which fits are kept."""
     source: str = Field(default=SELF, min_length=1)
-    """`self` (the teacher generates the text), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    """`builtin` (the text that comes with the package), `self` (the teacher generates the text), a
+    .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
@@ -474,8 +510,13 @@ class EvaluateSpec(Section):
     tasks: list[str] = []
     limit: int | None = Field(default=None, ge=1)
     """Examples per task; null takes all."""
-    baselines: list[Literal["teacher", "window", "window_bytes"]] = ["teacher", "window"]
-    """`window` is the teacher with the model's own window and sinks, `window_bytes` one with its memory's bytes."""
+    baselines: list[Literal["teacher", "window", "window_bytes", "no_recurrence"]] = [
+        "teacher",
+        "window_bytes",
+        "no_recurrence",
+    ]
+    """`window_bytes` is the teacher with a window alone, of as many bytes as the model's memory; `window` has the
+    model's own window and sinks; `no_recurrence` is the trained model with its recurrence off."""
 
 
 class Recipe(Section):

@@ -21,6 +21,31 @@ _PLURALS = {"an integer": "integers", "a number": "numbers"}
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 _LONGEST = 60
 
+_ELSEWHERE: dict[str, Path] = {
+    "learning_rate": ("stages", 0, "lr"),
+    "batch_size": ("stages", 0, "micro_batch"),
+    "per_device_train_batch_size": ("stages", 0, "micro_batch"),
+    "gradient_accumulation_steps": ("stages", 0, "batch_tokens"),
+    "num_train_epochs": ("stages", 0, "epochs"),
+    "max_seq_length": ("stages", 0, "length"),
+    "max_length": ("stages", 0, "length"),
+    "max_grad_norm": ("stages", 0, "clip"),
+    "warmup_ratio": ("stages", 0, "warmup"),
+    "lr_scheduler_type": ("stages", 0, "schedule"),
+    "dataset": ("stages", 0, "data", "source"),
+    "r": ("lora", "rank"),
+    "lora_r": ("lora", "rank"),
+    "lora_alpha": ("lora", "alpha"),
+    "lora_dropout": ("lora", "dropout"),
+    "target_modules": ("lora", "targets"),
+    "window_size": ("mixer", "window"),
+    "sliding_window": ("mixer", "window"),
+    "num_sinks": ("mixer", "sinks"),
+    "torch_dtype": ("dtype",),
+}
+"""Names that transformers, peft and others have for a key of the recipe."""
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
 
 def one_line(text: str) -> str:
     """The text without line breaks or control characters, so that an error stays one line on any terminal."""
@@ -81,6 +106,8 @@ def unknown_key(path: Path, full_path: bool = False) -> str:
     # An exact match in another section is a better suggestion than a similar spelling in this one.
     if elsewhere := [dotted(known) for known in _all_paths(Recipe, ()) if known[-1] == key]:
         return f"unknown key; did you mean {elsewhere[0]!r}?"
+    if key in _ELSEWHERE:
+        return f"unknown key; did you mean {dotted(_ELSEWHERE[key])!r}?"
     if near := difflib.get_close_matches(str(key), fields, n=1):
         meant = dotted((*parents, near[0])) if full_path else near[0]
         return f"unknown key; did you mean {meant!r}?"
@@ -101,7 +128,7 @@ def explain(error: ErrorDetails) -> str:
     value = error["input"]
     text = f"expected {expected}, got {shown(value)}"
     if kind == "literal_error" and found and isinstance(value, str):
-        near = difflib.get_close_matches(value, _choices(found[0]), n=1)
+        near = difflib.get_close_matches(_DTYPES.get(value, value), _choices(found[0]), n=1)
         text += f"; did you mean {near[0]!r}?" if near else ""
     return text
 

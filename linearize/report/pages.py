@@ -56,12 +56,7 @@ def write_pages(page: Page, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(to_markdown(page), encoding="utf-8")
     (folder / "report.html").write_text(to_html(page), encoding="utf-8")
-    write_plots([plot for section in page.sections for plot in section.plots], folder)
-
-
-def write_plots(plots: Sequence[Plot], folder: Path) -> None:
-    """Write each plot as `NAME.svg` into a folder."""
-    for plot in plots:
+    for plot in (plot for section in page.sections for plot in section.plots):
         (folder / f"{plot.name}.svg").write_text(plot.alone, encoding="utf-8")
 
 

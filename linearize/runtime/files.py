@@ -194,9 +194,12 @@ def check_free(target: Path, *, overwrite: bool) -> None:
     if target.is_file():
         raise OutputError(f"{target}: is a file; name a folder")
     if target.is_dir() and any(target.iterdir()):
+        ours = any((target / name).is_file() for name in _RESULTS)
+        if not overwrite and not ours and (target / "config.json").is_file():
+            raise OutputError(f"{target}: a model that linearize did not write; name another folder for the output")
         if not overwrite:
             raise OutputError(f"{target}: exists and is not empty; pass --overwrite to replace it")
-        if not any((target / name).is_file() for name in _RESULTS):
+        if not ours:
             raise OutputError(f"{target}: does not look like a result of linearize; it will not be overwritten")
 
 

@@ -52,6 +52,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def seconds_between_lines() -> float:
+    """The time between two lines of progress: short on a terminal, long in a log."""
+    return 5.0 if sys.stderr.isatty() else 60.0
+
+
 def join() -> bool:
     """Join the process group, and select this process's GPU.
 

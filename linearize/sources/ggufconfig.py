@@ -9,14 +9,19 @@ all end tokens except one. This module reads them with llama.cpp's meaning (`loa
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
 from linearize.errors import ModelError
 from linearize.sources.gguf import GgufHead, read_head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _ARCHITECTURE = "general.architecture"
 _ENDS = ("eos", "eot", "eom")
@@ -34,6 +39,8 @@ _LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
 """Candidate original lengths; the published one comes first."""
 _LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
 """`low_freq_factor` and `high_freq_factor` of all published models; other values become explicit factors."""
+_LONGEST_LIST = 1024
+"""Longer arrays are of the vocabulary: tokens, their scores and types, merges."""
 _SAME = 1e-6
 """Maximum difference between the frequencies of recovered parameters and those of the tensor, relative to the unscaled
 frequencies."""
@@ -66,10 +73,44 @@ def _mapped(head: GgufHead) -> Any:
         (Path(folder) / head.path.name).write_bytes(head.without_vocabulary(size_key))
         config = AutoConfig.from_pretrained(folder, gguf_file=head.path.name)
     size = head.values.get(size_key, head.values.get("tokenizer.ggml.tokens"))
-    if size is not None and config.vocab_size != size:  # transformers maps no size key for gpt2 and starcoder2
-        config = AutoConfig.from_pretrained(str(head.path.parent), gguf_file=head.path.name)
+    if size is not None:  # transformers maps no size key for gpt2 and starcoder2
+        config.vocab_size = size
     config.name_or_path = str(head.path.parent)
     return config
+
+
+@contextmanager
+def short_reading() -> Iterator[None]:
+    """Let transformers read a GGUF file without what it does not use.
+
+    `gguf.GGUFReader` makes numpy arrays of every token and merge, which takes seconds, and transformers builds gguf's
+    table of tensor names again for each module of the model.
+    """
+    import gguf
+    from transformers.integrations import gguf as integration
+
+    if not hasattr(integration, "get_gguf_tokenizer"):  # this version makes the tokenizer of the reader's arrays
+        yield
+        return
+
+    class ShortReader(gguf.GGUFReader):
+        def __init__(self, path: Path | str, mode: str = "r") -> None:
+            self.ends = sorted(end for _, end in read_head(Path(path)).pairs.values())
+            super().__init__(path, mode)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type == gguf.GGUFValueType.ARRAY and self._get(orig_offs + 4, "uint64")[0] > _LONGEST_LIST:
+                end = next(end for end in self.ends if end > orig_offs)
+                return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+            found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+            return found
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = ShortReader, cache(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 class _Rotary:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -26,13 +26,14 @@ from transformers.utils import cached_file
 import linearize.model.configuration as _  # noqa: F401 - registers converted checkpoints with AutoConfig
 from linearize.errors import ModelError, counted
 from linearize.sources.gguf import MAGIC, read_head
-from linearize.sources.ggufconfig import gguf_config
+from linearize.sources.ggufconfig import gguf_config, short_reading
 from linearize.sources.limits import guard_embeddings
 from linearize.sources.modelfiles import check_config, check_weights
 from linearize.sources.validators import import_validators
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -84,6 +85,12 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
     Raises:
         ModelError: the path does not exist, the folder has no configuration, or the file is not GGUF or is damaged.
     """
+    if "://" in reference:
+        named = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", reference)
+        meant = (
+            f"the model is {named[1]} there" if named else "give a Hub id such as ORG/NAME, a folder, or a .gguf file"
+        )
+        raise ModelError(f"{reference}: a URL, not a model; {meant}")
     path = Path(reference).expanduser()
     try:
         folder, file = path.is_dir(), path.is_file()
@@ -166,7 +173,7 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     reference, keywords = source.arguments()
-    with reading(source):
+    with reading(source), _from_gguf(source):
         return AutoTokenizer.from_pretrained(reference, **keywords)
 
 
@@ -205,7 +212,7 @@ def load_model(
         keywords["quantization_config"] = _four_bits(source, DTYPES.get(dtype))
         keywords["device_map"] = {"": device or default_device()}
     model: PreTrainedModel
-    with reading(source):
+    with reading(source), _from_gguf(source):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )
@@ -334,6 +341,10 @@ def reading(source: Source) -> Iterator[None]:
         if os.environ.get("LINEARIZE_DEBUG") == "1":
             raise
         raise ModelError(f"{source.reference}: {_reason(error, source)}") from error
+
+
+def _from_gguf(source: Source) -> AbstractContextManager[None]:
+    return short_reading() if source.kind == "gguf" else nullcontext()
 
 
 def _reason(error: Exception, source: Source) -> str:

@@ -25,19 +25,18 @@ if TYPE_CHECKING:
 
 _MERGE_TOKENS = 256
 _MERGE_NOISE = 8.0
-"""Merging may change logits by so many times what one rounding of the merged weights changes."""
+"""Maximum change of logits by merging, as a multiple of the change by one rounding of the merged weights."""
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSpec | None, say: Callable[[str], None] = lambda _: None) -> Any:
-    """The model, converted or pretrained, with peft's adapters on the targets of `lora`, in float32, or as it is; see
-    `choose_trained`.
+    """Add peft's adapters, in float32, to the targets of `lora`; without `lora` the model is only frozen.
 
     Args:
-        say: gets a line where a target is in some of the layers only, or beside fused experts.
+        model: a converted or pretrained model.
+        say: called with a line if a target is in some layers only, or beside fused experts.
 
     Raises:
-        RecipeError: a target is not there, shares its weight with another module, or is of a kind that the adapters do
-            not take.
+        RecipeError: a target does not exist, shares its weight with another module, or is of a kind without adapters.
     """
     model.requires_grad_(False)
     if lora is None:
@@ -52,18 +51,17 @@ def add_adapters(model: PreTrainedModel, lora: LoraSpec | None, say: Callable[[s
 
 
 def merged(student: Any, rows: Rows, kept: str) -> Any:
-    """`student` without its adapters, which are merged into the weights, after a check: logits of one row are the same
-    before and after.
+    """Merge the adapters of `student` into its weights, and check that the logits of one row stay the same.
 
-    A merged weight is rounded once to its dtype. That sets the tolerance: the change of the logits when each of these
-    weights is moved at random by up to one unit of rounding.
+    A merged weight is rounded once to its dtype. So the tolerance is derived from the change of the logits when each of
+    these weights is moved at random by up to one unit of rounding.
 
     Args:
-        rows: the first one is read.
+        rows: the check uses the first row.
         kept: the folder that still has the adapters, for the error.
 
     Raises:
-        ModelError: the logits differ by more, or are not finite.
+        ModelError: the logits differ by more than the tolerance, or are not finite.
     """
     student.eval()
     base = base_of(student)
@@ -76,7 +74,7 @@ def merged(student: Any, rows: Rows, kept: str) -> Any:
     after = _logits(model, rows)
     with _rounded([model.get_submodule(name) for name in names]):
         rounded = _logits(model, rows)
-    # The median over tokens: an expert or a landmark that is chosen otherwise moves single tokens by any amount.
+    # The median over tokens, because another choice of an expert or landmark can change single tokens by any amount.
     change, noise = ((x - after).norm(dim=-1).median().item() for x in (before, rounded))
     if not change <= _MERGE_NOISE * noise:
         raise ModelError(
@@ -96,7 +94,7 @@ def _logits(model: Any, rows: Rows) -> Tensor:
 
 @contextmanager
 def _rounded(modules: list[Any]) -> Iterator[None]:
-    """Within it the weight of each module is off by random rounding while the module runs; one at a time is copied."""
+    """Add random rounding to each module's weight while the module runs; one weight at a time is copied."""
     held: dict[nn.Module, Tensor] = {}
 
     def begin(module: Any, _: Any) -> None:
@@ -104,7 +102,7 @@ def _rounded(modules: list[Any]) -> Iterator[None]:
         generator = torch.Generator(weight.device).manual_seed(0)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         noise = torch.rand(wide.shape, generator=generator, device=wide.device, dtype=wide.dtype)
-        # The recurrence and softmax are float32, also where weights are float64.
+        # The recurrence and softmax compute in float32 even if weights are float64.
         unit = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
         module.weight.data = (wide * (1 + unit * (2 * noise - 1))).to(weight.dtype)
 
@@ -140,16 +138,20 @@ def _adapter_config(lora: LoraSpec, targets: list[_Target]) -> PeftConfig:
     )
 
 
+FITTED = ".mixer.score_weight"
+"""Ends the names of parameters that get no gradient, because which tokens are kept is not differentiated."""
+
+
 def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:
-    """Sets `requires_grad` on the parameters that a stage trains, and on no other.
+    """Set `requires_grad` on the parameters that a stage trains, and clear it on all others.
 
     Raises:
-        RecipeError: nothing is left to train.
+        RecipeError: there is nothing to train.
     """
     for name, parameter in student.named_parameters():
         adapter = is_adapter(name)
         chosen = {"lora": adapter, "mixer": False, "full": not adapter}[train] or is_own_parameter(name)
-        parameter.requires_grad_(chosen)
+        parameter.requires_grad_(chosen and not name.endswith(FITTED))
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
 
@@ -171,7 +173,7 @@ def is_adapter(name: str) -> bool:
 
 
 class _Target(NamedTuple):
-    """A name in `lora.targets`, the ending of module names that it stands for, and all modules of that ending."""
+    """A name in `lora.targets`, the suffix of module names that it stands for, and all modules with that suffix."""
 
     name: str
     ending: str
@@ -180,7 +182,7 @@ class _Target(NamedTuple):
 
 def _targets(model: PreTrainedModel, names: list[str]) -> list[_Target]:
     """Raises:
-    RecipeError: a target is not there, or shares its weight with another module.
+    RecipeError: a target does not exist, or shares its weight with another module.
     """
     projections = family_of(getattr(model.config, "text_config", model.config)).projections
     owners: dict[int, list[str]] = {}
@@ -216,7 +218,7 @@ def _takers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _available(model: PreTrainedModel, projections: dict[str, str]) -> list[str]:
-    """Names for `lora.targets` within the layers: the short ones, then last parts of names that have no short one."""
+    """Valid names for `lora.targets`: the short ones, then the last parts of names without a short one."""
     names = {f".{name}" for block in _blocks(model) for name in _takers(block) if not is_own_parameter(f".{name}")}
     short = {key: ending for key, ending in projections.items() if any(name.endswith(f".{ending}") for name in names)}
     endings = tuple(f".{ending}" for ending in short.values())
@@ -224,8 +226,7 @@ def _available(model: PreTrainedModel, projections: dict[str, str]) -> list[str]
 
 
 def _fused_experts(model: PreTrainedModel) -> dict[str, int]:
-    """Names within a layer of 3-D parameters, which hold all experts in one, each with the number of layers that have
-    it."""
+    """3-D parameters, which hold all experts in one: name within a layer -> number of layers."""
     found: dict[str, int] = {}
     for block in _blocks(model):
         for name, parameter in block.named_parameters():
@@ -235,7 +236,7 @@ def _fused_experts(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _coverage(model: PreTrainedModel, targets: list[_Target]) -> list[str]:
-    """Lines on targets that are in some layers only, and on fused experts that stay without an adapter beside them."""
+    """Warnings about targets in some layers only, and about fused experts without adapters beside them."""
     blocks = _blocks(model)
     lines, beside = [], []
     experts = _fused_experts(model)
@@ -265,7 +266,7 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def check_dtype(recipe: Recipe) -> None:
     """Raises:
-    RecipeError: stages in float16, whose small gradients are 0 without loss scaling, which training does not do.
+    RecipeError: stages in float16, whose small gradients become 0 because training has no loss scaling.
     """
     if recipe.stages and recipe.dtype == "float16":
         raise RecipeError("dtype: float16 turns small gradients into 0; take bfloat16 or float32 to train")
@@ -273,7 +274,7 @@ def check_dtype(recipe: Recipe) -> None:
 
 def check_four_bit(recipe: Recipe, shard: bool) -> None:
     """Raises:
-    RecipeError: what the recipe or the engine wants does not go with frozen weights in 4 bits.
+    RecipeError: the recipe or the engine does not support frozen weights in 4 bits.
     """
     if shard:
         raise RecipeError("lora.four_bit: does not go with --shard; leave one of them out")

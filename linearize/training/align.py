@@ -1,18 +1,18 @@
-"""The objective `align`: each layer on its own learns to answer as the teacher's attention does.
+"""The objective `align`: each layer alone is trained to reproduce the output of the teacher's attention.
 
-The teacher reads a text once. Every converted layer is then given the hidden states that the teacher's layer had, so no
-error of one layer reaches another and no gradient crosses layers. Two losses, one after the other:
+The teacher runs once. Every converted layer then gets the hidden states of the teacher's layer as its input, so errors
+and gradients do not cross layers. There are two losses, one after the other:
 
-    beyond   the recurrence alone against what the teacher's softmax reads where window and sinks do not reach,
+    beyond   the recurrence alone against the teacher's softmax over the tokens beyond window and sinks,
              renormalised:  Σ_s p_ts v_s / Σ_s p_ts  over sinks < s <= t - W
     whole    the layer's output against the output of the teacher's attention, both after W_o
 
-The first is there because the window alone can lower the second: a recurrence that starts at 0 would then stay there.
-Layers with landmarks have the second alone: which tokens the state stands for is then decided as the text is read.
+The first one is needed because the window alone can lower the second: a recurrence that starts at 0 would stay at 0.
+Layers with landmarks have the second one only, because their state's tokens are chosen while the text is read.
 
-Both are the squared error over the squared target, so 1 is a layer that answers 0. The ratio is taken per row, and rows
-are averaged: the loss and gradients of a step do not depend on how its rows are split into batches and processes. A row
-whose target is 0 (no document in it is longer than window and sinks) contributes 0, and is counted.
+Both are the squared error divided by the squared target, so a layer with output 0 has a loss of 1. The ratio is taken
+per row and averaged over rows, so the loss and the gradients of a step do not depend on its split into batches and
+processes. A row whose target is 0 (no document is longer than window and sinks) counts with a loss of 0.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class _Call(NamedTuple):
 
 
 class Alignment:
-    """The losses of a student's converted layers beside its teacher's.
+    """The losses of a student's converted layers against its teacher's layers.
 
     Args:
-        student: its own weights may carry adapters; only the attention layers are run.
+        student: the converted model, with or without adapters; only its attention layers run.
         length: tokens of a training row.
-        checkpointing: whether a layer's activations are computed again in the backward pass.
+        checkpointing: recompute a layer's activations in the backward pass.
 
     Raises:
-        RecipeError: rows so short that nothing is ever beyond window and sinks.
+        RecipeError: rows are so short that no token is beyond window and sinks.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Alignment:
         *,
         beyond: bool,
     ) -> Tensor:
-        """The same where the student's mask, and what keeps the teacher's documents apart, are known."""
+        """`losses` with the student's mask, and the arguments that separate the teacher's documents."""
         pairs = self.recurrent if beyond and self.recurrent else self.pairs
         with torch.no_grad(), _recorded([attention for _, attention in pairs]) as calls:
             self.teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
@@ -117,7 +117,7 @@ def _has_a_share(mixer: Mixer) -> bool:
 
 @contextmanager
 def _recorded(attentions: Sequence[nn.Module]) -> Iterator[list[_Call]]:
-    """The calls of these modules, in their order, once the model they are in has run."""
+    """Record the calls of these modules, in their order, while their model runs."""
     calls: dict[int, _Call] = {}
     found: list[_Call] = []
 
@@ -187,7 +187,7 @@ def read_beyond(given: Projections, layer: AttentionLayer, mixer: Mixer) -> Tens
     first, keys = exact_reach(mixer), slice(None)
     own = layer.window
     if mixer.config.covers == "evicted":
-        # Without the sinks, and a window later, the keys that count are again those up to a query's own place.
+        # Without the sinks and shifted by a window, the causal mask again selects the covered keys.
         keys = slice(mixer.config.sinks, given.q.shape[1] - mixer.window)
         own = None if own is None else own - mixer.window
     q, k, v = given.q_rotated[:, first:], given.k_rotated[:, keys], given.v[:, keys]

@@ -1,7 +1,7 @@
-"""Checkpoints of a stage: the trained parameters, the optimizer's state, random numbers and progress.
+"""Checkpoints of a stage: the trained parameters, the optimizer's state, random states and progress.
 
-A checkpoint is whole or does not count: its manifest has each file's SHA-256 and is written last, then the folder gets
-its name by one rename. Tensors are saved whole, however the model was split, so any number of processes can resume.
+A checkpoint is atomic: its manifest has each file's SHA-256 and is written last, then the folder is renamed once.
+Tensors are saved unsharded, so any number of processes can resume.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        skipped: steps among them that changed nothing, because a loss or gradient was not finite.
-        best: the least held-out loss so far, in nats per token.
-        worse: evaluations since then.
+        skipped: skipped steps among them, because a loss or gradient was not finite.
+        best: the minimum held-out loss so far, in nats per token.
+        worse: evaluations since the minimum.
         best_step: the step of the checkpoint with the best weights; 0 if the stage ends with its last weights.
     """
 
@@ -51,10 +51,10 @@ class Progress:
     best_step: int = 0
 
     def note(self, loss: float, *, keeps: bool) -> None:
-        """Notes the held-out loss after this step.
+        """Record the held-out loss after this step.
 
         Args:
-            keeps: the stage ends with its best weights.
+            keeps: True if the stage ends with its best weights.
         """
         self.worse += 1
         if math.isfinite(loss) and (self.best is None or loss < self.best):
@@ -65,10 +65,10 @@ class Progress:
 def save_training(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, done: bool
 ) -> None:
-    """Writes the checkpoint after `progress.step` steps and removes old ones; all processes call it, the first writes.
+    """Write the checkpoint after `progress.step` steps and remove old ones; all processes call it, the first writes.
 
     Args:
-        done: the stage ends here.
+        done: True if the stage ends with this step.
 
     Raises:
         OutputError: the disk is full.
@@ -84,7 +84,7 @@ def save_training(
             processes.wait()
             staging.mkdir(parents=True, exist_ok=True)
             _write(staging, model, optimizer)
-            processes.wait()  # each has written its random numbers
+            processes.wait()  # each process has written its random state
             if processes.is_first():
                 seal(staging, target, **asdict(progress), done=done)
     finally:
@@ -108,7 +108,7 @@ def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def load_training(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Reads back a checkpoint of `save_training`.
+    """Load a checkpoint of `save_training`.
 
     Raises:
         LinearizeError: it does not fit the model, or an earlier version wrote it.
@@ -118,7 +118,7 @@ def load_training(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opt
     state = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(split_state(state, optimizer) if is_sharded(model) else state)
     numbers = checkpoint / _RANDOM.format(processes.rank())
-    if numbers.is_file():  # not there for a process that the run before did not have
+    if numbers.is_file():  # missing for a process that the earlier run did not have
         saved = load_file(numbers)
         torch.set_rng_state(saved["cpu"])
         if "cuda" in saved and torch.cuda.is_available():
@@ -127,7 +127,7 @@ def load_training(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def progress_of(checkpoint: Path) -> Progress:
-    """The progress that a checkpoint was written at.
+    """The progress saved in a checkpoint.
 
     Raises:
         LinearizeError: an earlier version wrote it.
@@ -144,7 +144,7 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def _with_best(checkpoint: Path) -> set[Path]:
-    """A checkpoint and the one with the best weights before it, which the stage may end with."""
+    """A checkpoint and the earlier one with the best weights, which the stage may end with."""
     best = (manifest(checkpoint) or {}).get("best_step", 0)
     return {checkpoint, checkpoint_of(checkpoint.parent, best)} if best else {checkpoint}
 
@@ -160,12 +160,12 @@ def _random_numbers() -> dict[str, Tensor]:
 
 
 def whole_trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are being trained, whole and on the CPU; all processes have to call it."""
+    """The trained parameters, unsharded and on the CPU; all processes must call it."""
     return {n: whole(p.detach()).cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def set_trained(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Sets the parameters that are being trained."""
+    """Set the trained parameters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -173,7 +173,7 @@ def set_trained(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Reads back the parameters that are being trained.
+    """Load the trained parameters of a checkpoint.
 
     Raises:
         LinearizeError: they do not fit the model.
@@ -186,10 +186,10 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def seal(staging: Path, target: Path, **facts: Any) -> None:
-    """Makes a finished checkpoint in `staging` the checkpoint `target`: manifest, sync, rename, sync.
+    """Turn a finished checkpoint in `staging` into `target`: manifest, sync, rename, sync.
 
     Args:
-        facts: what else the manifest says.
+        facts: further entries of the manifest.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -206,7 +206,7 @@ def seal(staging: Path, target: Path, **facts: Any) -> None:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """A checkpoint's manifest, or None if it has no readable one."""
+    """A checkpoint's manifest; None if it cannot be read."""
     try:
         found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return found if isinstance(found["files"], dict) else None

@@ -108,12 +108,12 @@ class StageLoop:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     def train(self, resume: Path | None = None) -> None:
-        """Trains to the end of the stage, from the checkpoint `resume` if it is given.
+        """Train to the end of the stage, from the checkpoint `resume` if it is given.
 
-        SIGINT and SIGTERM end the step at hand and write a checkpoint first.
+        SIGINT and SIGTERM take effect after the current step, and a checkpoint is written first.
 
         Raises:
-            Interrupted: a signal came.
+            Interrupted: a signal was received.
             LinearizeError: a loss or gradient is not finite, memory does not hold one row, or the disk is full.
         """
         set_seed(self.seed)
@@ -200,7 +200,7 @@ class StageLoop:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(len(parts[0].rows), error)
-            # Not in the handler, where the traceback still holds what did not fit.
+            # Not in the handler, because the traceback still references the tensors.
             self.optimizer.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -239,7 +239,7 @@ class StageLoop:
         if self.teacher is None:
             return None
         if isinstance(self.teacher, KeptLogits):
-            # A repeated row has no positions with loss, so its logits would be surplus.
+            # A repeated row has no positions with loss, so its logits are left out.
             rows = batch.rows[batch.real] if bool(batch.real.any()) else batch.rows
             return self.teacher.of(rows, batch.labels.device)
         with torch.no_grad():
@@ -272,10 +272,10 @@ class StageLoop:
         return next(filter(None, processes.everyones(found)), overflow)
 
     def _skip(self, problem: str) -> None:
-        """Counts a step that changes nothing.
+        """Count a skipped step.
 
         Raises:
-            LinearizeError: as many steps were skipped as may be.
+            LinearizeError: `skip_bad_batches` steps were skipped before.
         """
         skipped, most = self.progress.skipped, self.stage.skip_bad_batches
         if skipped >= most:
@@ -288,8 +288,8 @@ class StageLoop:
         self.say(f"step {self.progress.step + 1} was skipped ({self.progress.skipped} of at most {most})")
 
     def _halve(self, rows: int, error: Exception) -> None:
-        """Halves the micro-batch, after `rows` rows did not fit."""
-        if processes.count() > 1:  # the others wait for gradients of rows that were not computed
+        """Halve the micro-batch, after `rows` rows did not fit."""
+        if processes.count() > 1:  # the other processes wait for gradients that were not computed
             raise ModelError("out of memory in one of several processes; lower the stage's micro_batch") from error
         if rows == 1:
             raise ModelError(
@@ -324,7 +324,7 @@ class StageLoop:
         places = torch.arange(math.ceil(len(held_out) / count) * count)[processes.rank() :: count]
         batch = self._batch(places.clamp(max=len(held_out) - 1), places < len(held_out), held_out)
         sums = torch.zeros(3, dtype=torch.float64, device=batch.labels.device)
-        # `align` never computes logits, so its micro-batch tells nothing about the memory that they take.
+        # `align` computes no logits, so its micro-batch may be too large for them.
         size = 1 if self.alignment is not None else self.micro_batch
         self.model.eval()
         with self.windows.shown():

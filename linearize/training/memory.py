@@ -1,17 +1,16 @@
 """Estimate the memory of training before it starts, on one GPU or on each of several.
 
-    weights       of the student that are frozen, in their own dtype
+    weights       the student's frozen weights, in their own dtype
     trained       adapters, the mixers' own parameters, or every weight
-    gradients     of what is trained, in its dtype
-    optimizer     its moments, and float32 copies of what is trained in less
-    teacher       its weights, where the objective asks it
-    activations   what a forward and a backward pass have at their fullest moment, at most a layer's own work included
-    logits        of the student, the teacher and their gradients at that moment
-    gathered      what an engine puts together or copies: a layer's weights, all gradients
+    gradients     gradients of the trained parameters, in their dtype
+    optimizer     moments, and float32 copies of parameters trained in half precision
+    teacher       the teacher's weights, if the objective needs it
+    activations   tensors of the forward and backward pass at the peak, with the temporaries of one layer
+    logits        logits of student and teacher and their gradients at the peak
+    gathered      buffers of the engine: a layer's gathered weights, all gradients
 
-Activations and logits are counted by a rehearsal without data, see `linearize.training.rehearsal`: on few tokens and,
-where all layers are alike, on few layers, and along the lines through two such counts for more. All else follows from
-shapes.
+Activations and logits are counted by a run on the meta device, see `linearize.training.rehearsal`. Long rows and deep
+models of equal layers are extrapolated linearly from two small runs. The other parts are computed from shapes.
 """
 
 from __future__ import annotations
@@ -44,25 +43,25 @@ if TYPE_CHECKING:
 Engine = Literal["single", "ddp", "fsdp2", "zero3"]
 ENGINES: tuple[Engine, ...] = ("single", "ddp", "fsdp2", "zero3")
 CARDS = (16, 24, 48, 80, 141)
-"""GB of the cards that fits are told for."""
+"""GB of the GPUs that `fits` covers."""
 
-_CONTEXT = 1_000_000_000  # what the driver, CUDA's libraries and NCCL hold on a GPU before anything is put there
-_FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight, its share of a block's scale and of that one's own
-_COUNTED = 512  # tokens, and at least so many windows, or what blocks of queries see would not have settled
+_CONTEXT = 1_000_000_000  # the driver, CUDA's libraries and NCCL on an empty GPU
+_FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight, with its shares of both levels of scales
+_COUNTED = 512  # tokens; with fewer, or fewer windows, memory does not grow linearly yet
 _COUNTED_WINDOWS = 4
 _FEW_LAYERS = (2, 4)
-# DeepSpeed's own default for stage 3: parameters that it keeps gathered at a time.
+# DeepSpeed's default for stage 3: the maximum number of parameters gathered at a time.
 _ZERO3_LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on each GPU while a stage trains, at its fullest moment.
+    """Peak bytes on each GPU while a stage trains.
 
     Attributes:
-        activations, logits: None where they cannot be counted, because what is computed depends on the data.
-        cache: of as many sequences as a micro batch has rows, each as long as one, when the trained model generates;
-            not part of the total.
+        activations, logits: None if they cannot be counted, because the computation depends on the data.
+        cache: the cache of the trained model when it generates a micro-batch of sequences of `length` tokens; not part
+            of the total.
     """
 
     weights: int
@@ -83,7 +82,7 @@ class TrainingMemory:
         return held + self.activations + self.logits
 
     def fits(self) -> dict[int, bool | None]:
-        """For each of `CARDS` whether it is enough; None where that is not known."""
+        """For each of `CARDS`: True if the memory fits; None if that is unknown."""
         total = self.total
         return {card: None if total is None else total + _CONTEXT <= card * 10**9 for card in CARDS}
 
@@ -100,14 +99,14 @@ def training_memory(
     checkpointing: bool | None = None,
     position_ids: Tensor | None = None,
 ) -> dict[Engine, TrainingMemory]:
-    """Memory of `stage` for a model of this configuration, by kernel engine.
+    """Memory of `stage` for a model of this configuration, by engine.
 
     Args:
-        config: of the pretrained model, or of a converted one, which has its own mixers.
-        processes: GPUs, for the engines that have several.
-        checkpointing: instead of the stage's own `gradient_checkpointing`.
-        position_ids: `[micro_batch, length]` of packed documents; None takes each row to be one. In plain torch rows
-            of several documents take as much as if each of these were as long as the longest.
+        config: the configuration of a pretrained model, or of a converted one, which has its own mixers.
+        processes: the number of GPUs, for engines that use several.
+        checkpointing: replaces the stage's `gradient_checkpointing`.
+        position_ids: `[micro_batch, length]` of packed documents; None for one document per row. In plain torch every
+            document of a packed row takes as much memory as the longest one.
     """
     pair = _pair(config, recipe, stage)
     student, converted, teacher = pair
@@ -121,7 +120,7 @@ def training_memory(
     if recipe.lora is not None and recipe.lora.four_bit:
         linear = _quantized(converted)
         weights -= sum(x.nbytes - math.ceil(x.numel() * _FOUR_BIT) for x in linear)
-        unpacked = max(x.nbytes for x in linear)  # of the layer at work
+        unpacked = max(x.nbytes for x in linear)  # the weight of the current layer
     optimizer = _optimizer_nbytes(stage, trained)
     pretrained = _nbytes(teacher.parameters()) if beside else 0
     cache = stage.micro_batch * sum(
@@ -135,9 +134,9 @@ def training_memory(
         parts = processes if engine in ("fsdp2", "zero3") else 1
         gathered = {
             "single": 0,
-            "ddp": gradients,  # the buckets that are summed over processes
-            # What is outside of layers stays gathered from the forward to the backward pass; of layers the one at
-            # work and the next, and the gradients of one on their way.
+            "ddp": gradients,  # the buckets of the all-reduce
+            # Weights outside layers stay gathered from the forward to the backward pass. Of the layers, the current
+            # and the next one are gathered, and the gradients of one are being reduced.
             "fsdp2": sum(outside + 2 * layer for layer, outside in (layers, teachers))
             + 2 * _layer_share(converted, trained),
             "zero3": sum(
@@ -161,7 +160,7 @@ def training_memory(
 
 
 class _Pair(NamedTuple):
-    """Models without data: what is trained, the same without adapters, and the teacher."""
+    """Models on the meta device: the student, the student without adapters, and the teacher."""
 
     student: Any
     converted: LinearizedForCausalLM
@@ -186,7 +185,7 @@ def _pair(config: Any, recipe: Recipe, stage: Stage) -> _Pair:
 
 
 def _cut(config: Any, recipe: Recipe, layers: int) -> Any:
-    """`config` with its first layers alone, or None where they do not stand for all."""
+    """`config` with its first layers only; None if the layers are not all alike."""
     if config.model_type == "linearized" or config.num_hidden_layers <= layers:
         return None
     whole = family_of(config).layers(config)
@@ -201,7 +200,7 @@ def _cut(config: Any, recipe: Recipe, layers: int) -> Any:
 def _moment(
     config: Any, recipe: Recipe, stage: Stage, pair: _Pair, checkpointing: bool, position_ids: Tensor | None
 ) -> Moment | None:
-    """The fullest moment of a step, without the gradients that are complete; None where that depends on the data."""
+    """The peak of a step, without complete gradients; None if it depends on the data."""
     rows, heard = stage.micro_batch, wants_teacher(stage) and stage.teacher_at != "disk"
 
     def counted(pair: _Pair, tokens: int) -> tuple[float, float]:
@@ -234,27 +233,27 @@ def _moment(
             activations, logits = _along(config.num_hidden_layers, few, next(ends), more, next(ends))
     except (RuntimeError, NotImplementedError, ValueError):
         return None
-    masks = rows * stage.length**2 if heard else 0  # which documents the teacher's tokens may see
+    masks = rows * stage.length**2 if heard else 0  # the mask that separates the teacher's documents
     return Moment(round(activations) + masks, round(logits))
 
 
 def _along(
     place: int, first: int, start: tuple[float, float], second: int, end: tuple[float, float]
 ) -> tuple[float, float]:
-    """Value at `place` on the lines through `start` at `first` and `end` at `second`."""
+    """Extrapolate two values linearly to `place`, from `start` at `first` and `end` at `second`."""
     share = (place - second) / (second - first)
     (a, b), (c, d) = start, end
     return c + (c - a) * share, d + (d - b) * share
 
 
 def _optimizer_nbytes(stage: Stage, trained: list[nn.Parameter]) -> int:
-    """Bytes that the optimizer keeps for each parameter, see `linearize.training.optimizers`."""
+    """Bytes of the optimizer's state, see `linearize.training.optimizers`."""
     small = any(p.element_size() < 4 for p in trained)
     size = 0
     for parameter in trained:
         count, wide = parameter.numel(), max(parameter.element_size(), 4)
         if small:
-            size += 2 * wide * count  # a copy, and its gradient while it steps
+            size += 2 * wide * count  # the copy, and its gradient during the step
         if stage.optimizer == "adafactor":
             factors = count // parameter.shape[-1] + count // parameter.shape[-2] if parameter.dim() > 1 else count
             size += wide * factors
@@ -277,14 +276,14 @@ def _quantized(model: LinearizedForCausalLM) -> list[Tensor]:
 
 
 def _units(model: Any) -> tuple[int, int]:
-    """Bytes of the largest layer, and of all that is in no layer."""
+    """Bytes of the largest layer, and of the weights outside layers."""
     blocks = model.get_submodule(family_of(getattr(model.config, "text_config", model.config)).blocks)
     sizes = [_nbytes(block.parameters()) for block in blocks]
     return max(sizes), _nbytes(model.parameters()) - sum(sizes)
 
 
 def _layer_share(model: Any, trained: list[nn.Parameter]) -> int:
-    """Bytes of what is trained in the layer that has most of it."""
+    """The maximum bytes of trained parameters in one layer."""
     chosen = {id(p) for p in trained}
     blocks = model.get_submodule(family_of(model.config.text_config).blocks)
     return max(_nbytes(p for p in block.parameters() if id(p) in chosen) for block in blocks)
@@ -296,7 +295,7 @@ def stages_memory(config: Any, recipe: Recipe, processes: int) -> list[dict[Engi
 
 
 def memory_rows(engines: dict[Engine, TrainingMemory]) -> list[list[str]]:
-    """For people: a row for each part that there is, and for the total, with a figure for each engine."""
+    """Table rows: each part that is not 0, and the total, with a figure for each engine."""
     rows = []
     parts = [name for name in TrainingMemory.__dataclass_fields__ if name != "cache"]
     for name in (*parts, "total", "cache"):

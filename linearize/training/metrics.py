@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a line for each step of a run, which the person at the terminal sees as well."""
+"""`metrics.jsonl`: one line per step, and the progress line on the terminal."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ METRICS = "metrics.jsonl"
 
 
 def forget_metrics(path: Path, stage: int, step: int) -> None:
-    """Takes out of a killed run's metrics what is going to be trained again: the steps after the checkpoint."""
+    """Remove the steps after the checkpoint from a killed run's metrics, because they will be trained again."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # torn
+        except ValueError:  # an incomplete line
             continue
         if (record["stage"], record["step"]) <= (stage, step):
             kept.append(line + "\n")
@@ -35,7 +35,7 @@ def forget_metrics(path: Path, stage: int, step: int) -> None:
 
 
 def log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], None]:
-    """Callbacks that receive a stage's figures step by step; only the first process writes them."""
+    """A callback for a stage's figures of each step; only the first process writes them."""
     line, held_out = ProgressLine(), ""
     if not processes.is_first():
         return lambda _: None
@@ -44,7 +44,7 @@ def log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], No
         nonlocal held_out
         append_json_line(path, {"stage": stage, **figures})
         if "held_out_loss" in figures:
-            # The objective compares with the training loss; the cross-entropy alone is named as such.
+            # The objective is comparable to the training loss; the cross-entropy is not, so it is named.
             objective = figures.get("held_out_objective")
             name, value = ("", objective) if objective is not None else ("cross-entropy ", figures["held_out_loss"])
             held_out = f"held out {name}{value:.4f}  "
@@ -60,19 +60,19 @@ def log_to(path: Path, stage: int, stages: int) -> Callable[[dict[str, Any]], No
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends a line to a JSONL file."""
+    """Append a line to a JSONL file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 class ProgressLine:
-    """One line that is rewritten on a terminal, and now and then a line of its own where stderr is not one."""
+    """A line that is rewritten on a terminal; without a terminal, a new line every `every_seconds`."""
 
-    def __init__(self, every_seconds: float = 20.0) -> None:
+    def __init__(self, every_seconds: float = 60.0) -> None:
         self.terminal, self.every, self.last = sys.stderr.isatty(), every_seconds, -math.inf
 
     def show(self, text: str, *, final: bool = False) -> None:
-        """Shows `text`; `final` ends the line."""
+        """Show `text`; `final` ends the line."""
         now = time.monotonic()
         if self.terminal:
             sys.stderr.write(f"\r\x1b[2K{text}" + ("\n" if final else ""))

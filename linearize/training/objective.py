@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from linearize.recipe import Objective
 
-# Positions worked on at a time. All of a row's would make several tensors of the logits' size, and leave every cache.
+# Positions per chunk. A whole row would need several tensors of the logits' size, which exceed the CPU's caches.
 _CHUNK = 64
 
 
@@ -25,7 +25,8 @@ class TopK(NamedTuple):
 
     Attributes:
         tokens: `[N, k]` int64.
-        log: `[N, k + 1]` their log-probabilities, softened by the temperature, and last that of all others together.
+        log: `[N, k + 1]` their log-probabilities at the temperature; the last column is that of all other tokens
+            together.
     """
 
     tokens: Tensor
@@ -33,7 +34,7 @@ class TopK(NamedTuple):
 
 
 def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
-    """The `k` most likely tokens of `logits` `[N, V]`, at most all of them."""
+    """The `k` most likely tokens of `logits` `[N, V]`; all tokens if `k` exceeds V."""
     indices, logs = [], []
     for chunk in logits.split(_CHUNK):
         log = torch.log_softmax(chunk.to(computing_dtype(chunk)) / temperature, -1)
@@ -61,11 +62,12 @@ def token_losses(
 
     Args:
         logits: `[B, T, V]` of the student; position t predicts labels[:, t + 1].
-        labels: `[B, T]`, -100 where nothing is counted.
-        teacher: its logits `[B, T, V]`, or its most likely tokens at the counted positions; wanted by `distill` only.
-            No gradient reaches them. With `TopK`, all tokens but the k are one: a lower bound of the whole divergence.
-        weights: of `sft` (cross-entropy) and `distill` (KL(teacher || student), softened by `temperature` and scaled
-            by its square as Hinton et al. 2015 do, arXiv 1503.02531).
+        labels: `[B, T]`, -100 at positions without loss.
+        teacher: the teacher's logits `[B, T, V]`, or its most likely tokens at the counted positions; used by
+            `distill` only, without gradients. With `TopK`, all other tokens are merged into one, which gives a lower
+            bound of the divergence.
+        weights: the weights of `sft` (cross-entropy) and `distill` (KL(teacher || student) at `temperature`, scaled by
+            its square as in Hinton et al. 2015, arXiv 1503.02531).
     """
     positions = counted_positions(labels)
     return losses_at(logits, positions, labels.flatten()[positions + 1], teacher, weights, temperature)
@@ -79,7 +81,7 @@ def losses_at(
     weights: Mapping[Objective, float],
     temperature: float = 1.0,
 ) -> Tensor:
-    """`token_losses` where it is known which of the B * T positions count, and which tokens follow them."""
+    """`token_losses` with the indexes of the counted positions among B * T, and the tokens that follow them."""
     if "distill" in weights and teacher is None:
         raise ValueError("the objective `distill` needs the teacher's logits")
     total: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
@@ -95,7 +97,7 @@ def losses_at(
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Loss and gradient of the logits in one pass: with both distributions at hand the gradient is their difference."""
+    """Loss and gradient of the logits in one pass, because the gradient is the difference of both distributions."""
 
     @staticmethod
     def forward(
@@ -117,7 +119,7 @@ class _TokenLosses(torch.autograd.Function):
             logits = student[at].to(wide)
             slope = torch.zeros_like(logits)
             if distill:
-                assert teacher is not None  # noqa: S101 - for the type checker; the caller has looked
+                assert teacher is not None  # noqa: S101 - for the type checker; `losses_at` has checked it
                 q_log = torch.log_softmax(logits / temperature, -1)
                 if isinstance(teacher, TopK):
                     divergence, difference = _top_k(q_log, teacher.tokens[of], teacher.log[of].to(wide))
@@ -151,17 +153,17 @@ def _whole(q_log: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _top_k(q_log: Tensor, index: Tensor, p_log: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where all tokens but k are one, with the probabilities p_r and q_r.
+    """KL(p || q) and its gradient, with all tokens but k merged into one of probabilities p_r and q_r.
 
-    The gradient is q - p at the k, and q - p_r (q / q_r) at the others. The ratio q / q_r is the exponential of a
-    difference of logarithms: q and q_r alone are 0 in float32 once q_r is below e^-103, and p_r / q_r is infinite.
+    The gradient is q - p at the k tokens, and q - p_r (q / q_r) at the others. The ratio q / q_r is the exponential
+    of a difference of logarithms: q and q_r alone are 0 in float32 once q_r is below e^-103, and p_r / q_r is infinite.
     """
     p_log = torch.log_softmax(p_log, -1)  # the stored values are rounded, and need not sum to one
     p = p_log.exp()
     rest = q_log.scatter(1, index, -math.inf).logsumexp(-1, keepdim=True)
     known = q_log.gather(1, index)
     divergence = torch.where(p > 0, p * (p_log - torch.cat([known, rest], 1)), 0).sum()
-    # Where p_r is 0 (k covers the vocabulary, or the teacher is certain) `rest` may be minus infinity.
+    # If p_r is 0 (k covers the vocabulary, or the teacher is certain) `rest` may be minus infinity.
     of_rest = torch.where(p[:, -1:] > 0, (q_log - rest).exp_() * p[:, -1:], 0)
     slope = q_log.exp().sub_(of_rest)
     return divergence, slope.scatter_(1, index, known.exp() - p[:, :-1])

@@ -1,7 +1,7 @@
-"""The optimizer of a stage: which one, at which learning rates, and float32 copies of what is trained in less.
+"""The optimizer of a stage, its learning rates, and float32 copies of parameters in half precision.
 
-A bfloat16 weight has eight bits: adding a step a few hundred times smaller than the weight changes nothing. So what is
-trained in half precision has a float32 copy; the optimizer works on the copy, and the model gets it rounded.
+A bfloat16 weight has eight bits: an update a few hundred times smaller than the weight is rounded away. So parameters
+in half precision have float32 copies; the optimizer updates the copy, and the model gets the rounded value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from linearize.training.adapters import is_own_parameter
 if TYPE_CHECKING:
     from linearize.recipe import Stage
 
-# The shape and the share of the steps that do best in Hägele et al. 2024 (arXiv 2405.18392).
+# The shape and share of the decay with the lowest loss in Hägele et al. 2024 (arXiv 2405.18392).
 _WSD_DECAY = 0.2
 
 Groups = list[dict[str, Any]]
@@ -30,8 +30,8 @@ def build_optimizer(stage: Stage, pretrained: list[nn.Parameter], own: list[nn.P
     """The optimizer that `stage` names.
 
     Args:
-        pretrained: adapters or pretrained weights, which take `lr` and `weight_decay`.
-        own: the layer's own parameters, which take `mixer_lr`.
+        pretrained: adapters or pretrained weights, with `lr` and `weight_decay`.
+        own: the mixers' own parameters, with `mixer_lr`.
 
     Raises:
         RecipeError: it is not available on this machine.
@@ -59,7 +59,7 @@ def stage_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
 
 
 def rate_at(step: int, *, schedule: str, steps: int, warmup: float) -> float:
-    """The share of the peak learning rate in optimizer step `step`, counted from 0; it is above 0 in each of them.
+    """The share of the peak learning rate in optimizer step `step`, counted from 0; always above 0.
 
     With w = ceil(warmup * steps) steps of warm-up, n = steps - w steps after it, and d = min(ceil(steps / 5), n):
 
@@ -69,8 +69,8 @@ def rate_at(step: int, *, schedule: str, steps: int, warmup: float) -> float:
         cosine                  (1 + cos(pi i / n)) / 2
         wsd                     1, and 1 - sqrt(j / d) in the last d steps, j from 0 to d - 1
 
-    These are transformers' schedules, but for the warm-up: theirs begins at a rate of 0, and leaves the last step at 0
-    where nothing comes after it.
+    These are transformers' schedules with another warm-up: theirs starts at 0, and its last step is at 0 if no step
+    follows the warm-up.
     """
     first = math.ceil(warmup * steps)
     if step < first:
@@ -90,7 +90,7 @@ def rate_at(step: int, *, schedule: str, steps: int, warmup: float) -> float:
 def _adafactor(groups: Groups) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    # Its own rates, which are relative to the weights, would leave adapters that start at 0 where they are.
+    # Adafactor's relative steps scale with the weights, so adapters that start at 0 would never change.
     optimizer: torch.optim.Optimizer = Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
     return optimizer
 
@@ -107,11 +107,11 @@ def _adamw8bit(groups: Groups) -> torch.optim.Optimizer:
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer of parameters in half precision, through float32 copies.
+    """An optimizer of parameters in half precision that updates float32 copies.
 
     Args:
-        groups: as any optimizer takes them.
-        build: makes the optimizer that works on the copies.
+        groups: parameter groups, as for any optimizer.
+        build: makes the optimizer of the copies.
     """
 
     def __init__(self, groups: Groups, build: Build) -> None:
@@ -120,7 +120,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.masters = [nn.Parameter(p.detach().to(_wide(p.dtype), copy=True)) for p in self.trained]
         copies = iter(self.masters)
         self.inner = build([{**group, "params": [next(copies) for _ in group["params"]]} for group in groups])
-        # What a schedule changes, and what a checkpoint has to keep, is the inner optimizer's.
+        # Schedules and checkpoints read and write the inner optimizer's groups and state.
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The loss of a training along the tokens that were read, as a plot beside its metrics."""
+"""Plot the training loss over the tokens that were read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ _POINTS = 40
 
 
 def draw_training(metrics: Path, plot: Path) -> None:
-    """Draws `metrics.jsonl`: a line per stage, and one for its objective on held-out rows. Without steps nothing is
-    written."""
+    """Plot `metrics.jsonl`: a line per stage, and one for its held-out objective. Without steps no file is written."""
     stages: dict[int, list[tuple[float, float]]] = {}
     held_out: dict[int, list[tuple[float, float, float | None]]] = {}
     before, stage, tokens = 0.0, 0, 0.0

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Moment:
-    """Bytes alive at a time, besides the models' own weights.
+    """Bytes allocated at one time, besides the models' own weights.
 
     Attributes:
         logits: tensors as wide as the vocabulary.
-        gradients: of what is trained, once they are complete.
+        gradients: complete gradients of the trained parameters.
     """
 
     activations: int = 0
@@ -56,11 +56,11 @@ class Moment:
 
 
 class _Counter(TorchDispatchMode):
-    """Bytes of what is made under it, and their highest sum.
+    """A dispatch mode that counts the bytes of new tensors and keeps the maximum of their sum.
 
     Args:
-        vocabulary: how wide logits are.
-        known: storages that are there already.
+        vocabulary: the width of logits.
+        known: storages that exist already; they are not counted.
     """
 
     def __init__(self, vocabulary: int, known: set[int]) -> None:
@@ -90,7 +90,7 @@ class _Counter(TorchDispatchMode):
             self.fullest = Moment(**vars(self.now))
 
     def is_gradient(self, parameter: Tensor) -> None:
-        """What a parameter's gradient lies in belongs to the gradients from now on."""
+        """Count the storage of a parameter's gradient as `gradients` from now on."""
         assert parameter.grad is not None  # noqa: S101 - for the type checker; called once it is there
         key = parameter.grad.untyped_storage()._cdata
         if key in self.kinds:
@@ -108,7 +108,7 @@ class _Counter(TorchDispatchMode):
 
 
 class _NoScores(TorchFunctionMode):
-    """Softmax attention as kernels have it, on CPUs and GPUs: without the T x T matrix of the meta device."""
+    """Replace softmax attention by `_Attention`, because fused kernels have no T x T matrix and the meta device has."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -117,7 +117,7 @@ class _NoScores(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What such a kernel makes and keeps."""
+    """The tensors that a fused attention kernel allocates and saves for its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,16 +142,16 @@ def fullest_moment(
     checkpointing: bool,
     position_ids: Tensor | None = None,
 ) -> Moment:
-    """The moment of a step at which most is alive.
+    """The moment of a step with the most bytes.
 
     Args:
-        student, teacher: on the meta device; the student chooses what is trained, see `choose_trained`.
-        rows, tokens: of a forward pass.
-        accumulates: whether gradients of an earlier forward pass are there already.
+        student, teacher: models on the meta device; `choose_trained` has selected the student's trained parameters.
+        rows, tokens: the size of a forward pass.
+        accumulates: True if gradients of an earlier forward pass exist.
         position_ids: `[rows, tokens]` of packed documents, on the CPU; None where each row is one.
 
     Raises:
-        RuntimeError, NotImplementedError, ValueError: what is computed depends on the data, as the choice of experts.
+        RuntimeError, NotImplementedError, ValueError: an operation depends on the data, such as the choice of experts.
     """
     base: LinearizedForCausalLM = student.get_base_model() if hasattr(student, "get_base_model") else student
     models: list[nn.Module] = [student, *([teacher] if teacher is not None else [])]
@@ -183,7 +183,7 @@ def _loss(
     ids: Tensor,
     checkpointing: bool,
 ) -> Tensor:
-    """As `StageLoop.micro_loss` has it, for rows of which every token counts."""
+    """The loss of `StageLoop.micro_loss`, for rows in which every token counts."""
     if "align" in stage.weights and teacher is not None:
         aligned = Alignment(base, teacher, stage.length, checkpointing=checkpointing)
         return aligned.losses_of(ids, None, torch.empty(0, device=ids.device), _mask_of(ids), beyond=False).mean()
@@ -204,20 +204,20 @@ def _loss(
 
 
 def _mask_of(ids: Tensor) -> dict[str, Tensor]:
-    """A mask `[B, 1, T, T]` of no bytes: without one transformers looks into the positions, which are not there."""
+    """A mask `[B, 1, T, T]` of no bytes; without a mask transformers reads the positions, which have no data."""
     rows, tokens = ids.shape
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta").expand(rows, 1, tokens, tokens)}
 
 
 def _kept(positions: int, k: int) -> TopK:
-    """What is read from disk of a teacher that is not there."""
+    """The stored log-probabilities of a teacher that is not loaded."""
     tokens, log = (torch.zeros(positions, size, device="meta") for size in (k, k + 1))
     return TopK(tokens.long(), log)
 
 
 @contextmanager
 def _packed(model: LinearizedForCausalLM, position_ids: Tensor | None) -> Iterator[None]:
-    """Gives each layer the layout of packed documents, which is found from data that the meta device does not have."""
+    """Pass the layout of packed documents to each layer, because meta tensors have no data to compute it from."""
     segments = None
     if position_ids is not None:
         segments = segments_of(None, position_ids, len(position_ids), position_ids.shape[1], continued=False)

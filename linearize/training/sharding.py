@@ -1,7 +1,7 @@
-"""A model's weights split among processes (FSDP2): each keeps its part of every tensor and, while a layer runs, has the
-whole of it. Gradients and what an optimizer keeps are split the same way.
+"""Shard a model's weights among processes (FSDP2): each process holds a part of every tensor, and gathers a layer's
+weights while the layer runs. Gradients and optimizer states are sharded the same way.
 
-What is written is whole and does not tell how it was split: any number of processes, splitting or not, goes on from it.
+Checkpoints are unsharded, so any number of processes, with or without sharding, can resume from them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 def check_shardable(recipe: Recipe) -> None:
     """Raises:
-    LinearizeError: there is one process only.
-    RecipeError: a stage does not go with splitting.
+    LinearizeError: there is only one process.
+    RecipeError: a stage does not support sharding.
     """
     if processes.count() == 1:
         raise LinearizeError("--shard: there is one process only; add --launch N")
@@ -50,14 +50,14 @@ def check_shardable(recipe: Recipe) -> None:
 
 @cache
 def mesh() -> DeviceMesh:
-    """All processes in a row; the first call has to be made by all of them."""
+    """The one-dimensional device mesh of all processes; all of them must make the first call."""
     return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),))
 
 
 def shard(model: Any) -> None:
-    """Splits the weights of `model` among all processes, layer by layer; they end up on the processes' devices.
+    """Shard the weights of `model` among all processes, layer by layer, on the processes' devices.
 
-    Each process has to have the same weights. What requires a gradient is not to be changed afterwards.
+    Each process must have the same weights. `requires_grad` must not be changed afterwards.
 
     Args:
         model: a pretrained or a converted model, also with adapters.
@@ -66,13 +66,13 @@ def shard(model: Any) -> None:
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in getattr(base, "attention_layers", ()):
-        # What is trained in a unit has to be of one dtype, and a mixer's own parameters are float32.
+        # The trained parameters of a unit need one dtype, and a mixer's own parameters are float32.
         if layer.mixer is not None and len({p.dtype for p in layer.parameters() if p.requires_grad}) > 1:
             fully_shard(layer.mixer, mesh=mesh())
     for block in base.get_submodule(family_of(getattr(base.config, "text_config", base.config)).blocks):
         fully_shard(block, mesh=mesh())
     fully_shard(model, mesh=mesh())
-    model._is_accelerate_prepared = True  # or accelerate would wrap it for DDP
+    model._is_accelerate_prepared = True  # otherwise accelerate wraps it for DDP
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -81,24 +81,24 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process has a part; every process has to ask."""
+    """The unsharded tensor; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, split as `like` is."""
+    """`tensor`, sharded as `like`."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.to_local().device), like.device_mesh, like.placements)
 
 
 def whole_state(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with whole tensors, on the CPU; every process has to ask."""
+    """An optimizer's state with unsharded tensors, on the CPU; all processes must call it."""
     return {key: _mapped(value) for key, value in state.items()}
 
 
 def split_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The way back, split as what `optimizer` trains is."""
+    """The inverse of `whole_state`: sharded as the parameters of `optimizer`."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     split = dict(state)
     split["state"] = {

@@ -17,7 +17,7 @@ _LISTED = 3
 
 
 def first_unsound(model: nn.Module, run_again: Callable[[], object]) -> str:
-    """The innermost module of `model` whose output is the first that is not finite, while `run_again` runs its forward
+    """The innermost module of `model` with the first output that is not finite, while `run_again` repeats the forward
     pass; "the loss itself" if there is none."""
     found: list[str] = []
 
@@ -28,7 +28,7 @@ def first_unsound(model: nn.Module, run_again: Callable[[], object]) -> str:
 
         return look
 
-    # Inner modules return before those around them, so the first to be seen is the innermost.
+    # Inner modules return before outer ones, so the first one found is the innermost.
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
@@ -51,7 +51,7 @@ def unsound_gradients(model: nn.Module) -> str:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients together, as clipping has it."""
+    """The norm of all gradients together, as in gradient clipping."""
     return whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 

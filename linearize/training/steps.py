@@ -1,7 +1,7 @@
-"""The optimizer steps of a stage: how many there are, and the rows that each one reads.
+"""The optimizer steps of a stage, and the rows of each step.
 
-Rows are shuffled anew for each epoch. The last step of an epoch may have fewer rows than the others. All processes know
-the whole plan, so no step needs a message between them to share its rows out.
+Rows are shuffled in each epoch. The last step of an epoch may have fewer rows. All processes compute the same plan, so
+splitting a step's rows needs no communication.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The teacher's place while its student trains: on the same device, in CPU memory, or on disk as stored
 log-probabilities.
 
-On disk are, for every token that counts, its k most likely next tokens: k int32 and k + 1 float16, 386 bytes at k = 64.
-They lie in shards under a key made of the teacher's weights, the rows, k and the temperature. A shard is written whole
-or not at all, so what was interrupted goes on, and another run on the same rows finds them.
+The files hold the k most likely next tokens of every position with loss: k int32 and k + 1 float16, 386 bytes at
+k = 64. The shards' folder is named by a hash of the teacher's weights, the rows, k and the temperature, so another run
+on the same rows reuses them. A shard is written atomically, so an interrupted run continues with the next one.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ if TYPE_CHECKING:
     from linearize.sources.source import Source
 
 FORMAT_VERSION = 2
-"""Part of the cache's key: raise it whenever the files come to hold something else."""
+"""Part of the cache's key: raise it when the format of the files changes."""
 
 _SHARD_ROWS = 256
-_SECONDS_BETWEEN_REPORTS = 5.0
 
 
 def wants_teacher(stage: Stage) -> bool:
@@ -59,9 +58,9 @@ class KeptLogits:
     """A teacher's most likely tokens for rows, on disk.
 
     Args:
-        folder: where the shards are; all of them.
-        rows: how many there are.
-        held: keeps the folder in the cache for as long as it lives.
+        folder: the folder of the shards.
+        rows: the number of rows.
+        held: a reference that keeps the folder in the cache.
     """
 
     def __init__(self, folder: Path, rows: int, held: object | None = None) -> None:
@@ -91,10 +90,10 @@ def keep_logits(
     batch: int,
     progress: Callable[[str], None],
 ) -> KeptLogits:
-    """Writes what `teacher` says to `rows`, where it is not there yet; `batch` rows at a time.
+    """Write the teacher's most likely tokens on `rows`, `batch` rows at a time; existing shards are kept.
 
     Raises:
-        OutputError: the disk has no room for it.
+        OutputError: the disk has not enough space.
     """
     key = json.dumps([FORMAT_VERSION, fingerprint(teacher), _digest(rows), top_k, temperature, _SHARD_ROWS])
     folder = cache_folder() / "teacher-logits" / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -120,12 +119,12 @@ def keep_logits(
     reported, began = time.monotonic(), time.monotonic()
     for done, number in enumerate(missing):
         path = _shard(folder, number)
-        with claimed(path, wait=True):  # another run may be writing the very same
+        with claimed(path, wait=True):  # another run may be writing the same shard
             if not path.is_file():
                 _write(path, teacher, rows[_part(starts[number])], top_k, temperature, batch)
                 cache.make_room(folder, progress)
         now = time.monotonic()
-        if now - reported > _SECONDS_BETWEEN_REPORTS or done + 1 == len(missing):
+        if now - reported > processes.seconds_between_lines() or done + 1 == len(missing):
             reported = now
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
             progress(f"teacher: top {top_k}, shard {done + 1:,} of {len(missing):,}, {left:,.0f} s left")
@@ -133,7 +132,7 @@ def keep_logits(
 
 
 def logits_of(teacher: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """A teacher's logits `[B, T, V]` on packed rows `[B, T]`; documents in a row are kept apart."""
+    """A teacher's logits `[B, T, V]` on packed rows `[B, T]`, without attention across documents."""
     apart = documents_apart(teacher, position_ids)
     logits: Tensor = teacher(input_ids=input_ids, position_ids=position_ids, **apart, use_cache=False).logits
     return logits
@@ -141,7 +140,7 @@ def logits_of(teacher: PreTrainedModel, input_ids: Tensor, position_ids: Tensor)
 
 @contextmanager
 def offloaded(teacher: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """`teacher` computes on `device`, and its weights stay in the CPU's memory but for the layer at hand."""
+    """Run `teacher` on `device` with its weights in CPU memory; each layer's weights are copied when it runs."""
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -159,8 +158,8 @@ class Teacher:
     """The pretrained model, loaded at its first use.
 
     Args:
-        source: None where no stage uses a teacher.
-        model: if it is loaded already; it is not released then.
+        source: None if no stage uses a teacher.
+        model: the model, if already loaded; it is then not released.
     """
 
     def __init__(self, source: Source | None, dtype: str, model: PreTrainedModel | None) -> None:
@@ -177,7 +176,7 @@ class Teacher:
     def serving(
         self, stage: Stage, rows: Rows, say: Callable[[str], None], *, shard: bool = False
     ) -> Iterator[PreTrainedModel | KeptLogits | None]:
-        """The teacher that a stage's trainer uses, in its recipe's place; None if the stage needs no teacher."""
+        """Provide the teacher of a stage at its `teacher_at`; None if the stage needs no teacher."""
         if not wants_teacher(stage):
             yield None
         elif stage.teacher_at == "disk" and stage.top_k is not None:

@@ -24,9 +24,9 @@ class Trackers:
     """Trackers of one stage's run.
 
     Attributes:
-        names: of `tensorboard`, `wandb` and `trackio`.
+        names: a subset of `tensorboard`, `wandb` and `trackio`.
         run: the run's name.
-        folder: of TensorBoard's files; the environment variable `TENSORBOARD_LOGGING_DIR` names another.
+        folder: the folder of TensorBoard's files; `TENSORBOARD_LOGGING_DIR` overrides it.
     """
 
     names: Sequence[str]
@@ -34,8 +34,7 @@ class Trackers:
     folder: str
 
     def start(self, accelerator: Accelerator) -> None:
-        """Begins the run. Nothing is published: a trackio run stays on this machine unless the user's environment says
-        otherwise."""
+        """Begin the run. A trackio run is local by default; only the user's environment can publish it."""
         named: dict[str, Any] = {name: {"name": self.run} for name in ("wandb", "trackio") if name in self.names}
         folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or self.folder)
         project = PROJECT if named else folder.name

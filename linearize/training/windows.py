@@ -1,5 +1,5 @@
-"""The tokens that windows read exactly, and window dropout, which hides a layer's window for a forward pass so that its
-recurrence has to answer."""
+"""The tokens that windows read exactly, and window dropout: a layer without its window for a forward pass, so that
+the output depends on the recurrence."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def exact_reach(mixer: Mixer) -> int:
-    """The number of first tokens of a row that a mixer reads without its recurrence."""
-    # The window in use: it may be hidden.
+    """The number of tokens at the start of a row that a mixer reads without its recurrence."""
+    # `mixer.window` is 1 while the window is hidden.
     return replace(mixer.config, window=mixer.window).exact_tokens if mixer.config.covers == "evicted" else 0
 
 
 def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:
-    """A line that says so where no document in `rows` is longer than the tokens that window and sinks read: every
-    recurrence gets a gradient of 0 then. None where one has something to learn."""
+    """A warning if no document in `rows` is longer than window and sinks, because every recurrence then gets a gradient
+    of 0; None otherwise."""
     mixers = [layer.mixer for layer in student.attention_layers if layer.mixer is not None]
     reaches = [exact_reach(mixer) for mixer in mixers if mixer.recurrence is not None]
     longest = int(rows.position_ids.max()) + 1
@@ -46,15 +46,15 @@ def nothing_to_recall(student: LinearizedForCausalLM, rows: Rows) -> str | None:
 def check_something_to_learn(
     student: LinearizedForCausalLM, rows: Rows, stage: Stage, *, adapters: bool, untrained: bool
 ) -> str | None:
-    """`nothing_to_recall`, unless a stage has nothing at all to learn.
+    """The warning of `nothing_to_recall`, or an error if a stage has nothing at all to learn.
 
     Args:
-        adapters: the recipe has some, so that a stage of `train: lora` has more than its mixers to train.
-        untrained: the student's weights are still its teacher's.
+        adapters: the recipe has adapters, so a stage of `train: lora` trains more than the mixers.
+        untrained: the student's weights equal the teacher's.
 
     Raises:
-        DataError: no token carries loss, or the stage trains its mixers alone, or by an objective that is 0 while the
-            student does as its teacher does.
+        DataError: no token carries loss, or every trained parameter has a gradient of 0: the stage trains only mixers,
+            or its objective is 0 because student and teacher are equal.
     """
     if set(stage.weights) != {"align"} and not bool((rows.labels != NO_LOSS).any()):
         raise DataError(
@@ -74,10 +74,10 @@ def check_something_to_learn(
 
 
 class WindowDropout:
-    """A context that hides windows anew for each forward pass; all windows are as before when it ends.
+    """A context that hides windows at random in each forward pass, and restores all windows at its end.
 
-    A hidden window holds its last token alone. The tokens that it would have held are in the state then, also with
-    `covers: evicted`, so the layer still has the whole past: sinks and state answer for it.
+    A hidden window holds one token. The other tokens go into the state, also with `covers: evicted`, so sinks and
+    state still cover the whole past.
 
     Args:
         share: probability that a layer's window is hidden, 0 to 1.
@@ -89,16 +89,16 @@ class WindowDropout:
         self.share = share
 
     def draw(self) -> None:
-        """Hides some windows until the next draw: a backward pass may run the layers again."""
+        """Hide windows until the next draw, because a backward pass may run the layers again."""
         if self.mixers:
-            # The CPU's generator, which checkpoints keep.
+            # The CPU's generator, because checkpoints save its state.
             hidden = (torch.rand(len(self.mixers)) < self.share).tolist()
             for (mixer, window), hides in zip(self.mixers, hidden, strict=True):
                 mixer.window = 1 if hides else window
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """All windows as configured within the block, and as drawn after it."""
+        """Show all windows within the block, and hide the drawn ones again after it."""
         drawn = [mixer.window for mixer, _ in self.mixers]
         self._set([window for _, window in self.mixers])
         try:

@@ -1,4 +1,4 @@
-"""The folder beside a run's output where its checkpoints are, so that it can be resumed."""
+"""The work folder beside a run's output: its checkpoints, recipe and metrics, for resuming."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _LISTED = 5
 
 @contextlib.contextmanager
 def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
-    """`work_folder`, kept by the first of several processes for all of them.
+    """`work_folder` for several processes: the first one makes and removes it.
 
     Raises:
-        OutputError: as `work_folder`, in the first.
+        OutputError: as `work_folder`, in the first process.
     """
     if processes.is_first():
         with work_folder(target, recipe, resume=resume) as work:
@@ -43,7 +43,7 @@ def shared_work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterato
 
 
 def is_resumable(target: Path, recipe: Recipe) -> bool:
-    """True if an interrupted run of this recipe lies beside `target`."""
+    """True if `target` has an interrupted run of this recipe."""
     kept = _work(target) / "recipe.yaml"
     return kept.is_file() and load_recipe(str(kept)) == recipe
 
@@ -51,11 +51,11 @@ def is_resumable(target: Path, recipe: Recipe) -> bool:
 def recipe_to_resume(
     target: Path, given: Recipe | None, overrides: Sequence[str], *, name: str | None, say: Callable[[str], None]
 ) -> Recipe:
-    """The recipe of the unfinished run beside `target`, or `given` where there is none.
+    """The recipe of the unfinished run beside `target`; `given` without such a run.
 
     Args:
-        given: the recipe `name` with `overrides` laid over it; None if the command names no recipe.
-        say: gets a line where the two recipes differ.
+        given: the recipe `name` with `overrides`; None if the command names no recipe.
+        say: called with a line if the two recipes differ.
 
     Raises:
         OutputError: `overrides` change the run's recipe, or there is neither such a run nor `given`.
@@ -77,7 +77,7 @@ def recipe_to_resume(
 
 
 def finished_stages(target: Path) -> list[dict[str, Any]]:
-    """The stages of the finished run that wrote `target`; empty where there is none, or an unfinished one beside it."""
+    """The stage records of the finished run that wrote `target`; empty if there is none, or if a run is unfinished."""
     try:
         stages = json.loads((target / "linearize.json").read_text(encoding="utf-8"))["stages"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -101,18 +101,18 @@ def _listed(keys: list[str]) -> str:
 
 
 def _work(target: Path) -> Path:
-    target = Path(os.path.abspath(target))  # "." has no name
+    target = Path(os.path.abspath(target))  # because "." has no name
     return target.with_name(f"{target.name}{WORK}")
 
 
 @contextlib.contextmanager
 def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
-    """The folder beside `target` where a run keeps its checkpoints; it goes when the run is done.
+    """Make the folder beside `target` for a run's checkpoints, and remove it when the run is done.
 
-    If the run fails it stays for `resume`, unless there is no checkpoint in it yet.
+    If the run fails and has a checkpoint, the folder stays for `resume`.
 
     Raises:
-        OutputError: an unfinished run is there and `resume` is not set, or the other way round, or of another recipe.
+        OutputError: an unfinished run exists without `resume`, or none exists with it, or it has another recipe.
     """
     with claimed(target):
         yield from _working(_work(target), recipe, resume)
@@ -121,7 +121,7 @@ def work_folder(target: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]
 def _working(work: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
     kept = work / "recipe.yaml"
     if not resume and kept.is_file() and not any(work.glob(_CHECKPOINT)):
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed before it had anything to keep
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed before its first checkpoint
     if not resume:
         if work.exists():
             raise OutputError(f"{work}: an unfinished run is there; pass --resume to go on, or remove the folder")
@@ -131,7 +131,7 @@ def _working(work: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
         raise OutputError(f"{kept}: the unfinished run has another recipe; resume it with that one")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        if not resume:  # or another process may be reading it
+        if not resume:  # with `resume`, another process may be reading it
             kept.write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{work}: cannot be written: {(error.strerror or str(error)).lower()}") from error

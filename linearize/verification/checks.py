@@ -244,7 +244,7 @@ class Kind:
     """A kind of check.
 
     Attributes:
-        proves: one sentence.
+        holds: the property that it checks, as a sentence.
         measure: returns the worst relative error and a detail for the report.
         exact: True if only an error of 0 passes.
         least_tolerance: lower bound of the tolerance.
@@ -252,7 +252,7 @@ class Kind:
             `Subject.alone`, because that is cached.
     """
 
-    proves: str
+    holds: str
     measure: Callable[[Subject], tuple[float, str]]
     exact: bool = False
     least_tolerance: float = 0.0
@@ -261,22 +261,20 @@ class Kind:
 
 KINDS = {
     "reload": Kind(
-        "Loaded again, it has the same weights, which are those of its files, and the same logits.",
+        "Two loads give equal logits, and equal weights, which are those of the files.",
         _reload,
         exact=True,
         as_loaded=True,
     ),
-    "decode": Kind("Token by token, it says what one parallel forward says.", _worst(_decode)),
-    "chunks": Kind("A text read in chunks of any sizes is the text read at once.", _worst(_chunks)),
-    "pads": Kind("Pads on either side, also where a cache goes on, change nothing.", _worst(_pads)),
-    "packing": Kind("Documents packed into a row do not see each other.", _worst(_packing)),
-    "batch": Kind("A row depends neither on its neighbours nor on its place in the batch.", _worst(_batch)),
-    "reorder": Kind("Rows of a cache that are reordered, copied or selected go on as they were.", _worst(_reorder)),
-    "state": Kind("A state saved to a file and loaded goes on as if nothing had happened.", _state, exact=True),
-    "memory": Kind("Memory does not grow with the text, save where softmax was kept.", _memory, exact=True),
+    "decode": Kind("Decoding token by token gives the logits of one parallel forward.", _worst(_decode)),
+    "chunks": Kind("Reading a text in chunks of any sizes gives the logits of reading it at once.", _worst(_chunks)),
+    "pads": Kind("Pads on either side change no logits, also when a cache is continued.", _worst(_pads)),
+    "packing": Kind("Documents packed into a row do not attend to each other.", _worst(_packing)),
+    "batch": Kind("The logits of a row do not depend on other rows or on its place in the batch.", _worst(_batch)),
+    "reorder": Kind("Reordering, copying or selecting rows of a cache does not change their logits.", _worst(_reorder)),
+    "state": Kind("A state saved to a file and loaded continues with equal logits.", _state, exact=True),
+    "memory": Kind("Memory does not grow with the text, except where softmax is kept.", _memory, exact=True),
     # A few of thousands of random tokens amplify rounding a hundredfold; one lost token has a larger effect.
-    "drift": Kind(
-        "Over a long text single steps do not drift away from the parallel form.", _drift, least_tolerance=1e-3
-    ),
+    "drift": Kind("Single steps over a long text do not drift from the parallel form.", _drift, least_tolerance=1e-3),
 }
 """Name -> check, in the order of execution."""

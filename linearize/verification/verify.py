@@ -33,14 +33,14 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name, proves: the check's name, and the property as a sentence.
+        name, holds: the check's name, and the property that it checks, as a sentence.
         error: the worst relative error, max |a - b| / max |b|; infinite for values that are not finite or an exception.
         tolerance: the maximum error that passes; 0 for bitwise equality.
         detail: a remark; for an exception its first line.
     """
 
     name: str
-    proves: str
+    holds: str
     error: float
     tolerance: float
     detail: str
@@ -143,7 +143,7 @@ def _check(subject: Subject, name: str) -> Check:
         first = next(iter(str(exception).strip().splitlines()), "")
         error, detail = math.inf, f"{type(exception).__name__}: {first}"
     allowed = 0.0 if kind.exact else max(subject.tolerance, kind.least_tolerance)
-    return Check(name, kind.proves, error, allowed, detail)
+    return Check(name, kind.holds, error, allowed, detail)
 
 
 def _tolerance(distance: float, floor: float) -> float:

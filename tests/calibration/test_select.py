@@ -118,7 +118,7 @@ def chosen(tiny_folder, four_layers, data_folder):
     def choose(*changes, text=play):
         source, settings = find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", *changes])
         settings = settings.model_copy(update={"calibrate": CalibrateSpec(source=text.source, field=text.field)})
-        found, probe, why = select(source, settings, four_layers(), load_tokenizer(source), say=lambda line: None)
+        found, probe, why, _ = select(source, settings, four_layers(), load_tokenizer(source), say=lambda line: None)
         return found.mixer, probe, why
 
     return choose

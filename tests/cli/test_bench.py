@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -41,7 +43,26 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     assert plots == [
         "decode-cache-bytes.svg", "decode-tokens-per-second.svg", "overview.svg", "prefill-tokens-per-second.svg",
     ]  # fmt: skip
+    page = (report / "report.md").read_text()
+    assert "## Writing" in page and "## Reading" in page and "model, batch 3: reads faster than the teacher" in page
+    assert "The table scrolls sideways" in (report / "report.html").read_text()
     assert outcome("bench", converted, "--lengths", "32", *QUICK, "-o", report)[0] == 1  # it exists
+
+
+@pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_was_measured_is_kept_when_it_is_stopped(outcome, converted, tmp_path, monkeypatch, number, exit_status):
+    monkeypatch.setattr("linearize.benchmark.bench.prefill", lambda *_, **__: os.kill(os.getpid(), number))
+    report = tmp_path / "report"
+    status, text, words = outcome("bench", converted, "--lengths", "32,64", *QUICK, "-o", report)
+    assert status == exit_status and "writing" in text and f"by {number.name}" in text
+    assert words.splitlines()[-1] == f"interrupted: what was measured is in {report / 'report.html'}"
+    facts = json.loads((report / "bench.json").read_text())
+    assert {(row["kind"], row["tokens"]) for row in facts["rows"]} == {("decode", 32), ("decode", 64)}
+    assert f"by {number.name}" in (report / "report.md").read_text()
+    monkeypatch.setattr("linearize.benchmark.bench.decode", lambda *_, **__: os.kill(os.getpid(), number))
+    other = tmp_path / "other"
+    status, text, _ = outcome("bench", converted, "--lengths", "32", *QUICK, "-o", other)
+    assert status == exit_status and not text and not other.exists()  # nothing was measured
 
 
 def test_a_pretrained_model_and_a_configuration_are_converted_in_memory(outcome, tiny_folder):

@@ -15,6 +15,7 @@ import pytest
 
 from linearize.checkpoint.provenance import checkpoint_digest
 from linearize.cli.app import COMMANDS
+from linearize.recipe import load_recipe
 from linearize.sources.source import find_source
 from tests.conftest import random_llama
 
@@ -97,6 +98,7 @@ def test_recipes_are_listed_with_what_they_cost_a_model(outcome, tiny_folder):
     assert status == 0
     line = next(line for line in text.splitlines() if line.startswith("kda "))
     assert re.search(r" kB  +[0-9.]+ k FLOPs  +KDA: ", line)
+    assert text.splitlines()[0].split("  ")[0] == "RECIPE" and "MEMORY OF A SEQUENCE" in text.splitlines()[0]
     rows = {row["name"]: row for row in json.loads(outcome("recipes", "ls", "--model", tiny_folder, "--json")[1])}
     facts = json.loads(outcome("inspect", tiny_folder, "-r", "liger-gsa", "--json")[1])
     assert rows["liger-gsa"]["state_parts"] == facts["state_parts"] and rows["liger-gsa"]["flops"] == facts["flops"]
@@ -187,15 +189,22 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     divergence = next(row for row in report["metrics"] if row["metric"] == "kl")["values"]
     assert divergence["teacher"]["value"] < 1e-6 < divergence["window"]["value"]
 
-    status, text, words = outcome("run", "demo", "-o", tmp_path / "run", *settings(f"model={tiny_folder}"), "--json")
+    defaults = load_recipe("demo").evaluate.baselines
+    assert defaults == ["teacher", "window_bytes", "no_recurrence"]
+    chosen = settings(f"model={tiny_folder}", f"evaluate.baselines=[window,{','.join(defaults)}]")
+    status, text, words = outcome("run", "demo", "-o", tmp_path / "run", *chosen, "--json")
     assert status == 0, words
-    assert json.loads(text)["systems"] == ["teacher", "window", "converted", "finetuned"]
+    systems = ["teacher", "window", "window_bytes", "no_recurrence", "converted", "finetuned"]
+    assert (
+        json.loads(text)["systems"] == systems and f"evaluating finetuned ({len(systems)} of {len(systems)})" in words
+    )
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "converted", "finetuned", "report.json", "report.md", "report.html", "results.json", "memory.svg",
     }  # fmt: skip
     told = json.loads((tmp_path / "run" / "results.json").read_text())
     sizes = {system["name"]: system["state_bytes"] for system in told["systems"]}
-    assert sizes["teacher"] == 0 < sizes["window"] < sizes["converted"] == sizes["finetuned"]
+    assert sizes["teacher"] == 0 < sizes["window"] < sizes["window_bytes"] <= sizes["converted"]
+    assert sizes["converted"] == sizes["finetuned"] == sizes["no_recurrence"]
     marks = {system["name"]: system["checkpoint"] for system in told["systems"] if system["dtype"]}
     assert marks == {
         name: checkpoint_digest(find_source(str(tmp_path / "run" / name))) for name in ("converted", "finetuned")
@@ -205,7 +214,10 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     rows = {
         row["metric"]: row["values"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]
     }
-    assert rows["loss"]["converted"]["value"] == pytest.approx(rows["loss"]["window"]["value"], rel=1e-5)
+    losses = {name: cell["value"] for name, cell in rows["loss"].items()}
+    assert losses["converted"] == pytest.approx(losses["window"], rel=1e-5)
+    assert losses["no_recurrence"] != losses["finetuned"] != losses["converted"]
+    assert "With its recurrence off" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_prompt_without_tokens_is_told(outcome, tmp_path):
@@ -228,7 +240,9 @@ def test_help_is_quick_to_import_and_has_examples():
 BEFORE_TORCH = """
 import sys
 from linearize.cli.app import run
+from linearize.evaluation.tasks import index
 
+index._read = dict  # none of lm-eval's names, which take half a minute to read
 for line in sys.stdin.read().splitlines():
     status = run(line.split("|"))
     loaded = sorted({"torch", "transformers"} & set(sys.modules))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,13 +19,20 @@ from ..evaluation.results_kit import accuracy, answers, results
 from ..evaluation.test_report_pages import check_page
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reports")
     digests = {name: name for name in ("piqa", "arc_easy", "books", "needle", "held-out")}
-    write_report(results(digests=digests), tmp_path / "before")
+    write_report(results(digests=digests), folder / "before")
     better = results(digests=digests)
     better.scores["model"] = SystemScores([accuracy("piqa", answers(29, 40))])
-    write_report(better, tmp_path / "after")
+    write_report(better, folder / "after")
+    return folder
+
+
+@pytest.fixture
+def folders(written: Path, tmp_path: Path) -> tuple[Path, Path]:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     return tmp_path / "before", tmp_path / "after"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from linearize.cli.app import run
 from linearize.cli.console import print_json
-from linearize.recipe import load_recipe, parse_recipe, recipe_path
+from linearize.recipe import load_recipe, parse_recipe, recipe_path, shipped_recipes
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +21,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes", "ls"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["RECIPE", "DESCRIPTION"]
+    names = [line.split()[0] for line in lines]
     assert run(["recipes", "ls", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in listed] == names
@@ -70,3 +74,32 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": [float("nan"), 1.0, (float("inf"),)]})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0, [None]]}
+
+
+def test_check_shows_every_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text("mixer: {windw: 3}\nseed: one\n")
+    assert run(["recipes", "check", "x.yaml"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2] for line in lines] == ["mixer.windw", "seed"]
+    assert run(["recipes", "check", "x.yaml", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["errors"]) == 2
+
+
+def test_the_schema_knows_every_key_of_the_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+
+    def check(value: object, kind: dict[str, Any]) -> None:
+        kinds = [kind, *kind.get("anyOf", [])]
+        kinds += [schema["$defs"][one["$ref"].rsplit("/", 1)[1]] for one in kinds if "$ref" in one]
+        if isinstance(value, dict) and any("properties" in one for one in kinds):
+            properties = next(one["properties"] for one in kinds if "properties" in one)
+            for key, part in value.items():
+                check(part, properties[key])
+        if isinstance(value, list):
+            items = next((one["items"] for one in kinds if "items" in one), {})
+            for part in value:
+                check(part, items)
+
+    for recipe in shipped_recipes():
+        check(yaml.safe_load(recipe.path.read_text(encoding="utf-8")), schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,11 +65,21 @@ def test_landmarks_of_each_layer():
     assert {i: section.landmarks for section in mixed for i in section.layers} == {0: 0, 1: 24}
 
 
+def test_a_layer_that_stays_the_pretrained_one_stores_its_window_as_before():
+    (section,) = mixers_for(spec("mixer.memory_dtype=int8", "mixer.window=1000"), [SLIDING, FULL])
+    assert section.fitted(SLIDING).memory_dtype == "auto" and section.fitted(FULL).memory_dtype == "int8"
+
+
 @pytest.mark.parametrize(
     ("layers", "changes", "told"),
     [
         ([FULL, FULL], ["mixer.landmark_layers={2: 9}"], "mixer.landmark_layers: there is no layer 2; the model has 0"),
         ([FULL], ["mixer.landmarks=8", "mixer.covers=all"], "mixer: landmarks need covers: evicted"),
+        (
+            [replace(FULL, value_width=7)],
+            ["mixer.landmarks=8", "mixer.memory_dtype=int4"],
+            "mixer: 4 bits need heads of an even width, and this one's is 7",
+        ),
         ([SLIDING] * 2, ["mixer.landmarks=8"], "mixer.landmarks: all layers of this model have sliding windows of"),
         ([SLIDING] * 2, ["mixer.landmark_layers={0: 0, 1: 8}"], "mixer.landmark_layers: layer 1 has a sliding window"),
         ([SLIDING, FULL], ["mixer.landmark_layers={0: 8}"], "mixer.landmark_layers: layer 0 has a sliding window"),

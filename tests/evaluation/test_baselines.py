@@ -65,6 +65,15 @@ def test_the_wide_window_has_the_bytes_of_the_whole_memory() -> None:
     assert all(attention.mixer and attention.mixer.recurrence is None for attention in attentions(baseline))
 
 
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_the_wide_window_is_stored_as_the_model_is(stored: Any) -> None:
+    model = converted(MixerSpec(window=16, sinks=2, landmarks=32, memory_dtype=stored))
+    wide = equal_bytes(model.config.text_config, model.config.mixers, torch.float32)
+    baseline = window_baseline(teacher(), wide)
+    token = 4 * 2 * (16 + 2)  # keys and values of four heads in 8 bits, with a scale each
+    assert state_nbytes(model) - 2 * token < state_nbytes(baseline) <= state_nbytes(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recurrence", ["gla", "gated_deltanet", "gsa", "mingru"])
 def test_bytes_are_equal_up_to_one_token(recurrence: str, dtype: torch.dtype) -> None:

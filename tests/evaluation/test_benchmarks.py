@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.cli.app import run as command
+from linearize.conversion.swap import convert_model
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.evaluation.tasks import index
 from linearize.evaluation.tasks.suites import BENCHMARKS, SuiteOptions, build_suites, choose_tasks, list_tasks
 from linearize.evaluation.tasks.task import TaskScore
+from linearize.evaluation.tasks.tasks import task_definitions
+from linearize.recipe import MixerSpec
 
 from . import data_folder, tiny_model_folder
+from .test_tasks import STOCK
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
 
@@ -113,6 +121,87 @@ def assert_equal_to_lm_eval(
     assert (unpaired.items, unpaired.stderr, unpaired.n) == ([], None, 12)
 
 
+LIMIT = 20
+
+
+@pytest.fixture(scope="module")
+def benchmarks(include: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML tasks with lm-eval's piqa and arc_easy, whose first `LIMIT` items are in local files."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for path in include.iterdir():
+        if path.is_file():
+            (folder / path.name).write_text(path.read_text())
+    for name in ("piqa", "arc_easy"):
+        config = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
+        local = data_folder() / task_definitions()[name].local.path
+        lines = local.read_text(encoding="utf-8").splitlines(keepends=True)[:LIMIT]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        split = "test" if config.get("test_split") else "validation"
+        config = {key: value for key, value in config.items() if not key.endswith("_split") and key != "tag"}
+        files = {"data_files": {split: str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")}
+        config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, f"{split}_split": split}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.check
+def test_the_command_equals_lm_evals(benchmarks: Path, tmp_path: Path) -> None:
+    for folder in (tiny_model_folder(), converted_folder(tiny_model_folder(), tmp_path)):
+        assert_the_command_equals_lm_evals(folder, benchmarks, tmp_path / f"report-{folder.name}")
+
+
+@pytest.mark.slow
+def test_the_command_on_a_real_model_equals_lm_evals(smollm2_path: Path, benchmarks: Path, tmp_path: Path) -> None:
+    for folder in (smollm2_path, converted_folder(smollm2_path, tmp_path)):
+        assert_the_command_equals_lm_evals(folder, benchmarks, tmp_path / f"report-{folder.name}")
+
+
+def converted_folder(teacher: Path, folder: Path) -> Path:
+    chosen = ["--set", "mixer.window=16", "--set", "dtype=float32"]
+    assert command(["convert", str(teacher), "-o", str(folder / "converted"), *chosen]) == 0
+    return folder / "converted"
+
+
+def assert_the_command_equals_lm_evals(folder: Path, include: Path, report: Path) -> None:
+    """`linearize eval` against `lm_eval --model hf` and `--model linearize` on one checkpoint, item by item."""
+    from lm_eval.__main__ import cli_evaluate
+
+    names = "piqa,arc_easy,gsm8k,ifeval"
+    line = ["eval", str(folder), "--tasks", names, "--include-path", str(include), "--limit", str(LIMIT)]
+    more = ["--baseline", "none", "--dtype", "float32", "--batch-size", "4", "--fresh", "--report", str(report)]
+    assert command([*line, *more]) == 0
+    measured = json.loads((report / "results.json").read_text())["tasks"]
+    found = {(one["task"], one["metric"]): next(iter(one["systems"].values())) for one in measured}
+    assert {task for task, _ in found} == set(names.split(","))
+    for kind in ("hf", "linearize"):
+        out = report / kind
+        arguments = f"pretrained={folder},dtype=float32,softmax_dtype=float32,trust_remote_code=True"
+        settings = ["--device", "cpu", "--batch_size", "4", "--log_samples", "--output_path", str(out)]
+        line = [
+            "--model", kind, "--model_args", arguments, "--tasks", names, "--include_path", str(include),
+            "--limit", str(LIMIT), *settings,
+        ]  # fmt: skip
+        if kind == "linearize":
+            subprocess.run([sys.executable, "-m", "linearize.evaluation.tasks.lm", *line], check=True)
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["lm_eval", *line])
+                cli_evaluate()
+        for (task, metric), score in found.items():
+            name, _, kept = metric.partition(",")
+            (file,) = out.rglob(f"samples_{task}_*.jsonl")
+            samples = [json.loads(line) for line in file.read_text().splitlines()]
+            theirs = {one["doc_id"]: one[name] for one in samples if one["filter"] == (kept or "none")}
+            (results,) = out.rglob("results_*.json")
+            value = json.loads(results.read_text())["results"][task][f"{name},{kept or 'none'}"]
+            assert score["value"] == pytest.approx(value, abs=1e-12), (kind, task, metric)
+            if score["items"]:
+                assert score["items"] == [float(theirs[index]) for index in sorted(theirs)], (kind, task, metric)
+
+
 def test_answers_of_texts_are_those_of_lm_eval(model: Any, tokenizer: Any, include: Path) -> None:
     options = SuiteOptions(include=include)
     (task,) = build_suites(choose_tasks(["animals_write"], include=include), tokenizer, options)
@@ -123,6 +212,29 @@ def test_answers_of_texts_are_those_of_lm_eval(model: Any, tokenizer: Any, inclu
         # The very prompt, with the very solved examples, and the very text.
         assert answer.arguments == sample["arguments"]
         assert answer.responses == sample["filtered_resps"]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_long_prompts_are_read_in_pieces_and_few_together(
+    converted: bool, model: Any, tokenizer: Any, include: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linearize.evaluation.tasks import lm
+
+    reader = convert_model(copy.deepcopy(model), MixerSpec(window=16)).eval() if converted else model
+    (task,) = build_suites(choose_tasks(["animals_write"], include=include), tokenizer, SuiteOptions(include=include))
+    expected = task.answers(reader, tokenizer, range(6), 6)  # type: ignore[attr-defined]
+    generate, sizes = reader.generate, list[tuple[int, int | None]]()
+
+    def watched(**options: Any) -> Any:
+        sizes.append((len(options["input_ids"]), options.get("prefill_chunk_size")))
+        return generate(**options)
+
+    monkeypatch.setattr(reader, "generate", watched)
+    monkeypatch.setattr(lm, "PROMPTS", 2 * max(len(tokenizer(one.arguments[0][0]).input_ids) for one in expected))
+    monkeypatch.setattr(lm, "prefill_chunk", lambda device, rows: 7)
+    found = task.answers(reader, tokenizer, range(6), 6)  # type: ignore[attr-defined]
+    assert sizes == [(2, 7)] * 3
+    assert [one.responses for one in found] == [one.responses for one in expected]
 
 
 def test_groups_tags_and_perplexities(model: Any, tokenizer: Any, include: Path) -> None:
@@ -174,6 +286,12 @@ def test_what_is_refused(model: Any, tokenizer: Any, include: Path, tmp_path: Pa
     with pytest.raises(DataError, match=r"task animals_write: cannot be loaded \(FileNotFoundError") as caught:
         scores(model, tokenizer, ["animals_write"], tmp_path)
     assert "\n" not in str(caught.value)
+    (tmp_path / "long.yaml").write_text((include / "ifeval.yaml").read_text())
+    (tmp_path / "orders.py").write_text("import no_such_package")
+    with pytest.raises(
+        DataError, match="task ifeval: needs the Python package no_such_package, which is not installed"
+    ):
+        scores(model, tokenizer, ["ifeval"], tmp_path)
     with pytest.raises(DataError, match="solved examples were asked for"):
         build_suites({"core": ["piqa"]}, tokenizer, SuiteOptions(data=data_folder(), num_fewshot=2))
 
@@ -184,7 +302,7 @@ def test_from_the_command_line(include: Path, tmp_path: Path, capfd: pytest.Capt
     out, words = capfd.readouterr()
     found = json.loads(out)
     assert found["limit"] == 0.5 and found["items"]["animals_write"] == {"n": 6, "of": 12}
-    assert words.rstrip().endswith(f"wrote {tmp_path / 'report' / 'report.html'}")
+    assert words.rstrip().endswith(f"report: {tmp_path / 'report' / 'report.html'}")
     assert "50 % of each task" in (tmp_path / "report" / "report.md").read_text()
     assert command(["eval", "--list", "animals_w*", "--include-path", str(include), "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == [{"name": "animals_write", "kind": "task", "about": ""}]

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from linearize.conversion.swap import convert_model
 from linearize.errors import DataError, ModelError
-from linearize.evaluation.tasks import fewshot, reading
+from linearize.evaluation.tasks import fewshot, hidden, reading
 from linearize.evaluation.tasks.excerpts import PAGES, page_prompts
 from linearize.evaluation.tasks.fewshot import FewShot, is_right, questions
 from linearize.evaluation.tasks.generation_suite import generation_tasks, repeated
@@ -125,11 +125,14 @@ def test_pieces_are_one_forward_pass(tiny: Any, monkeypatch: pytest.MonkeyPatch)
     for model in (tiny, convert_model(copy.deepcopy(tiny), MixerSpec(window=8)).eval()):
         with torch.no_grad():
             whole = model(ids).logits
-            monkeypatch.setattr(reading, "_LOGITS", 1)
-            monkeypatch.setattr(reading, "_SHORTEST", 7)
+            monkeypatch.setattr(hidden, "TOKENS", 1)
+            monkeypatch.setattr(hidden, "_SHORTEST", 7)
+            monkeypatch.setattr(hidden, "LOGITS", 2 * 5 * model.config.get_text_config().vocab_size)
             for first in (0, 20):
                 found = list(reading.pieces(model, ids, first))
-                assert [start for start, _ in found] == list(range(first, 150, 7))
+                sizes = [logits.shape[1] for _, logits in found]
+                assert [start for start, _ in found] == [first + sum(sizes[:at]) for at in range(len(found))]
+                assert max(sizes) == 5
                 joined = torch.cat([logits for _, logits in found], 1)
                 torch.testing.assert_close(joined, whole[:, first:], rtol=1e-4, atol=1e-4)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from linearize.errors import DataError, ModelError
 from linearize.evaluation import heldout
-from linearize.evaluation.heldout import paired_difference, score_rows
+from linearize.evaluation.heldout import HeldOut, paired_difference, row_scores, score_rows
+from linearize.evaluation.runner import run
+from linearize.evaluation.store import Store
+from linearize.evaluation.tasks import hidden
+from linearize.evaluation.tasks.task import draw
 
 from . import tiny_model_folder
 
@@ -41,7 +48,7 @@ def rows() -> dict[str, torch.Tensor]:
 
 def test_scores_equal_plain_arithmetic(rows: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model, teacher = random_model(0), random_model(1)
-    monkeypatch.setattr(heldout, "CHUNK_POSITIONS", 37)  # so that chunks end inside rows
+    monkeypatch.setattr(hidden, "LOGITS", 37 * 97)  # so that slices end inside rows
     scores = score_rows(model, rows, teacher=teacher, batch_size=2)
     assert model.training
     assert teacher.training
@@ -91,11 +98,25 @@ def random_falcon() -> FalconForCausalLM:
     return FalconForCausalLM(config).eval()
 
 
-def test_a_limit_draws_some_rows_and_more_of_them_contain_these(rows: dict[str, torch.Tensor]) -> None:
-    few, more, all_of_them = (heldout.drawn_rows(rows, limit, 0)["input_ids"].tolist() for limit in (2, 4, None))
-    assert len(few) == 2 and len(more) == 4 and all(row in more for row in few)
-    assert all_of_them == rows["input_ids"].tolist()
-    assert heldout.drawn_rows(rows, 2, 1)["labels"].shape == (2, 63)
+def test_rows_are_a_task_whose_results_are_kept(rows: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    model, teacher, tokenizer = random_model(0), random_model(1), AutoTokenizer.from_pretrained(tiny_model_folder())
+    task = HeldOut(rows, teacher)
+
+    def scored(**options: Any) -> heldout.RowScores:
+        return row_scores(run({"it": lambda: model}, [task], tokenizer, store=Store(tmp_path), **options)["it"])
+
+    few, whole = scored(limit=2), score_rows(model, rows, teacher=teacher)
+    chosen = draw("held_out", 5, 2, 0)
+    assert torch.equal(few.tokens, whole.tokens[chosen])
+    found = scored()
+    for name in ("loss", "kl", "agreement", "tokens"):
+        assert torch.allclose(getattr(found, name), getattr(whole, name), rtol=1e-6)
+        assert torch.equal(getattr(found, name)[chosen], getattr(few, name))
+    lines = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines() if line]
+    assert sorted(line["item"] for line in lines if "item" in line) == list(range(5))  # two of them from the first call
+    assert task.digest != HeldOut(rows, None).digest
+    alone = run({"it": lambda: model}, [HeldOut(rows, None)], tokenizer)["it"]
+    assert row_scores(alone).kl is None and torch.allclose(row_scores(alone).loss, whole.loss)
 
 
 @pytest.mark.parametrize("falcon", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from linearize.evaluation.tasks import prefix
+from linearize.evaluation.tasks import hidden, prefix
 from linearize.evaluation.tasks.loading import lm_eval_tasks
 from linearize.evaluation.tasks.prefix import Query, common_length, log_likelihoods, plan
 from linearize.model import LinearizedForCausalLM, MixerConfig
@@ -101,26 +100,22 @@ def test_shared_equals_one_by_one(name: str, batch_size: int) -> None:
 
 
 @torch.inference_mode()
-def test_logits_of_few_positions_exist_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, sizes = prefix._forward, []
-
-    def watched(model: Any, columns: list[int], **inputs: Any) -> tuple[torch.Tensor, Any]:
-        sizes.append((len(inputs["input_ids"]), len(columns)))
-        return forward(model, columns, **inputs)
-
-    monkeypatch.setattr(prefix, "_forward", watched)
-    monkeypatch.setattr(prefix, "_MOST_LOGITS", 24 * VOCABULARY)
-    monkeypatch.setattr(prefix, "_CHUNK", 2)
+def test_few_tokens_and_few_logits_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden, "TOKENS", 24)
+    monkeypatch.setattr(hidden, "_SHORTEST", 5)
+    monkeypatch.setattr(hidden, "LOGITS", 3 * VOCABULARY)
     draw = random.Random(1)  # noqa: S311
-    texts = [tuple(draw.randrange(3, VOCABULARY) for _ in range(length)) for length in (40, 30, 12, 11, 10, 5, 4, 3)]
-    queries = [Query(text[:-1], text[1:]) for text in texts]
-    model = next(iter(MODELS.values()))()
-    found = log_likelihoods(model, queries, batch_size=4, max_length=MAX_LENGTH)
-    assert [rows for rows, _ in sizes] == [2, 2, 2]  # the two longest are read in pieces
-    assert all(rows * columns <= 24 for rows, columns in sizes)
-    for (nats, greedy), (expected, is_greedy) in zip(found, one_by_one(model, queries), strict=True):
-        assert nats == pytest.approx(expected, rel=2e-5)
-        assert greedy == is_greedy
+    texts = [tuple(draw.randrange(3, VOCABULARY) for _ in range(length)) for length in (100, 40, 12, 11, 10, 5, 4)]
+    queries = [Query(text[:-1], text[1:]) for text in texts] + questions(3)
+    for name in ("llama", "mistral, window 9", "converted"):
+        model, read, made = MODELS[name](), list[int](), list[int]()
+        model.model.embed_tokens.register_forward_hook(lambda _, __, out, to=read: to.append(out[..., 0].numel()))
+        model.lm_head.register_forward_hook(lambda _, __, logits, to=made: to.append(logits[..., 0].numel()))
+        found = log_likelihoods(model, queries, batch_size=4, max_length=MAX_LENGTH)
+        assert max(read) <= 24 and max(made) <= 4
+        for (nats, greedy), (expected, is_greedy) in zip(found, one_by_one(model, queries), strict=True):
+            assert nats == pytest.approx(expected, rel=2e-5)
+            assert greedy == is_greedy
 
 
 def test_the_plan_reads_what_is_shared_once() -> None:
@@ -158,25 +153,6 @@ def test_a_cache_that_cannot_be_copied_shares_nothing(monkeypatch: pytest.Monkey
     for (nats, greedy), (expected, is_greedy) in zip(found, one_by_one(model, queries), strict=True):
         assert nats == pytest.approx(expected, rel=2e-5)
         assert greedy == is_greedy
-
-
-@pytest.mark.parametrize("share", [True, False])
-@torch.inference_mode()
-def test_logits_of_a_large_vocabulary_take_a_quarter_of_a_gigabyte(share: bool) -> None:
-    """A page of 1,000 tokens, and questions with one beginning, of a vocabulary of 152,000."""
-    vocabulary, sizes = 152_000, []
-    model = teacher("llama", vocab_size=vocabulary, hidden_size=4, head_dim=2, max_position_embeddings=1024)
-    model.lm_head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel() * logits.element_size()))
-    draw = random.Random(1)  # noqa: S311
-    page = tuple(draw.randrange(3, vocabulary) for _ in range(1000))
-    queries = [Query(page[:-1], page[1:])]
-    queries += [Query((*page[:80], *page[at : at + 99]), page[at : at + 100]) for at in range(100, 900, 100)]
-    found = log_likelihoods(model, queries, batch_size=8, max_length=1024, share=share)
-    assert max(sizes) <= 4 * prefix._MOST_LOGITS <= 270e6
-    logits = model(input_ids=torch.tensor([queries[3].tokens]), logits_to_keep=100).logits[0]
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(queries[3].targets)[:, None]).sum()
-    assert found[3][0] == pytest.approx(float(expected), rel=1e-5)
-    assert found[0][0] == pytest.approx(-999 * math.log(vocabulary), rel=0.05)
 
 
 @pytest.mark.parametrize("copyable", [True, False])

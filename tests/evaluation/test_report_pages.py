@@ -168,8 +168,9 @@ def test_a_teacher_beside_itself() -> None:
                 assert cell.to_teacher.value == 0.0
                 assert not cell.to_teacher.significant
             assert row.cells["teacher"].to_teacher is None or row.cells["teacher"].to_teacher.value == 0.0
-    text = " ".join(summary(found, compare_systems(found))[0][1])
-    assert "No figure tells it from the teacher with significance" in text
+    (_, sentences) = summary(found, compare_systems(found))[-1]
+    text = " ".join(sentences)
+    assert "No figure tells model from the teacher with significance" in text
 
 
 def test_all_answers_wrong(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_all_answers_wrong(tmp_path: Path) -> None:
     shown = check_page(tmp_path)
     assert "0.0 ± 0.0" in shown
     assert "Significantly worse than the teacher on 3 of 3 measures (piqa, arc_easy, the mean of core)" in shown
-    assert "Nothing here shows it to be better than the window baseline" in shown
+    assert "Nothing here shows model to be better than the window baseline" in shown
 
 
 def test_a_system_without_a_task_is_left_out_of_it_and_of_the_mean(tmp_path: Path) -> None:

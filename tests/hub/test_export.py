@@ -194,11 +194,7 @@ def test_no_path_is_left_on_the_card(tuned, tmp_path):
     (tuned / "linearize.json").write_text(json.dumps(provenance))
     assert export(tuned, tmp_path / "out", base="acme/tiny").findings == []
     card = (tmp_path / "out" / "README.md").read_text()
-    facts = card.replace("\\", "")
-    assert (
-        "command: linearize eval m --set 'stages.0.data={source: x.jsonl}' --set "
-        "'data.mix=[{source: y.jsonl, weight: 2}, {source: me/texts}]' '--set=teacher=\"t\"' --report r -oo me/smol\n"
-    ) in facts
+    assert "command: " not in card
     assert "source: a.jsonl" in card and "tokens of 50% a.jsonl + 50% me/texts" in card
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"data": "a.jsonl", "loss": 2.5}\n{"loss": 2.50}\ntorn'
     for file in ("README.md", "recipe.yaml", "linearize.json", "metrics.jsonl"):

@@ -27,6 +27,11 @@ CASES = {
     "no sinks, few slots": {"sinks": 0, "landmarks": 3},
     "positions in the state": {"rope": True, "window": 11},
     "a window of one": {"window": 1, "sinks": 1, "landmarks": 33},
+    "int8": {"memory_dtype": "int8"},
+    "int8, positions in the state": {"memory_dtype": "int8", "rope": True},
+    "int4": {"memory_dtype": "int4"},
+    "int4, positions in the state": {"memory_dtype": "int4", "rope": True, "window": 11},
+    "int4 alone": {"memory_dtype": "int4", "recurrence": "none", "sinks": 0, "landmarks": 40},
 }
 
 
@@ -48,14 +53,46 @@ def projections(tokens: int = TOKENS, rows: int = 1, seed: int = 0) -> Projectio
     return Projections(drawn(QUERY_HEADS), drawn(HEADS), drawn(HEADS), drawn(QUERY_HEADS), drawn(HEADS))
 
 
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, changed):
+        return changed
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def in_8_bits(x: Tensor) -> Tensor:
+    scale = (x.detach().abs().amax(-1, keepdim=True) / 127).bfloat16().double()
+    return _Through.apply(x, (x.detach() / scale).round() * scale)
+
+
+def in_4_bits(x: Tensor) -> Tensor:
+    """Of heads as wide as one group."""
+    turn = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(WIDTH)] for i in range(WIDTH)]) / WIDTH**0.5
+    y = x.detach() @ turn
+    zero = y.amin(-1, keepdim=True).bfloat16().double()
+    spread = (y.amax(-1, keepdim=True) - y.amin(-1, keepdim=True)) / 15
+    scale = torch.maximum(spread, zero.abs() / 128).bfloat16().double()
+    return _Through.apply(x, (((y - zero) / scale).round().clamp(0, 15) * scale + zero) @ turn)
+
+
 def reference(mixer: Mixer, new: Projections) -> Tensor:
     """One row, one head and one token after the other, in plain loops; the state is GLA's."""
     config, group = mixer.config, QUERY_HEADS // HEADS
     window, sinks, slots, block, reach = config.window, config.sinks, config.landmarks, 32, 2
     q, k, v, q_rotated, k_rotated = (x[0] for x in new)
+    if config.memory_dtype != "auto":
+        k_rotated, v = in_8_bits(k_rotated), in_8_bits(v)
+        k = in_8_bits(k) if mixer.recurrence is not None and not config.rope else k
+    of_slots = k_rotated, v, k
+    if config.memory_dtype == "int4":
+        of_slots = in_4_bits(k_rotated), in_4_bits(v), in_4_bits(k)
     outputs = torch.zeros(q.shape)
     for head in range(HEADS):
         keys, values = k_rotated[:, head], v[:, head]
+        slot_keys, slot_values, slot_k = (x[:, head] for x in of_slots)
         unlike, total = [], torch.zeros(WIDTH)
         for t in range(len(q)):
             unit = (k[t, head] / k[t, head].norm()).detach()
@@ -91,20 +128,21 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
                     del received[token]
                     if mixer.recurrence is None:
                         continue
-                    key = keys[token] if config.rope else k[token, head]
+                    key = slot_keys[token] if config.rope else slot_k[token]
                     own = mixer.recurrence
                     gate = torch.sigmoid(own.gate_scale[head] * key + own.gate_bias[head])
                     write = key.exp() / key.exp().sum()
-                    state = gate[:, None] * state + write[:, None] * torch.cat([values[token], torch.ones(1)])
+                    state = gate[:, None] * state + write[:, None] * torch.cat([slot_values[token], torch.ones(1)])
                 received = {token: x * (0.8 if token in slot else 1.0) for token, x in received.items()}
             if t >= sinks:
                 local.append(t)
                 received[t] = 0.0
             seen = [*range(min(sinks, t + 1)), *slot, *local]
+            of = {s: (slot_keys[s], slot_values[s]) if s in slot else (keys[s], values[s]) for s in seen}
             for index in range(head * group, (head + 1) * group):
-                weights = torch.stack([(q_rotated[t, index] @ keys[s] * mixer.layer.scale).exp() for s in seen])
+                weights = torch.stack([(q_rotated[t, index] @ of[s][0] * mixer.layer.scale).exp() for s in seen])
                 weights = weights / weights.sum()
-                y = sum(weight * values[s] for weight, s in zip(weights, seen, strict=True))
+                y = sum(weight * of[s][1] for weight, s in zip(weights, seen, strict=True))
                 for weight, s in zip(weights, seen, strict=True):
                     if s in slot or (s in local and t - s >= window // 4):
                         received[s] += float(weight.detach())
@@ -129,16 +167,14 @@ def test_equals_the_reference(case):
     mixer, new = mixer_of(**CASES[case]), projections()
     wanted = reference(mixer, new)
     torch.testing.assert_close(mixer(new, None, None), wanted, rtol=0, atol=1e-5)
-    parts = mixer.parts(1, torch.float64, torch.device("cpu"))
-    parts["state"] = {name: tensor.double() for name, tensor in parts.get("state", {}).items()}
-    memory = LayerMemory(parts, 1, torch.device("cpu"))
+    memory = LayerMemory(mixer.parts(1, torch.float64, torch.device("cpu")), 1, torch.device("cpu"))
     for start, stop in itertools.pairwise((0, 2, 40, 41, 42, 110, *range(111, TOKENS + 1))):
         piece = mixer(Projections(*(x[:, start:stop] for x in new)), None, memory)
         memory.advance(stop - start, None)
         torch.testing.assert_close(piece, wanted[:, start:stop], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["state", "positions in the state"])
+@pytest.mark.parametrize("case", ["state", "positions in the state", "int8", "int4, positions in the state"])
 def test_gradients_are_those_of_the_reference(case):
     mixer = mixer_of(**CASES[case])
     names, tokens = [name for name, _ in mixer.named_parameters()], 65
@@ -164,6 +200,7 @@ TRAINED = CASES | {
     "softmax mix": {"mix": "softmax", "rope": True, "landmarks": 64},
     "gates from queries": {"gate_source": "q"},
     "gates from values": {"gate_source": "v"},
+    "int4, gates from queries": {"memory_dtype": "int4", "gate_source": "q"},
 }
 
 
@@ -183,10 +220,12 @@ def test_whole_rows_are_the_same_with_and_without_gradients(case, tokens, off):
         found = torch.autograd.grad(pulled, given, allow_unused=True, materialize_grads=True)
         return [output, *found]
 
-    for one, other in zip(results(whole_rows(mixer, new)), results(_chunk(mixer, new, None, None)), strict=True):
+    stored = mixer._as_stored(new, None)
+    for one, other in zip(results(whole_rows(mixer, stored)), results(_chunk(mixer, stored, None, None)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max().clamp_min(1)))
     with torch.no_grad():
-        torch.testing.assert_close(mixer(new, None, None), whole_rows(mixer, new), rtol=0, atol=1e-12)
+        stored = mixer._as_stored(new, None)
+        torch.testing.assert_close(mixer(new, None, None), whole_rows(mixer, stored), rtol=0, atol=1e-12)
 
 
 def test_training_takes_whole_rows(monkeypatch):

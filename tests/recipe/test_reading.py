@@ -32,7 +32,7 @@ def error_of(text: str, *overrides: str) -> str:
         ("mixer:\n  windw: 3\n", "x.yaml:2: mixer.windw: unknown key; did you mean 'window'?"),
         ("seed: 1\nmixer:\n  window: abc\n", "x.yaml:3: mixer.window: expected an integer >= 1, got 'abc'"),
         ("mixer:\n  window: true", "x.yaml:2: mixer.window: expected an integer >= 1, got true"),
-        ("mixer:\n  window: 0\n  sinks: -1", "x.yaml:2: mixer.window: expected an integer >= 1, got 0 (+1 more)"),
+        ("mixer:\n  window: 0\n  sinks: -1", "x.yaml:2: mixer.window: expected an integer >= 1, got 0 (+1 more;"),
         ("lora: {dropout: 1}", "x.yaml:1: lora.dropout: expected a number >= 0 and < 1, got 1"),
         ("lora: {targets: []}", "x.yaml:1: lora.targets: expected a non-empty list of text, got []"),
         ("mixer: {gate: {divisor: .nan}}", "x.yaml:1: mixer.gate.divisor: expected a number > 0, got nan"),
@@ -43,11 +43,15 @@ def error_of(text: str, *overrides: str) -> str:
         ),
         ("window: 3", "x.yaml:1: window: unknown key; did you mean 'mixer.window'?"),
         ("lr: 3", "x.yaml:1: lr: unknown key; did you mean 'stages.0.lr'?"),
+        ("learning_rate: 3", "x.yaml:1: learning_rate: unknown key; did you mean 'stages.0.lr'?"),
+        ("lora: {r: 3}", "x.yaml:1: lora.r: unknown key; did you mean 'lora.rank'?"),
+        ("dtype: fp16", "got 'fp16'; did you mean 'float16'?"),
         ("mixer:\n", "x.yaml:1: mixer: expected a mapping, got null"),
         ("calibrate: {tokens: 0}", "x.yaml:1: calibrate.tokens: expected an integer >= 1, got 0"),
         ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
         ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
         ("mixer:\n  reach: 64", "x.yaml:2: mixer.reach: gone; use mixer.landmarks_by or mixer.keep.budget"),
+        ("mixer: {memory_dtype: int4}", "mixer.memory_dtype: int4 needs landmarks, for these alone have 4 bits"),
         ("mixer: {landmarks: -3}", "mixer.landmarks: expected an integer >= 0, got -3"),
         (
             "mixer: {landmark_layers: {-1: 3}}",
@@ -227,3 +231,12 @@ def test_names_that_are_no_recipe(name: str, message: str) -> None:
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="a folder, not a recipe"):
         load_recipe(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="a model, not a recipe; name a recipe first, and --set model="):
+        load_recipe(str(tmp_path))
+
+
+def test_a_stage_may_be_named_in_brackets() -> None:
+    recipe = load_recipe("default", ["stages[0].lr=5e-4"])
+    assert recipe == load_recipe("default", ["stages.0.lr=5e-4"])
+    assert recipe.stages[0].lr == 5e-4

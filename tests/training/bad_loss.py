@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from linearize.errors import LinearizeError
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import load_recipe
 from linearize.runtime import processes
 from linearize.training.loop import StageLoop

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import load_recipe
 from linearize.runtime import processes
 from linearize.sources.source import find_source, load_tokenizer

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import load_recipe
 
 

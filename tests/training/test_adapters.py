@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from linearize.conversion.swap import convert_model
 from linearize.data.rows import Document, Rows, pack
 from linearize.errors import ModelError, RecipeError
-from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import write_result
+from linearize.jobs.stages import run_stages
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.runtime.files import staged_folder
 from linearize.training.adapters import add_adapters, choose_trained, merged

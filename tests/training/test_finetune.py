@@ -15,8 +15,8 @@ from linearize.conversion.swap import convert_model
 from linearize.data.load import load_data
 from linearize.data.rows import read_data
 from linearize.errors import LinearizeError, OutputError, RecipeError
-from linearize.jobs.finetune import run_stages
 from linearize.jobs.result import write_result
+from linearize.jobs.stages import run_stages
 from linearize.model.attention import LinearizedAttention
 from linearize.recipe import LoraSpec, MixerSpec, Recipe, load_recipe
 from linearize.runtime.files import staged_folder

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from linearize.errors import ModelError, RecipeError
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model, load_tokenizer
 from linearize.training.memory import training_memory

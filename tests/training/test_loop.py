@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from linearize.conversion.swap import convert_model
 from linearize.data.rows import NO_LOSS, Document, Rows, TrainingData, pack, read_data
 from linearize.errors import DataError, LinearizeError, RecipeError
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import MixerSpec, Recipe, Stage, load_recipe
 from linearize.runtime.interruption import Interrupted
 from linearize.training import checkpoints, metrics

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from linearize.cli import app
 from linearize.errors import LinearizeError, RecipeError
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import dump_recipe, load_recipe
 from linearize.runtime import processes
 from linearize.training.checkpoints import newest
@@ -223,6 +223,7 @@ def test_one_that_fails_ends_the_others(capfd, tmp_path, monkeypatch):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.check
 def test_the_first_process_alone_tells_that_a_change_does_not_go_with_resume(small_recipe, tmp_path):
     (tmp_path / "out.training").mkdir()
     shutil.copy(small_recipe, tmp_path / "out.training")

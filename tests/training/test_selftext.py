@@ -226,7 +226,7 @@ def test_a_teacher_that_ends_every_text_at_once(teacher, tokenizer):
 
 
 def test_progress_tells_how_far_it_is(teacher, tokenizer, monkeypatch):
-    monkeypatch.setattr(selftext, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(selftext, "seconds_between_lines", lambda: 0.0)
     lines: list[str] = []
     write(teacher, tokenizer, progress=lines.append)
     assert len(lines) > 10

@@ -12,7 +12,7 @@ import pytest
 from accelerate.utils import LoggerType
 
 from linearize.errors import RecipeError
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.recipe import load_recipe
 from linearize.training.workfolder import work_folder
 

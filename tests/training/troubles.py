@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linearize.jobs.finetune import run_stages
+from linearize.jobs.stages import run_stages
 from linearize.training import metrics
 from linearize.training.loop import StageLoop
 

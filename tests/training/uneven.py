@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from linearize.cli.app import run
-from linearize.jobs import finetune as module
+from linearize.jobs import stages as module
 from linearize.recipe import load_recipe
 from linearize.runtime import processes
 from linearize.training.loop import StageLoop

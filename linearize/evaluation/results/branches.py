@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING
 from linearize.evaluation.results.pairing import ALPHA, difference, holm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from linearize.evaluation.results.results import Results
     from linearize.evaluation.tasks.task import TaskScore
 
-MODEL = "model"
+# The system whose branches are off in others: that of `eval`, or the last one of `run`.
+_WHOLE = ("model", "finetuned", "converted")
 _OFF = {"no_recurrence": "recurrence", "no_window": "window"}
+
+
+def whole_of(systems: Iterable[str]) -> str:
+    """The system whose branches are off in others; empty without one."""
+    names = set(systems)
+    return next((name for name in _WHOLE if name in names), "")
 
 
 def branch_sentences(results: Results) -> list[str]:
@@ -20,9 +29,9 @@ def branch_sentences(results: Results) -> list[str]:
 
     Differences are paired over items, and p is corrected over the tasks of one sentence.
     """
-    sentences = []
+    sentences, model = [], whole_of(system.name for system in results.systems)
     for system, branch in _OFF.items():
-        pairs = [(scores[MODEL], scores[system]) for scores in results.tasks().values() if {MODEL, system} <= {*scores}]
+        pairs = [(scores[model], scores[system]) for scores in results.tasks().values() if {model, system} <= {*scores}]
         if not pairs:
             continue
         if all(_same(*pair) for pair in pairs):

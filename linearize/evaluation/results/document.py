@@ -1,4 +1,4 @@
-"""The form of `results.json`, told in words in `results.py`: what is checked when it is written and when it is read."""
+"""The form of `results.json`, described in `results.py`, and its checks on writing and reading."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def check_document(document: Any, where: str) -> Document:
     """The document, if it is one.
 
     Args:
-        where: what errors call it, e.g. its file.
+        where: its name in errors, e.g. its file.
 
     Raises:
         DataError: it is no such document, of another schema, or has a number that is not finite.

@@ -1,4 +1,4 @@
-"""Statistics of systems on the same items: what a difference is, how sure it is, and how much of a gap is closed."""
+"""Statistics of systems on the same items: differences, their errors and tests, and the closed share of a gap."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ The document, schema `linearize.results/1`::
 
     {
       "schema": "linearize.results/1",
-      "model": what was evaluated, as the user named it,
+      "model": the evaluated model, as the user named it,
       "command": the command line, "date": ISO 8601, "versions": {package: version},
       "limit": items per task (below 1: a share of them), or null for all of them,
       "systems": [
@@ -19,8 +19,8 @@ The document, schema `linearize.results/1`::
     }
 
 `systems` are in the order to show. `state_bytes` and `growth_bytes_per_token` are the memory of one sequence, constant
-and per token, or null. `checkpoint` tells which converted checkpoint a system is, as a whole, and `dtype` in which it
-was scored; null where that is not recorded, and left out by earlier versions. A task's keys mean what `TaskScore` says;
+and per token, or null. `checkpoint` is the digest of a system that is a whole converted checkpoint, `dtype` the dtype
+of its scoring; both are null where not recorded, and left out by earlier versions. `TaskScore` explains a task's keys;
 `digest` is null where it is not known, and a system that was not scored on a task is left out of it. Held-out rows are
 tasks like any other, of the suite `held-out`: `loss`, `perplexity`, `kl` and `agreement`, with a row's counted tokens
 as its tag `tokens`. `items` is empty where an item has no number of its own (a pair of texts under BLEU). Numbers are
@@ -105,7 +105,7 @@ class Results:
     """Results of an evaluation, with all facts that a report needs.
 
     Attributes:
-        model: what was evaluated, as the user named it.
+        model: the evaluated model, as the user named it.
         systems: in the order to show.
         scores: by system's name.
         command: the command line.
@@ -180,7 +180,7 @@ class Results:
         """The results that a document tells.
 
         Args:
-            where: what errors call the document, e.g. its file.
+            where: the document's name in errors, e.g. its file.
 
         Raises:
             DataError: it is no such document, or of a newer schema.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from linearize.evaluation.results.branches import MODEL, branch_sentences
+from linearize.evaluation.results.branches import branch_sentences, whole_of
 from linearize.evaluation.results.comparison import TEACHER, WINDOWS, SuiteTable, compare_systems, window_of
 from linearize.evaluation.results.pairing import closed_text, difference_text, p_text
 from linearize.evaluation.results.plots import plots_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from linearize.evaluation.results.results import Results, SystemInfo
     from linearize.report.plots import Plot
 
-# A length at which memory is told in words; the plot has the others.
+# The length at which the summary gives memory; the plot has the others.
 _FAR = 131_072
 
 READING = (
@@ -109,10 +109,12 @@ def summary(results: Results, tables: Sequence[SuiteTable]) -> list[tuple[str, l
             *_means(name, tables),
             *_held_out(name, tables),
             *_verdicts(name, tables),
-            *(branch_sentences(results) if name == MODEL else []),
+            *(branch_sentences(results) if name == whole_of(names) else []),
             *_memory(name, results.systems),
         ]
         told.append((name, sentences or ["Nothing was measured that the teacher was measured on."]))
+    if untold := _untold(subjects, tables):
+        told.append(("What could not be told apart", untold))
     if not window_of(names):
         missing = "It was not measured, so what the recurrence and the training brought cannot be told."
         told.append(("No window baseline", [missing]))
@@ -139,7 +141,7 @@ def _gap(name: str, row: Row, cell: Cell) -> str:
     if name == window or not window:
         return ""
     if cell.closed is None:
-        return "; the window baseline is too close to the teacher to say what part of the distance is closed"
+        return ""  # `_untold` says why
     return f"; {closed_text(cell.closed)} of the distance from the window baseline is closed"
 
 
@@ -166,13 +168,49 @@ def _verdicts(name: str, tables: Sequence[SuiteTable]) -> list[str]:
         ]
         if sides:
             sentences.append(f"Significantly {' and '.join(sides)}.")
-        if other == window and not better:
-            sentences.append(f"Nothing here shows it to be better than {words}, which costs no training.")
-        elif other == TEACHER and not sides:
-            sentences.append(
-                f"No figure tells it from {words} with significance; with few items that does not make them equal."
-            )
     return sentences
+
+
+def _untold(names: Sequence[str], tables: Sequence[SuiteTable]) -> list[str]:
+    """Sentences on differences that no figure shows, once for all systems and suites."""
+    window = window_of(system for table in tables for row in table.rows for system in row.cells)
+    equal, no_better = list[str](), list[str]()
+    for name in names:
+        worse, better, tested = _significant(name, TEACHER, tables)
+        if tested and not worse and not better:
+            equal.append(name)
+        _, better, tested = _significant(name, window, tables)
+        if tested and not better:
+            no_better.append(name)
+    sentences = []
+    if equal:
+        sentences.append(
+            f"No figure tells {' or '.join(equal)} from the teacher with significance; with few items that does not "
+            "make them equal."
+        )
+    if no_better:
+        sentences.append(
+            f"Nothing here shows {' or '.join(no_better)} to be better than the window baseline, which costs no "
+            "training."
+        )
+    close = [suite_title(table.suite) for table in tables if _too_close(table, names)]
+    if close:
+        sentences.append(
+            f"{', '.join(close)}: the window baseline is too close to the teacher to say what part of the distance is "
+            "closed."
+        )
+    return sentences
+
+
+def _too_close(table: SuiteTable, names: Sequence[str]) -> bool:
+    """True if the distance from baseline to teacher is within its error in a row of the summary."""
+    rows = [row for row in table.rows if row.mean_of or (table.suite == HELDOUT and row.metric == "loss")]
+    return any(
+        row.cells[name].closed is None and {TEACHER, window_of(row.cells)} <= {*row.cells} - {name}
+        for row in rows
+        for name in names
+        if name in row.cells
+    )
 
 
 def _significant(name: str, other: str, tables: Sequence[SuiteTable]) -> tuple[list[str], list[str], int]:
@@ -184,7 +222,7 @@ def _significant(name: str, other: str, tables: Sequence[SuiteTable]) -> tuple[l
         for row in table.rows:
             cell = row.cells.get(name)
             found = None if cell is None else cell.to_teacher if other == TEACHER else cell.to_window
-            # The perplexity of a loss says the same again; a mean may tell what no single task has items enough for.
+            # Perplexity repeats the loss. A mean may be significant where no single task has enough items.
             again = table.suite == HELDOUT and row.metric == "perplexity"
             if name == other or found is None or found.p_corrected is None or again:
                 continue

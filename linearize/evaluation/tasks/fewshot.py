@@ -1,4 +1,5 @@
-"""Few-shot answers that only the examples can tell: what a word's kind is called in this prompt."""
+"""Few-shot answers that only the examples in the prompt determine, because labels are drawn anew for each prompt.
+lm-eval has no such task."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ LABELS = "ABCDE"
 PER_KIND = 8
 """Examples of each kind in a prompt."""
 FAR = 16
-"""So many examples, more than a window of 64 tokens, stand after those that tell the answer in every second prompt."""
+"""In every second prompt so many examples, more than a window of 64 tokens, follow those that determine the answer."""
 # A space, the letter and the end of the line, in tokens of single characters.
 _NEW_TOKENS = 3
 _VERSION = 1
@@ -48,8 +49,8 @@ class FewShot(BatchedTask):
     """Words are labelled with letters, `lion -> C`, by their kind: animal, colour, food, country or number. Which
     letter means which kind is drawn anew for each prompt, so it has to be learned from the 40 examples in it, about 180
     tokens of SmolLM2. In every second prompt the examples of the kind that is asked for all stand before the last 16,
-    out of sight of a window of 64 tokens; in the others they stand anywhere. Right is what is exactly the letter on
-    the rest of the line, written greedily; chance is 0.2.
+    out of sight of a window of 64 tokens; in the others they stand anywhere. An answer is right if the
+    rest of the line, decoded greedily, is exactly the letter; chance is 0.2.
 
     Tags: `back`, see `Question`.
     """

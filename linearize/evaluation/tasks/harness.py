@@ -57,7 +57,7 @@ class Answer:
     """A model's answer on one item.
 
     Attributes:
-        arguments: what was asked, as lm-eval words it: (context, continuation) of each choice, one whole document, or
+        arguments: lm-eval's requests: (context, continuation) of each choice, one whole document, or
             (prompt, settings) of a text to write.
         responses: of each request, under the task's first filter: (nats, whether greedy decoding gives it), the nats of
             the document, or the text.
@@ -75,14 +75,14 @@ class LmEvalTask(Task):
     Args:
         name: of the task or the group.
         leaves: lm-eval's task objects by name; several for a group.
-        suite: where it belongs.
+        suite: its suite.
         headline: report this metric alone; empty for all.
         label: the tag that tells a group's tasks apart.
         averages: a group's metrics; empty for the headline or, without one, every metric.
         prompting: the form of the prompts.
         plain: score every continuation by itself, as lm-eval does, instead of reading what they share once.
-        max_length: tokens of context; None asks the model's configuration, as lm-eval does. Perplexities of two models
-            can only be compared at the same length.
+        max_length: tokens of context; None takes it from the model's configuration, as lm-eval does. Perplexities of
+            two models can only be compared at the same length.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class LmEvalTask(Task):
             ]
         else:
             wanted = [(name, True) for name in names if self.metric in ("", name)]
-        # RULER's group averages one length alone, which need not be one that was asked for.
+        # RULER's group averages one length alone, which may not be among the chosen ones.
         wanted = wanted or [(name, self.averages[0].by_size) for name in names]
         found = [self._measure(name, by_size, indices, items) for name, by_size in wanted]
         return [measure for measure in found if measure is not None]

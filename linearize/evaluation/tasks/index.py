@@ -74,7 +74,7 @@ def task_manager(include: Path | None, metadata: Mapping[str, Any]) -> Any:
 
     Args:
         include: as `lm_eval_names` takes it.
-        metadata: what tasks that make their own documents get, e.g. RULER's tokenizer and lengths.
+        metadata: arguments of tasks that make their own documents, e.g. RULER's tokenizer and lengths.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry as Indexed

@@ -84,7 +84,7 @@ class Leaf:
 
 
 def _config(task: Any) -> dict[str, Any]:
-    """A task's settings, without what tells where it lies."""
+    """A task's settings, without the places of its files."""
     config = dict(task.dump_config())
     metadata = config.get("metadata")
     if isinstance(metadata, dict):

@@ -1,4 +1,4 @@
-"""Loss along long texts: what a state that fills up, or positions beyond those of training, do to it."""
+"""Loss along long texts, which a state that fills up or positions beyond those of training raise."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def length_tasks(
         tokenizer: of all models that are scored.
         names: of `LENGTH`.
         data: the folder that holds `excerpts.BOOK`.
-        length: tokens that are read of each text; None for 8192. More than a model was trained on is what shows
-            whether it goes on from there. A model with a table of learned positions reads up to its last one: its
-            curve is shorter, and a warning says so.
+        length: tokens that are read of each text; None for 8192. Texts longer than those of training show
+            how the loss goes on from there. A model with a table of learned positions reads up to its last one: its
+            curve is shorter, with a warning.
         documents: how many texts.
         seed: of the places in the book where they start.
 
@@ -68,7 +68,7 @@ def length_tasks(
 
 
 class LongTexts:
-    """Rows of T + 1 tokens, and what the model that is being scored makes of them: each is read once for all tasks.
+    """Rows of T + 1 tokens, and the losses of the model that is being scored: each row is read once for all tasks.
 
     Attributes:
         rows: token ids.

@@ -7,13 +7,18 @@ lm-eval looks for no plugins, so its own command sees the name where this module
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn import functional as F
 
 import linearize  # noqa: F401 - registers converted checkpoints with the auto classes
+from linearize.evaluation.tasks.hidden import PROMPTS, rows_at_once
 from linearize.evaluation.tasks.prefix import Query, common_length, log_likelihoods
+from linearize.generation.prompt import prefill_chunk
 
 
 @register_model("linearize")
@@ -64,6 +69,24 @@ class LinearizeLM(HFLM):
             if asked is not None:
                 self.cache_hook.add_partial("loglikelihood", asked, answer)
         return answers
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        # Long prompts are read in pieces, and few of them together: eight pages at once take gigabytes.
+        rows, width = context.shape
+        size = rows_at_once(width, rows, PROMPTS)
+        chunk = prefill_chunk(context.device, size)
+        if width > chunk:
+            settings["prefill_chunk_size"] = chunk
+        if size == rows:
+            return cast("Tensor", super()._model_generate(context, max_length, stop, **settings))
+        parts = []
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            own = {name: value[part] if isinstance(value, Tensor) else value for name, value in settings.items()}
+            parts.append(super()._model_generate(context[part], max_length, stop, **own))
+        longest = max(part.shape[1] for part in parts)
+        pad = self.tokenizer.pad_token_id
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ _STOCK = {"lambada": "lambada_openai", "wikitext2": "wikitext"}
 def suite_tasks(names: Sequence[str], tokenizer: Any, options: SuiteOptions) -> list[LmEvalTask]:
     """Tasks by name.
 
-    A shipped name is lm-eval's own task where solved examples are asked for that the shipped definition has no split
-    for, and documents come from the Hub.
+    A shipped name stands for lm-eval's own task, with documents from the Hub, if it is to have solved examples and the
+    shipped definition has no split for them.
 
     Raises:
         DataError: an unknown task, or data that cannot be read.
@@ -87,10 +87,14 @@ def _load(manager: Any, name: str) -> list[Any]:
     """The task or the group of that name, or the tasks of a tag.
 
     Raises:
-        DataError: its documents, or a package that it needs, cannot be loaded.
+        DataError: its documents cannot be loaded, or a package that it needs is not installed.
     """
     try:
         loaded = manager.load([name])
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"task {name}: needs the Python package {error.name}, which is not installed: pip install {error.name}"
+        ) from error
     except Exception as error:  # tasks bring code of their own, and with it errors of any kind
         told = " ".join(str(error).split())[:300]
         raise DataError(
@@ -122,7 +126,7 @@ def _tasks(found: Any, options: SuiteOptions, prompting: Prompting) -> Iterator[
 
 
 def _ready(task: Any, options: SuiteOptions) -> Any:
-    """The task with the number of solved examples that is asked for; as in lm-eval, a task that sets 0 keeps it.
+    """The task with the chosen number of solved examples; as in lm-eval, a task that sets 0 keeps it.
 
     Raises:
         DataError: the task needs images or sound, or runs the code that a model writes.

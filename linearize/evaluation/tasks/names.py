@@ -1,9 +1,12 @@
 """The names of the tasks of our own suites: recall, generation and length.
 
-They stand apart from the tasks, which import torch, because `linearize eval` checks names before it imports torch.
+They have a module of their own because `linearize eval` checks names before it imports torch, which tasks need.
 """
 
 from __future__ import annotations
+
+HELD_OUT = "held_out"
+"""The task of scoring the rows that fine-tuning kept apart, which lie in the checkpoint's folder."""
 
 ESSAY = "books/war_and_peace_pg2600.txt"
 """The haystack of the essay tasks, relative to the data folder."""
@@ -22,6 +25,13 @@ RECALL = {
     "kv_retrieval": "Lost in the Middle's JSON of uuid pairs: the value of one key",
 }
 """Task name -> a description of one line."""
+
+MORE_RECALL = {
+    "niah_multivalue": f"RULER MV-NIAH: all four numbers of a word {_ESSAY_NOTE}",
+    "vt": "RULER VT: the five variables of a chain of assignments in sentences that repeat",
+    "cwe": "RULER CWE: the ten most common words of a list",
+}
+"""Recall tasks with several answers, which the suite as a whole leaves out."""
 
 GENERATION = {
     "agreement": "share of the teacher's tokens that are the model's most likely ones, along the teacher's text",

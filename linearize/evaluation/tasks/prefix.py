@@ -8,16 +8,15 @@ alone, up to the rounding of sums in another order.
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from linearize.evaluation.tasks.reading import pieces
+from linearize.evaluation.tasks.hidden import Hidden, positions_at_once, read, rows_at_once
 from linearize.model.memory import LayerMemory
 
 if TYPE_CHECKING:
@@ -25,12 +24,9 @@ if TYPE_CHECKING:
 
 # Contexts that start with as many equal tokens are taken to have a beginning that is worth reading once.
 MIN_SHARED = 64
-# Logits that exist at one time, positions times vocabulary: 256 MB in float32, and as much again inside the model.
-_MOST_LOGITS = 2**26
-# Of their positions, those whose float32 log-probabilities exist at one time.
-_CHUNK = 64
+# Bytes of the copies of caches that exist at one time.
+_COPIED = 2**28
 _COPYABLE = (DynamicLayer, DynamicSlidingWindowLayer, LayerMemory)
-_T = TypeVar("_T")
 Tokens = tuple[int, ...]
 
 
@@ -39,7 +35,7 @@ class Query:
     """A continuation to score.
 
     Attributes:
-        tokens: what the model reads: context and continuation without its last token.
+        tokens: the model's input: context and continuation without its last token.
         targets: the continuation; its tokens are predicted at the last positions of `tokens`.
     """
 
@@ -48,7 +44,7 @@ class Query:
 
     @property
     def context(self) -> Tokens:
-        """Tokens that are read before the first target is predicted."""
+        """Tokens that predict the first target."""
         return self.tokens[: len(self.tokens) - len(self.targets) + 1]
 
 
@@ -58,7 +54,7 @@ class Group:
 
     Attributes:
         prefix: the tokens that all of them start with, at least one.
-        rests: what follows it -> the numbers of the queries that read just that.
+        rests: the tokens after it -> the numbers of the queries that have these.
     """
 
     prefix: Tokens
@@ -75,10 +71,6 @@ class Group:
     def cost(self) -> int:
         """Tokens to read."""
         return len(self.prefix) + sum(map(len, self.rests))
-
-    def tail(self, queries: Sequence[Query]) -> int:
-        """Number of the prefix's last positions that predict a target."""
-        return max(len(queries[n].targets) - len(rest) for rest, members in self.rests.items() for n in members)
 
 
 def common_length(rows: Sequence[Tokens]) -> int:
@@ -117,106 +109,112 @@ def log_likelihoods(
 
     Args:
         model: a causal LM on its device, in eval mode.
-        batch_size: rows per forward pass.
-        max_length: the model's context; no position beyond it is asked for.
+        batch_size: rows per forward pass, fewer where they are long.
+        max_length: the model's context; position ids stay below it.
         share: read what queries share once. A model whose cache cannot be copied row by row reads each by itself.
     """
-    positions = max(1, _MOST_LOGITS // model.config.get_text_config().vocab_size)
-    answers: list[tuple[float, bool]] = [(0.0, False)] * len(queries)
-    short = [number for number, query in enumerate(queries) if len(query.targets) <= positions]
-    for number in sorted(set(range(len(queries))) - set(short)):
-        answers[number] = _in_pieces(model, queries[number])
-    groups = plan(queries, short) if share else [Group.of(queries[n].tokens, queries, [n]) for n in short]
+    everyone = range(len(queries))
+    groups = plan(queries) if share else [Group.of(queries[n].tokens, queries, [n]) for n in everyone]
     groups.sort(key=lambda group: -len(group.prefix))
-    for batch in _fitting(groups, [group.tail(queries) for group in groups], batch_size, positions):
-        keep = max(1, *(group.tail(queries) for group in batch))
+    answers = _Answers(queries)
+    while groups:
+        batch = groups[: rows_at_once(len(groups[0].prefix), batch_size)]
+        groups = groups[len(batch) :]
         ids, mask = _left_padded([group.prefix for group in batch], model.device)
-        lengths = mask.sum(1)
+        width, lengths = ids.shape[1], mask.sum(1)
+        pads = [width - len(group.prefix) for group in batch]
         rows = [(index, rest) for index, group in enumerate(batch) for rest in group.rests if rest]
-        width = ids.shape[1]
-        end, cache = _forward(
+        asked = [
+            (index, pads[index] + at, target, number)
+            for index, group in enumerate(batch)
+            for members in group.rests.values()
+            for number in members
+            for at, target in answers.positions(number)
+            if at < len(group.prefix)
+        ]
+        first = min((column for _, column, _, _ in asked), default=width - 1)
+        beginning = read(
             model,
-            list(range(width - keep, width)),
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            use_cache=bool(rows),
+            ids,
+            mask=mask,
+            positions=(mask.cumsum(1) - 1).clamp_min(0),
+            first=first,
+            keep_cache=bool(rows),
         )
-        if rows and not _is_copyable(cache):
+        if rows and not _is_copyable(beginning.cache):
             # A cache of another kind may be a recurrent state, which pads on the left would change.
             return log_likelihoods(model, queries, batch_size=1, max_length=max_length, share=False)
-        for index, group in enumerate(batch):
-            for number in group.rests.get((), ()):
-                answers[number] = _score(end[index], queries[number].targets)
+        answers.add(beginning, [(index, column - first, target, number) for index, column, target, number in asked])
         rows.sort(key=lambda row: -len(row[1]))
-        for piece in _fitting(rows, [len(rest) for _, rest in rows], batch_size, positions):
+        most = min(batch_size, max(1, _COPIED * len(batch) // max(1, _nbytes(beginning.cache)))) if rows else 0
+        while rows:
+            piece = rows[: rows_at_once(len(rows[0][1]), most)]
+            rows = rows[len(piece) :]
             chosen = torch.tensor([index for index, _ in piece], device=ids.device)
             longest = len(piece[0][1])
             new = torch.tensor([[*rest, *[0] * (longest - len(rest))] for _, rest in piece], device=ids.device)
-            asked = [[queries[n] for n in batch[index].rests[rest]] for index, rest in piece]
-            columns = sorted(
-                {
-                    column
-                    for (_, rest), members in zip(piece, asked, strict=True)
-                    for query in members
-                    for column in range(max(0, len(rest) - len(query.targets)), len(rest))
-                }
-            )
-            # What is filled in on the right can reach nothing before it, so it needs no mask.
-            after, _ = _forward(
+            # Pads on the right can reach nothing before them, so they need no mask.
+            after = read(
                 model,
-                columns,
-                input_ids=new,
-                attention_mask=torch.cat([mask[chosen], torch.ones_like(new)], 1),
-                position_ids=(lengths[chosen, None] + torch.arange(longest, device=ids.device)).clamp_max(
-                    max_length - 1
-                ),
-                past_key_values=_rows(cache, chosen),
-                use_cache=True,
+                new,
+                mask=torch.cat([mask[chosen], torch.ones_like(new)], 1),
+                positions=(lengths[chosen, None] + torch.arange(longest, device=ids.device)).clamp_max(max_length - 1),
+                cache=_rows(beginning.cache, chosen),
+                keep_cache=True,
             )
-            place = {column: number for number, column in enumerate(columns)}
-            for row, (index, rest) in enumerate(piece):
-                for number in batch[index].rests[rest]:
-                    targets = queries[number].targets
-                    first = max(0, len(rest) - len(targets))
-                    found = after[row, [place[column] for column in range(first, len(rest))]]
-                    if len(targets) > len(rest):
-                        found = torch.cat([end[index, -1:], found])
-                    answers[number] = _score(found, targets)
-    return answers
+            answers.add(
+                after,
+                [
+                    (row, at - len(batch[index].prefix), target, number)
+                    for row, (index, rest) in enumerate(piece)
+                    for number in batch[index].rests[rest]
+                    for at, target in answers.positions(number)
+                    if at >= len(batch[index].prefix)
+                ],
+            )
+    return list(zip(answers.nats, answers.likeliest, strict=True))
 
 
-def _in_pieces(model: Any, query: Query) -> tuple[float, bool]:
-    """Score a query with more targets than logits may exist at one time: its text is read piece by piece on a cache."""
-    total, likeliest = 0.0, True
-    first = len(query.tokens) - len(query.targets)
-    ids = torch.tensor([query.tokens])
-    for start, logits in pieces(model, ids, max(0, first)):
-        targets = query.targets[start - first : start - first + logits.shape[1]]
-        nats, likely = _score(logits[0], targets)
-        total, likeliest = total + nats, likeliest and likely
-    return total, likeliest
+class _Answers:
+    """The answers of `log_likelihoods` so far, by query."""
+
+    def __init__(self, queries: Sequence[Query]) -> None:
+        self.queries = queries
+        self.nats, self.likeliest = [0.0] * len(queries), [True] * len(queries)
+
+    def positions(self, number: int) -> Iterator[tuple[int, int]]:
+        """(position in the query's tokens, the target that it predicts)."""
+        query = self.queries[number]
+        return enumerate(query.targets, start=len(query.tokens) - len(query.targets))
+
+    def add(self, hidden: Hidden, asked: Sequence[tuple[int, int, int, int]]) -> None:
+        """Score targets by the states that predict them.
+
+        Args:
+            asked: (row, column, target, query). Choices of one token ask about one place.
+        """
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for row, column, target, number in asked:
+            places.setdefault((row, column), []).append((target, number))
+        size, found = positions_at_once(hidden.model), list(places.items())
+        for start in range(0, len(found), size):
+            part = found[start : start + size]
+            where = torch.tensor([place for place, _ in part])
+            log_probabilities = F.log_softmax(hidden.logits(where[:, 0], where[:, 1]).float(), dim=-1)
+            of = [(index, target) for index, (_, wanted) in enumerate(part) for target, _ in wanted]
+            at, wanted_there = torch.tensor(of, device=log_probabilities.device).unbind(1)
+            nats = log_probabilities[at, wanted_there].tolist()
+            likely = (log_probabilities.argmax(-1)[at] == wanted_there).tolist()
+            numbers = [number for _, wanted in part for _, number in wanted]
+            for number, value, same in zip(numbers, nats, likely, strict=True):
+                self.nats[number] += value
+                self.likeliest[number] &= same
 
 
-def _score(logits: Tensor, targets: Tokens) -> tuple[float, bool]:
-    """Score logits `[>= T, V]`, whose last T rows predict the T targets."""
-    wanted = torch.tensor(targets, device=logits.device)
-    total, likeliest = 0.0, True
-    for rows, tokens in zip(logits[-len(targets) :].split(_CHUNK), wanted.split(_CHUNK), strict=True):
-        log_probabilities = F.log_softmax(rows, dim=-1, dtype=torch.float32)
-        total += float(log_probabilities.gather(1, tokens[:, None]).sum())
-        likeliest = likeliest and bool((log_probabilities.argmax(-1) == tokens).all())
-    return total, likeliest
-
-
-def _forward(model: Any, columns: list[int], **inputs: Any) -> tuple[Tensor, Any]:
-    """Logits `[B, columns, V]` at some of the positions, and the cache."""
-    wanted = torch.tensor(columns, device=model.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        out = model(**inputs, logits_to_keep=wanted)
-        return out.logits, out.past_key_values
-    out = model(**inputs)
-    return out.logits[:, wanted], out.past_key_values
+def _nbytes(cache: Cache) -> int:
+    """Bytes of a cache that can be copied."""
+    layers: list[Any] = list(cache.layers)
+    return sum(x.nbytes if isinstance(x, LayerMemory) else x.keys.nbytes + x.values.nbytes for x in layers)
 
 
 def _left_padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -243,17 +241,3 @@ def _rows(cache: Cache, indices: Tensor) -> Cache:
             copied.layers.append(copy.copy(layer))
             copied.layers[-1].batch_select_indices(indices)
     return copied
-
-
-def _fitting(items: Sequence[_T], tails: Sequence[int], size: int, positions: int) -> Iterator[Sequence[_T]]:
-    """Batches of at most `size` rows, of fewer where rows times the longest tail would be more than `positions`."""
-    start = 0
-    while start < len(items):
-        stop, most = start + 1, max(1, tails[start])
-        while stop < len(items) and stop - start < size:
-            most = max(most, tails[stop])
-            if most * (stop + 1 - start) > positions:
-                break
-            stop += 1
-        yield items[start:stop]
-        start = stop

@@ -1,4 +1,4 @@
-"""Texts through a model: read in pieces on a cache, so that logits never take much memory, and written token by token.
+"""Read texts with a model, in pieces on a cache so that logits take little memory, and continue them token by token.
 
 Dimensions: B texts, T tokens a text, C tokens a piece, N new tokens, V vocabulary.
 """
@@ -15,14 +15,11 @@ from transformers import DynamicCache
 
 from linearize.errors import ModelError
 from linearize.evaluation.baselines import branches_off
+from linearize.evaluation.tasks.hidden import pieces as hidden_pieces
 from linearize.sources.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-
-# Logits that exist at one time: 128 MB in float32, and a few times that while they are compared.
-_LOGITS = 2**25
-_SHORTEST, _LONGEST = 64, 1024
 
 
 def pieces(model: Any, ids: Tensor, first: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -36,19 +33,9 @@ def pieces(model: Any, ids: Tensor, first: int = 0) -> Iterator[tuple[int, Tenso
     Yields:
         (start, `[B, C, V]` float32): the logits at positions start, start + 1, ..., each for the token after it.
     """
-    cache = DynamicCache(config=model.config.get_text_config())
-    vocabulary = model.config.get_text_config().vocab_size
-    length = max(_SHORTEST, min(_LONGEST, _LOGITS // (vocabulary * len(ids))))
-    start = 0
-    while start < ids.shape[1]:
-        # What comes before `first` is read in pieces of its own, whose logits are not made.
-        stop = min(start + length, first if start < first else ids.shape[1])
-        kept = {"logits_to_keep": 1} if stop <= first else {}
-        piece = ids[:, start:stop].to(model.device)
-        logits = model(input_ids=piece, past_key_values=cache, use_cache=True, **kept).logits
-        if stop > first:
-            yield start, logits.float()
-        start = stop
+    for start, hidden in hidden_pieces(model, ids, first=first):
+        for at, logits in hidden.slices():
+            yield start + at, logits
 
 
 def losses(model: Any, ids: Tensor) -> Iterator[Tensor]:
@@ -92,10 +79,10 @@ def divergences(teacher: Any, model: Any, ids: Tensor, prompt: int) -> Tensor:
 def write(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, pick: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
-    """Continues prompts by exactly `new_tokens` each: no token ends a text, what the model says after it is kept too.
+    """Continues prompts by exactly `new_tokens` each: no token ends a text; tokens after an end token are kept too.
 
     Args:
-        model: in eval mode, called without gradients. Its generation settings (penalties, top-p) play no part.
+        model: in eval mode, called without gradients. Its generation settings (penalties, top-p) are not used.
         prompts: B lists of token ids, each with at least one; shorter ones are padded on the left.
         pick: from logits `[B, V]` float32 and the step, the next tokens `[B]`.
 
@@ -110,11 +97,11 @@ def write(
     cache, new = DynamicCache(config=model.config.get_text_config()), []
     sound = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for step in range(new_tokens):
-        # Without pads the cache alone tells positions and masks, which lets attention take its fastest way.
+        # Without pads the cache determines positions and masks, so attention can use its fastest kernel.
         placed = {"attention_mask": real, "position_ids": positions} if padded else {}
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed)
         logits = output.logits[:, -1].float()
-        # Minus infinity is how a model says never.
+        # Minus infinity is a masked token.
         sound = sound & ~(logits.isnan() | (logits == torch.inf)).any(-1)
         ids = pick(logits.nan_to_num(0.0), step)[:, None]
         new.append(ids[:, 0].masked_fill(~sound, -1))

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError, hint_for
 from linearize.evaluation.tasks.index import included_names, lm_eval_names
-from linearize.evaluation.tasks.names import GENERATION, LENGTH, RECALL, TEACHERLESS, TWICE
+from linearize.evaluation.tasks.names import (
+    GENERATION,
+    HELD_OUT,
+    LENGTH,
+    MORE_RECALL,
+    RECALL,
+    TEACHERLESS,
+    TWICE,
+)
 from linearize.evaluation.tasks.tasks import available_tasks
 
 if TYPE_CHECKING:
@@ -21,8 +29,6 @@ if TYPE_CHECKING:
 
 BENCHMARKS = "benchmarks"
 """The suite of lm-eval's tasks that are in none of ours."""
-HELD_OUT = "held_out"
-"""The task of scoring the rows that fine-tuning kept apart, which lie in the checkpoint's folder."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def _recall() -> Suite:
 
         return recall_tasks(tokenizer, names, data=options.data, seed=options.seed, **_swept(options))
 
-    return Suite(RECALL, build, [name + TWICE for name in RECALL])
+    return Suite(RECALL, build, [*MORE_RECALL, *(name + TWICE for name in (*RECALL, *MORE_RECALL))])
 
 
 def _generation() -> Suite:
@@ -131,7 +137,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
 
 
 def choose_tasks(tasks: Sequence[str], suites: Sequence[str] = (), include: Path | None = None) -> dict[str, list[str]]:
-    """By suite the names of the tasks that are asked for, each once: those of whole suites, then single ones.
+    """By suite the names of the chosen tasks, each once: those of whole suites, then single ones.
 
     lm-eval's names are read where a name is not one of ours, or `include` may have it.
 

@@ -22,7 +22,7 @@ class Item:
     """A model's result on one item.
 
     Attributes:
-        value: what is averaged, e.g. 1.0 or 0.0 for an answer that is right or wrong, or nats per token.
+        value: the number to average, e.g. 1.0 or 0.0 for a right or wrong answer, or nats per token.
         curve: a value per position or bucket of the item, for tasks that look along a text.
         metrics: lm-eval's tasks have several metrics: name -> the item's value as JSON holds it. `value` is then the
             number of the first.
@@ -39,16 +39,16 @@ class TaskScore:
 
     Attributes:
         task: the task's name.
-        metric: what `value` is: `acc`, `acc_norm`, `word_perplexity`, `loss`, ...
+        metric: the kind of `value`: `acc`, `acc_norm`, `word_perplexity`, `loss`, ...
         value: the metric over all items; accuracies are shares in [0, 1], losses and divergences nats per token.
         stderr: the standard error of `value`; None with fewer than two items.
         higher_is_better: how to read `value`.
         items: per item its value, in the task's order: two models' lists pair up item by item. Empty where an item has
             no number of its own, e.g. a pair of texts under BLEU.
-        suite: where the task belongs.
+        suite: the task's suite.
         tags: per item what it is, e.g. `{"length": 1024, "depth": 0.5}`; empty where items are all alike.
         curves: per item its curve; empty where there are none.
-        axis: what a curve runs along, one number per point.
+        axis: the positions of a curve's points.
         total: how many items the task has; None where it is not known.
         seed: of the random subset that was scored; None where it was all of them. The tag `item` says which.
         count: the number of items scored, where `items` is empty.
@@ -92,10 +92,10 @@ class Task(ABC):
     Attributes:
         name: unique among all tasks.
         suite: the suite that it belongs to.
-        metric: what its value is, see `TaskScore`.
+        metric: the kind of its value, see `TaskScore`.
         higher_is_better: how to read it.
         digest: SHA-256 over everything that the result depends on besides the model: texts, settings, scoring.
-        axis: what the items' curves run along; empty for tasks without.
+        axis: the positions of the points of its items' curves; empty for tasks without.
         item_bytes: about what an item's result takes, in the store as in a report.
     """
 
@@ -170,7 +170,7 @@ def draw(name: str, size: int, limit: float | None, seed: int) -> list[int]:
 
 def by_row(values: Sequence[float], tags: Sequence[Mapping[str, Any]]) -> list[float]:
     """The values; but where items have a tag `row`, one value for each row, with the same mean: answers about one text
-    say less than as many about different ones."""
+    are not independent, so they count as one value."""
     if not tags or "row" not in tags[0]:
         return list(values)
     rows: dict[Any, float] = {}

@@ -1,7 +1,8 @@
 """The benchmark tasks: lm-eval's own definitions, read from local files or from the Hub.
 
-`evals/tasks/NAME.yaml` holds a task as lm-eval writes it, and a `local:` section that says which file of a data folder
-has the same documents. lm-eval itself is imported only when tasks are built: listing them stays fast.
+`evals/tasks/NAME.yaml` holds a task in lm-eval's form, and a `local:` section that names the file of a data folder
+with the same documents, because lm-eval's own loading reads them from the Hub. lm-eval itself is imported only when
+tasks are built, so listing them stays fast.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """One task file: lm-eval's configuration, what to report of it, and its local form.
+    """One task file: lm-eval's configuration, the metric to report, and its local form.
 
     Attributes:
         headline: the metric that papers report for it.
-        suite: where it belongs: `core`, or a suite of its own.
+        suite: `core`, or a suite of its own.
         group: the field by which documents are kept apart, each group with its own solved examples; empty for none.
     """
 
@@ -120,7 +121,7 @@ def build_tasks(names: Sequence[str], data: Path | None, shots: int | None = Non
             f"task {without[0]}: {shots} solved examples were asked for, and its local form has none; leave out "
             "--data, and lm-eval's own task reads them from the Hub"
         )
-    # All the documents first: a missing file is told before seconds go into importing and building.
+    # All the documents first, so that a missing file is reported before seconds of importing and building.
     documents = [_from_hub(task) if data is None else _from_folder(task, data) for task in chosen]
     return {
         task.name: _groups(task, splits, data is not None, shots)

@@ -11,24 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from linearize_kernels import joint_attention
+from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.slots import (
     arriving_of,
+    in_slots,
     join,
+    leaving_scores,
     merge,
     merges,
-    novelty,
     numbers,
     rows_of,
-    smoothed,
+    static_scores,
     stored,
     where,
 )
 from linearize.model.landmarks.step import landmark_step
 from linearize.model.landmarks.training import whole_rows
 from linearize.model.memory import store
+from linearize.model.precision import decoded, encoded
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
@@ -110,24 +113,24 @@ def _lay_out(
 
 def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
-    config, window, device = mixer.config, mixer.window, new.v.device
+    config, window, device, dtype = mixer.config, mixer.window, new.v.device, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
-    fresh, sums = novelty(new.k, parts["keys"]["sum"])
-    rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), parts["window"], lengths, memory)
-    held, landmarks, sinks = rows.held, dict(parts["landmarks"]), _sinks_of(mixer, new, lengths, memory)
+    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
+    rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), decoded(parts["window"], dtype), lengths, memory)
+    held, landmarks, sinks = rows.held, decoded(parts["landmarks"], dtype), _sinks_of(mixer, new, lengths, memory)
     ys, logs, recall = list[Tensor](), list[Tensor](), _Recall(mixer, rows)
     start, stop, block = rows.first, rows.first + rows.q.shape[1], 0
     while start < stop:
         end = min(window - 1 + (block + 1) * BLOCK, stop)
         if block:
             first = (block - 1) * BLOCK
-            leaving = {name: x[:, first : first + BLOCK] for name, x in held.items()}
+            leaving = in_slots(mixer, {name: x[:, first : first + BLOCK] for name, x in held.items()})
             leaving |= {
-                "novelty": smoothed(held["novelty"][:, first:], window),
+                "novelty": leaving_scores(mixer, held["novelty"][:, first:]),
                 "number": numbers(config.sinks + 1 + rows.merged * BLOCK + first, leaving["received"]),
             }
             goes = None if rows.total is None else rows.total > window - 1 + block * BLOCK
-            kept, lost = merge(landmarks, leaving, window)
+            kept, lost = merge(mixer, landmarks, leaving)
             landmarks = where(goes, kept, landmarks)
             recall.write(lost, goes)
         if end > start:
@@ -256,7 +259,7 @@ def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory
     if not sinks:
         return {}
     if memory is not None and memory.uniform is not None and memory.uniform >= sinks:
-        return memory.parts["sinks"]
+        return decoded(memory.parts["sinks"], computing_dtype(new.q))
     place = torch.arange(sinks, device=new.v.device).expand(rows, -1)
     if memory is not None:
         place = place - memory.counts[:, None]
@@ -264,7 +267,7 @@ def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory
     if memory is None:
         return taken
     arrives = (place >= 0) & (place < (tokens if lengths is None else lengths[:, None]))
-    here, held = arrives[:, :, None, None], memory.parts["sinks"]
+    here, held = arrives[:, :, None, None], decoded(memory.parts["sinks"], computing_dtype(new.q))
     return {name: torch.where(here, x.to(held[name].dtype), held[name]) for name, x in taken.items()}
 
 
@@ -283,20 +286,21 @@ def _keep(
         exact: landmarks and sinks.
         sums: `[R, L, K, D]` running sums of normalised keys after each new token.
     """
-    window = memory.parts["window"]
-    for name, held in list(window.items()):
+    latest, width = dict[str, Tensor](), memory.parts["window"]["received"].shape[1]
+    for name, held in rows.held.items():
         if isinstance(done, int) or rows.total is None:
-            left = rows.held[name][:, done * BLOCK :]
-            store(window, name, F.pad(left, (*[0, 0] * (left.dim() - 2), 0, held.shape[1] - left.shape[1])))
-        elif span := rows.held[name].shape[1]:
-            place = torch.arange(held.shape[1], device=held.device) + done[:, None] * BLOCK
-            left = rows_of(rows.held[name], place.clamp(max=span - 1))
+            left = held[:, done * BLOCK :]
+            latest[name] = F.pad(left, (*[0, 0] * (left.dim() - 2), 0, width - left.shape[1]))
+        elif span := held.shape[1]:
+            place = torch.arange(width, device=held.device) + done[:, None] * BLOCK
+            left = rows_of(held, place.clamp(max=span - 1))
             there = place < rows.total[:, None]
-            store(window, name, torch.where(there.view(*there.shape, *[1] * (held.dim() - 2)), left, 0))
-    for part, tensors in exact.items():
-        for name, tensor in tensors.items():
-            if tensor is not memory.parts[part][name]:
-                store(memory.parts[part], name, tensor)
+            latest[name] = torch.where(there.view(*there.shape, *[1] * (held.dim() - 2)), left, 0)
+    for part, tensors in {"window": latest, **exact}.items():
+        into = memory.parts.get(part, {})
+        for name, tensor in encoded(tensors, into).items():
+            if tensor is not into[name]:
+                store(into, name, tensor)
     keys = memory.parts["keys"]
     if lengths is not None:
         sums = rows_of(torch.cat([keys["sum"][:, None], sums], 1), lengths[:, None])

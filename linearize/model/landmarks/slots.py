@@ -9,13 +9,17 @@ Tokens after the sinks are numbered in blocks of `BLOCK`. Query t attends, under
 and reads the state, if the mixer has a recurrence. A block is merged when its last token leaves the window. A merge
 ranks the block's tokens together with those in the slots. The N of highest rank take the slots; the others are written
 into the state in text order. Slots and state do not change between two merges, so all queries of a block are computed
-at once, and any split of a text into calls makes the same merges.
+at once, and any split of a text into calls makes the same merges. In 4 bits a block is rounded when it is merged, also
+the tokens that get no slot.
 
-A token's rank is the sum of two scores, each standardised over the candidates of its head:
+A token's rank is the sum of two scores, each standardised over the candidates of its head. The first is given with
+the token, the second follows from what attends to it:
 
     novelty     minus the cosine between its key, without positions, and the mean of the head's earlier keys, each
                 scaled to length 1 (KeyDiff, arXiv 2504.15364). Averaged over the tokens up to `REACH` places away,
                 because facts worth recalling span several tokens
+    or learned  an affine map of the layer's keys and values (`landmark_score: learned`), fitted by `convert` to the log
+                of the cost of losing the token. Attention counts `BESIDE_LEARNED` times beside it
     attention   the log of the mean attention weight it receives per query, summed over its head's queries (as H2O,
                 arXiv 2306.14048, without the two changes that follow). Only queries at least W / 4 tokens later
                 count, because the weights of near queries predict those of distant ones poorly. A block of queries
@@ -35,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
+from linearize.model.precision import rounded_part, slot_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
 REACH = 2
 FADING = 0.8
 MOST_AGAINST = 1.0
+BESIDE_LEARNED = 0.5
 _SCORES = ("novelty", "received")
 _LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
 
@@ -54,23 +60,22 @@ def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, dev
     """The tensors of `Mixer.parts` with landmarks. `number` counts tokens from 1; 0 marks an empty slot.
 
     Args:
-        empty: makes zero tensors for a number of tokens and some tensor names.
+        empty: makes zero tensors for a number of tokens and some tensor names; `bits` other than the window's.
     """
     layer, slots = mixer.layer, mixer.config.landmarks
 
-    def part(count: int, *names: str, **scores: torch.dtype) -> Part:
+    def with_scores(part: Part, count: int, **scores: torch.dtype) -> Part:
         shape = (batch, count, layer.key_value_heads)
-        return empty(count, *names) | {
-            name: torch.zeros(shape, dtype=kind, device=device) for name, kind in scores.items()
-        }
+        return part | {name: torch.zeros(shape, dtype=kind, device=device) for name, kind in scores.items()}
 
-    names, scores = kept_names(mixer), dict.fromkeys(_SCORES, torch.float32)
-    parts = {"window": part(room(mixer.window), *names, **scores)}
-    parts["landmarks"] = part(slots, *names, **scores, number=torch.int32)
+    names, scores, width = kept_names(mixer), dict.fromkeys(_SCORES, torch.float32), room(mixer.window)
+    parts = {"window": with_scores(empty(width, *names), width, **scores)}
+    kept = empty(slots, *names, bits=slot_bits(mixer.config))
+    parts["landmarks"] = with_scores(kept, slots, **scores, number=torch.int32)
     if mixer.config.sinks:
         parts["sinks"] = empty(mixer.config.sinks, "k_rotated", "v")
-    width = (batch, layer.key_value_heads, layer.key_width)
-    parts["keys"] = {"sum": torch.zeros(width, dtype=torch.float32, device=device)}
+    shape = (batch, layer.key_value_heads, layer.key_width)
+    parts["keys"] = {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
     return parts
 
 
@@ -110,6 +115,34 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
 
 
+def static_scores(mixer: MixerBase, new: Projections, before: Tensor) -> tuple[Tensor, Tensor]:
+    """The score that a token has from its projection on, `[R, L, K]`: its novelty, or with a learned score an affine
+    map of the layer's keys and values.
+
+    Args:
+        before: as in `novelty`.
+
+    Returns:
+        the scores, and the sum of keys after each token, as `novelty` returns it; a learned score leaves it at 0.
+    """
+    weight = mixer._parameters.get("score_weight")
+    if weight is None:
+        return novelty(new.k, before)
+    weight = weight.detach().float()
+    scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
+    return scores, before[:, None].expand(-1, scores.shape[1], -1, -1)
+
+
+def score_inputs(new: Projections) -> Tensor:
+    """Keys, without positions, and values of all heads, `[R, L, K (D + V)]`: the inputs of a learned score."""
+    return torch.cat([x.detach().flatten(2).float() for x in (new.k, new.v)], -1)
+
+
+def leaving_scores(mixer: MixerBase, raw: Tensor) -> Tensor:
+    """The static scores of the first block of `raw` `[R, L, K]`, as its tokens leave the window, `[R, BLOCK, K]`."""
+    return raw[:, :BLOCK] if mixer.config.landmark_score == "learned" else smoothed(raw, mixer.window)
+
+
 def smoothed(raw: Tensor, window: int) -> Tensor:
     """Novelty of the first block's tokens, `[R, BLOCK, K]`: the mean of `raw` `[R, L, K]` over `REACH` tokens on either
     side, as far as they are in the window when the block leaves it."""
@@ -120,9 +153,9 @@ def smoothed(raw: Tensor, window: int) -> Tensor:
     return (sums[:, end] - sums[:, first]) / (end - first).view(-1, 1)
 
 
-def ranks(candidates: Part, window: int) -> Tensor:
+def ranks(mixer: MixerBase, candidates: Part) -> Tensor:
     """The rank of each candidate, `[R, N + C, K]`; minus infinity for an empty slot."""
-    exists = candidates["number"] > 0
+    exists, window = candidates["number"] > 0, mixer.window
     count = exists.sum(1, keepdim=True).clamp_min(1)
 
     def standardised(score: Tensor) -> Tensor:
@@ -135,11 +168,12 @@ def ranks(candidates: Part, window: int) -> Tensor:
     faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
     queries = faded * (window - window // 4 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
     attention = (candidates["received"] / queries + _LEAST_ATTENTION).log()
-    total = standardised(candidates["novelty"]) + standardised(attention).clamp_min(-MOST_AGAINST)
+    weight = BESIDE_LEARNED if mixer.config.landmark_score == "learned" else 1.0
+    total = standardised(candidates["novelty"]) + weight * standardised(attention).clamp_min(-MOST_AGAINST)
     return total.masked_fill(~exists, -math.inf)
 
 
-def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
+def merge(mixer: MixerBase, landmarks: Part, block: Part) -> tuple[Part, Part]:
     """Merge a block into the slots.
 
     Args:
@@ -151,7 +185,7 @@ def merge(landmarks: Part, block: Part, window: int) -> tuple[Part, Part]:
     """
     candidates = {name: torch.cat([tensor, block[name].to(tensor.dtype)], 1) for name, tensor in landmarks.items()}
     with torch.no_grad():
-        order = ranks(candidates, window).argsort(dim=1, descending=True, stable=True)
+        order = ranks(mixer, candidates).argsort(dim=1, descending=True, stable=True)
         kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
         lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
     slots, others = ({name: take_by_head(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
@@ -168,6 +202,12 @@ def where(rows: Tensor | None, a: Part, b: Part) -> Part:
     if rows is None:
         return a
     return {name: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, b[name]) for name, x in a.items()}
+
+
+def in_slots(mixer: MixerBase, tokens: Part) -> Part:
+    """Tokens that leave the window as the slots store them, in values: rounded to 4 bits with `memory_dtype: int4`."""
+    bits = slot_bits(mixer.config)
+    return rounded_part(tokens, bits) if bits == 4 else tokens
 
 
 def stored(mixer: MixerBase, tokens: Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,20 +6,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from linearize_kernels import joint_attention
+from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.slots import (
     arriving_of,
     join,
+    leaving_scores,
     merge,
     merges,
-    novelty,
     numbers,
-    smoothed,
+    static_scores,
     stored,
     where,
 )
+from linearize.model.precision import as_read, decoded, encoded, slot_bits
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
@@ -49,17 +51,21 @@ class _Seen(NamedTuple):
 def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """`landmark_attention` for one token per row, without a gradient."""
     config, parts = mixer.config, memory.parts
-    fresh, sums = novelty(new.k, parts["keys"]["sum"])
-    arriving = arriving_of(mixer, new, fresh) | {"sum": sums[:, 0]}
+    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
+    values, dtype = arriving_of(mixer, new, fresh), computing_dtype(new.q)
+    arriving = encoded(values, parts["window"]) | {"sum": sums[:, 0]}
     count = memory.uniform if lengths is None else None
-    seen = _apart(mixer, memory, arriving, lengths) if count is None else _alike(mixer, memory, arriving, count)
+    if count is None:
+        seen = _apart(mixer, memory, arriving, dtype, lengths)
+    else:
+        seen = _alike(mixer, memory, arriving, dtype, count)
     sizes = {"sinks": seen.sinks, "landmarks": seen.landmarks, "window": seen.window}
     # Only the sinks may be missing from the memory; landmarks and window are always there, possibly empty.
     names = [name for name, size in sizes.items() if size or name != "sinks"]
     y, log, received = joint_attention(
         new.q_rotated,
-        [parts[name]["k_rotated"][:, : sizes[name]] for name in names],
-        [parts[name]["v"][:, : sizes[name]] for name in names],
+        [as_read(parts[name], "k_rotated", sizes[name]) for name in names],
+        [as_read(parts[name], "v", sizes[name]) for name in names],
         [mask for name, mask in zip(sizes, seen.masks, strict=True) if name in names],
         scale=mixer.layer.scale,
         softcap=mixer.layer.softcap,
@@ -76,19 +82,19 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
         return y
     if isinstance(seen.written, int) and seen.written <= 0:
         return y
-    k, v, source = stored(mixer, arriving)
+    k, v, source = stored(mixer, values)
     writes = torch.zeros(y.shape[0], 1, dtype=torch.bool, device=y.device)
     read, mass = mixer.recurrence(new.q_rotated if config.rope else new.q, k, v, source, writes, parts["state"])
     empty = seen.written[:, None] <= 0 if isinstance(seen.written, Tensor) else None
     return join(mixer, y, log, read, mass, empty)
 
 
-def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, count: int) -> _Seen:
+def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.dtype, count: int) -> _Seen:
     """Write a token into rows that have all seen `count` tokens, so that masks are plain slices."""
     config, parts = mixer.config, memory.parts
     merged = merges(mixer, count + 1)
     if merged > merges(mixer, count):
-        _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, None)
+        _merge(mixer, memory, dtype, config.sinks + 1 + (merged - 1) * BLOCK, None)
     place = count - config.sinks - merged * BLOCK
     part, slot = ("window", place) if place >= 0 else ("sinks", count)
     for name, held in parts[part].items():
@@ -105,7 +111,7 @@ def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, count: int) ->
     )
 
 
-def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, lengths: Tensor | None) -> _Seen:
+def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.dtype, lengths: Tensor | None) -> _Seen:
     """Write a token into rows of different lengths; rows with length 0 in `lengths` do not change."""
     config, parts, counts = mixer.config, memory.parts, memory.counts
     real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
@@ -113,7 +119,7 @@ def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, lengths: Tenso
     goes = real & (merged > before)
     # `any` syncs a GPU, and a CUDA graph must not depend on a host value. Merging no row is a no-op.
     if goes.device.type != "cpu" or not memory.counts_on_host or bool(goes.any()):
-        _merge(mixer, memory, config.sinks + 1 + (merged - 1) * BLOCK, goes)
+        _merge(mixer, memory, dtype, config.sinks + 1 + (merged - 1) * BLOCK, goes)
     place = counts - config.sinks - torch.where(real, merged, before) * BLOCK
     slot = torch.arange(room(mixer.window), device=counts.device)
     number = torch.arange(config.sinks, device=counts.device)
@@ -139,16 +145,18 @@ def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, lengths: Tenso
     )
 
 
-def _merge(mixer: MixerBase, memory: LayerMemory, first: Tensor | int, goes: Tensor | None) -> None:
+def _merge(mixer: MixerBase, memory: LayerMemory, dtype: torch.dtype, first: Tensor | int, goes: Tensor | None) -> None:
     """Merge the window's oldest block into the landmarks and shift the window by one block, in the rows that `goes`
-    selects (None: all); `first` is the number of the block's first token."""
+    selects (None: all); `first` is the number of the block's first token, and `dtype` that of decoded tensors."""
     window, landmarks = memory.parts["window"], memory.parts["landmarks"]
     block = {name: tensor[:, :BLOCK] for name, tensor in window.items()}
+    if slot_bits(mixer.config) == 4:
+        block = encoded(decoded(block, dtype), landmarks)
     block |= {
-        "novelty": smoothed(window["novelty"], mixer.window),
+        "novelty": leaving_scores(mixer, window["novelty"]),
         "number": numbers(first, block["received"]),
     }
-    kept, lost = merge(landmarks, block, mixer.window)
+    kept, lost = merge(mixer, landmarks, block)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for held, now in ((landmarks, kept), (window, moved)):
         for name, tensor in where(goes, now, held).items():
@@ -156,7 +164,7 @@ def _merge(mixer: MixerBase, memory: LayerMemory, first: Tensor | int, goes: Ten
     if mixer.recurrence is not None and "recurrence" not in mixer.branches_off:
         writes = lost["number"][:, :, 0] > 0
         writes = writes if goes is None else writes & goes[:, None]
-        k, v, source = stored(mixer, lost)
+        k, v, source = stored(mixer, decoded(lost, dtype))
         q = k.repeat_interleave(mixer.layer.query_heads // mixer.layer.key_value_heads, 2)
         pinned = mixer.recurrence.form
         if not memory.counts_on_host:

@@ -18,12 +18,13 @@ from torch import Tensor
 from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.slots import (
     arriving_of,
+    in_slots,
     join,
     kept_names,
+    leaving_scores,
     merge,
-    novelty,
     numbers,
-    smoothed,
+    static_scores,
     stored,
     take_by_head,
 )
@@ -43,11 +44,17 @@ def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
 
     causal = torch.ones(first, first, dtype=torch.bool, device=new.v.device).tril()[None]
     at = torch.arange(first, device=new.v.device).expand(len(new.q), 1, new.k.shape[2], -1)
-    parts = [_attend(mixer, new, slice(0, first), first, at, causal, [first])]
+    k, v = new.k_rotated, new.v
+    parts = [_attend(mixer, new.q_rotated[:, :first], k, v, first, at, causal, [first])]
     if blocks:
         at, seen = _read_by_blocks(mixer, new, kept)
+        slots_hold = in_slots(mixer, {"k_rotated": k, "v": v})
+        if slots_hold["v"] is not v:
+            # What a slot stores differs from what the window stored, so a token is there twice.
+            k, v = (torch.cat([x, y], 1) for x, y in zip((k, v), slots_hold.values(), strict=True))
+            at = torch.cat([at[..., :-slots], at[..., -slots:] + tokens], -1)
         widths = [sinks + room(mixer.window) + min(slots, (block + 1) * BLOCK) for block in range(blocks)]
-        parts.append(_attend(mixer, new, slice(first, tokens), BLOCK, at, seen, widths))
+        parts.append(_attend(mixer, new.q_rotated[:, first:], k, v, BLOCK, at, seen, widths))
     y, logs = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     return _with_state(mixer, new, y, logs, lost, first)
 
@@ -57,7 +64,8 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     evicts, `[R, B, BLOCK, K]`."""
     config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
     sinks, q, k = config.sinks, new.q_rotated.detach(), new.k_rotated.detach()
-    fresh, _ = novelty(new.k, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
+    of_slots = in_slots(mixer, {"k_rotated": k})["k_rotated"]
+    fresh, _ = static_scores(mixer, new, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
     received, nothing = torch.zeros_like(fresh), k[..., :0]
     empty = fresh.new_zeros(k.shape[0], config.landmarks, k.shape[2])
     slots: Part = {"novelty": empty, "received": empty, "number": empty.int()}
@@ -67,7 +75,7 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
         query = torch.arange(start, end, device=k.device)[:, None]
         distance = query - torch.arange(local, end, device=k.device)
         filled = min(config.landmarks, local - sinks)
-        own = take_by_head(k, slots["number"][:, :filled].long() - 1)
+        own = take_by_head(of_slots, slots["number"][:, :filled].long() - 1)
         keys, visible = [k[:, :sinks], own, k[:, local:end]], query >= torch.arange(sinks, device=k.device)
         _, _, shares = joint_attention(
             q[:, start:end],
@@ -80,8 +88,8 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
         received[:, local:end] += (shares[2] * (distance >= window // 4)).sum(2).transpose(1, 2)
         slots["received"][:, :filled] += shares[1].sum(2).transpose(1, 2)
         block = slice(local, local + BLOCK)
-        leaving = {"novelty": smoothed(fresh[:, local:], window), "received": received[:, block]}
-        slots, out = merge(slots, leaving | {"number": numbers(local + 1, received[:, block])}, window)
+        leaving = {"novelty": leaving_scores(mixer, fresh[:, local:]), "received": received[:, block]}
+        slots, out = merge(mixer, slots, leaving | {"number": numbers(local + 1, received[:, block])})
         kept.append(slots["number"])
         lost.append(out["number"])
         start, local = end, local + BLOCK
@@ -92,13 +100,12 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
 
 
 def _attend(
-    mixer: MixerBase, new: Projections, own: slice, size: int, at: Tensor, seen: Tensor, widths: list[int]
+    mixer: MixerBase, q: Tensor, k: Tensor, v: Tensor, size: int, at: Tensor, seen: Tensor, widths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the queries `own`, in blocks of `size`, to the tokens `at`; see `gathered_attention`."""
-    q = new.q_rotated[:, own]
+    """Attention of the queries `q`, in blocks of `size`, to the tokens `at`; see `gathered_attention`."""
     blocks = F.pad(q, (0, 0, 0, 0, 0, -q.shape[1] % size)).unflatten(1, (-1, size))
     scale, softcap = mixer.layer.scale, mixer.layer.softcap
-    found = gathered_attention(blocks, new.k_rotated, new.v, at, seen, widths=widths, scale=scale, softcap=softcap)
+    found = gathered_attention(blocks, k, v, at, seen, widths=widths, scale=scale, softcap=softcap)
     y, logs = (x.flatten(1, 2)[:, : q.shape[1]] for x in found)
     return y, logs
 
@@ -132,7 +139,7 @@ def _with_state(mixer: MixerBase, new: Projections, y: Tensor, logs: Tensor, los
     recurrence, lost = mixer.recurrence, lost[:, empty:]
     if recurrence is None or "recurrence" in mixer.branches_off or not lost.shape[1]:
         return y
-    given = arriving_of(mixer, new, new.k)
+    given = in_slots(mixer, arriving_of(mixer, new, new.k))
     at = (lost - 1).clamp_min(0).flatten(1, 2)
     k, v, source = stored(mixer, {name: take_by_head(given[name], at) for name in kept_names(mixer)})
     start, blocks = first + empty * BLOCK, lost.shape[1]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from linearize_kernels.codes import groups_of
 from torch import Tensor, nn
 
 from linearize.model.configuration import room
@@ -54,10 +55,13 @@ class MixerBase(nn.Module, ABC):
         self.recurrence = build_recurrence(config, layer, depth)
         if config.landmarks and self.recurrence is not None and config.covers == "all":
             raise ValueError("landmarks need covers: evicted, for a state of all tokens holds them already")
+        if config.landmarks and config.memory_dtype == "int4":
+            for width in (layer.key_width, layer.value_width):
+                groups_of(width)  # refuses a width
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
-        if (weight := self._mix_start()) is not None:
-            register(self, {"mix_weight": weight})
+        own = {"mix_weight": self._mix_start(), "score_weight": self._score_start()}
+        register(self, {name: value for name, value in own.items() if value is not None})
 
     @abstractmethod
     def forward(
@@ -103,10 +107,17 @@ class MixerBase(nn.Module, ABC):
         shape = {"learned": (heads, width), "softmax": (heads,)}.get(self.config.mix)
         return None if self.recurrence is None or shape is None else torch.zeros(shape, device="cpu")
 
+    def _score_start(self) -> Tensor | None:
+        """The start of a learned score, which `convert` fits: 0. The columns are keys, values and a constant."""
+        if not self.config.landmarks or self.config.landmark_score != "learned":
+            return None
+        heads, width = self.layer.key_value_heads, self.layer.key_width + self.layer.value_width
+        return torch.zeros(heads, heads * width + 1, device="cpu")
+
     def initial_values(self) -> dict[str, Tensor]:
         """The start of each own parameter."""
-        weight = self._mix_start()
-        values = {} if weight is None else {"mix_weight": weight}
+        own = {"mix_weight": self._mix_start(), "score_weight": self._score_start()}
+        values = {name: value for name, value in own.items() if value is not None}
         if self.recurrence is not None:
             values |= {f"recurrence.{name}": value for name, value in self.recurrence.initial_values().items()}
         return values
@@ -131,11 +142,3 @@ class MixerBase(nn.Module, ABC):
             return exact
         heads = self.layer.key_value_heads
         return exact + heads * self.recurrence.flops(self.layer.query_heads // heads)
-
-
-def empty_slots(
-    layer: AttentionLayer, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros `[B, N, K, D or V]` for N keys or, with the name `v`, values."""
-    width = layer.value_width if name == "v" else layer.key_width
-    return torch.zeros(*shape, layer.key_value_heads, width, dtype=dtype, device=device)

@@ -46,6 +46,8 @@ def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) ->
     """The reason why no fused kernel takes a mixer of this configuration; None if one does."""
     if config.landmarks:
         return "no fused kernel for landmarks"
+    if config.memory_dtype != "auto":
+        return f"no fused kernel for a memory in {config.memory_dtype}"
     if config.recurrence not in _GATES and (operation == "attention" or config.recurrence != "none"):
         return f"no fused kernel for {'the window alone' if config.recurrence == 'none' else config.recurrence}"
     if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:

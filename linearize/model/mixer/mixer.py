@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from linearize_kernels import window_attention
+from linearize_kernels.codes import rounded
 from linearize_kernels.window import TINY, mix_outputs
 from torch import Tensor
 
-from linearize.model.landmarks.slots import landmark_parts
-from linearize.model.mixer.base import ExactColumns, MixerBase, empty_slots
+from linearize.model.landmarks.slots import kept_names, landmark_parts
+from linearize.model.mixer.base import ExactColumns, MixerBase
 from linearize.model.mixer.fused import fused_attention, fused_step, fuses
 from linearize.model.mixer.step import step, steps
 from linearize.model.mixer.window import fill, slide, starts
+from linearize.model.precision import empty_slots, exact_bits
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
@@ -43,6 +45,7 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
+        new = self._as_stored(new, memory)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
         config, recurrence, window, tokens = self.config, self.recurrence, self.window, new.q.shape[1]
@@ -103,6 +106,18 @@ class Mixer(MixerBase):
             mixed = torch.where(empty[:, :, None, None], y[:, first:], mixed)
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
 
+    def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
+        """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
+        # A step reads its own token from the memory; only a state of all tokens reads it here.
+        steps = memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled()
+        if self.config.memory_dtype == "auto" or (steps and self.config.covers == "evicted"):
+            return new
+        return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        bits = exact_bits(self.config)
+        return rounded(x, bits) if bits else x
+
     def sinks(self, new: Projections) -> ExactColumns | None:
         sinks, left = self.config.sinks, new.q.shape[1] - self.window
         if not sinks or left <= 0:
@@ -116,8 +131,8 @@ class Mixer(MixerBase):
     def source(self, new: Projections) -> Tensor:
         kind = self.config.gate_source
         if kind == "q":
-            grouped: Tensor = new.q.unflatten(2, (self.layer.key_value_heads, -1))
-            return grouped.mean(3)
+            averaged: Tensor = new.q.unflatten(2, (self.layer.key_value_heads, -1)).mean(3)
+            return self._rounded(averaged) if self.config.covers == "evicted" else averaged
         return new.v if kind == "v" else new.k
 
     def mix(self, y: Tensor, normaliser: Tensor | None, read: Tensor, mass: Tensor | None) -> Tensor:
@@ -150,18 +165,28 @@ class Mixer(MixerBase):
     def parts(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
         """An empty memory for `batch` rows: tensors whose size depends on the configuration alone."""
 
-        def slots(count: int, *names: str) -> Part:
-            return {name: empty_slots(self.layer, name, (batch, count), dtype, device) for name in names}
+        def slots(count: int, *names: str, bits: int = exact_bits(self.config)) -> Part:
+            part: Part = {}
+            for name in names:
+                part |= empty_slots(self.layer, name, (batch, count), dtype, device, bits)
+            return part
 
-        # The state receives a token when it leaves the window, so the window keeps the tensors that the state takes.
-        waits = self.recurrence is not None and self.config.covers == "evicted"
-        more = ("k", "source") if waits and self.config.gate_source == "q" else ("k",) if waits else ()
         if self.config.landmarks:
             parts = landmark_parts(self, slots, batch, device)
         else:
-            parts = {"window": slots(self.window, "k_rotated", *more, "v")}
+            parts = {"window": slots(self.window, *self._kept())}
             if self.config.sinks:
                 parts["sinks"] = slots(self.config.sinks, "k_rotated", "v")
         if self.recurrence is not None:
-            parts["state"] = self.recurrence.state(batch, device)
+            state = self.recurrence.state(batch, device)
+            parts["state"] = {name: x.double() if dtype == torch.float64 else x for name, x in state.items()}
         return parts
+
+    def _kept(self) -> tuple[str, ...]:
+        """The names of the tensors that the memory keeps per token."""
+        if self.config.landmarks:
+            return kept_names(self)
+        # The state receives a token when it leaves the window, so the window keeps the tensors that the state takes.
+        waits = self.recurrence is not None and self.config.covers == "evicted"
+        more = ("k", "source") if waits and self.config.gate_source == "q" else ("k",) if waits else ()
+        return ("k_rotated", *more, "v")

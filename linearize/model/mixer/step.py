@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from linearize_kernels import step_attention
+from linearize_kernels.decay import computing_dtype
+
+from linearize.model.precision import as_read, decoded, encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +36,7 @@ def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
     leaving = count - window  # the number of the token that the new one evicts; negative: none
     slot = count % window
-    ring = memory.parts["window"]
+    ring, dtype = memory.parts["window"], computing_dtype(new.q)
     place = {name: tensor[:, slot : slot + 1] for name, tensor in ring.items()}  # the evicted token, then the new one
     q = new.q_rotated if config.rope else new.q
     read = mass = None
@@ -41,8 +44,9 @@ def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
         recurrence = None  # nothing has been written yet
     elif config.covers == "evicted":
         # Before the window is written, because `place` still holds the token that leaves.
-        v, k = place["v"], place["k_rotated" if config.rope or "k" not in place else "k"]
-        source = place.get("source", v if config.gate_source == "v" else place.get("k", k))
+        leaves = decoded(place, dtype)
+        v, k = leaves["v"], leaves["k_rotated" if config.rope or "k" not in leaves else "k"]
+        source = leaves.get("source", v if config.gate_source == "v" else leaves.get("k", k))
         read, mass = recurrence(q, k, v, source, None, memory.parts["state"])
     else:
         k = new.k_rotated if config.rope else new.k
@@ -50,13 +54,14 @@ def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
     if 0 <= leaving < config.sinks:
         for name, tensor in memory.parts["sinks"].items():
             tensor[:, leaving : leaving + 1].copy_(place[name])
-    for name, tensor in place.items():
-        tensor.copy_(mixer.source(new) if name == "source" else getattr(new, name))
+    arriving = {n: mixer.source(new) if n == "source" else getattr(new, n) for n in ARRIVING if n in place}
+    for name, x in encoded(arriving, ring).items():
+        place[name].copy_(x)
     keys = _visible(memory, count, window, config.sinks)
     y, normaliser = step_attention(
         new.q_rotated,
-        keys["k_rotated"],
-        keys["v"],
+        as_read(keys, "k_rotated"),
+        as_read(keys, "v"),
         scale=mixer.layer.scale,
         softcap=mixer.layer.softcap,
         normaliser=config.mix == "softmax",
@@ -70,14 +75,13 @@ def _visible(memory: LayerMemory, count: int, window: int, sinks: int) -> Part:
     """The keys and values that token number `count` attends to, in any order."""
     ring, leaving = memory.parts["window"], count - window
     if leaving < -1:
-        return {name: ring[name][:, : count + 1] for name in _SEEN}
+        return {name: x[:, : count + 1] for name, x in ring.items()}
     exact = min(leaving + 1, sinks)
     if exact == 0:
         return ring
     if exact == sinks:
-        return memory.joined("sinks", "window", _SEEN)
-    first = memory.parts["sinks"]
-    return {name: torch.cat([first[name][:, :exact], ring[name]], 1) for name in _SEEN}
+        return memory.joined("sinks", "window", memory.parts["sinks"])
+    return {name: torch.cat([x[:, :exact], ring[name]], 1) for name, x in memory.parts["sinks"].items()}
 
 
-_SEEN = ("k_rotated", "v")
+ARRIVING = ("k_rotated", "k", "source", "v")

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.model.memory import store
+from linearize.model.precision import decoded, encoded
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
@@ -75,16 +77,21 @@ def fill(mixer: MixerBase, new: Projections, memory: LayerMemory) -> None:
     """Write the first tokens of the rows into an empty memory: the last W into the window, and the sinks that have left
     it into their slots."""
     ring, window, tokens = memory.parts["window"], mixer.window, new.q.shape[1]
-    for name, tensor in ring.items():
-        arriving = mixer.source(new) if name == "source" else getattr(new, name)
-        latest = arriving[:, -window:]
+    latest = {name: x[:, -window:] for name, x in arriving_in(mixer, new).items() if name in ring}
+    for name, x in encoded(latest, ring).items():
         if tokens < window:
-            store(ring, name, torch.cat([latest.to(tensor.dtype), tensor[:, tokens:]], 1))
+            store(ring, name, torch.cat([x.to(ring[name].dtype), ring[name][:, tokens:]], 1))
         else:
-            store(ring, name, latest.roll(tokens % window, 1))  # token i is in slot i mod W
-    for name, tensor in memory.parts.get("sinks", {}).items():
-        count = max(min(tensor.shape[1], tokens - window), 0)
-        tensor[:, :count].copy_(getattr(new, name)[:, :count].detach())
+            store(ring, name, x.roll(tokens % window, 1))  # token i is in slot i mod W
+    if (count := min(mixer.config.sinks, tokens - window)) > 0:
+        sinks = memory.parts["sinks"]
+        for name, x in encoded({"k_rotated": new.k_rotated[:, :count], "v": new.v[:, :count]}, sinks).items():
+            sinks[name][:, :count].copy_(x.detach())
+
+
+def arriving_in(mixer: MixerBase, new: Projections) -> Part:
+    """The new tokens' tensors by the names of the window."""
+    return {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": mixer.source(new)}
 
 
 def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Span:
@@ -93,35 +100,38 @@ def slide(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: La
     query_index = memory.counts[:, None] + torch.arange(tokens, device=new.q.device)  # [R, L]
     index = query_index - window  # of the token that query t pushes out
     count = None if lengths is not None else memory.uniform
-    ring = memory.parts["window"]
-    arriving = {"k_rotated": new.k_rotated, "k": new.k, "v": new.v, "source": mixer.source(new)}
+    ring, dtype = memory.parts["window"], computing_dtype(new.q)
+    arriving = {name: x for name, x in arriving_in(mixer, new).items() if name in ring}
     real = query_index < memory.counts[:, None] + (tokens if lengths is None else lengths[:, None])
     writes = None if count is not None and count >= window else (index >= 0) & real
     whole: Part | None = None
     if tokens == 1:
         # Softmax does not depend on the order of the keys, so overwriting one slot is enough.
         slot = (query_index % window)[:, :, None, None]
-        held: Part = {}
-        for name, tensor in ring.items():
-            at = slot.expand(-1, 1, *tensor.shape[2:])
-            held[name] = tensor.gather(1, at)
-            incoming = arriving[name].detach().to(tensor.dtype)
-            tensor.scatter_(1, at, torch.where(real[:, :, None, None], incoming, held[name]))
+        left: Part = {}
+        for name, x in encoded(arriving, ring).items():
+            at = slot.expand(-1, 1, *x.shape[2:])
+            left[name] = ring[name].gather(1, at)
+            incoming = x.detach().to(ring[name].dtype)
+            ring[name].scatter_(1, at, torch.where(real[:, :, None, None], incoming, left[name]))
         exists = torch.arange(window, device=slot.device) <= query_index
         # Clone for autograd: the next step overwrites the ring before a backward pass reads these tensors.
         seen = {name: tensor.clone() for name, tensor in ring.items()} if torch.is_grad_enabled() else ring
+        held, seen = decoded(left, dtype), decoded(seen, dtype)
     else:
         past = torch.arange(window, device=index.device)
         order = (memory.counts[:, None] + past) % window  # oldest first
         exists = past >= window - memory.counts[:, None]
-        whole = {n: torch.cat([take_tokens(t, order), arriving[n].to(t.dtype)], 1) for n, t in ring.items()}
+        kept_values = decoded(ring, dtype)
+        whole = {n: torch.cat([take_tokens(x, order), arriving[n].to(x.dtype)], 1) for n, x in kept_values.items()}
         held = {name: tensor[:, :tokens] for name, tensor in whole.items()}
         seen = {name: whole[name][:, 1:] for name in ("k_rotated", "v")}
         first_kept = tokens if lengths is None else lengths[:, None]
         kept = (first_kept + past).expand(order.shape)
         slots = (memory.counts[:, None] + kept) % window
+        latest = encoded({name: take_tokens(x, kept).detach() for name, x in whole.items()}, ring)
         for name, tensor in ring.items():
-            tensor.scatter_(1, slots[:, :, None, None].expand_as(tensor), take_tokens(whole[name], kept).detach())
+            tensor.scatter_(1, slots[:, :, None, None].expand_as(tensor), latest[name])
         exists = F.pad(exists[:, 1:], (0, tokens), value=True)
     k = held.get("k", held["k_rotated"])
     source = held.get("source", held["v"] if mixer.config.gate_source == "v" else k)
@@ -137,11 +147,12 @@ def _split_sinks(
 ) -> tuple[ExactColumns, Evicted]:
     """Store the first M tokens of each row as they leave the window. Returns the sinks, and the other tokens."""
     sinks, part = mixer.config.sinks, memory.parts["sinks"]
+    read = decoded(part, computing_dtype(evicted.v))
     number = torch.arange(sinks, device=query_index.device)
     visible = number <= (query_index - mixer.window)[:, :, None]
     count = memory.uniform if evicted.writes is None else 0
     if count is not None and count >= mixer.window + sinks:
-        return (part["k_rotated"], part["v"], visible), evicted
+        return (read["k_rotated"], read["v"], visible), evicted
     rows = evicted.v.shape[0]
     place = (number - evicted.index[:, :1]).expand(rows, -1)  # the index of sink j in `evicted`, if it leaves now
     inside = place.clamp(0, evicted.index.shape[1] - 1)
@@ -150,9 +161,9 @@ def _split_sinks(
         arrives = arrives & evicted.writes.expand(rows, -1).gather(1, inside)
     here = arrives[:, :, None, None]
     k, v = take_tokens(evicted.k_rotated, inside), take_tokens(evicted.v, inside)
-    k, v = torch.where(here, k, part["k_rotated"]), torch.where(here, v, part["v"])
-    store(part, "k_rotated", k)
-    store(part, "v", v)
+    k, v = torch.where(here, k, read["k_rotated"]), torch.where(here, v, read["v"])
+    for name, x in encoded({"k_rotated": k, "v": v}, part).items():
+        store(part, name, x)
     if evicted.writes is None:
         # All rows have the same length, so the sinks are the same columns in each row.
         return (k, v, visible), evicted.without(max(sinks - max((count or 0) - mixer.window, 0), 0))

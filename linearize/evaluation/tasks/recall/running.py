@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -15,8 +14,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from linearize.evaluation.tasks.hidden import read
 from linearize.generation.prompt import prefill_chunk
-from linearize.model import LinearizedForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,17 +31,17 @@ def written(
     """Greedy continuations.
 
     Args:
-        model: in eval mode. A converted one reads long prompts in pieces, so that its memory stays constant.
+        model: in eval mode. It reads long prompts in pieces, so that what it holds beside its cache stays small.
         prompts: B lists of token ids, each with at least one.
         pad: a token to fill rows with; which one changes nothing.
-        done: whether a row, by its index, needs no more than the new tokens it has.
+        done: True if a row, by its index, needs no more tokens than the new ones it is given.
 
     Returns:
-        per prompt its new tokens, up to `new_tokens`; and `[B]` bool, whether all logits of a row were numbers.
+        per prompt its new tokens, up to `new_tokens`; and `[B]` bool, True if all logits of a row were numbers.
     """
     ids, mask = _padded(prompts, pad, model.device)
     watch, chunk = _Watch(len(prompts), model.device), prefill_chunk(model.device, len(prompts))
-    # Whatever the checkpoint wants of sampling and penalties is set back: systems are compared on what they know.
+    # Overrides the checkpoint's sampling and penalties, so that systems are compared under one greedy decoding.
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -53,7 +52,7 @@ def written(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,
-        prefill_chunk_size=chunk if _is_converted(model) and ids.shape[1] > chunk else None,
+        prefill_chunk_size=chunk if ids.shape[1] > chunk else None,
     )
     with torch.inference_mode():
         output = model.generate(
@@ -78,29 +77,16 @@ def expected(model: Any, prompts: Sequence[Sequence[int]], last: int, pad: int) 
     """
     ids, mask = _padded(prompts, pad, model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache, start, end = DynamicCache(config=model.config.get_text_config()), 0, max(ids.shape[1] - last, 0)
-    step = prefill_chunk(model.device, len(prompts)) if _is_converted(model) else max(end, 1)
-    output: Any = None
     with torch.inference_mode():
-        for stop in [*range(step, end, step), end, ids.shape[1]]:
-            if stop == start:
-                continue
-            output = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=min(stop - start, last),
-            )
-            start = stop
-        real = mask[:, -output.logits.shape[1] :].bool()
-        sound = (_sound(output.logits) | ~real).all(1)
-        return output.logits.argmax(-1).cpu(), sound.cpu()
+        hidden = read(model, ids, mask=mask, positions=positions, first=max(ids.shape[1] - last, 0))
+        found = [(logits.argmax(-1), _sound(logits)) for _, logits in hidden.slices()]
+    likely, sound = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    real = mask[:, -likely.shape[1] :].bool()
+    return likely.cpu(), (sound | ~real).all(1).cpu()
 
 
 class _Watch(LogitsProcessor):
-    """Changes nothing and notes which rows had logits that are not numbers."""
+    """Records which rows had logits that are not numbers; the scores stay as they are."""
 
     def __init__(self, rows: int, device: Any) -> None:
         self.sound = torch.ones(rows, dtype=torch.bool, device=device)
@@ -111,7 +97,7 @@ class _Watch(LogitsProcessor):
 
 
 class _Done(StoppingCriteria):
-    """Ends the rows that need no more; the batch ends with the last of them."""
+    """Ends the rows that are done; the batch ends with the last of them."""
 
     def __init__(self, start: int, done: Callable[[int, list[int]], bool]) -> None:
         self.start, self.done = start, done
@@ -122,7 +108,7 @@ class _Done(StoppingCriteria):
 
 
 def _sound(logits: Tensor) -> Tensor:
-    """Minus infinity is how a model says never."""
+    """True where logits are numbers; minus infinity, a masked token, counts as one."""
     return ~(logits.isnan() | (logits == torch.inf)).any(-1)
 
 
@@ -132,7 +118,3 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Te
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _is_converted(model: Any) -> bool:
-    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, LinearizedForCausalLM)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import ModelError, is_out_of_memory
+from linearize.evaluation.tasks.hidden import PROMPTS, rows_at_once
 from linearize.evaluation.tasks.recall.running import expected, written
 from linearize.evaluation.tasks.task import Item, Task, evaluating
 from linearize.sources.limits import learned_positions
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens beyond the longest answer, for what may stand before it: a colon, a quotation mark, "in the text is".
+# Tokens beyond the longest answer, for words before it: a colon, a quotation mark, "in the text is".
 LEAD = 8
 _VERSION = 1
 
@@ -50,8 +51,8 @@ class RecallTask(Task):
     Attributes:
         about: one line on what is asked.
         rows: the prompts.
-        twice: whether the text comes twice.
-        answer_tokens: of the longest answer.
+        twice: True if the text comes twice.
+        answer_tokens: of the longest answer, or of all answers to a row as a model writes them.
     """
 
     suite = "recall"
@@ -76,7 +77,7 @@ class RecallTask(Task):
         return len(self._items)
 
     def tags(self, index: int) -> Mapping[str, Any]:
-        """`length` in tokens, `depth` from 0 to 1, and `twice`; `row` where more than one question is asked of one."""
+        """`length` in tokens, `depth` from 0 to 1, and `twice`; `row` where one text has several questions."""
         row, question = self._items[index]
         of = self.rows[row]
         tags = {"length": of.length, "depth": of.depths[question], "twice": self.twice}
@@ -89,7 +90,8 @@ class RecallTask(Task):
         indices: Sequence[int],
         batch_size: int,
     ) -> list[Item]:
-        """Items of value 1.0 or 0.0. Rows of one length go together, `batch_size` of them or as many as memory holds.
+        """Items of value 1.0 or 0.0. Rows of one length go together, `batch_size` of them, or fewer if they are long or
+        memory does not hold them.
 
         Raises:
             ModelError: logits that are not finite, a length that memory does not hold, or one beyond the positions
@@ -101,7 +103,8 @@ class RecallTask(Task):
         with evaluating(model):
             while wanted:
                 length = self.rows[wanted[0]].length
-                batch = [row for row in wanted if self.rows[row].length == length][:batch_size]
+                most = rows_at_once(length, batch_size, PROMPTS)
+                batch = [row for row in wanted if self.rows[row].length == length][:most]
                 while (found := self._try(model, tokenizer, batch)) is None and len(batch) > 1:
                     batch = batch[: len(batch) // 2]
                     batch_size = len(batch)
@@ -166,8 +169,8 @@ class RecallTask(Task):
 
 
 class WrittenRecall(RecallTask):
-    """The answer is to be written after the prompt; it is right if it appears in what is written, in any case of
-    letters: RULER's `string_match_all` for one value."""
+    """The answers are to be written after the prompt; each is right if it appears in what is written, in any case of
+    letters: the mean over a row is RULER's `string_match_all`."""
 
     @property
     def new_tokens(self) -> int:
@@ -176,24 +179,26 @@ class WrittenRecall(RecallTask):
     def answer(self, model: Any, tokenizer: Any, batch: Sequence[int]) -> list[list[bool]]:
         rows = [self.rows[row] for row in batch]
 
-        def is_right(index: int, new: list[int]) -> bool:
-            answer: str = rows[index].answers[0]
-            return answer.lower() in tokenizer.decode(new, skip_special_tokens=True).lower()
+        def right(index: int, new: list[int]) -> list[bool]:
+            said: str = tokenizer.decode(new, skip_special_tokens=True).lower()
+            return [answer.lower() in said for answer in rows[index].answers]
 
         prompts = [row.ids for row in rows]
-        new, sound = written(model, prompts, self.new_tokens, pad_of(tokenizer), done=is_right)
+        new, sound = written(
+            model, prompts, self.new_tokens, pad_of(tokenizer), done=lambda index, new: all(right(index, new))
+        )
         self.check_sound(batch, sound)
-        return [[is_right(index, tokens)] for index, tokens in enumerate(new)]
+        return [right(index, tokens) for index, tokens in enumerate(new)]
 
 
 class ExpectedRecall(RecallTask):
-    """The questions and answers stand at the prompt's end. An answer is right if each of its tokens is the most likely
-    one after what stands before it: greedy writing, given that the answers before were right. So all questions of a
+    """The prompt ends with the questions and answers. An answer is right if each of its tokens is the most likely one
+    after the tokens before it: greedy decoding, given that the answers before were right. So all questions of a
     row cost one forward pass (Zoology, arXiv 2312.04927, scores its associative recall like this)."""
 
     def answer(self, model: Any, tokenizer: Any, batch: Sequence[int]) -> list[list[bool]]:
         rows = [self.rows[row] for row in batch]
-        # Logits at t speak of t + 1.
+        # Logits at t predict t + 1.
         last = max(len(row.ids) - min(start for start, _ in row.spans) + 1 for row in rows)
         tokens, sound = expected(model, [row.ids for row in rows], last, pad_of(tokenizer))
         self.check_sound(batch, sound)

@@ -1,7 +1,7 @@
-"""The texts of the recall tasks: what is hidden where, and what is asked for.
+"""The texts of the recall tasks: hidden facts, their places and the questions.
 
 A `Draft` is a text of any size: `build(n)` has n units of filling, so that a caller can fill a length of its own
-tokens. Depth is where in the filling the thing that is asked for stands: 0 at its beginning, 1 at its end.
+tokens. Depth is the place of the queried fact in the filling: 0 is its beginning, 1 its end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KV_BODY = (
 )
 KV_PREFIX = "\nCorresponding value:"
 
-# Zoology, arXiv 2312.04927, has bare tokens; these words say what they mean to a model that was not trained on them.
+# Zoology, arXiv 2312.04927, has bare tokens; these words explain the task to a model that was not trained on it.
 MQAR_BODY = "Memorize the value of every key.\n\n{context}\n\nThe values of some of these keys:"
 
 
@@ -60,10 +60,11 @@ class Draft:
     Attributes:
         build: units of filling -> the text up to and with the question.
         prefix: how the answer begins.
-        answers: what has to come, for each question.
+        answers: the right answer to each question.
         depths: for each question, where its answer stands.
-        is_answered: whether `prefix` goes on to answer the questions, in lines `key: answer`.
+        is_answered: `prefix` contains the answers, in lines `key: answer`.
         least: the smallest n that `build` takes.
+        written: how a model writes all answers, if not as a list with commas.
     """
 
     build: Callable[[int], str]
@@ -72,6 +73,7 @@ class Draft:
     depths: list[float]
     is_answered: bool = False
     least: int = 1
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Essay:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path} for task {task}: {error}") from error
         marked = re.search(r"^\*\*\* ?START OF.*?$(.*)^\*\*\* ?END OF", text, re.MULTILINE | re.DOTALL)
-        # Headings and the table of contents stand in capitals.
+        # Headings and the table of contents are in capitals.
         lines = (marked.group(1) if marked else text).splitlines()
         words = " ".join(line for line in lines if not line.isupper()).split()
         if not words:
@@ -112,7 +114,7 @@ class Essay:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Essay:
-        """These words, with sentences told by their punctuation."""
+        """These words; their punctuation ends the sentences."""
         ends = [index + 1 for index, word in enumerate(words[:-1]) if _SENTENCE_END.search(word)]
         return cls(words, [0, *ends])
 
@@ -145,7 +147,7 @@ _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"'â€â€
 
 def niah_noise(rng: Random, depth: float) -> Draft:
     """S-NIAH-1: a number in lines that repeat; each unit is one sentence, so the last line may be cut short."""
-    key, value = unique_keys(rng, 1)[0], _number(rng)
+    key, value = unique_keys(rng, 1)[0], number_of(rng)
 
     def context(count: int) -> str:
         whole, rest = divmod(count, len(NOISE))
@@ -166,7 +168,7 @@ def niah_essay(rng: Random, depth: float, essay: Essay, length: int, *, uuids: b
     """
     kind = "uuid" if uuids else "number"
     names = unique_keys(rng, keys)
-    values = [_uuid(rng) if uuids else _number(rng) for _ in names]
+    values = [_uuid(rng) if uuids else number_of(rng) for _ in names]
     depths = [depth, *(rng.random() for _ in names[1:])]
     needles = [(at, _needle(kind, name, value)) for at, name, value in zip(depths, names, values, strict=True)]
     start = essay.start(rng, length)
@@ -251,7 +253,8 @@ def _noise(count: int) -> str:
     return " ".join(NOISE[index % len(NOISE)] for index in range(count))
 
 
-def _number(rng: Random) -> str:
+def number_of(rng: Random) -> str:
+    """A number of seven digits."""
     return str(rng.randrange(10**6, 10**7))
 
 

@@ -1,0 +1,138 @@
+"""Keys and values in 8 and 4 bits, and attention's products with them.
+
+    8 bits   one symmetric scale per token and head:  x ≈ scale · c ,  c in -127..127
+    4 bits   Hx ≈ scale · c + zero ,  c in 0..15, with scale and zero per group of up to 32 channels; H is the
+             Hadamard matrix / sqrt(D), which spreads outliers over the channels (QuaRot, arXiv 2404.00456)
+
+H is symmetric and orthogonal, so q · x = Hq · Hx, and sums of values are turned back once: neither keys nor values are
+turned one by one. Scales and zeros are bfloat16. A decoded tensor has the same codes again, so rounding twice is
+rounding once (in 4 bits but for the rounding of the turn).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.decay import computing_dtype
+
+GROUP = 32
+"""The most channels that share a scale in 4 bits."""
+_LEAST_SCALE = 1e-30
+_FINEST = 2.0**-7
+"""The smallest scale of a group in 4 bits, relative to its zero: below it the zero's own rounding would show."""
+
+
+class Codes(NamedTuple):
+    """A tensor `[..., D]` in 8 or 4 bits.
+
+    Attributes:
+        codes: `[..., D]` int8, or `[..., D / 2]` uint8 with channel i in the low bits and i + D / 2 in the high ones.
+        scale: `[..., 1]`, or `[..., groups]` in 4 bits; bfloat16.
+        zero: `[..., groups]` bfloat16; None in 8 bits.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+def groups_of(width: int) -> int:
+    """The number of groups of a head of this width in 4 bits.
+
+    Raises:
+        ValueError: the width is odd, so two codes do not share a byte.
+    """
+    if width % 2:
+        raise ValueError(f"4 bits need heads of an even width, and this one's is {width}")
+    return width // math.gcd(width, GROUP)
+
+
+def encode(x: Tensor, bits: int) -> Codes:
+    """`x` `[..., D]` in 8 or 4 bits."""
+    x = x.to(computing_dtype(x))
+    if bits == 8:
+        # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
+        # that is not finite.
+        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        scale = largest.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
+        return Codes((x / scale).round_().to(torch.int8), scale, None)
+    grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))
+    least, most = grouped.aminmax(dim=-1, keepdim=True)
+    zero = least.bfloat16()
+    base = zero.to(x.dtype)
+    scale = torch.maximum((most - least) / 15, base.abs() * _FINEST).clamp_min_(_LEAST_SCALE).bfloat16()
+    steps = (grouped - base) / scale
+    low, high = steps.round_().clamp_(0, 15).to(torch.uint8).flatten(-2).chunk(2, -1)
+    return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
+
+
+def decode(held: Codes, dtype: torch.dtype) -> Tensor:
+    """The tensor `[..., D]` that codes stand for."""
+    if held.zero is None:
+        return held.codes.to(dtype).mul_(held.scale)
+    return turned(_levels(held, dtype))
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """`x` as it is decoded again, in the computing dtype. The gradient passes straight through."""
+    found: Tensor = _Rounded.apply(x.to(computing_dtype(x)), bits)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        return decode(encode(x, bits), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
+    """q · k `[B, K, Q, S]` for queries `[B, K, Q, D]` and keys `[B, S, K, D]`."""
+    if isinstance(k, Tensor):
+        return q @ k.to(q.dtype).permute(0, 2, 3, 1)
+    if k.zero is None:
+        return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
+    return turned(q) @ _levels(k, q.dtype).permute(0, 2, 3, 1)
+
+
+def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
+    """Sums of values `[B, S, K, V]` by weights `[B, K, Q, S]`: `[B, K, Q, V]`."""
+    if isinstance(v, Tensor):
+        return shares @ v.to(shares.dtype).transpose(1, 2)
+    if v.zero is None:
+        return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
+    return turned(shares @ _levels(v, shares.dtype).transpose(1, 2))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Hx for `x` `[..., D]`: in blocks of the largest power of two that divides D."""
+    width = x.shape[-1]
+    size = width & -width
+    matrix = _hadamard(size, x.dtype, x.device)
+    return x @ matrix if size == width else (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+
+
+def _levels(held: Codes, dtype: torch.dtype) -> Tensor:
+    """The turned tensor `[..., D]` of codes in 4 bits."""
+    assert held.zero is not None  # noqa: S101 - for the type checker
+    steps = torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype)
+    scale, zero = held.scale.to(dtype)[..., None], held.zero.to(dtype)[..., None]
+    return torch.addcmul(zero, steps.unflatten(-1, (scale.shape[-2], -1)), scale).flatten(-2)
+
+
+@cache
+def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A normal tensor, because calls with and without inference mode share it.
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = torch.ones(1, 1, dtype=dtype, device=device)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return matrix / size**0.5
