@@ -182,7 +182,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno in errno.errorcode else str(error)
+        reason = os.strerror(error.errno) if error.errno and error.errno in errno.errorcode else str(error)
         raise OutputError(f"{host}:{port}: {reason}; choose another --host or --port") from error
 
 
