@@ -97,9 +97,12 @@ class Terminal:
         self.end, own = pty.openpty()
         command = [sys.executable, "-m", "linearize", "chat", *arguments]
         environment = {**os.environ, "TERM": "dumb"}
+        # A shell's background job, and so a test run in one, ignores interrupts.
+        heed = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             command, stdin=own, stdout=own, stderr=own, env=environment, start_new_session=True
         )
+        signal.signal(signal.SIGINT, heed)
         os.close(own)
         self.shown = ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -70,5 +69,5 @@ def server(chatty: Path) -> Iterator[Server]:
     pytest.importorskip("uvicorn")
     one = started(chatty, "--served-name", "tiny", "--at-once", "8")
     yield one
-    one.process.send_signal(signal.SIGINT)
-    assert one.process.wait(timeout=120) == 130
+    one.process.terminate()
+    assert one.process.wait(timeout=120) == 143
