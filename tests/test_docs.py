@@ -105,7 +105,10 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
 
 
 # Of every command, and of accelerate and torchrun, pip, llama-gguf-split, and vLLM.
-_OTHERS = {"--help", "--merge", "--max-restarts", "--no-deps", "--gpu-memory-utilization"}
+_OTHERS = {
+    "--help", "--merge", "--max-restarts", "--no-deps", "--gpu-memory-utilization", "--enable-prefix-caching",
+    "--quantization",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
