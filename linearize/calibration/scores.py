@@ -126,15 +126,18 @@ class Layer:
 
     def weight(self) -> Tensor:
         """`score_weight` of the layer's mixer, by ridge regression."""
-        moments, products = 0.0, 0.0
+        heads, width, device = len(self.costs[0]), self.inputs[0].shape[1] + 1, self.inputs[0].device
+        moments = torch.zeros(width, width, dtype=torch.float64, device=device)
+        products = torch.zeros(width, heads, dtype=torch.float64, device=device)
         for inputs, cost in zip(self.inputs, self.costs, strict=True):
             x = F.pad(inputs.double(), (0, 1), value=1.0)
             share = cost.double() / cost.double().mean(1, keepdim=True).clamp_min(_LEAST)
-            moments, products = moments + x.T @ x, products + x.T @ (share + _FLOOR).log().T
-        assert isinstance(moments, Tensor)  # noqa: S101 - for the type checker
+            moments += x.T @ x
+            products += x.T @ (share + _FLOOR).log().T
         ridge = _RIDGE * moments.diagonal().mean().clamp_min(_LEAST)
-        weight = torch.linalg.solve(moments + ridge * torch.eye(len(moments)).to(moments), products).T
-        return weight.float()
+        moments.diagonal().add_(ridge)
+        weight: Tensor = torch.linalg.solve(moments, products)
+        return weight.T.float()
 
     def lost(self, weight: Tensor, *, recall: bool) -> Tensor:
         """The cost of the tokens that are lost if 0 to `_PARTS` parts of `_PARTS`, those with the highest scores, are
@@ -192,7 +195,7 @@ def costs(seen: Watched, layer: AttentionLayer, told: int, window: int) -> Tenso
         x[0].float().view(tokens, groups, -1, v.shape[-1]).permute(1, 2, 0, 3) for x in (seen.heads, seen.gradient)
     )
     along = (heads * gradient).sum(-1, keepdim=True)
-    total = q.new_zeros(groups, told)
+    total: Tensor = q.new_zeros(groups, told)
     for start in range(window, tokens, _QUERIES):
         part = slice(start, min(start + _QUERIES, tokens))
         query = torch.arange(part.start, part.stop, device=q.device)[:, None]

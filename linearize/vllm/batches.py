@@ -50,7 +50,8 @@ class Batch:
     def rows(self, tokens: Tensor) -> Tensor:
         """`[R, L, ...]` of `tokens` `[T, ...]`."""
         if isinstance(self.at, slice):
-            return tokens[self.at].unflatten(0, (-1, self.length))
+            rows: Tensor = tokens[self.at].unflatten(0, (-1, self.length))
+            return rows
         return tokens[self.at]
 
     def put(self, rows: Tensor, tokens: Tensor) -> None:

@@ -150,7 +150,8 @@ class SplitAttention(nn.Module):
 
         def of(x: Tensor, chosen: list[int]) -> Tensor:
             """`[T, heads * width]` of these key/value heads and the query heads that share them."""
-            return x.unflatten(-1, (groups, -1))[:, chosen].flatten(1)
+            some: Tensor = x.unflatten(-1, (groups, -1))[:, chosen].flatten(1)
+            return some
 
         both = 2 if self.layer.rotary else 1
         parts = [x.chunk(both, -1) for x in (q, k)]

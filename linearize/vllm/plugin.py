@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -15,7 +16,17 @@ OP = "vllm::linearize_mix"
 
 
 def register() -> None:
-    """Tell vLLM the configuration and the architectures of converted checkpoints."""
+    """Tell vLLM the configuration and the architectures of converted checkpoints.
+
+    A vLLM that lacks what is used here only warns, because it calls this for the models of others too.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"linearize: this version of vLLM cannot serve converted models ({error})", stacklevel=2)
+
+
+def _register() -> None:
     from vllm.config import CompilationConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

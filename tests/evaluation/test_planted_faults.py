@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def told_of_the_model(text: str) -> str:
 def test_a_recurrence_multiplied_by_zero(teacher: Any, measured: Any, tmp_path: Path) -> None:
     text, _ = report(measured, converted(teacher, weight=0.0), tmp_path / "dead")
     assert "With its recurrence off every item scores the same: the recurrence does nothing here." in text
-    assert "Nothing here shows model to be better than the window baseline" in text
+    assert re.search(r"Nothing here shows [\w ]*\bmodel to be better than the window baseline", text)
     text, _ = report(measured, converted(teacher), tmp_path / "alive")
     assert "does nothing" not in text and "With its recurrence off" in told_of_the_model(text)
 
@@ -90,4 +91,4 @@ def test_a_teacher_beside_itself(teacher: Any, measured: Any, tmp_path: Path) ->
         cell = row.cells["model"]
         assert cell.percent_of_teacher in (None, pytest.approx(100.0))
         assert cell.to_teacher is not None and cell.to_teacher.value == 0 and not cell.to_teacher.significant
-    assert "No figure tells model from the teacher with significance" in text
+    assert re.search(r"No figure tells [\w ]*\bmodel from the teacher with significance", text)

@@ -125,10 +125,10 @@ def static_scores(mixer: MixerBase, new: Projections, before: Tensor) -> tuple[T
     Returns:
         the scores, and the sum of keys after each token, as `novelty` returns it; a learned score leaves it at 0.
     """
-    weight = mixer._parameters.get("score_weight")
-    if weight is None:
+    own = mixer._parameters.get("score_weight")
+    if own is None:
         return novelty(new.k, before)
-    weight = weight.detach().float()
+    weight = own.detach().float()
     scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
     return scores, before[:, None].expand(-1, scores.shape[1], -1, -1)
 
