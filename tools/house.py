@@ -42,6 +42,7 @@ ROOMS = [
     "data",
     "conversion",
     "generation",
+    "serving",
     "verification",
     "evaluation",
     "training",
