@@ -75,7 +75,8 @@ def decode(held: Codes, dtype: torch.dtype) -> Tensor:
     """The tensor `[..., D]` that codes stand for."""
     if held.zero is None:
         return held.codes.to(dtype).mul_(held.scale)
-    return turned(_levels(held, dtype))
+    levels = torch.addcmul(held.zero.to(dtype)[..., None], _steps(held, dtype), held.scale.to(dtype)[..., None])
+    return turned(levels.flatten(-2))
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -100,7 +101,12 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
         return q @ k.to(q.dtype).permute(0, 2, 3, 1)
     if k.zero is None:
         return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
-    return turned(q) @ _levels(k, q.dtype).permute(0, 2, 3, 1)
+    # Scales and zeros act on the scores of a group of channels, of which there are fewer than channels.
+    grouped = turned(q).unflatten(-1, (k.scale.shape[-1], -1)).transpose(2, 3)  # [B, K, groups, Q, channels]
+    found = grouped @ _steps(k, q.dtype).permute(0, 2, 3, 4, 1)
+    scale, zero = (x.permute(0, 2, 3, 1) for x in (k.scale, k.zero))  # [B, K, groups, S]
+    of_zeros = grouped.sum(-1).transpose(2, 3) @ zero.to(q.dtype)
+    return found.mul_(scale.unsqueeze(3)).sum(2).add_(of_zeros)
 
 
 def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
@@ -109,7 +115,10 @@ def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
         return shares @ v.to(shares.dtype).transpose(1, 2)
     if v.zero is None:
         return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
-    return turned(shares @ _levels(v, shares.dtype).transpose(1, 2))
+    scale = v.scale.permute(0, 2, 3, 1).unsqueeze(3)  # [B, K, groups, 1, S]
+    found = (shares.unsqueeze(2) * scale) @ _steps(v, shares.dtype).permute(0, 2, 3, 1, 4)
+    of_zeros = (shares @ v.zero.to(shares.dtype).transpose(1, 2)).transpose(2, 3).unsqueeze(-1)
+    return turned((found + of_zeros).transpose(2, 3).flatten(3))
 
 
 def turned(x: Tensor) -> Tensor:
@@ -120,12 +129,10 @@ def turned(x: Tensor) -> Tensor:
     return x @ matrix if size == width else (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
 
 
-def _levels(held: Codes, dtype: torch.dtype) -> Tensor:
-    """The turned tensor `[..., D]` of codes in 4 bits."""
-    assert held.zero is not None  # noqa: S101 - for the type checker
-    steps = torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype)
-    scale, zero = held.scale.to(dtype)[..., None], held.zero.to(dtype)[..., None]
-    return torch.addcmul(zero, steps.unflatten(-1, (scale.shape[-2], -1)), scale).flatten(-2)
+def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
+    """The codes of 4 bits `[..., groups, channels of a group]`, as numbers 0 to 15."""
+    steps = torch.cat([held.codes & 15, held.codes >> 4], -1)
+    return steps.to(dtype).unflatten(-1, (held.scale.shape[-1], -1))
 
 
 @cache
