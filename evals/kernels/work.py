@@ -32,6 +32,8 @@ class Shape:
 
 
 SHAPES = {shape.name: shape for shape in (Shape("llama-3-8b", 32, 8, 128, 64), Shape("smollm2", 9, 3, 64, 64))}
+# Those of estimates: also heads of 256 channels, and as many key/value heads as query heads.
+ESTIMATED = SHAPES | {shape.name: shape for shape in (Shape("gemma", 8, 4, 256, 64), Shape("mha", 32, 32, 128, 64))}
 LENGTHS = (2_048, 8_192, 32_768)
 TOKENS = 32_768
 STEP_BATCHES = (1, 16, 64)

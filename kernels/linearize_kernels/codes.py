@@ -132,7 +132,8 @@ def _levels(held: Codes, dtype: torch.dtype) -> Tensor:
 def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # A normal tensor, because calls with and without inference mode share it.
     with torch.inference_mode(False), torch.no_grad():
-        matrix = torch.ones(1, 1, dtype=dtype, device=device)
+        matrix: Tensor = torch.ones(1, 1, dtype=dtype, device=device)
         while len(matrix) < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return matrix / size**0.5
+        scaled: Tensor = matrix / size**0.5
+        return scaled

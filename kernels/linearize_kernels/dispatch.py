@@ -15,6 +15,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -45,6 +46,8 @@ _ON_GPU: dict[Operation, _Row] = {
 }
 _PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}
 _OLDEST = (8, 0)  # Ampere, the first with bfloat16 in tensor cores
+# Assemblers before CUDA 13.3 may reuse the registers of an operand that Hopper's tensor cores still read.
+_HOPPER, _OLDEST_FOR_HOPPER = 9, "3.9"
 
 
 class UnknownKernelsError(ValueError):
@@ -137,11 +140,23 @@ def _missing(kernels: Kernels, device: torch.device, dtype: torch.dtype, interpr
     for package in ("triton", "fla") if kernels == "fla" else ("triton",):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install {_PACKAGES[package]}"
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _OLDEST:
-        return f"{kernels} needs an Ampere GPU or newer"
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"{kernels} needs an Ampere GPU or newer"
+        if capability[0] == _HOPPER and _release(found := version("triton")) < _release(_OLDEST_FOR_HOPPER):
+            return (
+                f"a GPU of compute capability {_HOPPER} needs triton {_OLDEST_FOR_HOPPER} or newer, because older ones "
+                f"can compute wrong products on it; this is triton {found}: pip install -U triton"
+            )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{kernels} does not compute in {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def _release(of: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in of.split(".")[:2])
 
 
 def choose(operation: Operation, device: torch.device, dtype: torch.dtype, *, refusal: str | None = None) -> Kernels:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from linearize_kernels.dispatch import interpreted
+from linearize_kernels.liger_chunk_gradients import chunk_pairs, chunk_reads, chunk_rows
+from linearize_kernels.liger_chunks import chunk_factors, chunk_outputs
 from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks, write_outputs_kernel
 from linearize_kernels.liger_key_gradients import (
     carry_gradients,
@@ -19,15 +22,25 @@ from linearize_kernels.liger_key_gradients import (
     read_chunks,
 )
 from linearize_kernels.liger_options import Columns, Gate, LigerOptions, longest_row, row_starts
-from linearize_kernels.liger_query_gradients import column_gradients_kernel, query_gradients
+from linearize_kernels.liger_query_gradients import query_gradients
 from linearize_kernels.liger_tiles import tl, triton
+from linearize_kernels.liger_window_gradients import sum_columns, window_keys, window_queries
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.autograd.function import FunctionCtx
 
 CHUNK, SUB = 64, 16
-# Queries per program in the sum of a row's column gradients.
-SEGMENT = 1024
+# Rows times key/value heads of one launch; CUDA's limit of a grid's second axis.
+MOST_PROGRAMS = 65535
+# Entries of a state, or of a mass, per program that carries them from chunk to chunk.
+CARRIED = 512
+# Input dtypes whose chunks of weak decays are tiles of tensor cores. float16 has too few exponents for their factors.
+TILED = {torch.bfloat16}
+# Launches over chunks have as few stages as let them fit into the 99 KiB of shared memory of smaller GPUs.
+# Triton 3.10 changes the default.
+FUSION = {"enable_fp_fusion": True}
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -89,6 +102,11 @@ class Problem:
         """Sub-chunks of the longest row's queries, including those before the stream."""
         return -(-self.lag // SUB) + -(-self.stream // SUB)
 
+    @property
+    def query_chunks(self) -> int:
+        """Chunks of the longest row's queries, including those before the stream."""
+        return -(-self.lag // CHUNK) + self.chunks
+
     @cached_property
     def slots(self) -> Tensor:
         """`[R]` int32, the first slot of each row."""
@@ -138,10 +156,9 @@ class Operands:
         )
         self.width, self.features, self.values = width, features, values
         columns = 0 if column_k is None else column_k.shape[1]
-        interpreted = q.device.type != "cuda"
         exact = q.dtype == torch.float32
         # Tensor cores accumulate bfloat16 products in float32. Triton's interpreter does not, so give it float32.
-        operand = tl.float32 if interpreted else _OPERANDS[q.dtype]
+        operand = tl.float32 if interpreted() else _OPERANDS[q.dtype]
         self.stats = q
         of_key = problem.divisor is not None
         self.gate: dict[str, Any] = {
@@ -199,10 +216,18 @@ class Operands:
         # Precision of products of float32 tiles: exact, or the tensor-core mode whose error is below the rounding of
         # the result's dtype.
         self.precision = "ieee" if exact else "tf32" if q.dtype == torch.bfloat16 else "tf32x3"
-        self.state_precision = "ieee" if exact else "tf32x3"
 
     def float32(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    @property
+    def tiled(self) -> bool:
+        return self.q.dtype in TILED and block(self.features) * block(self.values) <= 128 * 128 and self.widest <= 128
+
+    @property
+    def heads_per_chunk(self) -> int:
+        """Query heads of a tile of a chunk: with two, each group of four warps has rows of its own."""
+        return 1 if self.heads // self.groups % 2 else 2
 
     @property
     def widest(self) -> int:
@@ -257,6 +282,31 @@ def fused(
     longest: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Run `liger_attention` on checked arguments."""
+    whole, most = (rows if isinstance(rows, int) else rows.shape[0] - 1), max(MOST_PROGRAMS // k.shape[1], 1)
+    if whole > most:
+        pieces = [
+            fused(*piece)
+            for piece in pieces_of_rows(
+                (
+                    q_rotated,
+                    k_rotated,
+                    v,
+                    q,
+                    k,
+                    gate,
+                    options,
+                    mix_weight,
+                    columns,
+                    rows,
+                    counts,
+                    initial_state,
+                    longest,
+                ),
+                most,
+            )
+        ]
+        outputs, states = zip(*pieces, strict=True)
+        return torch.cat(outputs), torch.cat(states)
     exists = columns.exists if columns is not None else None
     problem = Problem(
         options=options,
@@ -277,13 +327,44 @@ def fused(
     return outputs, state
 
 
+def pieces_of_rows(arguments: tuple[Any, ...], most: int) -> Iterator[tuple[Any, ...]]:
+    """The arguments of `fused`, cut into calls of at most `most` rows. Packed rows are read with a sync."""
+    q_rotated, k_rotated, v, q, k, gate, options, mix_weight, columns, rows, counts, initial_state, longest = arguments
+    starts = row_starts(rows, q.shape[0], torch.device("cpu")) if isinstance(rows, int) else rows.cpu()
+    past = 0 if counts is None else options.window
+    for first in range(0, len(starts) - 1, most):
+        last = min(first + most, len(starts) - 1)
+        own = slice(int(starts[first]), int(starts[last]))
+        of_keys = slice(own.start + first * past, own.stop + last * past)
+        part = slice(first, last)
+        cut = None
+        if columns is not None:
+            exists = None if columns.exists is None else columns.exists[part]
+            cut = Columns(columns.k[part], columns.v[part], columns.sinks, exists)
+        yield (
+            q_rotated[own],
+            k_rotated[of_keys],
+            v[of_keys],
+            q[own],
+            k[of_keys],
+            gate if isinstance(gate, Gate) else gate[of_keys],
+            options,
+            mix_weight,
+            cut,
+            last - first if isinstance(rows, int) else rows[first : last + 1] - rows[first],
+            None if counts is None else counts[part],
+            None if initial_state is None else initial_state[part],
+            longest,
+        )
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         operands = Operands(problem, *tensors)  # type: ignore[arg-type]
         with on_device(operands.q):
-            states, masses, _, final = enter_states(operands)
-            outputs = write_outputs(operands, states, masses)
+            states, masses, totals, final = enter_states(operands)
+            outputs = write_outputs(operands, states, masses, totals)
         ctx.problem = problem  # type: ignore[attr-defined]
         ctx.save_for_backward(*tensors)  # type: ignore[arg-type]
         return outputs, final
@@ -309,11 +390,11 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if problem.options.feature_map == "softmax" and o.stats is o.q:
         o.stats, rows = o.float32(2, o.keys, o.groups), 16
         key_statistics[(triton.cdiv(o.keys * o.groups, rows),)](
-            o.k, o.stats, o.keys * o.groups, o.features, block(o.features), rows
+            o.k, o.stats, o.keys * o.groups, o.features, block(o.features), rows, **FUSION
         )
     states, masses = o.float32(slots, o.groups, o.features, o.values), o.float32(slots, o.groups, o.features)
     totals, final = torch.empty_like(masses), o.float32(*wide, o.features, o.values + 1)
-    width = min(block(o.values), 64)
+    width = min(block(o.values), 128 if block(o.features) <= 128 else 64)
     if problem.chunks:
         grid = (problem.chunks, problem.rows * o.groups, triton.cdiv(o.values, width))
         write_chunks[grid](
@@ -328,64 +409,92 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             **o.numbers,
             **o.recurrence,
             BV=width,
-            PRECISION=o.state_precision,
+            OPERAND=o.window["OPERAND"],
+            PRECISION=o.precision,
+            **FUSION,
             num_warps=8 if block(o.features) > 64 else 4,
         )
-    for carried, values, column in ((states, o.values, 0), (masses, 1, o.values)):
-        size = min(512, triton.next_power_of_2(o.features * values))
-        carry_states[triton.cdiv(o.features * values, size), problem.rows * o.groups](
-            carried,
-            totals,
-            totals if o.initial_state is None else o.initial_state,
-            final,
-            problem.starts,
-            problem.slots,
-            problem.lag,
-            o.groups,
-            o.features,
-            values,
-            column,
-            o.values + 1,
-            CHUNK,
-            size,
-            FROM_STATE=o.initial_state is not None,
-            EXACT=o.recurrence["EXACT"],
-            num_warps=4,
-        )
+    carry_states[blocks_of_carry(o), problem.rows * o.groups](
+        states,
+        masses,
+        totals,
+        totals if o.initial_state is None else o.initial_state,
+        final,
+        problem.starts,
+        problem.slots,
+        problem.lag,
+        o.groups,
+        o.features,
+        o.values,
+        CHUNK,
+        CARRIED,
+        FROM_STATE=o.initial_state is not None,
+        EXACT=o.recurrence["EXACT"],
+        **FUSION,
+        num_warps=4,
+    )
     return states, masses, totals, final
 
 
-def write_outputs(operands: Operands, states: Tensor, masses: Tensor) -> Tensor:
+def blocks_of_carry(o: Operands) -> int:
+    """Programs per row and head that carry states and masses."""
+    return sum(-(-count // CARRIED) for count in (o.features * o.values, o.features))
+
+
+def write_outputs(operands: Operands, states: Tensor, masses: Tensor, totals: Tensor) -> Tensor:
     """Compute the outputs `[N, H, V]`."""
     o, problem = operands, operands.problem
     outputs = o.q.new_empty(o.tokens, o.heads, o.values)
+    arguments = {
+        **{name: getattr(o, name) for name in ("q_rotated", "k_rotated", "v", "q", "k", "stats")},
+        **(o.gate | o.columns | o.rows | o.numbers | o.window | o.recurrence),
+        "mix_weight": o.q if o.mix_weight is None else o.mix_weight,
+        "states": states,
+        "masses": masses,
+        "totals": totals,
+        "outputs": outputs,
+        "PRECISION": o.precision,
+        **FUSION,
+    }
+    whole, pieces = problem.rows * o.groups, triton.cdiv(o.values, o.value_block)
+    if o.tiled:
+        chunk_outputs[problem.query_chunks, whole, pieces](
+            **taken_by(chunk_outputs, arguments | factors_of_chunks(o, states, totals)),
+            BV=o.value_block,
+            HEADS=o.heads_per_chunk,
+            KEYS=64,
+            num_warps=4 * o.heads_per_chunk,
+            num_stages=1,
+        )
     heads, parts = o.tile(OUTPUT_HEADS)
-    grid = (problem.tiles, problem.rows * o.groups, triton.cdiv(o.values, o.value_block) * parts)
-    write_outputs_kernel[grid](
-        o.q_rotated,
-        o.k_rotated,
-        o.v,
-        o.q,
-        o.k,
-        o.stats,
-        **o.gate,
-        **o.columns,
-        mix_weight=o.q if o.mix_weight is None else o.mix_weight,
-        **o.rows,
-        states=states,
-        masses=masses,
-        outputs=outputs,
-        **o.numbers,
-        **o.window,
-        **o.recurrence,
-        BV=o.value_block,
-        GROUP=heads,
-        SUB=SUB,
-        KEYS=32,
-        PRECISION=o.precision,
-        num_warps=o.warps(heads),
+    write_outputs_kernel[problem.query_chunks if o.tiled else problem.tiles, whole, pieces * parts](
+        **arguments, BV=o.value_block, GROUP=heads, SUB=SUB, KEYS=32, TILED=o.tiled, num_warps=o.warps(heads)
     )
     return outputs
+
+
+def factors_of_chunks(operands: Operands, states: Tensor, totals: Tensor) -> dict[str, Tensor]:
+    """Factors, folded keys and entering states of chunks with weak decays (see `liger_chunks`)."""
+    o, problem = operands, operands.problem
+    kept = torch.float32 if interpreted() else o.q.dtype
+    factors = {"rise": o.float32(*o.k.shape)}
+    factors |= {"folded": torch.empty_like(o.k, dtype=kept), "entering": torch.empty_like(states, dtype=kept)}
+    if problem.chunks:
+        chunk_factors[problem.chunks, problem.rows * o.groups](
+            o.k,
+            o.stats,
+            **o.gate,
+            **o.rows,
+            states=states,
+            totals=totals,
+            **factors,
+            **o.numbers,
+            **o.recurrence,
+            BV=block(o.values),
+            **FUSION,
+            num_warps=8 if block(o.features) > 64 else 4,
+        )
+    return factors
 
 
 def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list[Tensor | None]:
@@ -407,71 +516,93 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         # Tiles without a query stay 0.
         tiles = o.tokens // SUB + 3 * problem.rows
         dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
-    query_gradients[problem.tiles, whole, parts](
-        o.q_rotated,
-        o.k_rotated,
-        o.v,
-        o.q,
-        o.k,
-        o.stats,
-        **o.gate,
-        **o.columns,
-        **o.rows,
-        states=states,
-        masses=masses,
-        doutputs=doutputs,
-        dq_rotated=dq_rotated,
+    of_states = {"states": states, "masses": masses, "totals": totals}
+    passed = {"doutputs": doutputs, "rows": rows, "BV": values, "PRECISION": o.precision, **FUSION}
+    inputs = {name: getattr(o, name) for name in ("q_rotated", "k_rotated", "v", "q", "k", "stats")}
+    inputs |= o.gate | o.columns | o.rows | o.numbers | o.window | o.recurrence | mixed | of_states | passed
+    if o.tiled:
+        inputs |= factors_of_chunks(o, states, totals)
+        chunk_rows[problem.query_chunks, whole](
+            **taken_by(chunk_rows, inputs),
+            dweight=o.q if dweight is None else dweight,
+            HEADS=o.heads_per_chunk,
+            SUB=SUB,
+            KEYS=64,
+            num_warps=4 * o.heads_per_chunk,
+            num_stages=1,
+        )
+    query_gradients[problem.query_chunks if o.tiled else problem.tiles, whole, parts](
+        **taken_by(query_gradients, inputs),
         dq=dq,
         dweight=o.q if dweight is None else dweight,
         dlog=dlog,
-        rows=rows,
-        **(o.numbers | o.window | o.recurrence | mixed),
-        BV=values,
         GROUP=heads,
         SUB=SUB,
         KEYS=32,
-        PRECISION=o.precision,
+        TILED=o.tiled,
         num_warps=o.warps(heads),
     )
-    dcolumn_k, dcolumn_v = column_gradients(o, doutputs, rows, mixed)
+    # Tiles of 64 rows are those of tensor cores; wider heads leave no room for them in shared memory.
+    tile, stages = (64, 2) if o.widest * o.q.element_size() <= 256 else (32, 1)
+    # Tiles of all rows are concatenated; each row may have an incomplete one.
+    columns = [x for x in (o.column_k, o.column_v) if x is not None]
+    parts_of_columns = [o.float32(o.tokens // tile + problem.rows, o.groups, *x.shape[1::2]) for x in columns]
+    window_queries[-(-problem.longest // tile), whole](
+        **taken_by(window_queries, inputs),
+        dq_rotated=dq_rotated,
+        parts_k=parts_of_columns[0] if columns else rows,
+        parts_v=parts_of_columns[1] if columns else rows,
+        TILE=tile,
+        KEYS=tile,
+        num_warps=8,
+        num_stages=stages,
+    )
+    dcolumns: list[Tensor | None] = [None, None]
+    if columns:
+        dcolumns = [torch.empty_like(x) for x in columns]
+        count = columns[0].shape[1]
+        sum_columns[triton.cdiv(count * max(o.width, o.values), 128), whole](
+            *parts_of_columns,
+            problem.starts,
+            *dcolumns,
+            o.groups,
+            o.width,
+            o.values,
+            count,
+            tile,
+            128,
+            **FUSION,
+            num_warps=4,
+        )
 
     dstates, dmasses, dinitial = torch.empty_like(states), torch.empty_like(masses), torch.empty_like(dfinal)
     width = min(values, 64)
     if problem.chunks:
+        of_chunks = inputs | {"dstates": dstates, "dmasses": dmasses, "TILED": o.tiled}
+        warps = 8 if block(o.features) > 64 else 4
+        if o.tiled:
+            chunk_reads[problem.chunks, whole](**taken_by(chunk_reads, of_chunks), num_warps=warps, num_stages=2)
         read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
-            o.q,
-            o.k,
-            **o.gate,
-            **o.rows,
-            doutputs=doutputs,
-            rows=rows,
-            dstates=dstates,
-            dmasses=dmasses,
-            **(without(o.numbers, "keys") | o.recurrence | mixed),
-            BV=width,
-            PRECISION=o.precision,
-            num_warps=8 if block(o.features) > 64 else 4,
+            **taken_by(read_chunks, of_chunks | {"BV": width}), num_warps=warps
         )
-    for carried, wide, column in ((dstates, o.values, 0), (dmasses, 1, o.values)):
-        size = min(512, triton.next_power_of_2(o.features * wide))
-        carry_gradients[triton.cdiv(o.features * wide, size), whole](
-            carried,
-            totals,
-            dinitial,
-            dfinal,
-            problem.starts,
-            problem.slots,
-            problem.lag,
-            o.groups,
-            o.features,
-            wide,
-            column,
-            o.values + 1,
-            CHUNK,
-            size,
-            EXACT=o.recurrence["EXACT"],
-            num_warps=4,
-        )
+    carry_gradients[blocks_of_carry(o), whole](
+        dstates,
+        dmasses,
+        totals,
+        dinitial,
+        dfinal,
+        problem.starts,
+        problem.slots,
+        problem.lag,
+        o.groups,
+        o.features,
+        o.values,
+        CHUNK,
+        CARRIED,
+        EXACT=o.recurrence["EXACT"],
+        **FUSION,
+        num_warps=4,
+    )
 
     dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
     dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
@@ -485,6 +616,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             o.stats,
             **o.gate,
             **o.rows,
+            totals=totals,
             dstates=dstates,
             dmasses=dmasses,
             dk=dk,
@@ -492,38 +624,49 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             flow=flow,
             **o.numbers,
             **o.recurrence,
+            TILED=o.tiled,
             BV=values,
             BLOCK=size,
             PRECISION=o.precision,
+            **FUSION,
             num_warps=8 if o.widest > 64 else 4,
         )
+    if o.tiled:
+        chunk_pairs[problem.query_chunks, whole](
+            **taken_by(chunk_pairs, inputs),
+            dstates=dstates,
+            dmasses=dmasses,
+            dq=dq,
+            dk=dk,
+            state_dv=state_dv,
+            flow=flow,
+            dlog=dlog,
+            num_warps=8,
+            num_stages=1,
+        )
     heads, members = o.tile(KEY_HEADS)
-    tiles = -(-(problem.past - problem.ahead) // SUB) + -(-(problem.longest + problem.ahead) // SUB)
-    shapes = without(o.window, "BM", "COLUMNS", "SINKS", "EXISTS", "NORMALIZE", "EVICTED")
-    key_gradients[tiles, whole](
-        o.q_rotated,
-        o.k_rotated,
-        o.v,
-        o.q,
-        o.k,
-        o.stats,
-        **o.gate,
-        **without(o.rows, "slots"),
-        doutputs=doutputs,
-        rows=rows,
+    if problem.chunks:
+        key_gradients[problem.chunks if o.tiled else -(-problem.stream // SUB), whole](
+            **taken_by(key_gradients, inputs),
+            dk=dk,
+            state_dv=state_dv,
+            dlog=dlog,
+            GROUP=heads,
+            PARTS=members,
+            LOGS=parts,
+            SUB=SUB,
+            TILED=o.tiled,
+            num_warps=o.warps(heads),
+        )
+    window_keys[-(-(problem.longest + problem.past) // tile), whole](
+        **taken_by(window_keys, inputs),
         dk_rotated=dk_rotated,
         dv=dv,
-        dk=dk,
         state_dv=state_dv,
-        dlog=dlog,
-        **(o.numbers | shapes | o.recurrence | mixed),
-        BV=values,
-        GROUP=heads,
-        PARTS=members,
-        LOGS=parts,
-        SUB=SUB,
-        PRECISION=o.precision,
-        num_warps=o.warps(heads),
+        TILE=tile,
+        QUERIES=tile,
+        num_warps=8,
+        num_stages=stages,
     )
 
     of_key = problem.divisor is not None
@@ -548,6 +691,7 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
             **without(o.numbers, "keys"),
             **without(o.recurrence, "SOFTMAX"),
             BV=32,
+            **FUSION,
             num_warps=8 if block(o.features) > 64 else 4,
         )
     if dscale is not None and dbias is not None and o.gate_bias is not None:
@@ -565,41 +709,15 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         dgate,
         dbias,
         dweight,
-        dcolumn_k,
-        dcolumn_v,
+        *dcolumns,
         dinitial,
     ]
 
 
-def column_gradients(
-    operands: Operands, doutputs: Tensor, rows: Tensor, mixed: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the exact columns, summed over the segments of each row."""
-    o, problem = operands, operands.problem
-    if o.column_k is None or o.column_v is None:
-        return None, None
-    segments = -(-problem.longest // SEGMENT)
-    dk, dv = (o.float32(segments, *x.shape) for x in (o.column_k, o.column_v))
-    shapes = without(o.window, "NORMALIZE", "EVICTED")
-    column_gradients_kernel[segments, problem.rows * o.groups](
-        o.q_rotated,
-        **o.columns,
-        **without(o.rows, "slots"),
-        doutputs=doutputs,
-        rows=rows,
-        dcolumn_k=dk,
-        dcolumn_v=dv,
-        K=o.groups,
-        V=o.values,
-        BV=block(o.values),
-        SEGMENT=SEGMENT,
-        QUERIES=32,
-        COUNTED=problem.counts is not None,
-        **(shapes | mixed),
-        PRECISION=o.precision,
-        num_warps=o.warps(),
-    )
-    return dk.sum(0).to(o.column_k.dtype), dv.sum(0).to(o.column_v.dtype)
+def taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a kernel has, and the options of a launch."""
+    names = {*kernel.arg_names, *FUSION}
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -14,19 +14,22 @@ decays.
 from __future__ import annotations
 
 from linearize_kernels.liger_tiles import (
+    VARYING,
     capped,
     decay,
     features,
     halves,
     log_gates,
+    operand,
     per_row,
     softmax_rows,
     tl,
     triton,
+    weak,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_statistics(k, stats, keys, F: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr):
     """Maximum and inverse sum of exponentials of each key `[keys, F]`, for the softmax over its channels."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -40,7 +43,7 @@ def key_statistics(k, stats, keys, F: tl.constexpr, BF: tl.constexpr, ROWS: tl.c
     tl.store(stats + keys + row, 1.0 / total, mask=row < keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def write_chunks(
     k,
     v,
@@ -70,6 +73,7 @@ def write_chunks(
     FROM_KEY: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -100,11 +104,17 @@ def write_chunks(
         gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
     )
     written = written * decay(tl.cumsum(next_gate, 0, reverse=True), EXACT)
-    values = tl.load(v + offset * V + u, mask=writes[:, None] & (u < V), other=0.0).to(tl.float32)
+    values = tl.load(v + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
+    values = operand(values, OPERAND)
 
     slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
     f_column = tl.arange(0, BF)[:, None]
-    product = tl.dot(tl.trans(written), values, input_precision=PRECISION)
+    # The values have the operand's precision, and two operands have almost all digits of a key.
+    upper = operand(written, OPERAND)
+    lower = operand(written - upper.to(tl.float32), OPERAND)
+    product = tl.dot(tl.trans(upper), values, input_precision=PRECISION)
+    if tl.float32 != OPERAND:
+        product += tl.dot(tl.trans(lower), values, input_precision=PRECISION)
     tl.store(states + (slot * F + f_column) * V + u, product, mask=(f_column < F) & (u < V))
     if tl.program_id(2) == 0:
         f_row = tl.arange(0, BF)
@@ -113,7 +123,7 @@ def write_chunks(
 
 
 @triton.jit
-def carry_states(
+def carry_columns(
     states,
     totals,
     initial,
@@ -121,6 +131,7 @@ def carry_states(
     starts,
     slots,
     lag,
+    part,
     K: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
@@ -131,14 +142,11 @@ def carry_states(
     FROM_STATE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Replace, in place, each chunk's contribution by the state at its start: S_{n+1} = exp(total_n) S_n + written_n.
-
-    Handles the V columns from COLUMN on of `initial` and `final` `[R, K, F, COLUMNS]`.
-    """
+    """Carry `states` `[slots, K, F, V]`, the columns from COLUMN on of `initial` and `final`, `[R, K, F, COLUMNS]`."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = part * BLOCK + tl.arange(0, BLOCK)
     inside = entry < F * V
     f = entry // V
     edge = ((row * K + head).to(tl.int64) * F + f) * COLUMNS + COLUMN + entry % V
@@ -171,6 +179,56 @@ def carry_states(
         state = state * decay(g3, EXACT) + w3
     tl.store(states + (slot + chunks * K) * F * V + entry, state, mask=inside)
     tl.store(final + edge, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def carry_states(
+    states,
+    masses,
+    totals,
+    initial,
+    final,
+    starts,
+    slots,
+    lag,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FROM_STATE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Replace, in place, each chunk's contribution by the state at its start: S_{n+1} = exp(total_n) S_n + written_n.
+
+    Some programs handle states, the others masses; `initial` and `final` `[R, K, F, V + 1]` have both.
+    """
+    part = tl.program_id(0)
+    blocks: tl.constexpr = (F * V + BLOCK - 1) // BLOCK
+    if part < blocks:
+        carry_columns(
+            states, totals, initial, final, starts, slots, lag, part, K, F, V, 0, V + 1, CHUNK, BLOCK, FROM_STATE, EXACT
+        )
+    else:
+        carry_columns(
+            masses,
+            totals,
+            initial,
+            final,
+            starts,
+            slots,
+            lag,
+            part - blocks,
+            K,
+            F,
+            1,
+            V,
+            V + 1,
+            CHUNK,
+            BLOCK,
+            FROM_STATE,
+            EXACT,
+        )
 
 
 @triton.jit
@@ -252,7 +310,7 @@ def read_window(
         outputs = outputs * shrink[:, None]
         outputs += tl.dot(weights.to(OPERAND), values.to(OPERAND), input_precision=PRECISION)
     total = tl.where(total > 0.0, total, 1.0)
-    return outputs / total[:, None], most + tl.log(total)
+    return outputs * (1.0 / total)[:, None], most + tl.log(total)
 
 
 @triton.jit
@@ -300,35 +358,46 @@ def read_recurrence(
     f = tl.arange(0, BF)[None, :]
     token = tl.arange(0, SUB)
     turn = tl.arange(0, GROUP * SUB) % SUB  # index of a row's query within the sub-chunk
-    # The sub-chunk's own keys, last first: each query enters `fading` at its own token, then decays once per token.
-    fading = tl.zeros((GROUP * SUB, BF), tl.float32)
-    scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
-    gates = tl.zeros((1, BF), tl.float32)
-    last = tl.minimum(stream - i, SUB)
-    for back in range(last):
-        s = last - 1 - back
-        place = i + s
-        writes = (place < stream) & (number + place >= least)
-        offset = tl.where(writes, first_key + place - ahead, 0) * K + head
-        mask = f < tl.where(writes, F, 0)
-        key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
-        fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
-        score = tl.sum(fading * key, 1)
-        scores = tl.where((token == s)[None, :], score[:, None], scores)
-        gates = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
-
     place = i + token
     writes = (place < stream) & (number + place >= least)
     offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
     mask = writes[:, None] & (f < F)
     values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0).to(tl.float32)
+    own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+    running = tl.cumsum(own, 0)
+    total = tl.sum(own, 0)[None, :]
+    scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
+    if weak(total, EXACT):
+        # One factor per query and one per key, both relative to half of the sub-chunk's decay.
+        middle = total * 0.5
+        key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX) * decay(middle - running, EXACT)
+        fading = reads * per_row(decay(running - middle, EXACT), GROUP, SUB, BF)
+        scores = tl.dot(fading, tl.trans(key), input_precision=PRECISION)
+        scores = tl.where(turn[:, None] >= token[None, :], scores, 0.0)
+    else:
+        # Key by key, last first: each query enters `fading` at its own token, then decays once per token.
+        fading = tl.zeros((GROUP * SUB, BF), tl.float32)
+        gates = tl.zeros((1, BF), tl.float32)
+        last = tl.minimum(stream - i, SUB)
+        for back in range(last):
+            s = last - 1 - back
+            place_s = i + s
+            writes_s = (place_s < stream) & (number + place_s >= least)
+            offset_s = tl.where(writes_s, first_key + place_s - ahead, 0) * K + head
+            mask_s = f < tl.where(writes_s, F, 0)
+            key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
+            fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
+            score = tl.sum(fading * key_s, 1)
+            scores = tl.where((token == s)[None, :], score[:, None], scores)
+            gates = log_gates(
+                gate, k, gate_scale, gate_bias, divisor, offset_s, head, f, mask_s, F, FROM_KEY, PER_CHANNEL
+            )
     outputs = tl.dot(scores, values, input_precision=PRECISION)
     mass = tl.sum(scores, 1)
 
     # Earlier sub-chunks, nearest first: queries decay back to the start of the sub-chunk after it, keys forward to that
     # border.
-    own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
-    fading = reads * decay(per_row(tl.cumsum(own, 0), GROUP, SUB, BF), EXACT)
+    fading = reads * per_row(decay(running, EXACT), GROUP, SUB, BF)
     before = (i % CHUNK) // SUB
     for back in range(before):
         place = i - (back + 1) * SUB + token
@@ -368,6 +437,42 @@ def read_recurrence(
 
 
 @triton.jit
+def strong(totals, slot, i, stream, F: tl.constexpr, BF: tl.constexpr, EXACT: tl.constexpr):
+    """True if token `i` of the stream is in a chunk of strong decay, whose row in `[slots * K, ...]` is `slot`."""
+    f = tl.arange(0, BF)
+    wide = tl.where((i >= 0) & (i < stream), F, 0)
+    return weak(tl.load(totals + slot * F + f, mask=f < wide, other=0.0), EXACT) == 0
+
+
+@triton.jit
+def tiles_of_queries(
+    slots,
+    totals,
+    length,
+    lag,
+    row,
+    head,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    BF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    TILED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Start and end of a program's tokens of the stream, and their chunk's row in `[slots * K, ...]`: one sub-chunk or,
+    with TILED, a chunk, and none of it if its decay is weak."""
+    STEP: tl.constexpr = CHUNK if TILED else SUB
+    first = (tl.program_id(0) - (lag + STEP - 1) // STEP) * STEP
+    stream = (length - lag).to(tl.int32)
+    last = tl.minimum(first + STEP, stream)
+    slot = (tl.load(slots + row).to(tl.int64) + tl.maximum(first, 0) // CHUNK) * K + head
+    if TILED:
+        last = tl.where(strong(totals, slot, first, stream, F, BF, EXACT), last, first)
+    return first, last, slot
+
+
+@triton.jit
 def shares(mass, normaliser, weight, live, MIX: tl.constexpr, NORMALIZE: tl.constexpr):
     """For each query row: the recurrence's share of the output (before a learned weight), and the divisor of its
     read."""
@@ -386,7 +491,7 @@ def shares(mass, normaliser, weight, live, MIX: tl.constexpr, NORMALIZE: tl.cons
     return share, divisor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def write_outputs_kernel(
     q_rotated,
     k_rotated,
@@ -407,6 +512,7 @@ def write_outputs_kernel(
     slots,
     states,
     masses,
+    totals,
     outputs,
     keys,
     window,
@@ -443,113 +549,119 @@ def write_outputs_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    TILED: tl.constexpr,
 ):
-    """Window, recurrence and mix for one sub-chunk of tokens and the query heads of one key/value head."""
+    """Window, recurrence and mix for one sub-chunk of tokens and the query heads of one key/value head. TILED: only in
+    chunks that `chunk_outputs` leaves out."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
     count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
     # Tiles are aligned with the stream; queries before the stream have no state to read, so the first tiles have
     # negative `i`.
-    i = (tl.program_id(0).to(tl.int64) - (lag + SUB - 1) // SUB) * SUB
-    if i + lag >= length:
-        return
-    first_key = start + (row + 1) * past
-    x = tl.arange(0, GROUP * SUB)
-    t = i + lag + x % SUB
-    # The heads of a group can exceed one tile, and so can the value channels.
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    member = tl.program_id(2) // blocks * GROUP + x // SUB
-    real = (t >= 0) & (t < length) & (member < H // K)
-    query = tl.where(real, (start + t) * H + head * (H // K) + member, 0)[:, None]
-    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.program_id(2) % blocks * BV + tl.arange(0, BV)
-
-    low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
-    high = tl.minimum(i + lag + SUB, length)
-    rotated = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
-    y, normaliser = read_window(
-        rotated,
-        k_rotated,
-        v,
-        column_k,
-        column_v,
-        column_exists,
-        t,
-        count,
-        row,
-        head,
-        first_key,
-        low,
-        high,
-        u,
-        window,
-        scale,
-        softcap,
-        K,
-        D,
-        V,
-        BD,
-        BV,
-        BM,
-        KEYS,
-        COLUMNS,
-        SINKS,
-        EXISTS,
-        CAPPED,
-        OPERAND,
-        PRECISION,
-    )
-    if i >= 0:
-        reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
-        if SOFTMAX:
-            reads = softmax_rows(reads, f < F)
-        slot = (tl.load(slots + row).to(tl.int64) + i // CHUNK) * K + head
-        read, mass = read_recurrence(
-            reads,
-            k,
-            v,
-            stats,
-            gate,
-            gate_scale,
-            gate_bias,
-            divisor,
-            states,
-            masses,
-            slot,
-            i,
-            length - lag,
-            count - ahead,
-            least,
-            first_key,
-            ahead,
-            head,
-            u,
-            keys,
-            K,
-            F,
-            V,
-            BF,
-            BV,
-            GROUP,
-            CHUNK,
-            SUB,
-            SOFTMAX,
-            FROM_KEY,
-            PER_CHANNEL,
-            PRECISION,
-            EXACT,
+    first, last, slot = tiles_of_queries(slots, totals, length, lag, row, head, K, F, BF, CHUNK, SUB, TILED, EXACT)
+    for i in range(first, last, SUB):
+        first_key = start + (row + 1) * past
+        x = tl.arange(0, GROUP * SUB)
+        t = i + lag + x % SUB
+        # The heads of a group can exceed one tile, and so can the value channels.
+        blocks: tl.constexpr = (V + BV - 1) // BV
+        member = tl.program_id(2) // blocks * GROUP + x // SUB
+        real = (t >= 0) & (t < length) & (member < H // K)
+        query = tl.where(real, (start + t) * H + head * (H // K) + member, 0)[:, None]
+        d, f, u = (
+            tl.arange(0, BD)[None, :],
+            tl.arange(0, BF)[None, :],
+            tl.program_id(2) % blocks * BV + tl.arange(0, BV),
         )
-        live = real
-        if EVICTED:
-            live = real & (count + t - window >= least)
-        weight = mass * 0.0
-        if MIX == "softmax":
-            weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
-        share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
-        share = share[:, None]
-        if MIX == "learned":
-            channel = (head * (H // K) + member)[:, None] * V + u[None, :]
-            learned = tl.load(mix_weight + channel, mask=real[:, None] & (u < V)[None, :], other=0.0)
-            share = share * learned.to(tl.float32)
-        y = y + share * (read / divides[:, None] - y)
-    tl.store(outputs + query * V + u[None, :], y.to(outputs.dtype.element_ty), mask=real[:, None] & (u < V)[None, :])
+
+        low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
+        high = tl.minimum(i + lag + SUB, length)
+        rotated = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
+        y, normaliser = read_window(
+            rotated,
+            k_rotated,
+            v,
+            column_k,
+            column_v,
+            column_exists,
+            t,
+            count,
+            row,
+            head,
+            first_key,
+            low,
+            high,
+            u,
+            window,
+            scale,
+            softcap,
+            K,
+            D,
+            V,
+            BD,
+            BV,
+            BM,
+            KEYS,
+            COLUMNS,
+            SINKS,
+            EXISTS,
+            CAPPED,
+            OPERAND,
+            PRECISION,
+        )
+        if i >= 0:
+            reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
+            if SOFTMAX:
+                reads = softmax_rows(reads, f < F)
+            read, mass = read_recurrence(
+                reads,
+                k,
+                v,
+                stats,
+                gate,
+                gate_scale,
+                gate_bias,
+                divisor,
+                states,
+                masses,
+                slot,
+                i,
+                length - lag,
+                count - ahead,
+                least,
+                first_key,
+                ahead,
+                head,
+                u,
+                keys,
+                K,
+                F,
+                V,
+                BF,
+                BV,
+                GROUP,
+                CHUNK,
+                SUB,
+                SOFTMAX,
+                FROM_KEY,
+                PER_CHANNEL,
+                PRECISION,
+                EXACT,
+            )
+            live = real
+            if EVICTED:
+                live = real & (count + t - window >= least)
+            weight = mass * 0.0
+            if MIX == "softmax":
+                weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
+            share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
+            share = share[:, None]
+            if MIX == "learned":
+                channel = (head * (H // K) + member)[:, None] * V + u[None, :]
+                learned = tl.load(mix_weight + channel, mask=real[:, None] & (u < V)[None, :], other=0.0)
+                share = share * learned.to(tl.float32)
+            y = y + share * (read / divides[:, None] - y)
+        tl.store(
+            outputs + query * V + u[None, :], y.to(outputs.dtype.element_ty), mask=real[:, None] & (u < V)[None, :]
+        )

@@ -6,11 +6,11 @@ the layout equals that of the states in `liger_forward`.
 
 from __future__ import annotations
 
-from linearize_kernels.liger_query_gradients import attention_gradients
-from linearize_kernels.liger_tiles import decay, features, log_gates, per_row, softmax_rows, tl, triton
+from linearize_kernels.liger_forward import strong
+from linearize_kernels.liger_tiles import VARYING, decay, features, log_gates, per_row, softmax_rows, tl, triton, weak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_chunks(
     q,
     k,
@@ -22,6 +22,7 @@ def read_chunks(
     starts,
     counts,
     slots,
+    totals,
     doutputs,
     rows,
     dstates,
@@ -45,8 +46,10 @@ def read_chunks(
     COUNTED: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    TILED: tl.constexpr,
 ):
-    """Compute the gradient of a chunk's incoming state from the chunk's queries, into the chunk's slot."""
+    """Compute the gradient of a chunk's incoming state from its queries, into the chunk's slot. TILED: only in chunks
+    that `chunk_reads` leaves out."""
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
@@ -54,6 +57,11 @@ def read_chunks(
     stream = length - lag
     if chunk * CHUNK >= stream:
         return
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    if TILED:
+        leave = not strong(totals, slot, chunk * CHUNK, stream, F, BF, EXACT)
+        if leave:
+            return
     i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
     f = tl.arange(0, BF)[None, :]
     u = tl.program_id(2) * BV + tl.arange(0, BV)[None, :]
@@ -77,7 +85,6 @@ def read_chunks(
             dread = dread * tl.load(mix_weight + of_head * V + u, mask=u < V, other=0.0).to(tl.float32)
         dstate += tl.dot(tl.trans(reads), dread, input_precision=PRECISION)
         dmass += tl.sum(reads * tl.load(rows + 4 * entries + entry)[:, None], 0)
-    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
     f_column = tl.arange(0, BF)[:, None]
     tl.store(dstates + (slot * F + f_column) * V + u, dstate, mask=(f_column < F) & (u < V))
     if tl.program_id(2) == 0:
@@ -86,7 +93,7 @@ def read_chunks(
 
 
 @triton.jit
-def carry_gradients(
+def carry_column_gradients(
     dstates,
     totals,
     dinitial,
@@ -94,6 +101,7 @@ def carry_gradients(
     starts,
     slots,
     lag,
+    part,
     K: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
@@ -103,12 +111,11 @@ def carry_gradients(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Replace, in place, the gradient of each chunk's incoming state by that of its outgoing state: the backward of
-    `carry_states`."""
+    """Carry the gradients of states `[slots, K, F, V]`, as `carry_columns` does states."""
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = part * BLOCK + tl.arange(0, BLOCK)
     inside = entry < F * V
     f = entry // V
     edge = ((row * K + head).to(tl.int64) * F + f) * COLUMNS + COLUMN + entry % V
@@ -138,7 +145,38 @@ def carry_gradients(
     tl.store(dinitial + edge, gradient, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
+def carry_gradients(
+    dstates,
+    dmasses,
+    totals,
+    dinitial,
+    dfinal,
+    starts,
+    slots,
+    lag,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Replace, in place, the gradient of each chunk's incoming state by that of its outgoing state: the backward of
+    `carry_states`."""
+    part = tl.program_id(0)
+    blocks: tl.constexpr = (F * V + BLOCK - 1) // BLOCK
+    if part < blocks:
+        carry_column_gradients(
+            dstates, totals, dinitial, dfinal, starts, slots, lag, part, K, F, V, 0, V + 1, CHUNK, BLOCK, EXACT
+        )
+    else:
+        carry_column_gradients(
+            dmasses, totals, dinitial, dfinal, starts, slots, lag, part - blocks, K, F, 1, V, V + 1, CHUNK, BLOCK, EXACT
+        )
+
+
+@triton.jit(do_not_specialize=VARYING)
 def keys_of_states(
     k,
     v,
@@ -150,6 +188,7 @@ def keys_of_states(
     starts,
     counts,
     slots,
+    totals,
     dstates,
     dmasses,
     dk,
@@ -173,11 +212,12 @@ def keys_of_states(
     COUNTED: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    TILED: tl.constexpr,
 ):
     """Compute the gradients `dk` and `dv`, in float32, of a chunk's key features and values from its outgoing state;
     and `flow` = φ(k) dk, each key's part of the state's gradient.
 
-    Some programs handle value channels, the others key channels.
+    Some programs handle value channels, the others key channels. TILED: only in chunks that `chunk_pairs` leaves out.
     """
     chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
@@ -186,13 +226,17 @@ def keys_of_states(
     stream = length - lag
     if chunk * CHUNK >= stream:
         return
+    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
+    if TILED:
+        leave = not strong(totals, slot, chunk * CHUNK, stream, F, BF, EXACT)
+        if leave:
+            return
     first_key = start + (row + 1) * past - ahead
     i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
     writes = (i < stream) & (count + i - ahead >= least)
     offset = (tl.where(writes, first_key + i, 0) * K + head)[:, None]
     follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
     next_offset = (tl.where(follows, first_key + i + 1, 0) * K + head)[:, None]
-    slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     part = tl.program_id(2)
     if part < blocks:
@@ -259,21 +303,18 @@ def load_dread(
     V: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """For query rows: the gradients of the window's outputs and of the recurrence's reads, `[X, BV]` each."""
+    """For query rows: the gradients of the recurrence's reads, `[X, BV]`."""
     there = real[:, None] & (u < V)
     dout = tl.load(doutputs + entry[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
     through = dout
     if MIX == "learned":
         through = dout * tl.load(mix_weight + of_head[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
-    share = tl.load(rows + 2 * entries + entry, mask=real, other=0.0)
     pull = tl.load(rows + 3 * entries + entry, mask=real, other=0.0)
-    return dout - share[:, None] * through, pull[:, None] * through
+    return pull[:, None] * through
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradients(
-    q_rotated,
-    k_rotated,
     v,
     q,
     k,
@@ -285,28 +326,23 @@ def key_gradients(
     mix_weight,
     starts,
     counts,
+    slots,
+    totals,
     doutputs,
     rows,
-    dk_rotated,
-    dv,
     dk,
     state_dv,
     dlog,
     entries,
     keys,
-    window,
     past,
     lag,
     ahead,
     least,
-    scale,
-    softcap,
     H: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
     BF: tl.constexpr,
     BV: tl.constexpr,
     GROUP: tl.constexpr,
@@ -314,85 +350,52 @@ def key_gradients(
     LOGS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUB: tl.constexpr,
-    CAPPED: tl.constexpr,
     MIX: tl.constexpr,
     SOFTMAX: tl.constexpr,
     FROM_KEY: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     COUNTED: tl.constexpr,
-    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    TILED: tl.constexpr,
 ):
-    """Gradients of the keys and values of one sub-chunk.
+    """Gradients of one sub-chunk's keys and values through the pairs within its chunk.
 
-    `dk` and `state_dv` hold the gradients from states, in float32. `dk` becomes the gradient of the recurrence's keys;
-    the first of the LOGS parts of `dlog` becomes that of the running decay.
+    `dk` and `state_dv` hold the gradients from states, in float32, and receive the sums; the first of the LOGS parts of
+    `dlog` becomes the gradient of the running decay. TILED: only in chunks that `chunk_pairs` leaves out.
     """
     row, head = tl.program_id(1) // K, tl.program_id(1) % K
     start = tl.load(starts + row).to(tl.int64)
     length = tl.load(starts + row + 1).to(tl.int64) - start
     count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
-    # Aligned with the stream; keys before the row may be outside of it.
-    i = (tl.program_id(0).to(tl.int64) - (past - ahead + SUB - 1) // SUB) * SUB
-    if i - ahead >= length:
-        return
-    first_key = start + (row + 1) * past
-    token = tl.arange(0, SUB)
-    x = tl.arange(0, GROUP * SUB)
-    turn = x % SUB
-    d, f, u = tl.arange(0, BD)[None, :], tl.arange(0, BF)[None, :], tl.arange(0, BV)[None, :]
-    place = i - ahead + token
-    there = (place >= -past) & (place < length)
-    exists = there & (count + place >= 0)
-    at = (tl.where(there, first_key + place, 0) * K + head)[:, None]
-    rotated_k = tl.load(k_rotated + at * D + d, mask=exists[:, None] & (d < D), other=0.0)
-    values = tl.load(v + at * V + u, mask=exists[:, None] & (u < V), other=0.0)
-    drotated = tl.zeros((SUB, BD), tl.float32)
-    dvalues = tl.zeros((SUB, BV), tl.float32)
-
-    # Gradients through the windows that contain the keys.
-    low, high = tl.maximum(i - ahead, 0), tl.minimum(i - ahead + SUB - 1 + window, length)
-    for block in range(low, high, SUB):
-        t = block + turn
-        for part in range(PARTS):
-            member = part * GROUP + x // SUB
-            real = (t < high) & (member < H // K)
-            of_head = head * (H // K) + member
-            entry = tl.where(real, (start + t) * H + of_head, 0)
-            rotated = tl.load(q_rotated + entry[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0)
-            dy, _ = load_dread(doutputs, mix_weight, rows, entry, member, u, real, entries, of_head, V, MIX)
-            seen = real[:, None] & exists[None, :]
-            seen = seen & (place[None, :] <= t[:, None]) & (place[None, :] > t[:, None] - window)
-            weights, dscores = attention_gradients(
-                rotated,
-                rotated_k,
-                values,
-                dy,
-                tl.load(rows + entry),
-                tl.load(rows + entries + entry),
-                seen,
-                scale,
-                softcap,
-                CAPPED,
-                OPERAND,
-                PRECISION,
-            )
-            drotated += tl.dot(tl.trans(dscores.to(OPERAND)), rotated.to(OPERAND), input_precision=PRECISION)
-            dvalues += tl.dot(tl.trans(weights.to(OPERAND)), dy.to(OPERAND), input_precision=PRECISION)
-    tl.store(dk_rotated + at * D + d, drotated.to(dk_rotated.dtype.element_ty), mask=there[:, None] & (d < D))
-
-    stream = length - lag
+    stream = (length - lag).to(tl.int32)
     number = count - ahead
-    if (i >= 0) & (i < stream):
+    STEP: tl.constexpr = CHUNK if TILED else SUB
+    first = tl.program_id(0) * STEP
+    last = tl.minimum(first + STEP, stream)
+    if TILED:
+        slot = (tl.load(slots + row).to(tl.int64) + tl.program_id(0)) * K + head
+        last = tl.where(strong(totals, slot, first, stream, F, BF, EXACT), last, first)
+    for i in range(first, last, SUB):
+        first_key = start + (row + 1) * past
+        token = tl.arange(0, SUB)
+        x = tl.arange(0, GROUP * SUB)
+        turn = x % SUB
+        f, u = tl.arange(0, BF)[None, :], tl.arange(0, BV)[None, :]
         writes = (i + token < stream) & (number + i + token >= least)
         offset = (tl.where(writes, first_key + i + token - ahead, 0) * K + head)[:, None]
         mask = writes[:, None] & (f < F)
-        written = tl.where(writes[:, None], values.to(tl.float32), 0.0)
+        written = tl.load(v + offset * V + u, mask=writes[:, None] & (u < V), other=0.0).to(tl.float32)
         key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
         dkey = tl.zeros((SUB, BF), tl.float32)
-        dvalues += tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
+        dvalues = tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
         itself = tl.zeros((SUB, BF), tl.float32)
+        own_gates = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
+        running = tl.cumsum(own_gates, 0)
+        own_total = tl.sum(own_gates, 0)[None, :]
+        factored = weak(own_total, EXACT)
+        # One factor per query and one per key, both relative to half of the sub-chunk's decay.
+        middle = own_total * 0.5
 
         # Gradients from the queries of the same sub-chunk, as in `read_recurrence`.
         for part in range(PARTS):
@@ -405,27 +408,35 @@ def key_gradients(
             if SOFTMAX:
                 reads = softmax_rows(reads, f < F)
             reads = tl.where(real[:, None], reads, 0.0)
-            _, dread = load_dread(doutputs, mix_weight, rows, entry, member, u, real, entries, of_head, V, MIX)
+            dread = load_dread(doutputs, mix_weight, rows, entry, member, u, real, entries, of_head, V, MIX)
             dm = tl.load(rows + 4 * entries + entry, mask=real, other=0.0)
             pairs = tl.dot(dread, tl.trans(written), input_precision=PRECISION) + dm[:, None]
-            fading = tl.zeros((GROUP * SUB, BF), tl.float32)
             scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
-            gates = tl.zeros((1, BF), tl.float32)
-            last = tl.minimum(stream - i, SUB)
-            for back in range(last):
-                s = last - 1 - back
-                writes_s = (i + s < stream) & (number + i + s >= least)
-                offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
-                mask_s = f < tl.where(writes_s, F, 0)
-                key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
-                fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
-                scores = tl.where((token == s)[None, :], tl.sum(fading * key_s, 1)[:, None], scores)
-                pair = tl.sum(tl.where((token == s)[None, :] & (turn > s)[:, None], pairs, 0.0), 1)
-                of_key = tl.sum(fading * pair[:, None], 0)
-                dkey += tl.where((token == s)[:, None], of_key[None, :], 0.0)
-                gates = log_gates(
-                    gate, k, gate_scale, gate_bias, divisor, offset_s, head, f, mask_s, F, FROM_KEY, PER_CHANNEL
-                )
+            if factored:
+                fall = decay(middle - running, EXACT)
+                fading = reads * per_row(decay(running - middle, EXACT), GROUP, SUB, BF)
+                scores = tl.dot(fading, tl.trans(key * fall), input_precision=PRECISION)
+                scores = tl.where(turn[:, None] >= token[None, :], scores, 0.0)
+                strict = tl.where(turn[:, None] > token[None, :], pairs, 0.0)
+                dkey += fall * tl.dot(tl.trans(strict), fading, input_precision=PRECISION)
+            else:
+                fading = tl.zeros((GROUP * SUB, BF), tl.float32)
+                gates = tl.zeros((1, BF), tl.float32)
+                last = tl.minimum(stream - i, SUB)
+                for back in range(last):
+                    s = last - 1 - back
+                    writes_s = (i + s < stream) & (number + i + s >= least)
+                    offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
+                    mask_s = f < tl.where(writes_s, F, 0)
+                    key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
+                    fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
+                    scores = tl.where((token == s)[None, :], tl.sum(fading * key_s, 1)[:, None], scores)
+                    pair = tl.sum(tl.where((token == s)[None, :] & (turn > s)[:, None], pairs, 0.0), 1)
+                    of_key = tl.sum(fading * pair[:, None], 0)
+                    dkey += tl.where((token == s)[:, None], of_key[None, :], 0.0)
+                    gates = log_gates(
+                        gate, k, gate_scale, gate_bias, divisor, offset_s, head, f, mask_s, F, FROM_KEY, PER_CHANNEL
+                    )
             dvalues += tl.dot(tl.trans(scores), dread, input_precision=PRECISION)
             own_pair = tl.sum(tl.where(token[None, :] == turn[:, None], pairs, 0.0), 1)
             itself += tl.sum(tl.reshape(reads * own_pair[:, None], (GROUP, SUB, BF)), 0)
@@ -457,7 +468,7 @@ def key_gradients(
                 if SOFTMAX:
                     reads_l = softmax_rows(reads_l, f < F)
                 reads_l = tl.where(real_l[:, None], reads_l * reach, 0.0)
-                _, dread_l = load_dread(
+                dread_l = load_dread(
                     doutputs, mix_weight, rows, entry_l, member_l, u, real_l, entries, of_head_l, V, MIX
                 )
                 dm_l = tl.load(rows + 4 * entries + entry_l, mask=real_l, other=0.0)
@@ -475,10 +486,10 @@ def key_gradients(
         if SOFTMAX:
             dkey = key * (dkey - tl.sum(key * dkey, 1)[:, None])
         tl.store(dk + offset * F + f, dkey, mask=mask)
-    tl.store(dv + at * V + u, dvalues.to(dv.dtype.element_ty), mask=there[:, None] & (u < V))
+        tl.store(state_dv + offset * V + u, dvalues, mask=writes[:, None] & (u < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gate_gradients(
     k,
     gate_scale,

@@ -1,7 +1,8 @@
 """Tile helpers of the Triton kernels of Liger attention: gates, features, decays and scores.
 
 A decay is the exponential of a sum of log-gates over exactly the tokens that it spans, never of a difference of longer
-sums. So gates of any strength stay finite, and a strong gate does not cancel the digits of weak ones.
+sums, except in tiles whose whole decay is weak. So gates of any strength stay finite, and a strong gate does not cancel
+the digits of weak ones.
 
 `offset = key * K + head` is a key's row in arrays `[P, K, width]`. A False mask loads 0, the feature and the log-gate
 of a token that is not written.
@@ -14,6 +15,9 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the Triton kernels need triton: pip install triton") from error
+
+# Scalars that vary with the prompt: a program per value that is 1 or a multiple of 16 would be compiled while serving.
+VARYING = ["entries", "keys", "past", "lag", "ahead", "least"]
 
 
 @triton.jit
@@ -75,12 +79,12 @@ def softmax_rows(x, inside):
     """Softmax along the last axis of a tile, 0 outside."""
     x = tl.where(inside, x, -float("inf"))
     x = tl.exp(x - tl.max(x, 1)[:, None])
-    return x / tl.sum(x, 1)[:, None]
+    return x * (1.0 / tl.sum(x, 1))[:, None]
 
 
 @triton.jit
 def decay(log, EXACT: tl.constexpr):
-    """exp(log) for log <= 0. The hardware's exponential has an error of 2^-22; EXACT is accurate to float32's last
+    """exp(log) for log <= 80. The hardware's exponential has an error of 2^-22; EXACT is accurate to float32's last
     digit."""
     if EXACT:
         log = tl.maximum(log, -200.0)
@@ -96,6 +100,21 @@ def decay(log, EXACT: tl.constexpr):
     else:
         result = tl.exp(log)
     return result
+
+
+@triton.jit
+def weak(total, EXACT: tl.constexpr):
+    """True if decays within a tile of the log decay `total` may be products of one factor per query and one per key.
+
+    Either factor is then far from float32's limits. With EXACT, differences of sums keep float32's digits too.
+    """
+    return tl.min(total) >= (-8.0 if EXACT else -60.0)
+
+
+@triton.jit
+def operand(x, OPERAND: tl.constexpr):
+    """A tile as an operand of a product."""
+    return x.to(OPERAND)
 
 
 @triton.jit
@@ -128,15 +147,18 @@ def halves(x):
 
 
 __all__ = [
+    "VARYING",
     "capped",
     "decay",
     "features",
     "halves",
     "log_gates",
     "log_sigmoid",
+    "operand",
     "per_row",
     "softmax_rows",
     "tanh",
     "tl",
     "triton",
+    "weak",
 ]

@@ -118,6 +118,7 @@ def step_triton(
             BLOCK_M=_power(max(step.sinks, 1)),
             BLOCK_V=_block(value_width, most // (2 * block_f)),
             num_warps=warps,
+            enable_fp_fusion=True,  # triton 3.10 changes the default
         )
     return out
 

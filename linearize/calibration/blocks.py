@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from linearize.calibration.weights import Weights
     from linearize.data.rows import Rows
     from linearize.families import Projections
+    from linearize.model.memory import LayerMemory
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block other than its hidden states."""
@@ -78,8 +79,15 @@ class Blocks:
         with self._standing_in(lambda _, __, ___: hidden):
             yield
 
-    def run(self, layer: int, hidden: Tensor, call: Call) -> Tensor:
-        """The output of a block for `hidden`."""
+    def run(self, layer: int, hidden: Tensor, call: Call, *, heads: Tensor | None = None) -> Tensor:
+        """The output of a block for `hidden`.
+
+        Args:
+            heads: what `heads` gave for the same arguments, so that no attention is computed.
+        """
+        if heads is not None:
+            with self._reading(layer, heads):
+                return self.run(layer, hidden, call)
         arguments, keywords = call
         result = self._places[layer][0](hidden, *arguments, **keywords)
         output: Tensor = result[0] if isinstance(result, tuple) else result
@@ -119,6 +127,22 @@ class Blocks:
             handle.remove()
         (found,) = seen
         return found
+
+    @contextmanager
+    def _reading(self, layer: int, heads: Tensor) -> Iterator[None]:
+        """In this context the layer's output projection is given `heads`, and nothing is mixed."""
+        attention = self._attention(layer)
+
+        def nothing(new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+            return new.v.new_zeros(*new.q.shape[:3], new.v.shape[-1])
+
+        handle = output_projection(attention).register_forward_pre_hook(lambda *_: (heads,))
+        attention._mix = nothing  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del attention._mix
+            handle.remove()
 
     @contextmanager
     def as_teacher(self, layer: int) -> Iterator[None]:

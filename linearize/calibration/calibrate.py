@@ -16,7 +16,7 @@ import torch
 from linearize.calibration.blocks import Blocks, texts_of
 from linearize.calibration.closed import Ridge
 from linearize.calibration.layer import LayerFit, LayerResult, projection_weight
-from linearize.calibration.reading import read_by_block
+from linearize.calibration.reading import asked, read_by_block, read_states
 from linearize.calibration.weights import MIXER, OUTPUT, output_projection
 from linearize.data.load import load_data
 from linearize.errors import DataError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from linearize.calibration.blocks import Call
+    from linearize.calibration.blocks import Call, Text
     from linearize.calibration.weights import Weights
     from linearize.data.rows import Rows, TrainingData
     from linearize.model import LinearizedForCausalLM
@@ -67,7 +67,8 @@ class Calibration:
         layers: the steps tried and kept, by layer.
         ridge: by layer, the share of the output's error on held-out rows that remains after ridge regression; 1 if the
             weight was not changed.
-        readings: those of the teacher, the converted model, the calibrated model, and that without its recurrence.
+        readings: those of the teacher, the converted model, the calibrated model, and, if it has a recurrence, the same
+            with the recurrence silent.
         needles: the number of needles; 0 if the rows are too short for one.
     """
 
@@ -92,8 +93,10 @@ class Calibration:
 
 
 class _Stream(NamedTuple):
-    """Rows during the layer-by-layer pass: hidden states of teacher and student, and the blocks' arguments."""
+    """Texts during the layer-by-layer pass: hidden states of teacher and student, and the blocks' arguments. The first
+    `rows` are rows of text; needles follow."""
 
+    rows: int
     teacher: list[Tensor]
     student: list[Tensor]
     calls: list[list[Call]]
@@ -155,34 +158,53 @@ def calibrate(
     _check_reach(blocks.model, layers, text)
     found = Calibration(text.source, text.train.tokens, spec.length, len(held_out), len(needles), spec.inputs, seed)
 
-    def measure(name: str, *, teacher: bool = False) -> Reading:
-        found.readings[name] = reading = read_by_block(blocks, held_out, needles, teacher=teacher)
+    def measure(name: str) -> Reading:
+        found.readings[name] = reading = read_by_block(blocks, held_out, needles)
         return reading
 
-    measure("teacher", teacher=True)
     after = measure("converted")
     last = max(layers)
-    train, held = (_enter(blocks, rows) for rows in (text.train, held_out))
+    train = _enter(blocks, texts_of(text.train), len(text.train))
+    # What the two streams come to are readings of the pretrained model and of the model with all that was fitted.
+    held = _enter(blocks, [*texts_of(held_out), *map(asked, needles)], len(held_out))
     for index in range(last + 1):
         say(f"calibrate: layer {index + 1} of {last + 1}{_told(found.layers, started)}")
         with weights.block(index):
             _layer(blocks, index, train, held, spec, seed, found, fits=index in layers)
-    del train, held
+    del train
+    for index in range(last + 1, len(blocks)):
+        with weights.block(index), torch.no_grad():
+            for number, call in enumerate(held.calls):
+                for states in (held.teacher, held.student):
+                    states[number] = blocks.run(index, states[number], call[index])
+    found.readings["teacher"] = read_states(blocks, held.teacher, held_out, needles)
+    whole = read_states(blocks, held.student, held_out, needles)
+    del held
 
     say("calibrate: reading the rows held out")
-    fitted = [MIXER, *([OUTPUT] if any(share < 1 for share in found.ridge.values()) else [])]
+    fitted = [MIXER] if found.layers else []
+    if any(share < 1 for share in found.ridge.values()):
+        fitted.append(OUTPUT)
     for part in fitted:
         before = after
         weights.chosen.append(part)
-        after = measure(part)
+        if weights.chosen == fitted:
+            found.readings[part] = after = whole
+        else:
+            after = measure(part)
         if not _judge(found, part, before, after):
             weights.chosen.remove(part)
             after = before
     found.readings["calibrated"] = after
-    mixers = [one.mixer for one in blocks.attentions if one.mixer is not None]
+    mixers = [one.mixer for one in blocks.attentions if one.mixer is not None and one.mixer.recurrence is not None]
     for mixer in mixers:
         mixer.branches_off = frozenset({"recurrence"})
-    measure("no recurrence")
+    if mixers:
+        measure("no recurrence")
+    else:  # no reading opens the blocks with what was chosen
+        for index in range(len(blocks)):
+            with weights.block(index):
+                pass
     for mixer in mixers:
         mixer.branches_off = frozenset()
     found.seconds = time.monotonic() - started
@@ -205,7 +227,8 @@ def _layer(
     inputs = [stream.student if spec.inputs == "student" else stream.teacher for stream in (train, held)]
     if fits and attention.mixer is not None and attention.mixer.recurrence is not None:
         with torch.no_grad():
-            decides = [blocks.projections(index, x, c[index]) for x, c in zip(inputs[1], held.calls, strict=True)]
+            rows = zip(inputs[1][: held.rows], held.calls[: held.rows], strict=True)
+            decides = [blocks.projections(index, x, c[index]) for x, c in rows]
 
         @torch.no_grad()
         def row(number: int) -> Any:
@@ -227,29 +250,37 @@ def _layer(
                 if added is not None:
                     outputs.append(added)
             wanted.append(outputs)
+        heads: list[list[Tensor | None]] = [[None] * len(stream.calls) for stream in (train, held)]
         if ridge:
-            found.ridge[index] = _ridge(blocks, index, train, held, wanted)
+            for read, stream in zip(heads, (train, held), strict=True):
+                for number, (x, call) in enumerate(zip(stream.student, stream.calls, strict=True)):
+                    read[number] = blocks.heads(index, x, call[index])
+            found.ridge[index] = _ridge(blocks, index, (heads[0], wanted[0]), (heads[1][: held.rows], wanted[1]))
             blocks.weights.keep(OUTPUT, index)
-        for stream in (train, held):
+        for read, stream in zip(heads, (train, held), strict=True):
             for number, call in enumerate(stream.calls):
-                stream.student[number] = blocks.run(index, stream.student[number], call[index])
+                stream.student[number] = blocks.run(index, stream.student[number], call[index], heads=read[number])
+                read[number] = None
 
 
-def _ridge(blocks: Blocks, index: int, train: _Stream, held: _Stream, wanted: list[list[Tensor]]) -> float:
+def _ridge(blocks: Blocks, index: int, train: tuple[Any, Any], held: tuple[Any, Any]) -> float:
     """Fit the output projection to the output of the teacher's attention. Returns the share of the error that remains
-    on the held-out rows; 1 if no penalty lowers it and the weight stays."""
+    on the held-out rows; 1 if no penalty lowers it and the weight stays.
+
+    Args:
+        train, held: for some rows, the inputs of the projection and the output that is wanted.
+    """
     module = output_projection(blocks.attentions[index])
     weight = projection_weight(module)
 
-    def pairs(stream: _Stream, targets: list[Tensor]) -> Any:
-        for student, call, target in zip(stream.student, stream.calls, targets, strict=True):
-            heads = blocks.heads(index, student, call[index])[0]
-            yield heads.double(), (target[0] - module(heads)).double()
+    def pairs(rows: tuple[Any, Any]) -> Any:
+        for heads, target in zip(*rows, strict=False):
+            yield heads[0].double(), (target[0] - module(heads[0])).double()
 
     ridge = Ridge(weight.shape[1], weight.shape[0], weight.device)
-    for heads, rest in pairs(train, wanted[0]):
+    for heads, rest in pairs(train):
         ridge.add(heads, rest)
-    decides = list(pairs(held, wanted[1]))
+    decides = list(pairs(held))
     before = sum(float(rest.square().sum()) for _, rest in decides)
     best, least = None, before
     for strength in _STRENGTHS:
@@ -276,9 +307,9 @@ def _judge(found: Calibration, name: str, before: Reading, after: Reading) -> bo
     return kept
 
 
-def _enter(blocks: Blocks, rows: Rows) -> _Stream:
-    hidden, calls = blocks.enter(texts_of(rows))
-    return _Stream(list(hidden), list(hidden), calls)
+def _enter(blocks: Blocks, texts: list[Text], rows: int) -> _Stream:
+    hidden, calls = blocks.enter(texts)
+    return _Stream(rows, list(hidden), list(hidden), calls)
 
 
 def deciding_needles(model: LinearizedForCausalLM, tokenizer: Any, rows: Rows, seed: int) -> list[Needle]:

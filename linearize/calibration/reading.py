@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,26 +15,38 @@ from linearize.probe.needles import answer_log_probability
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from linearize.calibration.blocks import Blocks
+    from torch import Tensor
+
+    from linearize.calibration.blocks import Blocks, Text
     from linearize.data.rows import Rows
     from linearize.probe.needles import Needle
 
 
-def read_by_block(blocks: Blocks, rows: Rows, needles: Sequence[Needle], *, teacher: bool = False) -> Reading:
+def read_by_block(blocks: Blocks, rows: Rows, needles: Sequence[Needle]) -> Reading:
     """`linearize.probe.damage.read` block by block: all texts pass one block before the next is opened.
-
-    Args:
-        teacher: use the pretrained attention in all blocks.
 
     Raises:
         ModelError: logits are not finite.
     """
-    asked = [(torch.tensor(needle.ids), torch.arange(len(needle.ids))) for needle in needles]
-    hidden, calls = blocks.enter([*texts_of(rows), *asked])
+    hidden, calls = blocks.enter([*texts_of(rows), *map(asked, needles)])
     for index in range(len(blocks)):
-        with blocks.weights.block(index), blocks.as_teacher(index) if teacher else nullcontext(), torch.no_grad():
+        with blocks.weights.block(index), torch.no_grad():
             for number, call in enumerate(calls):
                 hidden[number] = blocks.run(index, hidden[number], call[index])
+    return read_states(blocks, hidden, rows, needles)
+
+
+def asked(needle: Needle) -> Text:
+    """A needle as a text."""
+    return torch.tensor(needle.ids), torch.arange(len(needle.ids))
+
+
+def read_states(blocks: Blocks, hidden: Sequence[Tensor], rows: Rows, needles: Sequence[Needle]) -> Reading:
+    """The reading whose last block gives the hidden states `[1, L, C]`: those of the rows, then those of the needles.
+
+    Raises:
+        ModelError: logits are not finite.
+    """
     loss, recall = [], []
     with blocks.weights.outside():
         for number, states in enumerate(hidden[: len(rows)]):

@@ -48,10 +48,11 @@ def calibration_lines(found: Calibration) -> list[str]:
             f"{_NAMES[one.name]}: {verdict}; loss {_signed(one.change.loss)}{recall if found.needles else ''} "
             "(nats per token)."
         )
-    rows = ", ".join(f"{_READINGS[name]} {float(found.readings[name].loss.mean()):.4f}" for name in _READINGS)
+    read = {about: found.readings[name] for name, about in _READINGS.items() if name in found.readings}
+    rows = ", ".join(f"{about} {float(one.loss.mean()):.4f}" for about, one in read.items())
     lines.append(f"Loss on held-out rows: {rows}.")
     if found.needles:
-        rows = ", ".join(f"{_READINGS[name]} {float(found.readings[name].recall.mean()):.3f}" for name in _READINGS)
+        rows = ", ".join(f"{about} {float(one.recall.mean()):.3f}" for about, one in read.items())
         lines.append(f"Log-probability of the needles' answers: {rows}.")
         if not found.recall_counts:
             lines.append("The needles did not count, because the converted model recalls them as well as its teacher.")
@@ -81,7 +82,9 @@ def calibration_text_report(found: Calibration) -> str:
 
 def calibration_data(found: Calibration) -> dict[str, Any]:
     """The figures as plain data: losses and log-probabilities in nats per token, errors as in `LayerResult`."""
-    silent = damage(found.readings["calibrated"], found.readings["no recurrence"])
+    silent = None
+    if "no recurrence" in found.readings:
+        silent = damage(found.readings["calibrated"], found.readings["no recurrence"])
     return {
         "schema": SCHEMA,
         "text": {
@@ -96,10 +99,9 @@ def calibration_data(found: Calibration) -> dict[str, Any]:
         "recall_counts": found.recall_counts,
         "seconds": round(found.seconds, 1),
         "readings": {name: _reading(one) for name, one in found.readings.items()},
-        "recurrence": {
-            "loss": silent.loss._asdict(),
-            "recall": silent.recall._asdict() if found.needles else None,
-        },
+        "recurrence": None
+        if silent is None
+        else {"loss": silent.loss._asdict(), "recall": silent.recall._asdict() if found.needles else None},
         "ingredients": [
             {
                 "name": one.name,

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from linearize.data.builtin import builtin_rows, passed_by
 from linearize.data.documents import Tally, encode, read_documents
 from linearize.data.recalltext import SHORTEST, recall_documents
 from linearize.data.records import open_records
 from linearize.data.rows import Document, Pieces, Rows, TrainingData, pack
 from linearize.data.selftext import self_written_documents
 from linearize.errors import DataError, counted
-from linearize.recipe.schema import ENDLESS, RECALL, SELF, STUDENT
+from linearize.recipe.schema import BUILTIN, ENDLESS, RECALL, SELF, STUDENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,14 +157,16 @@ def source_key(source: SourceSpec) -> str:
 
 
 def reserved_tokens(stages: Sequence[Stage]) -> dict[str, int]:
-    """`source_key` -> the most tokens that any stage holds out. No stage may train on another stage's held-out text, so
-    all stages shuffle a file alike and leave out its first documents up to this number."""
+    """`source_key` -> the most tokens that any stage holds out, of the built-in text those of each work. No stage may
+    train on another stage's held-out text, so all stages shuffle a file alike and leave out its first documents up to
+    this number."""
     most: dict[str, int] = {}
     for stage in stages:
         for source, _, held in _shares(stage.data, None):
             if source.source not in ENDLESS:
                 key = source_key(source)
-                most[key] = max(most.get(key, 0), held * stage.length)
+                own = passed_by(held, stage.length) if source.source == BUILTIN else held * stage.length
+                most[key] = max(most.get(key, 0), own)
     return most
 
 
@@ -234,6 +237,13 @@ def _open(
     tokens, or, if `apart`, follow them."""
     started = time.monotonic()
     source = spec.source or ""
+    if source == BUILTIN:
+        begin = reserved if apart else 0
+        held_out = itertools.islice(builtin_rows(tokenizer, length, seed=seed, passed=begin), held_rows)
+        held = _take(held_out, math.inf)
+        begin = max(begin + passed_by(held_rows, length), reserved)
+        stream = builtin_rows(tokenizer, length, seed=seed, passed=begin)
+        return _Opened("the built-in text", stream, rows, held_rows, held, [], None, started)
     documents: Iterator[Document]
     tally = None
     if source in ENDLESS and rows is None:
@@ -266,7 +276,7 @@ def _open(
         progress(f"data: reading {source}")
         tally = Tally()
         documents = _read(spec, seed, tokenizer, tally)
-    stream: Iterator[Document] = (document for document in documents if any(document.loss))
+    stream = (document for document in documents if any(document.loss))
     skipped = _take(stream, reserved) if apart else []
     if apart and tally:
         stream = _without(stream, {_digest(document) for document in skipped}, tally)

@@ -56,8 +56,8 @@ class ProbeOptions:
     """Options of a probe: its text and its measurements.
 
     Attributes:
-        text: `self` (the teacher generates it), a file, or a data set of the Hub, with its field and so on, as in
-            recipes.
+        text: `self` (the teacher generates it), `builtin`, a file, or a data set of the Hub, with its field and so on,
+            as in recipes.
         tokens: tokens of text, at least two rows; the same number is read again in texts with needles.
         length: tokens of a row, and of a text with a needle.
         damage: the parts to window one at a time: `layers`, `heads` (key/value heads), or `none`.

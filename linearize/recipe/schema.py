@@ -36,7 +36,7 @@ RecurrenceName = Literal[
     "none",
 ]
 
-SELF, STUDENT, RECALL = "self", "student", "recall"
+BUILTIN, SELF, STUDENT, RECALL = "builtin", "self", "student", "recall"
 ENDLESS = (SELF, STUDENT, RECALL)
 """Sources that are generated on demand."""
 SELF_TOKENS = 200_000
@@ -291,8 +291,9 @@ class SourceSpec(Section):
 
     source: str | None = Field(default=None, min_length=1)
     """`self` (the teacher generates the text), `student` (the model at the start of the stage generates it), `recall`
-    (generated questions about facts and pairs), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also compressed),
-    a folder of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
+    (generated questions about facts and pairs), `builtin` (the text that comes with the package: 140,000 tokens of
+    English books and reference works), a file (text, .jsonl, .json, .csv, .tsv or .parquet, also compressed), a folder
+    of such files or of `datasets`' `save_to_disk`, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)
@@ -377,7 +378,8 @@ class CalibrateSpec(Section):
     tokens: int = Field(default=65_536, ge=1)
     """Tokens of text to fit to; `held_out` more rows of `length` tokens decide which fits are kept."""
     source: str = Field(default=SELF, min_length=1)
-    """`self` (the teacher generates the text), a .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
+    """`builtin` (the text that comes with the package), `self` (the teacher generates the text), a
+    .txt/.md/.jsonl/.json/.parquet file, or a data set id of the Hub."""
     config: str | None = Field(default=None, min_length=1)
     split: str = Field(default="train", min_length=1)
     field: str | None = Field(default=None, min_length=1)

@@ -93,7 +93,7 @@ def short_reading() -> Iterator[None]:
         yield
         return
 
-    class ShortReader(gguf.GGUFReader):  # type: ignore[misc]
+    class ShortReader(gguf.GGUFReader):
         def __init__(self, path: Path | str, mode: str = "r") -> None:
             self.ends = sorted(end for _, end in read_head(Path(path)).pairs.values())
             super().__init__(path, mode)

@@ -15,6 +15,7 @@ from linearize.calibration import select as selecting
 from linearize.calibration.blocks import Blocks, texts_of
 from linearize.calibration.calibrate import calibrate, calibration_text
 from linearize.calibration.layer import LayerFit, LayerResult
+from linearize.calibration.telling import calibration_data, calibration_lines
 from linearize.calibration.weights import Weights
 from linearize.conversion.swap import convert_model
 from linearize.data.load import Document, TrainingData, load_data, pack, reserved_tokens
@@ -25,6 +26,7 @@ from linearize.jobs.convert import convert_into, make_start
 from linearize.jobs.stages import run_stages
 from linearize.probe import probing
 from linearize.probe.damage import Reading
+from linearize.probe.needles import Needle, answer_log_probability
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model
 from tests.model.test_families import build
@@ -176,6 +178,31 @@ def test_a_calibration_that_harms_the_whole_is_taken_back(monkeypatch):
     found = calibrate(Weights(model), drawn_text(), spec)
     assert not found.ingredients[0].kept
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_projections_that_harm_a_model_without_a_recurrence_are_taken_back(monkeypatch):
+    monkeypatch.setattr(module, "_judge", lambda *_: False)
+    slots = ["mixer.window=8", "mixer.landmarks=20", "mixer.landmarks_by=null"]
+    settings = load_recipe("landmarks-exact", [*slots, "calibrate={tokens: 216, length: 72, held_out: 2}"])
+    model = convert_model(copy.deepcopy(build("llama")), settings.mixer)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    found = calibrate(Weights(model), drawn_text(), settings.calibrate)
+    assert min(found.ridge.values()) < 1 and found.readings.keys() == {"converted", "teacher", "output", "calibrated"}
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert calibration_data(found)["recurrence"] is None and "silent" not in " ".join(calibration_lines(found))
+
+
+def test_what_the_pass_that_fits_reads_is_what_the_model_reads(monkeypatch):
+    monkeypatch.setattr(module, "_judge", lambda *_: True)
+    spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 2}"]).calibrate
+    model, needles = fresh_model(), [Needle(list(range(5, 65)), range(20, 24), range(56, 60))] * 2
+    found = calibrate(Weights(model), drawn_text(), spec, needles=needles)
+    held, teacher = drawn_text().held_out, build("llama").eval()
+    for one, name in ((model.eval(), "calibrated"), (teacher, "teacher")):
+        torch.testing.assert_close(found.readings[name].loss, score_rows(one, held).loss, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            recall = answer_log_probability(one, needles[0])
+        assert found.readings[name].recall.tolist() == pytest.approx([recall] * 2, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -18,7 +19,7 @@ from linearize.conversion.swap import convert_model, mixers_for, window_baseline
 from linearize.errors import DataError, ModelError
 from linearize.evaluation.tasks import hidden
 from linearize.evaluation.tasks.names import RECALL
-from linearize.evaluation.tasks.recall import RecallTask, recall_tasks, running, texts
+from linearize.evaluation.tasks.recall import RecallTask, recall_tasks, running, several, texts
 from linearize.evaluation.tasks.recall import tasks as tasks_module
 from linearize.families import family_of
 from linearize.recipe import MixerSpec
@@ -133,6 +134,57 @@ def test_associative_recall_asks_for_pairs_of_the_text() -> None:
     assert queries.split("\n") == [lines[round(20 * depth)] for depth in draft.depths]
     assert [line.split(": ")[1] for line in queries.split("\n")] == draft.answers
     assert sorted(draft.depths) == DEPTHS
+
+
+def test_the_values_of_one_key_are_rulers(data: Path) -> None:
+    draft = several.multivalue(rng(), texts.Essay.read(data, "niah_multivalue"), 400)
+    text = draft.build(300)
+    needles = re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", text)
+    assert len(needles) == 4 and {value for _, value in needles} == {*draft.answers} and len(dict(needles)) == 1
+    assert text.startswith("Some special magic numbers are hidden within the following text. Make sure to memorize it.")
+    assert (text + draft.prefix).endswith(
+        f"What are all the special magic numbers for {needles[0][0]} mentioned in the provided text? "
+        f"The special magic numbers for {needles[0][0]} mentioned in the provided text are"
+    )
+
+
+def test_the_chain_of_variables_is_rulers() -> None:
+    draft = several.variables(rng())
+    text = draft.build(20) + draft.prefix
+    example, asked = text.split("\n\nMemorize and track")
+    for part, letters in ((example, 3), (asked, 5)):
+        value = re.search(r"VAR [A-Z]+ = (\d{5})\n", part).group(1)
+        chain = [re.search(rf"VAR ([A-Z]{{{letters}}}) = {value}\n", part).group(1)]
+        for _ in range(4):
+            chain.append(re.search(rf"VAR ([A-Z]{{{letters}}}) = VAR {chain[-1]}\n", part).group(1))
+        assert part.index(f"VAR {chain[1]} =") > part.index(f"VAR {chain[0]} =")
+        said = f"5 variables are assigned the value {value}, they are:"
+        assert part.endswith(f"{said} {' '.join(chain)}" if letters == 3 else said)
+    assert chain == draft.answers and asked.count(NOISE_LINE) == 20
+
+
+@pytest.mark.parametrize(("length", "common", "other"), [(1000, 6, 1), (5000, 30, 3)])
+def test_the_common_words_are_rulers(length: int, common: int, other: int) -> None:
+    draft = several.common_words(rng(), length)
+    text = draft.build(400) + draft.prefix
+    _, solved, asked = text.split("Below is a numbered list of words.")
+    counts = Counter(re.findall(r"\d+\. (\S+)", asked))
+    assert {word for word, count in counts.items() if count == common} == {*draft.answers}
+    assert sorted({*counts.values()}) == [other, common] and len(counts) == 410
+    assert asked.startswith(" In these words, some appear more often than others.") and "\n1. " in asked
+    assert re.search(r"in the list are: 1\. \S+ 2\. .* 10\. \S+\n$", solved)
+    assert text.endswith("Answer: The top 10 words that appear most often in the list are:")
+    assert draft.build(399) == draft.build(399)
+
+
+def test_each_of_several_answers_counts(tokenizer: Any, model: PreTrainedModel) -> None:
+    (task,) = recall_tasks(tokenizer, ["vt"], lengths=[1200], samples=2)
+    first, second = task.rows
+    assert len(task) == 10 and task.new_tokens >= len(tokenizer(", ".join(first.answers)).input_ids)
+    seen: list[tuple[int, int]] = []
+    says = {tuple(first.ids): " ".join(first.answers[1:4]), tuple(second.ids): " ".join(second.answers).lower()}
+    model.generate = scripted(says, tokenizer, seen)
+    assert [item.value for item in task.score(model, tokenizer, range(10), 2)] == [0, 1, 1, 1, 0, *[1.0] * 5]
 
 
 @pytest.mark.parametrize("name", RECALL)

@@ -49,7 +49,7 @@ def compiled(case: str) -> dict:
     step = Step(window=window, sinks=sinks, scale=1.0, **options)
     count = torch.zeros(1, dtype=torch.long)
     step_triton.step_triton(step, weights, new, parts, count, count)
-    warps = recorder.constants.pop("num_warps")
+    options = {name: recorder.constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     kinds = {int: "i32", float: "fp32"}
     signature = {
         name: _TYPES[x.dtype] if isinstance(x, torch.Tensor) else kinds[type(x)]
@@ -57,7 +57,7 @@ def compiled(case: str) -> dict:
     }
     signature |= dict.fromkeys(recorder.constants, "constexpr")
     source = ASTSource(KERNEL, signature, recorder.constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 
 
 if __name__ == "__main__":

@@ -83,6 +83,24 @@ def test_an_old_gpu_runs_torch(monkeypatch):
     assert "Ampere" in decide("attention", CUDA, torch.float16).why
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "kernels"),
+    [
+        ((9, 0), "3.8.1", "torch"),
+        ((9, 0), "3.9.0", "triton"),
+        ((9, 0), "3.10.0", "triton"),
+        ((8, 6), "3.4.0", "triton"),
+    ],
+)
+def test_a_hopper_gpu_needs_an_assembler_without_the_fault(fresh, capability, version, kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "version", lambda package: version)
+    found = decide("attention", CUDA, torch.bfloat16)
+    assert found.kernels == kernels
+    assert found.lost == (kernels == "torch") == (f"this is triton {version}" in found.why)
+
+
 def test_fla_waits_for_a_program_that_allows_tf32(fresh, monkeypatch):
     assert decide("delta_rule", CUDA, torch.float32).kernels == "torch"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")

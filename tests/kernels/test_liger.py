@@ -39,7 +39,8 @@ class Case:
         lengths: tokens of each row; several rows of one length are a plain batch.
         counts: tokens of each row before its first, where rows continue a cache.
         width, features, values: D, F and V. heads: K. group: G.
-        gates: `weak` steps, `strong` ones of -300 beside weak ones, one per `head`, or built from the `key`.
+        gates: `weak` steps, `strong` ones of -300 beside weak ones, one per `head`, or built from the `key`; `border`:
+            chunks on either side of the decays from which chunks, and sub-chunks, are no product of two factors.
         sinks, extra: exact columns, those that are sinks and the others.
     """
 
@@ -97,6 +98,10 @@ CASES = [
     Case((17, 17), window=5, counts=(5, 0), covers="all", mix="softmax", heads=2),
     Case((40,), width=24, features=40, values=16, feature_map="identity", mix="fixed", normalize=False, gates="head"),
     Case((30,), softcap=3.0, gates="head", group=6, window=1, sinks=1),
+    Case((200,), 33, gates="key", sinks=4, group=3),
+    Case((64 * 4 + 8,), gates="border", sinks=0),
+    *(Case((tokens, 8 + 64), gates="key", group=1, covers="evicted") for tokens in (7, 8, 9, 8 + 63, 8 + 65, 8 + 128)),
+    Case((130, 70), 20, counts=(3, 40), gates="key", extra=1),
     Case((80,), dtype=torch.bfloat16, gates="key"),
     Case((80,), dtype=torch.float16, mix="softmax"),
 ]
@@ -144,6 +149,10 @@ def tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
         gate = -random(keys, case.heads, 1 if case.gates == "head" else case.features, draw=torch.rand)
         strengths = torch.tensor([0.0, 300.0, 0.01, 0.01, 0.0], dtype=torch.float64).repeat(keys)[:keys]
         values["gate"] = gate * (strengths[:, None, None] if case.gates == "strong" else 0.1)
+        if case.gates == "border":
+            steps = torch.tensor([0.99 * 8 / 64, 0.99 * 8 / 16, 1.01 * 8 / 64, 1.01 * 8 / 16], dtype=torch.float64)
+            chunk = (torch.arange(keys) // 64).clamp_max(len(steps) - 1)
+            values["gate"] = -steps[chunk, None, None].expand_as(gate).clone()
     if case.mix == "learned":
         values["mix_weight"] = random(heads, case.values, draw=torch.rand)
     if case.mix == "softmax":
@@ -210,8 +219,20 @@ def error(result: Tensor, reference: Tensor) -> float:
     return float((result.double() - reference).norm() / (size.clamp_min(0.1) if size > 1e-12 else 1.0))
 
 
+def tiled_as(monkeypatch, tiled: bool) -> None:
+    """Chunks of weak decays as tiles, in every dtype or in none."""
+    from linearize_kernels import liger_autograd
+
+    monkeypatch.setattr(liger_autograd, "TILED", {torch.float32, torch.bfloat16, torch.float16} if tiled else set())
+
+
+@pytest.mark.parametrize("tiled", [True, False], ids=["chunks", "sub-chunks"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_are_no_worse_than_twice_plain_torch(case):
+def test_kernels_are_no_worse_than_twice_plain_torch(case, tiled, monkeypatch):
+    if not ON_GPU:
+        tiled_as(monkeypatch, tiled)
+    elif not tiled:
+        pytest.skip("a GPU takes tiles where they fit")
     values = tensors(case)
     reference = run(liger_attention_composed, case, values, torch.float64)
     truncates = INTERPRETED and case.dtype == torch.bfloat16
@@ -223,8 +244,9 @@ def test_kernels_are_no_worse_than_twice_plain_torch(case):
         assert error(ours[name], expected) <= 2 * yardstick + 1e-6, name
 
 
+@pytest.mark.parametrize("tiled", [True, False], ids=["chunks", "sub-chunks"])
 @pytest.mark.parametrize("case", [Case((26, 7), gates="key", extra=1), Case((70,), window=3, covers="all")], ids=str)
-def test_results_do_not_depend_on_what_memory_held(case, monkeypatch):
+def test_results_do_not_depend_on_what_memory_held(case, tiled, monkeypatch):
     """Bit for bit the same where every buffer starts as NaN: nothing is read before it is written, nor added up in an
     order of its own."""
     values = tensors(case)
@@ -243,6 +265,19 @@ def test_results_do_not_depend_on_what_memory_held(case, monkeypatch):
     second = run(liger_attention, case, values, case.dtype)
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
+
+
+@pytest.mark.parametrize(
+    "case", [Case((12, 12, 12), extra=1), Case((3, 20, 9), counts=(0, 5, 9), gates="key")], ids=str
+)
+def test_more_rows_than_a_grid_has_are_cut(case, monkeypatch):
+    from linearize_kernels import liger_autograd
+
+    values = tensors(case)
+    whole = run(liger_attention, case, values, case.dtype)
+    monkeypatch.setattr(liger_autograd, "MOST_PROGRAMS", 2 * case.heads)
+    for name, result in run(liger_attention, case, values, case.dtype).items():
+        torch.testing.assert_close(result, whole[name])
 
 
 @pytest.mark.parametrize("covers", ["evicted", "all"])

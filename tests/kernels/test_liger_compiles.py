@@ -1,6 +1,6 @@
-"""The compiler takes the kernels of Liger attention for Hopper, and they fit its shared memory; no GPU is needed.
+"""The machine code of Liger attention's kernels for Hopper, as a launch on a GPU specialises them; no GPU is needed.
 
-The interpreter lets pass what the compiler refuses, as a variable that changes its shape in a loop.
+The interpreter lets pass what the compiler refuses, and knows nothing of registers, tensor cores and shared memory.
 """
 
 from __future__ import annotations
@@ -8,70 +8,85 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import linearize_kernels.liger as liger
 import pytest
-import torch
-from linearize_kernels.liger import liger_attention
-from linearize_kernels.liger_options import Columns, Gate, LigerOptions
+
+from evals.kernels import estimates, work
+from evals.kernels.compiled import BLOCK_SHARED_MEMORY, compile_launch, launches, read_code
 
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
         reason="needs triton, and its compiler",
     ),
 ]
-SHARED_MEMORY = 232448  # bytes that a block may ask for on compute capability 9.0
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+# For chunks of strong decays, key by key: slow, and rare.
+KEY_BY_KEY = {"write_outputs_kernel", "query_gradients", "key_gradients", "keys_of_states", "read_chunks"}
+# Their products are too small for wgmma, or there are none.
+WITHOUT_TILES = {
+    *("key_statistics", "carry_states", "carry_gradients", "chunk_factors", "gate_gradients"),
+    "sum_columns",
+}
+# Bytes that these spill, by width, where 0 (forward) and 256 (backward) are aimed at.
+SPILLS = {
+    64: {"chunk_outputs": 128, "chunk_pairs": 1024},
+    128: {"chunk_outputs": 1536, "chunk_rows": 3584, "chunk_pairs": 4736, "window_queries": 1152},
+}
+WIDTHS, GROUPS = (64, 128, 256), (1, 3, 4, 16)
+QUICK = {(64, 3), (128, 4)}
+SHAPES = [
+    pytest.param(width, group, marks=[] if (width, group) in QUICK else pytest.mark.slow)
+    for width in WIDTHS
+    for group in GROUPS
+]
 
 
-@pytest.mark.parametrize(
-    ("width", "group", "mix", "gates", "dtype"),
-    [(128, 4, "learned", "key", torch.bfloat16)],
-)
-def test_kernels_compile_for_hopper(width, group, mix, gates, dtype, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
+def passes(width: int, group: int, tokens: int = 2048):
+    """The launches on heads of Llama-3-8B for (128, 4), and of SmolLM2 for (64, 3)."""
+    groups = 3 if group == 3 else 8
+    return launches(groups * group, groups, width, tokens)
 
-    sizes: dict[str, int] = {}
 
-    def compile_only(kernel, *args, grid, warmup, num_warps=4, **kwargs):
-        values = dict(zip([p.name for p in kernel.params], args, strict=False)) | kwargs
-        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-        plain = {int: "i32", float: "fp32"}
-        signature = {
-            p.name: "constexpr"
-            if p.is_constexpr
-            else POINTERS[values[p.name].dtype]
-            if isinstance(values[p.name], torch.Tensor)
-            else plain[type(values[p.name])]
-            for p in kernel.params
-        }
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-        sizes[kernel.__name__] = compiled.metadata.shared
+@pytest.mark.parametrize(("width", "group"), SHAPES)
+def test_programs_keep_to_their_bounds(width, group):
+    for ahead, part in zip((True, False), passes(width, group), strict=True):
+        for program in map(compile_launch, part):
+            assert program.shared <= BLOCK_SHARED_MEMORY, program
+            if width <= 128 and program.name not in KEY_BY_KEY:
+                assert program.spills <= SPILLS[width].get(program.name, 0 if ahead else 256), program
+            if width <= 128 and program.name not in KEY_BY_KEY | WITHOUT_TILES:
+                assert program.tensor_cores == "wgmma", program
 
-    monkeypatch.setattr(liger, "_interpreted", lambda: True)
-    monkeypatch.setattr(JITFunction, "run", compile_only)
 
-    def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=of, requires_grad=True)
+def test_one_program_serves_every_length():
+    keys = {launch.key for tokens in range(1001, 1017) for part in passes(64, 3, tokens) for launch in part}
+    assert len(keys) == len({launch.key for part in passes(64, 3) for launch in part})
 
-    gate = Gate(zeros(1, width, of=torch.float32), zeros(1, width, of=torch.float32))
-    outputs, _ = liger_attention(
-        zeros(100, group, width),
-        zeros(100, 1, width),
-        zeros(100, 1, width),
-        zeros(100, group, width),
-        zeros(100, 1, width),
-        gate if gates == "key" else zeros(100, 1, width),
-        LigerOptions(64, 0.1, mix=mix),
-        mix_weight=zeros(group, width, of=torch.float32) if mix == "learned" else zeros(group, of=torch.float32),
-        columns=Columns(zeros(1, 4, 1, width), zeros(1, 4, 1, width), 4),
+
+def test_launches():
+    ahead, back = ([launch.name for launch in part] for part in passes(128, 4))
+    assert len(ahead) <= 6 and len(back) <= 16
+
+
+@pytest.mark.parametrize(("name", "forward", "backward", "ahead", "back"), [("llama-3-8b", 2.4e-3, 9e-3, 110, 330)])
+def test_estimates_keep_to_their_bounds(name, forward, backward, ahead, back):
+    """Seconds for 32,768 tokens as 16 texts, and KiB to and from memory per token."""
+    found = estimates.passes(work.SHAPES[name], 2048, 16)
+    seconds, moved = (
+        {kind: sum(getattr(x, field) for x in part) for kind, part in found.items()} for field in ("estimate", "bytes")
     )
-    outputs.float().sum().backward()
-    assert len(sizes) == 11
-    assert max(sizes.values()) <= SHARED_MEMORY
+    assert seconds["forward"] <= forward and seconds["backward"] <= backward
+    assert moved["forward"] / 1024 <= ahead and moved["backward"] / 1024 <= back
+
+
+def test_a_listing_is_read():
+    """Instructions belong to the innermost loop around them; a spill is a store and a load of a thread's own memory."""
+    code = ["MOV R1, R2", "FFMA R1, R2, R3, R4", "STL.64 [R1], R2", "MUFU.EX2 R1, R2", "LDL R1, [R2]"]
+    code += ["FADD R1, R2, R3", "@P0 BRA `(.L_x_1)", "@!P1 BRA `(.L_x_0)", "EXIT"]
+    lines = [f"        /*{16 * n:04x}*/  {line} ;" for n, line in enumerate(code)]
+    listing = "\n".join([".L_x_0:", *lines[:5], ".L_x_1:", *lines[5:]])
+    names, loops, spills = read_code(listing)
+    assert spills == 12 and names["FADD"] == names["MUFU"] == 1
+    outside, outer, inner = loops
+    assert outside.instructions == {"EXIT": 1} and inner.instructions == {"FADD": 1, "BRA": 1}
+    assert outer.cycles["special"] == 8 and outer.instructions["STL"] == 1

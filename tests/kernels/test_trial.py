@@ -76,6 +76,16 @@ def test_only_a_sound_kernel_is_used(kernel, told, monkeypatch, caplog):
     assert not trial.passes("step", mixer(window=9), CPU, torch.float32)
 
 
+def test_gradients_are_checked_where_they_are_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(trial, "_agrees", lambda *arguments: asked.append(arguments[-1]) or True)
+    for _ in range(2):
+        with torch.no_grad():
+            assert trial.passes("attention", mixer(), CPU, torch.float32)
+        assert trial.passes("attention", mixer(), CPU, torch.float32)
+    assert asked == [False, True]
+
+
 @pytest.mark.triton
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",

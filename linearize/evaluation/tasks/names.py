@@ -26,6 +26,13 @@ RECALL = {
 }
 """Task name -> a description of one line."""
 
+MORE_RECALL = {
+    "niah_multivalue": f"RULER MV-NIAH: all four numbers of a word {_ESSAY_NOTE}",
+    "vt": "RULER VT: the five variables of a chain of assignments in sentences that repeat",
+    "cwe": "RULER CWE: the ten most common words of a list",
+}
+"""Recall tasks with several answers, which the suite as a whole leaves out."""
+
 GENERATION = {
     "agreement": "share of the teacher's tokens that are the model's most likely ones, along the teacher's text",
     "common_prefix": "how far the model's own greedy text is the teacher's, as a share of its length",

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError, hint_for
 from linearize.evaluation.tasks.index import included_names, lm_eval_names
-from linearize.evaluation.tasks.names import GENERATION, HELD_OUT, LENGTH, RECALL, TEACHERLESS, TWICE
+from linearize.evaluation.tasks.names import (
+    GENERATION,
+    HELD_OUT,
+    LENGTH,
+    MORE_RECALL,
+    RECALL,
+    TEACHERLESS,
+    TWICE,
+)
 from linearize.evaluation.tasks.tasks import available_tasks
 
 if TYPE_CHECKING:
@@ -83,7 +91,7 @@ def _recall() -> Suite:
 
         return recall_tasks(tokenizer, names, data=options.data, seed=options.seed, **_swept(options))
 
-    return Suite(RECALL, build, [name + TWICE for name in RECALL])
+    return Suite(RECALL, build, [*MORE_RECALL, *(name + TWICE for name in (*RECALL, *MORE_RECALL))])
 
 
 def _generation() -> Suite:

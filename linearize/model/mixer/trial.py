@@ -1,7 +1,7 @@
 """A check of each fused kernel on the user's GPU, because a compiler or driver version can break a kernel.
 
 Before the first call of each kind, the mixer runs on random tokens with the kernel and in plain PyTorch. The kernel is
-used only if outputs, memory and gradients agree.
+used only if outputs, memory and, where gradients are on, gradients agree.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ def passes(operation: Operation, mixer: MixerBase, device: torch.device, dtype: 
     """True if the kernel for `operation` agrees with plain PyTorch on this device; checked once per kind of mixer."""
     if device.type not in ON_TRIAL:
         return True
-    kind = (operation, mixer.kind, device, dtype)
+    # The backward kernels take the longest to compile, so they wait for a call with gradients.
+    trains = operation == "attention" and torch.is_grad_enabled()
+    kind = (operation, mixer.kind, device, dtype, trains)
     if kind not in _VERDICTS:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False  # the check cannot run during CUDA graph capture
-        _VERDICTS[kind] = _agrees(operation, mixer, device, dtype)
+        _VERDICTS[kind] = _agrees(operation, mixer, device, dtype, trains)
     return _VERDICTS[kind]
 
 
-def _agrees(operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype) -> bool:
+def _agrees(operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype, trains: bool) -> bool:
     weight = mixer._parameters.get("mix_weight")
     try:
         if weight is not None:
             # A mix weight of 0 would hide the outputs of the recurrence.
             mixer._parameters["mix_weight"] = nn.Parameter(torch.full_like(weight, 0.5), requires_grad=False)
-        plain = _run(operation, mixer, device, dtype, fused=False)
+        plain = _run(operation, mixer, device, dtype, trains, fused=False)
         try:
-            ours = _run(operation, mixer, device, dtype, fused=True)
+            ours = _run(operation, mixer, device, dtype, trains, fused=True)
         except Exception as error:
             told = (str(error).splitlines() or [type(error).__name__])[0]
             say_once(f"{operation} runs in plain torch, which is slower: its kernel fails on this GPU: {told}")
@@ -67,9 +69,9 @@ def _agrees(operation: Operation, mixer: MixerBase, device: torch.device, dtype:
 
 
 def _run(
-    operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype, *, fused: bool
+    operation: Operation, mixer: MixerBase, device: torch.device, dtype: torch.dtype, trains: bool, *, fused: bool
 ) -> list[Tensor]:
-    """Outputs, memory and (for `attention`) gradients of a mixer on random tokens of a fixed seed."""
+    """Outputs, memory and (if it trains) gradients of a mixer on random tokens of a fixed seed."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> Projections:
@@ -92,7 +94,7 @@ def _run(
                     mixed = mixed[torch.arange(count, device=device) < real[:, None]]
                 found.append(mixed)
             found += [x for part in memory.parts.values() for x in part.values()]
-        if operation == "attention":
+        if trains:
             with torch.enable_grad():
                 given = Projections(*(x.requires_grad_() for x in tokens(prompt)))
                 mixed = mixer(given, None, None, fused=fused)

@@ -24,8 +24,8 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError, hint_for
-from linearize.evaluation.tasks.names import RECALL, TWICE
-from linearize.evaluation.tasks.recall import texts
+from linearize.evaluation.tasks.names import MORE_RECALL, RECALL, TWICE
+from linearize.evaluation.tasks.recall import several, texts
 from linearize.evaluation.tasks.recall.tasks import ExpectedRecall, RecallTask, Row, WrittenRecall
 from linearize.evaluation.tasks.recall.texts import Draft, Essay
 
@@ -44,6 +44,10 @@ _ESSAY_TASKS: dict[str, dict[str, Any]] = {
     "niah_single_3": {"uuids": True},
     "niah_multikey_1": {"keys": 4},
 }
+_IN_ESSAY = {*_ESSAY_TASKS, "niah_multivalue"}
+_ONCE = {"mqar", *MORE_RECALL}
+"""Tasks whose rows ask for several things, so that a row is not of one depth."""
+_KNOWN = RECALL | MORE_RECALL
 _PLAIN_TASKS: dict[str, Callable[[random.Random, float], Draft]] = {
     "niah_single_1": texts.niah_noise,
     "passkey": texts.passkey,
@@ -67,7 +71,8 @@ def recall_tasks(
 
     Args:
         tokenizer: the teacher's, which its converted models share; it counts lengths and makes the prompts.
-        names: of `RECALL`, or with `_twice` at the end for that variant alone; a repeated name counts once.
+        names: of `RECALL` or `MORE_RECALL`, or with `_twice` at the end for that variant alone; a repeated name counts
+            once.
         data: the folder with the essay; tasks in noise and of pairs need none.
         lengths: of the prompts in tokens; a text that comes twice may take twice as many.
         depths: how many places, evenly from 0 (the beginning) to 1; a single one is 0.5.
@@ -91,16 +96,16 @@ def recall_tasks(
         raise DataError("recall: the tokenizer has no chat template: leave out chat for plain prompts")
     chosen: dict[tuple[str, bool], None] = {}
     for name in names:
-        base = name if name in RECALL else name.removesuffix(TWICE)
-        if base not in RECALL:
-            hint = hint_for(name, [*RECALL, *(one + TWICE for one in RECALL)])
+        base = name if name in _KNOWN else name.removesuffix(TWICE)
+        if base not in _KNOWN:
+            hint = hint_for(name, [*_KNOWN, *(one + TWICE for one in _KNOWN)])
             raise DataError(f"no recall task called '{name}': {hint}")
         chosen[base, name != base] = None
         if twice:
             chosen[base, True] = None
     grid = sorted(set(lengths)), [index / (depths - 1) if depths > 1 else 0.5 for index in range(depths)], samples
     writer = Writer(tokenizer, chat)
-    essay = next((Essay.read(data, name) for name, _ in chosen if name in _ESSAY_TASKS), None)
+    essay = next((Essay.read(data, name) for name, _ in chosen if name in _IN_ESSAY), None)
     variants: dict[str, list[bool]] = {}
     for base, again in chosen:
         variants.setdefault(base, []).append(again)
@@ -119,24 +124,31 @@ def _build(
     """By whether the text comes twice, the variants of one task: the same drafts at the same size."""
     lengths, depths, samples = grid
     rows: dict[bool, list[Row]] = {twice: [] for twice in variants}
+    written = list[str]()
     for sample, length in itertools.product(range(samples), lengths):
-        for asked in [depths] if base == "mqar" else [[depth] for depth in depths]:
+        for asked in [depths] if base in _ONCE else [[depth] for depth in depths]:
             rng = random.Random(f"{seed} {base} {sample} {length} {asked}")  # noqa: S311 - to be repeated
             if base == "mqar":
                 draft = texts.mqar(rng, asked, length)
-            elif essay is not None and base in _ESSAY_TASKS:
-                draft = texts.niah_essay(rng, asked[0], essay, length, **_ESSAY_TASKS[base])
+            elif essay is not None and base in _IN_ESSAY:
+                if base in _ONCE:
+                    draft = several.multivalue(rng, essay, length)
+                else:
+                    draft = texts.niah_essay(rng, asked[0], essay, length, **_ESSAY_TASKS[base])
+            elif base in MORE_RECALL:
+                draft = several.variables(rng) if base == "vt" else several.common_words(rng, length)
             else:
                 draft = _PLAIN_TASKS[base](rng, asked[0])
             units = writer.units(base, draft, length)
+            written.append(draft.written or ", ".join(draft.answers))
             for twice, found in rows.items():
                 found.append(writer.row(draft, units, length, twice))
     settings = {"seed": seed, "samples": samples, "depths": depths, "lengths": lengths, "chat": writer.chat}
     tasks = dict[bool, RecallTask]()
+    longest = max(map(writer.count, written))
     for twice, found in rows.items():
-        name, about = base + TWICE * twice, RECALL[base] + ", the text given twice" * twice
+        name, about = base + TWICE * twice, _KNOWN[base] + ", the text given twice" * twice
         kind = ExpectedRecall if base == "mqar" else WrittenRecall
-        longest = max(writer.count(answer) for row in found for answer in row.answers)
         tasks[twice] = kind(name, about, found, twice=twice, settings=settings, answer_tokens=longest)
     return tasks
 

@@ -52,7 +52,7 @@ class RecallTask(Task):
         about: one line on what is asked.
         rows: the prompts.
         twice: True if the text comes twice.
-        answer_tokens: of the longest answer.
+        answer_tokens: of the longest answer, or of all answers to a row as a model writes them.
     """
 
     suite = "recall"
@@ -169,8 +169,8 @@ class RecallTask(Task):
 
 
 class WrittenRecall(RecallTask):
-    """The answer is to be written after the prompt; it is right if it appears in what is written, in any case of
-    letters: RULER's `string_match_all` for one value."""
+    """The answers are to be written after the prompt; each is right if it appears in what is written, in any case of
+    letters: the mean over a row is RULER's `string_match_all`."""
 
     @property
     def new_tokens(self) -> int:
@@ -179,14 +179,16 @@ class WrittenRecall(RecallTask):
     def answer(self, model: Any, tokenizer: Any, batch: Sequence[int]) -> list[list[bool]]:
         rows = [self.rows[row] for row in batch]
 
-        def is_right(index: int, new: list[int]) -> bool:
-            answer: str = rows[index].answers[0]
-            return answer.lower() in tokenizer.decode(new, skip_special_tokens=True).lower()
+        def right(index: int, new: list[int]) -> list[bool]:
+            said: str = tokenizer.decode(new, skip_special_tokens=True).lower()
+            return [answer.lower() in said for answer in rows[index].answers]
 
         prompts = [row.ids for row in rows]
-        new, sound = written(model, prompts, self.new_tokens, pad_of(tokenizer), done=is_right)
+        new, sound = written(
+            model, prompts, self.new_tokens, pad_of(tokenizer), done=lambda index, new: all(right(index, new))
+        )
         self.check_sound(batch, sound)
-        return [[is_right(index, tokens)] for index, tokens in enumerate(new)]
+        return [right(index, tokens) for index, tokens in enumerate(new)]
 
 
 class ExpectedRecall(RecallTask):

@@ -64,6 +64,7 @@ class Draft:
         depths: for each question, where its answer stands.
         is_answered: `prefix` contains the answers, in lines `key: answer`.
         least: the smallest n that `build` takes.
+        written: how a model writes all answers, if not as a list with commas.
     """
 
     build: Callable[[int], str]
@@ -72,6 +73,7 @@ class Draft:
     depths: list[float]
     is_answered: bool = False
     least: int = 1
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"'â€â€
 
 def niah_noise(rng: Random, depth: float) -> Draft:
     """S-NIAH-1: a number in lines that repeat; each unit is one sentence, so the last line may be cut short."""
-    key, value = unique_keys(rng, 1)[0], _number(rng)
+    key, value = unique_keys(rng, 1)[0], number_of(rng)
 
     def context(count: int) -> str:
         whole, rest = divmod(count, len(NOISE))
@@ -166,7 +168,7 @@ def niah_essay(rng: Random, depth: float, essay: Essay, length: int, *, uuids: b
     """
     kind = "uuid" if uuids else "number"
     names = unique_keys(rng, keys)
-    values = [_uuid(rng) if uuids else _number(rng) for _ in names]
+    values = [_uuid(rng) if uuids else number_of(rng) for _ in names]
     depths = [depth, *(rng.random() for _ in names[1:])]
     needles = [(at, _needle(kind, name, value)) for at, name, value in zip(depths, names, values, strict=True)]
     start = essay.start(rng, length)
@@ -251,7 +253,8 @@ def _noise(count: int) -> str:
     return " ".join(NOISE[index % len(NOISE)] for index in range(count))
 
 
-def _number(rng: Random) -> str:
+def number_of(rng: Random) -> str:
+    """A number of seven digits."""
     return str(rng.randrange(10**6, 10**7))
 
 

@@ -1,0 +1,124 @@
+"""What is compared, at the bytes of a recipe's memory: the recipe itself, a window, the pretrained model, presses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evals.slots.presses import PRESSES, Presses
+from evals.slots.texts import TAIL, Text
+from linearize.conversion.swap import BASELINE_SINKS, convert_model, mixers_for
+from linearize.evaluation.baselines import memory_bytes
+from linearize.evaluation.tasks.recall.running import written
+from linearize.evaluation.tasks.recall.tasks import pad_of
+from linearize.families import family_of
+from linearize.jobs.convert import convert
+from linearize.recipe import MixerSpec, load_recipe
+from linearize.sources.source import find_source, load_config, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+TEACHER, WINDOW = "teacher", "window"
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table.
+
+    Attributes:
+        kind: `teacher`, `window`, the name of a press, or that of the recipe.
+        slots: the landmarks of the recipe whose bytes it has; 0 for the teacher.
+        nbytes: of one sequence's memory; 0 for the teacher, whose cache grows.
+        tokens: the tokens of the teacher's cache that take as many bytes.
+    """
+
+    kind: str
+    slots: int
+    nbytes: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == TEACHER else f"{self.kind}@{self.slots}"
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A recipe with `--set` changes; its name says both."""
+
+    recipe: str
+    changes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join([self.recipe, *self.changes])
+
+    def at(self, slots: int) -> list[str]:
+        return [*self.changes, f"mixer.landmarks={slots}"]
+
+
+def systems_of(model: Path, ours: Ours, slots: Sequence[int], dtype: str) -> list[System]:
+    """All systems, the teacher first, then by size. Bytes are those of equal shares: sharing out adds none."""
+    config = load_config(find_source(str(model))).get_text_config()
+    layers = family_of(config).layers(config)
+    kind = getattr(torch, dtype)
+    per_token = sum(grown for _, grown in memory_bytes(config, [], kind))
+    found = [System(TEACHER, 0, 0, 0)]
+    for count in slots:
+        spec = load_recipe(ours.recipe, [*ours.at(count), "mixer.landmarks_by=null"]).mixer
+        nbytes = sum(held for held, _ in memory_bytes(config, mixers_for(spec, layers), kind))
+        tokens = nbytes // per_token
+        found.append(System(ours.name, count, nbytes, tokens))
+        found += [System(name, count, tokens * per_token, tokens) for name in (WINDOW, *PRESSES)]
+    return found
+
+
+def load(system: System, model: Path, ours: Ours, work: Path, dtype: str, say: Any) -> Any:
+    """A model that reads text by itself: the teacher, a window, or the recipe's, converted once into `work`."""
+    source = find_source(str(model))
+    if system.kind == TEACHER:
+        return load_model(source, dtype=dtype).eval()
+    if system.kind == WINDOW:
+        window = max(system.tokens - BASELINE_SINKS, 1)
+        spec = MixerSpec(recurrence="none", window=window, sinks=BASELINE_SINKS)
+        return convert_model(load_model(source, dtype=dtype), spec).eval()
+    folder = work / system.name.replace("/", "_")
+    if not (folder / "linearize.json").is_file():
+        convert(model, folder, ours.recipe, overrides=[*ours.at(system.slots), f"dtype={dtype}"], say=say)
+    return load_model(find_source(str(folder)), dtype=dtype).eval()
+
+
+def score(model: Any, tokenizer: Any, text: Text) -> float:
+    """The share of the answers that the model writes, or the loss in nats per token."""
+    ids = torch.tensor([text.ids], device=model.device)
+    if not text.answers:
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=TAIL + 1).logits[0, :-1].float()
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, -TAIL:]))
+
+    def done(_: int, new: list[int]) -> bool:
+        return found(tokenizer, new, text.answers) == 1
+
+    new, sound = written(model, [text.ids], text.new_tokens, pad_of(tokenizer), done)
+    if not bool(sound.all()):
+        raise ValueError("logits that are not finite")
+    return found(tokenizer, new[0], text.answers)
+
+
+def ask(presses: Presses, tokenizer: Any, system: System, text: Text) -> float:
+    """`score` of a press."""
+    press = None if system.kind == TEACHER else system.kind
+    if not text.answers:
+        return float(presses.ask(press, system.tokens, text.context, text.question, targets=True)["loss"])
+    reply = presses.ask(press, system.tokens, text.context, text.question, new_tokens=text.new_tokens)
+    return found(tokenizer, reply["ids"], text.answers)
+
+
+def found(tokenizer: Any, new: list[int], answers: Sequence[str]) -> float:
+    """RULER's `string_match_all`."""
+    said = tokenizer.decode(new, skip_special_tokens=True).lower()
+    return sum(answer.lower() in said for answer in answers) / len(answers)

@@ -1,0 +1,96 @@
+"""The figures as a table, and as plots of quality over bytes."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from evals.slots.systems import TEACHER
+from evals.slots.texts import READING, RULER, TASKS
+from linearize.evaluation.tasks.task import mean_and_error
+from linearize.report.formatting import readable_bytes
+from linearize.report.plots import Axis, Lines, Plot, Series
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NONE = "not run"
+
+
+def columns(figures: Mapping[str, Any]) -> list[str]:
+    """The measured `task length` columns, RULER's first, then by length."""
+    names = list(TASKS)
+    return sorted(figures["values"], key=lambda key: (names.index(key.split()[0]), int(key.split()[1])))
+
+
+def mean(figures: Mapping[str, Any], column: str, system: str) -> tuple[float, float | None, int] | None:
+    """Mean, standard error and number of texts of a cell; None if it was not run."""
+    values = list(figures["values"].get(column, {}).get(system, {}).values())
+    return (*mean_and_error(values), len(values)) if values else None
+
+
+def average(figures: Mapping[str, Any], system: str) -> float | None:
+    """Mean over RULER's measured columns; None if one of them was not run."""
+    cells = [mean(figures, column, system) for column in columns(figures) if column.split()[0] in RULER]
+    return statistics.fmean(cell[0] for cell in cells if cell) if cells and all(cells) else None
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Markdown: a row for each system with any figure. Answers in %, losses in nats per token above the teacher's."""
+    shown = columns(figures)
+    heads = [f"{TASKS[key.split()[0]]}, {int(key.split()[1]):,}" for key in shown]
+    lines = ["| system | memory | " + " | ".join([*heads, "RULER's mean"]) + " |", "|---" * (len(shown) + 3) + "|"]
+    for name, system in figures["systems"].items():
+        if not any(mean(figures, key, name) for key in shown):
+            continue
+        held = f"{readable_bytes(system['bytes'])} = {system['tokens']:,} tokens" if system["bytes"] else "grows"
+        whole = average(figures, name)
+        cells = [_cell(figures, key, name) for key in shown]
+        lines.append(f"| {name} | {held} | {' | '.join([*cells, _NONE if whole is None else f'{100 * whole:.0f}'])} |")
+    return "\n".join(lines)
+
+
+def _cell(figures: Mapping[str, Any], column: str, system: str) -> str:
+    cell = mean(figures, column, system)
+    if cell is None:
+        return _NONE
+    if column.split()[0] in RULER:
+        return f"{100 * cell[0]:.0f} ({cell[2]})"
+    teacher = mean(figures, column, TEACHER)
+    above = "" if system == TEACHER or teacher is None else f" ({cell[0] - teacher[0]:+.4f})".replace("-", "−")
+    return f"{cell[0]:.4f}{above}"
+
+
+def plots(figures: Mapping[str, Any]) -> list[Plot]:
+    """Recall and loss over the bytes of the memory, a line for each kind of system."""
+    kinds: dict[str, list[tuple[str, int]]] = {}
+    for name, system in figures["systems"].items():
+        if system["bytes"]:
+            kinds.setdefault(system["kind"], []).append((name, system["bytes"]))
+    bytes_ = Axis("bytes of one sequence's memory", lambda value: readable_bytes(int(value)), log=True)
+    found = []
+    ruler = _lines(kinds, lambda name: average(figures, name))
+    if ruler:
+        share = Axis("RULER's tasks, mean", lambda value: f"{100 * value:.0f} %", limits=(0, 1))
+        found.append(Plot("recall", "Answers found, over the memory's size", [Lines(bytes_, share, ruler)]))
+
+    def above(name: str) -> float | None:
+        keys = [key for key in columns(figures) if key.split()[0] in READING]
+        pairs = [(mean(figures, key, name), mean(figures, key, TEACHER)) for key in keys]
+        gaps = [own[0] - teacher[0] for own, teacher in pairs if own and teacher]
+        return statistics.fmean(gaps) if gaps and len(gaps) == len(keys) else None
+
+    reading = _lines(kinds, above)
+    if reading:
+        loss = Axis("nats per token above the teacher", lambda value: f"{value:.3f}")
+        found.append(Plot("loss", "Loss of text, over the memory's size", [Lines(bytes_, loss, reading)]))
+    return found
+
+
+def _lines(kinds: Mapping[str, list[tuple[str, int]]], value: Any) -> list[Series]:
+    made = []
+    for look, (kind, members) in enumerate(kinds.items()):
+        points = [(float(size), y, None) for name, size in members if (y := value(name)) is not None]
+        if points:
+            made.append(Series(kind, sorted(points), look))
+    return made

@@ -1,0 +1,97 @@
+"""A server's steps over pages are the mixer's one function: chunks, batches, reused pages, arrivals and departures."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from linearize.families.base import AttentionLayer, Projections
+from linearize.model import MixerConfig
+from linearize.model.mixer.mixer import Mixer
+from linearize.vllm.batches import batches, clear, mix
+from linearize.vllm.pages import Page
+from tests.model.test_layer import DISTINCT, KINDS
+from tests.tables import some
+
+LAYER = AttentionLayer(query_heads=4, key_value_heads=2, key_width=8, value_width=8, scale=8**-0.5)
+WHOLE = {kind for kind, options in KINDS.items() if "softmax_heads" not in options and kind != "softmax layer"}
+
+
+def mixer_of(kind: str) -> Mixer:
+    torch.manual_seed(0)
+    mixer = Mixer(MixerConfig(**{"layers": [0], "window": 16, **KINDS[kind]}), LAYER, 0.5)
+    if "mix_weight" in mixer._parameters:
+        mixer.mix_weight.data = 0.3 + 0.2 * torch.randn(mixer.mix_weight.shape)
+    return mixer
+
+
+def drawn(tokens: int) -> Projections:
+    heads = (LAYER.query_heads, LAYER.key_value_heads, LAYER.key_value_heads, LAYER.query_heads, LAYER.key_value_heads)
+    return Projections(*(torch.randn(1, tokens, count, LAYER.key_width) for count in heads))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", some(sorted(WHOLE), [kind for kind in DISTINCT if kind in WHOLE]))
+def test_any_schedule_is_the_whole_text(kind: str) -> None:
+    mixer, chance = mixer_of(kind), random.Random(kind)  # noqa: S311
+    page = Page(mixer.parts(1, torch.float32, torch.device("meta")))
+    pages = torch.full((6, page.nbytes + 64), 77, dtype=torch.int8)  # as an earlier sequence may have left them
+    untouched, memory = pages.clone(), page.views(pages)
+    texts = [drawn(n) for n in (1, 2, 40, 40, 90, 97, 110, 150, 33)]
+    wanted = [mixer(text, None, None) for text in texts]
+    given = [torch.full_like(x, torch.nan) for x in wanted]
+    waiting, running, free = list(range(len(texts))), dict[int, int](), [5, 1, 2, 4]  # text -> page; 0 and 3 never
+    seen = [0] * len(texts)
+    while waiting or running:
+        while waiting and free and chance.random() < 0.7:
+            running[waiting.pop(0)] = free.pop(0)
+        step = [(i, min(chance.choice([1, 1, 1, 7, 32, 200]), wanted[i].shape[1] - seen[i])) for i in running]
+        if not step:
+            continue
+        lengths, before = [n for _, n in step], [seen[i] for i, _ in step]
+        new = Projections(
+            *(torch.cat([texts[i][part][0, seen[i] : seen[i] + n] for i, n in step]) for part in range(len(texts[0])))
+        )
+        held = [running[i] for i, _ in step]
+        if fresh := [place for place, past in zip(held, before, strict=True) if not past]:
+            clear(pages, torch.tensor(fresh))
+        out = torch.full((len(new.q), LAYER.query_heads, LAYER.value_width), torch.nan)
+        for batch in batches(lengths, before, held, out.device):
+            mix(mixer, new, batch, memory, out)
+        for (i, n), mixed in zip(step, out.split(lengths), strict=True):
+            given[i][0, seen[i] : seen[i] + n] = mixed
+            seen[i] += n
+            if seen[i] == wanted[i].shape[1]:
+                free.append(running.pop(i))
+    for ours, whole in zip(given, wanted, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+    assert pages[[0, 3]].equal(untouched[[0, 3]])
+
+
+def test_prompts_of_similar_lengths_run_together_and_tokens_that_decode_in_one_batch() -> None:
+    lengths, seen = [1, 30, 1, 32, 500, 1, 31], [9, 0, 30, 0, 0, 9, 64]
+    found = batches(lengths, seen, [3, 4, 1, 2, 6, 5, 7], torch.device("cpu"))
+    assert [(b.length, len(b.counts), b.lengths is None, b.uniform) for b in found] == [
+        (1, 3, True, None), (32, 2, False, 0), (500, 1, True, 0), (31, 1, True, 64),
+    ]  # fmt: skip
+
+
+def test_a_page_has_a_place_for_every_tensor_in_its_own_dtype() -> None:
+    parts = {
+        "window": {"v": torch.zeros(1, 3, 2, 5, dtype=torch.bfloat16), "novelty": torch.zeros(1, 3, 2)},
+        "slots": {"number": torch.zeros(1, 7, dtype=torch.int32), "scale": torch.zeros(1, 1, dtype=torch.float64)},
+        "bytes": {"k": torch.zeros(1, 9, dtype=torch.int8), "full": torch.zeros(1, dtype=torch.bool)},
+    }
+    page = Page(parts)
+    pages = torch.zeros(4, page.nbytes, dtype=torch.int8)
+    views = page.views(pages)
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            view = views[part][name]
+            assert view.dtype == tensor.dtype and view.shape == (4, *tensor.shape[1:])
+            view[2] = 1
+    assert not pages[[0, 1, 3]].any()
+    nbytes = sum(x.nbytes for tensors in parts.values() for x in tensors.values())
+    assert int((pages[2] != 0).sum()) <= nbytes <= page.nbytes
