@@ -6,6 +6,7 @@ All deliberate errors of the package derive from `LinearizeError`; the command l
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -62,6 +63,19 @@ def hint_for(name: str, known: Iterable[str], *, most: int = 3) -> str:
     choices = list(known)
     near = difflib.get_close_matches(name, choices, n=most)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+
+
+def check_numbers(least: float, most: float = math.inf, **numbers: float | None) -> None:
+    """Refuse NaN, infinities and numbers outside [`least`, `most`]; None passes.
+
+    Raises:
+        DataError: with the name of the first such number.
+    """
+    for name, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise DataError(f"{name} {number}: expected a finite number")
+        if number is not None and not least <= number <= most:
+            raise DataError(f"{name} {number}: expected {least} " + ("or more" if most == math.inf else f"to {most}"))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -28,7 +28,8 @@ PUBLIC = {
         "recipe", "output", "model", "teacher", "overrides", "resume", "overwrite", "shard", "trust_remote_code", "say",
     ],
     "generate": [
-        "model", "prompt", "tokenizer", "state", "chat", "max_new_tokens", "temperature", "top_p", "seed", "dtype",
+        "model", "prompt", "tokenizer", "state", "chat", "system", "max_new_tokens", "temperature", "top_k", "top_p",
+        "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "seed", "dtype",
         "trust_remote_code", "write",
     ],
     "push": ["repo", "folder", "public", "force", "message", "steps", "confirm", "tick", "say"],

@@ -104,8 +104,11 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
         assert block.language == "text", f"{page}:{block.line}: which language?"
 
 
-# Of every command, and of transformers serve, accelerate and torchrun, pip, and llama-gguf-split.
-_OTHERS = {"--help", "--merge", "--continuous-batching", "--max-restarts", "--no-deps"}
+# Of every command, and of accelerate and torchrun, pip, llama-gguf-split, and vLLM.
+_OTHERS = {
+    "--help", "--merge", "--max-restarts", "--no-deps", "--gpu-memory-utilization", "--enable-prefix-caching",
+    "--quantization",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
@@ -126,7 +129,7 @@ def test_a_page_runs(place: Path, page: str) -> None:
 @pytest.mark.parametrize("page", ["start", "serving"])
 def test_a_page_runs_with_its_slow_blocks(place: Path, page: str) -> None:
     if page == "serving":
-        pytest.importorskip("fastapi")
+        pytest.importorskip("starlette")
         pytest.importorskip("uvicorn")
     run_page(f"{page}.md", slow=True)
 

@@ -7,6 +7,8 @@ layer.py      the fit of one layer: closed forms, then gradient steps; the best 
 reading.py    scores on rows and needles, block by block
 calibrate.py  the fits layer by layer, and the decision which to keep in the whole model
 select.py     the choice of layers or heads that keep softmax within a budget
-shares.py     the distribution of landmarks among layers
+backward.py   backward passes through the pretrained model, watched layer by layer
+scores.py     the learned score of landmarks, and their distribution among layers by its costs
+shares.py     the distribution of landmarks among layers without a learned score
 telling.py    the result as lines, a page and data
 """

@@ -1,5 +1,6 @@
 """`mixer.keep.budget` chooses the layers or key/value heads that keep softmax, by the damage of windowing each alone,
-as `linearize probe` measures it. `mixer.landmarks_by` distributes landmarks among the layers (`shares.py`)."""
+as `linearize probe` measures it. `mixer.landmarks_by` distributes landmarks among the layers (`shares.py`), and
+`mixer.landmark_score: learned` fits what chooses them (`scores.py`)."""
 
 from __future__ import annotations
 

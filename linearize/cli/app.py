@@ -30,6 +30,8 @@ COMMANDS = {
     "eval": "evaluate",
     "compare": "compare",
     "generate": "generate",
+    "chat": "chat",
+    "serve": "serve",
     "verify": "verify",
     "export": "export",
     "push": "push",

@@ -75,6 +75,12 @@ def status(text: str) -> None:
     stderr.print(text, markup=False, soft_wrap=True)
 
 
+def write_text(text: str) -> None:
+    """Write a piece of text on stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 @contextmanager
 def silence(wanted: bool) -> Iterator[None]:
     """In this context nothing is printed on stderr; errors are printed after it."""

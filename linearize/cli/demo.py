@@ -19,6 +19,7 @@ from linearize.cli.console import (
     examples,
     print_json,
     status,
+    write_text,
 )
 
 EPILOG = examples("linearize demo", "linearize demo -o out --set stages.0.data.tokens=100000")
@@ -42,7 +43,7 @@ def demo(
     from linearize.jobs.run import gains_line
 
     started = time.monotonic()
-    write = None if as_json else _write
+    write = None if as_json else write_text
     result, text = run_demo(recipe, output, overwrite=overwrite, say=status, write=write, command=command_line())
     if as_json:
         print_json({"output": str(output), "prompt": PROMPT, "answer": text.text, **result.data})
@@ -56,8 +57,3 @@ def demo(
         f"bytes of memory for a text of any length; the report is {output / 'report.html'}\n"
         f'next: linearize generate {output / "finetuned"} "What is a needle in a haystack?" --chat'
     )
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -17,8 +17,11 @@ from linearize.cli.console import (
     examples,
     print_json,
     status,
+    write_text,
 )
+from linearize.cli.decoding import SystemOption, decodes
 from linearize.cli.libraries import quiet_libraries
+from linearize.generation.decoding import Decoding
 from linearize.report.formatting import readable_bytes
 
 EPILOG = examples(
@@ -30,6 +33,7 @@ EPILOG = examples(
 )
 
 
+@decodes
 def generate(
     model: ModelArgument,
     prompt: Annotated[
@@ -37,14 +41,8 @@ def generate(
         typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.", show_default=False),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=0, help="Maximum number of new tokens; 0 only reads.")
-    ] = 200,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the most likely, up to this mass.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    system: SystemOption = None,
+    decoding: Decoding = Decoding(),  # noqa: B008 - frozen; its options come from `decodes`
     load_state: Annotated[
         Path | None,
         typer.Option(
@@ -72,7 +70,7 @@ def generate(
     check_dtype(dtype, int8=True)
     if prompt is None and load_state is None:
         raise typer.BadParameter("give a PROMPT, or a text to continue with --load-state")
-    if max_new_tokens == 0 and save_state is None:
+    if decoding.max_new_tokens == 0 and save_state is None:
         raise typer.BadParameter("-n 0 reads and writes nothing; name a file to keep what was read with --save-state")
     quiet_libraries()
     from linearize.jobs.generate import run_generate
@@ -80,16 +78,14 @@ def generate(
     result, read, kept, seconds = run_generate(
         model,
         sys.stdin.read if prompt == "-" else prompt or "",
+        decoding,
         load_state=load_state,
         save_state=save_state,
         chat=chat,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        system=system,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        write=None if as_json else _write,
+        write=None if as_json else write_text,
     )
     facts: dict[str, Any] = {
         "text": result.text,
@@ -123,8 +119,3 @@ def generate(
         if state := facts.get(f"{verb}_state"):
             nbytes = f", {readable_bytes(state['bytes'])}" if "bytes" in state else ""
             status(f"state of {state['tokens']:,} tokens{nbytes} {verb}: {state['file']}")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

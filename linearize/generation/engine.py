@@ -91,6 +91,7 @@ class _Rows:
         logits: `[B, vocabulary]`, float32.
         told: `[2, B]` the step's output for the host: the new tokens, and 1 for rows that go on.
         there: `[B, vocabulary]` True for tokens that already occurred; only allocated for a repetition penalty.
+        written: `[B, vocabulary]` how often each token was written; only allocated for penalties on that.
         ends: rule -> end tokens; kept because recorded graphs read these tensors by address.
         recorded: part of a step -> its replay function.
         weights: addresses of the weights at recording time.
@@ -101,6 +102,7 @@ class _Rows:
     logits: Tensor
     told: Tensor
     there: Tensor | None = None
+    written: Tensor | None = None
     ends: dict[Sampling, Tensor] = field(default_factory=dict)
     recorded: dict[Any, Callable[[], None]] = field(default_factory=dict)
     weights: tuple[int, ...] = ()
@@ -125,9 +127,12 @@ class _Rows:
         """Sample the next tokens, and mark rows that end."""
         ends, last, alive = self.ends[sampling], self.state.last, self.alive.view(-1)
         goes_on = alive > 0
-        new = sampling.choose(self.logits, self.there if sampling.repetition_penalty != 1 else None, last)
+        there = self.there if sampling.repetition_penalty != 1 else None
+        new = sampling.choose(self.logits, there, last, self.written if sampling.counts_written else None)
         if self.there is not None:
             self.there.scatter_(1, new[:, None], True)
+        if self.written is not None:
+            self.written.scatter_add_(1, new[:, None], torch.ones_like(self.written[:, :1]))
         self.told[0] = new.masked_fill(~goes_on, sampling.pad)
         last.copy_(torch.where(goes_on, new, last[:, 0])[:, None])
         alive.mul_((last != ends).all(1))
@@ -158,7 +163,8 @@ class Engine:
         *,
         state: State | None = None,
         owned: bool = False,
-        write: Callable[[Tensor], None] | None = None,
+        write: Callable[[Tensor], object] | None = None,
+        stoppable: bool = False,
         keep: bool = False,
     ) -> Written:
         """Continue B texts. A text stops at the model's last learned position, if it has learned positions.
@@ -168,6 +174,7 @@ class Engine:
             state: the state to continue; it is not changed.
             owned: `state` may be changed, which saves a copy.
             write: called with each step's new tokens `[B]`, on the CPU.
+            stoppable: a true value from `write` ends all texts after these tokens; no step runs ahead of `write`.
             keep: return the state after the new tokens.
 
         Raises:
@@ -178,7 +185,8 @@ class Engine:
         with _on(self.device), torch.inference_mode(False), torch.no_grad():
             rows, recorded, ready = self._placed(sampling, input_ids, attention_mask, state, owned=owned)
             with torch.inference_mode():
-                tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready)
+                ahead = _AHEAD if recorded is not None and not stoppable else 1
+                tokens = self._loop(rows, sampling, write, keep=keep, recorded=recorded, ready=ready, ahead=ahead)
             after = rows.state if keep else None
             if recorded is not None:
                 recount(rows.state.layers)  # replayed steps update the counts only on the device
@@ -234,6 +242,8 @@ class Engine:
             rows.ends[rule] = torch.tensor(rule.eos, dtype=torch.long, device=self.device)
         if sampling.repetition_penalty != 1 and rows.there is None:
             rows.there = torch.zeros(rows.logits.shape, dtype=torch.bool, device=self.device)
+        if sampling.counts_written and rows.written is None:
+            rows.written = torch.zeros_like(rows.logits)
         recorded = self._record(rows, rule)
         rows.alive.fill_(1)
         last, before, real_before = without_last(text, real)
@@ -241,6 +251,8 @@ class Engine:
         if rows.there is not None:
             shown = text if real is None else torch.where(real != 0, text, last)
             rows.there.zero_().scatter_(1, shown.to(self.device), True)
+        if rows.written is not None:
+            rows.written.zero_()
         # If all rows end in the last column, reading the whole prompt gives their logits; else the first step computes
         # them.
         ready = text.shape[1] > 1 and sampling.max_new_tokens > 0 and (real is None or bool(real[:, -1].all()))
@@ -280,20 +292,21 @@ class Engine:
         self,
         rows: _Rows,
         sampling: Sampling,
-        write: Callable[[Tensor], None] | None,
+        write: Callable[[Tensor], object] | None,
         *,
         keep: bool,
         recorded: list[Callable[[], None]] | None,
         ready: bool,
+        ahead: int,
     ) -> Tensor:
-        """Run steps until all rows have ended; returns the new tokens `[B, N]`."""
+        """Run steps until all rows have ended, or `write` ends them; returns the new tokens `[B, N]`."""
         ended = False
         forward, choose = recorded or (
             # Ended rows are masked only if their memory is kept, because a step without a mask is cheaper.
             lambda: rows.forward(self.model, masked=keep and ended),
             lambda: rows.choose(sampling.rule),
         )
-        mail = _Mail(rows.told, _AHEAD if recorded is not None else 1)
+        mail = _Mail(rows.told, ahead)
         written: list[Tensor] = []
         launched = 0
         while len(written) < sampling.max_new_tokens:
@@ -305,8 +318,8 @@ class Engine:
                 launched += 1
             new, goes_on = mail.receive()
             written.append(new)
-            if write is not None:
-                write(new)
+            if write is not None and write(new) and ahead == 1:
+                break
             ended = not bool(goes_on.all())
             if not bool(goes_on.any()):
                 break

@@ -46,6 +46,8 @@ class Sampling:
         temperature: None for greedy decoding; otherwise tokens are sampled.
         top_k, top_p, min_p: filters for unlikely tokens before sampling; None for no filter.
         repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that already occurred.
+        presence_penalty: subtracted from the logits of tokens that were written.
+        frequency_penalty: subtracted from the logit of a token for each time that it was written.
     """
 
     max_new_tokens: int
@@ -56,6 +58,8 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @classmethod
     def of(cls, settings: GenerationConfig, options: Mapping[str, Any]) -> Sampling | None:
@@ -108,19 +112,39 @@ class Sampling:
             found.append(MinPLogitsWarper(self.min_p))
         return found
 
-    def choose(self, logits: Tensor, there: Tensor | None, ids: Tensor) -> Tensor:
+    @property
+    def counts_written(self) -> bool:
+        """True if the choice depends on how often each token was written."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def penalised(self, logits: Tensor, written: Tensor) -> Tensor:
+        """Logits after the penalties on how often each token was written; both are `[B, vocabulary]`."""
+        return logits - self.frequency_penalty * written - self.presence_penalty * (written > 0)
+
+    def choose(
+        self,
+        logits: Tensor,
+        there: Tensor | None,
+        ids: Tensor,
+        written: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """The next token of each row, `[B]`.
 
         Args:
             logits: `[B, vocabulary]`, float32.
             there: `[B, vocabulary]` bool, True for tokens that already occurred; None without a repetition penalty.
             ids: `[B, 1]` the last tokens; required by the warpers' interface, but unused.
+            written: `[B, vocabulary]` how often each token was written; None unless `counts_written`.
+            generator: of the random numbers; None for the device's own.
         """
         if there is not None:
             penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
             logits = torch.where(there, penalised, logits)
+        if written is not None:
+            logits = self.penalised(logits, written)
         if self.temperature is None:
             return logits.argmax(-1)
         shares: Tensor = self.warpers()(ids, logits).softmax(-1)
         # The same samples as `torch.multinomial`, which syncs the device to check its input.
-        return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
+        return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.errors import DataError, RecipeError
+from linearize.errors import check_numbers as check_numbers
 from linearize.runtime.cache import bytes_of
 
 if TYPE_CHECKING:
@@ -75,17 +75,6 @@ def check_dtype(name: str, *, int8: bool = False) -> None:
         short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.get(name)
         meant = f"; did you mean {short}?" if short else ""
         raise DataError(f"dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}{meant}")
-
-
-def check_numbers(least: float, most: float = math.inf, **numbers: float | None) -> None:
-    """Refuse numbers outside [`least`, `most`]; None passes.
-
-    Raises:
-        DataError: with the name of the first such number.
-    """
-    for name, number in numbers.items():
-        if number is not None and not least <= number <= most:
-            raise DataError(f"{name} {number}: expected {least} " + ("or more" if most == math.inf else f"to {most}"))
 
 
 def size_in_bytes(name: str, text: str) -> int:

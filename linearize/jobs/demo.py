@@ -34,6 +34,7 @@ def demo(
     Raises:
         LinearizeError: as `run_recipe`.
     """
+    from linearize.generation.decoding import Decoding
     from linearize.generation.text import continue_text
     from linearize.jobs.run import run_recipe
     from linearize.training.workfolder import is_resumable
@@ -43,7 +44,8 @@ def demo(
     result = run_recipe(recipe, output, say=say, overwrite=overwrite, resume=resume, command=command)
     say(f'the fine-tuned model answers "{PROMPT}":')
     trained = result.trained
-    answer = continue_text(trained.model, trained.tokenizer, PROMPT, chat=True, max_new_tokens=80, write=write)
+    short = Decoding(max_new_tokens=80)
+    answer = continue_text(trained.model, trained.tokenizer, PROMPT, decoding=short, chat=True, write=write)
     return result, answer
 
 

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
 from linearize.errors import DataError, ModelError
+from linearize.generation.decoding import Decoding
 from linearize.generation.state import State
 from linearize.generation.statefile import check_target, header
 from linearize.generation.text import continue_text
-from linearize.jobs.checks import check_dtype, check_numbers
+from linearize.jobs.checks import check_dtype
 from linearize.model import LinearizedForCausalLM
 from linearize.runtime.claims import claimed
 from linearize.runtime.files import check_space
 from linearize.sources.source import open_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,9 +33,16 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     state: State | None = None,
     chat: bool = False,
+    system: str | None = None,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -48,9 +56,16 @@ def generate(
         prompt: the text to continue.
         state: the state of a text that the prompt continues; the prompt may then be empty.
         chat: put the prompt into the model's chat template.
+        system: the system prompt of a chat that begins here.
         max_new_tokens: the maximum number of new tokens; 0 only reads the prompt into the state.
         temperature: 0 takes the most likely token, otherwise tokens are sampled.
+        top_k: sample among this many most likely tokens; 0 for all.
         top_p: sample among the most likely tokens, up to this probability mass.
+        min_p: sample among tokens with at least this share of the most likely one's probability.
+        repetition_penalty: above 1, tokens that occurred become less likely; None for the model's own.
+        presence_penalty: lowers the logits of tokens that were written.
+        frequency_penalty: lowers the logit of a token for each time that it was written.
+        stop: strings that end the text.
         seed: the seed of the sampling.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8` on a CPU.
         trust_remote_code: run Python code from the model's repository.
@@ -65,9 +80,18 @@ def generate(
         StateError: a model that was not converted gets a state, or 0 new tokens.
     """
     check_dtype(dtype, int8=True)
-    check_numbers(0, max_new_tokens=max_new_tokens, temperature=temperature)
-    check_numbers(0, 1, top_p=top_p)
-    check_numbers(-(2**63), 2**64 - 1, seed=seed)
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop),
+        seed=seed,
+    )
     loaded: Any = model
     name = "the model"
     if isinstance(model, (str, Path)):
@@ -75,18 +99,9 @@ def generate(
         tokenizer, name = tokenizer or own, source.name
     if tokenizer is None:
         raise DataError("a model that is loaded already needs its tokenizer: generate(model, prompt, tokenizer=...)")
-    _check_chat(tokenizer, chat, name)
+    check_chat(tokenizer, name, chat=chat, system=system)
     return continue_text(
-        loaded,
-        tokenizer,
-        prompt,
-        state=state,
-        chat=chat,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        write=write,
+        loaded, tokenizer, prompt, decoding=decoding, state=state, chat=chat, system=system, write=write
     )
 
 
@@ -108,14 +123,12 @@ class Generated(NamedTuple):
 def run_generate(
     model: str,
     prompt: str | Callable[[], str],
+    decoding: Decoding,
     *,
     load_state: Path | None = None,
     save_state: Path | None = None,
     chat: bool = False,
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    system: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
     write: Callable[[str], None] | None = None,
@@ -138,7 +151,7 @@ def run_generate(
     with claimed(save_state):
         text = prompt if isinstance(prompt, str) else prompt()
         loaded, tokenizer, source = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        _check_chat(tokenizer, chat, source.name)
+        check_chat(tokenizer, source.name, chat=chat, system=system)
         if (load_state or save_state) and not isinstance(loaded, LinearizedForCausalLM):
             raise ModelError(
                 f"{source.name}: is not a converted model, so it has no state to load or save; run linearize convert "
@@ -149,17 +162,8 @@ def run_generate(
             check_space(save_state, state_nbytes(loaded) + (grows and grows * len(tokenizer(text).input_ids)))
         started = time.monotonic()
         state = None if load_state is None else State.load(load_state, loaded)
-        found = generate(
-            loaded,
-            text,
-            tokenizer=tokenizer,
-            state=state,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            write=write,
+        found = continue_text(
+            loaded, tokenizer, text, decoding=decoding, state=state, chat=chat, system=system, write=write
         )
         seconds, kept = time.monotonic() - started, None
         if save_state is not None and found.state is not None:
@@ -167,9 +171,12 @@ def run_generate(
     return Generated(found, None if state is None else int(state.tokens), kept, seconds)
 
 
-def _check_chat(tokenizer: Any, chat: bool, name: str) -> None:
+def check_chat(tokenizer: Any, name: str, *, chat: bool, system: str | None) -> None:
     """Raises:
+    DataError: there is a system prompt and no chat.
     ModelError: `chat` is True and the tokenizer has no chat template.
     """
+    if system and not chat:
+        raise DataError("system: a system prompt is part of a chat template; it needs chat")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"{name}: its tokenizer has no chat template; leave --chat out")

@@ -33,6 +33,8 @@ def refusal(vllm_config: Any) -> str | None:
     if any(getattr(base, option, False) for option in _IGNORED.get(base.model_type, ())):
         options = " or ".join(_IGNORED[base.model_type])
         return f"vLLM's model for {base.model_type!r} has no {options}, which this model uses"
+    if base.model_type in _TIED and not base.tie_word_embeddings:
+        return f"vLLM's model for {base.model_type!r} ties its embeddings, which this model does not"
     if vllm_config.speculative_config is not None:
         return (
             "speculative decoding takes back the tokens that the model rejects, and a recurrent state cannot give them "
@@ -57,6 +59,8 @@ _IGNORED = {
     "gpt2": ("scale_attn_by_inverse_layer_idx",),
 }
 """Options of a base model that vLLM's model of it does not compute."""
+_TIED = ("gemma2", "cohere", "cohere2")
+"""Models whose output head is the embedding in vLLM, whatever the configuration says."""
 
 
 def base_model(architecture: str) -> Any:

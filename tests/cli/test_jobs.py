@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,9 @@ def test_a_value_that_the_command_line_refuses_is_not_guessed_in_python(outcome,
         (lambda: linearize.evaluate("m", lengths=[256, 0]), "lengths 0: expected 1 or more"),
         (lambda: linearize.generate("m", "x", max_new_tokens=-1), "max_new_tokens -1: expected 0 or more"),
         (lambda: linearize.generate("m", "x", top_p=1.5), "top_p 1.5: expected 0 to 1"),
+        (lambda: linearize.generate("m", "x", temperature=math.inf), "temperature inf: expected a finite number"),
+        (lambda: linearize.generate("m", "x", min_p=math.nan), "min_p nan: expected a finite number"),
+        (lambda: linearize.generate("m", "x", stop=[""]), "expected up to 16 strings, none of them empty"),
         (lambda: linearize.generate("m", "x", seed=2**64), f"seed {2**64}: expected -{2**63} to {2**64 - 1}"),
         (lambda: linearize.verify("m", steps=0), "steps 0: expected 1 or more"),
         (lambda: linearize.export("m", "out", tokens=1), "tokens 1: expected 2 or more"),

@@ -68,7 +68,7 @@ def test_whole_prompts_together_and_one_after_the_other(teacher, options, tmp_pa
 
 # Architectures, and options of others, that vLLM has no model of its own for.
 ABSENT = ("ministral", "olmo", "olmo2", "olmo3", "smollm3", "glm", "starcoder2", "phi", "gpt_neox")
-OTHER = ("qwen2, mixed", "stablelm, all options", "gpt2, scaled by layer")
+OTHER = ("qwen2, mixed", "stablelm, all options", "gpt2, scaled by layer", "gemma2, untied embeddings")
 FAMILIES = [row for row, (model_type, _) in ROWS.items() if model_type not in ABSENT and row not in OTHER]
 
 
@@ -193,7 +193,11 @@ def test_is_refused_with_the_reason(teacher, kind: str, options: dict, reason: s
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [("olmo2", "no model of its own for 'olmo2'"), ("stablelm, all options", "has no qk_layernorm or use_parallel")],
+    [
+        ("olmo2", "no model of its own for 'olmo2'"),
+        ("stablelm, all options", "has no qk_layernorm or use_parallel"),
+        ("gemma2, untied embeddings", "ties its embeddings"),
+    ],
 )
 def test_a_model_that_vllm_does_not_compute_is_refused(row: str, reason: str, tmp_path: Path) -> None:
     saved(LinearizedForCausalLM.from_teacher(build(row), [MixerConfig(layers=[0, 1], window=12)]), tmp_path)

@@ -1,0 +1,1 @@
+"""A server for many conversations: one batch of states, over OpenAI's protocol."""
