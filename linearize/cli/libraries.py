@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 
 def quiet_libraries(*, bars: bool = False) -> None:
-    """Disable progress bars (with `bars` all but the Hub's), version hints and warnings, because the command prints its
-    own messages."""
+    """Disable the libraries' progress bars (with `bars` all but the Hub's), version hints and warnings, because the
+    command prints its own messages."""
     if os.environ.get("LINEARIZE_DEBUG") == "1":
         return
     if not bars:
@@ -19,6 +20,13 @@ def quiet_libraries(*, bars: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"linearize\.")
+    warnings.showwarning = _one_line
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning of this package, without the file and line that Python adds."""
+    print(f"warning: {message}", file=sys.stderr)

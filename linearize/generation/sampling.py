@@ -70,12 +70,8 @@ class Sampling:
             return None
         neutral = GenerationConfig._get_default_generation_params()
         sampled = bool(merged.do_sample)
-        for name, value in vars(merged).items():
-            followed = (
-                name.startswith("_") or name in _SILENT or (name in _OF_SAMPLING and (not sampled or name in _FOLLOWED))
-            )
-            if not followed and value is not None and value != neutral.get(name, False):
-                return None
+        if unfollowed(merged):
+            return None
         eos = merged.eos_token_id
         ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
         pad = merged.pad_token_id
@@ -148,3 +144,16 @@ class Sampling:
         shares: Tensor = self.warpers()(ids, logits).softmax(-1)
         # The same samples as `torch.multinomial`, which syncs the device to check its input.
         return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)
+
+
+def unfollowed(settings: GenerationConfig) -> list[str]:
+    """The names of settings that ask for an unsupported feature."""
+    neutral = GenerationConfig._get_default_generation_params()
+    known = _FOLLOWED if settings.do_sample else _OF_SAMPLING
+    return [
+        name
+        for name, value in vars(settings).items()
+        if not (name.startswith("_") or name in _SILENT or (name in _OF_SAMPLING and name in known))
+        and value is not None
+        and value != neutral.get(name, False)
+    ]

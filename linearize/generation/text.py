@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from linearize.errors import DataError
 from linearize.generation.decoding import Decoding
 from linearize.generation.engine import Engine
 from linearize.generation.plain import Past, continue_plain
+from linearize.generation.sampling import unfollowed
 from linearize.generation.state import State
 from linearize.generation.stream import TextStream
 from linearize.model import LinearizedForCausalLM
@@ -96,6 +98,8 @@ def continue_text(
         what = "the prompt has" if state is None and past is None else "the text so far and the prompt have"
         raise DataError(f"{what} {read:,} tokens, and the model reads {reads:,}; shorten it{way}")
     sampling = decoding.sampling(model, tokenizer)
+    if ignored := unfollowed(model.generation_config):
+        warnings.warn(f"the checkpoint's generation settings {', '.join(ignored)} are not applied", stacklevel=2)
     asked = sampling.max_new_tokens
     if learned is not None and asked:
         if read == learned:

@@ -149,6 +149,16 @@ def test_generate_with_a_plain_model_and_sampling(outcome, tiny_folder):
     assert first["text"] == second["text"] and not first["memory_is_constant"]
 
 
+def test_generate_tells_which_of_a_checkpoints_settings_it_does_not_follow(outcome, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"no_repeat_ngram_size": 3}))
+    status, _, err = outcome("generate", tmp_path / "m", "Once", "-n", 2)
+    assert status == 0
+    assert "warning: the checkpoint's generation settings no_repeat_ngram_size are not applied" in err.splitlines()
+
+
 def test_generate_saves_and_loads_a_state(outcome, converted, tmp_path):
     state = tmp_path / "a.state"
     whole = json.loads(outcome("generate", converted, "Once upon a time", "-n", "30", "--json")[1])
