@@ -48,7 +48,8 @@ class LinearizedModel:
         architecture = AutoModelForCausalLM._model_mapping[type(base)]
         inner = vllm_config.with_hf_config(base, architectures=[architecture.__name__])
         super().__init__(vllm_config=inner, prefix=prefix)  # type: ignore[call-arg]
-        self._tied = dict(getattr(architecture, "_tied_weights_keys", None) or {}) if base.tie_word_embeddings else {}
+        # Also if the configuration says untied: vLLM has changed it where the file has an output head.
+        self._tied = dict(getattr(architecture, "_tied_weights_keys", None) or {})
         self._own = _install(self, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -157,11 +158,8 @@ def page_nbytes(vllm_config: Any) -> int:
 
 @cache
 def _derive(architecture: str) -> type[LinearizedModel]:
-    found = base_model(architecture)
-    if found is None:
-        # A class all the same, because vLLM looks at it before `Settings` refuses the model.
-        return type(architecture, (LinearizedModel, nn.Module), {"__module__": __name__})
-    base = found.load_model_cls()
+    # Where vLLM has no model, `Settings` refuses it; vLLM looks at a class before.
+    base = (base_model(architecture) or base_model("LlamaForCausalLM")).load_model_cls()
     kind = {"is_hybrid": True} if architecture.startswith(HYBRID) else {"is_attention_free": True}
     return type(architecture, (LinearizedModel, base), {"__module__": __name__, **kind})
 

@@ -23,8 +23,8 @@ def bare_weights(
     """The weights without linearize's quantization, and with the embedding that an output head is tied to.
 
     Args:
-        tied: the name of a tied weight -> the name of its source. A file may hold the first alone, and vLLM reads the
-            second alone.
+        tied: the name of a tied weight -> the name of its source. A file may hold the first alone. vLLM then takes the
+            two for untied and leaves the second as it is.
     """
     seen: set[str] = set()
     heads: dict[str, Tensor] = {}
