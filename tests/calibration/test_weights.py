@@ -156,9 +156,6 @@ def test_blocks_one_by_one_read_what_the_model_reads(row, drawn_texts):
     expected, found = read(model, rows, needles), read_by_block(Blocks(Weights(model)), rows, needles)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.recall, expected.recall, rtol=1e-5, atol=1e-5)
-    teacher = read(copy.deepcopy(build(row)), rows, needles)
-    found = read_by_block(Blocks(Weights(model)), rows, needles, teacher=True)
-    torch.testing.assert_close(found.loss, teacher.loss, rtol=1e-4, atol=1e-4)
 
 
 def test_a_block_is_as_converted_but_for_what_is_chosen(tokenizer_folder, tmp_path):
