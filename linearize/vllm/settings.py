@@ -57,6 +57,7 @@ def refusal(vllm_config: Any) -> str | None:
 _IGNORED = {
     "stablelm": ("qk_layernorm", "use_parallel_residual"),
     "gpt2": ("scale_attn_by_inverse_layer_idx",),
+    **dict.fromkeys(("cohere", "cohere2", "granitemoe"), ("attention_bias",)),
 }
 """Options of a base model that vLLM's model of it does not compute."""
 _TIED = ("gemma2", "cohere", "cohere2")
