@@ -17,7 +17,7 @@ from linearize.probe import Budget, Probe, ProbeOptions, run_probe
 from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles
 from linearize.probe.telling import basis
-from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
+from linearize.recipe import BUILTIN, DataSpec, KeepSpec, SourceSpec
 from linearize.sources.limits import learned_positions
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def _by_damage(
 
 
 def _text(recipe: Recipe) -> SourceSpec:
-    return recipe.calibrate.text if recipe.calibrate else SourceSpec(source=SELF)
+    # The built-in text takes no time; text by the teacher takes minutes.
+    return recipe.calibrate.text if recipe.calibrate else SourceSpec(source=BUILTIN)
 
 
 def _named_part(part: Part) -> str:

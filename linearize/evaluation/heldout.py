@@ -20,7 +20,6 @@ from linearize.errors import DataError, ModelError, is_out_of_memory
 from linearize.evaluation.tasks.hidden import Hidden, hidden_states, positions_at_once, read, rows_at_once
 from linearize.evaluation.tasks.names import HELD_OUT
 from linearize.evaluation.tasks.task import Item, Measure, Task, evaluating, mean_and_error
-from linearize.sources.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -234,6 +233,8 @@ class HeldOut(Task):
     item_bytes = 160
 
     def __init__(self, rows: Mapping[str, Tensor] | Rows, teacher: PreTrainedModel | None) -> None:
+        from linearize.sources.fingerprint import fingerprint  # lazy, because it imports transformers
+
         self.rows = {name: column for name in _COLUMNS if (column := _column(rows, name)) is not None}
         self.teacher = teacher
         if not len(self.rows.get("input_ids", ())):

@@ -8,6 +8,7 @@ from linearize.recipe.reading import (
     shipped_recipes,
 )
 from linearize.recipe.schema import (
+    BUILTIN,
     SELF,
     CalibrateSpec,
     DataSpec,
@@ -22,6 +23,7 @@ from linearize.recipe.schema import (
 )
 
 __all__ = [
+    "BUILTIN",
     "SELF",
     "CalibrateSpec",
     "DataSpec",

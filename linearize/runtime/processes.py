@@ -16,8 +16,6 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import yaml
-
 from linearize.errors import LinearizeError
 from linearize.runtime.interruption import Postponed
 
@@ -258,6 +256,8 @@ def asked_for(configuration: Path) -> int | None:
     Raises:
         LinearizeError: the file cannot be read.
     """
+    import yaml  # lazy, because every command imports this module
+
     try:
         settings = yaml.safe_load(configuration.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -66,8 +66,10 @@ def test_landmarks_of_each_layer():
 
 
 def test_a_layer_that_stays_the_pretrained_one_stores_its_window_as_before():
-    (section,) = mixers_for(spec("mixer.memory_dtype=int8", "mixer.window=1000"), [SLIDING, FULL])
-    assert section.fitted(SLIDING).memory_dtype == "auto" and section.fitted(FULL).memory_dtype == "int8"
+    converted, kept = mixers_for(spec("mixer.memory_dtype=int8", "mixer.window=1000"), [SLIDING, FULL])
+    assert (converted.layers, converted.fitted(FULL).memory_dtype) == ([1], "int8")
+    assert (kept.layers, kept.fitted(SLIDING).memory_dtype) == ([0], "auto")
+    assert converted.fitted(SLIDING).memory_dtype == "auto"  # its own window is the shorter one
 
 
 @pytest.mark.parametrize(
