@@ -104,10 +104,10 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
         assert block.language == "text", f"{page}:{block.line}: which language?"
 
 
-# Of every command, and of accelerate and torchrun, pip, llama-gguf-split, and vLLM.
+# Of every command, and of accelerate and torchrun, pip, llama-gguf-split, vLLM, and the scripts in evals/.
 _OTHERS = {
     "--help", "--merge", "--max-restarts", "--no-deps", "--gpu-memory-utilization", "--enable-prefix-caching",
-    "--quantization",
+    "--quantization", "--estimate",
 }  # fmt: skip
 
 

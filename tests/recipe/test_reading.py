@@ -51,7 +51,10 @@ def error_of(text: str, *overrides: str) -> str:
         ("mixer: {keep: {budget: lots}}", "expected a share of the teacher's cache or bytes, such as 10% or 2MB"),
         ("mixer: {windows: {-1: 5}}", "mixer.windows: expected layers counted from 0, got -1"),
         ("mixer:\n  reach: 64", "x.yaml:2: mixer.reach: gone; use mixer.landmarks_by or mixer.keep.budget"),
-        ("mixer: {memory_dtype: int4}", "mixer.memory_dtype: int4 stores landmarks alone in 4 bits, and there are none: set"),
+        (
+            "mixer: {memory_dtype: int4}",
+            "mixer.memory_dtype: int4 stores landmarks alone in 4 bits, and there are none",
+        ),
         ("mixer: {landmarks: -3}", "mixer.landmarks: expected an integer >= 0, got -3"),
         (
             "mixer: {landmark_layers: {-1: 3}}",
