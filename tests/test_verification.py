@@ -296,9 +296,8 @@ def test_the_command_says_what_it_found(folder, tiny_folder, monkeypatch, capfd)
     assert run(["verify", path, "--tokens", "80", "--steps", "20"]) == 0
     text, words = capfd.readouterr()
     assert all(name in text for name in ALL) and "FAILED" not in text
-    assert (
-        "as before" in words and "error" not in words and "steps" not in words
-    )  # no counter where it is not a terminal
+    # There is no counter where stderr is no terminal.
+    assert "restored" in words and "error" not in words and "steps" not in words
 
     no_packing(monkeypatch)
     assert run(["verify", path, "--tokens", "80", "--steps", "20", "--json"]) == 1
