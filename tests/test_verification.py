@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,9 @@ from linearize.model.recurrences import RECURRENCES
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model
 from linearize.verification import Verification, verify, widened
+from linearize.verification.checks import KINDS as KINDS_OF_CHECKS
+from linearize.verification.subject import Subject
+from linearize.verification.verify import FLOAT32_TOLERANCE, Check, rounds, without_rounding
 from tests.tables import in_turn, some
 from tests.verification_faults import (
     FAULTS,
@@ -99,9 +103,11 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
     errors = {check.name: check for check in found.checks}
     assert errors["state"].error == errors["reload"].error == errors["memory"].error == 0
     if found.distance is None:
-        assert all(check.error < 5e-6 for check in found.checks)
+        most = FLOAT32_TOLERANCE if kind == "int4" else 5e-6  # a code at a boundary moves single logits
+        assert all(check.error < most for check in found.checks)
     else:
-        assert errors["decode"].tolerance == pytest.approx(2 * found.distance)
+        if kind != "int4":
+            assert errors["decode"].tolerance == pytest.approx(2 * found.distance)
         assert found.distance < 0.05
     growing = "keep softmax add" in errors["memory"].detail
     assert growing == (kind == "kept")
@@ -344,3 +350,22 @@ def test_every_recurrence_passes_on_smollm2(smollm2_path, tmp_path, name):
     convert_into(source, load_recipe(name), tmp_path)
     found = verify(load(tmp_path), find_source(str(tmp_path)), tokens=128, steps=128)
     assert found.failed == [], found
+
+
+def test_a_code_at_a_boundary_is_no_failure_of_a_rounded_memory(folder, monkeypatch):
+    model = load(folder("int4"))
+    subject = Subject(
+        model, find_source(str(folder("int4"))), dtype="auto", special=(), tokens=80, steps=1, tick=lambda *_: None
+    )
+
+    def judged(narrow: float, wide: float) -> Check:
+        kind = replace(
+            KINDS_OF_CHECKS["packing"], measure=lambda one: (wide if one.model.dtype.itemsize == 8 else 1, "")
+        )
+        monkeypatch.setitem(KINDS_OF_CHECKS, "packing", kind)
+        return without_rounding(subject, Check("packing", kind.holds, narrow, FLOAT32_TOLERANCE, ""))
+
+    assert rounds(model) and not rounds(load(folder("default")))
+    assert judged(9e-3, 1e-12).passed and "1.0e-12 in float64" in judged(9e-3, 1e-12).detail
+    assert not judged(2e-2, 1e-12).passed and not judged(9e-3, 9e-3).passed
+    assert model.dtype == torch.float32

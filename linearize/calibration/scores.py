@@ -246,8 +246,9 @@ def shares(
 
 @torch.no_grad()
 def put_scores(model: LinearizedForCausalLM, weights: Mapping[int, Tensor]) -> None:
-    """Set `score_weight` of the layers in `weights`."""
+    """Set `score_weight` of the layers in `weights`, except layers that `shares` left without a landmark."""
     for layer, weight in weights.items():
         mixer = model.attention_layers[layer].mixer
         assert mixer is not None  # noqa: S101 - only layers with landmarks are fitted
-        mixer.get_parameter("score_weight").copy_(weight)
+        if mixer.config.landmarks:
+            mixer.get_parameter("score_weight").copy_(weight)

@@ -179,4 +179,4 @@ def check_chat(tokenizer: Any, name: str, *, chat: bool, system: str | None) -> 
     if system and not chat:
         raise DataError("system: a system prompt is part of a chat template; it needs chat")
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise ModelError(f"{name}: its tokenizer has no chat template; leave --chat out")
+        raise ModelError(f"{name}: its tokenizer has no chat template; run linearize generate without --chat")

@@ -71,6 +71,10 @@ class Subject:
             raise VerificationError(f"{source.name}: has no more than {most} positions; give --tokens {most} or fewer")
         self.window = max(2, min(widest, self.tokens // 2))
         self.ids = self.random(ROWS, self.tokens, seed=0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the cache of `alone`, after a change of the weights."""
         self.alone: Callable[[int], Tensor] = cache(lambda row: self.parallel(self.ids[row : row + 1])[0])
 
     def random(self, rows: int, tokens: int, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from linearize.calibration import scores
 from linearize.calibration.backward import Watched, pass_back, watched
-from linearize.calibration.scores import Layer, costs, lessons, shares
+from linearize.calibration.scores import Layer, costs, lessons, put_scores, shares
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
 from linearize.model import LinearizedForCausalLM, MixerConfig
@@ -75,6 +75,16 @@ def test_shares_go_where_tokens_cost_more():
     weight = torch.tensor([[1.0, 0.0]])
     found = shares({0: layer(1.0), 2: layer(3.0)}, {0: weight, 2: weight}, 512, recall=False)
     assert found[2] > 512 > found[0] and sum(found.values()) <= 1024
+
+
+def test_a_layer_without_a_landmark_gets_no_score():
+    sections = [MixerConfig([0], landmarks=1, landmark_score="learned"), MixerConfig([1], landmark_score="learned")]
+    model = LinearizedForCausalLM.from_teacher(build("llama"), sections)
+    found = {key: x for key, x in model.named_parameters() if key.endswith("score_weight")}
+    assert len(found) == 1
+    weight = torch.ones_like(next(iter(found.values())))
+    put_scores(model, {0: weight, 1: weight})
+    assert torch.equal(next(iter(found.values())), weight)
 
 
 def test_lessons_ask_for_what_they_hide(tiny_folder):
