@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="landmarks (default: %(default)s)")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=10, help="texts of each task and length (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="of weights and memories (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of weights and products (default: %(default)s)")
     parser.add_argument("--kvpress", help="the Python of an environment that has kvpress; without it no press is run")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no text after so many")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures go (default: beside this)")
@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> None:
     patterns = arguments.systems.split(",")
     chosen = [
         system
-        for system in systems_of(arguments.model, ours, slots, arguments.dtype)
+        for system in systems_of(arguments.model, ours, slots)
         if any(fnmatch.fnmatchcase(system.name, pattern) for pattern in patterns)
     ]
     tokenizer = load_tokenizer(find_source(str(arguments.model)))

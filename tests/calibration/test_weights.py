@@ -99,11 +99,11 @@ def one_at_a_time(monkeypatch):
     steps = {"blocks": 0, "outside": 0}
     run, outside = Blocks.run, FileWeights.outside
 
-    def checked_run(self, layer, hidden, call):
+    def checked_run(self, layer, hidden, call, **given):
         held = [index for index in range(len(self)) if in_memory(self.model, index)]
         assert held == [layer] and not in_memory(self.model, None)
         steps["blocks"] += 1
-        return run(self, layer, hidden, call)
+        return run(self, layer, hidden, call, **given)
 
     @contextmanager
     def checked_outside(self):
