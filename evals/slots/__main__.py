@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Score the chosen systems on the chosen texts; what the figures' file has is not measured again."""
+    """Score the chosen systems on the chosen texts; texts in the figures' file are not scored again."""
     ends = time.monotonic() + 60 * arguments.minutes
     ours = Ours(arguments.recipe, tuple(arguments.set))
     slots, lengths = ([int(one) for one in given.split(",")] for given in (arguments.slots, arguments.lengths))
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for system in chosen:
         press = system.kind in PRESSES
         if press and not arguments.kvpress:
-            _say(f"{system.name}: not run, for want of --kvpress")
+            _say(f"{system.name}: not run, because --kvpress is not given")
             continue
         known = {"kind": system.kind, "slots": system.slots, "bytes": system.nbytes, "tokens": system.tokens}
         figures["systems"][system.name] = known

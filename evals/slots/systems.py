@@ -1,4 +1,4 @@
-"""What is compared, at the bytes of a recipe's memory: the recipe itself, a window, the pretrained model, presses."""
+"""The compared systems, at the bytes of a recipe's memory: the recipe, a window, the pretrained model, presses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class System:
 
 @dataclass(frozen=True)
 class Ours:
-    """A recipe with `--set` changes; its name says both."""
+    """A recipe with `--set` changes; its name has both."""
 
     recipe: str
     changes: tuple[str, ...] = ()
