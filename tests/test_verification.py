@@ -103,10 +103,10 @@ def test_every_kind_of_model_passes_and_gets_its_weights_back(folder, kind):
     errors = {check.name: check for check in found.checks}
     assert errors["state"].error == errors["reload"].error == errors["memory"].error == 0
     if found.distance is None:
-        most = FLOAT32_TOLERANCE if kind == "int4" else 5e-6  # a code at a boundary moves single logits
-        assert all(check.error < most for check in found.checks)
+        # Rounding to codes may turn a difference in the last bit into one of a code.
+        assert all(check.error < (1e-4 if kind.startswith("int") else 5e-6) for check in found.checks)
     else:
-        if kind != "int4":
+        if not kind.startswith("int"):
             assert errors["decode"].tolerance == pytest.approx(2 * found.distance)
         assert found.distance < 0.05
     growing = "keep softmax add" in errors["memory"].detail

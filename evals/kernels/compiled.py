@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TARGET = 90
 REGISTERS, SHARED_MEMORY, WARPS = 65536, 233472, 64  # of a multiprocessor
-BLOCK_SHARED_MEMORY = 232448  # bytes that one block may ask for
+BLOCK_SHARED_MEMORY = 232448  # bytes that one block may allocate
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -205,7 +205,7 @@ def _compile(launch: Launch) -> Program:
         used, code = _tool("cuobjdump", "--dump-resource-usage", binary.name), _tool("nvdisasm", "-c", binary.name)
     registers = re.search(r"REG:(\d+)", used)
     if registers is None:
-        raise RuntimeError(f"{launch.name}: cuobjdump does not tell its registers: {used}")
+        raise RuntimeError(f"{launch.name}: cuobjdump prints no registers: {used}")
     instructions, loops, spills = read_code(code)
     return Program(
         launch.name,

@@ -4,7 +4,7 @@
 
 Nothing here is a measurement. `ideal` is what the busiest pipe needs, or the memory: 132 multiprocessors at 1.85 GHz,
 4.3 TB/s. `estimate` assumes that a multiprocessor keeps its pipes busy 45 % of the time with one block of 8 warps, and
-60 % with more; and that memory reaches 80 %. Cycles are good to 15 %, times to -30 and +40 %.
+60 % with more; and that memory reaches 80 %. The error is estimated too: 15 % for cycles, -30 to +40 % for times.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="landmarks (default: %(default)s)")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=10, help="texts of each task and length (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="of weights and memories (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of weights and products (default: %(default)s)")
     parser.add_argument("--kvpress", help="the Python of an environment that has kvpress; without it no press is run")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no text after so many")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures go (default: beside this)")
@@ -59,14 +59,14 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Score the chosen systems on the chosen texts; what the figures' file has is not measured again."""
+    """Score the chosen systems on the chosen texts; texts in the figures' file are not scored again."""
     ends = time.monotonic() + 60 * arguments.minutes
     ours = Ours(arguments.recipe, tuple(arguments.set))
     slots, lengths = ([int(one) for one in given.split(",")] for given in (arguments.slots, arguments.lengths))
     patterns = arguments.systems.split(",")
     chosen = [
         system
-        for system in systems_of(arguments.model, ours, slots, arguments.dtype)
+        for system in systems_of(arguments.model, ours, slots)
         if any(fnmatch.fnmatchcase(system.name, pattern) for pattern in patterns)
     ]
     tokenizer = load_tokenizer(find_source(str(arguments.model)))
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for system in chosen:
         press = system.kind in PRESSES
         if press and not arguments.kvpress:
-            _say(f"{system.name}: not run, for want of --kvpress")
+            _say(f"{system.name}: not run, because --kvpress is not given")
             continue
         known = {"kind": system.kind, "slots": system.slots, "bytes": system.nbytes, "tokens": system.tokens}
         figures["systems"][system.name] = known

@@ -63,7 +63,7 @@ def main() -> None:
     os.dup2(2, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     with tempfile.TemporaryDirectory() as plain:
-        # KVzip asks the tokenizer for a chat's prefix; prompts here are plain text.
+        # KVzip reads a chat's prefix from the tokenizer; prompts here are plain text.
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = None
         tokenizer.save_pretrained(plain)

@@ -53,7 +53,7 @@ class Presses:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self._command)}: ended; what it said is above")
+            raise RuntimeError(f"{' '.join(self._command)}: ended; its output is above")
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
             raise RuntimeError(f"{press}: {found['error']}")

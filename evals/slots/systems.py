@@ -1,4 +1,4 @@
-"""What is compared, at the bytes of a recipe's memory: the recipe itself, a window, the pretrained model, presses."""
+"""The compared systems, at the bytes of a recipe's memory: the recipe, a window, the pretrained model, presses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from evals.slots.presses import PRESSES, Presses
 from evals.slots.texts import TAIL, Text
-from linearize.conversion.swap import BASELINE_SINKS, convert_model, mixers_for
-from linearize.evaluation.baselines import memory_bytes
+from linearize.conversion.swap import mixers_for, window_baseline, window_sections
+from linearize.evaluation.baselines import equal_bytes, memory_bytes
 from linearize.evaluation.tasks.recall.running import written
 from linearize.evaluation.tasks.recall.tasks import pad_of
 from linearize.families import family_of
 from linearize.jobs.convert import convert
-from linearize.recipe import MixerSpec, load_recipe
+from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_config, load_model
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TEACHER, WINDOW = "teacher", "window"
+STORED = torch.bfloat16
+"""The dtype in which keys and values are counted, whatever a run computes in: caches are kept in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class System:
         kind: `teacher`, `window`, the name of a press, or that of the recipe.
         slots: the landmarks of the recipe whose bytes it has; 0 for the teacher.
         nbytes: of one sequence's memory; 0 for the teacher, whose cache grows.
-        tokens: the tokens of the teacher's cache that take as many bytes.
+        tokens: the tokens of the teacher's cache that take as many bytes; of `window` its width.
     """
 
     kind: str
@@ -48,7 +50,7 @@ class System:
 
 @dataclass(frozen=True)
 class Ours:
-    """A recipe with `--set` changes; its name says both."""
+    """A recipe with `--set` changes; its name has both."""
 
     recipe: str
     changes: tuple[str, ...] = ()
@@ -61,20 +63,25 @@ class Ours:
         return [*self.changes, f"mixer.landmarks={slots}"]
 
 
-def systems_of(model: Path, ours: Ours, slots: Sequence[int], dtype: str) -> list[System]:
+def systems_of(model: Path, ours: Ours, slots: Sequence[int]) -> list[System]:
     """All systems, the teacher first, then by size. Bytes are those of equal shares: sharing out adds none."""
     config = load_config(find_source(str(model))).get_text_config()
-    layers = family_of(config).layers(config)
-    kind = getattr(torch, dtype)
-    per_token = sum(grown for _, grown in memory_bytes(config, [], kind))
+    per_token = sum(grown for _, grown in memory_bytes(config, [], STORED))
     found = [System(TEACHER, 0, 0, 0)]
     for count in slots:
-        spec = load_recipe(ours.recipe, [*ours.at(count), "mixer.landmarks_by=null"]).mixer
-        nbytes = sum(held for held, _ in memory_bytes(config, mixers_for(spec, layers), kind))
+        sections = _sections(config, ours, count)
+        nbytes, window = (sum(n for n, _ in memory_bytes(config, one, STORED)) for one in sections)
         tokens = nbytes // per_token
-        found.append(System(ours.name, count, nbytes, tokens))
-        found += [System(name, count, tokens * per_token, tokens) for name in (WINDOW, *PRESSES)]
+        found += [System(ours.name, count, nbytes, tokens), System(WINDOW, count, window, sections[1][0]["window"])]
+        found += [System(name, count, tokens * per_token, tokens) for name in PRESSES]
     return found
+
+
+def _sections(config: Any, ours: Ours, slots: int) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The mixers of the recipe, and those of the window of equal bytes, which is stored as the recipe's own is."""
+    spec = load_recipe(ours.recipe, [*ours.at(slots), "mixer.landmarks_by=null"]).mixer
+    own = mixers_for(spec, family_of(config).layers(config))
+    return own, window_sections(equal_bytes(config, own, STORED))
 
 
 def load(system: System, model: Path, ours: Ours, work: Path, dtype: str, say: Any) -> Any:
@@ -83,9 +90,8 @@ def load(system: System, model: Path, ours: Ours, work: Path, dtype: str, say: A
     if system.kind == TEACHER:
         return load_model(source, dtype=dtype).eval()
     if system.kind == WINDOW:
-        window = max(system.tokens - BASELINE_SINKS, 1)
-        spec = MixerSpec(recurrence="none", window=window, sinks=BASELINE_SINKS)
-        return convert_model(load_model(source, dtype=dtype), spec).eval()
+        teacher = load_model(source, dtype=dtype)
+        return window_baseline(teacher, _sections(teacher.config, ours, system.slots)[1]).eval()
     folder = work / system.name.replace("/", "_")
     if not (folder / "linearize.json").is_file():
         convert(model, folder, ours.recipe, overrides=[*ours.at(system.slots), f"dtype={dtype}"], say=say)

@@ -27,10 +27,10 @@ RULER = {
 READING = {"wikitext2": "WikiText-2", "book": "a book"}
 TASKS = RULER | READING
 TAIL = 256
-"""Tokens at the end of a text whose loss counts; what stands before them is what a press cuts."""
+"""Tokens at the end of a text whose loss counts; a press cuts the tokens before them."""
 ROWS = 16
 """Stretches of WikiText-2 and of the book; the most that can be measured."""
-# What is asked begins with the last of these.
+# A question begins with the last of these.
 _QUESTIONS = ("\nWhat ", "\nQuestion: ")
 
 

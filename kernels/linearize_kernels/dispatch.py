@@ -144,7 +144,9 @@ def _missing(kernels: Kernels, device: torch.device, dtype: torch.dtype, interpr
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             return f"{kernels} needs an Ampere GPU or newer"
-        if capability[0] == _HOPPER and _release(found := version("triton")) < _release(_OLDEST_FOR_HOPPER):
+        # AMD's MI200 and MI300 also have capability 9.
+        hopper = capability[0] == _HOPPER and torch.version.hip is None
+        if hopper and _release(found := version("triton")) < _release(_OLDEST_FOR_HOPPER):
             return (
                 f"a GPU of compute capability {_HOPPER} needs triton {_OLDEST_FOR_HOPPER} or newer, because older ones "
                 f"can compute wrong products on it; this is triton {found}: pip install -U triton"

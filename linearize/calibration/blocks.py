@@ -83,7 +83,7 @@ class Blocks:
         """The output of a block for `hidden`.
 
         Args:
-            heads: what `heads` gave for the same arguments, so that no attention is computed.
+            heads: the result of `heads` for the same arguments; no attention is computed then.
         """
         if heads is not None:
             with self._reading(layer, heads):

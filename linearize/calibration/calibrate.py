@@ -165,7 +165,7 @@ def calibrate(
     after = measure("converted")
     last = max(layers)
     train = _enter(blocks, texts_of(text.train), len(text.train))
-    # What the two streams come to are readings of the pretrained model and of the model with all that was fitted.
+    # The ends of the two streams are readings of the pretrained model and of the model with all fits.
     held = _enter(blocks, [*texts_of(held_out), *map(asked, needles)], len(held_out))
     for index in range(last + 1):
         say(f"calibrate: layer {index + 1} of {last + 1}{_told(found.layers, started)}")
@@ -255,7 +255,9 @@ def _layer(
             for read, stream in zip(heads, (train, held), strict=True):
                 for number, (x, call) in enumerate(zip(stream.student, stream.calls, strict=True)):
                     read[number] = blocks.heads(index, x, call[index])
-            found.ridge[index] = _ridge(blocks, index, (heads[0], wanted[0]), (heads[1][: held.rows], wanted[1]))
+            found.ridge[index] = _ridge(
+                blocks, index, (heads[0], wanted[0]), (heads[1][: held.rows], wanted[1][: held.rows])
+            )
             blocks.weights.keep(OUTPUT, index)
         for read, stream in zip(heads, (train, held), strict=True):
             for number, call in enumerate(stream.calls):
@@ -268,13 +270,13 @@ def _ridge(blocks: Blocks, index: int, train: tuple[Any, Any], held: tuple[Any, 
     on the held-out rows; 1 if no penalty lowers it and the weight stays.
 
     Args:
-        train, held: for some rows, the inputs of the projection and the output that is wanted.
+        train, held: for some rows, the inputs of the projection and the teacher's outputs.
     """
     module = output_projection(blocks.attentions[index])
     weight = projection_weight(module)
 
     def pairs(rows: tuple[Any, Any]) -> Any:
-        for heads, target in zip(*rows, strict=False):
+        for heads, target in zip(*rows, strict=True):
             yield heads[0].double(), (target[0] - module(heads[0])).double()
 
     ridge = Ridge(weight.shape[1], weight.shape[0], weight.device)

@@ -112,7 +112,7 @@ def _recall(tokenizer: Any, row: list[int], rng: random.Random) -> Lesson | None
 
 @dataclass
 class Layer:
-    """What is known of one layer.
+    """The scored tokens of one layer and their costs.
 
     Attributes:
         inputs: for each lesson, `score_inputs` of the scored tokens, `[N, K (D + V)]`.

@@ -45,11 +45,13 @@ def selects(recipe: Recipe) -> bool:
 
 
 class Choices(NamedTuple):
-    """Attributes:
-    recipe: the recipe with the choices named in it.
-    probe: the measurement behind `keep.budget`, or None.
-    why: the reasons in lines.
-    scores: layer -> `score_weight`, for `mixer.landmark_score: learned`.
+    """The choices of `select`.
+
+    Attributes:
+        recipe: the recipe with the choices named in it.
+        probe: the measurement behind `keep.budget`, or None.
+        why: the reasons in lines.
+        scores: layer -> `score_weight`, for `mixer.landmark_score: learned`.
     """
 
     recipe: Recipe

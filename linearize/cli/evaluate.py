@@ -23,6 +23,7 @@ from linearize.cli.console import (
 )
 from linearize.cli.launching import AccelerateOption, LaunchOption, launched
 from linearize.cli.libraries import quiet_libraries
+from linearize.errors import DataError
 from linearize.runtime.files import check_writable
 
 if TYPE_CHECKING:
@@ -131,7 +132,10 @@ def evaluate(
     from linearize.evaluation.tasks import suites
 
     if list_tasks:
-        _print_list(suites.list_tasks(model or "", include_path), as_json)
+        found = suites.list_tasks(model or "", include_path)
+        if not found:
+            raise DataError(f"--list {model}: no suite or task has such a name; --list alone shows all")
+        _print_list(found, as_json)
         return
     if model is None:
         raise typer.BadParameter("name a MODEL, or pass --list to see the names of tasks")

@@ -71,8 +71,11 @@ def serve(
     conversations as one batch. Ctrl-C ends the server. --json prints the
     address and the memory of a conversation on stdout once it answers.
 
-    Nobody is asked for a key: listen on other addresses than this machine's
-    own only behind a proxy that does.
+    The server checks no keys: listen on another address than this machine's
+    own only behind a proxy that checks them.
+
+    vLLM has defaults and output of its own: --max-tokens and --json are for
+    the own engine.
     """
     from linearize.jobs.serve import engine_for, run_vllm
     from linearize.jobs.serve import serve as run_serve

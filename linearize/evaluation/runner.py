@@ -153,7 +153,7 @@ class _System:
         return found
 
     def _all_kept(self, tasks: Sequence[Task]) -> dict[str, dict[int, Item]]:
-        """What the first of several processes reads, because only some of the others might see its later writes."""
+        """The results that the first of several processes reads, because some others might miss its later writes."""
         return processes.everyones({task.name: self.kept(task) for task in tasks} if processes.is_first() else {})[0]
 
     def kept(self, task: Task) -> dict[int, Item]:

@@ -72,7 +72,7 @@ def continue_text(
         chat: put the prompt into the chat template as a user turn.
         system: the system prompt of a chat that begins here.
         write: called with each piece of new text as soon as it is decoded.
-        interrupted: asked after each token; True ends the text there.
+        interrupted: called after each token; True ends the text there.
 
     Raises:
         DataError: the prompt has no tokens, more tokens than the model has positions, or a token without an embedding

@@ -34,7 +34,7 @@ class Conversation:
 
     Raises:
         ModelError: the model cannot be read, or has no chat template.
-        DataError: 0 new tokens are asked for.
+        DataError: `decoding.max_new_tokens` is 0.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Conversation:
 
         Args:
             write: called with each piece of the answer.
-            interrupted: asked after each token; True ends the answer there.
+            interrupted: called after each token; True ends the answer there.
 
         Raises:
             DataError: the text has no tokens, or no room in the model's positions.

@@ -53,7 +53,7 @@ KNOWN_BAD: Sequence[_Pair] = (
     _Pair(
         {"flash-linear-attention": "", "triton": ">=3.4,<3.7.1"},
         "on Hopper the backward pass of its gated kernels fails with this triton",
-        "pip install 'triton>=3.8'",
+        "pip install 'triton>=3.9'",
         capability=_HOPPER,
     ),
     _Pair(

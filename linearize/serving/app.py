@@ -85,7 +85,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=400)  # to nobody
+    return Response(status_code=400)  # the client does not read it
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -102,11 +102,10 @@ async def _served(request: Request, kind: str, scheduler: Scheduler, protocol: P
         raise RequestError(f"{_MOST_WAITING} requests are waiting; try again later", status=429)
     answer, told = Answer(asked, protocol.name), _Told()
     job = Job(asked.ids, asked.decoding, told.tell)
+    scheduler.submit(job)
     if asked.stream:
-        scheduler.submit(job)
         events = _events(request, job, told, answer)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    scheduler.submit(job)
     async with _watched(request, job):
         text = "".join([piece async for piece in told.pieces()])
     if job.error is not None:

@@ -1,7 +1,7 @@
 """OpenAI's requests and answers: `/v1/chat/completions` and `/v1/completions`.
 
-A field that would change the answer and is not supported is refused, and so is a field with a wrong type or an unknown
-name: an answer is what was asked for, or a 4xx.
+A field that could change the answer and is not supported is refused with status 4xx, and so is a field with a wrong
+type or an unknown name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
     "prediction": (), "web_search_options": (), "parallel_tool_calls": (True, False), "ignore_eos": (False,),
 }  # fmt: skip
-# Fields that do not change the answer here.
+# Fields that are accepted and have no effect.
 _SILENT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "reasoning_effort", "verbosity",
@@ -79,7 +79,7 @@ class Protocol:
 
     Args:
         name: the model's name in requests and answers.
-        max_tokens: the maximum number of new tokens where a request sets none.
+        max_tokens: the maximum number of new tokens if a request sets none.
         most_tokens: the most tokens of a text that the memory at hand holds; None for any number.
     """
 
@@ -121,7 +121,7 @@ class Protocol:
         chosen = {**self.defaults}
         for field in _SAMPLING:
             if (value := _number(body, field, whole=field == "top_k")) is not None:
-                chosen[field] = 0 if field == "top_k" and value == -1 else value  # -1 is vLLM's word for all
+                chosen[field] = 0 if field == "top_k" and value == -1 else value  # -1 means all in vLLM
         limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
         most, seed = _number(body, limit, whole=True), _number(body, "seed", whole=True)
         if most is not None and most < 1:
@@ -142,7 +142,7 @@ class Protocol:
             raise RequestError(f"{self.name} has no chat template; use /v1/completions", field="messages")
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template can raise any exception
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise RequestError(f"messages: the chat template refuses them: {reason}", field="messages") from error
         return self._ids(text, "messages", special=False)

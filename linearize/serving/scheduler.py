@@ -47,7 +47,7 @@ class Job:
         cancelled: set by any thread; the scheduler then drops the job.
         new_tokens: tokens written so far, an end token included.
         finish: `stop` or `length` once the text has ended; None before, and if it failed or was cancelled.
-        error: why the job failed; None if it did not.
+        error: the reason of a failure; None without one.
     """
 
     ids: list[int]
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(eq=False)
 class _Row:
-    """A job that is read or written, with what its next token depends on beside its memory."""
+    """A job that is read or written, with the state of its sampling and its text."""
 
     job: Job
     sampling: Any
@@ -131,19 +131,28 @@ class Scheduler:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while not self._closed:
-                self._collect()
-                try:
-                    self._read_piece()
-                except Exception as error:
-                    self._fail(error, self._head)
-                    self._head = self._reading = None
-                try:
-                    self._step()
-                except Exception as error:
-                    self._fail(error, *(row.job for row in self._batch.rows))
-                    self._batch = _Batch()
+        try:
+            with torch.inference_mode():
+                self._loop()
+        finally:
+            self._closed = True  # also after an exception, so that no job waits for a thread that has ended
+            self._end_all()
+
+    def _loop(self) -> None:
+        while not self._closed:
+            self._collect()
+            try:
+                self._read_piece()
+            except Exception as error:
+                self._fail(error, self._head)
+                self._head = self._reading = None
+            try:
+                self._step()
+            except Exception as error:
+                self._fail(error, *(row.job for row in self._batch.rows))
+                self._batch = _Batch()
+
+    def _end_all(self) -> None:
         while not self._arrived.empty():
             if (job := self._arrived.get()) is not None:
                 self._waiting.append(job)
@@ -152,7 +161,7 @@ class Scheduler:
                 self._end(left, error=_CLOSING)
 
     def _collect(self) -> None:
-        """Take in new jobs, and wait for one if there is nothing to do. Drops cancelled ones."""
+        """Take in new jobs, and wait for one if there is nothing to do. Drops cancelled ones that do not write yet."""
         idle = not (self._waiting or self._head or self._batch.rows)
         while True:
             try:
@@ -169,14 +178,13 @@ class Scheduler:
         if self._head is not None and self._head.cancelled:
             self._end(self._head)
             self._head = self._reading = None
-        self._keep([row for row in self._batch.rows if not row.job.cancelled])
 
     def _fail(self, error: Exception, *jobs: Job | None) -> None:
         """End the jobs that an exception concerns; the server goes on."""
         reason = "out of memory" if is_out_of_memory(error) else str(error).strip().partition("\n")[0]
         _LOG.error("linearize: a step failed", exc_info=error)
         for job in jobs:
-            if job is not None:
+            if job is not None and job.finish is None:
                 self._end(job, error=reason or type(error).__name__)
 
     def _read_piece(self) -> None:
@@ -221,7 +229,8 @@ class Scheduler:
         return row
 
     def _step(self) -> None:
-        """Write one token of every row."""
+        """Write one token of every row that is not cancelled."""
+        self._keep([row for row in self._batch.rows if not row.job.cancelled])
         batch = self._batch
         if not batch.rows:
             return

@@ -49,7 +49,7 @@ class MixedAttention(nn.Module, MambaBase):
         mixer: the layer's mixer, for the heads of this tensor-parallel rank.
         page: the places of the memory in a page.
         nbytes: the size of every layer's page.
-        name: the name by which vLLM knows the layer.
+        name: vLLM's name of the layer.
         context: vLLM's layers by name, into which this one goes.
     """
 
@@ -96,7 +96,7 @@ class MixedAttention(nn.Module, MambaBase):
         """`forward` for the sequences of the present step.
 
         Raises:
-            RuntimeError: vLLM has divided the step (dual batch overlap).
+            RuntimeError: vLLM divides the step (dual batch overlap).
         """
         steps = get_forward_context().attn_metadata
         if steps is None or self.pages is None:  # vLLM measures the memory that a step takes

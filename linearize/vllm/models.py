@@ -48,7 +48,7 @@ class LinearizedModel:
         architecture = AutoModelForCausalLM._model_mapping[type(base)]
         inner = vllm_config.with_hf_config(base, architectures=[architecture.__name__])
         super().__init__(vllm_config=inner, prefix=prefix)  # type: ignore[call-arg]
-        # Also if the configuration says untied: vLLM has changed it where the file has an output head.
+        # Also if the configuration has untied weights: vLLM changes it if the file has an output head.
         self._tied = dict(getattr(architecture, "_tied_weights_keys", None) or {})
         self._own = _install(self, vllm_config)
 
@@ -158,7 +158,7 @@ def page_nbytes(vllm_config: Any) -> int:
 
 @cache
 def _derive(architecture: str) -> type[LinearizedModel]:
-    # Where vLLM has no model, `Settings` refuses it; vLLM looks at a class before.
+    # vLLM needs a class before it calls `Settings`, which refuses an architecture that vLLM lacks.
     base = (base_model(architecture) or base_model("LlamaForCausalLM")).load_model_cls()
     kind = {"is_hybrid": True} if architecture.startswith(HYBRID) else {"is_attention_free": True}
     return type(architecture, (LinearizedModel, base), {"__module__": __name__, **kind})

@@ -53,9 +53,9 @@ class ServedConfig(LinearizedConfig):
         config = found[0] if isinstance(found, tuple) else found
         if config.architectures:
             name = config.architectures[0].removeprefix(HYBRID)
-            # vLLM sees by the class alone if a model has layers that keep softmax.
+            # vLLM reads from the class alone if a model has layers that keep softmax.
             config.architectures = [HYBRID + name if keeps_softmax(config) else name]
-        # It takes a hybrid with these for a model without states, and `text_config` still has them.
+        # vLLM treats a hybrid with layer types as a model without states; `text_config` keeps them.
         config.layer_types = None
         return found
 

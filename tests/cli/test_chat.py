@@ -115,7 +115,7 @@ class Terminal:
         os.write(self.end, text.encode())
 
     def until(self, what: str, seconds: float = 300) -> str:
-        """What is shown up to `what`, a pattern."""
+        """The output up to `what`, a pattern."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(what, self.shown)):
             ready, _, _ = select.select([self.end], [], [], max(deadline - time.monotonic(), 0))

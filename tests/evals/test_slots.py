@@ -49,7 +49,7 @@ def test_a_prompt_is_cut_before_its_question(of_bytes, tmp_path, task, begins):
 
 
 def test_all_have_the_bytes_of_ours(tiny_folder):
-    teacher, *others = systems_of(tiny_folder, Ours("landmarks-exact"), [16, 64], "float32")
+    teacher, *others = systems_of(tiny_folder, Ours("landmarks-exact"), [16, 64])
     assert teacher.nbytes == 0 and len({one.name for one in others}) == len(others) == 20
     for count in (16, 64):
         ours, *rest = [one for one in others if one.slots == count]

@@ -33,6 +33,7 @@ def test_sound_files_are_taken(name, tmp_path):
     assert told.count(False) == (2 if name == "recipe" else 0)
 
 
+@pytest.mark.check
 def test_faults_of_a_reader_are_counted(monkeypatch):
     kept: list[object] = []
 

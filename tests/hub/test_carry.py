@@ -159,6 +159,7 @@ def test_refuses_what_does_not_go_into_one_file(monkeypatch, model, other, said)
         _carry(monkeypatch, sources)
 
 
+@pytest.mark.check
 def test_a_carried_kernel_runs(files, tmp_path):
     """In Triton's interpreter: Triton reads a kernel's source from its file."""
     pytest.importorskip("triton")

@@ -69,7 +69,7 @@ def in_8_bits(x: Tensor) -> Tensor:
 
 
 def in_4_bits(x: Tensor) -> Tensor:
-    """Of heads as wide as one group."""
+    """A model with heads as wide as one group."""
     turn = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(WIDTH)] for i in range(WIDTH)]) / WIDTH**0.5
     y = x.detach() @ turn
     zero = y.amin(-1, keepdim=True).bfloat16().double()

@@ -15,7 +15,7 @@ from tests.serving.conftest import TEMPLATE
 
 
 class Model(nn.Module):
-    """What the protocol reads of a model."""
+    """A model with the attributes that the protocol reads."""
 
     def __init__(self, config: Any, positions: int | None, **settings: Any) -> None:
         super().__init__()

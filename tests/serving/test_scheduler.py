@@ -160,3 +160,22 @@ def test_a_failure_ends_its_texts_and_not_the_server(models, tokenizer, scheduli
     scheduler.close()
     last.text()
     assert last.job.error == "the server is shutting down"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_fails_ends_its_texts(tokenizer, scheduling, monkeypatch) -> None:
+    scheduler = scheduling("default", rows=1)
+    texts = [Writing(tokenizer, STORY, max_new_tokens=10**6) for _ in range(2)]
+    for one in texts:
+        scheduler.submit(one.job)
+    texts[0].told.get(timeout=300)
+
+    def failing() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(scheduler, "_collect", failing)
+    for one in texts:
+        one.text()
+    late = Writing(tokenizer, STORY)
+    scheduler.submit(late.job)
+    assert late.text() == "" and all(one.job.error for one in (*texts, late))

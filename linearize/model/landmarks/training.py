@@ -50,7 +50,7 @@ def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
         at, seen = _read_by_blocks(mixer, new, kept)
         slots_hold = in_slots(mixer, {"k_rotated": k, "v": v})
         if slots_hold["v"] is not v:
-            # What a slot stores differs from what the window stored, so a token is there twice.
+            # A slot stores other values than the window, so a token is there twice.
             k, v = (torch.cat([x, y], 1) for x, y in zip((k, v), slots_hold.values(), strict=True))
             at = torch.cat([at[..., :-slots], at[..., -slots:] + tokens], -1)
         widths = [sinks + room(mixer.window) + min(slots, (block + 1) * BLOCK) for block in range(blocks)]
