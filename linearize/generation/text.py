@@ -150,6 +150,10 @@ def _prompt_ids(
     last = int(state.last) if state is not None else int(past.ids[0, -1]) if past is not None else None
     if chat and (prompt or last is None):
         prompt = _turn(tokenizer, prompt, last, system)
+    try:
+        prompt.encode()
+    except UnicodeError as error:  # bytes that are not UTF-8 arrive as halves of surrogate pairs in some locales
+        raise DataError("the prompt is not UTF-8 text; convert it first, with iconv for example") from error
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat and last is None).input_ids
     return ids.long()  # an empty text gives floats
 

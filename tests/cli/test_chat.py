@@ -74,6 +74,9 @@ def test_errors_are_lines_and_the_conversation_goes_on(talk, tmp_path: Path) -> 
 def test_what_cannot_be_a_conversation_is_refused(talk, tiny_folder: Path) -> None:
     status, _, words = talk("Hi\n", model=tiny_folder)
     assert status == 1 and "its tokenizer has no chat template" in words
+    assert "run linearize generate without --chat" in words
+    status, _, words = talk("\udcff\n")
+    assert status == 1 and "error: the prompt is not UTF-8 text" in words
     for options, told in ((("-n", 0), "-n 0 writes no answer"), (("--temperature", "nan"), "--temperature nan")):
         status, _, words = talk("Hi\n", *options)
         assert status == 2 and told in words

@@ -306,6 +306,8 @@ def test_from_the_command_line(include: Path, tmp_path: Path, capfd: pytest.Capt
     assert "50 % of each task" in (tmp_path / "report" / "report.md").read_text()
     assert command(["eval", "--list", "animals_w*", "--include-path", str(include), "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == [{"name": "animals_write", "kind": "task", "about": ""}]
+    assert command(["eval", "--list", "zebras_*", "--include-path", str(include)]) == 1
+    assert "no suite or task has such a name" in capfd.readouterr().err
     assert command(["eval"]) == 2
     assert "name a MODEL, or pass --list" in capfd.readouterr().err
 
