@@ -136,7 +136,7 @@ def test_a_budget_is_spent_beside_what_is_named(chosen):
     # What is windowed for comparison leaves what is named alone.
     assert beside.windowed.loss.mean < probe.windowed.loss.mean
     assert beside.windowed.loss.mean > beside.kept.damage.loss.mean
-    assert f"mixer.keep={{layers: {named.keep.layers}}}" in why[-1] and "beside those that the recipe names" in why[0]
+    assert f"mixer.keep={{layers: {named.keep.layers}}}" in why[-1] and "beside those in the recipe" in why[0]
     assert named.keep == KeepSpec(layers=sorted([best, more]))
 
 
