@@ -241,6 +241,7 @@ def convert_into(
         LinearizeError: the model, the recipe, the text or the output is not usable.
     """
     config = load_config(source) if teacher is None else teacher.config
+    check_convertible(config, source, recipe.mixer)
     for line in rotary_notes(config):
         say(f"{source.name}: {line}")
     if tokenizer is None:
