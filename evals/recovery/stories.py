@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import statistics
@@ -216,7 +217,7 @@ class Study:
         answers = self._logits(model, [prompt for prompt, _ in self.questions])
         right = [int(logits[-1].argmax()) == name for logits, (_, name) in zip(answers, self.questions, strict=True)]
         buckets = {}
-        for first, end in zip(BUCKETS, BUCKETS[1:], strict=False):
+        for first, end in itertools.pairwise(BUCKETS):
             values = torch.cat([row[first:end] for row in rows])
             if len(values):
                 buckets[str(first)] = round(float(values.mean()), 5)
