@@ -78,6 +78,10 @@ def check_numbers(least: float, most: float = math.inf, **numbers: float | None)
             raise DataError(f"{name} {number}: expected {least} " + ("or more" if most == math.inf else f"to {most}"))
 
 
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+"""Short names of dtypes, for suggestions."""
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """True if the error or one of its causes is a failed allocation. On a CPU torch raises a plain RuntimeError, which
     is recognised by its text; torch is not imported here."""

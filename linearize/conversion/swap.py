@@ -147,7 +147,7 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
         if spec.memory_dtype == "int4" and config.get_text_config().model_type in _LARGE_KEY_BIASES:
             raise RecipeError(
                 "mixer.memory_dtype: int4 loses what this architecture's keys say, because their biases are a hundred "
-                "times larger than the rest of a key; use auto"
+                "times larger than the rest of a key; use int8"
             )
 
 

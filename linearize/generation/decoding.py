@@ -16,7 +16,7 @@ _MOST_STOPS = 16
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to write a text.
+    """The settings of a text: its length, its end, and the choice of each token.
 
     Attributes:
         max_new_tokens: maximum number of new tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize.errors import DataError, RecipeError
+from linearize.errors import SHORT_DTYPES, DataError, RecipeError
 from linearize.errors import check_numbers as check_numbers
 from linearize.runtime.cache import bytes_of
 
@@ -72,7 +72,7 @@ def check_dtype(name: str, *, int8: bool = False) -> None:
     """
     names = ("auto", "float32", "bfloat16", "float16", *(("int8",) if int8 else ()))
     if name not in names:
-        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.get(name)
+        short = SHORT_DTYPES.get(name)
         meant = f"; did you mean {short}?" if short else ""
         raise DataError(f"dtype {name}: expected {', '.join(names[:-1])} or {names[-1]}{meant}")
 

@@ -23,7 +23,7 @@ _SPARE = 0.5  # of the free memory: the rest is for prompts that are being read,
 
 @dataclass(frozen=True)
 class Serving:
-    """How the model is served.
+    """A served model and the size of its memory.
 
     Attributes:
         url: the address for clients, `http://HOST:PORT/v1`.
@@ -157,7 +157,7 @@ def serve(
 
 
 def _facts(model: Any, source: str, at_once: int | None, name: str, url: str) -> tuple[Serving, int | None]:
-    """How the model is served, and the most tokens of a text; None for any number."""
+    """The figures of the served model, and the maximum number of tokens of a text; None for no maximum."""
     from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
     from linearize.model import LinearizedForCausalLM
     from linearize.runtime.memory import free_bytes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from linearize.errors import SHORT_DTYPES
 from linearize.recipe.schema import GONE, Recipe
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ _ELSEWHERE: dict[str, Path] = {
     "torch_dtype": ("dtype",),
 }
 """Names that transformers, peft and others have for a key of the recipe."""
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 def one_line(text: str) -> str:
@@ -128,7 +128,7 @@ def explain(error: ErrorDetails) -> str:
     value = error["input"]
     text = f"expected {expected}, got {shown(value)}"
     if kind == "literal_error" and found and isinstance(value, str):
-        near = difflib.get_close_matches(_DTYPES.get(value, value), _choices(found[0]), n=1)
+        near = difflib.get_close_matches(SHORT_DTYPES.get(value, value), _choices(found[0]), n=1)
         text += f"; did you mean {near[0]!r}?" if near else ""
     return text
 
