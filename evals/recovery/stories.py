@@ -33,14 +33,17 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from evals.recovery.__main__ import tokens_of
+from evals.recovery.telling import token_axis
 from evals.recurrences.toy import surroundings, write
 from linearize.conversion.swap import window_baseline
 from linearize.data.selftext import self_written_documents
 from linearize.evaluation.baselines import equal_bytes, memory_bytes, silence
+from linearize.evaluation.tasks.task import mean_and_error
 from linearize.jobs.convert import convert
 from linearize.jobs.finetune import finetune
 from linearize.recipe import load_recipe
 from linearize.report.plots import Axis, Lines, Plot, Series
+from linearize.runtime.files import staged_file
 from linearize.sources.source import find_source, load_model, load_tokenizer
 from linearize.training.workfolder import is_resumable
 
@@ -120,7 +123,8 @@ class Study:
         self.held_out = [torch.tensor(ids) for ids in long[:stories]]
         if not self.text.is_file():
             lines = (json.dumps({"text": self.tokenizer.decode(ids[1:-1])}) for ids in documents[:-tail])
-            write_lines(self.text, lines)
+            with staged_file(self.text) as staging:
+                staging.write_text("\n".join(lines) + "\n", encoding="utf-8")
         counts = Counter(token for ids in documents[:-tail] for token in ids)
         self.frequent = torch.tensor([token for token, _ in counts.most_common(_FREQUENT)])
         self.recalled = [_recalled(ids, self.frequent) for ids in self.held_out]
@@ -222,10 +226,10 @@ class Study:
             if len(values):
                 buckets[str(first)] = round(float(values.mean()), 5)
         return {
-            "loss": _mean(losses),
-            "kl": _mean(divergences),
-            "recalled": _mean(recalled),
-            "name": _mean([float(one) for one in right]),
+            "loss": mean_and_error(losses),
+            "kl": mean_and_error(divergences),
+            "recalled": mean_and_error(recalled),
+            "name": mean_and_error([float(one) for one in right]),
             "loss_by_position": buckets,
         }
 
@@ -282,11 +286,7 @@ def markdown(found: dict[str, Any]) -> str:
 def plot(found: dict[str, Any], figure: str) -> str:
     """An SVG of a figure over training tokens; the left edge is the untrained model."""
     budgets = sorted({cell["budget"] for cell in found["cells"]})
-    none = (min((budget for budget in budgets if budget), default=10)) / 10  # a logarithmic axis has no zero
-    places = {budget: budget or none for budget in budgets}
-    x = Axis(
-        "training tokens", lambda place: "0" if place == none else f"{place:,.0f}", log=True, ticks=[*places.values()]
-    )
+    places, x = token_axis(budgets)
     series = [Series("teacher", [(place, *found["scores"]["teacher"][figure]) for place in places.values()], 0)]
     for look, system in enumerate(sorted({cell["system"] for cell in found["cells"]}), 1):
         points = []
@@ -311,18 +311,6 @@ def _recalled(ids: Tensor, frequent: Tensor) -> list[int]:
             places.append(place)
         last[token] = place
     return places
-
-
-def _mean(values: list[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return round(statistics.fmean(values), 5), round(error, 5)
-
-
-def write_lines(path: Path, lines: Iterator[str]) -> None:
-    """Write a file of lines by rename."""
-    staged = path.with_suffix(".partial")
-    staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    staged.rename(path)
 
 
 def _say(line: str) -> None:

@@ -104,11 +104,7 @@ def plots(found: dict[str, Any]) -> dict[str, str]:
     trained = [budget for budget in budgets if budget]
     if not trained:
         return {}
-    none = trained[0] / 10  # a logarithmic axis has no zero
-    places = {budget: budget or none for budget in budgets}
-    x = Axis(
-        "training tokens", lambda place: "0" if place == none else f"{place:,.0f}", log=True, ticks=[*places.values()]
-    )
+    places, x = token_axis(budgets)
     systems = sorted({cell["system"] for cell in found["cells"]})
     drawn = {}
     for name, (heading, _) in FIGURES.items():
@@ -129,3 +125,13 @@ def plots(found: dict[str, Any]) -> dict[str, str]:
             y = Axis("", lambda value: f"{value:g}")
             drawn[name] = Plot(name, heading, [Lines(x, y, series)]).alone
     return drawn
+
+
+def token_axis(budgets: list[int]) -> tuple[dict[int, float], Axis]:
+    """The place of each budget on a logarithmic axis, and the axis; the left edge is the untrained model."""
+    none = min((budget for budget in budgets if budget), default=10) / 10  # a logarithmic axis has no zero
+    places = {budget: budget or none for budget in budgets}
+    ticks = [*places.values()]
+    return places, Axis(
+        "training tokens", lambda place: "0" if place == none else f"{place:,.0f}", log=True, ticks=ticks
+    )
