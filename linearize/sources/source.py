@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from linearize_kernels.products import take_products
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
+from linearize_kernels.products import take_products
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
