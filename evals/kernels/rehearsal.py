@@ -3,8 +3,8 @@
     make rehearse-gpu          python -m evals.kernels.rehearsal; needs a CUDA build of torch, and no driver
 
 Fake tensors have a device and a shape, and no values. Operations between devices fail as on a GPU, and every value that
-the host would wait for is seen. It fails on a device mismatch, and on a wait that `ALLOWED` does not name. Values, kernels
-and the backward pass are not rehearsed: the backward engine asks the driver, and triton launches on a real device.
+the host would wait for is seen. It fails on a device mismatch, and on a wait that `ALLOWED` does not name. Values,
+kernels and the backward pass are not rehearsed: the backward engine asks the driver, and triton needs a device.
 """
 
 from __future__ import annotations
