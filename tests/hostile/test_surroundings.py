@@ -162,6 +162,14 @@ def test_what_needs_the_hub_says_what_is_missing_and_how_to_get_it(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_hub_is_tried_once_and_the_line_stands_once(capfd, no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    assert run(["eval", "owner/other"]) == 1
+    assert capfd.readouterr().err == f"error: {UNREACHED.replace('owner/model', 'owner/other')}\n"
+    assert no_network
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "a\n---\nlicense: mit\n---",
