@@ -10,6 +10,7 @@ from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
 from linearize.sources.source import find_source, load_model
 from tests.conftest import random_llama
+from tests.made import LANDMARKS
 
 CHANGES = ["mixer.landmarks=64", "mixer.landmarks_by=null", "mixer.memory_dtype=int4", "mixer.window=8"]
 
@@ -39,9 +40,7 @@ def test_codes_do_not_spend_their_range_on_biases(biased, tmp_path):
 
     with torch.no_grad():
         wanted = load_model(find_source(str(biased))).eval()(input_ids=ids).logits
-        model = convert(
-            str(biased), tmp_path / "out", "landmarks", overrides=["mixer.recurrence=none", *CHANGES]
-        ).eval()
+        model = convert(str(biased), tmp_path / "out", LANDMARKS, overrides=["mixer.recurrence=none", *CHANGES]).eval()
         # The slots hold every token, so only the codes differ from the pretrained model.
         fitted = apart(model)
         for name, parameter in model.named_parameters():
@@ -52,5 +51,5 @@ def test_codes_do_not_spend_their_range_on_biases(biased, tmp_path):
 
 def test_a_state_refuses_keys_that_are_too_much_alike(biased, tmp_path):
     with pytest.raises(RecipeError, match=r"mixer\.memory_dtype: the keys of layer 0 are so alike that rounding"):
-        convert(str(biased), tmp_path / "out", "landmarks", overrides=CHANGES)
+        convert(str(biased), tmp_path / "out", LANDMARKS, overrides=CHANGES)
     assert not (tmp_path / "out").exists()
