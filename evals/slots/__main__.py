@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="the folder of the pretrained model")
     parser.add_argument("--data", type=Path, help="the folder of the evaluation tasks' files")
     parser.add_argument("--work", type=Path, help="where converted models go")
-    parser.add_argument("--recipe", default="landmarks-exact", help="ours (default: %(default)s)")
+    parser.add_argument("--recipe", default="default", help="ours (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over the recipe")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of %(default)s")
     parser.add_argument("--systems", default="*", help="patterns of names such as SnapKV@*, separated by commas")

@@ -39,7 +39,7 @@ def demo(
     from linearize.jobs.demo import PROMPT, demo_changes
     from linearize.jobs.demo import demo as run_demo
 
-    recipe = begin("demo", demo_changes(overrides or ()), output, overwrite=overwrite)
+    recipe = begin("window-gla", demo_changes(overrides or ()), output, overwrite=overwrite)
     from linearize.jobs.run import gains_line
 
     started = time.monotonic()

@@ -127,7 +127,7 @@ def _check_landmarks(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> None:
     if spec.landmarks and all(layer.window is not None for layer in layers):
         raise RecipeError(
             "mixer.landmarks: all layers of this model have sliding windows of their own and see nothing beyond them, "
-            "so none has landmarks; take a recipe without them"
+            "so none has landmarks; take the recipe window-gla"
         )
 
 
@@ -179,7 +179,7 @@ def check_reach(recipe: Recipe, config: Any) -> None:
         raise RecipeError(
             f"mixer: a window of {recipe.mixer.window:,}, {recipe.mixer.sinks:,} sinks{landmarks} read the first "
             f"{reach:,} tokens of a text exactly, and this model's context is {context:,} tokens: lower "
-            f"{'mixer.landmarks or ' if landmarks else ''}mixer.window"
+            f"{'mixer.landmarks or ' if landmarks else ''}mixer.window, or take the recipe window-gla"
         )
     if recipe.calibrate is not None and recipe.calibrate.length <= reach:
         raise DataError(

@@ -17,6 +17,7 @@ from linearize.checkpoint.write import SHARD_BYTES, base_record, write_checkpoin
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.swap import check_convertible, check_reach, convert_model
 from linearize.data.load import reserved_tokens
+from linearize.errors import ModelError
 from linearize.jobs.checks import quiet, read_recipe
 from linearize.jobs.inspect import convertible
 from linearize.model.positions import rotary_notes
@@ -161,7 +162,12 @@ def tokenizer_for(source: Source, recipe: Recipe, config: Any, *, say: Callable[
     Raises:
         ModelError: the tokenizer is missing and the conversion reads text, or it cannot be read.
     """
-    if not prepares(recipe) and not has_tokenizer(source):
+    if not has_tokenizer(source):
+        if prepares(recipe):
+            raise ModelError(
+                f"{source.name}: has no tokenizer (no tokenizer.json), and this recipe measures the model on text; add "
+                "it, or take the recipe window-gla"
+            )
         say(f"{source.name}: has no tokenizer, so the result has none; finetune, eval and generate need it")
         return None
     tokenizer = load_tokenizer(source)

@@ -1,4 +1,4 @@
-"""`linearize demo`: run the recipe `demo` on a packaged model, and generate an answer with the result."""
+"""`linearize demo`: run the recipe `window-gla` on a packaged model, and generate an answer with the result."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from linearize.jobs.run import RunResult
     from linearize.recipe import Recipe
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TRAINING = (
+    "stages.0.data.tokens=24576", "stages.0.data.held_out=12", "stages.0.length=512", "stages.0.batch_tokens=1024",
+)  # fmt: skip
+"""24 steps on text that the teacher writes: minutes on two cores."""
 PROMPT = "Explain in two sentences why the sky is blue."
 
 
@@ -28,7 +33,7 @@ def demo(
     """`run_recipe`, then an answer of the fine-tuned model to `PROMPT`. An interrupted demo is resumed.
 
     Args:
-        recipe: the recipe `demo` with `demo_changes`.
+        recipe: the recipe `window-gla` with `demo_changes`.
         write: called with each piece of the answer.
 
     Raises:
@@ -50,9 +55,8 @@ def demo(
 
 
 def demo_changes(overrides: Sequence[str]) -> list[str]:
-    """`overrides` for the recipe `demo`, preceded by the packaged model if it is installed."""
-    found = packaged_model()
-    return [*([f"model={found}"] if found else []), *overrides]
+    """`overrides` for the recipe `window-gla`, preceded by the demo's model and its few tokens."""
+    return [f"model={packaged_model() or HUB_ID}", *TRAINING, *overrides]
 
 
 def packaged_model() -> Path | None:

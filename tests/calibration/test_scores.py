@@ -16,6 +16,7 @@ from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model, load_tokenizer
 from linearize.training.adapters import choose_trained
+from tests.made import LANDMARKS
 from tests.model.test_families import build
 
 WINDOW, TOLD, TOKENS = 4, 30, 48
@@ -104,7 +105,7 @@ def test_lessons_ask_for_what_they_hide(tiny_folder):
 def test_convert_fits_the_score(tiny_folder, data_folder, tmp_path):
     play = data_folder / "books" / "tinyshakespeare.txt"
     settings = load_recipe(
-        "landmarks",
+        LANDMARKS,
         ["mixer.landmarks=64", "mixer.landmark_score=learned", "mixer.window=16", f"calibrate={{source: {play}}}",
          "calibrate.tokens=1024", "calibrate.length=512", "calibrate.held_out=2", "calibrate.steps=0"],
     )  # fmt: skip
@@ -123,7 +124,7 @@ def test_convert_fits_the_score(tiny_folder, data_folder, tmp_path):
 
 def test_a_learned_score_needs_landmarks():
     with pytest.raises(RecipeError, match="there are no landmarks to choose"):
-        load_recipe("default", ["mixer.landmark_score=learned"])
+        load_recipe("window-gla", ["mixer.landmark_score=learned"])
 
 
 def test_training_leaves_the_score_alone():

@@ -24,7 +24,7 @@ SLIDING = AttentionLayer(8, 4, 16, 16, scale=0.25, window=100)
 
 
 def spec(*changes: str):
-    return load_recipe("default", changes).mixer
+    return load_recipe("window-gla", changes).mixer
 
 
 def kinds(layers, *changes):
@@ -117,7 +117,7 @@ def test_what_cannot_be_kept_is_told(layers, changes, told):
 
 @torch.no_grad()
 def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
-    recipe = load_recipe("default", ["mixer.keep={layers: [0], heads: {1: [2]}}", "mixer.window=16"])
+    recipe = load_recipe("window-gla", ["mixer.keep={layers: [0], heads: {1: [2]}}", "mixer.window=16"])
     source = find_source(str(tiny_folder))
     model = convert_into(source, recipe, tmp_path, teacher=load_model(source)).model
     ids = torch.arange(5, 105)[None]
@@ -143,7 +143,7 @@ def test_a_hybrid_checkpoint(tiny_folder, tmp_path):
 
 @torch.no_grad()
 def test_a_checkpoint_with_a_window_of_its_own_for_each_layer(tiny_folder, tmp_path):
-    recipe = load_recipe("default", ["mixer.windows={0: 8, 1: 24}"])
+    recipe = load_recipe("window-gla", ["mixer.windows={0: 8, 1: 24}"])
     source = find_source(str(tiny_folder))
     model = convert_into(source, recipe, tmp_path, teacher=load_model(source)).model
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

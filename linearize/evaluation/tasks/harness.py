@@ -187,7 +187,7 @@ class LmEvalTask(Task):
                 )
         metrics = {}
         for name in requests[0].filtered_resps:
-            found = leaf.task.process_results(leaf.documents[at], [one.filtered_resps[name] for one in requests])
+            found = leaf.results(at, [one.filtered_resps[name] for one in requests])
             for metric, value in found.items():
                 metrics[metric_name(metric, name)] = _json(value, self.name, metric)
         responses = [next(iter(one.filtered_resps.values())) for one in requests]
