@@ -111,7 +111,7 @@ def test_inspect_of_a_converted_model_shows_its_own_mixer(outcome, converted):
 
 
 def test_convert_dry_run_writes_nothing(outcome, tiny_folder, tmp_path):
-    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "--dry-run", "--json")
+    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "-r", "window-gla", "--dry-run", "--json")
     assert status == 0 and json.loads(text)["written"] is False
     assert not (tmp_path / "out").exists()
 
