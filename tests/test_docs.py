@@ -19,6 +19,7 @@ from tests.hub.conftest import hub as hub
 
 PAGES = sorted(DOCS.glob("*.md"))
 RUN = [
+    "quickstart",
     "your-model",
     "your-data",
     "reading-the-report",
