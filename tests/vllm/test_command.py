@@ -49,8 +49,9 @@ def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
         assert "vLLM serves the model" in log.read_text()
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=120)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(timeout=120)
 
 
 def answers(url: str) -> bool:
