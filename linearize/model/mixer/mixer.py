@@ -120,10 +120,9 @@ class Mixer(MixerBase):
         """Keys as they are coded, `scale * k + shift` per channel, and queries divided by the scale.
 
         The scale changes no score, and the shift moves all scores of a query alike, so the softmax stays the same."""
-        scale, shift = self._parameters.get("key_scale"), self._parameters.get("key_shift")
-        if scale is None or shift is None:
+        if "key_scale" not in self._parameters:
             return new
-        scale, shift = (x.detach().to(new.k_rotated.dtype) for x in (scale, shift))
+        scale, shift = (x.detach().to(new.k_rotated.dtype) for x in (self.key_scale, self.key_shift))
         q = (new.q_rotated.unflatten(2, (len(scale), -1)) / scale[:, None]).flatten(2, 3)
         return new._replace(q_rotated=q, k_rotated=torch.addcmul(shift, scale, new.k_rotated))
 
