@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 EVALS = Path(__file__).parent
 TARGET = EVALS.parent / "docs" / "picture.svg"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
-INT8, INT4, QWEN = (f"slots/{name}.json" for name in ("smollm2", "smollm2-int4", "qwen2.5-0.5b"))
+INT8, INT4, QWEN = (f"slots/{name}.json" for name in ("smollm2-int8", "smollm2", "qwen2.5-0.5b"))
 ROWS = (
     ("SmolLM2-135M: the teacher", INT4, TEACHER),
-    ("`default`", INT8, "slots"),
-    ("`default` in int4", INT4, "slots"),
-    ("window of as many bytes", INT8, "window"),
-    ("window of as many bytes as int4", INT4, "window"),
-    ("Qwen2.5-Coder-0.5B: `default`", QWEN, "slots"),
+    ("`default`", INT4, "default"),
+    ("window of as many bytes", INT4, "window"),
+    ("`default` in int8", INT8, "default"),
+    ("window of as many bytes as int8", INT8, "window"),
+    ("Qwen2.5-Coder-0.5B: the teacher", QWEN, TEACHER),
+    ("Qwen2.5-Coder-0.5B: `default`", QWEN, "default"),
 )
 """Name, file, and the start of the system's name in it."""
 _NEEDLES, _LOSSES = "niah_single_2 2048", {"wikitext2 2048": "WikiText-2", "book 2048": "a book"}
@@ -59,7 +60,7 @@ def bytes_per_token() -> int:
 
 
 def above(found: Mapping[str, Any], column: str, system: str) -> float | None:
-    """Loss above the teacher's in nats per token, which `smollm2-int4.json` has for SmolLM2; None if not run."""
+    """Loss above the teacher's in nats per token, which `smollm2.json` has for SmolLM2; None if not run."""
     own, teacher = mean(found, column, system), mean(figures(INT4), column, TEACHER)
     return own[0] - teacher[0] if own and teacher and found["model"] == figures(INT4)["model"] else None
 
@@ -92,8 +93,8 @@ def _loss(found: Mapping[str, Any], column: str, system: str) -> str:
 
 def picture() -> str:
     """The SVG as a stand-alone file: memory, speed, and loss over memory."""
-    default = figures(INT8)
-    size = default["systems"][system_in(default, "slots")]["bytes"]
+    default = figures(INT4)
+    size = default["systems"][system_in(default, "default")]["bytes"]
     tokens = Axis("context (tokens)", readable_length, log=True, ticks=_LENGTHS)
     bytes_ = Axis("memory of a sequence (16 bits)", lambda value: readable_bytes(value).replace(".0 ", " "), log=True)
     memory = Lines(
@@ -121,8 +122,8 @@ def picture() -> str:
     points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
     for file in (INT8, INT4):
         found = figures(file)
-        for kind, name in (("slots", "default"), ("window", "window")):
-            system = system_in(found, kind)
+        for name in ("default", "window"):
+            system = system_in(found, name)
             gaps = [] if system is None else [above(found, column, system) for column in _LOSSES]
             if system is not None and gaps and None not in gaps:
                 lost = statistics.fmean(gap for gap in gaps if gap is not None)
@@ -134,7 +135,7 @@ def picture() -> str:
         [Series(name, sorted(line), look) for look, (name, line) in enumerate(points.items(), 1) if line],
     )
     title = "SmolLM2-135M: memory, speed, and loss by memory"
-    words = "default and window: untrained, in int8 and (the smaller) slots in int4; window-gla: window and recurrence"
+    words = "default and window: untrained, in int4 and (the larger) int8; window-gla: window and recurrence"
     return Plot("picture", title, [memory, speed, loss], words).alone
 
 
