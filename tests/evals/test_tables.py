@@ -18,6 +18,7 @@ from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 from evals.speed.landmarks import FIGURES as landmarks_figures
 from evals.speed.landmarks import table as landmarks_table
+from linearize.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +112,7 @@ def test_the_results_of_the_readme_are_what_was_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results_table() in readme and all(fact in " ".join(readme.split()) for fact in facts())
     assert len(readme.split()) <= 1000
+    assert facts()[0].removesuffix(", where").removeprefix("in ") in load_recipe("default").measured
 
 
 def test_what_the_probe_says_of_it():
