@@ -16,6 +16,7 @@ from linearize_kernels import full_attention
 from torch import Tensor, nn
 
 from linearize.families.base import AttentionLayer, Family, Projections
+from linearize.model.landmarks.slots import joint_parts
 from linearize.model.layout import Layout
 from linearize.model.memory import LayerMemory, memory_of
 from linearize.model.mixer.mixer import Mixer
@@ -85,7 +86,8 @@ class LinearizedAttention(nn.Module):
             past = {}
             for name in ("k_rotated", "v"):
                 past |= empty_slots(kept, name, slots, dtype, device)
-        return LayerMemory(parts, batch, device, past=past, capacity=capacity)
+        joints = joint_parts(self.mixer) if self.mixer is not None and self.mixer.config.landmarks else ()
+        return LayerMemory(parts, batch, device, past=past, capacity=capacity, joints=joints)
 
     def memory_nbytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of one sequence's memory: the part of constant size, and the part per token."""

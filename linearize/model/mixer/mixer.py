@@ -108,9 +108,9 @@ class Mixer(MixerBase):
 
     def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
-        # A step reads its own token from the memory; a state of all tokens and the scores of landmarks read it here.
+        # A step reads its own token from the memory, but for a state of all tokens.
         steps = memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled()
-        reads = self.config.covers == "all" or self.config.landmarks
+        reads = self.config.covers == "all" and not self.config.landmarks
         if self.config.memory_dtype == "auto" or (steps and not reads):
             return new
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
