@@ -1,5 +1,6 @@
-"""CPU speed of one pretrained model converted by several recipes, beside the pretrained model in transformers and, if
-that is faster, with oneDNN products. All run in turns, so other load affects all of them; medians count.
+"""Core-seconds of one pretrained model converted by several recipes, beside the pretrained model in transformers and,
+if that is faster, with oneDNN products. All run in turns on one thread, and the process's own CPU time is counted, so
+other load on the machine changes little. Medians count.
 
     python -m evals.speed.recipes slots=FOLDER default=FOLDER    # converted checkpoints of one pretrained model
 """
@@ -7,53 +8,55 @@ that is faster, with oneDNN products. All run in turns, so other load affects al
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
 from linearize_kernels.products import onednn_is_faster, take_products
 
 from evals.recurrences.toy import markdown, surroundings, write
-from linearize.benchmark.running import decode, prefill
+from linearize.benchmark.running import _Decoding, _Engine, _Reading
 from linearize.benchmark.subjects import Subject, sharing, teacher_beside
 from linearize.sources.source import find_source, load_model
 
+if TYPE_CHECKING:
+    from linearize.benchmark.running import Run
+
 FIGURES = Path(__file__).with_name("recipes.json")
-READ, WRITTEN_AFTER = (512, 2048), (512, 2048, 8192)
-STEPS, REPEATS = 32, 5  # a block of tokens is merged into the slots once in 32 steps
-# Of the recipe `slots`, divided by the faster teacher.
-BARS = (("prefill", 2048, 1.0), ("decode", 2048, 1.0), ("decode", 8192, 2.4), ("decode", 32_768, 6.0))
+WORK = (("write", 2048), ("read", 2048), ("write", 8192), ("read", 512), ("write", 512))
+# Of the recipe `slots`: at least so many times the speed of the faster teacher.
+ASKED = {("read", 2048): 1.0, ("write", 2048): 1.0, ("write", 8192): 2.4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.speed.recipes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("models", nargs="+", metavar="RECIPE=FOLDER", help="converted checkpoints")
-    parser.add_argument("--read", type=_lengths, default=READ, help="tokens of prompts")
-    parser.add_argument("--write-after", type=_lengths, default=WRITTEN_AFTER, help="tokens of contexts")
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("-o", "--output", type=Path, help="write the figures to this file")
+    parser.add_argument("models", nargs="*", metavar="RECIPE=FOLDER", help="converted checkpoints")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32, help="tokens per run; one in 32 merges a block into the slots")
+    parser.add_argument("-o", "--output", type=Path, default=FIGURES)
+    parser.add_argument("--table", action="store_true", help="print the table of the figures that are there")
     arguments = parser.parse_args()
-    with torch.no_grad():
-        rows = measured(arguments)
-    names = list(dict.fromkeys(row["system"] for row in rows))
-    table = [
-        {"": f"{kind} at {tokens:,}", **{name: _ratio(rows, kind, tokens, name) for name in names}}
-        for kind, tokens in dict.fromkeys((row["kind"], row["tokens"]) for row in rows)
-    ]
-    print(markdown(table))
-    if arguments.output:
-        bars = [
-            {"kind": kind, "tokens": tokens, "asked": asked, "seen": _against(rows, kind, tokens, "slots")}
-            for kind, tokens, asked in BARS
-            if any(row["kind"] == kind and row["tokens"] == tokens for row in rows)
-        ]
-        around = {**surroundings(), "command": "python -m evals.speed.recipes"}
-        write(arguments.output, {**around, "repeats": arguments.repeats, "steps": STEPS, "bars": bars, "rows": rows})
+    if not arguments.table:
+        torch.set_num_threads(1)
+        subjects = _subjects(arguments.models)
+        around = {**surroundings(), "command": "python -m evals.speed.recipes", "steps": arguments.steps}
+        rows: list[dict[str, Any]] = []
+        for kind, tokens in WORK:
+            with torch.no_grad():
+                rows.append(_measured(subjects, kind, tokens, arguments.repeats, arguments.steps))
+            write(arguments.output, {**around, "rows": rows})  # so that a run may be stopped
+            print(table(rows[-1:]), flush=True)
+    else:
+        import json
+
+        print(table(json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]))
 
 
-def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _subjects(models: list[str]) -> list[Subject]:
     subjects: list[Subject] = []
-    for given in arguments.models:
+    for given in models:
         name, _, folder = given.partition("=")
         model: Any = load_model(find_source(folder), dtype="float32", device="cpu")
         if not subjects:
@@ -62,37 +65,45 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if onednn_is_faster():
                 fast = sharing(teacher)
                 take_products(fast)
-                subjects.append(Subject.of("teacher-onednn", fast))
+                subjects.append(Subject.of("teacher, oneDNN", fast))
         subjects.append(Subject.of(name, model))
-    rows: list[dict[str, Any]] = []
-    for tokens in arguments.write_after:
-        rows += decode(subjects, 1, tokens, steps=STEPS, repeats=arguments.repeats, say=print)
-    for tokens in arguments.read:
-        rows += prefill(subjects, 1, tokens, repeats=arguments.repeats, say=print)
-    return rows
+    return subjects
 
 
-def _lengths(given: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in given.split(",") if number)
-
-
-def _against(rows: list[dict[str, Any]], kind: str, tokens: int, system: str) -> float:
-    """The system's speed divided by the faster teacher's."""
-    speeds = {
-        row["system"]: row["tokens_per_second"] for row in rows if row["kind"] == kind and row["tokens"] == tokens
-    }
+def _measured(subjects: list[Subject], kind: str, tokens: int, repeats: int, steps: int) -> dict[str, Any]:
+    """Tokens per core-second of every subject, reading `tokens` or writing after them."""
+    runs: dict[str, Run] = {}
+    for subject in subjects:
+        if kind == "read":
+            runs[subject.name] = _Reading(subject, 1, tokens)
+        else:
+            decoding = (_Engine if subject.converted else _Decoding)(subject, subject.filled_cache(1, tokens), 1, steps)
+            decoding.warm_up()
+            decoding.steps = steps
+            runs[subject.name] = decoding
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + (kind == "read")):  # the first reading is a warm-up
+        for name, run in runs.items():
+            began = time.process_time()
+            count = run()
+            if turn or kind == "write":
+                seconds[name].append((time.process_time() - began) / count)
+    speeds = {name: 1 / median(times) for name, times in seconds.items()}
     faster = max(speed for name, speed in speeds.items() if name.startswith("teacher"))
-    ratio: float = speeds[system] / faster
-    return ratio
+    row: dict[str, Any] = {"kind": kind, "tokens": tokens, "core_seconds_per_token": seconds, "per_core_second": speeds}
+    row["times_the_faster_teacher"] = {name: speed / faster for name, speed in speeds.items()}
+    if (kind, tokens) in ASKED and "slots" in speeds:
+        row |= {"asked_of_slots": ASKED[kind, tokens], "met": speeds["slots"] / faster >= ASKED[kind, tokens]}
+    return row
 
 
-def _ratio(rows: list[dict[str, Any]], kind: str, tokens: int, system: str) -> str:
-    speed = next(
-        row["tokens_per_second"]
-        for row in rows
-        if (row["kind"], row["tokens"], row["system"]) == (kind, tokens, system)
-    )
-    return f"{speed:.1f} ({_against(rows, kind, tokens, system):.2f})"
+def table(rows: list[dict[str, Any]]) -> str:
+    found = []
+    for row in rows:
+        ratios = row["times_the_faster_teacher"]
+        cells = {name: f"{speed:.1f} ({ratios[name]:.2f})" for name, speed in row["per_core_second"].items()}
+        found.append({"tokens per core-second": f"{row['kind']} {row['tokens']:,}", **cells})
+    return markdown(found)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class LinearizedAttention(nn.Module):
             heads = self._mix(projected, None, memory)
         elif attention_mask.shape[-1] == 1:
             # With one token per row no gather is needed, and a check for all-real rows would sync the device.
-            lengths = attention_mask[:, 0, 0, 0]
+            lengths = _lengths_of(attention_mask)
             heads = self._mix(projected, lengths, memory)
         else:
             layout = layout_of(attention_mask)
@@ -228,6 +228,16 @@ def layout_of(attention_mask: Tensor) -> Layout:
         attention_mask._layout = layout  # type: ignore[attr-defined]
     assert isinstance(layout, Layout)  # noqa: S101 - for the type checker
     return layout
+
+
+def _lengths_of(attention_mask: Tensor) -> Tensor:
+    """`[B]` 1 for rows whose one token is real. One tensor for all layers, which attach to it what they share."""
+    lengths = getattr(attention_mask, "_lengths", None)
+    if lengths is None:
+        lengths = attention_mask[:, 0, 0, 0]
+        attention_mask._lengths = lengths  # type: ignore[attr-defined]
+    assert isinstance(lengths, Tensor)  # noqa: S101 - for the type checker
+    return lengths
 
 
 def _part_of(layer: AttentionLayer, heads: list[int]) -> AttentionLayer:

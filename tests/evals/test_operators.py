@@ -12,7 +12,7 @@ SHORT, LONG = 1100, 1100 + 8 * BLOCK
 
 @pytest.mark.parametrize(
     ("recipe", "per_block", "per_step", "recorded", "merging"),
-    [("slots", 50, 70, 125, 240), ("landmarks", 70, 80, 150, 300)],
+    [("slots", 46, 58, 71, 190), ("landmarks", 73, 82, 92, 250)],
 )
 def test_operators_of_slots(recipe, per_block, per_step, recorded, merging):
     """A block of a prompt costs as many operators as any other, and a step that merges none does no work for it."""

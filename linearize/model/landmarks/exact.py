@@ -10,7 +10,6 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
@@ -109,11 +108,7 @@ class Exact:
         own = slice(block * BLOCK, (block + 1) * BLOCK)
         leaving = in_slots(self.mixer, {name: x[:, :, own] for name, x in self.text.items()})
         lost = self.slots.merge(leaving, self.scores[..., own], goes, tell=tell)
-        if lost is None:
-            return None
-        missing = BLOCK - lost["number"].shape[2]
-        tokens = {name: x.transpose(1, 2) for name, x in lost.items()}
-        return {name: F.pad(x, (*[0, 0] * (x.dim() - 2), missing, 0)) for name, x in tokens.items()}
+        return None if lost is None else {name: x.transpose(1, 2) for name, x in lost.items()}
 
     def attend(self, start: int, end: int, block: int) -> None:
         """Compute the queries at the places `start` to `end`, after `block` blocks of `rows.held` have been merged."""

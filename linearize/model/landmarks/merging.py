@@ -1,7 +1,8 @@
 """Merges of blocks into the slots. Ranks need scores alone, so keys and values are touched only where they move.
 
-A block is written behind the filled slots. If there are more tokens than slots, those of lowest rank go, and tokens
-behind the last slot take their places; no other token moves.
+A block is written behind the slots. As many tokens of lowest rank go, empty slots before all others, and the block's
+kept tokens take their places in text order; no other token moves. So the order in the slots does not depend on how a
+text is split into calls.
 
 Dimensions: R rows, K key/value heads, N slots, P places. Places are those of sinks and window, which a merge does not
 touch, then the slots and room for a block: P = front + N + BLOCK.
@@ -110,16 +111,18 @@ class Slots:
         Args:
             block: the block's tokens `[R, K, BLOCK, ...]`, by the names of the tables.
             scores: `[4, R, K, BLOCK]`, see `of_text`.
-            tell: return the tokens that have no slot afterwards, `[R, K, at most BLOCK, ...]` and their `number`, in
+            tell: return the `BLOCK` tokens that have no slot afterwards, `[R, K, BLOCK, ...]`, and their `number`, in
                 text order; empty slots (number 0) come first. None if all tokens have a slot.
         """
-        first, end = self.filled, self.filled + BLOCK
+        fits = self.filled + BLOCK <= self.count and not self.ragged
+        first = self.filled if fits else self.count
+        end = first + BLOCK
         self.own()
         for name, x in block.items():
             self.tables[name][:, :, self.front + first : self.front + end] = x
         self.scores[..., first:end] = scores
-        lost = self._fit(end, goes, tell) if end > self.count else None
-        self.filled = min(end, self.count)
+        lost = None if fits else self._fit(end, goes, tell)
+        self.filled = min(self.filled + BLOCK, self.count)
         fading = self.scores[RECEIVED : QUERIES + 1]
         if goes is None:
             fading.mul_(FADING)
@@ -138,8 +141,7 @@ class Slots:
     @torch.no_grad()
     def _goes(self, end: int) -> tuple[Tensor, Tensor]:
         """The places, ascending, of the tokens of lowest rank, and the places whose tokens take theirs."""
-        spare = end - self.count
-        lost = self._ranks(end).topk(spare, dim=-1, largest=False, sorted=False).indices.sort(-1).values
+        lost = self._ranks(end).topk(BLOCK, dim=-1, largest=False, sorted=False).indices.sort(-1).values
         is_lost = torch.zeros_like(self.scores[0, ..., :end], dtype=torch.uint8).scatter_(-1, lost, 1)
         # Of the tokens behind the last slot, the kept ones come first. The others are lost themselves and stay.
         return lost, is_lost[..., self.count :].sort(dim=-1, stable=True).indices + self.count
@@ -177,7 +179,7 @@ class Slots:
         """The rank of the first `end` candidates, `[R, K, end]`."""
         novelty, received, queries = self.scores[:NUMBER, ..., :end]
         both = torch.stack([novelty, (received / queries).add_(LEAST_ATTENTION).log_()])
-        if not self.ragged:
+        if not self.ragged and self.filled == self.count:
             variance, mean = torch.var_mean(both, -1, correction=0, keepdim=True)
             return self._joint((both - mean) / variance.sqrt().clamp_min(LEAST_SPREAD))
         exists = self.number[..., :end] > 0

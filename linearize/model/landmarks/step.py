@@ -140,44 +140,85 @@ def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
     )
 
 
-def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.dtype, lengths: Tensor | None) -> _Seen:
-    """Write a token into rows of different lengths; rows with length 0 in `lengths` do not change."""
-    config, parts, counts = mixer.config, memory.parts, memory.counts
+class _Places(NamedTuple):
+    """Places and masks that follow from the rows' counts, equal in all layers with one window and number of sinks.
+
+    Attributes:
+        real: `[R]` True for rows with a new token.
+        before, merged: `[R]` the number of blocks merged before and with the new token.
+        goes: `[R]` True for rows whose token merges a block.
+        window, in_window: `[R]` the new token's place in the window, and True for rows where it is no sink.
+        front: `[R]` its place in sinks and window, side by side.
+        hidden, distant: see `_Seen`.
+    """
+
+    real: Tensor
+    before: Tensor
+    merged: Tensor
+    goes: Tensor
+    window: Tensor
+    in_window: Tensor
+    front: Tensor
+    hidden: Tensor
+    distant: Tensor
+
+
+def _places(mixer: MixerBase, counts: Tensor, lengths: Tensor | None) -> _Places:
+    sinks, kind = mixer.config.sinks, (mixer.window, mixer.config.sinks)
+    known: dict[tuple[int, int], _Places] = {} if lengths is None else lengths.__dict__.setdefault("_places", {})
+    if kind in known:
+        return known[kind]
     real = torch.ones_like(counts, dtype=torch.bool) if lengths is None else lengths > 0
     before, merged = merges(mixer, counts), merges(mixer, counts + 1)
-    goes = real & (merged > before)
+    place = counts - sinks - torch.where(real, merged, before) * BLOCK
+    each = torch.arange(-sinks, room(mixer.window), device=counts.device)
+    distance = place[:, None] - each
+    # A row without a new token may have no free place, so its place is any that there is.
+    at = place.clamp(-sinks, room(mixer.window) - 1)
+    known[kind] = _Places(
+        real=real,
+        before=before,
+        merged=merged,
+        goes=real & (merged > before),
+        window=at.clamp_min(0),
+        in_window=real & (place >= 0),
+        front=at + sinks,
+        hidden=(distance < 0)[:, None, None],
+        distant=((distance[:, sinks:] >= mixer.window // 4) & real[:, None])[:, :, None],
+    )
+    return known[kind]
+
+
+def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.dtype, lengths: Tensor | None) -> _Seen:
+    """Write a token into rows of different lengths; rows with length 0 in `lengths` do not change."""
+    config, parts = mixer.config, memory.parts
+    places = _places(mixer, memory.counts, lengths)
     # `any` syncs a GPU, and a CUDA graph must not depend on a host value. Merging no row is a no-op.
     due = memory.merges
     if due is None:
-        due = goes.device.type != "cpu" or not memory.counts_on_host or bool(goes.any())
+        due = places.goes.device.type != "cpu" or not memory.counts_on_host or bool(places.goes.any())
     if due:
-        _merge(mixer, memory, dtype, before, goes)
-    place = counts - config.sinks - torch.where(real, merged, before) * BLOCK
-    slot = torch.arange(room(mixer.window), device=counts.device)
-    number = torch.arange(config.sinks, device=counts.device)
-    # A row without a new token may have no free place; it gets back what it had.
-    at = place.clamp(0, len(slot) - 1)
-    for part, place_of, writes in (
-        ("window", at, real & (place >= 0)),
-        ("sinks", counts.clamp(max=max(config.sinks - 1, 0)), real & (place < 0)),
+        _merge(mixer, memory, dtype, places.before, places.goes)
+    exact = memory.joined(memory.joints[0])
+    alone = {name: x for name, x in parts["window"].items() if name not in exact and name != "received"}
+    for tensors, at, writes in (
+        (exact, places.front, places.real),
+        (alone, places.window, places.in_window),
     ):
-        for name, held in parts.get(part, {}).items():
-            if name != "received":  # it is 0 there
-                into = place_of.view(-1, *[1] * (held.dim() - 1)).expand(-1, 1, *held.shape[2:])
-                comes = writes.view(-1, *[1] * (held.dim() - 1))
-                held.scatter_(1, into, torch.where(comes, arriving[name].to(held.dtype), held.gather(1, into)))
+        for name, held in tensors.items():
+            place = at.view(-1, *[1] * (held.dim() - 1)).expand(-1, 1, *held.shape[2:])
+            comes = writes.view(-1, *[1] * (held.dim() - 1))
+            held.scatter_(1, place, torch.where(comes, arriving[name].to(held.dtype), held.gather(1, place)))
     if config.landmark_score == "novelty":
         total = parts["keys"]["sum"]
-        total.copy_(torch.where(real[:, None, None], arriving["sum"], total))
-    distant = place[:, None] - slot >= mixer.window // 4
-    hidden = torch.cat([number > counts[:, None], slot > place[:, None]], 1)
+        total.copy_(torch.where(places.real[:, None, None], arriving["sum"], total))
     return _Seen(
         filled=config.landmarks,
-        hidden=hidden[:, None, None],
+        hidden=places.hidden,
         empty=(parts["landmarks"]["number"] == 0).transpose(1, 2)[:, :, None],
-        distant=(distant & real[:, None])[:, :, None],
-        counts=real[:, None, None],
-        written=merged * BLOCK - config.landmarks,
+        distant=places.distant,
+        counts=places.real[:, None, None],
+        written=places.merged * BLOCK - config.landmarks,
     )
 
 
