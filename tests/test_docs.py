@@ -19,6 +19,7 @@ from tests.hub.conftest import hub as hub
 
 PAGES = sorted(DOCS.glob("*.md"))
 RUN = [
+    "quickstart",
     "your-model",
     "your-data",
     "reading-the-report",
@@ -93,7 +94,7 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
         if settings.keys() == {"data"}:
             DataSpec.model_validate(settings["data"])
         else:
-            load_recipe("default", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+            load_recipe("window-gla", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     elif block.language == "sh":
         for line in block.code.splitlines():
             words = shortened(line)

@@ -56,7 +56,7 @@ def test_large_layers_take_pairs(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs") / "model"
-    api.convert(tiny_folder, folder, "default", overrides=["mixer.window=16"])
+    api.convert(tiny_folder, folder, "window-gla", overrides=["mixer.window=16"])
     return folder
 
 

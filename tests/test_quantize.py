@@ -77,7 +77,7 @@ def test_generate_and_its_states_in_int8(tmp_path, tiny_folder, capfd):
     from linearize.cli.app import run
 
     target, state = tmp_path / "model", tmp_path / "kept.state"
-    assert run(["convert", str(tiny_folder), "-o", str(target), "--set", "mixer.window=16"]) == 0
+    assert run(["convert", str(tiny_folder), "-o", str(target), "-r", "window-gla", "--set", "mixer.window=16"]) == 0
     words = [str(target), "Once upon a time there was a", "-n", "8", "--dtype", "int8", "--json"]
     capfd.readouterr()
     assert run(["generate", *words, "--save-state", str(state)]) == 0
@@ -143,7 +143,7 @@ def test_cutting_the_largest_lowers_the_error_that_counts():
 @pytest.fixture(scope="module")
 def converted(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantize") / "tiny"
-    api.convert(tiny_folder, folder, "default", overrides=["mixer.window=16"])
+    api.convert(tiny_folder, folder, "window-gla", overrides=["mixer.window=16"])
     return folder
 
 
@@ -217,7 +217,7 @@ def test_what_integers_do_not_do(converted, tmp_path, tiny_folder):
     with pytest.raises(ModelError, match="weights are integers already"):
         api.export(tmp_path / "out", tmp_path / "none", weights="int4", text=str(text), tokens=1024)
     with pytest.raises(ModelError, match="out: its weights are integers, which cannot be trained; train what it was"):
-        api.finetune("demo", tmp_path / "tuned", model=tmp_path / "out", overrides=[f"teacher={tiny_folder}"])
+        api.finetune("window-gla", tmp_path / "tuned", model=tmp_path / "out", overrides=[f"teacher={tiny_folder}"])
     assert not (tmp_path / "none").exists()
     again = api.export(tmp_path / "out", tmp_path / "again", dtype="bfloat16")  # but written once more they can be
     assert again.files["model.safetensors"] < (tmp_path / "out" / "model.safetensors").stat().st_size

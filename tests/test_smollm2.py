@@ -19,6 +19,7 @@ from linearize.jobs.convert import convert_into
 from linearize.model import LinearizedForCausalLM
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model
+from tests.made import LANDMARKS
 
 pytestmark = pytest.mark.real
 
@@ -36,13 +37,13 @@ def test_the_real_model_is_converted_verified_trained_and_scored(smollm2_path, t
     text = tmp_path / "text.txt"
     text.write_text("The history of the steam engine begins with a kettle, and with a boy who looked at it. " * 40)
     changes = [f"model={smollm2_path}", *SMALL, f"stages.0.data.source={text}"]
-    linearize.convert(smollm2_path, tmp_path / "converted", overrides=changes)
+    linearize.convert(smollm2_path, tmp_path / "converted", "window-gla", overrides=changes)
     monkeypatch.setattr(
         "linearize.verification.checks._NEXT_1000", (64, 1, 35)
     )  # the memory of a long text is as large
     found = linearize.verify(tmp_path / "converted", tokens=28, steps=2)
     assert found.failed == [] and found.woken == 30, found
-    result = linearize.finetune("demo", tmp_path / "tuned", model=tmp_path / "converted", overrides=changes)
+    result = linearize.finetune("window-gla", tmp_path / "tuned", model=tmp_path / "converted", overrides=changes)
     assert [stage["tokens"] for stage in result.stages] == [96]
     (task,) = linearize.evaluate(tmp_path / "tuned", tasks=["held_out"]).to_json()["tasks"][:1]
     assert set(task["systems"]) == {"teacher", "window_bytes", "no_recurrence", "model"}
@@ -55,9 +56,9 @@ def teacher(smollm2_path: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> LinearizedForCausalLM:
-    """Converted from the GGUF with the default recipe, written, and loaded again."""
+    """Converted from the GGUF with the recipe window-gla, written, and loaded again."""
     folder = tmp_path_factory.mktemp("converted")
-    convert_into(find_source(str(smollm2_gguf)), load_recipe("default"), folder)
+    convert_into(find_source(str(smollm2_gguf)), load_recipe("window-gla"), folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
@@ -108,7 +109,7 @@ def test_perplexity_equals_the_masked_teachers_on_all_of_wikitext2(teacher, conv
 @pytest.mark.check
 def test_a_window_over_everything_is_the_teacher(teacher, smollm2_path):
     model = convert_model(
-        load_model(find_source(str(smollm2_path))), load_recipe("default", ["mixer.window=300"]).mixer
+        load_model(find_source(str(smollm2_path))), load_recipe("window-gla", ["mixer.window=300"]).mixer
     )
     ids = torch.randint(0, teacher.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
     expected = teacher(ids, use_cache=False).logits
@@ -153,7 +154,7 @@ def test_landmarks_find_a_needle_that_a_window_of_as_many_bytes_does_not(smollm2
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     (task,) = recall_tasks(tokenizer, ["niah_single_1"], lengths=[ROW], depths=5, samples=1, seed=5)
     found, sizes = [], []
-    for recipe, changes in (("landmarks", []), ("default", ["mixer.window=512", "mixer.recurrence=none"])):
+    for recipe, changes in ((LANDMARKS, []), ("window-gla", ["mixer.window=512", "mixer.recurrence=none"])):
         model = convert_model(load_model(find_source(str(smollm2_path))), load_recipe(recipe, changes).mixer).eval()
         found.append(task.score(model, tokenizer, [1], 1)[0].value)
         sizes.append([state_nbytes(model, dtype) for dtype in (torch.float32, torch.bfloat16)])

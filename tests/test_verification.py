@@ -30,6 +30,7 @@ from linearize.verification import Verification, verify, widened
 from linearize.verification.checks import KINDS as KINDS_OF_CHECKS
 from linearize.verification.subject import Subject
 from linearize.verification.verify import FLOAT32_TOLERANCE, Check, rounds, without_rounding
+from tests.made import LANDMARKS
 from tests.tables import in_turn, some
 from tests.verification_faults import (
     FAULTS,
@@ -46,16 +47,17 @@ from tests.verification_faults import (
     values_not_finite,
 )
 
+GLA = ("-r", "window-gla")
 ALL = ["reload", "decode", "chunks", "pads", "packing", "batch", "reorder", "state", "memory", "drift"]
 KINDS = {
-    "default": ("default",),
+    "default": ("window-gla",),
     "liger": ("liger-gla", "mixer.sinks=0"),
-    "softmax": ("default", "mixer.mix=softmax"),
-    "kept": ("default", "mixer.keep.layers=[1]", "mixer.keep.heads={0: [1]}"),
-    "landmarks": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null"),
-    "int4": ("landmarks", "mixer.landmarks=20", "mixer.landmarks_by=null", "mixer.memory_dtype=int4"),
-    "bfloat16": ("default", "dtype=bfloat16"),
-    "float16": ("default", "dtype=float16"),
+    "softmax": ("window-gla", "mixer.mix=softmax"),
+    "kept": ("window-gla", "mixer.keep.layers=[1]", "mixer.keep.heads={0: [1]}"),
+    "landmarks": (LANDMARKS, "mixer.landmarks=20", "mixer.landmarks_by=null"),
+    "int4": (LANDMARKS, "mixer.landmarks=20", "mixer.landmarks_by=null", "mixer.memory_dtype=int4"),
+    "bfloat16": ("window-gla", "dtype=bfloat16"),
+    "float16": ("window-gla", "dtype=float16"),
 }
 
 
@@ -243,7 +245,7 @@ def test_learned_weights_that_are_large_enough_stay(folder):
 def test_learned_positions_that_end_are_no_obstacle(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
-    model = convert_model(GPT2LMHeadModel(config).eval(), load_recipe("default", ["mixer.window=16"]).mixer)
+    model = convert_model(GPT2LMHeadModel(config).eval(), load_recipe("window-gla", ["mixer.window=16"]).mixer)
     model.save_pretrained(tmp_path)
     source = find_source(str(tmp_path))
     found = verify(model, source, steps=200)
@@ -283,7 +285,11 @@ def test_rotary_tables_that_change_with_the_length_are_one_and_said(kind, rope, 
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     base, target = str(tmp_path / "base"), str(tmp_path / "converted")
-    for command in (["inspect", base], ["convert", base, "-o", target, "--dry-run"], ["convert", base, "-o", target]):
+    for command in (
+        ["inspect", base],
+        ["convert", base, "-o", target, "--dry-run", *GLA],
+        ["convert", base, "-o", target, *GLA],
+    ):
         assert run([*command, "--set", "mixer.window=16"]) == 0
         text, words = capfd.readouterr()
         assert (text if command[0] == "inspect" else words).count(told) == 1
@@ -334,9 +340,9 @@ def test_progress_names_the_check_and_its_place(folder, monkeypatch, capfd):
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_passes_and_does_not_drift_over_4096_steps(smollm2_gguf, tmp_path):
-    """A short run of the command is in the README, whose test runs it."""
+    """A short run of the command is in the quickstart, which the tests run."""
     source = find_source(str(smollm2_gguf))
-    convert_into(source, load_recipe("default"), tmp_path)
+    convert_into(source, load_recipe("window-gla"), tmp_path)
     found = verify(load(tmp_path), find_source(str(tmp_path)), steps=4096)
     assert found.failed == [] and found.steps == 4096, found
     assert found.moved >= 0.05
@@ -369,3 +375,15 @@ def test_a_code_at_a_boundary_is_no_failure_of_a_rounded_memory(folder, monkeypa
     assert judged(9e-3, 1e-12).passed and "1.0e-12 in float64" in judged(9e-3, 1e-12).detail
     assert not judged(2e-2, 1e-12).passed and not judged(9e-3, 9e-3).passed
     assert model.dtype == torch.float32
+
+
+def test_many_slots_are_checked_with_few_and_once_with_all(tiny_folder, tmp_path):
+    changes = ["mixer.window=16", "mixer.landmarks=500", "mixer.landmarks_by=null", "mixer.memory_dtype=int8"]
+    convert_into(
+        find_source(str(tiny_folder)), load_recipe("default", [*changes, "mixer.landmark_score=novelty"]), tmp_path
+    )
+    model = load(tmp_path)
+    found = verify(model, find_source(str(tmp_path)), steps=8)
+    assert [check.name for check in found.checks] == [*ALL, "full size"] and found.failed == [], found
+    assert found.tokens == 192 < 500 < found.full_tokens
+    assert {attention.mixer.config.landmarks for attention in model.attention_layers} == {500}

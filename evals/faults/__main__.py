@@ -94,7 +94,12 @@ def make_jobs(root: Path) -> list[Job]:
     out = {name: str(root / name / "out") for name in JOBS}
     for name in out:
         (root / name).mkdir()
-    made = Job("convert", root / "convert", ["convert", str(plain), "-o", str(old), "--set", "mixer.window=8"], list)
+    made = Job(
+        "convert",
+        root / "convert",
+        ["convert", str(plain), "-o", str(old), "-r", "window-gla", "--set", "mixer.window=8"],
+        list,
+    )
     if made.whole(made.arguments).status:
         raise RuntimeError("the tiny model cannot be converted")
     convert = ["convert", str(plain), "-o", out["convert"], "--overwrite", "--set", "mixer.window=16"]
@@ -104,7 +109,7 @@ def make_jobs(root: Path) -> list[Job]:
     data = {"source": str(text), "tokens": 1536, "held_out": 1}
     common = {"data": data, "length": 64, "batch_tokens": 256, "save_every": 2}
     stages = [{"objective": name, **common} for name in OBJECTIVES]
-    finetune = ["finetune", "default", "-o", out["finetune"], "--set", f"model={plain}", "--set", "mixer.window=16"]
+    finetune = ["finetune", "window-gla", "-o", out["finetune"], "--set", f"model={plain}", "--set", "mixer.window=16"]
     finetune += ["--set", f"stages={json.dumps(stages)}"]
     resumable = root / "finetune" / "out.training" / "recipe.yaml"
     (root / "wikitext2").mkdir()

@@ -41,7 +41,7 @@ COLUMNS = (
     ("teacher", "default", "teacher"),
     ("window 64 + 4 sinks", "default", "window"),
     ("window of equal bytes", "default", "window_bytes"),
-    ("`default`, as converted", "default", "model"),
+    ("`window-gla`, as converted", "default", "model"),
     ("`liger-gla`, as converted", "liger-gla", "model"),
     ("demo, fine-tuned", "finetuned", "model"),
     ("… without recurrence", "finetuned", "no_recurrence"),

@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.short:
         plan = Plan(lengths=(512, 8192), prefill_up_to=512, repeats=3, steps=4, int8=True, train=TRAIN[:1])
         read //= 10
-    facts = bench(arguments.model, load_recipe("default").mixer, plan, say=print)
+    facts = bench(arguments.model, load_recipe("window-gla").mixer, plan, say=print)
     facts["model"] = provenance_of(find_source(arguments.model))["base"]["name"]
     facts["long_text"] = _long_text(arguments.model, read)
     facts["bars"] = bars(facts)

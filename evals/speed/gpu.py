@@ -59,7 +59,7 @@ def measured(
 ) -> list[dict[str, Any]]:
     """The facts of `linearize bench` for each batch. Only the first batch also measures prefill, up to `read` tokens,
     and training, on rows of `train` tokens."""
-    mixer = load_recipe("default").mixer
+    mixer = load_recipe("window-gla").mixer
     found = []
     for batch in batches:
         first = batch == batches[0]

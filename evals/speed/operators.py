@@ -29,8 +29,10 @@ from linearize.recipe import load_recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from linearize.recipe import MixerSpec
+
 FIGURES = Path(__file__).with_name("operators.json")
-RECIPES = ("default", "landmarks", "slots")
+RECIPES = ("default", "window-gla")
 PROMPTS = (512, 2048, 8192)
 STEPS = 32  # a merge is due once in as many
 _NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty")
@@ -54,8 +56,8 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def small(recipe: str, layers: int) -> Any:
-    """A model of the recipe's mixers with few heads and channels."""
+def small(mixer: MixerSpec, layers: int) -> Any:
+    """A model of few heads and channels with such mixers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -66,12 +68,12 @@ def small(recipe: str, layers: int) -> Any:
         vocab_size=97,
         max_position_embeddings=2**15,
     )
-    return convert_model(LlamaForCausalLM(config).eval(), load_recipe(recipe).mixer)
+    return convert_model(LlamaForCausalLM(config).eval(), mixer)
 
 
-def of_a_layer(recipe: str, work: Callable[[Any], Counter[str]]) -> Counter[str]:
+def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]]) -> Counter[str]:
     """The operators of one layer in `work`, by name."""
-    one, two = (work(small(recipe, layers)) for layers in (1, 2))
+    one, two = (work(small(mixer, layers)) for layers in (1, 2))
     return Counter({name: two[name] - one[name] for name in two if two[name] != one[name]})
 
 
@@ -107,11 +109,11 @@ def writing(tokens: int, *, merges: bool | None = None) -> Callable[[Any], Count
     return work
 
 
-def counted(recipe: str, prompts: tuple[int, ...] = PROMPTS) -> dict[str, float]:
+def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, float]:
     """Operators per layer: of prompts, and of a step, averaged over `STEPS`."""
-    found = {f"prompt of {tokens:,}": float(sum(of_a_layer(recipe, reading(tokens)).values())) for tokens in prompts}
+    found = {f"prompt of {tokens:,}": float(sum(of_a_layer(mixer, reading(tokens)).values())) for tokens in prompts}
     for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
-        found[name] = sum(of_a_layer(recipe, writing(1100, merges=merges)).values()) / STEPS
+        found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
     return found
 
 
@@ -123,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.speed.operators", description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="write operators.json too")
     arguments = parser.parse_args()
-    found = {recipe: counted(recipe) for recipe in RECIPES}
+    found = {recipe: counted(load_recipe(recipe).mixer) for recipe in RECIPES}
     if arguments.write:
         write(FIGURES, {**surroundings(), "operators_per_layer": found})
     print(markdown([{"recipe": recipe, **{k: f"{v:,.0f}" for k, v in row.items()}} for recipe, row in found.items()]))

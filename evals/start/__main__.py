@@ -58,7 +58,7 @@ class Row:
     Attributes:
         name: the name of its folder.
         heading: its heading in the table.
-        recipe: a shipped recipe, and the `--set` changes to it.
+        recipe: a shipped recipe, or a file beside this one, and the `--set` changes to it.
         after: the row of the same recipe that this one is trained from, with `trained.yaml`.
         training: the `--set` changes to `trained.yaml`.
     """
@@ -75,22 +75,24 @@ KEEP = "mixer.keep={budget: 10%, by: recall}"
 # Closed forms only: rows longer than the landmarks keep exact, and no steps.
 CALIBRATE = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 0, source: self}"
 FIT = "calibrate={tokens: 24576, length: 2048, held_out: 6, steps: 48, source: self}"
+LANDMARKS, EXACT = (str(Path(__file__).with_name(f"{name}.yaml")) for name in ("landmarks", "landmarks-exact"))
+WRITTEN = "calibrate.source=self"
 ROWS = (
-    Row("default", "`default`, as converted", "default"),
-    Row("calibrated", "`calibrated`", "calibrated"),
-    Row("keep", "`calibrated`, 10 % of the cache kept", "calibrated", (KEEP,)),
-    Row("landmarks-even", "`landmarks`, as many in every layer", "landmarks", ("mixer.landmarks_by=null",)),
-    Row("landmarks", "`landmarks`, shared out by damage", "landmarks"),
-    Row("landmarks-calibrated", "`landmarks`, calibrated", "landmarks", (CALIBRATE,)),
-    Row("landmarks-exact", "`landmarks-exact`: 394, calibrated, no recurrence", "landmarks-exact"),
-    Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", "landmarks", (CALIBRATE, KEEP)),
-    Row("landmarks-fitted", "`landmarks`, calibrated, its recurrence by 48 steps a layer", "landmarks", (FIT,)),
-    Row("calibrated-trained", "`calibrated`, distilled on 0.2M tokens", "calibrated", after="calibrated"),
+    Row("default", "`window-gla`, as converted", "window-gla"),
+    Row("calibrated", "`train`, fitted", "train", (WRITTEN,)),
+    Row("keep", "`train`, fitted, 10 % of the cache kept", "train", (WRITTEN, KEEP)),
+    Row("landmarks-even", "`landmarks`, as many in every layer", LANDMARKS, ("mixer.landmarks_by=null",)),
+    Row("landmarks", "`landmarks`, shared out by damage", LANDMARKS),
+    Row("landmarks-calibrated", "`landmarks`, calibrated", LANDMARKS, (CALIBRATE,)),
+    Row("landmarks-exact", "`landmarks-exact`: 394, calibrated, no recurrence", EXACT),
+    Row("landmarks-keep", "`landmarks`, calibrated, 10 % kept", LANDMARKS, (CALIBRATE, KEEP)),
+    Row("landmarks-fitted", "`landmarks`, calibrated, its recurrence by 48 steps a layer", LANDMARKS, (FIT,)),
+    Row("calibrated-trained", "`train`, distilled on 0.2M tokens", "train", (WRITTEN,), after="calibrated"),
     # Smaller steps, because the model is close to the teacher; half of the tokens, because each costs twice as much.
     Row(
         "landmarks-trained",
         "`landmarks`, calibrated, distilled on 0.1M tokens",
-        "landmarks",
+        LANDMARKS,
         (FIT,),
         after="landmarks-fitted",
         training=("stages.0.lr=3e-4", "stages.0.data.tokens=100_000"),

@@ -6,8 +6,8 @@ speed    MODEL is the pretrained model, which vLLM serves as it is, or a convert
          Rates are per second of this process on the CPU, because other processes may take the rest; `wall` is beside
 memory   bytes of vLLM's cache that one request holds when `--lengths` tokens of it have been read
 equal    8 requests of unequal lengths on four places get 64 greedy tokens each, with whole prompts and with chunks of
-         32 tokens; the same in transformers. A difference counts as a tie if the two logits differ by less than 1e-4 of
-         the spread of all
+         32 tokens; the same in transformers. Each token of a text that differs is held against transformers' logits
+         after the tokens before it, and counts as a tie if it is less than 1e-4 of their spread below the largest
 
 The figures are written to FILE after each measurement. vLLM runs in this process, in float32, without its compiler.
 """
@@ -31,6 +31,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -131,8 +132,6 @@ def memory(folder: str, lengths: Sequence[int]) -> dict[str, int]:
 
 
 def equal(folder: str) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
     import linearize  # noqa: F401 - registers converted checkpoints
 
     asked, texts = prompts(folder, EQUAL_LENGTHS), {}
@@ -141,34 +140,43 @@ def equal(folder: str) -> dict[str, Any]:
             answers = llm.generate([{"prompt_token_ids": ids} for ids in asked], greedy(EQUAL_NEW), use_tqdm=False)
             texts[name] = [list(answer.outputs[0].token_ids) for answer in answers]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        wanted = [
-            model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
-                max_new_tokens=EQUAL_NEW, min_new_tokens=EQUAL_NEW, pad_token_id=0,
-            )[0, len(ids) :].tolist()
-            for ids in asked
-        ]  # fmt: skip
+    wanted = generated(model, asked)
     result: dict[str, Any] = {"prompts": list(EQUAL_LENGTHS), "new": EQUAL_NEW}
     for name, written in texts.items():
         result[name] = {
             "equal": sum(a == b for a, b in zip(written, wanted, strict=True)),
             "differences": [
-                d for ids, a, b in zip(asked, written, wanted, strict=True) if (d := apart(model, ids, a, b))
+                d for ids, a, b in zip(asked, written, wanted, strict=True) if a != b for d in apart(model, ids, a)
             ],
         }
     return result
 
 
 @torch.inference_mode()
-def apart(model: Any, ids: list[int], ours: list[int], theirs: list[int]) -> dict[str, Any] | None:
-    """The first place at which two texts differ, with transformers' logits of both tokens there."""
-    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
-    if place is None:
-        return None
-    row = model(torch.tensor([ids + theirs[:place]])).logits[0, -1]
-    gap = float(row[theirs[place]] - row[ours[place]]) / float(row.max() - row.min())
-    return {"prompt": len(ids), "place": place, "gap": gap, "tie": abs(gap) < TIE}
+def generated(model: Any, asked: Sequence[list[int]]) -> list[list[int]]:
+    """transformers' greedy texts, of all prompts as one batch with pads on the left."""
+    longest = max(map(len, asked))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in asked])
+    real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in asked])
+    model.generation_config.eos_token_id = None  # vLLM ignores end tokens here
+    written = model.generate(ids, attention_mask=real, do_sample=False, max_new_tokens=EQUAL_NEW, pad_token_id=0)
+    texts: list[list[int]] = written[:, longest:].tolist()
+    return texts
+
+
+@torch.inference_mode()
+def apart(model: Any, ids: list[int], text: list[int]) -> list[dict[str, Any]]:
+    """The tokens of `text` that are not transformers' most likely ones after those before them.
+
+    `gap` is the difference of the two logits over the spread of all.
+    """
+    logits, found = model(torch.tensor([ids + text[:-1]])).logits[0, len(ids) - 1 :].float(), []
+    for place, (row, token) in enumerate(zip(logits, text, strict=True)):
+        gap = float((row.max() - row[token]) / (row.max() - row.min()))
+        if gap > 0:
+            best = int(row.argmax())
+            found.append({"prompt": len(ids), "place": place, "tokens": [token, best], "gap": gap, "tie": gap < TIE})
+    return found
 
 
 def main() -> None:

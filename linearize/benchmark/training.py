@@ -88,8 +88,8 @@ def random_rows(vocabulary: int, batch: int, tokens: int) -> Rows:
 
 
 def default_recipe(batch: int, tokens: int) -> Recipe:
-    """The default recipe's adapters and optimizer, with cross-entropy as the only objective."""
-    recipe = load_recipe("default")
+    """The adapters and optimizer of the recipe `window-gla`, with cross-entropy as the only objective."""
+    recipe = load_recipe("window-gla")
     size = {"length": tokens, "micro_batch": batch, "batch_tokens": batch * tokens}
     stage: Stage = recipe.stages[0].model_copy(update={"objective": "sft", **size})
     return recipe.model_copy(update={"stages": [stage]})

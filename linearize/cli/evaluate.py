@@ -45,11 +45,11 @@ def evaluate(
         typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file; with --list a PATTERN."),
     ] = None,
     suite: Annotated[
-        str,
+        str | None,
         typer.Option("--suite", metavar="NAME,...", help="Suites of tasks: core, mmlu, recall, generation, length."),
-    ] = "",
+    ] = None,
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--tasks",
             metavar="NAME,...",
@@ -57,7 +57,7 @@ def evaluate(
             "mmlu_pro, or a pattern, e.g. 'mmlu_*'; and held_out. Without --suite and --tasks: the rows that "
             "fine-tuning held out if the folder has some, otherwise the suite core.",
         ),
-    ] = "",
+    ] = None,
     list_tasks: Annotated[
         bool,
         typer.Option("--list", help="List the suites and tasks, those of a PATTERN in the place of MODEL, and stop."),
@@ -141,7 +141,8 @@ def evaluate(
         raise typer.BadParameter("name a MODEL, or pass --list to see the names of tasks")
     check_dtype(dtype, int8=True)
     sweep, part = _lengths(lengths), _limit(limit)
-    suites.choose_tasks(_names(tasks), _names(suite), include_path)
+    task_names, suite_names = _chosen("--tasks", tasks), _chosen("--suite", suite)
+    suites.choose_tasks(task_names, suite_names, include_path)
     if report is not None:
         check_writable(report)
     if launch is not None or accelerate_config is not None:
@@ -157,8 +158,8 @@ def evaluate(
     try:
         results = score(
             model,
-            suites=_names(suite),
-            tasks=_names(tasks),
+            suites=suite_names,
+            tasks=task_names,
             baselines=_names(baseline),
             teacher=teacher,
             limit=part,
@@ -208,8 +209,9 @@ def _print_list(found: list[tuple[str, str, str]], as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, "kind": kind, "about": about} for name, kind, about in found])
         return
+    width = max(len(name) for name, _, _ in found)
     for name, kind, about in found:
-        print(f"{name:<32} {kind:<6} {about}".rstrip())
+        print(f"{name:<{width}} {kind:<6} {about}".rstrip())
 
 
 def _limit(text: str | None) -> float | None:
@@ -232,6 +234,13 @@ def _subsets(results: Results) -> dict[str, tuple[int, int]]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _chosen(option: str, text: str | None) -> list[str]:
+    names = _names(text or "")
+    if text is not None and not names:
+        raise typer.BadParameter(f"{option} {text!r}: names nothing; `linearize eval --list` shows the names")
+    return names
 
 
 def _lengths(text: str) -> tuple[int, ...]:

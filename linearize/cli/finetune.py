@@ -23,7 +23,7 @@ from linearize.cli.libraries import quiet_libraries
 from linearize.cli.memory import GPUS, memory_facts, show_memory
 
 EPILOG = examples(
-    "linearize finetune default -o tuned --set model=./converted",
+    "linearize finetune train -o tuned --set model=./converted",
     "linearize finetune mine.yaml -o tuned --set stages.0.lr=5e-4",
     "linearize finetune mine.yaml -o tuned --resume",
     "linearize finetune mine.yaml -o tuned --teacher HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -40,14 +40,20 @@ def inspect(
     recurrence: Annotated[
         str | None,
         typer.Option(
-            "--recurrence", metavar="NAME", help="Short for --set mixer.recurrence=NAME; all compares every recurrence."
+            "--recurrence",
+            metavar="NAME",
+            help="Short for --recipe window-gla --set mixer.recurrence=NAME; all compares every recurrence.",
         ),
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Dtype of the caches: auto (the checkpoint's), float32, bfloat16, float16.")
     ] = "auto",
     training: Annotated[
-        bool, typer.Option("--training", help="Also show the memory of each training stage on a GPU.")
+        bool,
+        typer.Option(
+            "--training",
+            help="Also show the memory of each training stage on a GPU, of the recipe train if none is named.",
+        ),
     ] = False,
     gpus: Annotated[
         int | None,
@@ -64,6 +70,8 @@ def inspect(
     """
     check_dtype(dtype)
     chosen = [f"mixer.recurrence={recurrence}"] if recurrence not in (None, "all") else []
+    if recipe == "default" and (recurrence or training or gpus):
+        recipe = "window-gla" if recurrence else "train"  # the default has neither a recurrence nor stages
     settings = begin(recipe, [*(overrides or ()), *chosen])
     from linearize.jobs import inspect as job
 
@@ -103,9 +111,7 @@ def _show(facts: dict[str, Any]) -> None:
     growth = facts["growth_bytes_per_token"]
     rows = {
         **_head(facts),
-        "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {mixer['recurrence']}, window "
-        f"{mixer['window']}, {mixer['sinks']} sinks, {_landmarks(facts['mixers'])}mix {mixer['mix']}, "
-        f"covers {mixer['covers']}",
+        "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {_mixed(mixer, facts)}",
         **({"keeps": "; ".join(kept)} if kept else {}),
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
         + f" = {readable_bytes(facts['state_bytes'])} per sequence ({_stored(facts)}, state in float32)"
@@ -123,6 +129,13 @@ def _show(facts: dict[str, Any]) -> None:
             f"{line['ratio']:,.1f}x",
         )
     out.print(table)
+
+
+def _mixed(mixer: dict[str, Any], facts: dict[str, Any]) -> str:
+    exact = f"window {mixer['window']}, {mixer['sinks']} sinks, {_landmarks(facts['mixers'])}"
+    if mixer["recurrence"] == "none":
+        return f"{exact}no recurrence"
+    return f"{mixer['recurrence']}, {exact}mix {mixer['mix']}, covers {mixer['covers']}"
 
 
 def _kernels(devices: dict[str, dict[str, dict[str, str]]]) -> str:

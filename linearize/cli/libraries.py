@@ -25,6 +25,8 @@ def quiet_libraries(*, bars: bool = False) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if "datasets" in sys.modules:  # it read its variable when it was imported
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

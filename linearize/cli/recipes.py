@@ -46,10 +46,12 @@ def list_recipes(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, first those to begin with, and what was measured with them."""
     from linearize.recipe import shipped_recipes
 
-    rows: list[dict[str, Any]] = [{"name": one.name, "description": one.description} for one in shipped_recipes()]
+    rows: list[dict[str, Any]] = [
+        {"name": one.name, "description": one.description, "measured": one.measured} for one in shipped_recipes()
+    ]
     if model is not None:
         costs = _costs(model, [row["name"] for row in rows])
         rows = [{**row, **cost} for row, cost in zip(rows, costs, strict=True)]
@@ -59,9 +61,12 @@ def list_recipes(
     heads = ("RECIPE", *(() if model is None else ("MEMORY OF A SEQUENCE", "ATTENTION PER TOKEN")))
     lines = [(row["name"], *(() if model is None else _cost_words(row))) for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-    described = [(heads, "DESCRIPTION"), *((line, row["description"]) for line, row in zip(lines, rows, strict=True))]
-    for line, description in described:
+    described = [(heads, "DESCRIPTION", "")]
+    described += [(line, row["description"], row["measured"]) for line, row in zip(lines, rows, strict=True)]
+    for line, description, measured in described:
         print("  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), description)))
+        if measured:
+            print(" " * (sum(widths) + 2 * len(widths)) + measured)
 
 
 def _costs(model: str, names: list[str]) -> list[dict[str, Any]]:

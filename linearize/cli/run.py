@@ -24,10 +24,10 @@ from linearize.cli.libraries import quiet_libraries
 from linearize.runtime.files import check_free
 
 EPILOG = examples(
-    "linearize run demo -o out",
+    "linearize run default -o out --set model=HuggingFaceTB/SmolLM2-135M-Instruct",
     "linearize run mine.yaml -o out --set model=./model.gguf",
     "linearize run -o out --resume",
-    "linearize run default -o out --set model=meta-llama/Llama-3.2-1B --data ./data",
+    "linearize run train -o out --set model=meta-llama/Llama-3.2-1B --data ./data",
 )
 
 

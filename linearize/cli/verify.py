@@ -40,8 +40,9 @@ def verify(
         typer.Option(
             "--tokens",
             min=1,
-            help="Length of the rows, more than window and sinks. If left out: three of the widest window, but at "
-            "least 192, and at most 2,048 unless a window made by conversion needs more.",
+            help="Length of the rows, more than window, sinks and slots. If left out: three of the widest window, but "
+            "at least 192, and at most 2,048 unless a window made by conversion needs more; slots that take more than "
+            "512 tokens to fill are then lowered for all but three checks.",
         ),
     ] = None,
     steps: Annotated[
@@ -85,6 +86,7 @@ def _data(found: Verification) -> dict[str, Any]:
         "tokens": found.tokens,
         "steps": found.steps,
         "woken_layers": found.woken,
+        "full_tokens": found.full_tokens,
         "recurrence_moves_logits_by": found.moved,
         "distance_from_wider_type": found.distance,
         "checks": [
@@ -117,7 +119,14 @@ def _allowed(check: Check) -> str:
 
 
 def _remarks(found: Verification) -> list[str]:
+    from linearize.verification.subject import FEW_SLOTS
+
     remarks = []
+    if found.full_tokens is not None:
+        remarks.append(
+            f"decode to drift ran with at most {FEW_SLOTS} slots per head and the same weights, so that slots fill in"
+            f" {found.tokens} tokens; reload, memory and full size ran with all slots; --tokens N runs all checks so"
+        )
     if found.woken:
         remarks.append(
             f"mix weights of {counted(found.woken, 'layer', 'layers')} were raised during the checks, so that the "

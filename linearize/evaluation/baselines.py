@@ -42,6 +42,8 @@ def teacher_beside(source: Source, named: str | None, say: Callable[[str], None]
         ModelError: `named` is not what `source` was converted from, or `source` was not converted.
     """
     if named is None:
+        if not source.is_converted:
+            return source
         try:
             return teacher_of(source)
         except ModelError as error:

@@ -51,7 +51,7 @@ def recipe_to_train(
     settings = settings.model_copy(update={key: str(value) for key, value in named.items() if value is not None})
     if not settings.stages:
         name = recipe if isinstance(recipe, (str, Path)) else "the recipe"
-        raise RecipeError(f"{name}: has no stages, so there is nothing to train; see `linearize recipes show default`")
+        raise RecipeError(f"{name}: has no stages, so there is nothing to train; take the recipe train")
     return settings
 
 

@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
-from linearize.calibration.scores import put_scores
-from linearize.calibration.select import select, selects
+from linearize.calibration.select import put_fitted, select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.calibration.weights import FileWeights, Weights
 from linearize.checkpoint.write import SHARD_BYTES, base_record, write_checkpoint
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.swap import check_convertible, check_reach, convert_model
 from linearize.data.load import reserved_tokens
+from linearize.errors import ModelError
 from linearize.jobs.checks import quiet, read_recipe
 from linearize.jobs.inspect import convertible
 from linearize.model.positions import rotary_notes
@@ -161,7 +161,12 @@ def tokenizer_for(source: Source, recipe: Recipe, config: Any, *, say: Callable[
     Raises:
         ModelError: the tokenizer is missing and the conversion reads text, or it cannot be read.
     """
-    if not prepares(recipe) and not has_tokenizer(source):
+    if not has_tokenizer(source):
+        if prepares(recipe):
+            raise ModelError(
+                f"{source.name}: has no tokenizer (no tokenizer.json), and this recipe measures the model on text; add "
+                "it, or take the recipe window-gla"
+            )
         say(f"{source.name}: has no tokenizer, so the result has none; finetune, eval and generate need it")
         return None
     tokenizer = load_tokenizer(source)
@@ -185,13 +190,13 @@ def make_start(
         # Before the conversion changes the teacher, because it may have to generate the text.
         text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
-    scores: dict[int, Tensor] = {}
+    fitted: dict[int, dict[str, Tensor]] = {}
     if selects(recipe):
-        recipe, probe, why, scores = select(source, recipe, teacher, tokenizer, say=say)
+        recipe, probe, why, fitted = select(source, recipe, teacher, tokenizer, say=say)
         for line in why:
             say(f"select: {line}")
     start = Start(convert_model(teacher, recipe.mixer), recipe, probe, why)
-    put_scores(start.model, scores)
+    put_fitted(start.model, fitted)
     if text is not None:
         start.calibration = _calibrated(Weights(start.model), recipe, text, tokenizer, say=say)
     return start

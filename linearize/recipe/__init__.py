@@ -4,6 +4,7 @@ from linearize.recipe.reading import (
     dump_recipe,
     load_recipe,
     parse_recipe,
+    recipe_names,
     recipe_path,
     shipped_recipes,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "parse_recipe",
+    "recipe_names",
     "recipe_path",
     "shipped_recipes",
 ]

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LARGEST_FILE = 1_000_000
 """Bytes. A recipe is a page of text, so a larger file is the wrong file."""
 
+LEADING = ("default", "small", "train", "liger-gla")
+"""The first recipes of `shipped_recipes`; the others follow by name."""
+
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -39,6 +42,7 @@ class ShippedRecipe:
 
     name: str
     description: str
+    measured: str
     path: Path
 
 
@@ -64,26 +68,35 @@ class _Override:
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
-    """The recipes that come with the package, by name."""
-    return [
-        ShippedRecipe(path.stem, parse_recipe(_read(path, path.name), path.name, path=path).description, path)
-        for path in sorted(shipped_folder("recipes").glob("*.yaml"))
-    ]
+    """The recipes that come with the package: `LEADING`, then the others by name."""
+    found = []
+    for name in recipe_names():
+        path = shipped_folder("recipes") / f"{name}.yaml"
+        recipe = parse_recipe(_read(path, path.name), path.name, path=path)
+        found.append(ShippedRecipe(name, recipe.description, recipe.measured, path))
+    return found
+
+
+def recipe_names() -> list[str]:
+    """The names of `shipped_recipes`, in their order."""
+    names = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
+    return [*(name for name in LEADING if name in names), *(name for name in names if name not in LEADING)]
 
 
 def recipe_path(name_or_path: str, folder: Path | None = None) -> Path:
     """The file of a recipe, given by a shipped recipe's name or by a path relative to `folder` (the working directory).
 
-    A bare name means the shipped recipe; a name with a folder or a YAML suffix means a file.
+    A bare name means the shipped recipe, with hyphens or underscores; a name with a folder or a YAML suffix means a
+    file.
 
     Raises:
         RecipeError: there is neither.
     """
     beside = folder or Path()
     shipped = shipped_folder("recipes")
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
-    if name_or_path in names:
-        return shipped / f"{name_or_path}.yaml"
+    names = recipe_names()
+    if (name := name_or_path.replace("_", "-")) in names:
+        return shipped / f"{name}.yaml"
     path = beside / name_or_path
     shown = wording.cut(wording.one_line(name_or_path), _LONGEST_NAME)
     try:
@@ -166,7 +179,8 @@ def _draft(text: str, where: str, chain: tuple[Path, ...]) -> _Draft:
     if path.resolve() in (earlier.resolve() for earlier in chain):
         raise RecipeError(wording.one_line(f"{place}: {name} builds on this recipe in turn; name another base"))
     below = _draft(_read(path, _shown_path(path)), _shown_path(path), (*chain, path))
-    below.value.pop("description", None)  # it describes the base, not this recipe
+    for key in ("description", "measured"):  # of the base, not of this recipe
+        below.value.pop(key, None)
     replaced: list[KeyPath] = []
     _lay_over(below.value, own.value, (), replaced)
     kept = {key: at for key, at in below.places.items() if not any(key[: len(new)] == new for new in replaced)}

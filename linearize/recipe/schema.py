@@ -523,6 +523,8 @@ class Recipe(Section):
     """A whole experiment: the model, its mixer, and the training stages."""
 
     description: str = ""
+    measured: str = ""
+    """What was measured with the recipe, and its cost."""
     model: str | None = Field(default=None, min_length=1)
     teacher: str | None = Field(default=None, min_length=1)
     """Null means the model's own base."""

@@ -36,6 +36,8 @@ _SILENT = {
     "reasoning_effort", "verbosity",
 }  # fmt: skip
 
+_STREAM = ("include_obfuscation", "include_usage")
+
 
 class RequestError(Exception):
     """A request that is answered by an error.
@@ -105,13 +107,11 @@ class Protocol:
         if named != self.name:
             message = f"there is no model {named!r} here; there is {self.name!r}"
             raise RequestError(message, status=404, field="model", code="model_not_found")
-        options = body.get("stream_options") or {}
-        if not isinstance(options, dict):
-            raise RequestError("stream_options: expected an object", field="stream_options")
+        include_usage = _include_usage(body.get("stream_options"))
         decoding = self._decoding(body)
         ids = self._chat_ids(body) if kind == "chat" else self._text_ids(body)
         decoding = self._fitted(decoding, len(ids))
-        return Request(kind, ids, decoding, _flag(body, "stream"), _flag(options, "include_usage"))
+        return Request(kind, ids, decoding, _flag(body, "stream"), include_usage)
 
     def _decoding(self, body: Mapping[str, Any]) -> Decoding:
         stop = body.get("stop")
@@ -246,6 +246,20 @@ def _check_fields(body: Mapping[str, Any], kind: str) -> None:
             raise RequestError(f"{field[:80]!r} is not a field that is known here; {hint}", field=field[:80])
         if not any(type(value) is type(one) and value == one for one in _NEUTRAL[field]):
             raise RequestError(f"{field}: is not supported here; leave it out", field=field)
+
+
+def _include_usage(options: Any) -> bool:
+    """`include_usage` of `stream_options`."""
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise RequestError("stream_options: expected an object", field="stream_options")
+    for option in options:
+        if option not in _STREAM:
+            message = f"{option[:80]!r} is not a stream option that is known here; {hint_for(option, _STREAM)}"
+            raise RequestError(message, field="stream_options")
+    _flag(options, "include_obfuscation")  # of the type alone; pieces are never padded
+    return _flag(options, "include_usage")
 
 
 def _message(message: Any, index: int) -> dict[str, Any]:

@@ -13,12 +13,14 @@ import os
 import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
 from linearize_kernels.products import take_products
 from transformers import AutoConfig
 from transformers.utils import cached_file
@@ -332,6 +334,8 @@ _NAME_ONE = "name the teacher with --teacher ID|FOLDER"
 def reading(source: Source) -> Iterator[None]:
     """Turn any library exception about a model into a one-line `ModelError`; `LINEARIZE_DEBUG=1` keeps the original."""
     try:
+        if source.kind == "hub":
+            _reach(source.reference)
         yield
     except ModelError:
         raise
@@ -341,6 +345,24 @@ def reading(source: Source) -> Iterator[None]:
         if os.environ.get("LINEARIZE_DEBUG") == "1":
             raise
         raise ModelError(f"{source.reference}: {_reason(error, source)}") from error
+
+
+@cache
+def _reach(reference: str) -> None:
+    """Ask the Hub once for a model that is not in the cache. The libraries ask six times, which takes 24 seconds
+    without a network.
+
+    Raises:
+        OSError: the Hub cannot be reached.
+    """
+    if constants.HF_HUB_OFFLINE or try_to_load_from_cache(reference, "config.json") is not None:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(reference, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HfHubHTTPError, FileMetadataError, ValueError):
+        return  # an answer, or no name of the Hub: the call for the file itself says which
+    except Exception as error:  # of the HTTP library, which is another one in other versions of the client
+        raise OSError(f"the Hub cannot be reached: {error}") from error
 
 
 def _from_gguf(source: Source) -> AbstractContextManager[None]:
@@ -402,6 +424,7 @@ def _is_ours(config: dict[str, Any]) -> bool:
 
 def _json_at(source: Source, name: str) -> dict[str, Any]:
     if source.kind == "hub":
+        _reach(source.reference)
         path = cached_file(source.reference, name)
     else:
         path = str(Path(source.reference) / name) if source.kind == "folder" else None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Pairs = Iterator[tuple[Tensor, Tensor]]
 
 _DRIFT_CHUNK = 128
+_FULL_CHUNKS = (700, 33, 1, 256, 31)
 # Call sizes for 100 tokens, and for 1,000 more: one parallel call, then single steps.
 _FIRST_100, _NEXT_1000 = (90, *[1] * 10), (970, *[1] * 30)
 
@@ -122,6 +123,20 @@ def _reorder(subject: Subject) -> Pairs:
                 yield got[place], subject.alone(row)[start : start + more]
 
 
+def _full(subject: Subject) -> tuple[float, str]:
+    """One row with all landmarks: in chunks, and its last tokens in single steps, against one parallel call."""
+    assert subject.full_tokens is not None  # noqa: S101 - `verify` has looked
+    tokens = subject.full_tokens
+    ids, ends = subject.random(1, tokens, seed=3), 8
+    sizes = [*itertools.islice(itertools.cycle(_FULL_CHUNKS), tokens)]
+    sizes = [size for size, end in zip(sizes, itertools.accumulate(sizes), strict=True) if end <= tokens - ends]
+    sizes = [*sizes, tokens - ends - sum(sizes), *[1] * ends]
+    with subject.full():
+        whole = subject.parallel(ids)
+        error = relative_error(subject.pieces(ids, [size for size in sizes if size]), whole)
+    return error, f"{tokens:,} tokens"
+
+
 def _state(subject: Subject) -> tuple[float, str]:
     read = subject.tokens - 12  # longer than window and sinks, so every part of the memory is filled
     ids, rest = subject.ids[:2, :read], subject.ids[:2, read:]
@@ -166,12 +181,13 @@ def _held_tensors(value: Any) -> Iterator[Tensor]:
 
 def _memory(subject: Subject) -> tuple[float, str]:
     held, seen, sizes = None, 0, []
-    for calls in (_FIRST_100, _NEXT_1000):
-        for tokens in calls:
-            ids, at = subject.random(1, tokens, seed=seen), subject.at(seen, tokens)
-            held = subject.model(ids, past_key_values=held, use_cache=True, logits_to_keep=1, **at).past_key_values
-            seen += tokens
-        sizes.append(_held_bytes(held))
+    with subject.full():
+        for calls in (_FIRST_100, _NEXT_1000):
+            for tokens in calls:
+                ids, at = subject.random(1, tokens, seed=seen), subject.at(seen, tokens)
+                held = subject.model(ids, past_key_values=held, use_cache=True, logits_to_keep=1, **at).past_key_values
+                seen += tokens
+            sizes.append(_held_bytes(held))
     growth = growth_nbytes(subject.model)
     expected = sizes[0] + growth * sum(_NEXT_1000)
     said = f"{sizes[0]:,} bytes after 100 tokens, {sizes[1]:,} after 1,100"
@@ -196,7 +212,9 @@ def _reload(subject: Subject) -> tuple[float, str]:
         where = "its file" if stored else "a second load"
         return math.inf, f"{differing[0]} differs from {where}, as do {len(differing) - 1} more"
     ids = subject.ids[:1]
-    return relative_error(again(ids, use_cache=False).logits, subject.parallel(ids)), f"{len(ours)} tensors are equal"
+    with subject.full():
+        error = relative_error(again(ids, use_cache=False).logits, subject.parallel(ids))
+    return error, f"{len(ours)} tensors are equal"
 
 
 def _differs_from_files(subject: Subject, ours: dict[str, Tensor]) -> list[str]:
@@ -248,6 +266,7 @@ class Kind:
         measure: returns the worst relative error and a detail for the report.
         exact: True if only an error of 0 passes.
         least_tolerance: lower bound of the tolerance.
+        only_full: True if the check is left out for models that have all their landmarks in the other checks.
         as_loaded: True if the check needs the weights as on disk, before `awake` raises any. It must not use
             `Subject.alone`, because that is cached.
     """
@@ -257,6 +276,7 @@ class Kind:
     exact: bool = False
     least_tolerance: float = 0.0
     as_loaded: bool = False
+    only_full: bool = False
 
 
 KINDS = {
@@ -276,5 +296,11 @@ KINDS = {
     "memory": Kind("Memory does not grow with the text, except where softmax is kept.", _memory, exact=True),
     # A few of thousands of random tokens amplify rounding a hundredfold; one lost token has a larger effect.
     "drift": Kind("Single steps over a long text do not drift from the parallel form.", _drift, least_tolerance=1e-3),
+    "full size": Kind(
+        "With all its slots: reading in chunks and steps gives the logits of reading at once.",
+        _full,
+        least_tolerance=1e-3,
+        only_full=True,
+    ),
 }
 """Name -> check, in the order of execution."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +16,21 @@ from linearize.errors import VerificationError
 from linearize.sources.limits import learned_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from transformers.cache_utils import Cache
 
-    from linearize.model import LinearizedForCausalLM
+    from linearize.model import LinearizedForCausalLM, MixerConfig
+    from linearize.model.mixer.mixer import Mixer
     from linearize.sources.source import Source
 
 ROWS = 3
 _WINDOWS, _LEAST_TOKENS, _MOST_TOKENS = 3, 192, 2048
 _SLACK = 16
+FEW_SLOTS = 64
+"""Landmarks per head during the checks of a model whose own take more than `_FULL` tokens to fill: with these, choosing
+and merging begin after 163 tokens beside a window of 64 and 4 sinks."""
+_FULL, _MOST_FULL = 512, 4096
 
 
 class Subject:
@@ -32,13 +39,17 @@ class Subject:
     Args:
         model: loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
         special: token ids that do not occur inside a text.
-        tokens: row length; None for three times the widest window, at least 192.
+        tokens: row length; None for three times the widest window, at least 192, and then with `FEW_SLOTS` landmarks if
+            the model's own take too many tokens to fill.
         steps: single decode steps of the drift check; None for two row lengths.
         tick: called by long checks with the completed steps and their total.
 
     Attributes:
         alone: logits `[T, V]` of one row of `ids` from one parallel forward without a cache; cached.
         tolerance: the maximum error of checks that are not exact; set later.
+        doing: the name of the running check.
+        full_tokens: the row length that fills every window and all landmarks, at most 4,096 and at most the model's
+            positions; None unless the model has fewer landmarks than its own during the checks.
 
     Raises:
         VerificationError: `tokens` do not fill a window and its sinks, or exceed the model's positions.
@@ -56,11 +67,18 @@ class Subject:
         tick: Callable[[int, int], None],
     ) -> None:
         self.model, self.source, self.dtype, self.tick = model, source, dtype, tick
-        self.tolerance = 0.0
+        self.tolerance, self.doing = 0.0, ""
         vocabulary = torch.arange(model.config.vocab_size)
         self._allowed = vocabulary[~torch.isin(vocabulary, torch.tensor(sorted(special), dtype=torch.long))]
-        widest, least, default = _lengths(model)
         most = self._positions = learned_positions(model)
+        widest, least, default = _lengths(model)
+        self.full_tokens: int | None = None
+        self._own: list[tuple[Mixer, MixerConfig]] = []
+        if tokens is None and least > _FULL:
+            self.full_tokens = min(least + _FULL, _MOST_FULL, most or _MOST_FULL)
+            self._own = [(mixer, mixer.config) for mixer in _mixers(model) if mixer.config.landmarks > FEW_SLOTS]
+            self._shrink()
+            widest, least, default = _lengths(model)
         self.tokens = tokens or max(min(default, most or default), least)
         self.steps = steps or 2 * self.tokens
         if self.tokens < least:
@@ -76,6 +94,24 @@ class Subject:
     def forget(self) -> None:
         """Empty the cache of `alone`, after a change of the weights."""
         self.alone: Callable[[int], Tensor] = cache(lambda row: self.parallel(self.ids[row : row + 1])[0])
+
+    def _shrink(self) -> None:
+        for mixer, own in self._own:
+            mixer.config = replace(own, landmarks=FEW_SLOTS)
+
+    def restore(self) -> None:
+        """Give the model its own number of landmarks."""
+        for mixer, own in self._own:
+            mixer.config = own
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """In this context the model has its own number of landmarks. `alone` must not be used in it."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self._shrink()
 
     def random(self, rows: int, tokens: int, seed: int) -> Tensor:
         """Random token ids `[rows, tokens]` without special tokens."""
@@ -123,11 +159,15 @@ def _lengths(model: LinearizedForCausalLM) -> tuple[int, int, int]:
     """The widest window; the least row length that fills every converted window and its sinks; and the default row
     length. The default is `_WINDOWS` windows, at most `_MOST_TOKENS`. A model's own sliding windows count as the widest
     only if conversion set none."""
-    mixers = [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
+    mixers = _mixers(model)
     ours = [mixer for mixer in mixers if mixer.window != mixer.layer.window]
     widest = max((mixer.window for mixer in ours or mixers), default=0)
     least = max((mixer.config.exact_tokens for mixer in ours), default=0) + _SLACK
     return widest, least, max(_LEAST_TOKENS, min(_WINDOWS * widest, _MOST_TOKENS), least)
+
+
+def _mixers(model: LinearizedForCausalLM) -> list[Mixer]:
+    return [attention.mixer for attention in model.attention_layers if attention.mixer is not None]
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -65,6 +65,7 @@ class Verification:
         moved: the recurrence's relative effect on the logits during the checks; None for models without mix weights.
         distance: relative distance of the logits from the same weights in a wider dtype: float32 for half precision,
             float64 for float32. In float32 it is measured only if a check exceeds the usual tolerance.
+        full_tokens: the length of the row that was read with all landmarks; None if all checks had all of them.
     """
 
     checks: list[Check]
@@ -74,6 +75,7 @@ class Verification:
     woken: int
     moved: float | None
     distance: float | None
+    full_tokens: int | None = None
 
     @property
     def failed(self) -> list[str]:
@@ -97,7 +99,8 @@ def verify(
     Args:
         model: loaded from `source` in `dtype`, a key of `DTYPES` or `auto`.
         special: token ids that do not occur inside a text.
-        tokens: row length; None for three times the widest window, at least 192.
+        tokens: row length; None for three times the widest window, at least 192. Landmarks that take more than 512
+            tokens to fill are then lowered to `FEW_SLOTS` during the checks, and one more check runs with all of them.
         steps: single decode steps of the drift check; None for two row lengths, because single steps take most of the
             time and drift grows with each window.
         tick: called with a check's name and number, the completed steps, and their total.
@@ -105,23 +108,29 @@ def verify(
     Raises:
         VerificationError: `tokens` do not fill a window and its sinks, or exceed the model's positions.
     """
-    name = ""
 
     def report(done: int, total: int) -> None:
         if tick is not None:
-            tick(f"{name} ({list(KINDS).index(name) + 1} of {len(KINDS)})", done, total)
+            tick(f"{subject.doing} ({kinds.index(subject.doing) + 1} of {len(kinds)})", done, total)
 
     subject = Subject(model, source, dtype=dtype, special=special, tokens=tokens, steps=steps, tick=report)
+    kinds = [name for name, kind in KINDS.items() if not kind.only_full or subject.full_tokens is not None]
+    try:
+        return _run(subject, kinds)
+    finally:
+        subject.restore()
+
+
+def _run(subject: Subject, kinds: list[str]) -> Verification:
+    model = subject.model
     checks = []
-    for name in (name for name, kind in KINDS.items() if kind.as_loaded):
-        report(0, 1)
+    for name in (name for name in kinds if KINDS[name].as_loaded):
         checks.append(_check(subject, name))
     with awake(subject) as (woken, moved):
         half = model.dtype in (torch.bfloat16, torch.float16)
         distance = _distance_from(subject, torch.float32) if half else None
         subject.tolerance = FLOAT32_TOLERANCE if distance is None else _tolerance(distance, HALF_FLOOR)
-        for name in (name for name, kind in KINDS.items() if not kind.as_loaded):
-            report(0, 1)
+        for name in (name for name in kinds if not KINDS[name].as_loaded):
             checks.append(_check(subject, name))
         if not half and any(FLOAT32_TOLERANCE < check.error < math.inf for check in checks):
             # Some models amplify rounding. Only a float64 run measures by how much, so it is made if a float32 check
@@ -130,17 +139,17 @@ def verify(
             # The factor 2 allows for tokens outside these rows that amplify rounding more.
             subject.tolerance = _tolerance(2 * distance, FLOAT32_TOLERANCE)
             for place, check in enumerate(checks):
-                if not check.passed and not KINDS[name := check.name].as_loaded:
-                    report(0, 1)
-                    checks[place] = _check(subject, name)
+                if not check.passed and not KINDS[check.name].as_loaded:
+                    checks[place] = _check(subject, check.name)
             if rounds(model):
                 checks = [without_rounding(subject, check) for check in checks]
     kind = str(model.dtype).removeprefix("torch.")
-    return Verification(checks, kind, subject.tokens, subject.steps, woken, moved, distance)
+    return Verification(checks, kind, subject.tokens, subject.steps, woken, moved, distance, subject.full_tokens)
 
 
 def _check(subject: Subject, name: str) -> Check:
-    kind = KINDS[name]
+    kind, subject.doing = KINDS[name], name
+    subject.tick(0, 1)
     try:
         error, detail = kind.measure(subject)
     except Exception as exception:

@@ -29,6 +29,7 @@ from linearize.probe.damage import Reading
 from linearize.probe.needles import Needle, answer_log_probability
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model
+from tests.made import LANDMARKS_EXACT
 from tests.model.test_families import build
 from tests.tables import some
 
@@ -40,7 +41,7 @@ SHORT = "calibrate={tokens: 3072, length: 256, held_out: 4, steps: 24}"
 TEACHER, CONVERTED = Reading(torch.zeros(4), torch.zeros(4)), Reading(torch.ones(4), -torch.ones(4))
 
 
-def recipe(story, *changes, name="calibrated"):
+def recipe(story, *changes, name="train"):
     return load_recipe(name, ["mixer.window=16", SHORT, f"calibrate.source={story}", *changes])
 
 
@@ -109,8 +110,8 @@ def test_the_same_seed_gives_the_same_model(calibrated, tiny_folder, story, tmp_
 
 @pytest.mark.parametrize("row", some(FAMILIES, ["gemma3_text", "gpt2", "phi3", "smollm3"]))
 def test_no_family_breaks(row):
-    model = convert_model(copy.deepcopy(build(row)), load_recipe("calibrated", ["mixer.window=8"]).mixer)
-    spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 4}"]).calibrate
+    model = convert_model(copy.deepcopy(build(row)), load_recipe("train", ["mixer.window=8"]).mixer)
+    spec = load_recipe("train", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 4}"]).calibrate
     found = calibrate(Weights(model), drawn_text(), spec)
     assert all(layer.errors[layer.kept] <= 1 for layer in found.layers) and found.layers
     assert found.readings["calibrated"].loss.mean() <= found.readings["converted"].loss.mean()
@@ -119,7 +120,7 @@ def test_no_family_breaks(row):
 
 @pytest.mark.parametrize("name", ["kda", "gated_deltanet", "hgrn2", "gsa", "lightnet", "rwkv7", "liger-gla", "mlstm"])
 def test_no_recurrence_breaks(name):
-    spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 4}"]).calibrate
+    spec = load_recipe("train", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 4}"]).calibrate
     model = convert_model(copy.deepcopy(build("llama")), load_recipe(name, ["mixer.window=8"]).mixer)
     found = calibrate(Weights(model), drawn_text(), spec)
     if name != "liger-gla":  # as converted it is a destroyed model, and its mix cannot be silenced
@@ -140,7 +141,7 @@ def test_landmarks_are_calibrated_on_what_they_leave():
 
 
 def test_the_blocks_by_hand_are_the_model():
-    model = convert_model(copy.deepcopy(build("gemma3_text")), load_recipe("default", ["mixer.window=8"]).mixer)
+    model = convert_model(copy.deepcopy(build("gemma3_text")), load_recipe("window-gla", ["mixer.window=8"]).mixer)
     blocks, rows = Blocks(Weights(model)), drawn(0, 2)
     hidden, calls = blocks.enter(texts_of(rows))
     with torch.no_grad():
@@ -153,7 +154,7 @@ def test_the_blocks_by_hand_are_the_model():
 
 
 def fresh_model():
-    return convert_model(copy.deepcopy(build("llama")), load_recipe("calibrated", ["mixer.window=8"]).mixer)
+    return convert_model(copy.deepcopy(build("llama")), load_recipe("train", ["mixer.window=8"]).mixer)
 
 
 def test_steps_that_harm_are_not_kept(monkeypatch):
@@ -161,7 +162,7 @@ def test_steps_that_harm_are_not_kept(monkeypatch):
         self.mixer.mix_weight.data.fill_(1e6)
 
     monkeypatch.setattr(LayerFit, "_steps", harm)
-    spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, ridge: false}"]).calibrate
+    spec = load_recipe("train", ["calibrate={tokens: 216, length: 72, held_out: 2, ridge: false}"]).calibrate
     found = calibrate(Weights(fresh_model()), drawn_text(), spec)
     assert all(layer.kept != "fitted" and layer.errors["fitted"] > layer.error for layer in found.layers)
 
@@ -174,7 +175,7 @@ def test_a_calibration_that_harms_the_whole_is_taken_back(monkeypatch):
     monkeypatch.setattr(LayerFit, "run", harm)
     model = fresh_model()
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, ridge: false}"]).calibrate
+    spec = load_recipe("train", ["calibrate={tokens: 216, length: 72, held_out: 2, ridge: false}"]).calibrate
     found = calibrate(Weights(model), drawn_text(), spec)
     assert not found.ingredients[0].kept
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -183,7 +184,7 @@ def test_a_calibration_that_harms_the_whole_is_taken_back(monkeypatch):
 def test_projections_that_harm_a_model_without_a_recurrence_are_taken_back(monkeypatch):
     monkeypatch.setattr(module, "_judge", lambda *_: False)
     slots = ["mixer.window=8", "mixer.landmarks=20", "mixer.landmarks_by=null"]
-    settings = load_recipe("landmarks-exact", [*slots, "calibrate={tokens: 216, length: 72, held_out: 2}"])
+    settings = load_recipe(LANDMARKS_EXACT, [*slots, "calibrate={tokens: 216, length: 72, held_out: 2}"])
     model = convert_model(copy.deepcopy(build("llama")), settings.mixer)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     found = calibrate(Weights(model), drawn_text(), settings.calibrate)
@@ -194,7 +195,7 @@ def test_projections_that_harm_a_model_without_a_recurrence_are_taken_back(monke
 
 def test_what_the_pass_that_fits_reads_is_what_the_model_reads(monkeypatch):
     monkeypatch.setattr(module, "_judge", lambda *_: True)
-    spec = load_recipe("calibrated", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 2}"]).calibrate
+    spec = load_recipe("train", ["calibrate={tokens: 216, length: 72, held_out: 2, steps: 2}"]).calibrate
     model, needles = fresh_model(), [Needle(list(range(5, 65)), range(20, 24), range(56, 60))] * 2
     found = calibrate(Weights(model), drawn_text(), spec, needles=needles)
     held, teacher = drawn_text().held_out, build("llama").eval()
@@ -226,7 +227,7 @@ def test_what_is_kept(loss, recall, kept):
 
 
 def test_ridge_that_does_not_carry_over_changes_nothing(monkeypatch):
-    model, spec = fresh_model(), load_recipe("calibrated", ["calibrate.steps=0"]).calibrate
+    model, spec = fresh_model(), load_recipe("train", ["calibrate.steps=0"]).calibrate
     monkeypatch.setattr(module.Ridge, "step", lambda self, strength: torch.ones_like(self.along.T))
     found = calibrate(Weights(model), drawn_text(), spec)
     assert set(found.ridge.values()) == {1.0} and [one.name for one in found.ingredients] == ["mixer"]
@@ -234,14 +235,14 @@ def test_ridge_that_does_not_carry_over_changes_nothing(monkeypatch):
 
 def test_documents_that_end_within_the_window_are_refused():
     rows = pack([Document([5] * 8, [True] * 8)] * 20, 80)
-    spec = load_recipe("calibrated").calibrate
+    spec = load_recipe("train").calibrate
     with pytest.raises(DataError, match=r"longest document .* has 8 tokens .* first 12"):
         calibrate(Weights(fresh_model()), TrainingData(rows, rows, "a text", 20, 0.0), spec)
 
 
 def test_rows_as_short_as_the_window_are_refused_before_anything_is_written(tiny_folder, story):
     teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    settings = load_recipe("calibrated", ["calibrate.length=60", f"calibrate.source={story}"])
+    settings = load_recipe("train", ["calibrate.length=60", f"calibrate.source={story}"])
     with pytest.raises(DataError, match=r"calibrate.length 60: the first 68 tokens are all read exactly"):
         make_start(find_source(str(tiny_folder)), settings, teacher, None, say=lambda line: None)
 
@@ -263,7 +264,7 @@ def test_nothing_that_stages_hold_out_is_chosen_by_or_fitted_to(tiny_folder, tmp
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     held = f"data: {{source: {path}, held_out: 8}}, batch_tokens: 256"
     settings = load_recipe(
-        "default",
+        "window-gla",
         ["mixer={window: 16, landmarks: 16, landmarks_by: loss, keep: {budget: 50%, by: loss}}",
          f"calibrate={{tokens: 1024, length: 128, held_out: 2, steps: 1, ridge: false, source: {path}}}",
          f"stages=[{{objective: sft, length: 64, {held}}}, {{objective: sft, length: 256, {held}}}]"],
@@ -301,8 +302,9 @@ def test_nothing_that_stages_hold_out_is_chosen_by_or_fitted_to(tiny_folder, tmp
 
 def test_a_budget_is_resolved_into_names(tiny_folder, story, tmp_path):
     settings = load_recipe(
-        "default", ["mixer.window=16", "mixer.keep={budget: 50%, by: loss}", f"calibrate={{source: {story}, steps: 0}}",
-                    "calibrate={tokens: 2048, length: 256, held_out: 2, steps: 0}"]
+        "window-gla",
+        ["mixer.window=16", "mixer.keep={budget: 50%, by: loss}", f"calibrate={{source: {story}, steps: 0}}",
+         "calibrate={tokens: 2048, length: 256, held_out: 2, steps: 0}"]
     )  # fmt: skip
     start = convert_into(find_source(str(tiny_folder)), settings, tmp_path)
     kept = start.recipe.mixer.keep

@@ -9,13 +9,15 @@ import torch
 
 from linearize.calibration import scores
 from linearize.calibration.backward import Watched, pass_back, watched
-from linearize.calibration.scores import Layer, costs, lessons, put_scores, shares
+from linearize.calibration.scores import Layer, costs, lessons, shares
+from linearize.calibration.select import put_fitted
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model, load_tokenizer
 from linearize.training.adapters import choose_trained
+from tests.made import LANDMARKS
 from tests.model.test_families import build
 
 WINDOW, TOLD, TOKENS = 4, 30, 48
@@ -83,7 +85,7 @@ def test_a_layer_without_a_landmark_gets_no_score():
     found = {key: x for key, x in model.named_parameters() if key.endswith("score_weight")}
     assert len(found) == 1
     weight = torch.ones_like(next(iter(found.values())))
-    put_scores(model, {0: weight, 1: weight})
+    put_fitted(model, {layer: {"score_weight": weight} for layer in (0, 1)})
     assert torch.equal(next(iter(found.values())), weight)
 
 
@@ -104,7 +106,7 @@ def test_lessons_ask_for_what_they_hide(tiny_folder):
 def test_convert_fits_the_score(tiny_folder, data_folder, tmp_path):
     play = data_folder / "books" / "tinyshakespeare.txt"
     settings = load_recipe(
-        "landmarks",
+        LANDMARKS,
         ["mixer.landmarks=64", "mixer.landmark_score=learned", "mixer.window=16", f"calibrate={{source: {play}}}",
          "calibrate.tokens=1024", "calibrate.length=512", "calibrate.held_out=2", "calibrate.steps=0"],
     )  # fmt: skip
@@ -123,7 +125,7 @@ def test_convert_fits_the_score(tiny_folder, data_folder, tmp_path):
 
 def test_a_learned_score_needs_landmarks():
     with pytest.raises(RecipeError, match="there are no landmarks to choose"):
-        load_recipe("default", ["mixer.landmark_score=learned"])
+        load_recipe("window-gla", ["mixer.landmark_score=learned"])
 
 
 def test_training_leaves_the_score_alone():

@@ -116,7 +116,7 @@ def chosen(tiny_folder, four_layers, data_folder):
     play = SourceSpec(source=str(data_folder / "books" / "tinyshakespeare.txt"))
 
     def choose(*changes, text=play):
-        source, settings = find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", *changes])
+        source, settings = find_source(str(tiny_folder)), load_recipe("window-gla", ["mixer.window=16", *changes])
         settings = settings.model_copy(update={"calibrate": CalibrateSpec(source=text.source, field=text.field)})
         found, probe, why, _ = select(source, settings, four_layers(), load_tokenizer(source), say=lambda line: None)
         return found.mixer, probe, why
@@ -190,7 +190,7 @@ def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"The {number}th word of this story is {number * 7919 % 977}." for number in range(900)))
     changes = ["mixer.window=16", "mixer.landmarks=64", "mixer.landmarks_by=recall", f"calibrate.source={text}"]
-    wanted = load_recipe("default", [*changes, "calibrate={tokens: 1024, length: 256, held_out: 2, steps: 0}"])
+    wanted = load_recipe("window-gla", [*changes, "calibrate={tokens: 1024, length: 256, held_out: 2, steps: 0}"])
     wanted = wanted.model_copy(update={"calibrate": wanted.calibrate.model_copy(update={"source": str(text)})})
     folder = tmp_path / "out"
     folder.mkdir()
@@ -206,8 +206,8 @@ def test_convert_shares_landmarks_out_and_the_recipe_names_them(tiny_folder, tmp
 
 def test_nothing_to_share(tiny_folder):
     with pytest.raises(RecipeError, match="there are no landmarks to share out"):
-        load_recipe("default", ["mixer.landmarks_by=loss"])
+        load_recipe("window-gla", ["mixer.landmarks_by=loss"])
     source = find_source(str(tiny_folder))
-    wide = load_recipe("default", ["mixer.landmarks=2048", "mixer.landmarks_by=loss"])
+    wide = load_recipe("window-gla", ["mixer.landmarks=2048", "mixer.landmarks_by=loss"])
     with pytest.raises(RecipeError, match="read exactly, so there is nothing to share out"):
         select(source, wide, load_model(source), load_tokenizer(source), say=lambda line: None)

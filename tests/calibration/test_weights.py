@@ -120,7 +120,7 @@ def one_at_a_time(monkeypatch):
 @pytest.mark.parametrize("row", some(FAMILIES, ["llama, tied embeddings", "gemma3_text", "gpt2"]))
 def test_every_family(row, tokenizer_folder, drawn_texts, tmp_path):
     source = saved(copy.deepcopy(build(row)), tmp_path / "base", tokenizer_folder)
-    both_ways(source, load_recipe("calibrated", ["mixer.window=8", LITTLE]), tmp_path)
+    both_ways(source, load_recipe("train", ["mixer.window=8", LITTLE]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_every_family(row, tokenizer_folder, drawn_texts, tmp_path):
 )
 def test_other_recipes(change, tokenizer_folder, drawn_texts, tmp_path):
     source = saved(copy.deepcopy(build("llama")), tmp_path / "base", tokenizer_folder)
-    both_ways(source, load_recipe("calibrated", ["mixer.window=8", LITTLE, change]), tmp_path)
+    both_ways(source, load_recipe("train", ["mixer.window=8", LITTLE, change]), tmp_path)
 
 
 @pytest.mark.check
@@ -153,7 +153,7 @@ def test_a_trained_model_keeps_what_helps_and_holds_one_block(tiny_folder, data_
 
 @pytest.mark.parametrize("row", ["gemma3_text", "gpt2", "cohere2"])
 def test_blocks_one_by_one_read_what_the_model_reads(row, drawn_texts):
-    model = convert_model(copy.deepcopy(build(row)), load_recipe("default", ["mixer.window=8"]).mixer)
+    model = convert_model(copy.deepcopy(build(row)), load_recipe("window-gla", ["mixer.window=8"]).mixer)
     rows, needles = drawn_texts
     expected, found = read(model, rows, needles), read_by_block(Blocks(Weights(model)), rows, needles)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
@@ -162,7 +162,7 @@ def test_blocks_one_by_one_read_what_the_model_reads(row, drawn_texts):
 
 def test_a_block_is_as_converted_but_for_what_is_chosen(tokenizer_folder, tmp_path):
     """In memory and from files alike."""
-    recipe = load_recipe("calibrated", ["mixer.window=8"])
+    recipe = load_recipe("train", ["mixer.window=8"])
     source = saved(copy.deepcopy(build("llama")), tmp_path / "base", tokenizer_folder)
     streamer = open_files(source, recipe, shard_bytes=10**9, say=lambda line: None)
     for weights_at in (Weights(convert_model(copy.deepcopy(build("llama")), recipe.mixer)),
@@ -196,7 +196,7 @@ def test_weights_that_are_no_numbers_are_refused_before_anything_is_fitted(token
     (tmp_path / "out").mkdir()
     told = []
     with pytest.raises(ModelError, match=r"model\.norm\.weight has values that are not finite"):
-        convert_into(source, load_recipe("calibrated", ["mixer.window=8", LITTLE]), tmp_path / "out", say=told.append)
+        convert_into(source, load_recipe("train", ["mixer.window=8", LITTLE]), tmp_path / "out", say=told.append)
     assert all("tokenizer" in line for line in told) and not list((tmp_path / "out").iterdir())
 
 
@@ -213,9 +213,7 @@ def test_what_needs_the_whole_model_says_so(change, reason, tiny_folder, tmp_pat
 
     monkeypatch.setattr(module, "load_model", stop)
     with pytest.raises(ModelError, match="in memory"):
-        convert_into(
-            find_source(str(tiny_folder)), load_recipe("calibrated", [LITTLE, change]), tmp_path, say=told.append
-        )
+        convert_into(find_source(str(tiny_folder)), load_recipe("train", [LITTLE, change]), tmp_path, say=told.append)
     assert len(told) == 1 and reason in told[0]
 
 
@@ -233,7 +231,7 @@ def status(name):
 def run(name):
     (folder / ("out-" + name)).mkdir()
     changes = ["mixer.window=8", "calibrate={tokens: 384, length: 96, held_out: 2, steps: 2}", sys.argv[3]]
-    convert_into(find_source(str(folder / name)), load_recipe("calibrated", changes), folder / ("out-" + name))
+    convert_into(find_source(str(folder / name)), load_recipe("train", changes), folder / ("out-" + name))
 
 run("small")  # what modules and libraries take is there from now on
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here

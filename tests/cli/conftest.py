@@ -27,5 +27,5 @@ def outcome(capfd: pytest.CaptureFixture[str]):
 @pytest.fixture(scope="module")
 def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("converted") / "model"
-    assert run(["convert", str(tiny_folder), "-o", str(target), "--set", "mixer.window=16"]) == 0
+    assert run(["convert", str(tiny_folder), "-o", str(target), "-r", "window-gla", "--set", "mixer.window=16"]) == 0
     return target

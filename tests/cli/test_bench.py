@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from linearize.sources.source import find_source, load_model
+from tests.made import LANDMARKS
 from tests.model.recorded import Recorder
 from tests.tables import some
 
@@ -84,7 +85,7 @@ def test_a_pretrained_model_and_a_configuration_are_converted_in_memory(outcome,
 
 
 def test_landmarks_have_a_pace_as_well(outcome, tiny_folder):
-    few = ("--recipe", "landmarks", "--set", "mixer.landmarks=16", "--set", "mixer.window=16")
+    few = ("--recipe", LANDMARKS, "--set", "mixer.landmarks=16", "--set", "mixer.window=16")
     status, text, words = outcome("bench", tiny_folder, *few, "--lengths", "64,128", *QUICK, "--json")
     assert status == 0, words
     facts = json.loads(text)
@@ -253,7 +254,7 @@ def test_the_models_compared_are_the_model_and_its_teacher(converted, tiny_folde
     with torch.inference_mode():
         want = teacher(ids).logits
         torch.testing.assert_close(teacher_beside(model)(ids).logits, want)
-        again = converted_from(teacher, load_recipe("default", ["mixer.window=16"]).mixer)
+        again = converted_from(teacher, load_recipe("window-gla", ["mixer.window=16"]).mixer)
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
         torch.testing.assert_close(teacher(ids).logits, want)  # it was left as it was
     subject = Subject.of("model", model)

@@ -153,8 +153,22 @@ def test_a_conversation_in_a_terminal(chatty: Path, tmp_path: Path, talk, termin
     assert "tok/s" in terminal.until("> ") and terminal.process.poll() is None
     terminal.type(f"/save {tmp_path / 'a.state'}\n")
     terminal.until("saved: .*\n> ")
+    terminal.type("And then ?\n")
+    second = terminal.until("> ")
+    terminal.type("/reset\n")
+    terminal.until("a new conversation.*\n> ")
+    terminal.type("A dog ran home .\n")
+    assert expected in terminal.until("> ")
+    terminal.type(f"/load {tmp_path / 'a.state'}\n")
+    terminal.until("> ")
+    terminal.type("And then ?\n")
+    assert terminal.until("> ") == second
+    terminal.type("/system The cat is big .\n")
+    terminal.until("> ")
+    terminal.type("A dog ran home .\n")
+    assert talk("A dog ran home .\n", "--system", "The cat is big .")[1] in terminal.until("> ")
     terminal.type("\x04")
-    assert terminal.process.wait(timeout=120) == 0 and (tmp_path / "a.state").exists()
+    assert terminal.process.wait(timeout=120) == 0
 
 
 @pytest.mark.check

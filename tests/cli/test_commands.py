@@ -38,7 +38,7 @@ def settings(*more: str) -> list[str]:
 
 def test_inspect_tells_the_same_to_people_and_programs(outcome, tiny_folder):
     status, text, _ = outcome("inspect", tiny_folder)
-    assert status == 0 and "131,072" in text and "gla, window 64" in text
+    assert status == 0 and "131,072" in text and "window 64, 4 sinks, 900 landmarks, no recurrence" in text
     status, text, _ = outcome("inspect", tiny_folder, "--set", "mixer.window=128", "--json")
     facts = json.loads(text)
     assert status == 0 and facts["mixers"][0]["window"] == 128
@@ -111,7 +111,7 @@ def test_inspect_of_a_converted_model_shows_its_own_mixer(outcome, converted):
 
 
 def test_convert_dry_run_writes_nothing(outcome, tiny_folder, tmp_path):
-    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "--dry-run", "--json")
+    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "-r", "window-gla", "--dry-run", "--json")
     assert status == 0 and json.loads(text)["written"] is False
     assert not (tmp_path / "out").exists()
 
@@ -120,7 +120,12 @@ def test_convert_refuses_then_overwrites(outcome, tiny_folder, converted):
     before = (converted / "config.json").read_text()
     status, _, error = outcome("convert", tiny_folder, "-o", converted)
     assert status == 1 and "--overwrite" in error and (converted / "config.json").read_text() == before
-    assert outcome("convert", tiny_folder, "-o", converted, "--overwrite", "--set", "mixer.window=16")[0] == 0
+    assert (
+        outcome("convert", tiny_folder, "-o", converted, "--overwrite", "-r", "window-gla", "--set", "mixer.window=16")[
+            0
+        ]
+        == 0
+    )
     status, _, error = outcome("convert", tiny_folder, "-o", tiny_folder, "--overwrite")
     assert status == 1 and "will not be overwritten" in error and not (tiny_folder / "linearize.json").exists()
 
@@ -187,7 +192,7 @@ def test_generate_saves_and_loads_a_state(outcome, converted, tmp_path):
 
 def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_path):
     status, text, words = outcome(
-        "finetune", "demo", "-o", tmp_path / "tuned", *settings(f"model={converted}"), "--json"
+        "finetune", "window-gla", "-o", tmp_path / "tuned", *settings(f"model={converted}"), "--json"
     )
     assert status == 0, words
     assert json.loads(text)["stages"][0]["tokens"] == 512
@@ -199,10 +204,10 @@ def test_finetune_eval_and_run_end_to_end(outcome, tiny_folder, converted, tmp_p
     divergence = next(row for row in report["metrics"] if row["metric"] == "kl")["values"]
     assert divergence["teacher"]["value"] < 1e-6 < divergence["window"]["value"]
 
-    defaults = load_recipe("demo").evaluate.baselines
+    defaults = load_recipe("window-gla").evaluate.baselines
     assert defaults == ["teacher", "window_bytes", "no_recurrence"]
     chosen = settings(f"model={tiny_folder}", f"evaluate.baselines=[window,{','.join(defaults)}]")
-    status, text, words = outcome("run", "demo", "-o", tmp_path / "run", *chosen, "--json")
+    status, text, words = outcome("run", "window-gla", "-o", tmp_path / "run", *chosen, "--json")
     assert status == 0, words
     systems = ["teacher", "window", "window_bytes", "no_recurrence", "converted", "finetuned"]
     assert (
@@ -270,11 +275,11 @@ def test_a_recipe_its_changes_and_the_output_are_checked_before_torch_is_loaded(
         (["convert", "m", "-o", taken], "exists and is not empty"),
         (["convert", "m", "-o", below_a_file], "is a file, and not a folder"),
         (["run", "landmark", "-o", "out"], "unknown recipe 'landmark'"),
-        (["run", "default", "-o", taken], "exists and is not empty"),
+        (["run", "window-gla", "-o", taken], "exists and is not empty"),
         (["finetune", "landmark", "-o", "out"], "unknown recipe 'landmark'"),
         (["finetune", "landmark", "-o", "out", "--launch", "2"], "unknown recipe 'landmark'"),
-        (["finetune", "default", "-o", taken], "exists and is not empty"),
-        (["finetune", "landmarks", "-o", "out"], "has no stages"),
+        (["finetune", "window-gla", "-o", taken], "exists and is not empty"),
+        (["finetune", "default", "-o", "out"], "has no stages"),
         (["inspect", "m", "-r", "landmark"], "unknown recipe 'landmark'"),
         (["inspect", "m", "--recurrence", "kdaa"], "did you mean 'kda'"),
         (["probe", "m", "--set", "mixer.windw=3"], "did you mean 'mixer.window'"),
@@ -304,7 +309,7 @@ def test_a_folder_that_is_closed_is_told_before_any_work(tmp_path, monkeypatch, 
     assert status == 1 and f"the folder {tmp_path} is closed to you" in error
 
 
-@pytest.mark.parametrize("recipe", ["landmarks-exact", "landmarks"])
+@pytest.mark.parametrize("recipe", ["default", "small"])
 def test_a_context_as_short_as_what_is_read_exactly_is_refused_at_once(outcome, tmp_path, monkeypatch, recipe):
     folder = random_llama(tmp_path / "short")
     config = json.loads((folder / "config.json").read_text())
@@ -387,10 +392,10 @@ def config(folder: Path, **values: object) -> Path:
         (lambda t, m: ["convert", m, "-o", t / "out", "-r", write(t / "r.yaml", "mixer: {windw: 3}")], "r.yaml:1"),
         (lambda t, m: ["convert", m, "-o", write(t / "file", "x") / "out"], "cannot be written"),
         (lambda t, m: ["convert", m, "-o", write(t / "out", "x")], "is a file"),
-        (lambda t, _: ["finetune", "default", "-o", t / "out"], "names no model"),
-        (lambda t, m: ["finetune", "default", "-o", t / "out", "--resume", "--set", f"model={m}"], "no unfinished run"),
-        (lambda t, m: ["finetune", "demo", "-o", t / "out", *settings(f"model={m}", NO_DATA)], "no.txt"),
-        (lambda t, m: ["run", "default", "-o", t / "out"], "names no model"),
+        (lambda t, _: ["finetune", "window-gla", "-o", t / "out"], "names no model"),
+        (lambda t, m: ["finetune", "train", "-o", t / "out", "--resume", "--set", f"model={m}"], "no unfinished run"),
+        (lambda t, m: ["finetune", "window-gla", "-o", t / "out", *settings(f"model={m}", NO_DATA)], "no.txt"),
+        (lambda t, m: ["run", "window-gla", "-o", t / "out"], "names no model"),
         (lambda t, m: ["eval", m, "--tasks", "piqqa"], "piqa"),
         (lambda t, m: ["eval", m, "--tasks", "piqa", "--data", t], "piqa.validation.jsonl"),
         (lambda t, m: ["eval", m, "--tasks", "held_out"], "no held-out rows"),
@@ -415,3 +420,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(outcome, tiny_folder, tmp_path
     assert told in lines[0], lines[0]
     assert "unexpected" not in lines[0]
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+
+
+def test_the_demo_on_a_tiny_model(outcome, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("linearize.jobs.demo.LENGTHS", (32, 64))
+    monkeypatch.setattr("linearize.jobs.demo._ROW", 128)
+    monkeypatch.setattr("linearize.jobs.demo.packaged_model", lambda: tiny_folder)
+    quick = ("mixer.window=16", "mixer.landmarks=48", "mixer.landmark_score=novelty", "mixer.landmarks_by=null")
+    changes = [word for change in quick for word in ("--set", change)]
+    status, text, words = outcome("demo", "-o", tmp_path / "demo", *changes)
+    assert status == 0, words
+    assert words.endswith(f"next: linearize chat {tmp_path / 'demo' / 'converted'}\n") and "questions" in text
+    found = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert list(found["systems"]) == ["teacher", "window", "converted"]
+    assert found["systems"]["window"]["memory_bytes"] <= found["systems"]["converted"]["memory_bytes"]
+    assert all(len(one["right"]) == 4 for one in found["systems"].values())
+    assert "Four questions" in (tmp_path / "demo" / "report.md").read_text()

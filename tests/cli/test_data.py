@@ -21,7 +21,7 @@ def asked(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     records = [{"instruction": f"Name fox {n}.", "output": f"It is fox {n}, of the wood."} for n in range(60)]
     Path("foxes.jsonl").write_text("\n".join(map(json.dumps, records)))
     stages = f"stages=[{STAGE.format('foxes.jsonl', 2, 64)}, {STAGE.format('foxes.jsonl', 4, 128)}]"
-    return ["default", "--set", f"model={tiny_folder}", "--set", stages]
+    return ["window-gla", "--set", f"model={tiny_folder}", "--set", stages]
 
 
 def test_rows_are_those_of_training(asked, outcome, tiny_folder):
@@ -30,7 +30,7 @@ def test_rows_are_those_of_training(asked, outcome, tiny_folder):
     shown = json.loads(text)
     assert [one["stage"] for one in shown] == [1, 2] and [len(one["rows"]) for one in shown] == [3, 3]
     assert "stage 2: data: foxes.jsonl: " in words and "instructions (instruction, output)" in words
-    settings, tokenizer = load_recipe("default", asked[-1:]), AutoTokenizer.from_pretrained(tiny_folder)
+    settings, tokenizer = load_recipe("window-gla", asked[-1:]), AutoTokenizer.from_pretrained(tiny_folder)
     for stage, one in zip(settings.stages, shown, strict=True):
         options = {"length": stage.length, "seed": 0, "reserved": reserved_tokens(settings.stages)}
         train = load_data(stage.data, tokenizer=tokenizer, teacher=None, **options).train
@@ -58,4 +58,4 @@ def test_what_cannot_be_shown_is_told(asked, outcome):
     assert (status, text) == (1, "") and "self is written by the teacher when the stage begins" in words
     assert words.splitlines()[-1].startswith("error: default: all its text is written by a model when training begins")
     assert "so there is no stage 3 to show" in outcome("data", "preview", *asked, "--stage", 3)[2]
-    assert "the recipe names no model" in outcome("data", "preview", "default")[2]
+    assert "the recipe names no model" in outcome("data", "preview", "window-gla")[2]

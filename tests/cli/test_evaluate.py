@@ -73,6 +73,7 @@ def test_people_are_told_which_items(outcome, tiny_folder, data_folder):
         (["--suite", "recal"], 1, "no suite called 'recal': did you mean recall?"),
         (["--tasks", "piqqa"], 1, "no task called 'piqqa': did you mean piqa"),
         (["--suite", "core", "--baseline", "no_window"], 1, "is not converted"),
+        (["--tasks", " ,"], 2, "--tasks ' ,': names nothing"),
         (["--suite", "recall", "--lengths", "12k"], 2, "--lengths 12k: expected numbers of tokens"),
         (["--suite", "core", "--limit", "0"], 2, "--limit"),
     ],

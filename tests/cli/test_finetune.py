@@ -34,7 +34,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_dry_run_starts_no_processes_and_counts_with_those_that_would_be(outcome, settings, tmp_path, monkeypatch):
     def told(*options: str) -> list[str]:
-        status, text, words = outcome("finetune", "default", "--dry-run", *settings, *options)
+        status, text, words = outcome("finetune", "window-gla", "--dry-run", *settings, *options)
         assert status == 0 and words == ""
         return re.findall(r"each GPU, of (\d+) but for single", text)
 
@@ -50,7 +50,7 @@ def test_a_dry_run_starts_no_processes_and_counts_with_those_that_would_be(outco
 
 
 def test_float16_is_refused_before_it_is_counted(outcome, settings):
-    status, text, words = outcome("finetune", "default", "--dry-run", *settings, "--set", "dtype=float16")
+    status, text, words = outcome("finetune", "window-gla", "--dry-run", *settings, "--set", "dtype=float16")
     assert (status, text) == (1, "") and words.startswith("error: dtype: float16") and "bfloat16" in words
 
 
@@ -74,14 +74,14 @@ def interrupted(outcome, monkeypatch: pytest.MonkeyPatch):
 
 def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, interrupted):
     out = tmp_path / "out"
-    interrupted("finetune", "default", "-o", out, *settings)
-    resume = ("finetune", "default", "-o", out, "--resume")
+    interrupted("finetune", "window-gla", "-o", out, *settings)
+    resume = ("finetune", "window-gla", "-o", out, "--resume")
     status, text, words = outcome(*resume, "--set", "stages.0.lr=0.5", "--set", "seed=3")
     assert (status, text) == (1, "") and words.count("\n") == 1
     assert "out.training/recipe.yaml: --resume goes on with this recipe, and --set changes seed, stages.0.lr" in words
     for named in ({"model": "elsewhere"}, {"teacher": "elsewhere"}):
         with pytest.raises(OutputError, match=f"unfinished run has {next(iter(named))}"):
-            linearize.finetune("default", out, resume=True, **named)
+            linearize.finetune("window-gla", out, resume=True, **named)
     assert "unfinished run has teacher None, not elsewhere" in outcome(*resume, "--teacher", "elsewhere")[2]
     status, text, words = outcome(*resume, *settings[:2])  # what is repeated has to be what it was
     assert (status, text) == (0, f"{out}\n")
@@ -100,11 +100,11 @@ def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, 
     stages = json.loads(outcome(*resume, "--json")[1])["stages"]
     assert stages[0]["steps"] == 4
     told: list[str] = []
-    result = linearize.finetune("default", out, resume=True, say=told.append)
+    result = linearize.finetune("window-gla", out, resume=True, say=told.append)
     assert result.stages == stages and result.model.config.name_or_path == str(out)
     assert told == [f"{out}: this run is finished, so there is nothing to resume"]
     # A converted folder is no finished run.
-    status, _, words = outcome("finetune", "default", "-o", tmp_path / "tiny", "--resume", *settings)
+    status, _, words = outcome("finetune", "window-gla", "-o", tmp_path / "tiny", "--resume", *settings)
     assert status == 1
 
 
@@ -114,7 +114,7 @@ def test_run_resumes_without_its_recipe_and_changes(outcome, settings, tmp_path,
     assert status == 2 and "name a RECIPE, or pass --resume" in words
     status, _, words = outcome("run", "-o", out, "--resume")
     assert status == 1 and f"{out}.training: no unfinished run to resume" in words
-    interrupted("run", "default", "-o", out, *settings, *held_out)
+    interrupted("run", "window-gla", "-o", out, *settings, *held_out)
     status, _, words = outcome("run", "-o", out, "--resume", "--set", "seed=3")
     assert status == 1 and "--resume goes on with this recipe, and --set changes seed in it" in words
     status, text, words = outcome("run", "-o", out, "--resume", "--json")

@@ -24,16 +24,16 @@ ERRORS: dict[str, tuple[list[str], Callable[[str, Path], Any]]] = {
         lambda _, taken: linearize.convert("nowhere", taken),
     ),
     "no stages": (
-        ["finetune", "landmarks", "-o", "out"],
-        lambda _, __: linearize.finetune("landmarks", "out"),
-    ),
-    "no model": (
         ["finetune", "default", "-o", "out"],
         lambda _, __: linearize.finetune("default", "out"),
     ),
+    "no model": (
+        ["finetune", "window-gla", "-o", "out"],
+        lambda _, __: linearize.finetune("window-gla", "out"),
+    ),
     "nothing to resume": (
-        ["finetune", "default", "-o", "out", "--resume", "--set", "model=MODEL"],
-        lambda model, _: linearize.finetune("default", "out", model=model, resume=True),
+        ["finetune", "window-gla", "-o", "out", "--resume", "--set", "model=MODEL"],
+        lambda model, _: linearize.finetune("window-gla", "out", model=model, resume=True),
     ),
     "a report that cannot be written comes before the model": (
         ["eval", "nowhere", "--report", "TAKEN/notes.txt/report"],
@@ -122,7 +122,7 @@ def test_numbers_are_bounded_in_python_as_on_the_command_line(call, told):
 
 def test_a_conversion_and_a_continuation_are_the_same_either_way(outcome, tiny_folder, converted, tmp_path):
     said: list[str] = []
-    linearize.convert(tiny_folder, tmp_path / "out", overrides=["mixer.window=16"], say=said.append)
+    linearize.convert(tiny_folder, tmp_path / "out", "window-gla", overrides=["mixer.window=16"], say=said.append)
     assert said[0] == f"converting {tiny_folder.name}"
     assert (tmp_path / "out" / "recipe.yaml").read_text() == (converted / "recipe.yaml").read_text()
     sums = [json.loads((folder / "linearize.json").read_text())["files"] for folder in (tmp_path / "out", converted)]

@@ -48,7 +48,7 @@ def imports_none_of(modules: set[str], *arguments: object) -> subprocess.Complet
     return done
 
 
-@pytest.mark.parametrize("more", some([(), ("--json",), ("--recurrence", "all"), ("-r", "landmarks-exact")], [()]))
+@pytest.mark.parametrize("more", some([(), ("--json",), ("--recurrence", "all"), ("-r", "window-gla")], [()]))
 def test_inspecting_a_gguf_file_imports_no_modeling(gguf: Path, more: tuple[str, ...]) -> None:
     done = imports_none_of(MODELING | SLOW, "inspect", gguf, *more)
     assert done.returncode == 0 and "llama" in done.stdout, done.stderr
@@ -61,7 +61,7 @@ def test_inspecting_a_folder_imports_no_modeling(tiny_folder: Path, converted: P
     assert done.returncode == 0 and "(converted)" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("recipe", some(["default", "landmarks-exact", "calibrated"], ["default"]))
+@pytest.mark.parametrize("recipe", some(["default", "window-gla", "train"], ["default"]))
 def test_a_dry_run_of_a_gguf_file_imports_no_modeling(gguf: Path, tmp_path: Path, recipe: str) -> None:
     small = ("--set", "mixer.window=8", "--set", "mixer.landmarks=32")
     done = imports_none_of(MODELING | SLOW, "convert", gguf, "-o", tmp_path / "out", "-r", recipe, *small, "--dry-run")

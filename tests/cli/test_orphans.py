@@ -43,7 +43,9 @@ def moved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted from a folder that is no longer there."""
     folder = tmp_path_factory.mktemp("orphans")
     before = shutil.copytree(base, folder / "before")
-    assert run(["convert", str(before), "-o", str(folder / "moved"), "--set", "mixer.window=16"]) == 0
+    assert (
+        run(["convert", str(before), "-o", str(folder / "moved"), "-r", "window-gla", "--set", "mixer.window=16"]) == 0
+    )
     shutil.rmtree(before)
     return folder / "moved"
 
@@ -121,7 +123,7 @@ def test_no_other_model_is_taken_for_the_teacher(outcome, unnamed, moved, base, 
 
 
 def test_is_trained_alone_and_scored_on_what_it_held_out(outcome, orphan, base, text, tmp_path):
-    arguments = ("finetune", "default", "-o", tmp_path / "tuned", "--set", f"model={orphan}", *SHORT)
+    arguments = ("finetune", "window-gla", "-o", tmp_path / "tuned", "--set", f"model={orphan}", *SHORT)
     arguments += ("--set", f"stages.0.data.source={text}")
     status, _, words = outcome(*arguments, "--set", "stages.0.objective=sft")
     assert status == 0, words
@@ -138,7 +140,7 @@ def test_is_trained_alone_and_scored_on_what_it_held_out(outcome, orphan, base, 
 
 @pytest.mark.parametrize("change", ["stages.0.objective=distill", "stages.0.data.source=self"])
 def test_stages_that_use_a_teacher_need_one(outcome, orphan, base, text, tmp_path, change):
-    arguments = ["finetune", "default", "-o", tmp_path / "tuned", "--set", f"model={orphan}", *SHORT]
+    arguments = ["finetune", "window-gla", "-o", tmp_path / "tuned", "--set", f"model={orphan}", *SHORT]
     arguments += ["--set", f"stages.0.data.source={text}", "--set", "stages.0.objective=sft", "--set", change]
     status, _, words = outcome(*arguments)
     assert status == 1 and words.splitlines()[-1].endswith("; name the teacher with --teacher ID|FOLDER")
@@ -147,7 +149,7 @@ def test_stages_that_use_a_teacher_need_one(outcome, orphan, base, text, tmp_pat
 
 
 def test_a_model_is_not_its_own_teacher(outcome, moved, text, tmp_path):
-    arguments = ("finetune", "default", "-o", tmp_path / "out", "--set", f"model={moved}", "--teacher", moved)
+    arguments = ("finetune", "window-gla", "-o", tmp_path / "out", "--set", f"model={moved}", "--teacher", moved)
     status, _, words = outcome(*arguments, "--set", f"stages.0.data.source={text}", *SHORT)
     assert status == 1 and "is the model itself" in words
     assert not (tmp_path / "out").exists()
@@ -155,7 +157,7 @@ def test_a_model_is_not_its_own_teacher(outcome, moved, text, tmp_path):
 
 def test_a_base_that_the_hub_no_longer_has(outcome, moved, text, tmp_path):
     """Only loading it shows that it is gone, which is after all names were read."""
-    arguments = ("finetune", "default", "-o", tmp_path / "tuned", "--set", f"model={moved}", *SHORT)
+    arguments = ("finetune", "window-gla", "-o", tmp_path / "tuned", "--set", f"model={moved}", *SHORT)
     arguments += ("--set", f"stages.0.data.source={text}", "--set", "stages.0.objective=sft")
     assert outcome(*arguments)[0] == 0
     path = tmp_path / "tuned" / "linearize.json"
@@ -179,5 +181,5 @@ def test_other_commands_need_none(outcome, orphan, tmp_path):
     for command in commands:
         status, _, words = outcome(*command)
         assert status == 0, (command[0], words)
-    status, _, words = outcome("run", "default", "-o", tmp_path / "run", "--set", f"model={orphan}")
+    status, _, words = outcome("run", "window-gla", "-o", tmp_path / "run", "--set", f"model={orphan}")
     assert status == 1 and "is converted already; use `linearize finetune` and `linearize eval`" in words

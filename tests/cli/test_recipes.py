@@ -23,11 +23,11 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes", "ls"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["RECIPE", "DESCRIPTION"]
-    names = [line.split()[0] for line in lines]
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert run(["recipes", "ls", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in listed] == names
-    assert "liger-gla" in names
+    assert names[:4] == ["default", "small", "train", "liger-gla"]
     assert all(row["description"] for row in listed)
 
 
@@ -41,11 +41,11 @@ def test_show_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_cp_copies_once(capsys: pytest.CaptureFixture[str]) -> None:
     Path("folder").mkdir()
-    for destination, written in ((None, "demo.yaml"), ("mine.yaml", "mine.yaml"), ("folder", "folder/demo.yaml")):
-        arguments = ["recipes", "cp", "demo", *([destination] if destination else [])]
+    for destination, written in ((None, "train.yaml"), ("mine.yaml", "mine.yaml"), ("folder", "folder/train.yaml")):
+        arguments = ["recipes", "cp", "train", *([destination] if destination else [])]
         assert run(arguments) == 0
         assert capsys.readouterr().out == f"{written}\n"
-        assert Path(written).read_bytes() == recipe_path("demo").read_bytes()
+        assert Path(written).read_bytes() == recipe_path("train").read_bytes()
         Path(written).write_text("seed: 1\n")
         assert run(arguments) == 1
         assert capsys.readouterr().err.startswith(f"error: {written}: exists already")
@@ -53,7 +53,7 @@ def test_cp_copies_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cp_into_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["recipes", "cp", "demo", "no/such/x.yaml"]) == 1
+    assert run(["recipes", "cp", "train", "no/such/x.yaml"]) == 1
     assert capsys.readouterr().err == "error: no/such/x.yaml: there is no folder no/such; make it first\n"
 
 

@@ -117,7 +117,7 @@ def test_scaled_positions_are_those_of_the_model_in_safetensors(name, tmp_path):
         rope = {**rope, "short_factor": rope["long_factor"]}
         wanted = logits(tiny("llama", rope_parameters={**rope, "rope_theta": 1e4}), ids)
     (tmp_path / "out").mkdir()
-    start = convert_into(source, load_recipe("default", [f"mixer.window={LENGTH}"]), tmp_path / "out")
+    start = convert_into(source, load_recipe("window-gla", [f"mixer.window={LENGTH}"]), tmp_path / "out")
     torch.testing.assert_close(logits(start.model, ids), wanted, atol=1e-4, rtol=0)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(again, ids), wanted, atol=1e-4, rtol=0)
@@ -188,7 +188,7 @@ def test_phi_3_keeps_its_partial_rotation_and_its_two_tables(tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_applied_is_refused_by_its_name(keys, tensors, told, tmp_path, capfd):
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), keys, tensors)
-    assert run(["convert", str(path), "-o", str(tmp_path / "out")]) == 1
+    assert run(["convert", str(path), "-o", str(tmp_path / "out"), "-r", "window-gla"]) == 1
     error = capfd.readouterr().err
     assert told in error and error.count("\n") == 1 and "Traceback" not in error
     assert [one.name for one in tmp_path.iterdir()] == ["m.gguf"]
@@ -267,14 +267,14 @@ def test_every_end_token_ends_what_a_model_writes(keys, ends, tmp_path):
     source = find_source(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), keys)))
     assert load_model(source).generation_config.eos_token_id == ends
     (tmp_path / "out").mkdir()
-    convert_into(source, load_recipe("default"), tmp_path / "out")
+    convert_into(source, load_recipe("window-gla"), tmp_path / "out")
     converted = find_source(str(tmp_path / "out"))
     assert load_model(converted).generation_config.eos_token_id == ends
     # A folder that the GGUF was saved as is converted from file to file.
     load_model(source).save_pretrained(tmp_path / "folder")
     load_tokenizer(source).save_pretrained(tmp_path / "folder")
     (tmp_path / "streamed").mkdir()
-    convert_into(find_source(str(tmp_path / "folder")), load_recipe("default"), tmp_path / "streamed")
+    convert_into(find_source(str(tmp_path / "folder")), load_recipe("window-gla"), tmp_path / "streamed")
     assert load_model(find_source(str(tmp_path / "streamed"))).generation_config.eos_token_id == ends
 
 
@@ -293,7 +293,7 @@ def certain(path: Path, token: int, **keys) -> Path:
 
 def test_a_chat_stops_at_the_end_of_the_turn(tmp_path, capfd):
     path = certain(tmp_path / "m.gguf", 2, **{"tokenizer.ggml.eot_token_id": 2})
-    assert run(["convert", str(path), "-o", str(tmp_path / "out")]) == 0
+    assert run(["convert", str(path), "-o", str(tmp_path / "out"), "-r", "window-gla"]) == 0
     for model in (path, tmp_path / "out"):
         capfd.readouterr()
         assert run(["generate", str(model), "hello", "--chat", "-n", "9", "--temperature", "0", "--json"]) == 0

@@ -39,7 +39,7 @@ def gpt2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     GPT2LMHeadModel(config).save_pretrained(folder / "base")
     load_tokenizer(find_source(str(llama))).save_pretrained(folder / "base")
-    linearize.convert(folder / "base", folder / "converted", overrides=["mixer.window=16"])
+    linearize.convert(folder / "base", folder / "converted", "window-gla", overrides=["mixer.window=16"])
     return folder
 
 
@@ -100,7 +100,7 @@ def test_what_to_keep_is_measured_on_as_many_tokens_as_there_are_positions(gpt2,
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     load_tokenizer(find_source(str(gpt2 / "base"))).save_pretrained(tmp_path / "base")
     changes = ("--set", "mixer.window=16", "--set", "mixer.keep={budget: 60%, by: loss}")
-    code, told = run("convert", tmp_path / "base", "-o", tmp_path / "out", *changes)
+    code, told = run("convert", tmp_path / "base", "-o", tmp_path / "out", "-r", "window-gla", *changes)
     assert (code, "of 2 layers" in told) == (0, True), told
 
 
@@ -109,9 +109,9 @@ def test_rows_of_more_tokens_than_positions_are_refused_before_training(gpt2, tm
     sets = [f"stages.0.data.source={tmp_path / 'text.txt'}", "stages.0.length=256"]
     for kind in ("base", "converted"):
         options = [word for change in [f"model={gpt2 / kind}", *sets] for word in ("--set", change)]
-        code, told = run("finetune", "demo", "-o", tmp_path / "out", *options)
+        code, told = run("finetune", "window-gla", "-o", tmp_path / "out", "-r", "window-gla", *options)
         assert (code, "stages.0.length 256: the model has learned 128 positions" in told) == (1, True), told
-    options = ["--recipe", "calibrated", "--set", f"calibrate.source={tmp_path / 'text.txt'}"]
+    options = ["--recipe", "train", "--set", f"calibrate.source={tmp_path / 'text.txt'}"]
     code, told = run("convert", gpt2 / "base", "-o", tmp_path / "out", *options, "--set", "calibrate.length=256")
     assert (code, "calibrate.length 256: the model has learned 128 positions" in told) == (1, True), told
 
@@ -128,9 +128,9 @@ def test_whatever_reads_too_far_says_so_in_one_line(gpt2, kind):
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_told(extended, tmp_path, run):
     told = "its tokenizer has 258 tokens and its embedding 257 rows, so text with '[PAD]' (257) or above cannot be read"
     for options in (["--dry-run"], []):
-        code, words = run("convert", extended, "-o", tmp_path / "out", *options)
+        code, words = run("convert", extended, "-o", tmp_path / "out", "-r", "window-gla", *options)
         assert (code, told in words) == (0, True), words
-    code, words = run("run", "demo", "-o", tmp_path / "run", "--set", f"model={extended}", "--set", "stages=[]")
+    code, words = run("run", "window-gla", "-o", tmp_path / "run", "--set", f"model={extended}", "--set", "stages=[]")
     assert words.count(told) == 1, words
     assert run("generate", tmp_path / "out", "hello", "-n", 2)[0] == 0
     code, words = run("generate", tmp_path / "out", "hello", "-n", 2, "--chat")
@@ -138,7 +138,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_told(extended, tmp_p
     (tmp_path / "text.txt").write_text("some [PAD] text " * 200)
     sets = [f"model={tmp_path / 'out'}", f"stages.0.data.source={tmp_path / 'text.txt'}", "stages.0.data.held_out=1"]
     options = [word for change in [*sets, "stages.0.length=128"] for word in ("--set", change)]
-    code, words = run("finetune", "demo", "-o", tmp_path / "tuned", *options)
+    code, words = run("finetune", "window-gla", "-o", tmp_path / "tuned", *options)
     assert (code, "stages.0.data: has '[PAD]', token 257, and" in words) == (1, True), words
     assert told in words
 
@@ -147,7 +147,7 @@ def test_a_model_without_a_tokenizer_converts(llama, tmp_path, run):
     bare = tmp_path / "bare"
     load_model(find_source(str(llama))).save_pretrained(bare)
     for options in (["--dry-run"], []):
-        code, told = run("convert", bare, "-o", tmp_path / "out", *options)
+        code, told = run("convert", bare, "-o", tmp_path / "out", "-r", "window-gla", *options)
         assert (code, "bare: has no tokenizer, so the result has none" in told) == (0, True), told
     model = load_model(find_source(str(tmp_path / "out")))
     assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
@@ -156,8 +156,8 @@ def test_a_model_without_a_tokenizer_converts(llama, tmp_path, run):
     for command in (
         ["generate", tmp_path / "out", "text"],
         ["eval", tmp_path / "out"],
-        ["finetune", "demo", "-o", tmp_path / "tuned", "--set", f"model={tmp_path / 'out'}"],
-        ["convert", bare, "-o", tmp_path / "calibrated", "--recipe", "calibrated"],
+        ["finetune", "window-gla", "-o", tmp_path / "tuned", "--set", f"model={tmp_path / 'out'}"],
+        ["convert", bare, "-o", tmp_path / "calibrated", "--recipe", "train"],
     ):
         code, told = run(*command)
         assert (code, "has no tokenizer (no tokenizer.json)" in told) == (1, True), told
@@ -181,10 +181,10 @@ def test_a_recipe_of_a_larger_model_is_refused_before_anything_is_loaded(changes
         shutil.copy(file, tmp_path / "model")
     model, change = tmp_path / "model", ["--set", f"mixer.{changes}"]
     for command in (
-        ["convert", model, "-o", tmp_path / "out", "--dry-run"],
-        ["convert", model, "-o", tmp_path / "out"],
-        ["inspect", model],
-        ["finetune", "demo", "-o", tmp_path / "tuned", "--set", f"model={model}"],
-        ["run", "demo", "-o", tmp_path / "run", "--set", f"model={model}"],
+        ["convert", model, "-o", tmp_path / "out", "-r", "window-gla", "--dry-run"],
+        ["convert", model, "-o", tmp_path / "out", "-r", "window-gla"],
+        ["inspect", model, "-r", "window-gla"],
+        ["finetune", "window-gla", "-o", tmp_path / "tuned", "--set", f"model={model}"],
+        ["run", "window-gla", "-o", tmp_path / "run", "--set", f"model={model}"],
     ):
         assert run(*command, *change) == (1, f"error: {told}")

@@ -36,7 +36,7 @@ def weights(folder):
 
 def both_ways(folder, target, *changes, teacher=None, shard_bytes=20_000, **options):
     """The files' names, of the checkpoint through memory and from file to file, after comparing all but their names."""
-    recipe = load_recipe("default", ["mixer.window=12", *changes])
+    recipe = load_recipe("window-gla", ["mixer.window=12", *changes])
     source, told = find_source(str(folder)), []
     tokenizer = load_tokenizer(source)
     for way, given in (("memory", load_model(source, dtype=recipe.dtype)), ("files", None)):
@@ -120,7 +120,7 @@ def test_tied_weights_whatever_the_files_say(tied, tokenizer_folder, tmp_path):
 
 
 def test_in_python_the_model_that_comes_back_has_its_weights(tiny_folder, tmp_path):
-    converted = linearize.convert(tiny_folder, tmp_path / "out", overrides=["mixer.window=16"])
+    converted = linearize.convert(tiny_folder, tmp_path / "out", "window-gla", overrides=["mixer.window=16"])
     ids = torch.arange(5, 45)[None]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(converted(ids).logits, again(ids).logits)
@@ -141,7 +141,7 @@ def test_what_cannot_go_from_file_to_file_says_so_and_goes_through_memory(tokeni
     shutil.rmtree(tmp_path / "files")
     (tmp_path / "files").mkdir()
     with pytest.raises(ModelError, match=r"1 weight is not there, model\.norm\.weight among them"):
-        convert_into(find_source(str(folder)), load_recipe("default"), tmp_path / "files", say=told.append)
+        convert_into(find_source(str(folder)), load_recipe("window-gla"), tmp_path / "files", say=told.append)
     assert any(line.endswith("its files lack 1 weight, model.norm.weight among them") for line in told)
 
 
@@ -216,12 +216,12 @@ def test_weights_that_the_model_does_not_take_are_refused_by_name(
     source = find_source(str(folder))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=told) as refused:
-        load_model(source) if way == "memory" else convert_into(source, load_recipe("default"), tmp_path / "out")
+        load_model(source) if way == "memory" else convert_into(source, load_recipe("window-gla"), tmp_path / "out")
     assert "\n" not in str(refused.value)
 
 
 def test_a_converted_model_refuses_weights_that_it_does_not_take(tiny_folder, tmp_path):
-    linearize.convert(tiny_folder, tmp_path / "out")
+    linearize.convert(tiny_folder, tmp_path / "out", "window-gla")
     held = weights(tmp_path / "out")
     held["model.layers.0.self_attn.mixer.unknown"] = torch.ones(2)
     save_file(held, tmp_path / "out" / "model.safetensors", {"format": "pt"})
@@ -268,7 +268,7 @@ def peak():
 def run(name):
     (folder / ("out-" + name)).mkdir()
     options = {"shard_bytes": int(sys.argv[5])}
-    convert_into(find_source(str(folder / name)), load_recipe("default"), folder / ("out-" + name), **options)
+    convert_into(find_source(str(folder / name)), load_recipe("window-gla"), folder / ("out-" + name), **options)
 
 run(small)  # what modules and libraries take is there from now on
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here

@@ -17,9 +17,10 @@ from evals.slots.systems import TEACHER, Ours, System, ask, load, score, systems
 from evals.slots.telling import average, plots, table
 from evals.slots.texts import TAIL, texts_of
 from tests.conftest import random_llama
+from tests.made import LANDMARKS, LANDMARKS_EXACT
 
 ROOT = Path(__file__).resolve().parents[2]
-ARGUMENTS = ["--recipe", "landmarks", "--set", "mixer.window=16", "--set", "mixer.landmarks_by=null"]
+ARGUMENTS = ["--recipe", LANDMARKS, "--set", "mixer.window=16", "--set", "mixer.landmarks_by=null"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_a_prompt_is_cut_before_its_question(of_bytes, tmp_path, task, begins):
 
 
 def test_all_have_the_bytes_of_ours(tiny_folder):
-    teacher, *others = systems_of(tiny_folder, Ours("landmarks-exact"), [16, 64])
+    teacher, *others = systems_of(tiny_folder, Ours(LANDMARKS_EXACT), [16, 64])
     assert teacher.nbytes == 0 and len({one.name for one in others}) == len(others) == 20
     for count in (16, 64):
         ours, *rest = [one for one in others if one.slots == count]
@@ -81,7 +82,7 @@ def test_a_run_goes_on_where_it_was(tiny_folder, data_folder, tmp_path, monkeypa
 @pytest.mark.check
 def test_the_worker_without_a_press_is_the_teacher(tiny_folder, data_folder, tokenizer, tmp_path):
     teacher = System(TEACHER, 0, 0, 0)
-    model = load(teacher, tiny_folder, Ours("landmarks"), tmp_path, "float32", print)
+    model = load(teacher, tiny_folder, Ours(LANDMARKS), tmp_path, "float32", print)
     presses = Presses(sys.executable, tiny_folder, "float32")
     try:
         for task in ("wikitext2", "niah_single_1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,16 @@ def test_answers_of_texts_are_those_of_lm_eval(model: Any, tokenizer: Any, inclu
         # The very prompt, with the very solved examples, and the very text.
         assert answer.arguments == sample["arguments"]
         assert answer.responses == sample["filtered_resps"]
+
+
+def test_checks_that_draw_at_random_give_an_item_one_result(model: Any, tokenizer: Any, include: Path) -> None:
+    (task,) = build_suites(choose_tasks(["animals_write"], include=include), tokenizer, SuiteOptions(include=include))
+    (leaf,) = task._leaves  # type: ignore[attr-defined]
+    leaf.task.process_results = lambda document, responses: {"exact_match": random.random()}  # noqa: S311
+    before = random.getstate()
+    alone, (other, again) = task.score(model, tokenizer, [3], 2), task.score(model, tokenizer, [7, 3], 2)
+    assert alone == [again] and other != again
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("converted", [False, True])

@@ -29,15 +29,15 @@ def recipe(content: str | bytes) -> Callable[[Kit], list[Any]]:
 
 
 def convert(make: Callable[[Kit], Path]) -> Callable[[Kit], list[Any]]:
-    return lambda kit: ["convert", make(kit), *kit.out]
+    return lambda kit: ["convert", make(kit), *kit.out, "-r", "window-gla"]
 
 
 def gguf_file(**fault: Any) -> Callable[[Kit], list[Any]]:
-    return lambda kit: ["convert", kit.write("m.gguf", gguf(**fault)), *kit.out]
+    return lambda kit: ["convert", kit.write("m.gguf", gguf(**fault)), *kit.out, "-r", "window-gla"]
 
 
 def data(name: str, content: str | bytes) -> Callable[[Kit], list[Any]]:
-    return lambda kit: ["finetune", "default", *kit.out, *training(kit, kit.write(name, content))]
+    return lambda kit: ["finetune", "window-gla", *kit.out, *training(kit, kit.write(name, content))]
 
 
 def training(kit: Kit, source: Path) -> list[str]:
@@ -366,7 +366,7 @@ DATA = [
         "a device",
         lambda kit: [
             "finetune",
-            "default",
+            "window-gla",
             *kit.out,
             *training(kit, link(kit.folder / "d.txt", "/dev/zero") / "d.txt"),
         ],
@@ -381,7 +381,7 @@ DATA = [
         "a folder of one file and a pickle",
         lambda kit: [
             "finetune",
-            "default",
+            "window-gla",
             *kit.out,
             *training(kit, folder_of(kit, {"d/a.jsonl": "{}", "d/b.pkl": pickle.dumps(1)})),
         ],
@@ -389,7 +389,7 @@ DATA = [
     ),
     (
         "a saved data set that is none",
-        lambda kit: ["finetune", "default", *kit.out, *training(kit, folder_of(kit, {"d/state.json": DEEP}))],
+        lambda kit: ["finetune", "window-gla", *kit.out, *training(kit, folder_of(kit, {"d/state.json": DEEP}))],
         "d: not a readable folder of save_to_disk (",
     ),
     (

@@ -59,7 +59,7 @@ SHARED: list[tuple[str, Callable[[Kit], list[Any]], str]] = [
     ("export: versions that are a number", export("linearize.json", versions=3), _NOT_OURS),
     ("export: a recipe of aliases", export("recipe.yaml", BOMB), "anchors and aliases are not allowed"),
     ("finetune: provenance that is none", lambda kit: [
-        "finetune", "default", *kit.out, "--set", f"model={changed(kit, 'linearize.json', stages=[1])}",
+        "finetune", "window-gla", *kit.out, "--set", f"model={changed(kit, 'linearize.json', stages=[1])}",
     ], _NOT_OURS),
     ("push: no provenance", push("linearize.json", "{}"), _UNSAID),
     ("push: provenance nested too deeply", push("linearize.json", DEEP), _UNSAID),

@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A tiny model, the same converted, and a state of that."""
     folder = tmp_path_factory.mktemp("models")
     plain, converted, state = random_llama(folder / "plain"), folder / "converted", folder / "a.state"
-    assert run(["convert", str(plain), "-o", str(converted), "--set", "mixer.window=16"]) == 0
+    assert run(["convert", str(plain), "-o", str(converted), "-r", "window-gla", "--set", "mixer.window=16"]) == 0
     assert run(["generate", str(converted), "Once upon", "-n", "0", "--save-state", str(state)]) == 0
     return plain, converted, state
 

@@ -63,7 +63,7 @@ def test_without_a_home_the_user_is_told_what_to_set(capfd, plain, tmp_path, mon
     told = one_line(capfd, "eval", plain, "--tasks", "passkey", "--lengths", "64", "--samples", "1", "--data", tmp_path)
     assert "there is no home folder to keep results in; set HOME, or LINEARIZE_CACHE" in told
     # What keeps nothing does not need one.
-    assert run(["convert", str(plain), "-o", str(tmp_path / "out")]) == 0
+    assert run(["convert", str(plain), "-o", str(tmp_path / "out"), "-r", "window-gla"]) == 0
 
 
 def test_a_cache_that_cannot_be_written_is_told(capfd, plain, texts, monkeypatch):
@@ -104,19 +104,19 @@ def test_every_local_command_works_without_a_network(capfd, plain, texts, tmp_pa
         ["doctor"],
         ["recipes", "ls", "--model", plain],
         ["inspect", plain, "--recurrence", "all"],
-        ["convert", plain, "-o", converted, "--set", "mixer.window=16"],
-        ["finetune", "default", "-o", tuned, *settings],
+        ["convert", plain, "-o", converted, "-r", "window-gla", "--set", "mixer.window=16"],
+        ["finetune", "window-gla", "-o", tuned, *settings],
         ["eval", tuned, "--baseline", "all", "--report", tmp_path / "report"],
         ["eval", tuned, "--baseline", "none", "--report", tmp_path / "again"],
         ["compare", tmp_path / "report", tmp_path / "again"],
-        ["finetune", "default", "--dry-run", *settings],
+        ["finetune", "window-gla", "--dry-run", *settings],
         ["export", tuned, tmp_path / "shared", "--base", "acme/tiny"],
         ["push", "me/tiny", tmp_path / "shared", "--dry-run"],
         ["generate", tuned, "Once", "-n", "3", "--save-state", state],
         ["generate", tuned, "upon", "-n", "3", "--load-state", state],
         ["verify", converted, "--tokens", "64", "--steps", "40"],
         ["bench", converted, "--lengths", "64", "--steps", "2", "--repeats", "1"],
-        ["run", "default", "-o", tmp_path / "run", *settings],
+        ["run", "window-gla", "-o", tmp_path / "run", *settings],
     ]
     for line in lines:
         assert run([str(word) for word in line]) == 0, (line, capfd.readouterr().err)
@@ -140,10 +140,10 @@ SHORT = [
             [["inspect"]], [["generate"], "x"], [["convert"], "-o", "out"], [["probe"]], [["eval"]], [["verify"]],
             [["bench"]],
         )),
-        (["finetune", "default", "-o", "out", "--set", "model=owner/model"], UNREACHED),
-        (["run", "default", "-o", "out", "--set", "model=owner/model"], UNREACHED),
+        (["finetune", "window-gla", "-o", "out", "--set", "model=owner/model"], UNREACHED),
+        (["run", "window-gla", "-o", "out", "--set", "model=owner/model"], UNREACHED),
         (
-            ["finetune", "default", "-o", "out", *SHORT, "--set", "stages.0.data.source=owner/texts"],
+            ["finetune", "window-gla", "-o", "out", *SHORT, "--set", "stages.0.data.source=owner/texts"],
             "check the name and the network, or name a .txt, .jsonl or .parquet file",
         ),
         (
@@ -160,6 +160,14 @@ def test_what_needs_the_hub_says_what_is_missing_and_how_to_get_it(
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     assert told in one_line(capfd, *(argument.format(plain=plain) for argument in arguments))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_hub_is_tried_once_and_the_line_stands_once(capfd, no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    assert run(["eval", "owner/other"]) == 1
+    assert capfd.readouterr().err == f"error: {UNREACHED.replace('owner/model', 'owner/other')}\n"
+    assert no_network
 
 
 HOSTILE = [

@@ -53,7 +53,7 @@ def converted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("converted") / "tiny"
     folder.mkdir()
     convert_into(
-        find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16", f"model={tiny_folder}"]), folder
+        find_source(str(tiny_folder)), load_recipe("window-gla", ["mixer.window=16", f"model={tiny_folder}"]), folder
     )
     return folder
 

@@ -181,7 +181,7 @@ def test_two_versions_in_one_process_share_nothing(tiny_folder, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path / "modules")
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    convert(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), old)
+    convert(find_source(str(tiny_folder)), load_recipe("window-gla", ["mixer.window=16"]), old)
     _foreign(old)
     shutil.copytree(old, new)
     source = (new / "modeling_linearized.py").read_text()

@@ -121,7 +121,7 @@ def marked(source, dtype="float32"):
 def other(converted, tiny_folder, tmp_path):
     """Another checkpoint of the same base model."""
     (tmp_path / "other").mkdir()
-    recipe = load_recipe("default", ["mixer.window=8", f"model={tiny_folder}"])
+    recipe = load_recipe("window-gla", ["mixer.window=8", f"model={tiny_folder}"])
     convert_into(find_source(str(tiny_folder)), recipe, tmp_path / "other")
     return tmp_path / "other"
 
@@ -185,7 +185,7 @@ def test_no_path_is_left_on_the_card(tuned, tmp_path):
     ]  # fmt: skip
     report = results(command=shlex.join(command))
     (tmp_path / "run" / "results.json").write_text(json.dumps(report.to_json()))
-    recipe = load_recipe("default", ["mixer.window=16", f"stages.0.data={json.dumps(texts)}"])
+    recipe = load_recipe("window-gla", ["mixer.window=16", f"stages.0.data={json.dumps(texts)}"])
     (tuned / "recipe.yaml").write_text(dump_recipe(recipe))
     (tuned / "metrics.jsonl").write_text('{"data": "/srv/team secret/a.jsonl", "loss": 2.50}\n{"loss": 2.50}\ntorn')
     provenance = json.loads((tuned / "linearize.json").read_text())

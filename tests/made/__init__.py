@@ -15,6 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _TINY = Path(__file__).resolve().parent / "tiny"
+LANDMARKS = str(ROOT / "evals" / "start" / "landmarks.yaml")
+LANDMARKS_EXACT = str(ROOT / "evals" / "start" / "landmarks-exact.yaml")
+"""Recipes with slots beside a recurrence, and with slots alone, that are chosen without a fit to text."""
 _BESIDE = ROOT.parent / "shared" / "data"
 
 

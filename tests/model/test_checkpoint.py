@@ -26,6 +26,7 @@ from linearize.recipe import load_recipe
 from linearize.runtime.files import sha256, staged_folder
 from linearize.sources.source import find_source, load_model
 from tests.forked import run_forked
+from tests.made import LANDMARKS
 
 _BLOCKED = """
 import importlib.abc, sys
@@ -71,7 +72,7 @@ print(writer("Once upon", max_new_tokens=2, do_sample=False, return_full_text=Tr
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
-    convert_into(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
+    convert_into(find_source(str(tiny_folder)), load_recipe("window-gla", ["mixer.window=16"]), folder)
     return folder
 
 
@@ -117,7 +118,7 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
         checkpoint = tmp_path / "landmarks"
         checkpoint.mkdir()
         changes = ["mixer.window=16", "mixer.landmarks=24", "mixer.landmarks_by=null"]
-        convert_into(find_source(str(tiny_folder)), load_recipe("landmarks", changes), checkpoint)
+        convert_into(find_source(str(tiny_folder)), load_recipe(LANDMARKS, changes), checkpoint)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     total, tokens = without_package(_WITHOUT_PACKAGE, checkpoint).stdout.strip().splitlines()[-2:]
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -146,7 +147,7 @@ def test_a_tokenizer_runs_no_code(checkpoint, tmp_path, monkeypatch):
 
 def test_the_card_names_the_folder_and_its_code_runs(tiny_folder, checkpoint, tmp_path, monkeypatch):
     with staged_folder(tmp_path / "my-model") as folder:
-        convert_into(find_source(str(tiny_folder)), load_recipe("default", ["mixer.window=16"]), folder)
+        convert_into(find_source(str(tiny_folder)), load_recipe("window-gla", ["mixer.window=16"]), folder)
     assert "\n# my-model\n" in (tmp_path / "my-model" / "README.md").read_text()
     card = (checkpoint / "README.md").read_text()
     assert f"\n# {checkpoint.name}\n" in card
@@ -181,9 +182,9 @@ def test_an_adapter_finds_the_model_that_it_was_trained_on(checkpoint, tmp_path,
 
 def test_a_fresh_conversion_has_not_the_name_of_its_teacher(tiny_folder, tmp_path):
     """An adapter that names the pretrained model would load onto that."""
-    model = convert_model(load_model(find_source(str(tiny_folder))), load_recipe("default").mixer)
+    model = convert_model(load_model(find_source(str(tiny_folder))), load_recipe("window-gla").mixer)
     assert not model.name_or_path
-    written = linearize.convert(tiny_folder, tmp_path / "out", overrides=["mixer.window=16"])
+    written = linearize.convert(tiny_folder, tmp_path / "out", "window-gla", overrides=["mixer.window=16"])
     assert written.name_or_path == written.config.name_or_path == str(tmp_path / "out")
 
 
@@ -205,7 +206,7 @@ def test_label_smoothing_of_a_trainer_shifts_labels(tiny_folder, tmp_path):
     """`Trainer` knows by the class's name that labels are the next tokens."""
     source = find_source(str(tiny_folder))
     teacher = load_model(source)
-    model = convert_model(load_model(source), load_recipe("default", ["mixer.window=256"]).mixer)
+    model = convert_model(load_model(source), load_recipe("window-gla", ["mixer.window=256"]).mixer)
     settings = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[])
     ids = torch.arange(5, 105)[None]
     given = {"input_ids": ids, "labels": ids}
@@ -257,7 +258,7 @@ def test_what_a_checkpoint_lacks_starts_as_in_a_conversion(checkpoint, tmp_path)
 
 def test_own_parameters_stay_float32_in_half_precision(tiny_folder, tmp_path):
     source = find_source(str(tiny_folder))
-    model = convert_model(load_model(source, dtype="bfloat16"), load_recipe("default").mixer)
+    model = convert_model(load_model(source, dtype="bfloat16"), load_recipe("window-gla").mixer)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for built in (model, again):

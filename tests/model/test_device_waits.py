@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.conversion.swap import convert_model
 from linearize.recipe import load_recipe
+from tests.made import LANDMARKS
 from tests.model.test_families import build
 
 _READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.masked_select", "aten.equal")
@@ -48,11 +49,11 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gates", ["weak", "strong"])
-@pytest.mark.parametrize("name", ["default", "kda", "gsa", "gated_deltanet", "rwkv7", "liger-gla", "landmarks"])
+@pytest.mark.parametrize("name", ["window-gla", "kda", "gsa", "gated-deltanet", "rwkv7", "liger-gla", LANDMARKS])
 def test_no_value_is_read_and_the_numbers_are_the_cpus(name, gates, monkeypatch):
     monkeypatch.setenv("LINEARIZE_KERNELS", "torch")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    changes = ["mixer.landmarks=32"] if name == "landmarks" else []
+    changes = ["mixer.landmarks=32"] if name == LANDMARKS else []
     torch.manual_seed(0)
     model = convert_model(build("llama"), load_recipe(name, ["mixer.window=8", *changes]).mixer).eval()
     for parameter_name, parameter in model.named_parameters():

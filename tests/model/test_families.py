@@ -115,17 +115,17 @@ _FIRST = list({model_type: row for row, (model_type, _) in reversed(ROWS.items()
 first_rows = pytest.mark.parametrize("row", some(list(ROWS), _FIRST))
 
 
-def build(row: str):
-    """A tiny model of a row, the caller's own: conversion uses its teacher up."""
-    return copy.deepcopy(_built(row))
+def build(row: str, **others):
+    """A tiny model of a row and other options, the caller's own: conversion uses its teacher up."""
+    return copy.deepcopy(_built(row, **others))
 
 
 @cache
-def _built(row: str):
+def _built(row: str, **others):
     model_type, changes = ROWS[row]
     torch.manual_seed(0)
     own = {key: value for key, value in SMALL.items() if model_type != "falcon" or key != "head_dim"}
-    config = AutoConfig.for_model(model_type, **{**own, **changes})
+    config = AutoConfig.for_model(model_type, **{**own, **changes, **others})
     # Only this implementation caps scores.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if "gemma2" in row else "sdpa").eval()
     for name, parameter in model.named_parameters():  # biases and norms start as 0 and 1, which would hide their loss

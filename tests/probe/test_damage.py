@@ -139,7 +139,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Probe:
     options = ProbeOptions(
         text=SourceSpec(source=str(file)), tokens=1280, length=640, damage="heads", budget=Budget(share=0.2)
     )
-    return run_probe(find_source(str(folder)), load_recipe("default", ["mixer.window=48"]), options)
+    return run_probe(find_source(str(folder)), load_recipe("window-gla", ["mixer.window=48"]), options)
 
 
 def test_a_planted_head_is_found(planted):

@@ -84,7 +84,7 @@ def test_a_fragment_is_a_recipe_within_its_budget(kind):
         assert sum(sizes[part] for part in chosen) <= budget
         keep = keep_section(chosen, LAYERS)
         recipe = parse_recipe(fragment(keep, ["Why. " * 40, "And how."]), "keep.yaml")
-        assert recipe.mixer.keep == load_recipe("default", [set_option(keep)]).mixer.keep
+        assert recipe.mixer.keep == load_recipe("window-gla", [set_option(keep)]).mixer.keep
         kept = {(index, head) for head_ in [recipe.mixer.keep.heads] for index in head_ for head in head_[index]}
         kept |= {(index, head) for index in recipe.mixer.keep.layers for head in range(LAYERS[index].key_value_heads)}
         assert kept == {

@@ -29,8 +29,8 @@ def error_of(file: str, *overrides: str) -> str:
 
 
 def test_sections_are_laid_over_the_base_key_by_key() -> None:
-    base = load_recipe("default")
-    recipe = parse_recipe("base: default\nmixer: {sinks: 2, gate: {bias: 3}}\nlora: null\nseed: 7\n", "x.yaml")
+    base = load_recipe("window-gla")
+    recipe = parse_recipe("base: window-gla\nmixer: {sinks: 2, gate: {bias: 3}}\nlora: null\nseed: 7\n", "x.yaml")
     assert recipe.mixer.gate == base.mixer.gate.model_copy(update={"bias": 3.0})
     assert recipe.mixer == base.mixer.model_copy(update={"sinks": 2, "gate": recipe.mixer.gate})
     assert (recipe.lora, recipe.seed, recipe.stages) == (None, 7, base.stages)
@@ -58,8 +58,8 @@ def test_bases_of_bases_are_found_beside_the_file_that_names_them() -> None:
 
 
 def test_a_file_may_have_the_name_of_its_shipped_base() -> None:
-    write("default.yaml", "base: default\nseed: 4\n")
-    assert load_recipe("default.yaml").seed == 4
+    write("window-gla.yaml", "base: window-gla\nseed: 4\n")
+    assert load_recipe("window-gla.yaml").seed == 4
 
 
 @pytest.mark.parametrize(

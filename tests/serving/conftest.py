@@ -24,7 +24,7 @@ TEMPLATE = (
 
 def chatting(folder: Path, source: Path) -> Path:
     """`source` converted into `folder`, with a chat template."""
-    assert run(["convert", str(source), "-o", str(folder), "--set", "mixer.window=16"]) == 0
+    assert run(["convert", str(source), "-o", str(folder), "-r", "window-gla", "--set", "mixer.window=16"]) == 0
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
     path = folder / "generation_config.json"

@@ -60,6 +60,8 @@ def test_a_request_is_read(made) -> None:
     )
     assert one.ids == two.ids and one.decoding.max_new_tokens == 100
     assert "assistant" in protocol.tokenizer.decode(one.ids) and one.decoding.seed != two.decoding.seed
+    streamed = body(prompt="a", stream_options={"include_usage": True, "include_obfuscation": False})
+    assert protocol.read("text", streamed).include_usage and not asked.include_usage
     own = made(temperature=0.3, top_k=20).read("chat", body(messages=MESSAGES, max_completion_tokens=3))
     assert (own.decoding.temperature, own.decoding.top_k, own.decoding.max_new_tokens) == (0.3, 20, 3)
 
@@ -107,6 +109,10 @@ def test_a_request_is_read(made) -> None:
         ("chat", body(messages=MESSAGES, tools=[{}]), "tools: is not supported"),
         ("chat", body(messages=MESSAGES, response_format={"type": "json_object"}), "response_format: is not supported"),
         ("chat", body(messages=MESSAGES, stream_options=3), "stream_options: expected an object"),
+        ("chat", body(messages=MESSAGES, stream_options=[]), "stream_options: expected an object"),
+        ("chat", body(messages=MESSAGES, stream_options={"include_usage": 1}), "include_usage: expected true or false"),
+        ("chat", body(messages=MESSAGES, stream_options={"usage": True}), "'usage' is not a stream option"),
+        ("text", b'{"prompt": "a", "stream_options": {"\\ud800": 1}}', "is not a stream option that is known here"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused(made, kind: str, content: bytes, told: str) -> None:

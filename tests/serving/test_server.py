@@ -156,7 +156,9 @@ def test_a_prompt_that_is_too_long_for_learned_positions(tmp_path: Path) -> None
     folder = random_llama(tmp_path / "bytes")
     config = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    assert run(["convert", str(folder), "-o", str(tmp_path / "model"), "--set", "mixer.window=8"]) == 0
+    assert (
+        run(["convert", str(folder), "-o", str(tmp_path / "model"), "-r", "window-gla", "--set", "mixer.window=8"]) == 0
+    )
     one = started(tmp_path / "model", "--served-name", "tiny")
     try:
         client = openai.OpenAI(base_url=one.url, api_key="none", timeout=300, max_retries=0)

@@ -116,7 +116,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "stories.txt"
     text.write_text("\n\n".join(f"There were {n} small cats and a dog." for n in range(99)))
-    return load_recipe("default", [
+    return load_recipe("window-gla", [
         f"model={random_llama(tmp_path / 'tiny')}", "mixer.window=8", f"stages.0.data.source={text}",
         "stages.0.data.tokens=512", "stages.0.data.held_out=0", "stages.0.length=32", "stages.0.batch_tokens=128",
         "stages.0.objective=sft",

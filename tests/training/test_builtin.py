@@ -47,7 +47,7 @@ def test_rows_are_continuous_text_of_all_works_in_turn(tokenizer):
 
 def test_nothing_is_both_held_out_and_read(tokenizer):
     settings = load_recipe(
-        "default",
+        "window-gla",
         ["stages=[{objective: sft, length: 192, batch_tokens: 192, data: {source: builtin, held_out: 7}}, "
          "{objective: sft, length: 64, batch_tokens: 64, data: {source: builtin, held_out: 2}}]"],
     )  # fmt: skip

@@ -46,7 +46,7 @@ def recipe(tiny: Path, text: Path, *more: str) -> Recipe:
         f"model={tiny}", "mixer.window=16", f"stages.0.data.source={text}", "stages.0.data.tokens=1536",
         "stages.0.data.held_out=2", "stages.0.length=64", "stages.0.batch_tokens=128", "stages.0.save_every=4",
     ]  # fmt: skip
-    return load_recipe("default", [*changes, *more])
+    return load_recipe("window-gla", [*changes, *more])
 
 
 def trained(recipe: Recipe, work: Path, **options) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def recipe_of(folder, *changes: str):
-    return load_recipe("default", [
+    return load_recipe("window-gla", [
         f"model={folder}", "mixer.window=8", f"stages.0.data.source={folder / 'text.txt'}", "stages.0.data.tokens=512",
         "stages.0.data.held_out=0", "stages.0.length=32", "stages.0.batch_tokens=128", "stages.0.objective=sft",
         "lora.four_bit=true", *changes,

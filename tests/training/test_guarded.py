@@ -48,7 +48,7 @@ def recipe(tiny: Path, text: Path) -> Callable[..., Recipe]:
             f"model={tiny}", "mixer.window=8", f"stages.0.data.source={text}", "stages.0.data.tokens=1024",
             "stages.0.data.held_out=0", "stages.0.length=32", "stages.0.batch_tokens=128", "stages.0.save_every=3",
         )  # fmt: skip
-        return load_recipe("default", [*changes, *more])
+        return load_recipe("window-gla", [*changes, *more])
 
     return make
 

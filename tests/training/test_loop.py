@@ -166,7 +166,7 @@ def test_held_out_rows_without_loss_are_refused_where_they_decide(teacher, tmp_p
 )
 def test_what_has_nothing_to_go_by_is_refused(changes, told):
     with pytest.raises(RecipeError, match=told) as refused:
-        load_recipe("default", [f"stages.0.{change}" for change in changes])
+        load_recipe("window-gla", [f"stages.0.{change}" for change in changes])
     assert "\n" not in str(refused.value)
 
 
@@ -187,7 +187,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
         data = {"source": str(text), "tokens": 768, "held_out": 2}
         stage = {"objective": "sft", "data": data, "length": 32, "batch_tokens": 128, "save_every": 4, "warmup": 0}
         listed = [f"model={tiny}", "mixer.window=8", "lora=null", f"stages={json.dumps([{**stage, **more}])}"]
-        return load_recipe("default", [*listed, *changes])
+        return load_recipe("window-gla", [*listed, *changes])
 
     return make
 

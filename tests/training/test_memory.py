@@ -41,7 +41,7 @@ MEASURED = {
 
 
 def recipe_of(*changes: str):
-    return load_recipe("default", [
+    return load_recipe("window-gla", [
         "stages.0.data.held_out=0", "stages.0.length=256", "stages.0.batch_tokens=2048", "stages.0.micro_batch=4",
         "stages.0.save_every=9", *changes,
     ])  # fmt: skip

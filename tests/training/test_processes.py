@@ -64,8 +64,8 @@ def test_interrupted_runs_of_two_processes_are_a_run_of_one(tiny_folder, tmp_pat
         "stages.0.data.held_out=2", "stages.0.length=64", "stages.0.batch_tokens=256", "stages.0.save_every=4",
     ]  # fmt: skip
     settings, aligning = (
-        load_recipe("default", [*changes, "stages.0.epochs=2", "stages.0.objective={distill: 0.5, sft: 0.5}"]),
-        load_recipe("default", [*changes, "stages.0.objective=align", "stages.0.epochs=0.5"]),
+        load_recipe("window-gla", [*changes, "stages.0.epochs=2", "stages.0.objective={distill: 0.5, sft: 0.5}"]),
+        load_recipe("window-gla", [*changes, "stages.0.objective=align", "stages.0.epochs=0.5"]),
     )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(settings))
     (tmp_path / "align.yaml").write_text(dump_recipe(aligning))
@@ -109,7 +109,7 @@ def small_recipe(tmp_path):
     """A recipe file of 32 short steps, one of which may be skipped."""
     stories = tmp_path / "stories.txt"
     stories.write_text("\n\n".join(f"There were {n} small cats and a dog." for n in range(399)))
-    settings = load_recipe("default", [
+    settings = load_recipe("window-gla", [
         f"model={random_llama(tmp_path / 'tiny')}", "mixer.window=8", f"stages.0.data.source={stories}",
         "stages.0.data.tokens=4096", "stages.0.data.held_out=0", "stages.0.length=32", "stages.0.batch_tokens=128",
         "stages.0.skip_bad_batches=1", "stages.0.warmup=0", "stages.0.save_every=8",
@@ -189,7 +189,7 @@ def test_a_signal_to_who_started_them_ends_the_same_step_in_all(small_recipe, tm
 
 def test_what_several_processes_cannot_do_is_told(monkeypatch):
     with pytest.raises(LinearizeError, match="there is one process only; add --launch N"):
-        check_shardable(load_recipe("default", []))
+        check_shardable(load_recipe("window-gla", []))
     monkeypatch.setenv("WORLD_SIZE", "3")
     for change, told in (
         ("stages.0.objective=align", "align runs layers one by one"),
@@ -199,7 +199,7 @@ def test_what_several_processes_cannot_do_is_told(monkeypatch):
         ("lora.kind=pissa", "take lora, rslora or dora"),
     ):
         with pytest.raises(RecipeError, match=told):
-            check_shardable(load_recipe("default", [change]))
+            check_shardable(load_recipe("window-gla", [change]))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LinearizeError, match="set fsdp_version: 2"):
         processes.join()
@@ -259,7 +259,7 @@ def test_accelerate_starts_two_processes_that_calibrate_once(tmp_path, monkeypat
     """They start, and end, where one process does; its configuration for GPUs starts them on CPUs as well."""
     stories = tmp_path / "stories.txt"
     stories.write_text("\n\n".join(f"{n}: {'the cat saw a dog and a cow ' * 6}" for n in range(99)))
-    settings = load_recipe("calibrated", [
+    settings = load_recipe("train", [
         f"model={random_llama(tmp_path / 'tiny')}", "mixer.window=8",
         f"calibrate={{source: {stories}, tokens: 512, length: 128, held_out: 2, steps: 4}}",
         f"stages=[{{objective: sft, data: {{source: {stories}, tokens: 256, held_out: 0}}, length: 64, "
@@ -302,5 +302,5 @@ def test_an_accelerate_configuration_that_would_start_one_process_is_refused(sma
 
 
 def test_options_that_do_not_go_together(tmp_path):
-    both = run(tmp_path, "linearize", "finetune", "default", "--launch", "2", "--accelerate-config", "x.yaml")
+    both = run(tmp_path, "linearize", "finetune", "window-gla", "--launch", "2", "--accelerate-config", "x.yaml")
     assert both.returncode == 2 and "give one of them" in both.stderr

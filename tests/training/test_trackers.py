@@ -37,7 +37,7 @@ def settings(tiny_folder, tmp_path, monkeypatch):
         f"model={tiny_folder}", "mixer.window=16", f"stages.0.data.source={text}", "stages.0.data.tokens=512",
         "stages.0.data.held_out=2", "stages.0.length=64", "stages.0.batch_tokens=128",
     ]  # fmt: skip
-    return lambda *names: load_recipe("default", [*changes, f"report_to=[{', '.join(names)}]"])
+    return lambda *names: load_recipe("window-gla", [*changes, f"report_to=[{', '.join(names)}]"])
 
 
 def lines(work: Path) -> list[dict]:

@@ -48,7 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
         data = {"source": str(text), "tokens": tokens, "held_out": 0}
         common = {"data": data, "length": 32, "batch_tokens": 128, "save_every": 2, "warmup": 0}
         listed = [{**common, **stage, **more} for stage in stages]
-        return load_recipe("default", [f"model={tiny}", "mixer.window=8", f"stages={json.dumps(listed)}"])
+        return load_recipe("window-gla", [f"model={tiny}", "mixer.window=8", f"stages={json.dumps(listed)}"])
 
     return make
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_any_schedule_is_the_whole_text(kind: str) -> None:
     for ours, whole in zip(given, wanted, strict=True):
         torch.testing.assert_close(ours, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
     assert pages[[0, 3]].equal(untouched[[0, 3]])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", sorted(WHOLE - {"retention", "landmarks, a learned score"}))
+def test_a_tensor_parallel_rank_computes_its_heads_alone(kind: str) -> None:
+    """vLLM refuses the two kinds that are left out, because their heads are not independent."""
+    whole, text = mixer_of(kind), drawn(90)
+    wanted = whole(text, None, None)
+    for rank in range(2):
+        part = Mixer(whole.config, replace(LAYER, query_heads=2, key_value_heads=1), 0.5)
+        part.load_state_dict({name: weight.chunk(2)[rank] for name, weight in whole.state_dict().items()})
+        heads = part(Projections(*(x.chunk(2, 2)[rank] for x in text)), None, None)
+        torch.testing.assert_close(heads, wanted.chunk(2, 2)[rank], rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
 def test_prompts_of_similar_lengths_run_together_and_tokens_that_decode_in_one_batch() -> None:

@@ -147,10 +147,8 @@ class LmEvalTask(Task):
 
         Raises:
             ModelError: log-likelihoods that are not finite, or prompts and answers longer than the model's context.
-            DataError: the tokenizer has no chat template.
+            DataError: a metric that cannot be kept as JSON.
         """
-        if self.prompting.chat and getattr(tokenizer, "chat_template", None) is None:
-            raise DataError("--apply-chat-template: the model's tokenizer has no chat template; leave the option out")
         places = [self._place(index) for index in indices]
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(FEWSHOT_SEED + indices[0])
@@ -187,7 +185,7 @@ class LmEvalTask(Task):
                 )
         metrics = {}
         for name in requests[0].filtered_resps:
-            found = leaf.task.process_results(leaf.documents[at], [one.filtered_resps[name] for one in requests])
+            found = leaf.results(at, [one.filtered_resps[name] for one in requests])
             for metric, value in found.items():
                 metrics[metric_name(metric, name)] = _json(value, self.name, metric)
         responses = [next(iter(one.filtered_resps.values())) for one in requests]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
 from lm_eval.api.samplers import FirstNSampler
 
+from linearize.evaluation.tasks.tasks import FEWSHOT_SEED
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from linearize.evaluation.tasks.lm import LinearizeLM
 
 
@@ -62,6 +69,12 @@ class Leaf:
         self.task.apply_filters()
         self.task._instances = None
 
+    def results(self, at: int, responses: list[Any]) -> dict[str, Any]:
+        """The task's metrics of one document."""
+        with _seeded(FEWSHOT_SEED + at):
+            found: dict[str, Any] = self.task.process_results(self.documents[at], responses)
+        return found
+
     def _context(self, at: int, template: Any, prompting: Prompting) -> Any:
         if not self.shots or isinstance(getattr(self.task, "sampler", None), FirstNSampler):
             return self._made(at, template, prompting)
@@ -81,6 +94,20 @@ class Leaf:
             chat_template=template,
             gen_prefix=self.task.doc_to_prefix(document),
         )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's and NumPy's generators start anew inside, because a task's checks may draw from them: IFEval's replaces
+    a letter to count that is none, such as `#`, by one at random."""
+    before, before_numpy = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        numpy.random.set_state(before_numpy)
 
 
 def _config(task: Any) -> dict[str, Any]:

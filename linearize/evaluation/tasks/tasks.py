@@ -1,16 +1,17 @@
-"""The benchmark tasks: lm-eval's own definitions, read from local files or from the Hub.
+"""The benchmark tasks: lm-eval's own definitions, on documents from local files or from the Hub.
 
-`evals/tasks/NAME.yaml` holds a task in lm-eval's form, and a `local:` section that names the file of a data folder
-with the same documents, because lm-eval's own loading reads them from the Hub. lm-eval itself is imported only when
-tasks are built, so listing them stays fast.
+`evals/tasks/NAME.yaml` names lm-eval's file of a task, the metric to report, and in its `local:` section the file of a
+data folder with the same documents, because lm-eval's own loading reads them from the Hub. lm-eval itself is imported
+only when tasks are built, so listing them stays fast.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -20,7 +21,6 @@ from linearize.runtime.folders import shipped_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, of solved examples and of sampled answers. A task without a seed refuses to run."""
@@ -45,10 +45,12 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """One task file: lm-eval's configuration, the metric to report, and its local form.
+    """One task file: lm-eval's definition, the metric to report, and its local form.
 
     Attributes:
         headline: the metric that papers report for it.
+        file: lm-eval's YAML file, below its folder of tasks.
+        changes: keys that replace those of lm-eval's file.
         suite: `core`, or a suite of its own.
         group: the field by which documents are kept apart, each group with its own solved examples; empty for none.
     """
@@ -56,26 +58,39 @@ class TaskDefinition:
     name: str
     about: str
     headline: str
-    config: Mapping[str, Any]
+    file: str
+    changes: Mapping[str, Any]
     local: LocalFile
     suite: str = "core"
     group: str = ""
 
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """lm-eval's configuration, with the splits alone that are read. Reading it imports lm-eval.
+
+        Raises:
+            DataError: the installed lm-eval has no such file.
+        """
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        found = find_spec("lm_eval.tasks")
+        assert found is not None and found.origin is not None  # noqa: S101 - it has just been imported
+        try:
+            config: dict[str, Any] = load_yaml(Path(found.origin).parent / self.file)
+        except OSError as error:
+            raise DataError(
+                f"task {self.name}: the installed lm-eval has no {self.file}; install another version"
+            ) from error
+        config |= {"task": self.name, **self.changes}
+        # lm-eval scores the test split where a task has one.
+        unread = {"training_split", "validation_split"} if config.get("test_split") else {"training_split"}
+        return {key: value for key, value in config.items() if key not in (*unread, "tag")}
+
     @property
-    def split(self) -> str:
-        """The split that is scored, chosen as lm-eval does: the test split where the task has one."""
-        return str(self.config.get("test_split") or self.config["validation_split"])
-
-
-class _FunctionName(str):
-    """A dotted name under lm-eval's `!function` tag, imported when the task is built."""
-
-
-class _Loader(yaml.SafeLoader):
-    pass
-
-
-_Loader.add_constructor("!function", lambda _, node: _FunctionName(node.value))
+    def splits(self) -> list[str]:
+        """The split that is scored, and that of solved examples if there is one."""
+        scored = self.config.get("test_split") or self.config["validation_split"]
+        return [one for one in (scored, self.config.get("fewshot_split")) if one is not None]
 
 
 @cache
@@ -83,15 +98,16 @@ def task_definitions() -> dict[str, TaskDefinition]:
     """Every shipped task by name, in the order of the names."""
     definitions = {}
     for path in sorted(shipped_folder("tasks").glob("*.yaml")):
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader with one tag more)
-        local = config.pop("local")
-        definitions[config["task"]] = TaskDefinition(
-            name=config["task"],
-            about=config["metadata"]["about"],
-            headline=config["metadata"]["headline"],
-            config=config,
+        one = yaml.safe_load(path.read_text(encoding="utf-8"))
+        local = one["local"]
+        definitions[one["task"]] = TaskDefinition(
+            name=one["task"],
+            about=one["about"],
+            headline=one["headline"],
+            file=one["lm_eval"],
+            changes=one.get("changes", {}),
             local=LocalFile(local["file"], local.get("reader", "jsonl"), local["fields"], local.get("fewshot_file")),
-            suite=config["metadata"].get("suite", "core"),
+            suite=one.get("suite", "core"),
             group=local.get("group", ""),
         )
     return definitions
@@ -116,7 +132,7 @@ def build_tasks(names: Sequence[str], data: Path | None, shots: int | None = Non
     chosen = [_definition(name) for name in dict.fromkeys(names)]
     if not chosen:
         raise DataError(f"no tasks given: choose from {', '.join(task_definitions())}")
-    if shots and (without := [task.name for task in chosen if task.config.get("fewshot_split") is None]):
+    if shots and (without := [task.name for task in chosen if task.local.fewshot_path is None]):
         raise DataError(
             f"task {without[0]}: {shots} solved examples were asked for, and its local form has none; leave out "
             "--data, and lm-eval's own task reads them from the Hub"
@@ -124,8 +140,8 @@ def build_tasks(names: Sequence[str], data: Path | None, shots: int | None = Non
     # All the documents first, so that a missing file is reported before seconds of importing and building.
     documents = [_from_hub(task) if data is None else _from_folder(task, data) for task in chosen]
     return {
-        task.name: _groups(task, splits, data is not None, shots)
-        for task, splits in zip(chosen, documents, strict=True)
+        task.name: _groups(task, dict(zip(task.splits, read, strict=True)), data is not None, shots)
+        for task, read in zip(chosen, documents, strict=True)
     }
 
 
@@ -155,9 +171,7 @@ def _groups(task: TaskDefinition, splits: dict[str, Any], is_local: bool, shots:
 def _build(task: TaskDefinition, splits: dict[str, Any], is_local: bool, shots: int | None) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
-    config = {
-        key: _imported(value) if isinstance(value, _FunctionName) else value for key, value in task.config.items()
-    }
+    config = dict(task.config)
     if shots is not None:
         config["num_fewshot"] = shots
     if is_local:
@@ -172,21 +186,12 @@ def _build(task: TaskDefinition, splits: dict[str, Any], is_local: bool, shots: 
     return built
 
 
-def _imported(dotted: str) -> Any:
-    module, _, function = dotted.rpartition(".")
-    return getattr(importlib.import_module(module), function)
-
-
-def _from_hub(task: TaskDefinition) -> dict[str, Any]:
+def _from_hub(task: TaskDefinition) -> list[Any]:
     import datasets
 
     path = task.config["dataset_path"]
     try:
-        return {
-            split: datasets.load_dataset(path, task.config.get("dataset_name"), split=split)
-            for split in (task.split, task.config.get("fewshot_split"))
-            if split is not None
-        }
+        return [datasets.load_dataset(path, task.config.get("dataset_name"), split=split) for split in task.splits]
     except (OSError, ValueError) as error:
         raise DataError(
             f"task {task.name}: cannot load {path} from the Hub ({type(error).__name__}): "
@@ -194,13 +199,10 @@ def _from_hub(task: TaskDefinition) -> dict[str, Any]:
         ) from error
 
 
-def _from_folder(task: TaskDefinition, data: Path) -> dict[str, Any]:
+def _from_folder(task: TaskDefinition, data: Path) -> list[Any]:
     if not data.is_dir():
         raise DataError(f"no data folder {data}: give --data DIR a folder that holds {task.local.path}")
-    splits = {task.split: _from_file(task, data, task.local.path)}
-    if task.local.fewshot_path is not None:
-        splits[str(task.config["fewshot_split"])] = _from_file(task, data, task.local.fewshot_path)
-    return splits
+    return [_from_file(task, data, name) for name in (task.local.path, task.local.fewshot_path) if name is not None]
 
 
 def _from_file(task: TaskDefinition, data: Path, name: str) -> Any:
@@ -210,7 +212,7 @@ def _from_file(task: TaskDefinition, data: Path, name: str) -> Any:
     if not path.is_file():
         raise DataError(
             f"task {task.name} needs {name}, which is not in {data}: "
-            f"put it there, or leave out --data to read {task.config['dataset_path']} from the Hub"
+            "put it there, or leave out --data to read the task's documents from the Hub"
         )
     rows = []
     try:

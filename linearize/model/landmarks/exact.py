@@ -92,6 +92,9 @@ class Exact:
         places = held["received"].shape[1]
         merges = max(-((mixer.window - 1 - rows.first - rows.q.shape[1]) // BLOCK) - 1, 0)
         leaving = leaving_scores(mixer, held["novelty"], merges)
+        self.leaving = in_slots(
+            mixer, {name: x[:, :, : merges * BLOCK] for name, x in self.text.items()} if merges else {}
+        )
         self.scores = self.slots.of_text(leaving, config.sinks + 1 + rows.merged * BLOCK, places)
         self.received = self.scores[RECEIVED]
         self.received.copy_(held["received"].transpose(1, 2))
@@ -106,7 +109,7 @@ class Exact:
         """Merge block number `block` of `rows.held`. With `tell`, returns the `BLOCK` tokens that have no slot, as
         `Slots.merge` does, in the memory's layout `[R, BLOCK, K, ...]`; None if all have one."""
         own = slice(block * BLOCK, (block + 1) * BLOCK)
-        leaving = in_slots(self.mixer, {name: x[:, :, own] for name, x in self.text.items()})
+        leaving = {name: x[:, :, own] for name, x in self.leaving.items()}
         lost = self.slots.merge(leaving, self.scores[..., own], goes, tell=tell)
         return None if lost is None else {name: x.transpose(1, 2) for name, x in lost.items()}
 

@@ -62,8 +62,8 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
         held = {name: x for name, x in arriving.items() if mixer.recurrence is not None or name.startswith("v")}
         values |= decoded(held, dtype)
         new = new._replace(**{name: x for name, x in values.items() if name != "source"})
-    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
-    arriving |= {"novelty": fresh, "sum": sums[:, 0]}
+    fresh, sums = static_scores(mixer, new, parts)
+    arriving |= {"novelty": fresh} | ({} if sums is None else {"sum": sums[:, 0]})
     count = memory.uniform if lengths is None else None
     if count is None:
         seen = _apart(mixer, memory, arriving, dtype, lengths)
@@ -127,7 +127,7 @@ def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
     for name, held in parts[part].items():
         if name != "received":  # it is 0 there
             held[:, slot] = arriving[name][:, 0]
-    if config.landmark_score == "novelty":
+    if "keys" in parts:
         parts["keys"]["sum"].copy_(arriving["sum"])
     local = max(place + 1, 0)
     return _Seen(
@@ -209,7 +209,7 @@ def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
             place = at.view(-1, *[1] * (held.dim() - 1)).expand(-1, 1, *held.shape[2:])
             comes = writes.view(-1, *[1] * (held.dim() - 1))
             held.scatter_(1, place, torch.where(comes, arriving[name].to(held.dtype), held.gather(1, place)))
-    if config.landmark_score == "novelty":
+    if "keys" in parts:
         total = parts["keys"]["sum"]
         total.copy_(torch.where(places.real[:, None, None], arriving["sum"], total))
     return _Seen(

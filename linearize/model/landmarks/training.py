@@ -61,7 +61,8 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     """Token numbers, from 1 (0: none): those in the slots after each merge, `[R, B, N, K]`, and those that each merge
     evicts, `[R, B, BLOCK, K]`."""
     sinks, keys = mixer.config.sinks, new.k_rotated.detach()
-    fresh, _ = static_scores(mixer, new, keys.new_zeros(len(keys), *keys.shape[2:], dtype=torch.float32))
+    before = keys.new_zeros(len(keys), *keys.shape[2:], dtype=torch.float32)
+    fresh, _ = static_scores(mixer, new, {"keys": {"sum": before}})
     scores = {"novelty": fresh[:, sinks:], "received": torch.zeros_like(fresh[:, sinks:])}
     rows = Rows(0, -sinks, None, -sinks, new.q_rotated.detach(), new.q, {"k_rotated": keys[:, sinks:]} | scores)
     empty = fresh.new_zeros(len(keys), mixer.config.landmarks, keys.shape[2])

@@ -108,12 +108,27 @@ class Mixer(MixerBase):
 
     def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
-        # A step reads its own token from the memory, but for a state of all tokens.
+        # A step reads its own token from the memory, but for a state of all tokens; with landmarks it codes it itself.
         steps = memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled()
-        reads = self.config.covers == "all" and not self.config.landmarks
-        if self.config.memory_dtype == "auto" or (steps and not reads):
+        if self.config.memory_dtype == "auto" or (
+            steps and self.config.covers == "evicted" and not self.config.landmarks
+        ):
+            return new
+        new = self.in_code(new)
+        if steps and self.config.landmarks:
             return new
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
+
+    def in_code(self, new: Projections) -> Projections:
+        """Keys as they are coded, `scale * k + shift` per channel, and queries divided by the scale.
+
+        The scale changes no score, and the shift moves all scores of a query alike, so the softmax stays the same."""
+        scale, shift = self._parameters.get("key_scale"), self._parameters.get("key_shift")
+        if scale is None or shift is None:
+            return new
+        scale, shift = (x.detach().to(new.k_rotated.dtype) for x in (scale, shift))
+        q = (new.q_rotated.unflatten(2, (len(scale), -1)) / scale[:, None]).flatten(2, 3)
+        return new._replace(q_rotated=q, k_rotated=torch.addcmul(shift, scale, new.k_rotated))
 
     def _rounded(self, x: Tensor) -> Tensor:
         bits = exact_bits(self.config)
