@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.slots.presses import PRESSES
 from evals.slots.systems import TEACHER
 from evals.slots.telling import mean
 from linearize.report.formatting import readable_bytes, readable_length
@@ -123,7 +124,7 @@ def picture() -> str:
     points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
     for system, one in found["systems"].items():
         gaps = [above(found, column, system) for column in _LOSSES]
-        if one["bytes"] and None not in gaps:
+        if one["bytes"] and one["kind"] not in PRESSES and None not in gaps:
             lost = statistics.fmean(gap for gap in gaps if gap is not None)
             points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
     loss = Lines(
