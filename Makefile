@@ -15,10 +15,14 @@ DATA ?= $(or $(LINEARIZE_TEST_DATA),../shared/data)
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 QUICK = not slow and not triton and not public and not vllm
 
-.PHONY: demo test check test-public test-slow test-kernels test-vllm rehearse-gpu test-docs docs lint types licences fuzz faults audit clean
+.PHONY: demo demo-train test check test-public test-slow test-kernels test-vllm rehearse-gpu test-docs docs lint types licences fuzz faults audit clean
 
 demo: $(READY)
 	@$(VENV)/bin/linearize demo --overwrite
+
+# The other demo: a recurrence, trained for minutes on what the teacher writes.
+demo-train: $(READY)
+	@$(VENV)/bin/linearize demo --train --output demo-train --overwrite
 
 # The laws and the units, and the real model once, in two processes of one thread each; minutes.
 test: $(READY)

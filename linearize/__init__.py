@@ -33,7 +33,7 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {"LinearizeError": "linearize.errors", "State": "linearize.generation.state"}
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"

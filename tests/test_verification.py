@@ -340,7 +340,7 @@ def test_progress_names_the_check_and_its_place(folder, monkeypatch, capfd):
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_passes_and_does_not_drift_over_4096_steps(smollm2_gguf, tmp_path):
-    """A short run of the command is in the README, whose test runs it."""
+    """A short run of the command is in the quickstart, which the tests run."""
     source = find_source(str(smollm2_gguf))
     convert_into(source, load_recipe("window-gla"), tmp_path)
     found = verify(load(tmp_path), find_source(str(tmp_path)), steps=4096)

@@ -75,7 +75,7 @@ _UNSTEPPED = (
     "tokenizer_for load_tokenizer prepares _text selects select Weights.__init__ Weights _calibrated Start "
     "_check_landmarks family_of MixerBase.__init__ MixerBase.check Mixer settle_rotary renew_rotary LinearizedConfig "
     "base_record state_nbytes growth_nbytes model_card CardFacts carried_files AUTO_MAP versions dump_recipe "
-    "final_name sha256 RecipeError RecipeError.__init__ put_scores"
+    "final_name sha256 RecipeError RecipeError.__init__ put_fitted"
 )
 # Name -> entries (`end of the module:name` if a name is not unique), and definitions that are skipped.
 READINGS = {

@@ -17,7 +17,7 @@ from typing import Any
 
 from evals.recurrences.toy import write
 from evals.slots.presses import PRESSES, Presses
-from evals.slots.systems import Ours, System, ask, load, score, systems_of
+from evals.slots.systems import Ours, System, ablations_of, ask, load, score, systems_of
 from evals.slots.telling import plots, table
 from evals.slots.texts import TASKS, texts_of
 from linearize.sources.source import find_source, load_tokenizer
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="laid over the recipe")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of %(default)s")
     parser.add_argument("--systems", default="*", help="patterns of names such as SnapKV@*, separated by commas")
+    parser.add_argument("--ablations", action="store_true", help="measure ours without one ingredient each, instead")
     parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="landmarks (default: %(default)s)")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=10, help="texts of each task and length (default: %(default)s)")
@@ -64,11 +65,11 @@ def measure(arguments: argparse.Namespace) -> None:
     ours = Ours(arguments.recipe, tuple(arguments.set))
     slots, lengths = ([int(one) for one in given.split(",")] for given in (arguments.slots, arguments.lengths))
     patterns = arguments.systems.split(",")
-    chosen = [
-        system
-        for system in systems_of(arguments.model, ours, slots)
-        if any(fnmatch.fnmatchcase(system.name, pattern) for pattern in patterns)
-    ]
+    if arguments.ablations:
+        every = [system for count in slots for system in ablations_of(arguments.model, ours, count)]
+    else:
+        every = systems_of(arguments.model, ours, slots)
+    chosen = [system for system in every if any(fnmatch.fnmatchcase(system.name, pattern) for pattern in patterns)]
     tokenizer = load_tokenizer(find_source(str(arguments.model)))
     texts = {
         f"{task} {length}": texts_of(tokenizer, task, length, arguments.limit, arguments.data)
@@ -83,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
             continue
         known = {"kind": system.kind, "slots": system.slots, "bytes": system.nbytes, "tokens": system.tokens}
         figures["systems"][system.name] = known
-        _run(system, texts, figures, arguments, ours, tokenizer, ends)
+        _run(system, texts, figures, arguments, tokenizer, ends)
         if time.monotonic() > ends:
             break
 
@@ -93,7 +94,6 @@ def _run(
     texts: dict[str, list[Any]],
     figures: dict[str, Any],
     arguments: argparse.Namespace,
-    ours: Ours,
     tokenizer: Any,
     ends: float,
 ) -> None:
@@ -110,7 +110,7 @@ def _run(
                         value = ask(presses, tokenizer, system, text)
                     else:
                         if model is None:
-                            model = load(system, arguments.model, ours, arguments.work, arguments.dtype, _say)
+                            model = load(system, arguments.model, arguments.work, arguments.dtype, _say)
                         value = score(model, tokenizer, text)
                 except RuntimeError as error:
                     # One press that cannot read this model or length leaves the others.

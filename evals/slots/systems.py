@@ -36,12 +36,14 @@ class System:
         slots: the landmarks of the recipe whose bytes it has; 0 for the teacher.
         nbytes: of one sequence's memory; 0 for the teacher, whose cache grows.
         tokens: the tokens of the teacher's cache that take as many bytes; of `window` its width.
+        ours: the recipe whose bytes it has; None for the teacher.
     """
 
     kind: str
     slots: int
     nbytes: int
     tokens: int
+    ours: Ours | None = None
 
     @property
     def name(self) -> str:
@@ -50,17 +52,43 @@ class System:
 
 @dataclass(frozen=True)
 class Ours:
-    """A recipe with `--set` changes; its name has both."""
+    """A recipe or its file, with `--set` changes; its name has both."""
 
     recipe: str
     changes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return "+".join([self.recipe, *self.changes])
+        return "+".join([self.recipe.rsplit("/", 1)[-1].removesuffix(".yaml"), *self.changes])
 
     def at(self, slots: int) -> list[str]:
         return [*self.changes, f"mixer.landmarks={slots}"]
+
+
+ABLATIONS = {
+    "no sharing": ("mixer.landmarks_by=null",),
+    "no sharing, no learned score": ("mixer.landmarks_by=null", "mixer.landmark_score=novelty"),
+    "8 bits": ("mixer.memory_dtype=int8",),
+    "16 bits": ("mixer.memory_dtype=auto",),
+}
+"""An ingredient of the recipe `default` -> what takes it away."""
+
+
+def ablations_of(model: Path, ours: Ours, slots: int) -> list[System]:
+    """The recipe without one of its ingredients, each with as many landmarks as its bytes have room for."""
+    config = load_config(find_source(str(model))).get_text_config()
+    (most,) = (system.nbytes for system in systems_of(model, ours, [slots]) if system.kind == ours.name)
+    found = []
+    for changes in ABLATIONS.values():
+        other = Ours(ours.recipe, (*ours.changes, *changes))
+        some, more = (_nbytes(config, _sections(config, other, count)[0]) for count in (slots, 2 * slots))
+        room = slots + (most - some) * slots // (more - some)
+        found += [system for system in systems_of(model, other, [room]) if system.kind == other.name]
+    return found
+
+
+def _nbytes(config: Any, sections: list[Any]) -> int:
+    return sum(constant for constant, _ in memory_bytes(config, sections, STORED))
 
 
 def systems_of(model: Path, ours: Ours, slots: Sequence[int]) -> list[System]:
@@ -70,10 +98,11 @@ def systems_of(model: Path, ours: Ours, slots: Sequence[int]) -> list[System]:
     found = [System(TEACHER, 0, 0, 0)]
     for count in slots:
         sections = _sections(config, ours, count)
-        nbytes, window = (sum(n for n, _ in memory_bytes(config, one, STORED)) for one in sections)
+        nbytes, window = (_nbytes(config, one) for one in sections)
         tokens = nbytes // per_token
-        found += [System(ours.name, count, nbytes, tokens), System(WINDOW, count, window, sections[1][0]["window"])]
-        found += [System(name, count, tokens * per_token, tokens) for name in PRESSES]
+        found.append(System(ours.name, count, nbytes, tokens, ours))
+        found.append(System(WINDOW, count, window, sections[1][0]["window"], ours))
+        found += [System(name, count, tokens * per_token, tokens, ours) for name in PRESSES]
     return found
 
 
@@ -84,10 +113,11 @@ def _sections(config: Any, ours: Ours, slots: int) -> tuple[list[Any], list[dict
     return own, window_sections(equal_bytes(config, own, STORED))
 
 
-def load(system: System, model: Path, ours: Ours, work: Path, dtype: str, say: Any) -> Any:
+def load(system: System, model: Path, work: Path, dtype: str, say: Any) -> Any:
     """A model that reads text by itself: the teacher, a window, or the recipe's, converted once into `work`."""
     source = find_source(str(model))
-    if system.kind == TEACHER:
+    ours = system.ours
+    if ours is None:
         return load_model(source, dtype=dtype).eval()
     if system.kind == WINDOW:
         teacher = load_model(source, dtype=dtype)

@@ -242,13 +242,3 @@ def shares(
     slots = {layer: parts * CONTEXT * landmarks // _PARTS for layer, parts in have.items()}
     rest = (landmarks * len(known) - sum(slots.values())) // len(known)
     return {layer: number + rest for layer, number in slots.items()}
-
-
-@torch.no_grad()
-def put_scores(model: LinearizedForCausalLM, weights: Mapping[int, Tensor]) -> None:
-    """Set `score_weight` of the layers in `weights`, except layers that `shares` left without a landmark."""
-    for layer, weight in weights.items():
-        mixer = model.attention_layers[layer].mixer
-        assert mixer is not None  # noqa: S101 - only layers with landmarks are fitted
-        if mixer.config.landmarks:
-            mixer.get_parameter("score_weight").copy_(weight)

@@ -1,12 +1,15 @@
 """`mixer.keep.budget` chooses the layers or key/value heads that keep softmax, by the damage of windowing each alone,
-as `linearize probe` measures it. `mixer.landmarks_by` distributes landmarks among the layers (`shares.py`), and
-`mixer.landmark_score: learned` fits what chooses them (`scores.py`)."""
+as `linearize probe` measures it. `mixer.landmarks_by` distributes landmarks among the layers (`shares.py`),
+`mixer.landmark_score: learned` fits what chooses them (`scores.py`), and their codes are fitted to keys and queries
+(`coding.py`)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from linearize.calibration import scores
+import torch
+
+from linearize.calibration import coding, scores
 from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
 from linearize.conversion.swap import mixers_for
 from linearize.data.load import load_data, reserved_tokens
@@ -21,7 +24,7 @@ from linearize.recipe import BUILTIN, DataSpec, KeepSpec, SourceSpec
 from linearize.sources.limits import learned_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from torch import Tensor
@@ -41,7 +44,8 @@ _PURPOSE = "select"
 def selects(recipe: Recipe) -> bool:
     """True if the recipe leaves a choice to `select`."""
     mixer = recipe.mixer
-    return mixer.keep.budget is not None or mixer.landmarks_by is not None or mixer.landmark_score == "learned"
+    fits = mixer.landmark_score == "learned" or mixer.memory_dtype == "int4"
+    return mixer.keep.budget is not None or mixer.landmarks_by is not None or fits
 
 
 class Choices(NamedTuple):
@@ -51,13 +55,13 @@ class Choices(NamedTuple):
         recipe: the recipe with the choices named in it.
         probe: the measurement behind `keep.budget`, or None.
         why: the reasons in lines.
-        scores: layer -> `score_weight`, for `mixer.landmark_score: learned`.
+        fitted: layer -> the values of its mixer's own parameters, by name.
     """
 
     recipe: Recipe
     probe: Probe | None
     why: list[str]
-    scores: dict[int, Tensor]
+    fitted: dict[int, dict[str, Tensor]]
 
 
 def select(
@@ -75,10 +79,14 @@ def select(
     probe, why = None, list[str]()
     if recipe.mixer.keep.budget is not None:
         recipe, probe, why = _by_damage(source, recipe, teacher, tokenizer, say=say)
-    fitted: dict[int, Tensor] = {}
+    fitted: dict[int, dict[str, Tensor]] = {}
+    if recipe.mixer.memory_dtype != "auto":
+        fitted = _coding(recipe, teacher, tokenizer, say=say)
     if recipe.mixer.landmark_score == "learned":
-        recipe, fitted, told = _scores(recipe, teacher, tokenizer, say=say)
+        recipe, weights, told = _scores(recipe, teacher, tokenizer, say=say)
         why += told
+        for layer, weight in weights.items():
+            fitted.setdefault(layer, {})["score_weight"] = weight
     elif recipe.mixer.landmarks_by is not None:
         recipe, told = _landmarks(recipe, teacher, tokenizer, say=say)
         why += told
@@ -147,6 +155,12 @@ def _sections(spec: MixerSpec, teacher: PreTrainedModel) -> dict[int, MixerConfi
     }
 
 
+def _length(teacher: PreTrainedModel, most: int) -> int:
+    """Tokens of a text: `most`, or the model's context if that is less."""
+    context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    return min(most, learned_positions(teacher) or most, context or most)
+
+
 def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, length: int, say: Any) -> TrainingData:
     return load_data(
         DataSpec.of(_text(recipe), tokens=count * length, held_out=0),
@@ -160,6 +174,29 @@ def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, 
     )
 
 
+def _coding(
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
+) -> dict[int, dict[str, Tensor]]:
+    """Scale and shift of keys before they are coded, in the layers with landmarks."""
+    sections = {layer: one for layer, one in _sections(recipe.mixer, teacher).items() if one.landmarks}
+    if not sections:
+        return {}
+    length = _length(teacher, coding.LENGTH)
+    row = _rows(recipe, teacher, tokenizer, 1, length, say).train.input_ids[0]
+    return coding.fit_coding(LinearizedForCausalLM.from_teacher(teacher, []).eval(), sections, row)
+
+
+@torch.no_grad()
+def put_fitted(model: LinearizedForCausalLM, fitted: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Set own parameters of mixers, by layer and name, except in layers that were left without a landmark."""
+    for layer, values in fitted.items():
+        mixer = model.attention_layers[layer].mixer
+        assert mixer is not None  # noqa: S101 - only layers with landmarks are fitted
+        if mixer.config.landmarks:
+            for name, value in values.items():
+                mixer.get_parameter(name).copy_(value)
+
+
 def _scores(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> tuple[Recipe, dict[int, Tensor], list[str]]:
@@ -168,7 +205,7 @@ def _scores(
     sections = {layer: one for layer, one in _sections(spec, teacher).items() if one.landmarks}
     if not sections:
         return recipe, {}, []
-    length = min(scores.LENGTH, learned_positions(teacher) or scores.LENGTH)
+    length = _length(teacher, scores.LENGTH)
     text = _rows(recipe, teacher, tokenizer, scores.ROWS, length, say)
     widest = max(one.window or 1 for one in sections.values())
     lessons = scores.lessons(tokenizer, list(text.train.input_ids), recipe.seed, widest)
@@ -203,7 +240,7 @@ def _landmarks(
     """Distribute the landmarks among the layers."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
     chosen = sorted(layer for layer in _sections(spec, teacher) if layer not in spec.landmark_layers)
-    length = min(LENGTH, learned_positions(teacher) or LENGTH)
+    length = _length(teacher, LENGTH)
     reach = spec.window + spec.sinks + spec.landmarks
     if not chosen:  # the recipe names the number of every layer
         return recipe.model_copy(update={"mixer": spec.model_copy(update={"landmarks_by": None})}), []

@@ -160,6 +160,5 @@ def _exact(attention: LinearizedAttention, spec: MixerSpec, layer: int, number: 
         window=window,
         sinks=spec.sinks,
         landmarks=number,
-        memory_dtype=spec.memory_dtype,
     )
     return Mixer(config, attention.layer).eval()

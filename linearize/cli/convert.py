@@ -22,6 +22,7 @@ from linearize.cli.console import (
     print_json,
     status,
 )
+from linearize.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
     from linearize.recipe import Recipe
@@ -83,16 +84,20 @@ def convert(
     from linearize.jobs.convert import run_convert
 
     started = time.monotonic()
-    start = run_convert(
-        model,
-        output,
-        settings,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        shard_bytes=shard_bytes,
-        workers=workers,
-        say=status,
-    )
+    try:
+        start = run_convert(
+            model,
+            output,
+            settings,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            shard_bytes=shard_bytes,
+            workers=workers,
+            say=status,
+        )
+    except (KeyboardInterrupt, Interrupted):
+        status(f"interrupted: {output} was not written; the same command begins anew")
+        raise
     converted = start.model
     facts = {
         "output": str(output),

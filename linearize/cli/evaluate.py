@@ -209,8 +209,9 @@ def _print_list(found: list[tuple[str, str, str]], as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, "kind": kind, "about": about} for name, kind, about in found])
         return
+    width = max(len(name) for name, _, _ in found)
     for name, kind, about in found:
-        print(f"{name:<32} {kind:<6} {about}".rstrip())
+        print(f"{name:<{width}} {kind:<6} {about}".rstrip())
 
 
 def _limit(text: str | None) -> float | None:

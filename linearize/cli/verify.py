@@ -124,9 +124,8 @@ def _remarks(found: Verification) -> list[str]:
     remarks = []
     if found.full_tokens is not None:
         remarks.append(
-            f"decode to drift ran with at most {FEW_SLOTS} slots per head and the same weights, so that tokens are chosen"
-            f" and merged within {found.tokens} tokens; reload, memory and full size ran with all slots; --tokens N runs"
-            " all checks with all slots"
+            f"decode to drift ran with at most {FEW_SLOTS} slots per head and the same weights, so that slots fill in"
+            f" {found.tokens} tokens; reload, memory and full size ran with all slots; --tokens N runs all checks so"
         )
     if found.woken:
         remarks.append(

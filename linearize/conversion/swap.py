@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 BASELINE_SINKS = 4
 """The least number of sinks in `window_sections`."""
 
-_LARGE_KEY_BIASES = ("qwen2", "qwen2_moe")
-"""Model types whose keys have biases far larger than the rest of a key (Qwen2.5-Coder-0.5B: up to 158 in two layers).
-In 4 bits the loss of a book rose to 6.2 nats there."""
-
 
 def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerConfig]:
     """Resolve a recipe's mixer section for these attention layers; one section per distinct kind of layer.
@@ -144,11 +140,6 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
         raise ModelError(f"{source.name}: {error}") from error
     if spec is not None:
         mixers_for(spec, family.layers(config))
-        if spec.memory_dtype == "int4" and config.get_text_config().model_type in _LARGE_KEY_BIASES:
-            raise RecipeError(
-                "mixer.memory_dtype: int4 loses what this architecture's keys say, because their biases are a hundred "
-                "times larger than the rest of a key; use int8"
-            )
 
 
 def check_reach(recipe: Recipe, config: Any) -> None:

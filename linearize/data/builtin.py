@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FILE = Path(__file__).with_name("texts") / "works.xz"
+QUESTIONS = Path(__file__).with_name("texts") / "questions.json"
+"""Facts and questions that `linearize demo` hides in a work."""
 _PAGES = 16_000
 """Characters."""
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 BASELINES = {
     "teacher": "the pretrained model",
     "window": "the teacher with the model's window and sinks alone",
-    "window_bytes": "the same with as wide a window as the model's whole memory has room for",
+    "window_bytes": "the teacher with a window as wide as the model's whole memory has room for",
     "no_recurrence": "the model with its recurrence off",
     "no_window": "the model with its window and sinks off",
     "neither": "the model with its recurrence, window and sinks off",

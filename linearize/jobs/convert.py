@@ -9,8 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
-from linearize.calibration.scores import put_scores
-from linearize.calibration.select import select, selects
+from linearize.calibration.select import put_fitted, select, selects
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.calibration.weights import FileWeights, Weights
 from linearize.checkpoint.write import SHARD_BYTES, base_record, write_checkpoint
@@ -191,13 +190,13 @@ def make_start(
         # Before the conversion changes the teacher, because it may have to generate the text.
         text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
-    scores: dict[int, Tensor] = {}
+    fitted: dict[int, dict[str, Tensor]] = {}
     if selects(recipe):
-        recipe, probe, why, scores = select(source, recipe, teacher, tokenizer, say=say)
+        recipe, probe, why, fitted = select(source, recipe, teacher, tokenizer, say=say)
         for line in why:
             say(f"select: {line}")
     start = Start(convert_model(teacher, recipe.mixer), recipe, probe, why)
-    put_scores(start.model, scores)
+    put_fitted(start.model, fitted)
     if text is not None:
         start.calibration = _calibrated(Weights(start.model), recipe, text, tokenizer, say=say)
     return start

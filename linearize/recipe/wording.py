@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -119,6 +120,8 @@ def explain(error: ErrorDetails) -> str:
     path, kind = error["loc"], error["type"]
     if kind == "recipe":
         return error["msg"]
+    if pair := next((part for part in path if isinstance(part, str) and re.fullmatch(r"\d+:\S+", part)), None):
+        return f"write {pair.replace(':', ': ', 1)}, with a space after the colon"
     if kind == "extra_forbidden":
         return unknown_key(path)
     found = _lookup(path)

@@ -138,8 +138,9 @@ def _adapter_config(lora: LoraSpec, targets: list[_Target]) -> PeftConfig:
     )
 
 
-FITTED = ".mixer.score_weight"
-"""Ends the names of parameters that get no gradient, because which tokens are kept is not differentiated."""
+FITTED = (".mixer.score_weight", ".mixer.key_scale", ".mixer.key_shift")
+"""Ends the names of parameters that get no gradient: which tokens are kept and how they are coded is not
+differentiated."""
 
 
 def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:

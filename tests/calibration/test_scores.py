@@ -9,7 +9,8 @@ import torch
 
 from linearize.calibration import scores
 from linearize.calibration.backward import Watched, pass_back, watched
-from linearize.calibration.scores import Layer, costs, lessons, put_scores, shares
+from linearize.calibration.scores import Layer, costs, lessons, shares
+from linearize.calibration.select import put_fitted
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
 from linearize.model import LinearizedForCausalLM, MixerConfig
@@ -84,7 +85,7 @@ def test_a_layer_without_a_landmark_gets_no_score():
     found = {key: x for key, x in model.named_parameters() if key.endswith("score_weight")}
     assert len(found) == 1
     weight = torch.ones_like(next(iter(found.values())))
-    put_scores(model, {0: weight, 1: weight})
+    put_fitted(model, {layer: {"score_weight": weight} for layer in (0, 1)})
     assert torch.equal(next(iter(found.values())), weight)
 
 

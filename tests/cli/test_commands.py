@@ -111,7 +111,7 @@ def test_inspect_of_a_converted_model_shows_its_own_mixer(outcome, converted):
 
 
 def test_convert_dry_run_writes_nothing(outcome, tiny_folder, tmp_path):
-    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "--dry-run", "--json")
+    status, text, _ = outcome("convert", tiny_folder, "-o", tmp_path / "out", "-r", "window-gla", "--dry-run", "--json")
     assert status == 0 and json.loads(text)["written"] is False
     assert not (tmp_path / "out").exists()
 
@@ -420,3 +420,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(outcome, tiny_folder, tmp_path
     assert told in lines[0], lines[0]
     assert "unexpected" not in lines[0]
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+
+
+def test_the_demo_on_a_tiny_model(outcome, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("linearize.jobs.demo.LENGTHS", (32, 64))
+    monkeypatch.setattr("linearize.jobs.demo._ROW", 128)
+    monkeypatch.setattr("linearize.jobs.demo.packaged_model", lambda: tiny_folder)
+    quick = ("mixer.window=16", "mixer.landmarks=48", "mixer.landmark_score=novelty", "mixer.landmarks_by=null")
+    changes = [word for change in quick for word in ("--set", change)]
+    status, text, words = outcome("demo", "-o", tmp_path / "demo", *changes)
+    assert status == 0, words
+    assert words.endswith(f"next: linearize chat {tmp_path / 'demo' / 'converted'}\n") and "questions" in text
+    found = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert list(found["systems"]) == ["teacher", "window", "converted"]
+    assert found["systems"]["window"]["memory_bytes"] <= found["systems"]["converted"]["memory_bytes"]
+    assert all(len(one["right"]) == 4 for one in found["systems"].values())
+    assert "Four questions" in (tmp_path / "demo" / "report.md").read_text()

@@ -14,6 +14,7 @@ from linearize.cli.app import run
 from linearize.errors import LinearizeError
 from linearize.jobs.inspect import plan_convert
 from linearize.recipe import load_recipe
+from linearize.runtime.interruption import Interrupted
 from linearize.sources.source import find_source, load_model, load_tokenizer
 from tests.conftest import random_llama
 from tests.conversion.gguf_kit import tiny, write_gguf
@@ -79,6 +80,18 @@ def test_a_model_without_a_tokenizer_is_refused_by_default(tmp_path):
     for convert in (linearize.convert, lambda *to: plan_convert(*to, load_recipe("default"))):
         with pytest.raises(LinearizeError, match=f"has no tokenizer .* {INSTEAD}"):
             convert(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt(), 130), (Interrupted(15), 143)])
+def test_an_interrupted_conversion_says_so(tiny_folder, tmp_path, capfd, monkeypatch, stop, status):
+    def interrupt(*_, **__):
+        raise stop
+
+    monkeypatch.setattr("linearize.jobs.convert.convert_into", interrupt)
+    out = tmp_path / "out"
+    assert run(["convert", str(tiny_folder), "-o", str(out), "-r", "window-gla"]) == status
+    assert f"interrupted: {out} was not written; the same command begins anew" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.check

@@ -6,9 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import evals.start.__main__ as start
 from evals.faults.__main__ import table as faults_table
 from evals.fuzz.__main__ import table as fuzz_table
+from evals.picture import facts, picture
+from evals.picture import table as results_table
 from evals.recovery.telling import markdown as recovery_table
 from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
@@ -30,7 +34,7 @@ def test_what_each_start_brings():
 
 
 def test_what_landmarks_find_untrained():
-    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     rows = json.loads(start.FIGURES.read_text(encoding="utf-8"))["rows"]
     exact, first = rows["landmarks-exact"]["systems"], next(iter(rows.values()))["systems"]
 
@@ -61,7 +65,7 @@ def test_what_comes_back_for_how_many_tokens():
         assert figures["ours", 200_000][name][0] < figures["ours", 0][name][0]
         trained = [figures[system, 200_000][name][0] for system in ("ours", "lolcats", "liger")]
         assert trained == sorted(trained)
-    said = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     said = said[said.index("With 0.2M tokens on a CPU") : said.index("([evals/recovery]")]
     shown = [figures[cell]["perplexity"][0] for cell in (("ours", 200_000), ("lolcats", 200_000), ("landmarks", 0))]
     for value in (*shown, found["cells"][-1]["figures"]["teacher"]["perplexity"][0]):
@@ -70,7 +74,7 @@ def test_what_comes_back_for_how_many_tokens():
 
 
 def test_how_fast_it_is_on_a_cpu():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (writing after|reading|training on) ([\d,]+) tokens \|(.*)\|$", readme, re.MULTILINE)
     kinds = {"writing after": "decode", "reading": "prefill", "training on": "train"}
     shown = {
@@ -94,16 +98,23 @@ def test_what_training_with_landmarks_costs():
     assert landmarks_table(json.loads(landmarks_figures.read_text(encoding="utf-8"))) in notes
 
 
-def test_the_first_figure_is_what_was_measured():
-    drawn = (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8")
-    # The figures: their places depend on the version of matplotlib.
-    described, texts = (re.findall(rf"<{tag}[^>]*>([^<]*)<", figure()) for tag in ("desc", "text"))
-    assert described == re.findall(r"<desc>([^<]*)<", drawn) and described[0].count("converted: ") == 2
+@pytest.mark.parametrize(("name", "draw"), [("speed", figure), ("picture", picture)])
+def test_the_figures_are_what_was_measured(name, draw):
+    drawn = (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8")
+    # Texts alone, because places depend on the version of matplotlib.
+    described, texts = (re.findall(rf"<{tag}[^>]*>([^<]*)<", draw()) for tag in ("desc", "text"))
+    assert described == re.findall(r"<desc>([^<]*)<", drawn) and "teacher: " in described[0]
     assert texts == re.findall(r"<text[^>]*>([^<]*)<", drawn)
 
 
-def test_what_the_probe_says_of_it():
+def test_the_results_of_the_readme_are_what_was_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results_table() in readme and all(fact in " ".join(readme.split()) for fact in facts())
+    assert len(readme.split()) <= 1000
+
+
+def test_what_the_probe_says_of_it():
+    readme = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     kept = (ROOT / "evals" / "smollm2" / "probe" / "keep.yaml").read_text(encoding="utf-8")
     layers = re.search(r"layers: \[(\d+), (\d+), (\d+)\]$", kept, re.MULTILINE)
     falls = re.search(r"All windowed: .*answers −(\S+)\. All but these: .*answers −(\S+) \(", kept)

@@ -41,7 +41,7 @@ def test_a_push_is_one_commit_of_what_the_folder_holds(hub, checkpoint, outcome)
     status, out, words = outcome("push", REPO, checkpoint, *SHORT)
     assert (status, out) == (0, f"{hub.endpoint}/{REPO}\n"), words
     repo = hub.repos[REPO]
-    assert repo.private and [commit.message for commit in hub.pushed(REPO)] == ["Upload smol (linearize 0.1.0)"]
+    assert repo.private and [commit.message for commit in hub.pushed(REPO)] == ["Upload smol (linearize 0.2.0)"]
     for name in pack(checkpoint).files:
         kept = repo.head.files[name]
         content = hub.blobs[kept] if isinstance(kept, str) else kept

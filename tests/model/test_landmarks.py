@@ -83,12 +83,16 @@ def reference(mixer: Mixer, new: Projections) -> Tensor:
     config, group = mixer.config, QUERY_HEADS // HEADS
     window, sinks, slots, block, reach = config.window, config.sinks, config.landmarks, 32, 2
     q, k, v, q_rotated, k_rotated = (x[0] for x in new)
+    own = (mixer._parameters.get(name) for name in ("key_scale", "key_shift"))
+    scale, shift = (
+        torch.full((), start) if x is None else x.detach() for x, start in zip(own, (1.0, 0.0), strict=True)
+    )
     if config.memory_dtype != "auto":
-        k_rotated, v = in_8_bits(k_rotated), in_8_bits(v)
+        k_rotated, v = (in_8_bits(scale * k_rotated + shift) - shift) / scale, in_8_bits(v)
         k = in_8_bits(k) if mixer.recurrence is not None and not config.rope else k
     of_slots = k_rotated, v, k
     if config.memory_dtype == "int4":
-        of_slots = in_4_bits(k_rotated), in_4_bits(v), in_4_bits(k)
+        of_slots = (in_4_bits(scale * k_rotated + shift) - shift) / scale, in_4_bits(v), in_4_bits(k)
     outputs = torch.zeros(q.shape)
     for head in range(HEADS):
         keys, values = k_rotated[:, head], v[:, head]
@@ -220,8 +224,8 @@ def test_whole_rows_are_the_same_with_and_without_gradients(case, tokens, off):
         found = torch.autograd.grad(pulled, given, allow_unused=True, materialize_grads=True)
         return [output, *found]
 
-    stored = mixer._as_stored(new, None)
-    for one, other in zip(results(whole_rows(mixer, stored)), results(_chunk(mixer, stored, None, None)), strict=True):
+    whole = results(whole_rows(mixer, mixer._as_stored(new, None)))
+    for one, other in zip(whole, results(_chunk(mixer, mixer._as_stored(new, None), None, None)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max().clamp_min(1)))
     with torch.no_grad():
         stored = mixer._as_stored(new, None)

@@ -83,8 +83,10 @@ def converted(teacher: PreTrainedModel, *, awake: bool = True, **changes) -> Lin
         for name, parameter in model.named_parameters():
             if name.endswith("mix_weight"):
                 parameter.data = 0.3 + 0.2 * torch.randn(parameter.shape, generator=generator)
-            elif name.endswith("score_weight"):  # fitted by `convert`
+            elif name.endswith(("score_weight", "key_shift")):  # fitted by `convert`
                 parameter.data = torch.randn(parameter.shape, generator=generator)
+            elif name.endswith("key_scale"):
+                parameter.data = 0.5 + torch.rand(parameter.shape, generator=generator)
     # In float64, because a code of a memory in 8 or 4 bits may change with the last bit of a float32.
     return model.double() if "memory_dtype" in changes else model
 

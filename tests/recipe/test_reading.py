@@ -178,6 +178,11 @@ def test_awkward_text_survives_a_dump(text: str) -> None:
     assert parse_recipe(dump_recipe(recipe), "x.yaml") == recipe
 
 
+def test_a_mapping_without_a_space_after_its_colon_is_told() -> None:
+    with pytest.raises(RecipeError, match="write 0: 9, with a space after the colon"):
+        load_recipe("window-gla", ["mixer.landmark_layers={0:9}"])
+
+
 def test_every_shipped_recipe_is_valid_described_and_round_trips() -> None:
     recipes = shipped_recipes()
     assert [recipe.name for recipe in recipes][:4] == ["default", "small", "train", "liger-gla"]

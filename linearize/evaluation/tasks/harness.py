@@ -147,10 +147,8 @@ class LmEvalTask(Task):
 
         Raises:
             ModelError: log-likelihoods that are not finite, or prompts and answers longer than the model's context.
-            DataError: the tokenizer has no chat template.
+            DataError: a metric that cannot be kept as JSON.
         """
-        if self.prompting.chat and getattr(tokenizer, "chat_template", None) is None:
-            raise DataError("--apply-chat-template: the model's tokenizer has no chat template; leave the option out")
         places = [self._place(index) for index in indices]
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(FEWSHOT_SEED + indices[0])

@@ -30,8 +30,10 @@ def suite_tasks(names: Sequence[str], tokenizer: Any, options: SuiteOptions) -> 
     shipped definition has no split for them.
 
     Raises:
-        DataError: an unknown task, or data that cannot be read.
+        DataError: an unknown task, data that cannot be read, or a missing chat template.
     """
+    if options.chat and getattr(tokenizer, "chat_template", None) is None:
+        raise DataError("--apply-chat-template: the model's tokenizer has no chat template; leave the option out")
     prompting = Prompting(options.chat, options.system)
     definitions = task_definitions()
     own = [name for name in names if name in definitions and not _included(name, options)]

@@ -115,7 +115,7 @@ def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: L
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
     config, window, device, dtype = mixer.config, mixer.window, new.v.device, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
-    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
+    fresh, sums = static_scores(mixer, new, parts)
     rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), decoded(parts["window"], dtype), lengths, memory)
     held, landmarks, sinks = rows.held, decoded(parts["landmarks"], dtype), _sinks_of(mixer, new, lengths, memory)
     ys, logs, recall = list[Tensor](), list[Tensor](), _Recall(mixer, rows)
@@ -276,7 +276,7 @@ def _keep(
     rows: _Rows,
     done: Tensor | int,
     exact: dict[str, Part],
-    sums: Tensor,
+    sums: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
     """Write the tensors at the end of a chunk into the memory; places without a token become 0.
@@ -284,7 +284,7 @@ def _keep(
     Args:
         done: the number of blocks of `rows.held` that have been merged.
         exact: landmarks and sinks.
-        sums: `[R, L, K, D]` running sums of normalised keys after each new token.
+        sums: `[R, L, K, D]` running sums of normalised keys after each new token; None if none is kept.
     """
     latest, width = dict[str, Tensor](), memory.parts["window"]["received"].shape[1]
     for name, held in rows.held.items():
@@ -301,6 +301,8 @@ def _keep(
         for name, tensor in encoded(tensors, into).items():
             if tensor is not into[name]:
                 store(into, name, tensor)
+    if sums is None:
+        return
     keys = memory.parts["keys"]
     if lengths is not None:
         sums = rows_of(torch.cat([keys["sum"][:, None], sums], 1), lengths[:, None])

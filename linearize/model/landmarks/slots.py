@@ -74,8 +74,9 @@ def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, dev
     parts["landmarks"] = with_scores(kept, slots, **scores, number=torch.int32)
     if mixer.config.sinks:
         parts["sinks"] = empty(mixer.config.sinks, "k_rotated", "v")
-    shape = (batch, layer.key_value_heads, layer.key_width)
-    parts["keys"] = {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
+    if mixer.config.landmark_score == "novelty":
+        shape = (batch, layer.key_value_heads, layer.key_width)
+        parts["keys"] = {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
     return parts
 
 
@@ -115,22 +116,18 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
 
 
-def static_scores(mixer: MixerBase, new: Projections, before: Tensor) -> tuple[Tensor, Tensor]:
+def static_scores(mixer: MixerBase, new: Projections, parts: dict[str, Part]) -> tuple[Tensor, Tensor | None]:
     """The score that a token has from its projection on, `[R, L, K]`: its novelty, or with a learned score an affine
     map of the layer's keys and values.
 
-    Args:
-        before: as in `novelty`.
-
     Returns:
-        the scores, and the sum of keys after each token, as `novelty` returns it; a learned score leaves it at 0.
+        the scores, and the sum of keys after each token, as `novelty` returns it; None with a learned score.
     """
     own = mixer._parameters.get("score_weight")
     if own is None:
-        return novelty(new.k, before)
+        return novelty(new.k, parts["keys"]["sum"])
     weight = own.detach().float()
-    scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
-    return scores, before[:, None].expand(-1, scores.shape[1], -1, -1)
+    return F.linear(score_inputs(new), weight[:, :-1], weight[:, -1]), None
 
 
 def score_inputs(new: Projections) -> Tensor:

@@ -51,9 +51,9 @@ class _Seen(NamedTuple):
 def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """`landmark_attention` for one token per row, without a gradient."""
     config, parts = mixer.config, memory.parts
-    fresh, sums = static_scores(mixer, new, parts["keys"]["sum"])
+    fresh, sums = static_scores(mixer, new, parts)
     values, dtype = arriving_of(mixer, new, fresh), computing_dtype(new.q)
-    arriving = encoded(values, parts["window"]) | {"sum": sums[:, 0]}
+    arriving = encoded(values, parts["window"]) | ({} if sums is None else {"sum": sums[:, 0]})
     count = memory.uniform if lengths is None else None
     if count is None:
         seen = _apart(mixer, memory, arriving, dtype, lengths)
@@ -99,7 +99,8 @@ def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
     part, slot = ("window", place) if place >= 0 else ("sinks", count)
     for name, held in parts[part].items():
         held[:, slot] = arriving[name][:, 0]
-    parts["keys"]["sum"].copy_(arriving["sum"])
+    if "keys" in parts:
+        parts["keys"]["sum"].copy_(arriving["sum"])
     filled, local = min(config.landmarks, merged * BLOCK), max(place + 1, 0)
     return _Seen(
         sinks=min(count + 1, config.sinks),
@@ -128,8 +129,9 @@ def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
         for name, held in parts.get(part, {}).items():
             here = comes.view(*comes.shape, *[1] * (held.dim() - 2))
             held.copy_(torch.where(here, arriving[name].to(held.dtype), held))
-    total = parts["keys"]["sum"]
-    total.copy_(torch.where(real[:, None, None], arriving["sum"], total))
+    if "keys" in parts:
+        total = parts["keys"]["sum"]
+        total.copy_(torch.where(real[:, None, None], arriving["sum"], total))
     distant = place[:, None] - slot >= mixer.window // 4
     return _Seen(
         sinks=config.sinks,

@@ -65,7 +65,8 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
     sinks, q, k = config.sinks, new.q_rotated.detach(), new.k_rotated.detach()
     of_slots = in_slots(mixer, {"k_rotated": k})["k_rotated"]
-    fresh, _ = static_scores(mixer, new, k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32))
+    before = k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32)
+    fresh, _ = static_scores(mixer, new, {"keys": {"sum": before}})
     received, nothing = torch.zeros_like(fresh), k[..., :0]
     empty = fresh.new_zeros(k.shape[0], config.landmarks, k.shape[2])
     slots: Part = {"novelty": empty, "received": empty, "number": empty.int()}

@@ -44,6 +44,8 @@ class MixerBase(nn.Module, ABC):
     """
 
     mix_weight: nn.Parameter
+    key_scale: nn.Parameter
+    key_shift: nn.Parameter
     branches_off: frozenset[str] = frozenset()
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
@@ -60,8 +62,7 @@ class MixerBase(nn.Module, ABC):
                 groups_of(width)  # refuses a width
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
-        own = {"mix_weight": self._mix_start(), "score_weight": self._score_start()}
-        register(self, {name: value for name, value in own.items() if value is not None})
+        register(self, self._own_start())
 
     @abstractmethod
     def forward(
@@ -101,6 +102,14 @@ class MixerBase(nn.Module, ABC):
             mass: `[R, L, H, 1]`, their mass; None if the recurrence has none.
         """
 
+    def _own_start(self) -> dict[str, Tensor]:
+        own = {
+            "mix_weight": self._mix_start(),
+            "score_weight": self._score_start(),
+            **self._coding_start(),
+        }
+        return {name: value for name, value in own.items() if value is not None}
+
     def _mix_start(self) -> Tensor | None:
         """The start of the mix weight. At 0 the mixer returns the window alone, and the gradient is not 0."""
         heads, width = self.layer.query_heads, self.layer.value_width
@@ -114,10 +123,17 @@ class MixerBase(nn.Module, ABC):
         heads, width = self.layer.key_value_heads, self.layer.key_width + self.layer.value_width
         return torch.zeros(heads, heads * width + 1, device="cpu")
 
+    def _coding_start(self) -> dict[str, Tensor | None]:
+        """The start of the channels' scale and shift before keys are coded, which `convert` fits; see `Mixer.in_code`.
+        A state reads keys as they are."""
+        if not self.config.landmarks or self.config.memory_dtype == "auto" or self.recurrence is not None:
+            return {}
+        shape = (self.layer.key_value_heads, self.layer.key_width)
+        return {"key_scale": torch.ones(shape, device="cpu"), "key_shift": torch.zeros(shape, device="cpu")}
+
     def initial_values(self) -> dict[str, Tensor]:
         """The start of each own parameter."""
-        own = {"mix_weight": self._mix_start(), "score_weight": self._score_start()}
-        values = {name: value for name, value in own.items() if value is not None}
+        values = self._own_start()
         if self.recurrence is not None:
             values |= {f"recurrence.{name}": value for name, value in self.recurrence.initial_values().items()}
         return values

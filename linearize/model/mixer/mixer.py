@@ -113,7 +113,18 @@ class Mixer(MixerBase):
         reads = self.config.covers == "all" or self.config.landmarks
         if self.config.memory_dtype == "auto" or (steps and not reads):
             return new
+        new = self.in_code(new)
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
+
+    def in_code(self, new: Projections) -> Projections:
+        """Keys as they are coded, `scale * k + shift` per channel, and queries divided by the scale.
+
+        The scale changes no score, and the shift moves all scores of a query alike, so the softmax stays the same."""
+        if "key_scale" not in self._parameters:
+            return new
+        scale, shift = (x.detach().to(new.k_rotated.dtype) for x in (self.key_scale, self.key_shift))
+        q = (new.q_rotated.unflatten(2, (len(scale), -1)) / scale[:, None]).flatten(2, 3)
+        return new._replace(q_rotated=q, k_rotated=torch.addcmul(shift, scale, new.k_rotated))
 
     def _rounded(self, x: Tensor) -> Tensor:
         bits = exact_bits(self.config)

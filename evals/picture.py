@@ -1,0 +1,155 @@
+"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg`, prints the table.
+
+    python -m evals.picture
+
+Memory and losses are those of `evals/slots` (counted in 16 bits), speed is that of `evals/speed/smollm2-cpu.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals.slots.systems import TEACHER
+from evals.slots.telling import mean
+from linearize.report.formatting import readable_bytes, readable_length
+from linearize.report.plots import Axis, Lines, Plot, Series
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+EVALS = Path(__file__).parent
+TARGET = EVALS.parent / "docs" / "picture.svg"
+SPEED = EVALS / "speed" / "smollm2-cpu.json"
+SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
+ROWS = (
+    ("SmolLM2-135M: the teacher", SMOLLM2, (TEACHER,)),
+    ("`default`", SMOLLM2, ("default", "slots")),
+    ("`small`", SMOLLM2, ("small",)),
+    ("window of as many bytes as `default`", SMOLLM2, ("window",)),
+    ("Qwen2.5-Coder-0.5B: the teacher", QWEN, (TEACHER,)),
+    ("`default`", QWEN, ("default", "slots")),
+    ("window of as many bytes", QWEN, ("window",)),
+)
+"""Title, file, and the kinds of the system in it."""
+_NEEDLES, _LOSSES = "niah_single_2 2048", {"wikitext2 2048": "WikiText-2", "book 2048": "a book"}
+_LENGTHS = (512, 2048, 8192, 32_768)
+
+
+def figures(file: str) -> dict[str, Any]:
+    """The figures of a file below `evals`; without any if it is not there."""
+    path = EVALS / file
+    found: dict[str, Any] = {"systems": {}, "values": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
+
+
+def system_in(found: Mapping[str, Any], kinds: Sequence[str]) -> str | None:
+    """The system of one of some kinds with the most slots."""
+    named = [name for name, one in found["systems"].items() if one["kind"] in kinds]
+    return max(named, key=lambda name: found["systems"][name]["slots"], default=None)
+
+
+def bytes_per_token(found: Mapping[str, Any]) -> int:
+    """Bytes of a token in the teacher's cache in 16 bits: a memory's bytes by its whole tokens, to the next multiple of
+    256, which both models' caches are."""
+    one = next(one for one in found["systems"].values() if one["bytes"])
+    return round(one["bytes"] / one["tokens"] / 256) * 256
+
+
+def above(found: Mapping[str, Any], column: str, system: str) -> float | None:
+    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none."""
+    own, teacher = (found["values"].get(column, {}).get(name, {}) for name in (system, TEACHER))
+    both = sorted(own.keys() & teacher.keys())
+    return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
+
+
+def table() -> str:
+    """Markdown: a row for each of `ROWS`."""
+    heads = ["", "memory of a sequence", "needles found", *(f"{name}, nats" for name in _LOSSES.values())]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for title, file, kinds in ROWS:
+        found = figures(file)
+        system = system_in(found, kinds)
+        if system is None:
+            continue
+        held = found["systems"][system]["bytes"]
+        size = readable_bytes(held) if held else f"{readable_bytes(2048 * bytes_per_token(found))} at 2,048 tokens"
+        texts = list(found["values"].get(_NEEDLES, {}).get(system, {}).values())
+        needles = f"{round(sum(texts))} of {len(texts)}" if texts else "not run"
+        losses = [_loss(found, column, system) for column in _LOSSES]
+        lines.append(f"| {' | '.join([title, size, needles, *losses])} |")
+    return "\n".join(lines)
+
+
+def _loss(found: Mapping[str, Any], column: str, system: str) -> str:
+    if system == TEACHER:
+        cell = mean(found, column, system)
+        return f"{cell[0]:.4f}" if cell else "not run"
+    gap = above(found, column, system)
+    return "not run" if gap is None else f"{gap:+.4f}".replace("-", "−")
+
+
+def picture() -> str:
+    """The SVG as a stand-alone file: memory, speed, and loss over memory."""
+    found = figures(SMOLLM2)
+    default = system_in(found, ("default", "slots"))
+    size = 0 if default is None else found["systems"][default]["bytes"]
+    tokens = Axis("context (tokens)", readable_length, log=True, ticks=_LENGTHS)
+    bytes_ = Axis("memory of a sequence (16 bits)", lambda value: readable_bytes(value).replace(".0 ", " "), log=True)
+    memory = Lines(
+        tokens,
+        bytes_,
+        [
+            Series("teacher", [(float(n), float(n * bytes_per_token(found)), None) for n in _LENGTHS], 0),
+            Series("default", [(float(n), float(size), None) for n in _LENGTHS], 1),
+        ],
+    )
+    rows = json.loads(SPEED.read_text(encoding="utf-8"))["rows"]
+    best: dict[tuple[str, int], float] = {}
+    for row in rows:
+        if row["kind"] == "decode" and (name := _TIMED.get(row["system"])) is not None:
+            key = name, row["tokens"]
+            best[key] = max(best.get(key, 0.0), row["tokens_per_second"])
+    speed = Lines(
+        tokens,
+        Axis("tokens written per second (float32, 2 cores)", lambda value: f"{value:g}", limits=(0, 42)),
+        [
+            Series(name, sorted((float(n), pace, None) for (own, n), pace in best.items() if own == name), look)
+            for look, name in ((0, "teacher"), (3, "window-gla"))
+        ],
+    )
+    points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
+    for system, one in found["systems"].items():
+        gaps = [above(found, column, system) for column in _LOSSES]
+        if one["bytes"] and None not in gaps:
+            lost = statistics.fmean(gap for gap in gaps if gap is not None)
+            points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
+    loss = Lines(
+        Axis("memory of a sequence", bytes_.write),
+        Axis("loss of text above the teacher's (nats per token)", lambda value: f"{value:.2f}"),
+        [Series(name, sorted(line), look) for look, (name, line) in enumerate(points.items(), 1) if line],
+    )
+    title = "SmolLM2-135M: memory, speed, and loss by memory"
+    words = "Untrained. default: slots; window: the teacher's latest tokens alone; window-gla: window and recurrence"
+    return Plot("picture", title, [memory, speed, loss], words).alone
+
+
+_TIMED = {"teacher": "teacher", "teacher-onednn": "teacher", "model": "window-gla"}
+
+
+def facts() -> list[str]:
+    """What the README's sentences say of the default: its bytes, and the tokens of the teacher's cache in as many."""
+    found = figures(SMOLLM2)
+    one = found["systems"][str(system_in(found, ("default", "slots")))]
+    return [f"in {readable_bytes(one['bytes'])}, where", f"below {one['tokens']} tokens"]
+
+
+def main() -> None:
+    TARGET.write_text(picture(), encoding="utf-8")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
