@@ -120,40 +120,42 @@ def joint_attention(
     q: Tensor,
     keys: Sequence[Tensor | Codes],
     values: Sequence[Tensor | Codes],
-    seen: list[Tensor | None],
+    hidden: Sequence[slice | Tensor | None],
     *,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Attention with one softmax over keys in several tensors.
+    normaliser: bool = True,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Attention of one query with one softmax over keys in several tensors, and its weights.
 
     Args:
-        q: `[B, T, H, D]`.
+        q: `[B, 1, H, D]`.
         keys, values: each `[B, S, K, D or V]`, or its codes.
-        seen: per tensor a mask of the keys that a query reads, broadcastable to `[B, K, T, S]`; None means all.
-        scale, softcap: as in `window_attention`.
+        hidden: per tensor the keys that the query does not read: a slice of S, or a mask broadcastable to
+            `[B, K, 1, S]`; None means that it reads all.
+        scale, softcap, normaliser: as in `window_attention`.
 
     Returns:
-        outputs `[B, T, H, V]`; the log of the softmax's denominator `[B, T, H]`, both float32 (or float64); and per
-        tensor the attention weights, summed over the query heads of a group, `[B, K, T, S]`.
+        outputs `[B, 1, H, V]` and the log of the softmax's denominator `[B, 1, H]` (None without `normaliser`), both
+        float32 (or float64); and per tensor the attention weights, summed over the query heads of a group, `[B, K, S]`.
     """
-    rows, tokens, heads = q.shape[:3]
-    dtype = computing_dtype(q)
     groups = (keys[0] if isinstance(keys[0], Tensor) else keys[0].codes).shape[2]
-    q = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
-    shape, flat = (rows, groups, heads // groups, tokens), q.flatten(2, 3)
+    grouped = (q.to(computing_dtype(q)) * scale).view(q.shape[0], groups, -1, q.shape[-1])
     found = []
-    for k, mask in zip(keys, seen, strict=True):
-        score = (key_scores(flat, k) * scale).view(*shape, -1)
-        score = _cap(score, softcap)
-        found.append(score if mask is None else score.masked_fill(~mask.unsqueeze(2), -math.inf))
-    joined = torch.cat(found, -1)
-    shares = joined.softmax(-1)
-    pieces = shares.split([score.shape[-1] for score in found], -1)
-    read = [value_sums(p.flatten(2, 3), v) for p, v in zip(pieces, values, strict=True)]
-    outputs = sum(read[1:], read[0]).view(*shape, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    logs = joined.logsumexp(-1).permute(0, 3, 1, 2).flatten(2, 3)
-    return outputs, logs, [piece.detach().sum(2) for piece in pieces]
+    for k, mask in zip(keys, hidden, strict=True):
+        score = _cap(key_scores(grouped, k), softcap)
+        if isinstance(mask, slice):
+            score[..., mask].fill_(-math.inf)
+        elif mask is not None:
+            score.masked_fill_(mask, -math.inf)
+        found.append(score)
+    scores = found[0] if len(found) == 1 else torch.cat(found, -1)
+    shares = scores.softmax(-1)
+    pieces = [shares] if len(found) == 1 else shares.split([score.shape[-1] for score in found], -1)
+    read = [value_sums(piece, v) for piece, v in zip(pieces, values, strict=True)]
+    outputs = sum(read[1:], read[0]).view(*q.shape[:-1], -1)
+    logs = scores.logsumexp(-1).view(q.shape[:-1]) if normaliser else None
+    return outputs, logs, [piece.sum(2) for piece in pieces]
 
 
 def mix_outputs(

@@ -116,15 +116,9 @@ class Family(ABC):
 
 
 def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Apply several modules to `x` `[B, T, width]`. For one token on a CPU, plain linear layers run as one product,
-    because each launch costs as much as a small product there."""
-    if (
-        x.shape[1] == 1
-        and x.is_contiguous()
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    ):
+    """Apply several modules to `x` `[B, T, width]`. For one token, plain linear layers run as one product, because each
+    launch costs as much as a small product."""
+    if x.shape[1] == 1 and x.is_contiguous() and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         whole = _side_by_side(modules)
         if whole is not None:
             # With 2-d operands the product needs no reshape.

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 from linearize.errors import DataError
 from linearize.generation.prompt import prepared, read_through, without_last
 from linearize.generation.state import State
+from linearize.model.attention import LinearizedAttention
+from linearize.model.landmarks.slots import merges
 from linearize.model.memory import recount
 from linearize.sources.limits import learned_positions
 
@@ -117,9 +119,11 @@ class _Rows:
             told=torch.zeros(2, batch, dtype=torch.long, device=device),
         )
 
-    def forward(self, model: Any, *, masked: bool) -> None:
-        """Feed the last tokens to the model; if `masked`, only of rows that go on."""
+    def forward(self, model: Any, *, masked: bool, merges: bool | None = None) -> None:
+        """Feed the last tokens to the model; if `masked`, only of rows that go on. `merges` as in `LayerMemory`."""
         mask = self.alive if masked else None
+        for layer in self.state.layers:
+            layer.merges = merges
         out = model(input_ids=self.state.last, attention_mask=mask, past_key_values=self.state.cache, use_cache=True)
         self.logits.copy_(out.logits[:, -1])
 
@@ -137,6 +141,15 @@ class _Rows:
         last.copy_(torch.where(goes_on, new, last[:, 0])[:, None])
         alive.mul_((last != ends).all(1))
         self.told[1] = alive
+
+
+class _Step(NamedTuple):
+    """The parts of a decoding step. `merging` replaces `forward` for tokens that merge a block into landmarks; None if
+    `forward` does that."""
+
+    forward: Callable[[], None]
+    merging: Callable[[], None] | None
+    choose: Callable[[], None]
 
 
 # Buffers of the last batch size of each model. A running generation pops its buffers, so no other call can reuse them.
@@ -222,7 +235,7 @@ class Engine:
         state: State | None,
         *,
         owned: bool,
-    ) -> tuple[_Rows, list[Callable[[], None]] | None, bool]:
+    ) -> tuple[_Rows, _Step | None, bool]:
         """Read the prompt. Returns the buffers, the recorded step, and True if the buffers hold the prompt's last
         logits."""
         ids = input_ids if input_ids is not None else state.last[:, :0] if state is not None else None
@@ -261,14 +274,16 @@ class Engine:
             rows.logits.copy_(logits)
         return rows, recorded, ready
 
-    def _record(self, rows: _Rows, rule: Sampling) -> list[Callable[[], None]] | None:
+    def _record(self, rows: _Rows, rule: Sampling) -> _Step | None:
         """The functions that replay a step; None if a step runs eagerly."""
         if self._recorder is None or any(layer.past for layer in rows.state.layers):
             return None
         works: dict[Any, Callable[[], None]] = {
-            "forward": lambda: rows.forward(self.model, masked=True),
+            "forward": lambda: rows.forward(self.model, masked=True, merges=False),
             rule: lambda: rows.choose(rule),
         }
+        if _landmarks(self.model):
+            works["merging"] = lambda: rows.forward(self.model, masked=True, merges=True)
         rows.alive.zero_()  # masks all rows, so recording writes nothing into the memory
         for layer in rows.state.layers:
             layer.stay()
@@ -285,8 +300,9 @@ class Engine:
         finally:
             for layer in rows.state.layers:
                 layer.counts_on_host = True
+                layer.merges = None
         rows.weights = _addresses(self.model)
-        return [rows.recorded[name] for name in works]
+        return _Step(rows.recorded["forward"], rows.recorded.get("merging"), rows.recorded[rule])
 
     def _loop(
         self,
@@ -295,25 +311,28 @@ class Engine:
         write: Callable[[Tensor], object] | None,
         *,
         keep: bool,
-        recorded: list[Callable[[], None]] | None,
+        recorded: _Step | None,
         ready: bool,
         ahead: int,
     ) -> Tensor:
         """Run steps until all rows have ended, or `write` ends them; returns the new tokens `[B, N]`."""
         ended = False
-        forward, choose = recorded or (
+        step = recorded or _Step(
             # Ended rows are masked only if their memory is kept, because a step without a mask is cheaper.
             lambda: rows.forward(self.model, masked=keep and ended),
+            None,
             lambda: rows.choose(sampling.rule),
         )
+        due = _merges_due(self.model, rows) if step.merging is not None else None
         mail = _Mail(rows.told, ahead)
         written: list[Tensor] = []
         launched = 0
         while len(written) < sampling.max_new_tokens:
             while launched < min(sampling.max_new_tokens, len(written) + mail.room):
                 if launched or not ready:
-                    forward()
-                choose()
+                    merges = due is not None and due(launched - ready)
+                    (step.merging if merges and step.merging is not None else step.forward)()
+                step.choose()
                 mail.send()
                 launched += 1
             new, goes_on = mail.receive()
@@ -324,6 +343,24 @@ class Engine:
             if not bool(goes_on.any()):
                 break
         return torch.stack(written, 1) if written else torch.zeros(rows.told.shape[1], 0, dtype=torch.long)
+
+
+def _landmarks(model: Any) -> list[Any]:
+    """The mixers with landmarks, one of each window and number of sinks."""
+    mixers = [module.mixer for module in model.modules() if isinstance(module, LinearizedAttention)]
+    found = {(m.window, m.config.sinks): m for m in mixers if m is not None and m.config.landmarks}
+    return list(found.values())
+
+
+def _merges_due(model: Any, rows: _Rows) -> Callable[[int], bool]:
+    """A function of the number of steps so far: True if the next one may merge a block. A row that has ended stays
+    behind its count here, and merges no block."""
+    mixers, counts = _landmarks(model), rows.state.layers[0].counts.tolist()
+
+    def due(steps: int) -> bool:
+        return any(merges(m, n + steps + 1) > merges(m, n + steps) for m in mixers for n in counts)
+
+    return due
 
 
 class _Mail:

@@ -16,6 +16,7 @@ from linearize_kernels import full_attention
 from torch import Tensor, nn
 
 from linearize.families.base import AttentionLayer, Family, Projections
+from linearize.model.landmarks.slots import joint_parts
 from linearize.model.layout import Layout
 from linearize.model.memory import LayerMemory, memory_of
 from linearize.model.mixer.mixer import Mixer
@@ -85,7 +86,8 @@ class LinearizedAttention(nn.Module):
             past = {}
             for name in ("k_rotated", "v"):
                 past |= empty_slots(kept, name, slots, dtype, device)
-        return LayerMemory(parts, batch, device, past=past, capacity=capacity)
+        joints = joint_parts(self.mixer) if self.mixer is not None and self.mixer.config.landmarks else ()
+        return LayerMemory(parts, batch, device, past=past, capacity=capacity, joints=joints)
 
     def memory_nbytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of one sequence's memory: the part of constant size, and the part per token."""
@@ -121,7 +123,7 @@ class LinearizedAttention(nn.Module):
             heads = self._mix(projected, None, memory)
         elif attention_mask.shape[-1] == 1:
             # With one token per row no gather is needed, and a check for all-real rows would sync the device.
-            lengths = attention_mask[:, 0, 0, 0]
+            lengths = _lengths_of(attention_mask)
             heads = self._mix(projected, lengths, memory)
         else:
             layout = layout_of(attention_mask)
@@ -226,6 +228,16 @@ def layout_of(attention_mask: Tensor) -> Layout:
         attention_mask._layout = layout  # type: ignore[attr-defined]
     assert isinstance(layout, Layout)  # noqa: S101 - for the type checker
     return layout
+
+
+def _lengths_of(attention_mask: Tensor) -> Tensor:
+    """`[B]` 1 for rows whose one token is real. One tensor for all layers, which attach to it what they share."""
+    lengths = getattr(attention_mask, "_lengths", None)
+    if lengths is None:
+        lengths = attention_mask[:, 0, 0, 0]
+        attention_mask._lengths = lengths  # type: ignore[attr-defined]
+    assert isinstance(lengths, Tensor)  # noqa: S101 - for the type checker
+    return lengths
 
 
 def _part_of(layer: AttentionLayer, heads: list[int]) -> AttentionLayer:

@@ -7,7 +7,7 @@ needs no change to reordering, resetting or byte counts.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,22 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Part = dict[str, Tensor]
+
+
+class Joint(NamedTuple):
+    """Tensors of several parts that lie side by side, with more places behind them.
+
+    Attributes:
+        parts, names: the tensors of these names, which all these parts have.
+        spare: the number of more places.
+    """
+
+    parts: tuple[str, ...]
+    names: tuple[str, ...]
+    spare: int = 0
 
 
 def store(part: Part, name: str, value: Tensor) -> None:
@@ -33,8 +46,11 @@ class LayerMemory(CacheLayerMixin):
         past: keys and values `[B, N, ...]` of the heads that keep full softmax attention; empty if there are none.
             Only this part grows.
         capacity: the number of tokens that `past` is preallocated for; None if it grows.
+        joints: the tensors that steps read or write as one; `stay` joins them.
         counts_on_host: False while a CUDA graph is captured, because Python numbers would be frozen in it. After a
             replay, `recount` restores the numbers.
+        merges: False if the host knows that the next token merges no block into landmarks, True if it may; None if
+            nothing is known.
         stays: True once a graph was captured on the tensors, which then keep their addresses.
         seen: the number of tokens in all calls, pads included; the sequence length of transformers.
     """
@@ -51,15 +67,18 @@ class LayerMemory(CacheLayerMixin):
         *,
         past: Part | None = None,
         capacity: int | None = None,
+        joints: tuple[Joint, ...] = (),
     ) -> None:
         super().__init__()
+        self.joints = joints
         self.parts, self.past, self.capacity = parts, past or {}, capacity
         self.ragged = False  # True if rows may have seen different numbers of tokens
         self.counts_on_host, self.stays = True, False
+        self.merges: bool | None = None
         self._counts, self._uncounted = torch.zeros(batch, dtype=torch.long, device=device), 0
         # torch.compile would recompile for each value of a Python int, so a static cache counts in a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
-        self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._joined: dict[tuple[Joint, str], tuple[Tensor, tuple[Tensor, ...]]] = {}
         self.is_initialized = True
 
     @property
@@ -125,27 +144,32 @@ class LayerMemory(CacheLayerMixin):
 
     def stay(self) -> None:
         """Keep the addresses of all tensors from now on, because a CUDA graph refers to them."""
+        for joint in self.joints:
+            self.joined(joint)
         self.counts, self.stays = self.counts, True
 
-    def joined(self, first: str, second: str, names: Iterable[str]) -> Part:
-        """Tensors of two parts, `[B, M, ...]` and `[B, N, ...]`, as one `[B, M + N, ...]`.
+    def joined(self, joint: Joint) -> Part:
+        """The tensors of `joint.parts`, each `[B, N, ...]` with an N of its own, as one of each name.
 
         The first call copies and makes the parts views of the joint tensor; later calls return it. If the tensors must
-        keep their addresses (`stays`), each call copies.
+        keep their addresses (`stays`) and were not joined before, each call copies.
         """
         whole: Part = {}
-        one, other = self.parts[first], self.parts[second]
-        for name in names:
-            kept = self._joined.get(name)
-            if kept is None or kept[1] is not one[name] or kept[2] is not other[name]:
+        for name in joint.names:
+            held = [self.parts[part][name] for part in joint.parts]
+            kept = self._joined.get((joint, name))
+            if kept is None or any(one is not other for one, other in zip(kept[1], held, strict=True)):
                 # A normal tensor, because calls outside of inference mode may write into it later.
                 with torch.inference_mode(False), torch.no_grad():
-                    joint, at = torch.cat([one[name], other[name]], 1), one[name].shape[1]
+                    more = held[0].new_zeros(len(held[0]), joint.spare, *held[0].shape[2:])
+                    tensor = torch.cat([*held, more], 1)
                     if self.stays:
-                        whole[name] = joint
+                        whole[name] = tensor
                         continue
-                    one[name], other[name] = joint[:, :at], joint[:, at:]
-                self._joined[name] = kept = joint, one[name], other[name]
+                    views = tensor.split([*(x.shape[1] for x in held), joint.spare], 1)[:-1]
+                for part, view in zip(joint.parts, views, strict=True):
+                    self.parts[part][name] = view
+                self._joined[joint, name] = kept = tensor, views
             whole[name] = kept[0]
         return whole
 
@@ -191,7 +215,7 @@ class LayerMemory(CacheLayerMixin):
         """A memory of the same parts with the contents `tensors`, keyed as in `tensors()`, and no pads."""
         parts = {part: {name: tensors[f"{part}.{name}"] for name in held} for part, held in self.parts.items()}
         past, counts = {name: tensors[f"softmax.{name}"] for name in self.past}, tensors["counts"]
-        memory = LayerMemory(parts, counts.shape[0], counts.device, past=past)
+        memory = LayerMemory(parts, counts.shape[0], counts.device, past=past, joints=self.joints)
         memory.counts = counts
         recount([memory])
         return memory

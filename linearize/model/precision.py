@@ -14,6 +14,8 @@ from linearize_kernels.codes import Codes, decode, encode, rounded
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from linearize.families.base import AttentionLayer
     from linearize.model.configuration import MixerConfig
     from linearize.model.memory import Part
@@ -48,6 +50,12 @@ def empty_slots(
     width = layer.value_width if name == "v" else layer.key_width
     whole = torch.zeros(*shape, layer.key_value_heads, width, dtype=dtype, device=device)
     return {name: whole} if not bits else _as_part(name, encode(whole, bits))
+
+
+def names_in_part(names: Sequence[str], bits: int) -> tuple[str, ...]:
+    """The names of the tensors that a part has for these."""
+    endings = {0: ("",), 8: ("", _SCALE), 4: ("", _SCALE, _ZERO)}[bits]
+    return tuple(name + ending for name in names for ending in endings)
 
 
 def as_read(part: Part, name: str, count: int | None = None) -> Tensor | Codes:

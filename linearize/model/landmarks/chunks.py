@@ -6,27 +6,23 @@ same state.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from linearize_kernels import joint_attention
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
+from linearize.model.landmarks.exact import Exact, Rows
 from linearize.model.landmarks.slots import (
     arriving_of,
-    in_slots,
     join,
-    leaving_scores,
-    merge,
+    kept_names,
     merges,
-    numbers,
     rows_of,
     static_scores,
     stored,
-    where,
 )
 from linearize.model.landmarks.step import landmark_step
 from linearize.model.landmarks.training import whole_rows
@@ -51,45 +47,9 @@ def landmark_attention(
     return _chunk(mixer, new, lengths, memory)
 
 
-class _Rows(NamedTuple):
-    """Rows aligned by their windows: place 0 is the first token of the oldest block that is not merged yet, so block
-    borders are at the same places in all rows.
-
-    Attributes:
-        merged: the number of blocks merged so far, one number for all rows or `[R]`.
-        offset: the place of the first new token, one number for all rows or `[R]`; negative if it is a sink.
-        total: `[R]` the number of filled places; None means all.
-        first: the place of the first query in `q` and `q_state`.
-        q, q_state: `[R, L, H, D]` the queries of softmax attention and those of the recurrence.
-        held: the tensors of the tokens from place 0 on, by name.
-    """
-
-    merged: Tensor | int
-    offset: Tensor | int
-    total: Tensor | None
-    first: int
-    q: Tensor
-    q_state: Tensor
-    held: Part
-
-    def real(self, query: Tensor) -> Tensor | None:
-        """`[R, L]`, True if the query at a place in `query` `[L]` is a new token; None means all."""
-        if self.total is None:
-            return None
-        real = query < self.total[:, None]
-        return real if isinstance(self.offset, int) else real & (query >= self.offset[:, None])
-
-    def back(self, y: Tensor, tokens: int) -> Tensor:
-        """`y` `[R, L, ...]` from the order of places to the order of the new tokens."""
-        if isinstance(self.offset, int):
-            return y
-        place = torch.arange(tokens, device=y.device) + self.offset[:, None] - self.first
-        return rows_of(y, place.clamp(max=y.shape[1] - 1))
-
-
 def _lay_out(
     mixer: MixerBase, new: Projections, arriving: Part, window: Part, lengths: Tensor | None, memory: LayerMemory | None
-) -> _Rows:
+) -> Rows:
     tokens, sinks, width = new.q.shape[1], mixer.config.sinks, room(mixer.window)
     q_state = new.q_rotated if mixer.config.rope else new.q
     count: Tensor | int = 0
@@ -101,93 +61,41 @@ def _lay_out(
         total = None if memory is None or lengths is None else offset + lengths
         past, later = max(offset, 0), max(-offset, 0)
         held = {name: torch.cat([x[:, :past], arriving[name][:, later:]], 1) for name, x in window.items()}
-        return _Rows(merged, offset, total, offset, new.q_rotated, q_state, held)
+        return Rows(merged, offset, total, offset, new.q_rotated, q_state, held)
     total = offset + (tokens if lengths is None else lengths)
     place = torch.arange(max(int(total.max()), 1), device=total.device)
     at = torch.where(place < offset[:, None], place, width + place - offset[:, None]).clamp(max=width + tokens - 1)
     held = {name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in window.items()}
     query = torch.arange(-sinks, len(place), device=total.device) - offset[:, None]
     query = query.clamp(0, tokens - 1)
-    return _Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
+    return Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
 
 
 def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
-    config, window, device, dtype = mixer.config, mixer.window, new.v.device, computing_dtype(new.q)
-    parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, device)
+    config, window, dtype = mixer.config, mixer.window, computing_dtype(new.q)
+    parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, new.v.device)
     fresh, sums = static_scores(mixer, new, parts)
     rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), decoded(parts["window"], dtype), lengths, memory)
-    held, landmarks, sinks = rows.held, decoded(parts["landmarks"], dtype), _sinks_of(mixer, new, lengths, memory)
-    ys, logs, recall = list[Tensor](), list[Tensor](), _Recall(mixer, rows)
+    sinks = _sinks_of(mixer, new, lengths, memory)
+    names = kept_names(mixer)
+    exact = Exact(mixer, rows, sinks, decoded(parts["landmarks"], dtype), names)
+    recall = _Recall(mixer, rows)
     start, stop, block = rows.first, rows.first + rows.q.shape[1], 0
     while start < stop:
         end = min(window - 1 + (block + 1) * BLOCK, stop)
         if block:
-            first = (block - 1) * BLOCK
-            leaving = in_slots(mixer, {name: x[:, first : first + BLOCK] for name, x in held.items()})
-            leaving |= {
-                "novelty": leaving_scores(mixer, held["novelty"][:, first:]),
-                "number": numbers(config.sinks + 1 + rows.merged * BLOCK + first, leaving["received"]),
-            }
             goes = None if rows.total is None else rows.total > window - 1 + block * BLOCK
-            kept, lost = merge(mixer, landmarks, leaving)
-            landmarks = where(goes, kept, landmarks)
-            recall.write(lost, goes)
+            recall.write(exact.merge(block - 1, goes, tell=recall.on), goes)
         if end > start:
-            y, log = _block(mixer, rows, slice(start, end), block, sinks, landmarks)
-            ys.append(y)
-            logs.append(log)
+            exact.attend(start, end, block)
             recall.read(start, end, (rows.merged + block) * BLOCK - config.landmarks)
         start, block = end, block + 1
     if memory is not None:
         done = block - 1 if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
-        _keep(memory, rows, done, {"landmarks": landmarks, "sinks": sinks}, sums, lengths)
-    return rows.back(recall.join(torch.cat(ys, 1), torch.cat(logs, 1), memory), new.q.shape[1])
-
-
-def _block(
-    mixer: MixerBase, rows: _Rows, places: slice, block: int, sinks: Part, landmarks: Part
-) -> tuple[Tensor, Tensor]:
-    """Attention of the queries at `places`; adds each key's attention weights to its `received` score.
-
-    Args:
-        block: the number of blocks of `rows.held` merged before these queries.
-
-    Returns:
-        outputs and the log of the softmax's denominator, as `joint_attention` returns them.
-    """
-    held, slots, count = rows.held, mixer.config.landmarks, mixer.config.sinks
-    query = torch.arange(places.start, places.stop, device=rows.q.device)
-    local = slice(block * BLOCK, max(places.stop, 0))
-    distance = query[:, None] - torch.arange(local.start, local.stop, device=query.device)
-    read: list[Part] = [{name: x[:, local] for name, x in held.items()}]
-    seen: list[Tensor | None] = [(distance >= 0)[None, None]]
-    # If all rows have merged the same number of blocks, the same number of slots is filled in each.
-    filled = min(slots, (rows.merged + block) * BLOCK) if isinstance(rows.merged, int) else slots
-    if filled:
-        read.insert(0, {name: x[:, :filled] for name, x in landmarks.items()})
-        exists = landmarks["number"].transpose(1, 2)[:, :, None] > 0
-        seen.insert(0, None if isinstance(rows.merged, int) else exists)
-    if count:
-        read.insert(0, sinks)
-        visible = torch.arange(count, device=query.device) <= query[:, None] + count
-        seen.insert(0, visible[None, None] if places.start < 0 else None)
-    y, log, received = joint_attention(
-        rows.q[:, places.start - rows.first : places.stop - rows.first],
-        [part["k_rotated"] for part in read],
-        [part["v"] for part in read],
-        seen,
-        scale=mixer.layer.scale,
-        softcap=mixer.layer.softcap,
-    )
-    if (real := rows.real(query)) is not None:
-        received = [share * real[:, None, :, None] for share in received]
-    distant = received[-1] * (distance >= mixer.window // 4)
-    held["received"][:, local] += distant.sum(2).transpose(1, 2).to(held["received"].dtype)
-    if filled:
-        total = F.pad(received[-2].sum(2), (0, slots - filled)).transpose(1, 2)
-        landmarks["received"] = landmarks["received"] + total.to(landmarks["received"].dtype)
-    return y, log
+        rows.held["received"] = exact.received.transpose(1, 2)
+        _keep(memory, rows, done, {"landmarks": exact.slots.part(names), "sinks": sinks}, sums, lengths)
+    return rows.back(recall.join(*exact.outputs(), memory), new.q.shape[1])
 
 
 class _Recall:
@@ -196,7 +104,7 @@ class _Recall:
     Writes and reads are queued and then run as one sequence, in which the tokens at query places do not write.
     """
 
-    def __init__(self, mixer: MixerBase, rows: _Rows) -> None:
+    def __init__(self, mixer: MixerBase, rows: Rows) -> None:
         self.mixer, self.q, self.first = mixer, rows.q_state, rows.first
         self.on = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
         self.waiting: list[tuple[Tensor, ...]] = []  # written after the last read
@@ -205,9 +113,9 @@ class _Recall:
         self.empty: list[Tensor] = []
         self.start, self.length = 0, 0
 
-    def write(self, lost: Part, goes: Tensor | None) -> None:
-        """Queue the tokens that a merge evicts, in the rows that `goes` selects."""
-        if not self.on:
+    def write(self, lost: Part | None, goes: Tensor | None) -> None:
+        """Queue the tokens that a merge evicts, in the rows that `goes` selects; None: it evicts no token."""
+        if lost is None:
             return
         writes = lost["number"][:, :, 0] > 0
         k, v, source = stored(self.mixer, lost)
@@ -235,9 +143,9 @@ class _Recall:
         if isinstance(written, Tensor):
             self.empty.append((written <= 0)[:, None].expand(-1, shape[1]))
 
-    def join(self, y: Tensor, logs: Tensor, memory: LayerMemory | None) -> Tensor:
+    def join(self, y: Tensor, logs: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Run the sequence and mix its outputs with the exact branch's `y` `[R, L, H, V]`; `logs` `[R, L, H]` are the
-        logs of the softmax's denominators."""
+        logs of the softmax's denominators, for `mix: softmax`."""
         if "window" in self.mixer.branches_off:
             y = torch.zeros_like(y)
         recurrence = self.mixer.recurrence
@@ -249,7 +157,8 @@ class _Recall:
         at, start = torch.cat(self.reads), self.start
         empty = torch.cat(self.empty, 1) if self.empty else None
         mass = None if mass is None else mass[:, at]
-        mixed = join(self.mixer, y[:, start:], logs[:, start:], answers[:, at], mass, empty)
+        logs = None if logs is None else logs[:, start:]
+        mixed = join(self.mixer, y[:, start:], logs, answers[:, at], mass, empty)
         return torch.cat([y[:, :start], mixed], 1) if start else mixed
 
 
@@ -273,7 +182,7 @@ def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory
 
 def _keep(
     memory: LayerMemory,
-    rows: _Rows,
+    rows: Rows,
     done: Tensor | int,
     exact: dict[str, Part],
     sums: Tensor | None,

@@ -31,7 +31,6 @@ Ranks are not differentiated; gradients reach the keys and values that are kept.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -39,7 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
-from linearize.model.precision import rounded_part, slot_bits
+from linearize.model.memory import Joint
+from linearize.model.precision import exact_bits, names_in_part, rounded_part, slot_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ FADING = 0.8
 MOST_AGAINST = 1.0
 BESIDE_LEARNED = 0.5
 _SCORES = ("novelty", "received")
-_LEAST_ATTENTION, _LEAST_SPREAD = 1e-5, 1e-6
+LEAST_ATTENTION, LEAST_SPREAD = 1e-5, 1e-6
 
 
 def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, device: torch.device) -> dict[str, Part]:
@@ -87,6 +87,18 @@ def kept_names(mixer: MixerBase) -> tuple[str, ...]:
     if mixer.recurrence is None:
         return ("k_rotated", "v")
     return ("k_rotated", *(() if config.rope else ("k",)), *(("source",) if config.gate_source == "q" else ()), "v")
+
+
+def joint_parts(mixer: MixerBase) -> tuple[Joint, ...]:
+    """The tensors that lie side by side: first those that a step reads as one, then, if there are more, those of the
+    slots alone. A block is merged in the spare places behind the slots."""
+    names, bits, others = kept_names(mixer), slot_bits(mixer.config), exact_bits(mixer.config)
+    near = (*(["sinks"] if mixer.config.sinks else []), "window")
+    read, alone = ("k_rotated", "v"), tuple(name for name in names if name not in ("k_rotated", "v"))
+    if bits != others:  # other codes
+        return Joint(near, names_in_part(read, others), 0), Joint(("landmarks",), names_in_part(names, bits), BLOCK)
+    whole = Joint((*near, "landmarks"), names_in_part(read, bits), BLOCK)
+    return (whole, Joint(("landmarks",), names_in_part(alone, bits), BLOCK)) if alone else (whole,)
 
 
 @overload
@@ -135,58 +147,25 @@ def score_inputs(new: Projections) -> Tensor:
     return torch.cat([x.detach().flatten(2).float() for x in (new.k, new.v)], -1)
 
 
-def leaving_scores(mixer: MixerBase, raw: Tensor) -> Tensor:
-    """The static scores of the first block of `raw` `[R, L, K]`, as its tokens leave the window, `[R, BLOCK, K]`."""
-    return raw[:, :BLOCK] if mixer.config.landmark_score == "learned" else smoothed(raw, mixer.window)
+def leaving_scores(mixer: MixerBase, raw: Tensor, blocks: int) -> Tensor:
+    """The static scores of the first `blocks` blocks of `raw` `[R, L, K]`, as their tokens leave the window,
+    `[R, K, blocks * BLOCK]`."""
+    if mixer.config.landmark_score == "learned":
+        return raw[:, : blocks * BLOCK].transpose(1, 2)
+    return smoothed(raw, mixer.window, blocks)
 
 
-def smoothed(raw: Tensor, window: int) -> Tensor:
-    """Novelty of the first block's tokens, `[R, BLOCK, K]`: the mean of `raw` `[R, L, K]` over `REACH` tokens on either
-    side, as far as they are in the window when the block leaves it."""
-    seen = raw[:, : BLOCK + min(REACH, window - 1)]
-    sums = F.pad(seen.cumsum(1), (0, 0, 1, 0))
+def smoothed(raw: Tensor, window: int, blocks: int) -> Tensor:
+    """Novelty of the tokens of blocks, `[R, K, blocks * BLOCK]`: the mean of `raw` `[R, L, K]` over `REACH` tokens on
+    either side, as far as they are in the window when the block leaves it."""
+    span = BLOCK + min(REACH, window - 1)
+    if not blocks:
+        return raw[:, :0].transpose(1, 2)
+    seen = raw[:, : (blocks - 1) * BLOCK + span].unfold(1, span, BLOCK).transpose(1, 2)  # [R, K, blocks, span]
+    sums = F.pad(seen.cumsum(-1), (1, 0))
     place = torch.arange(BLOCK, device=raw.device)
-    first, end = (place - REACH).clamp_min(0), (place + REACH + 1).clamp_max(seen.shape[1])
-    return (sums[:, end] - sums[:, first]) / (end - first).view(-1, 1)
-
-
-def ranks(mixer: MixerBase, candidates: Part) -> Tensor:
-    """The rank of each candidate, `[R, N + C, K]`; minus infinity for an empty slot."""
-    exists, window = candidates["number"] > 0, mixer.window
-    count = exists.sum(1, keepdim=True).clamp_min(1)
-
-    def standardised(score: Tensor) -> Tensor:
-        score = score.masked_fill(~exists, 0)
-        apart = (score - score.sum(1, keepdim=True) / count).masked_fill(~exists, 0)
-        return apart / (apart.square().sum(1, keepdim=True) / count).sqrt().clamp_min(_LEAST_SPREAD)
-
-    # All tokens of a block have been seen by the same number of queries, in the window and then in the slots.
-    number = candidates["number"]
-    faded = FADING ** ((number.amax(1, keepdim=True) - number) // BLOCK).float()
-    queries = faded * (window - window // 4 + BLOCK // 2) + BLOCK * (1 - faded) / (1 - FADING)
-    attention = (candidates["received"] / queries + _LEAST_ATTENTION).log()
-    weight = BESIDE_LEARNED if mixer.config.landmark_score == "learned" else 1.0
-    total = standardised(candidates["novelty"]) + weight * standardised(attention).clamp_min(-MOST_AGAINST)
-    return total.masked_fill(~exists, -math.inf)
-
-
-def merge(mixer: MixerBase, landmarks: Part, block: Part) -> tuple[Part, Part]:
-    """Merge a block into the slots.
-
-    Args:
-        landmarks: the slots `[R, N, K, ...]`, as in the memory.
-        block: the same tensors for the block's tokens `[R, BLOCK, K, ...]`, all of them real.
-
-    Returns:
-        the new slots, and the `BLOCK` candidates without a slot, by number. Empty slots (number 0) come first.
-    """
-    candidates = {name: torch.cat([tensor, block[name].to(tensor.dtype)], 1) for name, tensor in landmarks.items()}
-    with torch.no_grad():
-        order = ranks(mixer, candidates).argsort(dim=1, descending=True, stable=True)
-        kept, lost = order.split([landmarks["number"].shape[1], BLOCK], 1)
-        lost = lost.gather(1, candidates["number"].gather(1, lost).argsort(dim=1, stable=True))
-    slots, others = ({name: take_by_head(tensor, at) for name, tensor in candidates.items()} for at in (kept, lost))
-    return slots | {"received": FADING * slots["received"]}, others
+    first, end = (place - REACH).clamp_min(0), (place + REACH + 1).clamp_max(span)
+    return ((sums[..., end] - sums[..., first]) / (end - first)).flatten(2)
 
 
 def take_by_head(x: Tensor, at: Tensor) -> Tensor:
@@ -221,19 +200,14 @@ def arriving_of(mixer: MixerBase, new: Projections, fresh: Tensor) -> Part:
     return {name: given[name] for name in names} | {"novelty": fresh, "received": torch.zeros_like(fresh)}
 
 
-def numbers(first: Tensor | int, like: Tensor) -> Tensor:
-    """The numbers of a block's tokens, in the shape `[R, BLOCK, K]` of `like`; `first` is that of its first token."""
-    number = torch.arange(BLOCK, device=like.device)
-    number = number + (first if isinstance(first, int) else first[:, None])
-    return number.view(-1, BLOCK, 1).expand(like.shape).int()
-
-
 def rows_of(x: Tensor, at: Tensor) -> Tensor:
     """Tokens `at` `[R, N]` of `x` `[R, T, ...]`."""
     return x.gather(1, at.view(*at.shape, *[1] * (x.dim() - 2)).expand(*at.shape, *x.shape[2:]))
 
 
-def join(mixer: MixerBase, y: Tensor, log: Tensor, read: Tensor, mass: Tensor | None, empty: Tensor | None) -> Tensor:
+def join(
+    mixer: MixerBase, y: Tensor, log: Tensor | None, read: Tensor, mass: Tensor | None, empty: Tensor | None
+) -> Tensor:
     """Mix the exact branch's outputs with the state's. Queries with an empty state keep the exact branch's output."""
     normaliser = log if mixer.config.mix == "softmax" else None
     mixed = mixer.mix(y, normaliser, read, None if mass is None else mass[..., None])

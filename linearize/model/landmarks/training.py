@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from linearize_kernels import gathered_attention, joint_attention
+from linearize_kernels import gathered_attention
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
+from linearize.model.landmarks.exact import Exact, Rows
 from linearize.model.landmarks.slots import (
     arriving_of,
     in_slots,
     join,
     kept_names,
-    leaving_scores,
-    merge,
-    numbers,
     static_scores,
     stored,
     take_by_head,
@@ -31,7 +29,6 @@ from linearize.model.landmarks.slots import (
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
-    from linearize.model.memory import Part
     from linearize.model.mixer.base import MixerBase
 
 
@@ -39,7 +36,8 @@ def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
     """`landmark_attention` for rows without a memory, `[R, L, H, V]`."""
     sinks, slots, tokens = mixer.config.sinks, mixer.config.landmarks, new.q.shape[1]
     first = min(sinks + mixer.window - 1 + BLOCK, tokens)  # the number of queries before the first merge
-    kept, lost = _choose(mixer, new)
+    with torch.no_grad():
+        kept, lost = _choose(mixer, new)
     blocks = kept.shape[1]
 
     causal = torch.ones(first, first, dtype=torch.bool, device=new.v.device).tril()[None]
@@ -62,40 +60,25 @@ def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
 def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     """Token numbers, from 1 (0: none): those in the slots after each merge, `[R, B, N, K]`, and those that each merge
     evicts, `[R, B, BLOCK, K]`."""
-    config, window, tokens = mixer.config, mixer.window, new.q.shape[1]
-    sinks, q, k = config.sinks, new.q_rotated.detach(), new.k_rotated.detach()
-    of_slots = in_slots(mixer, {"k_rotated": k})["k_rotated"]
-    before = k.new_zeros(k.shape[0], *k.shape[2:], dtype=torch.float32)
+    sinks, keys = mixer.config.sinks, new.k_rotated.detach()
+    before = keys.new_zeros(len(keys), *keys.shape[2:], dtype=torch.float32)
     fresh, _ = static_scores(mixer, new, {"keys": {"sum": before}})
-    received, nothing = torch.zeros_like(fresh), k[..., :0]
-    empty = fresh.new_zeros(k.shape[0], config.landmarks, k.shape[2])
-    slots: Part = {"novelty": empty, "received": empty, "number": empty.int()}
+    scores = {"novelty": fresh[:, sinks:], "received": torch.zeros_like(fresh[:, sinks:])}
+    rows = Rows(0, -sinks, None, -sinks, new.q_rotated.detach(), new.q, {"k_rotated": keys[:, sinks:]} | scores)
+    empty = fresh.new_zeros(len(keys), mixer.config.landmarks, keys.shape[2])
+    slots = dict.fromkeys(scores, empty) | {"number": empty.int()}
+    slots["k_rotated"] = keys.new_zeros(1, 1, 1, 1).expand(*empty.shape, keys.shape[-1])
+    exact = Exact(mixer, rows, {"k_rotated": keys[:, :sinks]}, slots, ["k_rotated"])
     kept, lost = list[Tensor](), list[Tensor]()
-    start, local = 0, sinks  # the first query, and the first token of the window
-    while (end := local + window - 1 + BLOCK) < tokens:
-        query = torch.arange(start, end, device=k.device)[:, None]
-        distance = query - torch.arange(local, end, device=k.device)
-        filled = min(config.landmarks, local - sinks)
-        own = take_by_head(of_slots, slots["number"][:, :filled].long() - 1)
-        keys, visible = [k[:, :sinks], own, k[:, local:end]], query >= torch.arange(sinks, device=k.device)
-        _, _, shares = joint_attention(
-            q[:, start:end],
-            keys,
-            [nothing[:, : part.shape[1]] for part in keys],
-            [visible[None, None] if start < sinks else None, None, (distance >= 0)[None, None]],
-            scale=mixer.layer.scale,
-            softcap=mixer.layer.softcap,
-        )
-        received[:, local:end] += (shares[2] * (distance >= window // 4)).sum(2).transpose(1, 2)
-        slots["received"][:, :filled] += shares[1].sum(2).transpose(1, 2)
-        block = slice(local, local + BLOCK)
-        leaving = {"novelty": leaving_scores(mixer, fresh[:, local:]), "received": received[:, block]}
-        slots, out = merge(mixer, slots, leaving | {"number": numbers(local + 1, received[:, block])})
-        kept.append(slots["number"])
-        lost.append(out["number"])
-        start, local = end, local + BLOCK
+    start, block = -sinks, 0
+    while (end := mixer.window - 1 + (block + 1) * BLOCK) < keys.shape[1] - sinks:
+        exact.attend(start, end, block)
+        gone = exact.merge(block, None, tell=True)
+        kept.append(exact.slots.part([])["number"].clone())
+        lost.append(kept[-1].new_zeros(len(keys), BLOCK, keys.shape[2]) if gone is None else gone["number"])
+        start, block = end, block + 1
     if not kept:
-        none = slots["number"].new_zeros(k.shape[0], 0, 0, k.shape[2])
+        none = keys.new_zeros(len(keys), 0, 0, keys.shape[2], dtype=torch.long)
         return none, none
     return torch.stack(kept, 1).long(), torch.stack(lost, 1).long()
 

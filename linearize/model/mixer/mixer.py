@@ -108,12 +108,15 @@ class Mixer(MixerBase):
 
     def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
-        # A step reads its own token from the memory; a state of all tokens and the scores of landmarks read it here.
+        # A step reads its own token from the memory, but for a state of all tokens; with landmarks it codes it itself.
         steps = memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled()
-        reads = self.config.covers == "all" or self.config.landmarks
-        if self.config.memory_dtype == "auto" or (steps and not reads):
+        if self.config.memory_dtype == "auto" or (
+            steps and self.config.covers == "evicted" and not self.config.landmarks
+        ):
             return new
         new = self.in_code(new)
+        if steps and self.config.landmarks:
+            return new
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
 
     def in_code(self, new: Projections) -> Projections:

@@ -14,6 +14,7 @@ import torch
 from linearize_kernels import step_attention
 from linearize_kernels.decay import computing_dtype
 
+from linearize.model.memory import Joint
 from linearize.model.precision import as_read, decoded, encoded
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _visible(memory: LayerMemory, count: int, window: int, sinks: int) -> Part:
     if exact == 0:
         return ring
     if exact == sinks:
-        return memory.joined("sinks", "window", memory.parts["sinks"])
+        return memory.joined(Joint(("sinks", "window"), tuple(memory.parts["sinks"])))
     return {name: torch.cat([x[:, :exact], ring[name]], 1) for name, x in memory.parts["sinks"].items()}
 
 

@@ -1,0 +1,135 @@
+"""Operators per layer, counted by torch's dispatcher: for a prompt and for a step of decoding, of each recipe.
+
+On a GPU each operator is at least one launch; on a CPU it costs some microseconds. Views are not counted. A small
+model of random weights is enough, because the counts depend on neither widths nor values: a layer's count is that of a
+model of two layers minus that of one layer.
+
+    python -m evals.speed.operators            # a table
+    python -m evals.speed.operators --write    # and the figures, to operators.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evals.recurrences.toy import markdown, surroundings, write
+from linearize import State
+from linearize.conversion.swap import convert_model
+from linearize.generation.engine import _Rows
+from linearize.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linearize.recipe import MixerSpec
+
+FIGURES = Path(__file__).with_name("operators.json")
+RECIPES = ("default", "window-gla")
+PROMPTS = (512, 2048, 8192)
+STEPS = 32  # a merge is due once in as many
+_NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that write memory, by name: no views, and no conversions to the dtype that is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if name not in _NO_WORK and (
+            func._schema.is_mutable or any(x.untyped_storage().data_ptr() not in given for x in made)
+        ):
+            self.counts[name] += 1
+        return result
+
+
+def small(mixer: MixerSpec, layers: int) -> Any:
+    """A model of few heads and channels with such mixers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        max_position_embeddings=2**15,
+    )
+    return convert_model(LlamaForCausalLM(config).eval(), mixer)
+
+
+def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]]) -> Counter[str]:
+    """The operators of one layer in `work`, by name."""
+    one, two = (work(small(mixer, layers)) for layers in (1, 2))
+    return Counter({name: two[name] - one[name] for name in two if two[name] != one[name]})
+
+
+def reading(tokens: int) -> Callable[[Any], Counter[str]]:
+    """Read a prompt, as `generate` reads it."""
+
+    def work(model: Any) -> Counter[str]:
+        with Operators() as operators:
+            State.read(model, _text(tokens))
+        return operators.counts
+
+    return work
+
+
+def writing(tokens: int, *, merges: bool | None = None) -> Callable[[Any], Counter[str]]:
+    """Write `STEPS` tokens after a prompt.
+
+    Args:
+        merges: count a step as a CUDA graph records it, without the host's numbers: True for the one that merges a
+            block into landmarks, False for all others. None counts steps as a CPU runs them.
+    """
+
+    def work(model: Any) -> Counter[str]:
+        rows = _Rows.around(State.read(model, _text(tokens)).cache, 1, model)
+        for layer in rows.state.layers:
+            layer.stay()
+            layer.counts_on_host = merges is None
+        with torch.inference_mode(), Operators() as operators:
+            for _ in range(STEPS):
+                rows.forward(model, masked=merges is not None, merges=merges)
+        return operators.counts
+
+    return work
+
+
+def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, float]:
+    """Operators per layer: of prompts, and of a step, averaged over `STEPS`."""
+    found = {f"prompt of {tokens:,}": float(sum(of_a_layer(mixer, reading(tokens)).values())) for tokens in prompts}
+    for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
+        found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
+    return found
+
+
+def _text(tokens: int) -> torch.Tensor:
+    return torch.randint(0, 97, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m evals.speed.operators", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help="write operators.json too")
+    arguments = parser.parse_args()
+    found = {recipe: counted(load_recipe(recipe).mixer) for recipe in RECIPES}
+    if arguments.write:
+        write(FIGURES, {**surroundings(), "operators_per_layer": found})
+    print(markdown([{"recipe": recipe, **{k: f"{v:,.0f}" for k, v in row.items()}} for recipe, row in found.items()]))
+
+
+if __name__ == "__main__":
+    main()
