@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.slots.presses import PRESSES
 from evals.slots.systems import TEACHER
-from evals.slots.telling import mean
+from evals.slots.telling import above, mean
 from linearize.report.formatting import readable_bytes, readable_length
 from linearize.report.plots import Axis, Lines, Plot, Series
 
@@ -31,7 +31,7 @@ ROWS = (
     ("`small`", SMOLLM2, ("small",)),
     ("window of as many bytes as `default`", SMOLLM2, ("window",)),
     ("Qwen2.5-Coder-0.5B: the teacher", QWEN, (TEACHER,)),
-    ("`default`", QWEN, ("default", "slots")),
+    ("Qwen2.5-Coder-0.5B: `default`", QWEN, ("default", "slots")),
     ("window of as many bytes", QWEN, ("window",)),
 )
 """Title, file, and the kinds of the system in it."""
@@ -57,13 +57,6 @@ def bytes_per_token(found: Mapping[str, Any]) -> int:
     256, which both models' caches are."""
     one = next(one for one in found["systems"].values() if one["bytes"])
     return round(one["bytes"] / one["tokens"] / 256) * 256
-
-
-def above(found: Mapping[str, Any], column: str, system: str) -> float | None:
-    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none."""
-    own, teacher = (found["values"].get(column, {}).get(name, {}) for name in (system, TEACHER))
-    both = sorted(own.keys() & teacher.keys())
-    return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
 
 
 def table() -> str:

@@ -75,7 +75,7 @@ ABLATIONS = {
 
 
 def ablations_of(model: Path, ours: Ours, slots: int) -> list[System]:
-    """The recipe without one of its ingredients, each with as many landmarks as its bytes have room for."""
+    """The recipe without one of its ingredients, each with as many landmarks as its bytes have room for, if any."""
     config = load_config(find_source(str(model))).get_text_config()
     (most,) = (system.nbytes for system in systems_of(model, ours, [slots]) if system.kind == ours.name)
     found = []
@@ -83,7 +83,8 @@ def ablations_of(model: Path, ours: Ours, slots: int) -> list[System]:
         other = Ours(ours.recipe, (*ours.changes, *changes))
         some, more = (_nbytes(config, _sections(config, other, count)[0]) for count in (slots, 2 * slots))
         room = slots + (most - some) * slots // (more - some)
-        found += [system for system in systems_of(model, other, [room]) if system.kind == other.name]
+        if room > 0:
+            found += [system for system in systems_of(model, other, [room]) if system.kind == other.name]
     return found
 
 

@@ -29,6 +29,13 @@ def mean(figures: Mapping[str, Any], column: str, system: str) -> tuple[float, f
     return (*mean_and_error(values), len(values)) if values else None
 
 
+def above(figures: Mapping[str, Any], column: str, system: str) -> float | None:
+    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none."""
+    own, teacher = (figures["values"].get(column, {}).get(name, {}) for name in (system, TEACHER))
+    both = sorted(own.keys() & teacher.keys())
+    return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
+
+
 def average(figures: Mapping[str, Any], system: str) -> float | None:
     """Mean over RULER's measured columns; None if one of them was not run."""
     cells = [mean(figures, column, system) for column in columns(figures) if column.split()[0] in RULER]
@@ -56,9 +63,9 @@ def _cell(figures: Mapping[str, Any], column: str, system: str) -> str:
         return _NONE
     if column.split()[0] in RULER:
         return f"{100 * cell[0]:.0f} ({cell[2]})"
-    teacher = mean(figures, column, TEACHER)
-    above = "" if system == TEACHER or teacher is None else f" ({cell[0] - teacher[0]:+.4f})".replace("-", "−")
-    return f"{cell[0]:.4f}{above}"
+    gap = None if system == TEACHER else above(figures, column, system)
+    told = "" if gap is None else f" ({gap:+.4f})".replace("-", "−")
+    return f"{cell[0]:.4f}{told} ({cell[2]})"
 
 
 def plots(figures: Mapping[str, Any]) -> list[Plot]:
@@ -74,13 +81,13 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
         share = Axis("RULER's tasks, mean", lambda value: f"{100 * value:.0f} %", limits=(0, 1))
         found.append(Plot("recall", "Answers found, over the memory's size", [Lines(bytes_, share, ruler)]))
 
-    def above(name: str) -> float | None:
-        keys = [key for key in columns(figures) if key.split()[0] in READING]
-        pairs = [(mean(figures, key, name), mean(figures, key, TEACHER)) for key in keys]
-        gaps = [own[0] - teacher[0] for own, teacher in pairs if own and teacher]
+    keys = [key for key in columns(figures) if key.split()[0] in READING]
+
+    def lost(name: str) -> float | None:
+        gaps = [gap for key in keys if (gap := above(figures, key, name)) is not None]
         return statistics.fmean(gaps) if gaps and len(gaps) == len(keys) else None
 
-    reading = _lines(kinds, above)
+    reading = _lines(kinds, lost)
     if reading:
         loss = Axis("nats per token above the teacher", lambda value: f"{value:.3f}")
         found.append(Plot("loss", "Loss of text, over the memory's size", [Lines(bytes_, loss, reading)]))

@@ -60,8 +60,8 @@ def test_all_have_the_bytes_of_ours(tiny_folder):
 
 def test_ablations_have_the_bytes_of_ours(tiny_folder):
     ours = Ours("default")
-    (whole,) = (system for system in systems_of(tiny_folder, ours, [64]) if system.kind == ours.name)
-    found = ablations_of(tiny_folder, ours, 64)
+    (whole,) = (system for system in systems_of(tiny_folder, ours, [300]) if system.kind == ours.name)
+    found = ablations_of(tiny_folder, ours, 300)
     assert len({one.kind for one in found}) == len(ABLATIONS)
     for one in found:
         assert one.ours is not None and one.kind == one.ours.name != ours.name
