@@ -69,7 +69,7 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
         seen = _apart(mixer, memory, arriving, dtype, lengths)
     else:
         seen = _alike(mixer, memory, arriving, dtype, count)
-    y, log, of_window, of_slots = _attend(mixer, memory, new.q_rotated, seen)
+    y, log, of_window, of_slots = _read_exact(mixer, memory, new.q_rotated, seen)
     window, landmarks = parts["window"]["received"], parts["landmarks"]["received"]
     if isinstance(seen.distant, Tensor):
         window += of_window * seen.distant
@@ -90,7 +90,7 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
     return join(mixer, y, log, read, mass, empty)
 
 
-def _attend(
+def _read_exact(
     mixer: MixerBase, memory: LayerMemory, q: Tensor, seen: _Seen
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Outputs and logs of `joint_attention`, and the weights of window and slots `[R, places or slots, K]`."""
