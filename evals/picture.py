@@ -12,69 +12,71 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.slots.presses import PRESSES
 from evals.slots.systems import TEACHER
 from evals.slots.telling import mean
 from linearize.report.formatting import readable_bytes, readable_length
 from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 EVALS = Path(__file__).parent
 TARGET = EVALS.parent / "docs" / "picture.svg"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
-INT8, INT4, QWEN = (f"slots/{name}.json" for name in ("smollm2", "smollm2-int4", "qwen2.5-0.5b"))
+SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
 ROWS = (
-    ("SmolLM2-135M: the teacher", INT4, TEACHER),
-    ("`default`", INT8, "slots"),
-    ("`default` in int4", INT4, "slots"),
-    ("window of as many bytes", INT8, "window"),
-    ("window of as many bytes as int4", INT4, "window"),
-    ("Qwen2.5-Coder-0.5B: `default`", QWEN, "slots"),
+    ("SmolLM2-135M: the teacher", SMOLLM2, (TEACHER,)),
+    ("`default`", SMOLLM2, ("default", "slots")),
+    ("`small`", SMOLLM2, ("small",)),
+    ("window of as many bytes as `default`", SMOLLM2, ("window",)),
+    ("Qwen2.5-Coder-0.5B: the teacher", QWEN, (TEACHER,)),
+    ("`default`", QWEN, ("default", "slots")),
+    ("window of as many bytes", QWEN, ("window",)),
 )
-"""Name, file, and the start of the system's name in it."""
+"""Title, file, and the kinds of the system in it."""
 _NEEDLES, _LOSSES = "niah_single_2 2048", {"wikitext2 2048": "WikiText-2", "book 2048": "a book"}
 _LENGTHS = (512, 2048, 8192, 32_768)
 
 
 def figures(file: str) -> dict[str, Any]:
-    """The figures of a file below `evals`."""
-    found: dict[str, Any] = json.loads((EVALS / file).read_text(encoding="utf-8"))
-    return found
+    """The figures of a file below `evals`; without any if it is not there."""
+    path = EVALS / file
+    found: dict[str, Any] = {"systems": {}, "values": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
 
 
-def system_in(found: Mapping[str, Any], kind: str) -> str | None:
-    """The first system whose name begins with `kind`."""
-    return next((name for name in found["systems"] if name.startswith(kind)), None)
+def system_in(found: Mapping[str, Any], kinds: Sequence[str]) -> str | None:
+    """The system of one of some kinds with the most slots."""
+    named = [name for name, one in found["systems"].items() if one["kind"] in kinds]
+    return max(named, key=lambda name: found["systems"][name]["slots"], default=None)
 
 
-def bytes_per_token() -> int:
-    """Bytes of a token in SmolLM2's cache in 16 bits, from the cache that was measured in 32."""
-    row = next(
-        row
-        for row in figures("speed/smollm2-cpu.json")["rows"]
-        if row["system"] == "teacher" and row["kind"] == "decode"
-    )
-    return round(row["cache_bytes"] / row["tokens"]) // 2
+def bytes_per_token(found: Mapping[str, Any]) -> int:
+    """Bytes of a token in the teacher's cache in 16 bits: a memory's bytes by its whole tokens, to the next multiple of
+    256, which both models' caches are."""
+    one = next(one for one in found["systems"].values() if one["bytes"])
+    return round(one["bytes"] / one["tokens"] / 256) * 256
 
 
 def above(found: Mapping[str, Any], column: str, system: str) -> float | None:
-    """Loss above the teacher's in nats per token, which `smollm2-int4.json` has for SmolLM2; None if not run."""
-    own, teacher = mean(found, column, system), mean(figures(INT4), column, TEACHER)
-    return own[0] - teacher[0] if own and teacher and found["model"] == figures(INT4)["model"] else None
+    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none."""
+    own, teacher = (found["values"].get(column, {}).get(name, {}) for name in (system, TEACHER))
+    both = sorted(own.keys() & teacher.keys())
+    return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
 
 
 def table() -> str:
     """Markdown: a row for each of `ROWS`."""
     heads = ["", "memory of a sequence", "needles found", *(f"{name}, nats" for name in _LOSSES.values())]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for title, file, kind in ROWS:
+    for title, file, kinds in ROWS:
         found = figures(file)
-        system = system_in(found, kind)
+        system = system_in(found, kinds)
         if system is None:
             continue
         held = found["systems"][system]["bytes"]
-        size = readable_bytes(held) if held else f"{readable_bytes(2048 * bytes_per_token())} at 2,048 tokens"
+        size = readable_bytes(held) if held else f"{readable_bytes(2048 * bytes_per_token(found))} at 2,048 tokens"
         texts = list(found["values"].get(_NEEDLES, {}).get(system, {}).values())
         needles = f"{round(sum(texts))} of {len(texts)}" if texts else "not run"
         losses = [_loss(found, column, system) for column in _LOSSES]
@@ -92,15 +94,16 @@ def _loss(found: Mapping[str, Any], column: str, system: str) -> str:
 
 def picture() -> str:
     """The SVG as a stand-alone file: memory, speed, and loss over memory."""
-    default = figures(INT8)
-    size = default["systems"][system_in(default, "slots")]["bytes"]
+    found = figures(SMOLLM2)
+    default = system_in(found, ("default", "slots"))
+    size = 0 if default is None else found["systems"][default]["bytes"]
     tokens = Axis("context (tokens)", readable_length, log=True, ticks=_LENGTHS)
     bytes_ = Axis("memory of a sequence (16 bits)", lambda value: readable_bytes(value).replace(".0 ", " "), log=True)
     memory = Lines(
         tokens,
         bytes_,
         [
-            Series("teacher", [(float(n), float(n * bytes_per_token()), None) for n in _LENGTHS], 0),
+            Series("teacher", [(float(n), float(n * bytes_per_token(found)), None) for n in _LENGTHS], 0),
             Series("default", [(float(n), float(size), None) for n in _LENGTHS], 1),
         ],
     )
@@ -119,26 +122,29 @@ def picture() -> str:
         ],
     )
     points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
-    for file in (INT8, INT4):
-        found = figures(file)
-        for kind, name in (("slots", "default"), ("window", "window")):
-            system = system_in(found, kind)
-            gaps = [] if system is None else [above(found, column, system) for column in _LOSSES]
-            if system is not None and gaps and None not in gaps:
-                lost = statistics.fmean(gap for gap in gaps if gap is not None)
-                points[name].append((float(found["systems"][system]["bytes"]), lost, None))
-    sizes = sorted(x for line in points.values() for x, _, _ in line)
+    for system, one in found["systems"].items():
+        gaps = [above(found, column, system) for column in _LOSSES]
+        if one["bytes"] and one["kind"] not in PRESSES and None not in gaps:
+            lost = statistics.fmean(gap for gap in gaps if gap is not None)
+            points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
     loss = Lines(
-        Axis("memory of a sequence", bytes_.write, ticks=sizes),
-        Axis("loss of text above the teacher's (nats per token)", lambda value: f"{value:.2f}", limits=(0, 0.06)),
+        Axis("memory of a sequence", bytes_.write),
+        Axis("loss of text above the teacher's (nats per token)", lambda value: f"{value:.2f}"),
         [Series(name, sorted(line), look) for look, (name, line) in enumerate(points.items(), 1) if line],
     )
     title = "SmolLM2-135M: memory, speed, and loss by memory"
-    words = "default and window: untrained, in int8 and (the smaller) slots in int4; window-gla: window and recurrence"
+    words = "Untrained. default: slots; window: the teacher's latest tokens alone; window-gla: window and recurrence"
     return Plot("picture", title, [memory, speed, loss], words).alone
 
 
 _TIMED = {"teacher": "teacher", "teacher-onednn": "teacher", "model": "window-gla"}
+
+
+def facts() -> list[str]:
+    """What the README's sentences say of the default: its bytes, and the tokens of the teacher's cache in as many."""
+    found = figures(SMOLLM2)
+    one = found["systems"][str(system_in(found, ("default", "slots")))]
+    return [f"in {readable_bytes(one['bytes'])}, where", f"below {one['tokens']} tokens"]
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def test_blocks_are_what_they_say(page: str, block: Block) -> None:
 # Of every command, and of accelerate and torchrun, pip, llama-gguf-split, vLLM, and the scripts in evals/.
 _OTHERS = {
     "--help", "--merge", "--max-restarts", "--no-deps", "--gpu-memory-utilization", "--enable-prefix-caching",
-    "--quantization", "--estimate",
+    "--quantization", "--estimate", "--extra-index-url", "--enable-lora",
 }  # fmt: skip
 
 

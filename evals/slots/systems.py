@@ -52,14 +52,14 @@ class System:
 
 @dataclass(frozen=True)
 class Ours:
-    """A recipe with `--set` changes; its name has both."""
+    """A recipe or its file, with `--set` changes; its name has both."""
 
     recipe: str
     changes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return "+".join([self.recipe, *self.changes])
+        return "+".join([self.recipe.rsplit("/", 1)[-1].removesuffix(".yaml"), *self.changes])
 
     def at(self, slots: int) -> list[str]:
         return [*self.changes, f"mixer.landmarks={slots}"]
@@ -71,7 +71,7 @@ ABLATIONS = {
     "8 bits": ("mixer.memory_dtype=int8",),
     "16 bits": ("mixer.memory_dtype=auto",),
 }
-"""An ingredient of the recipe `slots` -> what takes it away."""
+"""An ingredient of the recipe `default` -> what takes it away."""
 
 
 def ablations_of(model: Path, ours: Ours, slots: int) -> list[System]:

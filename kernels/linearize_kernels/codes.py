@@ -58,7 +58,8 @@ def encode(x: Tensor, bits: int) -> Codes:
     if bits == 8:
         # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
         # that is not finite.
-        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        # On the meta device the norm imports sympy and torch._dynamo, which takes seconds.
+        largest = x.amax(-1, keepdim=True) if x.is_meta else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
         scale = largest.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
         return Codes((x / scale).round_().to(torch.int8), scale, None)
     grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))

@@ -66,7 +66,8 @@ def demo(
         say(f"model: {source.name}; converting by the recipe default")
         (folder / "converted").mkdir()
         tokenizer = load_tokenizer(source)
-        model: Any = convert_into(source, recipe, folder / "converted", say=say, tokenizer=tokenizer).model
+        convert_into(source, recipe, folder / "converted", say=say, tokenizer=tokenizer)
+        model: Any = load_model(find_source(str(folder / "converted")))
         ended("convert")
         asked, text = facts(), text_with_facts(tokenizer)
         ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -81,19 +81,27 @@ def run_vllm(
     at_once: int | None,
     options: Sequence[str],
 ) -> None:
-    """Replace this process by `vllm serve`.
+    """Replace this process by vLLM's server.
 
     Raises:
         DataError: vLLM has no such dtype.
     """
     check_dtype(dtype)
-    line = ["serve", model, "--host", host, "--port", str(port), "--dtype", dtype]
+    line = ["--host", host, "--port", str(port), "--dtype", dtype]
     line += ["--served-model-name", name or model]
     line += ["--trust-remote-code"] if trust_remote_code else []
     line += [] if at_once is None else ["--max-num-seqs", str(at_once)]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *line, *options])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-m", *_vllm_command(model), *line, *options])  # noqa: S606
+
+
+def _vllm_command(model: str) -> list[str]:
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # the CPU build has another name, and without this one `vllm serve` fails
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
 
 
 def serve(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_RESULTS = ("linearize.json", "report.json", "probe.json")
+_RESULTS = ("linearize.json", "report.json", "probe.json", "bench.json")
 """Every folder that linearize writes contains one of these files; a pretrained model's folder contains none."""
 
 _SPARE = 16_000_000

@@ -150,8 +150,3 @@ def mix(mixer: MixerBase, new: Projections, batch: Batch, memory: dict[str, Part
         for part, tensors in memory.items():
             for name, x in tensors.items():
                 x.index_copy_(0, batch.pages, held.parts[part][name])
-
-
-def clear(pages: Tensor, fresh: Tensor) -> None:
-    """Zero the pages of sequences that start, because a page may hold the memory of an earlier sequence."""
-    pages.index_fill_(0, fresh, 0)

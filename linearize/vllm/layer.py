@@ -19,14 +19,13 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, Linea
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from linearize.families.base import Projections
-from linearize.vllm.batches import batches, clear, mix
+from linearize.vllm.batches import batches, mix
 from linearize.vllm.plugin import OP
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
-    from linearize.model.memory import Part
     from linearize.model.mixer.mixer import Mixer
-    from linearize.vllm.pages import Page
+    from linearize.vllm.pages import Pages
 
 
 class BothPositions(nn.Module):
@@ -47,18 +46,17 @@ class MixedAttention(nn.Module, MambaBase):
 
     Args:
         mixer: the layer's mixer, for the heads of this tensor-parallel rank.
-        page: the places of the memory in a page.
-        nbytes: the size of every layer's page.
+        pages: the places of all layers' memories.
+        index: the number of the layer.
         name: vLLM's name of the layer.
         context: vLLM's layers by name, into which this one goes.
     """
 
-    def __init__(self, mixer: Mixer, page: Page, nbytes: int, name: str, context: dict[str, Any]) -> None:
+    def __init__(self, mixer: Mixer, pages: Pages, index: int, name: str, context: dict[str, Any]) -> None:
         super().__init__()
-        self.mixer, self.page, self.nbytes, self.layer_name = mixer, page, nbytes, name
+        self.mixer, self.pages, self.index, self.layer_name, self.context = mixer, pages, index, name, context
         self.layer: AttentionLayer = mixer.layer
-        self.pages: Tensor | None = None
-        self.memory: dict[str, Part] = {}
+        self.bound = False
         self.kv_cache = (torch.tensor([]),)
         context[name] = self
 
@@ -67,7 +65,7 @@ class MixedAttention(nn.Module, MambaBase):
         return MambaAttentionBackendEnum.LINEAR
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return ((self.nbytes,),)
+        return ((self.pages.nbytes,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return (torch.int8,)
@@ -77,8 +75,8 @@ class MixedAttention(nn.Module, MambaBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
-        self.pages = self.kv_cache[0]
-        self.memory = self.page.views(self.pages)
+        self.pages.bind(self.index, self.kv_cache[0])
+        self.bound = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Heads `[T, H * V]`; q and k as `BothPositions` returns them, or without positions."""
@@ -99,14 +97,12 @@ class MixedAttention(nn.Module, MambaBase):
             RuntimeError: vLLM divides the step (dual batch overlap).
         """
         steps = get_forward_context().attn_metadata
-        if steps is None or self.pages is None:  # vLLM measures the memory that a step takes
+        if steps is None or not self.bound:  # vLLM measures the memory that a step takes
             out.zero_()
             return
         if not isinstance(steps, dict):
             raise RuntimeError("linearize: converted layers do not go with dual batch overlap; leave it out")
-        plan = self._plan(steps[self.layer_name])
-        if plan.fresh is not None:
-            clear(self.pages, plan.fresh)
+        plan = self._plan(steps)
         keys, queries = self.layer.key_value_heads, self.layer.query_heads
         new = Projections(
             *(
@@ -116,14 +112,18 @@ class MixedAttention(nn.Module, MambaBase):
         )
         heads = out.view(-1, queries, self.layer.value_width)
         for batch in plan.batches:
-            mix(self.mixer, new, batch, self.memory, heads)
+            mix(self.mixer, new, batch, self.pages.memory(self.index), heads)
 
-    @staticmethod
-    def _plan(step: Any) -> _Plan:
-        """The step's batches; kept on the metadata, which all layers with one table of pages share."""
+    def _plan(self, steps: dict[str, Any]) -> _Plan:
+        """The step's batches; kept on the metadata, which all layers with one table of pages share. The first of these
+        layers clears the pages of all, because they may hold tensors of each other."""
+        step = steps[self.layer_name]
         plan: _Plan | None = step.__dict__.get("linearize_plan")
         if plan is None:
             plan = step.__dict__["linearize_plan"] = _Plan(step)
+            if plan.fresh is not None:
+                alike = [self.context[name].index for name, other in steps.items() if other is step]
+                self.pages.clear(alike, plan.fresh)
         return plan
 
 

@@ -22,8 +22,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from linearize.families import family_of
 from linearize.model.mixer.mixer import Mixer
 from linearize.vllm.layer import BothPositions, MixedAttention, SplitAttention
-from linearize.vllm.pages import Page
-from linearize.vllm.plugin import HYBRID
+from linearize.vllm.pages import Pages
+from linearize.vllm.plugin import HYBRID, keeps_softmax
 from linearize.vllm.settings import base_model
 from linearize.vllm.weights import bare_weights
 
@@ -74,7 +74,7 @@ class LinearizedModel:
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        return ((page_nbytes(vllm_config),),)
+        return ((pages_of(vllm_config).nbytes,),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
@@ -96,28 +96,21 @@ def _install(model: Any, vllm_config: Any) -> dict[str, nn.Parameter]:
         the checkpoint's name of each mixer parameter -> the parameter.
     """
     config = model.linearized_config = vllm_config.model_config.hf_config
-    family, nbytes = family_of(config.text_config), page_nbytes(vllm_config)
+    family, layers, pages = family_of(config.text_config), mixed_layers(vllm_config), pages_of(vllm_config)
     context = vllm_config.compilation_config.static_forward_context
     own: dict[str, nn.Parameter] = {}
-    depth = max(config.text_config.num_hidden_layers - 1, 1)
     for index, (owner, name) in enumerate(family.attention_modules(model)):
-        if isinstance(owner, PPMissingLayer):
+        if isinstance(owner, PPMissingLayer) or index not in layers:
             continue
-        layer = family.layer(config.text_config, index)
-        section = config.mixer_of(index).fitted(layer)
-        if section.window is None or len(set(section.softmax_heads)) == layer.key_value_heads:
-            continue
+        layer, (section, mixed) = family.layer(config.text_config, index), layers[index]
         attention = getattr(owner, name)
         old = attention.attn
-        heads = replace(layer, query_heads=old.num_heads, key_value_heads=old.num_kv_heads)
-        mixed = _mixed(section, heads)
-        mixer = Mixer(section, mixed, index / depth).float()  # half precision would round trained values
-        page = Page(mixer.parts(1, vllm_config.model_config.dtype, torch.device("meta")))
+        mixer = _mixer(vllm_config, index, section, mixed).float()  # half precision would round trained values
         del context[old.layer_name]
-        attention.attn = MixedAttention(mixer, page, nbytes, old.layer_name, context)
+        attention.attn = MixedAttention(mixer, pages, index, old.layer_name, context)
         if section.softmax_heads:
             kept = Attention(
-                layer.query_heads - mixed.query_heads,
+                layer.query_heads - mixed.query_heads,  # no tensor parallelism with kept heads
                 layer.key_width,
                 layer.scale,
                 num_kv_heads=len(section.softmax_heads),
@@ -133,27 +126,33 @@ def _install(model: Any, vllm_config: Any) -> dict[str, nn.Parameter]:
     return own
 
 
-def _mixed(section: MixerConfig, heads: AttentionLayer) -> AttentionLayer:
-    """The heads of a layer that the mixer has."""
-    mixed, group = heads.key_value_heads - len(section.softmax_heads), heads.query_heads // heads.key_value_heads
-    return replace(heads, query_heads=mixed * group, key_value_heads=mixed)
-
-
-def page_nbytes(vllm_config: Any) -> int:
-    """Bytes of the largest layer's memory of one sequence, on one tensor-parallel rank."""
+def mixed_layers(vllm_config: Any) -> dict[int, tuple[MixerConfig, AttentionLayer]]:
+    """The number of each converted layer -> its section, and the heads of it that the mixer of one rank has."""
     config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-    family, largest, meta = family_of(config.text_config), 0, torch.device("meta")
-    for index in range(config.text_config.num_hidden_layers):
-        layer = family.layer(config.text_config, index)
+    found = {}
+    for index, layer in enumerate(family_of(config.text_config).layers(config.text_config)):
         section = config.mixer_of(index).fitted(layer)
-        if section.window is not None and len(set(section.softmax_heads)) < layer.key_value_heads:
-            heads = replace(
-                layer, query_heads=layer.query_heads // ranks, key_value_heads=layer.key_value_heads // ranks
-            )
-            with meta:
-                parts = Mixer(section, _mixed(section, heads)).parts(1, vllm_config.model_config.dtype, meta)
-            largest = max(largest, Page(parts).nbytes)
-    return largest
+        keys, group = layer.key_value_heads, layer.query_heads // layer.key_value_heads
+        mixed = (keys - len(set(section.softmax_heads))) // ranks
+        if section.window is not None and mixed:
+            found[index] = section, replace(layer, query_heads=mixed * group, key_value_heads=mixed)
+    return found
+
+
+def pages_of(vllm_config: Any) -> Pages:
+    """The places of the layers' memories of one sequence, on one tensor-parallel rank."""
+    meta, dtype, memories = torch.device("meta"), vllm_config.model_config.dtype, {}
+    for index, (section, mixed) in mixed_layers(vllm_config).items():
+        with meta:
+            memories[index] = _mixer(vllm_config, index, section, mixed).parts(1, dtype, meta)
+    # vLLM has several tables of pages if some layers keep softmax. A rank of a pipeline has only its own layers' pages.
+    alone = keeps_softmax(vllm_config.model_config.hf_config) or vllm_config.parallel_config.pipeline_parallel_size > 1
+    return Pages(memories, shared=not alone)
+
+
+def _mixer(vllm_config: Any, index: int, section: MixerConfig, heads: AttentionLayer) -> Mixer:
+    depth = max(vllm_config.model_config.hf_config.text_config.num_hidden_layers - 1, 1)
+    return Mixer(section, heads, index / depth)
 
 
 @cache

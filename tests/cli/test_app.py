@@ -224,7 +224,7 @@ def test_light_commands_import_neither_torch_nor_transformers() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else status)"
     )
-    lines = ("--help", "recipes ls", "recipes check demo")
+    lines = ("--help", "recipes ls", "recipes check train")
     done = subprocess.run([sys.executable, "-c", program, *lines], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -47,7 +47,9 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
     page = (report / "report.md").read_text()
     assert "## Writing" in page and "## Reading" in page and "model, batch 3: reads faster than the teacher" in page
     assert "The table scrolls sideways" in (report / "report.html").read_text()
-    assert outcome("bench", converted, "--lengths", "32", *QUICK, "-o", report)[0] == 1  # it exists
+    again = ("bench", converted, "--lengths", "32", *QUICK, "-o", report)
+    assert outcome(*again)[0] == 1  # it exists
+    assert outcome(*again, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -58,7 +58,7 @@ def test_the_default_works_for_a_family_or_names_another(row, bytes_tokenizer, t
     linearize.convert(model, tmp_path / "out")
     written = load_model(find_source(str(tmp_path / "out")))
     mixers = [written.config.mixer_of(index) for index in range(written.config.num_hidden_layers)]
-    assert any(mixer.landmarks and mixer.memory_dtype == "int8" for mixer in mixers)
+    assert any(mixer.landmarks and mixer.memory_dtype != "auto" for mixer in mixers)
     assert bool(torch.isfinite(written(torch.arange(1, 200)[None]).logits).all())
 
 

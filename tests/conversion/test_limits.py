@@ -109,7 +109,7 @@ def test_rows_of_more_tokens_than_positions_are_refused_before_training(gpt2, tm
     sets = [f"stages.0.data.source={tmp_path / 'text.txt'}", "stages.0.length=256"]
     for kind in ("base", "converted"):
         options = [word for change in [f"model={gpt2 / kind}", *sets] for word in ("--set", change)]
-        code, told = run("finetune", "window-gla", "-o", tmp_path / "out", "-r", "window-gla", *options)
+        code, told = run("finetune", "window-gla", "-o", tmp_path / "out", *options)
         assert (code, "stages.0.length 256: the model has learned 128 positions" in told) == (1, True), told
     options = ["--recipe", "train", "--set", f"calibrate.source={tmp_path / 'text.txt'}"]
     code, told = run("convert", gpt2 / "base", "-o", tmp_path / "out", *options, "--set", "calibrate.length=256")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import evals.slots.__main__ as slots
 from evals.slots import texts as texts_module
 from evals.slots.presses import Presses
-from evals.slots.systems import TEACHER, Ours, System, ask, load, score, systems_of
+from evals.slots.systems import ABLATIONS, TEACHER, Ours, System, ablations_of, ask, load, score, systems_of
 from evals.slots.telling import average, plots, table
 from evals.slots.texts import TAIL, texts_of
 from tests.conftest import random_llama
@@ -58,6 +58,16 @@ def test_all_have_the_bytes_of_ours(tiny_folder):
         assert ours.name == f"landmarks-exact@{count}" and ours.tokens > count + 64
 
 
+def test_ablations_have_the_bytes_of_ours(tiny_folder):
+    ours = Ours("default")
+    (whole,) = (system for system in systems_of(tiny_folder, ours, [64]) if system.kind == ours.name)
+    found = ablations_of(tiny_folder, ours, 64)
+    assert len({one.kind for one in found}) == len(ABLATIONS)
+    for one in found:
+        assert one.ours is not None and one.kind == one.ours.name != ours.name
+        assert 0 <= whole.nbytes - one.nbytes < whole.nbytes / whole.tokens * 2
+
+
 def test_a_run_goes_on_where_it_was(tiny_folder, data_folder, tmp_path, monkeypatch, capsys):
     figures = tmp_path / "figures.json"
     given = [tiny_folder, "--data", data_folder, "--work", tmp_path, "--figures", figures, "--slots", "16"]
@@ -82,7 +92,7 @@ def test_a_run_goes_on_where_it_was(tiny_folder, data_folder, tmp_path, monkeypa
 @pytest.mark.check
 def test_the_worker_without_a_press_is_the_teacher(tiny_folder, data_folder, tokenizer, tmp_path):
     teacher = System(TEACHER, 0, 0, 0)
-    model = load(teacher, tiny_folder, Ours(LANDMARKS), tmp_path, "float32", print)
+    model = load(teacher, tiny_folder, tmp_path, "float32", print)
     presses = Presses(sys.executable, tiny_folder, "float32")
     try:
         for task in ("wikitext2", "niah_single_1"):

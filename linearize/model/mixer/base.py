@@ -44,6 +44,8 @@ class MixerBase(nn.Module, ABC):
     """
 
     mix_weight: nn.Parameter
+    key_scale: nn.Parameter
+    key_shift: nn.Parameter
     branches_off: frozenset[str] = frozenset()
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:

@@ -123,12 +123,11 @@ class Mixer(MixerBase):
         """Keys as they are coded, `scale * k + shift` per channel, and queries divided by the scale.
 
         The scale changes no score, and the shift moves all scores of a query alike, so the softmax stays the same."""
-        scale, shift = self._parameters.get("key_scale"), self._parameters.get("key_shift")
-        if scale is None or shift is None:
+        if "key_scale" not in self._parameters:
             return new
-        factor, added = (x.detach().to(new.k_rotated.dtype) for x in (scale, shift))
-        q = (new.q_rotated.unflatten(2, (len(factor), -1)) / factor[:, None]).flatten(2, 3)
-        return new._replace(q_rotated=q, k_rotated=torch.addcmul(added, factor, new.k_rotated))
+        scale, shift = (x.detach().to(new.k_rotated.dtype) for x in (self.key_scale, self.key_shift))
+        q = (new.q_rotated.unflatten(2, (len(scale), -1)) / scale[:, None]).flatten(2, 3)
+        return new._replace(q_rotated=q, k_rotated=torch.addcmul(shift, scale, new.k_rotated))
 
     def _rounded(self, x: Tensor) -> Tensor:
         bits = exact_bits(self.config)
