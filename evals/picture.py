@@ -1,4 +1,4 @@
-"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg`, prints the table.
+"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg` and the table.
 
     python -m evals.picture
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 EVALS = Path(__file__).parent
-TARGET = EVALS.parent / "docs" / "picture.svg"
+README, TARGET = EVALS.parent / "README.md", EVALS.parent / "docs" / "picture.svg"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
 SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
 ROWS = (
@@ -32,10 +32,11 @@ ROWS = (
     ("window of as many bytes as `default`", SMOLLM2, ("window",)),
     ("Qwen2.5-Coder-0.5B: the teacher", QWEN, (TEACHER,)),
     ("Qwen2.5-Coder-0.5B: `default`", QWEN, ("default", "slots")),
-    ("window of as many bytes", QWEN, ("window",)),
+    ("Qwen2.5-Coder-0.5B: window of as many bytes", QWEN, ("window",)),
 )
 """Title, file, and the kinds of the system in it."""
 _NEEDLES, _LOSSES = "niah_single_2 2048", {"wikitext2 2048": "WikiText-2", "book 2048": "a book"}
+_TEXTS = 5
 _LENGTHS = (512, 2048, 8192, 32_768)
 
 
@@ -82,7 +83,9 @@ def _loss(found: Mapping[str, Any], column: str, system: str) -> str:
         cell = mean(found, column, system)
         return f"{cell[0]:.4f}" if cell else "not run"
     gap = above(found, column, system)
-    return "not run" if gap is None else f"{gap:+.4f}".replace("-", "−")
+    texts = len(found["values"][column].get(system, {})) if gap is not None else 0
+    fewer = "" if texts == _TEXTS else f" ({texts} of {_TEXTS} texts)"
+    return "not run" if gap is None else f"{gap:+.4f}".replace("-", "−") + fewer
 
 
 def picture() -> str:
@@ -142,7 +145,11 @@ def facts() -> list[str]:
 
 def main() -> None:
     TARGET.write_text(picture(), encoding="utf-8")
-    print(table())
+    before, found = README.read_text(encoding="utf-8"), table()
+    start = before.index(found.split("\n")[0])
+    after = before[start:].partition("\n\n")[2]
+    README.write_text(f"{before[:start]}{found}\n\n{after}", encoding="utf-8")
+    print(found)
 
 
 if __name__ == "__main__":

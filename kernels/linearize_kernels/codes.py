@@ -54,12 +54,13 @@ def groups_of(width: int) -> int:
 
 def encode(x: Tensor, bits: int) -> Codes:
     """`x` `[..., D]` in 8 or 4 bits."""
+    if x.is_meta:
+        return _shapes(x, bits)
     x = x.to(computing_dtype(x))
     if bits == 8:
         # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
         # that is not finite.
-        # On the meta device the norm imports sympy and torch._dynamo, which takes seconds.
-        largest = x.amax(-1, keepdim=True) if x.is_meta else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
         scale = largest.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
         return Codes((x / scale).round_().to(torch.int8), scale, None)
     grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))
@@ -70,6 +71,15 @@ def encode(x: Tensor, bits: int) -> Codes:
     steps = (grouped - base) / scale
     low, high = steps.round_().clamp_(0, 15).to(torch.uint8).flatten(-2).chunk(2, -1)
     return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
+
+
+def _shapes(x: Tensor, bits: int) -> Codes:
+    """`encode` on the meta device, where a reduction imports sympy and torch._dynamo, which takes seconds."""
+    *rows, width = x.shape
+    if bits == 8:
+        return Codes(x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*rows, 1), dtype=torch.bfloat16), None)
+    scale, zero = (x.new_empty((*rows, groups_of(width)), dtype=torch.bfloat16) for _ in range(2))
+    return Codes(x.new_empty((*rows, width // 2), dtype=torch.uint8), scale, zero)
 
 
 def decode(held: Codes, dtype: torch.dtype) -> Tensor:

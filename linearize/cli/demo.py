@@ -55,7 +55,7 @@ def demo(
         _train(settings, output, overwrite=overwrite, as_json=as_json)
         return
     from linearize.jobs.demo import demo as run_demo
-    from linearize.jobs.demo import table_of
+    from linearize.jobs.demo import first_line, table_of
 
     found = run_demo(settings, output, overwrite=overwrite, say=status, command=command_line())
     if as_json:
@@ -64,7 +64,7 @@ def demo(
     heads, lines = table_of(found)
     asked = Table("question", "expected", "converted", "window")
     for place, (question, expected) in enumerate(zip(found["questions"], found["expected"], strict=True)):
-        wrote = (found["systems"][name]["answers"][place].strip() for name in ("converted", "window"))
+        wrote = (first_line(found["systems"][name]["answers"][place]) for name in ("converted", "window"))
         asked.add_row(question, expected, *wrote)
     table = Table(*heads)
     for column in table.columns[1:]:

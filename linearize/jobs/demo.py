@@ -134,7 +134,7 @@ def page_of(found: dict[str, Any]) -> Page:
 
     heads, lines = table_of(found)
     answers = [
-        [f"{question} {begins} …", expected, *(one["answers"][place].strip() for one in found["systems"].values())]
+        [f"{question} {begins} …", expected, *(first_line(one["answers"][place]) for one in found["systems"].values())]
         for place, (question, begins, expected) in enumerate(
             zip(found["questions"], found["begins"], found["expected"], strict=True)
         )
@@ -157,6 +157,11 @@ def page_of(found: dict[str, Any]) -> Page:
         *speed.sections[:-1],
     ]
     return Page(f"{found['model']}, converted", about, sections)
+
+
+def first_line(answer: str) -> str:
+    """An answer up to its first line break."""
+    return next(iter(answer.strip().splitlines()), "")
 
 
 def table_of(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

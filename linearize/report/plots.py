@@ -95,6 +95,8 @@ class Lines:
         for axis, scale, (low, high) in ((axes.xaxis, self.x, axes.get_xlim()), (axes.yaxis, self.y, axes.get_ylim())):
             if scale.ticks is not None:
                 axis.set_major_locator(FixedLocator(scale.labels(low, high, 0.85 * svg.WIDTH)))
+            elif scale.log and high / low < 5:
+                axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             elif scale.log:
                 axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,), numticks=8))
             else:

@@ -56,8 +56,6 @@ def test_what_carries_loss_is_marked(asked, outcome):
 def test_what_cannot_be_shown_is_told(asked, outcome):
     status, text, words = outcome("data", "preview", *asked[:3])
     assert (status, text) == (1, "") and "self is written by the teacher when the stage begins" in words
-    assert words.splitlines()[-1].startswith(
-        "error: window-gla: all its text is written by a model when training begins"
-    )
+    assert words.splitlines()[-1].startswith("error: window-gla: all its text is written by a model when training")
     assert "so there is no stage 3 to show" in outcome("data", "preview", *asked, "--stage", 3)[2]
     assert "the recipe names no model" in outcome("data", "preview", "window-gla")[2]

@@ -18,6 +18,8 @@ from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 from evals.speed.landmarks import FIGURES as landmarks_figures
 from evals.speed.landmarks import table as landmarks_table
+from linearize.recipe import load_recipe
+from linearize.report.formatting import readable_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +113,16 @@ def test_the_results_of_the_readme_are_what_was_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results_table() in readme and all(fact in " ".join(readme.split()) for fact in facts())
     assert len(readme.split()) <= 1000
+    assert facts()[0].removesuffix(", where").removeprefix("in ") in load_recipe("default").measured
+
+
+def test_what_the_demo_found():
+    found = json.loads((ROOT / "evals" / "demo" / "demo.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    titles = {"window": f"window of {found['window']} tokens"}
+    for name, one in found["systems"].items():
+        cells = [titles.get(name, name), readable_bytes(one["memory_bytes"]), f"{sum(one['right'])} of 4"]
+        assert f"| {' | '.join([*cells, format(one['perplexity'], '.2f')])} |" in readme
 
 
 def test_what_the_probe_says_of_it():
