@@ -173,6 +173,17 @@ class LayerMemory(CacheLayerMixin):
             whole[name] = kept[0]
         return whole
 
+    def keep(self, joint: Joint, whole: Part) -> None:
+        """Copy changed tensors of `joined` back into their parts, unless the parts are views of them."""
+        for name, tensor in whole.items():
+            kept = self._joined.get((joint, name))
+            if kept is not None and kept[0] is tensor:
+                continue
+            held = [self.parts[part][name] for part in joint.parts]
+            pieces = tensor.split([*(x.shape[1] for x in held), joint.spare], 1)
+            for x, piece in zip(held, pieces[:-1], strict=True):
+                x.copy_(piece)
+
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:
         """Append the keys and values of L new tokens `[B, L, ...]` to `past`.
 

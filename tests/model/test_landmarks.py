@@ -232,6 +232,22 @@ def test_whole_rows_are_the_same_with_and_without_gradients(case, tokens, off):
         torch.testing.assert_close(mixer(new, None, None), whole_rows(mixer, stored), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("case", ["state", "no sinks, few slots", "int8", "int4 alone"])
+def test_a_memory_that_must_stay_where_it_is(case, ragged):
+    """Its parts cannot become views of joint tensors, so a step writes into both, as in vLLM's pages."""
+    mixer, new = mixer_of(**CASES[case]), projections(rows=2)
+    wanted = mixer(new, None, None)
+    pages, cpu = mixer.parts(2, torch.float64, torch.device("cpu")), torch.device("cpu")
+    for start, stop in itertools.pairwise((0, 50, *range(51, TOKENS + 1))):
+        memory = LayerMemory({name: dict(part) for name, part in pages.items()}, 2, cpu)
+        memory.counts, memory.seen, memory.ragged, memory.stays = torch.full((2,), start), start, ragged, True
+        lengths = torch.full((2,), stop - start) if ragged else None
+        piece = mixer(Projections(*(x[:, start:stop] for x in new)), lengths, memory)
+        torch.testing.assert_close(piece, wanted[:, start:stop], rtol=0, atol=1e-9)
+
+
 def test_training_takes_whole_rows(monkeypatch):
     called = []
     monkeypatch.setattr(chunks, "whole_rows", lambda *_: called.append(True))

@@ -119,8 +119,10 @@ class Slots:
         end = first + BLOCK
         self.own()
         for name, x in block.items():
-            self.tables[name][:, :, self.front + first : self.front + end] = x
-        self.scores[..., first:end] = scores
+            place = self.tables[name][:, :, self.front + first : self.front + end]
+            place[:] = x if goes is None else torch.where(goes.view(-1, *[1] * (x.dim() - 1)), x, place)
+        place = self.scores[..., first:end]
+        place[:] = scores if goes is None else torch.where(goes[:, None, None], scores, place)
         lost = None if fits else self._fit(end, goes, tell)
         self.filled = min(self.filled + BLOCK, self.count)
         fading = self.scores[RECEIVED : QUERIES + 1]

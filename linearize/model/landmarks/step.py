@@ -209,6 +209,7 @@ def _apart(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
             place = at.view(-1, *[1] * (held.dim() - 1)).expand(-1, 1, *held.shape[2:])
             comes = writes.view(-1, *[1] * (held.dim() - 1))
             held.scatter_(1, place, torch.where(comes, arriving[name].to(held.dtype), held.gather(1, place)))
+    memory.keep(memory.joints[0], exact)
     if "keys" in parts:
         total = parts["keys"]["sum"]
         total.copy_(torch.where(places.real[:, None, None], arriving["sum"], total))
@@ -232,15 +233,17 @@ def _merge(
     if slot_bits(mixer.config) == 4:
         block = encoded(decoded(block, dtype), landmarks)
     filled = min(mixer.config.landmarks, merged * BLOCK) if isinstance(merged, int) else None
-    joint = [memory.joined(joint) for joint in memory.joints if "landmarks" in joint.parts]
+    joined = [(joint, memory.joined(joint)) for joint in memory.joints if "landmarks" in joint.parts]
     places = slice(-mixer.config.landmarks - BLOCK, None)
-    tables = {name: x[:, places].transpose(1, 2) for part in joint for name, x in part.items()}
+    tables = {name: x[:, places].transpose(1, 2) for _, whole in joined for name, x in whole.items()}
     slots = Slots(mixer, landmarks, tables, merged=merged, filled=filled)
     first = mixer.config.sinks + 1 + merged * BLOCK
     scores = slots.of_text(leaving_scores(mixer, window["novelty"], 1), first, BLOCK)
     scores[RECEIVED] = window["received"][:, :BLOCK].transpose(1, 2)
     tells = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
     lost = slots.merge({name: block[name].transpose(1, 2) for name in tables}, scores, goes, tell=tells)
+    for joint, whole in joined:
+        memory.keep(joint, whole)
     for name, x in slots.part([]).items():
         landmarks[name].copy_(x)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
