@@ -162,7 +162,7 @@ def test_the_command_on_a_real_model_equals_lm_evals(smollm2_path: Path, benchma
 
 def converted_folder(teacher: Path, folder: Path) -> Path:
     chosen = ["--set", "mixer.window=16", "--set", "dtype=float32"]
-    assert command(["convert", str(teacher), "-o", str(folder / "converted"), *chosen]) == 0
+    assert command(["convert", str(teacher), "-o", str(folder / "converted"), "-r", "window-gla", *chosen]) == 0
     return folder / "converted"
 
 
