@@ -104,7 +104,7 @@ def make_jobs(root: Path) -> list[Job]:
         raise RuntimeError("the tiny model cannot be converted")
     convert = ["convert", str(plain), "-o", out["convert"], "--overwrite", "--set", "mixer.window=16"]
     fitted = f"calibrate={{tokens: 1024, source: {text}, length: 128, held_out: 2, steps: 8}}"
-    calibrate = ["convert", str(plain), "-o", out["calibrate"], "--overwrite", "--recipe", "calibrated"]
+    calibrate = ["convert", str(plain), "-o", out["calibrate"], "--overwrite", "--recipe", "train"]
     calibrate += ["--set", fitted, "--set", "mixer.window=16"]
     data = {"source": str(text), "tokens": 1536, "held_out": 1}
     common = {"data": data, "length": 64, "batch_tokens": 256, "save_every": 2}

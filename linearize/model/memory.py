@@ -21,16 +21,10 @@ Part = dict[str, Tensor]
 
 
 class Joint(NamedTuple):
-    """Tensors of several parts that lie side by side, with more places behind them.
-
-    Attributes:
-        parts, names: the tensors of these names, which all these parts have.
-        spare: the number of more places.
-    """
+    """Tensors of several parts that lie side by side: those of `names`, which all of `parts` have."""
 
     parts: tuple[str, ...]
     names: tuple[str, ...]
-    spare: int = 0
 
 
 def store(part: Part, name: str, value: Tensor) -> None:
@@ -161,12 +155,11 @@ class LayerMemory(CacheLayerMixin):
             if kept is None or any(one is not other for one, other in zip(kept[1], held, strict=True)):
                 # A normal tensor, because calls outside of inference mode may write into it later.
                 with torch.inference_mode(False), torch.no_grad():
-                    more = held[0].new_zeros(len(held[0]), joint.spare, *held[0].shape[2:])
-                    tensor = torch.cat([*held, more], 1)
+                    tensor = torch.cat(held, 1)
                     if self.stays:
                         whole[name] = tensor
                         continue
-                    views = tensor.split([*(x.shape[1] for x in held), joint.spare], 1)[:-1]
+                    views = tensor.split([x.shape[1] for x in held], 1)
                 for part, view in zip(joint.parts, views, strict=True):
                     self.parts[part][name] = view
                 self._joined[joint, name] = kept = tensor, views
@@ -180,8 +173,7 @@ class LayerMemory(CacheLayerMixin):
             if kept is not None and kept[0] is tensor:
                 continue
             held = [self.parts[part][name] for part in joint.parts]
-            pieces = tensor.split([*(x.shape[1] for x in held), joint.spare], 1)
-            for x, piece in zip(held, pieces[:-1], strict=True):
+            for x, piece in zip(held, tensor.split([x.shape[1] for x in held], 1), strict=True):
                 x.copy_(piece)
 
     def extend_past(self, k: Tensor, v: Tensor, *, ragged: bool) -> tuple[Tensor | int, Tensor, Tensor]:

@@ -134,7 +134,7 @@ def test_other_recipes(change, tokenizer_folder, drawn_texts, tmp_path):
 @pytest.mark.check
 def test_a_trained_model_keeps_what_helps_and_holds_one_block(tiny_folder, data_folder, one_at_a_time, tmp_path):
     recipe = load_recipe(
-        "calibrated", ["mixer.window=16", SHORT, f"calibrate.source={data_folder / 'books' / 'tinyshakespeare.txt'}"]
+        "train", ["mixer.window=16", SHORT, f"calibrate.source={data_folder / 'books' / 'tinyshakespeare.txt'}"]
     )
     steps, check = one_at_a_time
     _, files = both_ways(find_source(str(tiny_folder)), recipe, tmp_path)

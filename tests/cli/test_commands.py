@@ -424,6 +424,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(outcome, tiny_folder, tmp_path
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
 
 
+@pytest.mark.check
 def test_the_demo_on_a_tiny_model(outcome, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("linearize.jobs.demo.LENGTHS", (32, 64))
     monkeypatch.setattr("linearize.jobs.demo._ROW", 128)

@@ -87,7 +87,7 @@ def test_resume_goes_on_with_the_recipe_of_the_run(outcome, settings, tmp_path, 
     assert (status, text) == (0, f"{out}\n")
     (line,) = [line for line in words.splitlines() if line.startswith("resuming with the run's own recipe")]
     assert line.endswith(
-        "; default differs from it in mixer.window, stages.0.batch_tokens, stages.0.data.held_out, "
+        "; window-gla differs from it in mixer.window, stages.0.batch_tokens, stages.0.data.held_out, "
         "stages.0.data.source, stages.0.data.tokens and 3 more"
     )
     assert "going on from checkpoint-2" in words and not (tmp_path / "out.training").exists()

@@ -143,6 +143,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_told(extended, tmp_p
     assert told in words
 
 
+@pytest.mark.check
 def test_a_model_without_a_tokenizer_converts(llama, tmp_path, run):
     bare = tmp_path / "bare"
     load_model(find_source(str(llama))).save_pretrained(bare)

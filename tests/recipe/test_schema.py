@@ -53,7 +53,10 @@ def test_liger_gla_is_the_papers_configuration() -> None:
 def test_the_papers_others_differ_from_liger_gla_in_the_mixer_alone(name: str, mixer: dict[str, object]) -> None:
     paper, recipe = load_recipe("liger-gla"), load_recipe(name)
     assert recipe.mixer == paper.mixer.model_copy(update=mixer)
-    assert recipe.model_copy(update={"mixer": paper.mixer, "description": paper.description}) == paper
+    assert (
+        recipe.model_copy(update={"mixer": paper.mixer, "description": paper.description, "measured": paper.measured})
+        == paper
+    )
 
 
 def test_text_that_the_teacher_writes_has_a_budget() -> None:

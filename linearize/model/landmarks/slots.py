@@ -89,16 +89,12 @@ def kept_names(mixer: MixerBase) -> tuple[str, ...]:
     return ("k_rotated", *(() if config.rope else ("k",)), *(("source",) if config.gate_source == "q" else ()), "v")
 
 
-def joint_parts(mixer: MixerBase) -> tuple[Joint, ...]:
-    """The tensors that lie side by side: first those that a step reads as one, then, if there are more, those of the
-    slots alone. A block is merged in the spare places behind the slots."""
-    names, bits, others = kept_names(mixer), slot_bits(mixer.config), exact_bits(mixer.config)
+def joint_parts(mixer: MixerBase) -> tuple[Joint]:
+    """The tensors that a step reads as one: sinks, window, and the slots if they have the same codes."""
+    bits = exact_bits(mixer.config)
     near = (*(["sinks"] if mixer.config.sinks else []), "window")
-    read, alone = ("k_rotated", "v"), tuple(name for name in names if name not in ("k_rotated", "v"))
-    if bits != others:  # other codes
-        return Joint(near, names_in_part(read, others), 0), Joint(("landmarks",), names_in_part(names, bits), BLOCK)
-    whole = Joint((*near, "landmarks"), names_in_part(read, bits), BLOCK)
-    return (whole, Joint(("landmarks",), names_in_part(alone, bits), BLOCK)) if alone else (whole,)
+    parts = (*near, "landmarks") if slot_bits(mixer.config) == bits else near
+    return (Joint(parts, names_in_part(("k_rotated", "v"), bits)),)
 
 
 @overload

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from linearize_kernels import joint_attention
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
@@ -233,18 +234,19 @@ def _merge(
     if slot_bits(mixer.config) == 4:
         block = encoded(decoded(block, dtype), landmarks)
     filled = min(mixer.config.landmarks, merged * BLOCK) if isinstance(merged, int) else None
-    joined = [(joint, memory.joined(joint)) for joint in memory.joints if "landmarks" in joint.parts]
-    places = slice(-mixer.config.landmarks - BLOCK, None)
-    tables = {name: x[:, places].transpose(1, 2) for _, whole in joined for name, x in whole.items()}
+    # A copy with room for the block, so that the memory has no more places than slots.
+    tables = {
+        name: F.pad(landmarks[name].transpose(1, 2), (*[0, 0] * (landmarks[name].dim() - 3), 0, BLOCK))
+        for name in landmarks
+        if name not in ("novelty", "received", "number")
+    }
     slots = Slots(mixer, landmarks, tables, merged=merged, filled=filled)
     first = mixer.config.sinks + 1 + merged * BLOCK
     scores = slots.of_text(leaving_scores(mixer, window["novelty"], 1), first, BLOCK)
     scores[RECEIVED] = window["received"][:, :BLOCK].transpose(1, 2)
     tells = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
     lost = slots.merge({name: block[name].transpose(1, 2) for name in tables}, scores, goes, tell=tells)
-    for joint, whole in joined:
-        memory.keep(joint, whole)
-    for name, x in slots.part([]).items():
+    for name, x in slots.part(list(tables)).items():
         landmarks[name].copy_(x)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for name, tensor in where(goes, moved, window).items():
