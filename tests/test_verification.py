@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from linearize.cli import console
 from linearize.cli.app import run
+from linearize.cli.verify import _remarks
 from linearize.conversion.swap import convert_model
 from linearize.errors import ModelError, VerificationError
 from linearize.jobs.convert import convert_into
@@ -200,6 +201,15 @@ def test_weights_come_back_after_an_interruption(folder):
             verified(folder(kind), model, tick=interrupt)
         for name, tensor in model.state_dict().items():
             assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
+def test_a_remark_on_the_tolerance_says_what_it_is():
+    """A distance from float64 that leaves the usual tolerance is not told as one that sets it."""
+    found = Verification([], "float32", tokens=192, steps=8, woken=0, moved=None, distance=1e-7)
+    assert _remarks(found) == []
+    assert "0.1 %; the tolerance is four times as much" in _remarks(replace(found, distance=1e-3))[0]
+    half = replace(found, dtype="float16", distance=1e-3)
+    assert "0.1 %; the tolerance is twice as much" in _remarks(half)[0]
 
 
 @pytest.mark.check

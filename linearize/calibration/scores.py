@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from linearize.model import LinearizedForCausalLM, MixerConfig
 
 LENGTH = 768
-"""Tokens of a text."""
+"""Tokens of a text, unless the window is wide."""
+WINDOWS = 3
+"""The least length of a text in windows: only queries beyond the window tell what a token's loss costs."""
 ROWS = 8
 """Rows of text: each hides facts, and half of them are running text too."""
 CONTEXT = 6
-"""Landmarks are shared out for contexts of this many times their number of tokens."""
+"""Landmarks are shared out for contexts of this many times their number of tokens, if the model's is not shorter."""
 _TOLD = 0.6  # of a text with questions; the rest is for the questions
 _TOKENS_PER_FACT = 80
 _RIDGE = 0.02
@@ -212,14 +214,21 @@ def costs(seen: Watched, layer: AttentionLayer, told: int, window: int) -> Tenso
 
 
 def shares(
-    known: Mapping[int, Layer], weights: Mapping[int, Tensor], landmarks: int, *, recall: bool
+    known: Mapping[int, Layer],
+    weights: Mapping[int, Tensor],
+    landmarks: int,
+    *,
+    recall: bool,
+    most: int | None = None,
 ) -> dict[int, int]:
     """Layer -> its landmarks; the total is at most `landmarks` per layer. A greedy choice, as in `share_landmarks`:
     each round gives a layer the run of slots with the largest gain per slot.
 
     Args:
         recall: count the loss of recall as much as that of text, each as a share of what no landmark at all loses.
+        most: the tokens of the model's context that slots can hold; None for any number.
     """
+    context = CONTEXT * landmarks if most is None else min(CONTEXT * landmarks, most)
     lost = {layer: torch.zeros(_PARTS + 1, dtype=torch.float64) for layer in known}
     for kind in (False, True)[: 2 if recall else 1]:
         curves = {layer: one.lost(weights[layer], recall=kind) for layer, one in known.items()}
@@ -227,7 +236,7 @@ def shares(
         for layer, curve in curves.items():
             lost[layer] += curve / max(whole, _LEAST)
     have = dict.fromkeys(sorted(known), _LEAST_PARTS)
-    spare = _PARTS * len(known) // CONTEXT - sum(have.values())
+    spare = _PARTS * len(known) * landmarks // context - sum(have.values())
     while spare > 0:
         gains = [
             (float(lost[layer][parts] - lost[layer][parts + run]) / run, -layer, run)
@@ -239,6 +248,6 @@ def shares(
         _, layer, run = max(gains)
         have[-layer] += run
         spare -= run
-    slots = {layer: parts * CONTEXT * landmarks // _PARTS for layer, parts in have.items()}
+    slots = {layer: parts * context // _PARTS for layer, parts in have.items()}
     rest = (landmarks * len(known) - sum(slots.values())) // len(known)
-    return {layer: number + rest for layer, number in slots.items()}
+    return {layer: min(number + rest, context) for layer, number in slots.items()}

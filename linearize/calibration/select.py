@@ -157,8 +157,12 @@ def _sections(spec: MixerSpec, teacher: PreTrainedModel) -> dict[int, MixerConfi
 
 def _length(teacher: PreTrainedModel, most: int) -> int:
     """Tokens of a text: `most`, or the model's context if that is less."""
-    context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    return min(most, learned_positions(teacher) or most, context or most)
+    return min(most, learned_positions(teacher) or most, _context(teacher) or most)
+
+
+def _context(teacher: PreTrainedModel) -> int | None:
+    context: int | None = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    return context
 
 
 def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, length: int, say: Any) -> TrainingData:
@@ -205,9 +209,15 @@ def _scores(
     sections = {layer: one for layer, one in _sections(spec, teacher).items() if one.landmarks}
     if not sections:
         return recipe, {}, []
-    length = _length(teacher, scores.LENGTH)
-    text = _rows(recipe, teacher, tokenizer, scores.ROWS, length, say)
     widest = max(one.window or 1 for one in sections.values())
+    length = _length(teacher, max(scores.LENGTH, scores.WINDOWS * widest))
+    if length < 2 * widest:
+        raise RecipeError(
+            f"mixer.landmark_score: learned fits to what queries read beyond the window, and a window of {widest:,} "
+            f"leaves too little of texts of {length:,} tokens, the model's context: set mixer.window to at most "
+            f"{length // 2:,}, or landmark_score: novelty"
+        )
+    text = _rows(recipe, teacher, tokenizer, scores.ROWS, length, say)
     lessons = scores.lessons(tokenizer, list(text.train.input_ids), recipe.seed, widest)
     model = LinearizedForCausalLM.from_teacher(teacher, []).eval()
     known = scores.measure(model, sections, lessons, say=say)
@@ -219,7 +229,9 @@ def _scores(
     ]
     if by is not None:
         chosen = {layer: one for layer, one in known.items() if layer not in spec.landmark_layers}
-        shares = scores.shares(chosen, fitted, spec.landmarks, recall=by == "recall") if chosen else {}
+        least = min(one.window or 1 for one in sections.values())
+        most = context - least - spec.sinks if (context := _context(teacher)) else None
+        shares = scores.shares(chosen, fitted, spec.landmarks, recall=by == "recall", most=most) if chosen else {}
         why += [_told(shares, spec.landmarks)] if shares else []
         named = {"landmarks_by": None, "landmark_layers": {**spec.landmark_layers, **shares}}
         recipe = recipe.model_copy(update={"mixer": spec.model_copy(update=named)})

@@ -117,12 +117,13 @@ def convert(
     status(
         f"converted {facts['converted_layers']} of {facts['layers']} layers in {facts['seconds']} s; memory per "
         f"sequence: {memory_words(facts['state_bytes'], facts['growth_bytes_per_token'])}\n"
-        f"next: {_next(settings, output)}"
+        f"next: {_next(settings, output, chats=start.chats)}"
     )
 
 
-def _next(recipe: Recipe, output: Path) -> str:
-    """The command to go on with: a conversation, or training if the recipe has stages."""
-    if not recipe.stages:
-        return f"linearize chat {output}"
-    return f"linearize finetune train -o {output}-tuned --set model={output}"
+def _next(recipe: Recipe, output: Path, *, chats: bool) -> str:
+    """The command to go on with: training if the recipe has stages, otherwise a conversation or, without a chat
+    template, a text to continue."""
+    if recipe.stages:
+        return f"linearize finetune train -o {output}-tuned --set model={output}"
+    return f"linearize chat {output}" if chats else f'linearize generate {output} "Once upon a time"'

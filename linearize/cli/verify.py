@@ -120,6 +120,7 @@ def _allowed(check: Check) -> str:
 
 def _remarks(found: Verification) -> list[str]:
     from linearize.verification.subject import FEW_SLOTS
+    from linearize.verification.verify import FLOAT32_TOLERANCE, HALF_FLOOR
 
     remarks = []
     if found.full_tokens is not None:
@@ -132,10 +133,11 @@ def _remarks(found: Verification) -> list[str]:
             f"mix weights of {counted(found.woken, 'layer', 'layers')} were raised during the checks, so that the "
             f"recurrence changes the logits by {100 * (found.moved or 0):.1f} %, and restored after them"
         )
-    if found.distance is not None:
+    times, least = (4, FLOAT32_TOLERANCE) if found.dtype == "float32" else (2, HALF_FLOOR)
+    if found.distance is not None and times * found.distance > least:
         sharper = "; --dtype float32 gives a smaller tolerance" if found.distance > 0.05 else ""
         remarks.append(
             f"rounding to {found.dtype} alone changes the logits by {100 * found.distance:.2g} %; the tolerance is "
-            f"{'twice' if found.dtype != 'float32' else 'four times'} as much{sharper}"
+            f"{'twice' if times == 2 else 'four times'} as much{sharper}"
         )
     return remarks

@@ -49,6 +49,7 @@ class Start:
         recipe: the recipe, with the chosen layers or heads named in it.
         probe, why: the measurement behind that choice, and its reasons in lines; None and empty without a choice.
         calibration: None if the recipe has no `calibrate` section.
+        chats: True if the tokenizer has a chat template.
     """
 
     model: LinearizedForCausalLM
@@ -56,6 +57,7 @@ class Start:
     probe: Probe | None = None
     why: list[str] = field(default_factory=list)
     calibration: Calibration | None = None
+    chats: bool = False
 
     @property
     def record(self) -> dict[str, Any]:
@@ -251,16 +253,20 @@ def convert_into(
         say(f"{source.name}: {line}")
     if tokenizer is None:
         tokenizer = tokenizer_for(source, recipe, config, say=say)
+    chats = bool(getattr(tokenizer, "chat_template", None))
     if teacher is None:
         if (reason := _needs_memory(recipe)) is not None:
             say(f"{source.name}: converted in memory, not file by file: {reason}")
         elif (streamer := open_files(source, recipe, shard_bytes=shard_bytes, say=say)) is not None:
-            return _convert_files(source, streamer, recipe, folder, tokenizer, workers=workers, say=say)
+            start = _convert_files(source, streamer, recipe, folder, tokenizer, workers=workers, say=say)
+            start.chats = chats
+            return start
     teacher = teacher or load_model(source, dtype=recipe.dtype)
     check_convertible(teacher.config, source)
     check_space(folder, nbytes(teacher))
     revision = getattr(teacher.config, "_commit_hash", None)
     start = make_start(source, recipe, teacher, tokenizer, say=say)
+    start.chats = chats
     start.write(folder)
     base = base_record(source, revision)
     write_checkpoint(folder, start.model, tokenizer, start.recipe, base, start=start.record, shard_size=shard_bytes)

@@ -106,6 +106,8 @@ def unknown_key(path: Path, full_path: bool = False) -> str:
         fields.insert(0, "base")  # removed by `reading` before validation
     # An exact match in another section is a better suggestion than a similar spelling in this one.
     if elsewhere := [dotted(known) for known in _all_paths(Recipe, ()) if known[-1] == key]:
+        if elsewhere[0] == key:
+            return f"unknown key here; {key} is a key of the recipe itself, not of {dotted(tuple(parents))}"
         return f"unknown key; did you mean {elsewhere[0]!r}?"
     if key in _ELSEWHERE:
         return f"unknown key; did you mean {dotted(_ELSEWHERE[key])!r}?"

@@ -82,8 +82,10 @@ class Subject:
         self.tokens = tokens or max(min(default, most or default), least)
         self.steps = steps or 2 * self.tokens
         if self.tokens < least:
+            slots = any(mixer.config.landmarks for mixer in _mixers(model))
+            exact = "window, sinks and slots" if slots else "window and sinks"
             raise VerificationError(
-                f"{source.name}: {self.tokens} tokens do not fill its window and sinks; give --tokens {least} or more"
+                f"{source.name}: {self.tokens} tokens do not fill its {exact}; give --tokens {least} or more"
             )
         if most is not None and self.tokens > most:
             raise VerificationError(f"{source.name}: has no more than {most} positions; give --tokens {most} or fewer")

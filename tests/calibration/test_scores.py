@@ -77,6 +77,9 @@ def test_shares_go_where_tokens_cost_more():
     weight = torch.tensor([[1.0, 0.0]])
     found = shares({0: layer(1.0), 2: layer(3.0)}, {0: weight, 2: weight}, 512, recall=False)
     assert found[2] > 512 > found[0] and sum(found.values()) <= 1024
+    # No layer has more than the model's context fills.
+    short = shares({0: layer(1.0), 2: layer(99.0)}, {0: weight, 2: weight}, 512, recall=False, most=600)
+    assert short[2] == 600 and short[0] > 400 and sum(short.values()) <= 1024
 
 
 def test_a_layer_without_a_landmark_gets_no_score():
@@ -121,6 +124,20 @@ def test_convert_fits_the_score(tiny_folder, data_folder, tmp_path):
     mixers = json.loads((tmp_path / "out" / "config.json").read_text())["mixers"]
     numbers = {layer: one["landmarks"] for one in mixers for layer in one["layers"]}
     assert 0 < sum(numbers.values()) <= 64 * len(numbers)
+
+
+def test_texts_are_longer_than_a_wide_window(tiny_folder, tmp_path, monkeypatch):
+    """Only queries beyond the window tell what a token's loss costs."""
+    monkeypatch.setattr(scores, "LENGTH", 64)
+    monkeypatch.setattr(scores, "ROWS", 2)
+    few = ["mixer.landmarks=8", "mixer.landmarks_by=null"]
+    said: list[str] = []
+    model = convert(str(tiny_folder), tmp_path / "out", "default", overrides=[*few, "mixer.window=80"], say=said.append)
+    assert any("texts of up to 240 tokens" in line for line in said)
+    weights = [x for name, x in model.named_parameters() if name.endswith("score_weight")]
+    assert weights and all(bool(x.isfinite().all()) and bool(x.any()) for x in weights)
+    with pytest.raises(RecipeError, match="a window of 300 leaves too little of texts of 512 tokens"):
+        convert(str(tiny_folder), tmp_path / "wide", "default", overrides=[*few, "mixer.window=300"])
 
 
 def test_a_learned_score_needs_landmarks():

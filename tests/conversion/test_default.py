@@ -65,6 +65,7 @@ def test_the_default_works_for_a_family_or_names_another(row, bytes_tokenizer, t
 @pytest.mark.parametrize(("tokens", "told"), [(512, INSTEAD), (2048, None)])
 def test_a_short_context_is_refused_and_told_beforehand(bytes_tokenizer, tmp_path, capfd, tokens, told):
     model = folder_of("llama", bytes_tokenizer, tmp_path / "model", positions=tokens)
+    capfd.readouterr()  # transformers' progress bar
     status = run(["convert", str(model), "-o", str(tmp_path / "out"), "--dry-run"])
     words = capfd.readouterr()
     if told is None:
@@ -73,6 +74,12 @@ def test_a_short_context_is_refused_and_told_beforehand(bytes_tokenizer, tmp_pat
         (line,) = words.err.splitlines()
         assert status == 1 and told in line and "context is 512 tokens" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_chat_template_is_not_sent_to_a_chat(tiny_folder, tmp_path, capfd):
+    few = ["--set", "mixer.landmarks=8", "--set", "mixer.landmarks_by=null", "--set", "mixer.window=16"]
+    assert run(["convert", str(tiny_folder), "-o", str(tmp_path / "out"), *few]) == 0
+    assert capfd.readouterr().err.endswith(f'next: linearize generate {tmp_path / "out"} "Once upon a time"\n')
 
 
 def test_a_model_without_a_tokenizer_is_refused_by_default(tmp_path):

@@ -44,6 +44,10 @@ def error_of(text: str, *overrides: str) -> str:
         ("window: 3", "x.yaml:1: window: unknown key; did you mean 'mixer.window'?"),
         ("lr: 3", "x.yaml:1: lr: unknown key; did you mean 'stages.0.lr'?"),
         ("learning_rate: 3", "x.yaml:1: learning_rate: unknown key; did you mean 'stages.0.lr'?"),
+        (
+            "mixer:\n  lora: {rank: 3}\n",
+            "x.yaml:2: mixer.lora: unknown key here; lora is a key of the recipe itself, not of mixer",
+        ),
         ("lora: {r: 3}", "x.yaml:1: lora.r: unknown key; did you mean 'lora.rank'?"),
         ("dtype: fp16", "got 'fp16'; did you mean 'float16'?"),
         ("mixer:\n", "x.yaml:1: mixer: expected a mapping, got null"),
