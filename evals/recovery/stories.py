@@ -68,6 +68,8 @@ SYSTEMS: dict[str, list[str]] = {
     "liger": [f"{HERE / 'liger.yaml'}", f"mixer.window={WINDOW}"],
     "lolcats": [f"{HERE / 'lolcats.yaml'}", f"mixer.window={WINDOW}"],
     "window": [*_DISTILLED, "mixer.recurrence=none"],
+    # In the bytes of the recurrences below, and trained as they are.
+    "wide": [*_DISTILLED, "mixer.recurrence=none", f"mixer.window={2 * WINDOW}"],
     "gla": _DISTILLED,
     "hgrn2": [*_DISTILLED, "mixer.recurrence=hgrn2"],
     "gated_deltanet": [*_DISTILLED, "mixer.recurrence=gated_deltanet", "mixer.feature_map=identity"],
