@@ -137,7 +137,7 @@ _TIMED = {"teacher": "teacher", "teacher-onednn": "teacher", "model": "window-gl
 
 
 def facts() -> list[str]:
-    """What the README's sentences say of the default: its bytes, and the tokens of the teacher's cache in as many."""
+    """The README's sentences about the default: its bytes, and the tokens of the teacher's cache in as many."""
     found = figures(SMOLLM2)
     one = found["systems"][str(system_in(found, ("default", "slots")))]
     return [f"in {readable_bytes(one['bytes'])}, where", f"below {one['tokens']} tokens"]

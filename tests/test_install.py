@@ -1,4 +1,4 @@
-"""What a user installs: the wheel without a checkout beside it, and the notebook."""
+"""The wheel without a checkout beside it, and the notebook."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def rehearsed(name: str, spec: MixerSpec) -> bool:
 
 
 def forms(model: Any) -> dict[str, Callable[[], Any]]:
-    """What a user runs, each on two rows."""
+    """The calls of a model by name; each reads two rows."""
     ids = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
     documents = (torch.arange(LENGTH, device="cuda") % 70).expand(2, -1)
 

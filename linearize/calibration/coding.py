@@ -12,6 +12,7 @@ of softmax attention do not depend on
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,25 +50,18 @@ def fit_coding(
         RecipeError: a layer has a recurrence, which reads keys as they are, and codes would lose what tells them apart.
     """
     found: dict[int, dict[str, Tensor]] = {}
-    for layer, section in sections.items():
+
+    def observe(layer: int, section: MixerConfig, new: Projections, _: Tensor | None) -> None:
         attention = model.attention_layers[layer]
         heads = [head for head in range(attention.layer.key_value_heads) if head not in section.softmax_heads]
+        chosen = attention.select(new, heads)
+        if section.recurrence == "none":
+            found[layer] = _fitted(chosen, shifts=attention.layer.softcap is None)
+        elif bits := slot_bits(section):
+            _check(chosen.k_rotated[0].float(), layer, bits)
 
-        def observe(
-            new: Projections,
-            _: Tensor | None,
-            layer: int = layer,
-            section: MixerConfig = section,
-            heads: list[int] = heads,
-        ) -> None:
-            attention = model.attention_layers[layer]
-            chosen = attention.select(new, heads)
-            if section.recurrence == "none":
-                found[layer] = _fitted(chosen, shifts=attention.layer.softcap is None)
-            elif bits := slot_bits(section):
-                _check(chosen.k_rotated[0].float(), layer, bits)
-
-        attention.observer = observe
+    for layer, section in sections.items():
+        model.attention_layers[layer].observer = partial(observe, layer, section)
     try:
         model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
     finally:

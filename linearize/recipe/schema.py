@@ -524,7 +524,7 @@ class Recipe(Section):
 
     description: str = ""
     measured: str = ""
-    """What was measured with the recipe, and its cost."""
+    """Measured figures of the recipe, and its cost."""
     model: str | None = Field(default=None, min_length=1)
     teacher: str | None = Field(default=None, min_length=1)
     """Null means the model's own base."""
