@@ -334,6 +334,7 @@ def chunk_queries(
             reads = load_reads(q, entry[:, None], real, F, BF, SOFTMAX)
             dreads = reads * (dreads - tl.sum(reads * dreads, 1)[:, None])
         to = dq + entry[:, None] * F + f[None, :]
+        tl.debug_barrier()  # `faded`, whose memory `dq` may be, has been read by all threads
         tl.store(to, dreads.to(dq.dtype.element_ty), mask=real[:, None] & (f < F)[None, :])
     at = dlog + offset * F + f[None, :]
     mask = writes[:, None] & (f < F)[None, :]
