@@ -69,7 +69,7 @@ def compared(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
         [
             {
                 "heads": shape,
-                "length": length,
+                "length": f"{length}",
                 "pass": name,
                 "fused": f"{ours[shape, length, name] * 1e3:.2f} ms",
                 **{part: f"{found[part] * 1e3:.2f}" for part in ("gla", "window", "mix")},
