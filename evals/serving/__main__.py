@@ -36,7 +36,8 @@ def main() -> None:
     command += [] if given.at_once is None else ["--at-once", str(given.at_once)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
     try:
-        facts = json.loads(_until_brace(server))
+        assert server.stdout is not None  # noqa: S101 - it is a pipe
+        facts = json.loads(server.stdout.readline() or sys.exit("the server has ended"))
         print(json.dumps(facts))
         for clients in map(int, given.clients.split(",")):
             _measure(facts, server.pid, clients, given.requests, given.tokens)
@@ -66,16 +67,6 @@ def _ask(facts: dict[str, Any], subject: str, tokens: int) -> int:
     request = urllib.request.Request(url, json.dumps(body).encode(), method="POST")  # noqa: S310
     with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
         return int(json.load(answer)["usage"]["completion_tokens"])
-
-
-def _until_brace(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None  # noqa: S101 - it is a pipe
-    lines = []
-    while not lines or lines[-1] != "}\n":
-        lines.append(server.stdout.readline())
-        if not lines[-1]:
-            sys.exit("the server has ended")
-    return "".join(lines)
 
 
 def _cpu_seconds(pid: int) -> float:

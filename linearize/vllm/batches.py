@@ -2,7 +2,8 @@
 
 A step holds some new tokens of each sequence: one of those that decode, and a prompt or a chunk of it of the others.
 Tokens of all sequences lie one after the other, `[T, ...]`. The mixer takes rows `[R, L, ...]`, so sequences with one
-new token form one batch, and the others form batches of similar lengths.
+new token form one batch, and the others form batches of similar lengths. On a CPU a layer with landmarks decodes each
+sequence alone, in its page: reading slots takes as long for rows together, and no page is copied.
 """
 
 from __future__ import annotations
@@ -65,13 +66,16 @@ class Batch:
             tokens[self.at[real]] = rows[real].to(tokens.dtype)
 
 
-def batches(lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], device: torch.device) -> list[Batch]:
+def batches(
+    lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], device: torch.device, *, alone: bool = False
+) -> list[Batch]:
     """Divide the sequences of a step.
 
     Args:
         lengths: the number of new tokens of each sequence; their tokens lie in this order.
         seen: the number of tokens of each before this step.
         pages: the number of each one's page.
+        alone: sequences with one new token are batches of their own.
     """
     starts = [0]
     for length in lengths:
@@ -83,7 +87,7 @@ def batches(lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], d
     order = sorted((i for i, n in enumerate(lengths) if n), key=place)
     groups: list[list[int]] = []
     for i in order:
-        if groups and _joins(groups[-1], i, lengths, seen):
+        if groups and not (alone and lengths[i] == 1) and _joins(groups[-1], i, lengths, seen):
             groups[-1].append(i)
         else:
             groups.append([i])

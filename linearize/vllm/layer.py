@@ -25,6 +25,7 @@ from linearize.vllm.plugin import OP
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
     from linearize.model.mixer.mixer import Mixer
+    from linearize.vllm.batches import Batch
     from linearize.vllm.pages import Pages
 
 
@@ -111,7 +112,9 @@ class MixedAttention(nn.Module, MambaBase):
             )
         )
         heads = out.view(-1, queries, self.layer.value_width)
-        for batch in plan.batches:
+        # A rank among several sums its scores with the others', at once for all rows.
+        alone = bool(self.mixer.config.landmarks) and q.device.type == "cpu" and self.mixer.sum_of_ranks is None
+        for batch in plan.batches(alone=alone):
             mix(self.mixer, new, batch, self.pages.memory(self.index), heads)
 
     def _plan(self, steps: dict[str, Any]) -> _Plan:
@@ -171,9 +174,15 @@ class _Plan:
         count = step.num_decodes + step.num_prefills
         lengths = [starts[i + 1] - starts[i] for i in range(count)]
         seen = [totals[i] - lengths[i] for i in range(count)]
-        self.batches = batches(lengths, seen, pages[:count], device)
+        self._given = lengths, seen, pages[:count], device
+        self._batches: dict[bool, list[Batch]] = {}
         fresh = [pages[i] for i in range(count) if lengths[i] and not seen[i]]
         self.fresh = torch.tensor(fresh, device=device) if fresh else None
+
+    def batches(self, *, alone: bool) -> list[Batch]:
+        if alone not in self._batches:
+            self._batches[alone] = batches(*self._given, alone=alone)
+        return self._batches[alone]
 
 
 class _Builder(LinearAttentionMetadataBuilder):
