@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, Linea
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from linearize.families.base import Projections
-from linearize.vllm.batches import batches, mix
+from linearize.vllm.batches import MOST_SLOTS, batches, mix
 from linearize.vllm.plugin import OP
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from linearize.model.mixer.mixer import Mixer
     from linearize.vllm.batches import Batch
     from linearize.vllm.pages import Pages
+
+
+_ALL = 1 << 30
 
 
 class BothPositions(nn.Module):
@@ -57,6 +60,8 @@ class MixedAttention(nn.Module, MambaBase):
         super().__init__()
         self.mixer, self.pages, self.index, self.layer_name, self.context = mixer, pages, index, name, context
         self.layer: AttentionLayer = mixer.layer
+        slots = mixer.config.landmarks
+        self.most = max(MOST_SLOTS // slots, 1) if slots else _ALL
         self.bound = False
         self.kv_cache = (torch.tensor([]),)
         context[name] = self
@@ -112,9 +117,7 @@ class MixedAttention(nn.Module, MambaBase):
             )
         )
         heads = out.view(-1, queries, self.layer.value_width)
-        # A rank among several sums its scores with the others', at once for all rows.
-        alone = bool(self.mixer.config.landmarks) and q.device.type == "cpu" and self.mixer.sum_of_ranks is None
-        for batch in plan.batches(alone=alone):
+        for batch in plan.batches(self.most if q.device.type == "cpu" else _ALL):
             mix(self.mixer, new, batch, self.pages.memory(self.index), heads)
 
     def _plan(self, steps: dict[str, Any]) -> _Plan:
@@ -175,14 +178,16 @@ class _Plan:
         lengths = [starts[i + 1] - starts[i] for i in range(count)]
         seen = [totals[i] - lengths[i] for i in range(count)]
         self._given = lengths, seen, pages[:count], device
-        self._batches: dict[bool, list[Batch]] = {}
+        self._batches: dict[int, list[Batch]] = {}
         fresh = [pages[i] for i in range(count) if lengths[i] and not seen[i]]
         self.fresh = torch.tensor(fresh, device=device) if fresh else None
 
-    def batches(self, *, alone: bool) -> list[Batch]:
-        if alone not in self._batches:
-            self._batches[alone] = batches(*self._given, alone=alone)
-        return self._batches[alone]
+    def batches(self, most: int) -> list[Batch]:
+        """The batches for layers that decode at most `most` sequences at once."""
+        most = min(most, len(self._given[0]))
+        if most not in self._batches:
+            self._batches[most] = batches(*self._given, most=most)
+        return self._batches[most]
 
 
 class _Builder(LinearAttentionMetadataBuilder):
