@@ -3,7 +3,7 @@
 
 Each client sends one request after another, without a pause; all are greedy and stream nothing. The first request of
 each client is not counted. A row has the new tokens of all clients per second, and per second of the server's processor
-time, which does not depend on what else the machine does; and the server's resident memory after it.
+time, which does not depend on what else the machine does; and the server's resident memory before and after it.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def _measure(facts: dict[str, Any], pid: int, clients: int, requests: int, token
             return sum(_ask(facts, SUBJECTS[number % len(SUBJECTS)], tokens) for _ in range(rounds))
 
         list(pool.map(client, range(clients), [1] * clients))
-        began, busy = time.perf_counter(), _cpu_seconds(pid)
+        before, began, busy = _resident(pid), time.perf_counter(), _cpu_seconds(pid)
         written = sum(pool.map(client, range(clients), [requests] * clients))
         seconds, busy = time.perf_counter() - began, _cpu_seconds(pid) - busy
     row = {"clients": clients, "tokens": written, "seconds": round(seconds, 2)}
     row |= {"tokens_per_second": round(written / seconds, 1), "per_cpu_second": round(written / busy, 1)}
-    print(json.dumps({**row, "resident_mb": _resident(pid)}), flush=True)
+    print(json.dumps({**row, "resident_mb": [before, _resident(pid)]}), flush=True)
 
 
 def _ask(facts: dict[str, Any], subject: str, tokens: int) -> int:
