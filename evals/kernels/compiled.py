@@ -108,7 +108,7 @@ class Program:
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Replace every launch of a Triton kernel by a record of it."""
-    from linearize_kernels import liger
+    from linearize_kernels import dispatch, liger
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
@@ -118,8 +118,9 @@ def recording() -> Iterator[list[Launch]]:
         values = dict(zip((p.name for p in kernel.params), args, strict=False)) | named
         found.append(_specialised(kernel, tuple(grid), values, options))
 
-    # Only the check of the device is replaced, so operands are those of a GPU.
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(liger, "interpreted", lambda: True):
+    # Only the checks of the device are replaced, so operands are those of a GPU.
+    checks = (mock.patch.object(module, "interpreted", lambda: True) for module in (liger, dispatch))
+    with mock.patch.object(JITFunction, "run", record), next(checks), next(checks):
         yield found
 
 

@@ -2,7 +2,8 @@
 
 On a GPU each operator is at least one launch; on a CPU it costs some microseconds. Views are not counted. A small
 model of random weights is enough, because the counts depend on neither widths nor values: a layer's count is that of a
-model of two layers minus that of one layer.
+model of two layers minus that of one layer. With triton, but without a GPU, the launches of the step that a GPU records
+are counted too: Triton's kernels are noted instead of launched.
 
     python -m evals.speed.operators            # a table
     python -m evals.speed.operators --write    # and the figures, to operators.json
@@ -11,9 +12,12 @@ model of two layers minus that of one layer.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evals.recurrences.toy import markdown, surroundings, write
 from linearize import State
 from linearize.conversion.swap import convert_model
+from linearize.generation.blocks import Blocks
 from linearize.generation.engine import _Rows
 from linearize.recipe import load_recipe
 
@@ -109,11 +114,41 @@ def writing(tokens: int, *, merges: bool | None = None) -> Callable[[Any], Count
     return work
 
 
+def launching(tokens: int, *, merges: bool = False, short: bool = True) -> Callable[[Any], Counter[str]]:
+    """Run the step that a GPU records, in bfloat16: operators of torch, and the names of Triton's kernels.
+
+    Args:
+        merges: as in `writing`. short: False runs the base model's own code between the mixers.
+    """
+    from evals.kernels.compiled import recording
+
+    def work(model: Any) -> Counter[str]:
+        model = model.to(torch.bfloat16)
+        rows = _Rows.around(State.read(model, _text(tokens)).cache, 1, model)
+        for layer in rows.state.layers:
+            layer.stay()
+            layer.counts_on_host = False
+        with mock.patch.dict(os.environ, LINEARIZE_KERNELS="triton"), torch.inference_mode(), recording() as launched:
+            rows.blocks = Blocks(model, fused=True) if short else None
+            rows.forward(model, masked=True, merges=merges)  # joins weights
+            launched.clear()
+            with Operators() as operators:
+                rows.forward(model, masked=True, merges=merges)
+        return operators.counts + Counter(launch.name for launch in launched)
+
+    return work
+
+
 def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, float]:
     """Operators per layer: of prompts, and of a step, averaged over `STEPS`."""
     found = {f"prompt of {tokens:,}": float(sum(of_a_layer(mixer, reading(tokens)).values())) for tokens in prompts}
     for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
         found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
+    if importlib.util.find_spec("triton") is not None:
+        merging = (False, True) if mixer.landmarks else (False,)
+        for merges in merging:
+            name = f"launches of a GPU's step{' with a merge' if merges else ''}"
+            found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges)).values()))
     return found
 
 

@@ -94,11 +94,24 @@ def fuses(mixer: MixerBase, new: Projections, memory: LayerMemory | None) -> boo
     return choose(operation, device, dtype, refusal=reason) == "triton" and passes(operation, mixer, device, dtype)
 
 
-def fused_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
-    """`Mixer.forward` for one token a row, without a gradient."""
+def fused_step(
+    mixer: MixerBase,
+    new: Projections,
+    lengths: Tensor | None,
+    memory: LayerMemory,
+    *,
+    counts: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`Mixer.forward` for one token a row, without a gradient; its result has `dtype`.
+
+    Args:
+        counts: `[B]` tokens seen before this one, if those of the memory have it already.
+    """
     from linearize_kernels.step_triton import step_triton
 
-    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, memory.counts, lengths)
+    before = memory.counts if counts is None else counts
+    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, before, lengths, dtype=dtype)
 
 
 def fused_attention(
