@@ -40,6 +40,7 @@ FIGURES = Path(__file__).with_name("operators.json")
 RECIPES = ("default", "window-gla")
 PROMPTS = (512, 2048, 8192)
 STEPS = 32  # a merge is due once in as many
+KERNELS_TAKE = 64  # the least width of a head for slots in 4 bits
 _NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty")
 
 
@@ -61,8 +62,8 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def small(mixer: MixerSpec, layers: int) -> Any:
-    """A model of few heads and channels with such mixers."""
+def small(mixer: MixerSpec, layers: int, width: int = 8) -> Any:
+    """A model of few heads, of `width` channels, with such mixers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -70,15 +71,16 @@ def small(mixer: MixerSpec, layers: int) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=width,
         vocab_size=97,
         max_position_embeddings=2**15,
     )
     return convert_model(LlamaForCausalLM(config).eval(), mixer)
 
 
-def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]]) -> Counter[str]:
+def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]], width: int = 8) -> Counter[str]:
     """The operators of one layer in `work`, by name."""
-    one, two = (work(small(mixer, layers)) for layers in (1, 2))
+    one, two = (work(small(mixer, layers, width)) for layers in (1, 2))
     return Counter({name: two[name] - one[name] for name in two if two[name] != one[name]})
 
 
@@ -148,7 +150,7 @@ def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, f
         merging = (False, True) if mixer.landmarks else (False,)
         for merges in merging:
             name = f"launches of a GPU's step{' with a merge' if merges else ''}"
-            found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges)).values()))
+            found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges), KERNELS_TAKE).values()))
     return found
 
 

@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from evals.kernels.compiled import compile_launch, recording
-from evals.speed.operators import launching, of_a_layer
+from evals.speed.operators import KERNELS_TAKE, launching, of_a_layer
 from linearize.conversion.swap import convert_model
+from linearize.families.base import AttentionLayer, Projections
+from linearize.model.configuration import MixerConfig
+from linearize.model.memory import LayerMemory
+from linearize.model.mixer.fused import fused_step
+from linearize.model.mixer.mixer import Mixer
 from linearize.recipe import MixerSpec, load_recipe
 from tests.model.test_families import _built
 
@@ -104,9 +109,39 @@ def test_one_program_serves_every_count():
     assert len(keys) == 9
 
 
-@pytest.mark.parametrize(("recipe", "most"), [("window-gla", 9)])
+def landmark_launch(shape: tuple[int, ...], **options):
+    heads, groups, width, window, sinks = shape
+    layer = AttentionLayer(heads, groups, width, width, width**-0.5)
+    config = MixerConfig(layers=[0], window=window, sinks=sinks, landmarks=900, recurrence="none", **options)
+    with torch.device("meta"):
+        mixer = Mixer(config, layer)
+        memory = LayerMemory(mixer.parts(1, HALF, torch.device("meta")), 1, torch.device("meta"))
+    memory.merges = False
+    count = empty(1, of=torch.long)
+    new = Projections(*(empty(1, 1, n, width) for n in (heads, groups, groups, heads, groups)))
+    with recording() as found:
+        fused_step(mixer, new, count, memory, counts=count, dtype=HALF)
+    (launch,) = found
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (LLAMA, {"memory_dtype": "int4", "landmark_score": "learned"}),
+        (SMOLLM2, {"memory_dtype": "int4", "landmark_score": "learned"}),
+        pytest.param(LLAMA, {"memory_dtype": "int8"}, marks=pytest.mark.slow),
+        pytest.param(LLAMA, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_step_of_landmarks_spills_nothing_and_uses_tensor_cores(shape, options):
+    program = compile_launch(landmark_launch(shape, **options))
+    assert program.spills == 0 and program.tensor_cores == "mma.sync", program
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("window-gla", 9), ("default", 9)])
 def test_launches_of_a_recorded_step(recipe, most):
-    assert sum(of_a_layer(load_recipe(recipe).mixer, launching(200)).values()) <= most
+    assert sum(of_a_layer(load_recipe(recipe).mixer, launching(200), KERNELS_TAKE).values()) <= most
 
 
 def launches_of(row: str) -> int:

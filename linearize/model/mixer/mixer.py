@@ -45,6 +45,8 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
+        if fused and self.config.landmarks and memory is not None:
+            return fused_step(self, new, lengths, memory)  # it codes keys and values itself
         new = self._as_stored(new, memory)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
