@@ -1,6 +1,6 @@
 """GPU speed against its targets: Llama-3-8B's shape in bfloat16 with random weights, converted with the recipe
-`window-gla`, and its teacher, in decoding, prefill and steps of LoRA fine-tuning; and the recipe `default`, whose memory
-is slots, in decoding and prefill. Writes `llama-3-8b-GPU.json` and prints targets and results.
+`window-gla`, and its teacher, in decoding, prefill and steps of LoRA fine-tuning; and the recipe `default`, with its
+slots, in decoding and prefill. Writes `llama-3-8b-GPU.json` and prints targets and results.
 
     python -m evals.speed.gpu              # writing after 1k to 1M tokens at batch 1 and 16; at batch 1 the rest
     python -m evals.speed.gpu --dry-run    # a small shape and short lengths, on any machine; writes nothing

@@ -147,8 +147,7 @@ def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, f
     for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
         found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
     if importlib.util.find_spec("triton") is not None:
-        merging = (False, True) if mixer.landmarks else (False,)
-        for merges in merging:
+        for merges in (False, True):
             name = f"launches of a GPU's step{' with a merge' if merges else ''}"
             found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges), KERNELS_TAKE).values()))
     return found

@@ -1,4 +1,4 @@
-"""What a decoder block does to one token beside its products: norms with residuals, heads with positions, activations.
+"""Operations of a decoder block on one token, beside its products: norms, residuals, positions, activations.
 
 Each function is one launch with `fused` (`block_triton.py`), and otherwise the same in plain torch.
 

@@ -121,6 +121,7 @@ def _receive(received, scores, asker, first, place, there, counts, top, total, h
     weights = tl.where(read, tl.exp(found - top[:, None]) / total[:, None], 0.0)
     at = received + place * K + head
     held = tl.load(at, mask=there & counts, other=0.0)
+    tl.debug_barrier()
     tl.store(at, held + tl.sum(weights, 0), mask=there & counts)
 
 
