@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.decay import computing_dtype
+from linearize_kernels.products import product
 
 GROUP = 32
 """The most channels that share a scale in 4 bits."""
@@ -56,21 +57,32 @@ def encode(x: Tensor, bits: int) -> Codes:
     """`x` `[..., D]` in 8 or 4 bits."""
     if x.is_meta:
         return _shapes(x, bits)
-    x = x.to(computing_dtype(x))
+    steps, scale, zero = _levels(x.to(computing_dtype(x)), bits)
+    if zero is None:
+        return Codes(steps.to(torch.int8), scale, None)
+    low, high = steps.to(torch.uint8).flatten(-2).chunk(2, -1)
+    return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
+
+
+def _levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The codes of `x` as numbers, `[..., D]` or `[..., groups, channels]`, with scales and zeros of as many axes."""
+    # On a CPU, `amax` and `amin` are many times faster than a norm and `aminmax`.
     if bits == 8:
         # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
         # that is not finite.
-        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-        scale = largest.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
-        return Codes((x / scale).round_().to(torch.int8), scale, None)
+        scale = x.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
+        return (x / scale).round_(), scale, None
     grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))
-    least, most = grouped.aminmax(dim=-1, keepdim=True)
+    least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     zero = least.bfloat16()
     base = zero.to(x.dtype)
     scale = torch.maximum((most - least) / 15, base.abs() * _FINEST).clamp_min_(_LEAST_SCALE).bfloat16()
-    steps = (grouped - base) / scale
-    low, high = steps.round_().clamp_(0, 15).to(torch.uint8).flatten(-2).chunk(2, -1)
-    return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
+    return grouped.sub_(base).div_(scale).round_().clamp_(0, 15), scale, zero
+
+
+def _of_levels(steps: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """What the codes of 4 bits stand for, `[..., D]`. Writes into `steps`."""
+    return turned(steps.mul_(scale).add_(zero).flatten(-2))
 
 
 def _shapes(x: Tensor, bits: int) -> Codes:
@@ -86,8 +98,7 @@ def decode(held: Codes, dtype: torch.dtype) -> Tensor:
     """The tensor `[..., D]` that codes stand for."""
     if held.zero is None:
         return held.codes.to(dtype).mul_(held.scale)
-    levels = torch.addcmul(held.zero.to(dtype)[..., None], _steps(held, dtype), held.scale.to(dtype)[..., None])
-    return turned(levels.flatten(-2))
+    return _of_levels(_steps(held, dtype), held.scale[..., None], held.zero[..., None])
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -99,7 +110,10 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        return decode(encode(x, bits), x.dtype)
+        steps, scale, zero = _levels(x, bits)
+        if zero is None:
+            return steps.mul_(scale)
+        return _of_levels(steps, scale, zero)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -112,12 +126,17 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
         return q @ k.to(q.dtype).permute(0, 2, 3, 1)
     if k.zero is None:
         return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
-    # Scales and zeros act on the scores of a group of channels, of which there are fewer than channels.
-    grouped: Tensor = turned(q).unflatten(-1, (k.scale.shape[-1], -1)).transpose(2, 3)  # [B, K, groups, Q, channels]
-    found = grouped @ _steps(k, q.dtype).permute(0, 2, 3, 4, 1)
-    scale, zero = (x.permute(0, 2, 3, 1) for x in (k.scale, k.zero))  # [B, K, groups, S]
-    of_zeros = grouped.sum(-1).transpose(2, 3) @ zero.to(q.dtype)
-    return found.mul_(scale.unsqueeze(3)).sum(2).add_(of_zeros)
+    # Scales and zeros act on the scores of a piece of the channels, of which there are fewer than channels. Low and high
+    # bits are two products, so codes are not put side by side.
+    scale, zero = _by_piece(k.scale, q.dtype), _by_piece(k.zero, q.dtype)  # [B, K, pieces, S]
+    pieces = scale.shape[2]
+    grouped: Tensor = turned(q).unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, K, pieces, Q, channels]
+    of_zeros = grouped.sum(-1).transpose(2, 3) @ zero
+    low, high = (x.permute(0, 2, 3, 4, 1) for x in _halves(k, pieces, q.dtype))
+    low_scale, high_scale = scale.unsqueeze(3).chunk(2, 2)
+    low_q, high_q = grouped.chunk(2, 2)
+    found = (low_q @ low).mul_(low_scale).addcmul_(high_q @ high, high_scale)
+    return of_zeros.add_(found[:, :, 0] if pieces == 2 else found.sum(2))
 
 
 def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
@@ -126,10 +145,11 @@ def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
         return shares @ v.to(shares.dtype).transpose(1, 2)
     if v.zero is None:
         return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
-    scale = v.scale.permute(0, 2, 3, 1).unsqueeze(3)  # [B, K, groups, 1, S]
-    found = (shares.unsqueeze(2) * scale) @ _steps(v, shares.dtype).permute(0, 2, 3, 1, 4)
-    of_zeros = (shares @ v.zero.to(shares.dtype).transpose(1, 2)).transpose(2, 3).unsqueeze(-1)
-    return turned((found + of_zeros).transpose(2, 3).flatten(3))
+    scale, zero = _by_piece(v.scale, shares.dtype), _by_piece(v.zero, shares.dtype)  # [B, K, pieces, S]
+    low, high = (x.permute(0, 2, 3, 1, 4) for x in _halves(v, scale.shape[2], shares.dtype))
+    low_shares, high_shares = (shares.unsqueeze(2) * scale.unsqueeze(3)).chunk(2, 2)
+    found = torch.cat([low_shares @ low, high_shares @ high], 2).transpose(2, 3)  # [B, K, Q, pieces, channels]
+    return turned((found + (shares @ zero.transpose(2, 3)).unsqueeze(-1)).flatten(3))
 
 
 def turned(x: Tensor) -> Tensor:
@@ -137,7 +157,8 @@ def turned(x: Tensor) -> Tensor:
     width = x.shape[-1]
     size = width & -width
     matrix = _hadamard(size, x.dtype, x.device)
-    return x @ matrix if size == width else (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    # The matrix is symmetric, so its rows are its columns.
+    return product(x, matrix) if size == width else product(x.unflatten(-1, (-1, size)), matrix).flatten(-2)
 
 
 def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
@@ -145,6 +166,19 @@ def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
     steps = torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype)
     grouped: Tensor = steps.unflatten(-1, (held.scale.shape[-1], -1))
     return grouped
+
+
+def _halves(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes of 4 bits as numbers, those in the low bits and those in the high ones, `[B, S, K, pieces / 2, ...]`."""
+    low, high = (held.codes & 15).to(dtype), (held.codes >> 4).to(dtype)
+    shape = (pieces // 2, -1)
+    return low.unflatten(-1, shape), high.unflatten(-1, shape)
+
+
+def _by_piece(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales or zeros `[B, S, K, groups]` as `[B, K, pieces, S]`: an even number of pieces, of one group each."""
+    found = x.permute(0, 2, 3, 1).contiguous().to(dtype)
+    return found.repeat_interleave(2, 2) if x.shape[-1] % 2 else found
 
 
 @cache
