@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from linearize_kernels import joint_attention
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
@@ -234,19 +233,14 @@ def _merge(
     if slot_bits(mixer.config) == 4:
         block = encoded(decoded(block, dtype), landmarks)
     filled = min(mixer.config.landmarks, merged * BLOCK) if isinstance(merged, int) else None
-    # A copy with room for the block, so that the memory has no more places than slots.
-    tables = {
-        name: F.pad(landmarks[name].transpose(1, 2), (*[0, 0] * (landmarks[name].dim() - 3), 0, BLOCK))
-        for name in landmarks
-        if name not in ("novelty", "received", "number")
-    }
+    tables = {name: x.transpose(1, 2) for name, x in landmarks.items() if name not in ("novelty", "received", "number")}
     slots = Slots(mixer, landmarks, tables, merged=merged, filled=filled)
     first = mixer.config.sinks + 1 + merged * BLOCK
     scores = slots.of_text(leaving_scores(mixer, window["novelty"], 1), first, BLOCK)
     scores[RECEIVED] = window["received"][:, :BLOCK].transpose(1, 2)
     tells = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
     lost = slots.merge({name: block[name].transpose(1, 2) for name in tables}, scores, goes, tell=tells)
-    for name, x in slots.part(list(tables)).items():
+    for name, x in slots.part([]).items():  # the tables are the memory's own
         landmarks[name].copy_(x)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for name, tensor in where(goes, moved, window).items():
