@@ -128,7 +128,7 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
         return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
     # Scales and zeros act on the scores of a piece of the channels, of which there are fewer than channels. Low and high
     # bits are two products, so codes are not put side by side.
-    scale, zero = _by_piece(k.scale, q.dtype), _by_piece(k.zero, q.dtype)  # [B, K, pieces, S]
+    scale, zero = _by_piece(k.scale, k.zero, q.dtype)  # [B, K, pieces, S]
     pieces = scale.shape[2]
     grouped: Tensor = turned(q).unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, K, pieces, Q, channels]
     of_zeros = grouped.sum(-1).transpose(2, 3) @ zero
@@ -145,7 +145,7 @@ def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
         return shares @ v.to(shares.dtype).transpose(1, 2)
     if v.zero is None:
         return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
-    scale, zero = _by_piece(v.scale, shares.dtype), _by_piece(v.zero, shares.dtype)  # [B, K, pieces, S]
+    scale, zero = _by_piece(v.scale, v.zero, shares.dtype)  # [B, K, pieces, S]
     low, high = (x.permute(0, 2, 3, 1, 4) for x in _halves(v, scale.shape[2], shares.dtype))
     low_shares, high_shares = (shares.unsqueeze(2) * scale.unsqueeze(3)).chunk(2, 2)
     found = torch.cat([low_shares @ low, high_shares @ high], 2).transpose(2, 3)  # [B, K, Q, pieces, channels]
@@ -175,10 +175,10 @@ def _halves(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return low.unflatten(-1, shape), high.unflatten(-1, shape)
 
 
-def _by_piece(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales or zeros `[B, S, K, groups]` as `[B, K, pieces, S]`: an even number of pieces, of one group each."""
-    found = x.permute(0, 2, 3, 1).contiguous().to(dtype)
-    return found.repeat_interleave(2, 2) if x.shape[-1] % 2 else found
+def _by_piece(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales and zeros `[B, S, K, groups]` as `[2, B, K, pieces, S]`: an even number of pieces, of one group each."""
+    found = torch.stack([scale, zero]).permute(0, 1, 3, 4, 2).contiguous().to(dtype)
+    return found.repeat_interleave(2, 3) if scale.shape[-1] % 2 else found
 
 
 @cache

@@ -164,8 +164,14 @@ class Slots:
             to = torch.where(goes[:, None, None], to, source)
         every = to.expand(4, *to.shape)
         self.scores.scatter_(-1, every, self.scores.gather(-1, source.expand_as(every)))
-        # The kept tokens come first. The last of them is written again in place of the others, so that no shape depends
-        # on their number; if there is none, a slot is written with its own token.
+        if to.device.type == "cpu" and not torch.is_grad_enabled():
+            row, head, place = (to < self.count).nonzero(as_tuple=True)
+            at, token = to[row, head, place] + self.front, source[row, head, place] - self.count
+            for name, x in block.items():
+                self.tables[name][row, head, at] = x[row, head, token]
+            return lost
+        # No shape may depend on how many tokens are kept. They come first, so the last of them is written again in
+        # place of the others; if there is none, a slot is written with its own token.
         last = (to < self.count).sum(-1, keepdim=True).sub_(1).clamp_min_(0)
         place = torch.arange(BLOCK, device=to.device)
         order = place.minimum(last)
@@ -199,8 +205,9 @@ class Slots:
         novelty, received, queries = self.scores[:NUMBER, ..., :end]
         both = torch.stack([novelty, (received / queries).add_(LEAST_ATTENTION).log_()])
         if not self.ragged and self.filled == self.count:
-            variance, mean = torch.var_mean(both, -1, correction=0, keepdim=True)
-            return self._joint((both - mean) / variance.sqrt().clamp_min(LEAST_SPREAD))
+            apart = both - both.mean(-1, keepdim=True)
+            spread = torch.linalg.vector_norm(apart, dim=-1, keepdim=True).div_(end**0.5).clamp_min_(LEAST_SPREAD)
+            return self._joint(apart.div_(spread))
         exists = self.number[..., :end] > 0
         count = exists.sum(-1, keepdim=True).clamp_min(1)
         apart = (both - both.masked_fill(~exists, 0).sum(-1, keepdim=True) / count).masked_fill(~exists, 0)
