@@ -24,6 +24,7 @@ from linearize_kernels.products import product
 GROUP = 32
 """The most channels that share a scale in 4 bits."""
 _LEAST_SCALE = 1e-30
+_FEW = 2**12
 _FINEST = 2.0**-7
 """The smallest scale of a group in 4 bits, relative to its zero: below it the zero's own rounding would show."""
 
@@ -66,14 +67,19 @@ def encode(x: Tensor, bits: int) -> Codes:
 
 def _levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """The codes of `x` as numbers, `[..., D]` or `[..., groups, channels]`, with scales and zeros of as many axes."""
-    # On a CPU, `amax` and `amin` are many times faster than a norm and `aminmax`.
+    # A norm and `aminmax` are one launch, but for many rows on a CPU ten times slower than `amax` and `amin`.
+    many = x.is_cpu and x.numel() > _FEW
     if bits == 8:
         # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
         # that is not finite.
-        scale = x.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
+        most = x.abs().amax(-1, keepdim=True) if many else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        scale = most.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
         return (x / scale).round_(), scale, None
     grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))
-    least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    if many:
+        least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    else:
+        least, most = grouped.aminmax(dim=-1, keepdim=True)
     zero = least.bfloat16()
     base = zero.to(x.dtype)
     scale = torch.maximum((most - least) / 15, base.abs() * _FINEST).clamp_min_(_LEAST_SCALE).bfloat16()
@@ -135,8 +141,10 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
     low, high = (x.permute(0, 2, 3, 4, 1) for x in _halves(k, pieces, q.dtype))
     low_scale, high_scale = scale.unsqueeze(3).chunk(2, 2)
     low_q, high_q = grouped.chunk(2, 2)
-    found = (low_q @ low).mul_(low_scale).addcmul_(high_q @ high, high_scale)
-    return of_zeros.add_(found[:, :, 0] if pieces == 2 else found.sum(2))
+    of_low, of_high = low_q @ low, high_q @ high
+    if pieces == 2:
+        return of_zeros.unsqueeze(2).addcmul_(of_low, low_scale).addcmul_(of_high, high_scale).squeeze(2)
+    return of_zeros.add_(of_low.mul_(low_scale).addcmul_(of_high, high_scale).sum(2))
 
 
 def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
@@ -148,8 +156,8 @@ def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
     scale, zero = _by_piece(v.scale, v.zero, shares.dtype)  # [B, K, pieces, S]
     low, high = (x.permute(0, 2, 3, 1, 4) for x in _halves(v, scale.shape[2], shares.dtype))
     low_shares, high_shares = (shares.unsqueeze(2) * scale.unsqueeze(3)).chunk(2, 2)
-    found = torch.cat([low_shares @ low, high_shares @ high], 2).transpose(2, 3)  # [B, K, Q, pieces, channels]
-    return turned((found + (shares @ zero.transpose(2, 3)).unsqueeze(-1)).flatten(3))
+    found = torch.cat([(low_shares @ low).transpose(2, 3), (high_shares @ high).transpose(2, 3)], 3)
+    return turned(found.add_((shares @ zero.transpose(2, 3)).unsqueeze(-1)).flatten(3))  # [B, K, Q, pieces, channels]
 
 
 def turned(x: Tensor) -> Tensor:
@@ -177,8 +185,11 @@ def _halves(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def _by_piece(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales and zeros `[B, S, K, groups]` as `[2, B, K, pieces, S]`: an even number of pieces, of one group each."""
-    found = torch.stack([scale, zero]).permute(0, 1, 3, 4, 2).contiguous().to(dtype)
-    return found.repeat_interleave(2, 3) if scale.shape[-1] % 2 else found
+    found = torch.stack([scale.permute(0, 2, 3, 1), zero.permute(0, 2, 3, 1)]).to(dtype)
+    groups = scale.shape[-1]
+    if groups == 1:
+        return found.expand(-1, -1, -1, 2, -1)
+    return found.repeat_interleave(2, 3) if groups % 2 else found
 
 
 @cache
