@@ -35,8 +35,8 @@ ROWS = (
     ("Qwen2.5-Coder-0.5B: window of as many bytes", QWEN, ("window",)),
 )
 """Title, file, and the kinds of the system in it."""
-_NEEDLES, _LOSSES = "niah_single_2 2048", {"wikitext2 2048": "WikiText-2", "book 2048": "a book"}
-_TEXTS = 5
+_LENGTH, _TEXTS = 2048, 5
+_NEEDLES, _LOSSES = f"niah_single_2 {_LENGTH}", {"wikitext2": "WikiText-2", "book": "a book"}
 _LENGTHS = (512, 2048, 8192, 32_768)
 
 
@@ -73,19 +73,22 @@ def table() -> str:
         size = readable_bytes(held) if held else f"{readable_bytes(2048 * bytes_per_token(found))} at 2,048 tokens"
         texts = list(found["values"].get(_NEEDLES, {}).get(system, {}).values())
         needles = f"{round(sum(texts))} of {len(texts)}" if texts else "not run"
-        losses = [_loss(found, column, system) for column in _LOSSES]
+        losses = [_loss(found, task, system) for task in _LOSSES]
         lines.append(f"| {' | '.join([title, size, needles, *losses])} |")
     return "\n".join(lines)
 
 
-def _loss(found: Mapping[str, Any], column: str, system: str) -> str:
-    if system == TEACHER:
+def _loss(found: Mapping[str, Any], task: str, system: str) -> str:
+    """The loss of whole texts, in brackets that of their ends, and the number of texts if it is less than `_TEXTS`."""
+    parts = []
+    for column in (f"{task}_whole {_LENGTH}", f"{task} {_LENGTH}"):
         cell = mean(found, column, system)
-        return f"{cell[0]:.4f}" if cell else "not run"
-    gap = above(found, column, system)
-    texts = len(found["values"][column].get(system, {})) if gap is not None else 0
-    fewer = "" if texts == _TEXTS else f" ({texts} of {_TEXTS} texts)"
-    return "not run" if gap is None else f"{gap:+.4f}".replace("-", "−") + fewer
+        value = above(found, column, system) if system != TEACHER else cell and cell[0]
+        parts.append("not run" if value is None else f"{value:{'.4f' if system == TEACHER else '+.4f'}}")
+    texts = len(found["values"].get(f"{task} {_LENGTH}", {}).get(system, {}))
+    if parts == ["not run", "not run"]:
+        return parts[0]
+    return f"{parts[0]} ({parts[1]}{'' if texts >= _TEXTS else f'; {texts} texts'})".replace("-", "−")
 
 
 def picture() -> str:
@@ -119,7 +122,7 @@ def picture() -> str:
     )
     points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
     for system, one in found["systems"].items():
-        gaps = [above(found, column, system) for column in _LOSSES]
+        gaps = [above(found, f"{task} {_LENGTH}", system) for task in _LOSSES]
         if one["bytes"] and one["kind"] not in PRESSES and None not in gaps:
             lost = statistics.fmean(gap for gap in gaps if gap is not None)
             points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
