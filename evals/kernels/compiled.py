@@ -34,6 +34,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
@@ -108,7 +109,8 @@ class Program:
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Replace every launch of a Triton kernel by a record of it."""
-    from linearize_kernels import liger
+    # Launching modules are imported before the checks are replaced, as they take `interpreted` over by name.
+    from linearize_kernels import block_triton, dispatch, landmark_triton, liger, step_triton  # noqa: F401
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
@@ -119,8 +121,9 @@ def recording() -> Iterator[list[Launch]]:
         size = grid({p.name: values.get(p.name, p.default) for p in kernel.params}) if callable(grid) else grid
         found.append(_specialised(kernel, tuple(size), values, options))
 
-    # Only the check of the device is replaced, so operands are those of a GPU.
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(liger, "interpreted", lambda: True):
+    # Only the checks of the device are replaced, so operands are those of a GPU.
+    checks = (mock.patch.object(module, "interpreted", lambda: True) for module in (liger, dispatch))
+    with mock.patch.object(JITFunction, "run", record), next(checks), next(checks):
         yield found
 
 

@@ -1,6 +1,6 @@
 """The fused kernels of a mixer: translation of its options, choice of a kernel, and the call.
 
-    fused_step        one token a row, no gradient: everything in one launch, in place
+    fused_step        one token a row, no gradient: everything in one launch, in place; with landmarks, but for merges
     fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
 
 `fuses` decides if they run; otherwise `Mixer.forward` does the same in plain PyTorch.
@@ -40,12 +40,13 @@ _GATES: dict[str, tuple[Any, float]] = {
 _BOUNDED = ("gla", "hgrn2", "gated_retention")
 _MOST_QUERIES = 16
 _WIDEST = 256
+_TURNED = (64, 128, 256)
 
 
 def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
     """The reason why no fused kernel takes a mixer of this configuration; None if one does."""
     if config.landmarks:
-        return "no fused kernel for landmarks"
+        return _refusal_of_landmarks(operation, config, layer)
     if config.memory_dtype != "auto":
         return f"no fused kernel for a memory in {config.memory_dtype}"
     if config.recurrence not in _GATES and (operation == "attention" or config.recurrence != "none"):
@@ -55,6 +56,20 @@ def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) ->
     doubled = operation == "attention" and config.feature_map in ("exp", "learned")
     if max(layer.key_width * (2 if doubled else 1), layer.value_width) > _WIDEST:
         return f"heads wider than {_WIDEST}" + (f" under {config.feature_map}" if doubled else "")
+    return None
+
+
+def _refusal_of_landmarks(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
+    if operation == "attention":
+        return "no fused kernel reads a text with landmarks"
+    if config.recurrence != "none":
+        return f"no fused kernel for landmarks beside {config.recurrence}"
+    if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:
+        return f"more than {_MOST_QUERIES} query heads share a key/value head"
+    for width in (layer.key_width, layer.value_width):
+        # The Hadamard matrix of 4 bits turns all channels of a head together, and a half holds whole groups of them.
+        if width % 2 or width > _WIDEST or (config.memory_dtype == "int4" and width not in _TURNED):
+            return f"heads of width {width} with landmarks in {config.memory_dtype}"
     return None
 
 
@@ -94,11 +109,28 @@ def fuses(mixer: MixerBase, new: Projections, memory: LayerMemory | None) -> boo
     return choose(operation, device, dtype, refusal=reason) == "triton" and passes(operation, mixer, device, dtype)
 
 
-def fused_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
-    """`Mixer.forward` for one token a row, without a gradient."""
+def fused_step(
+    mixer: MixerBase,
+    new: Projections,
+    lengths: Tensor | None,
+    memory: LayerMemory,
+    *,
+    counts: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`Mixer.forward` for one token a row, without a gradient; its result has `dtype`.
+
+    Args:
+        counts: `[B]` tokens seen before this one, if those of the memory have it already.
+    """
+    if mixer.config.landmarks:
+        from linearize.model.landmarks.fused import fused_landmark_step
+
+        return fused_landmark_step(mixer, new, lengths, memory, counts, dtype)
     from linearize_kernels.step_triton import step_triton
 
-    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, memory.counts, lengths)
+    before = memory.counts if counts is None else counts
+    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, before, lengths, dtype=dtype)
 
 
 def fused_attention(

@@ -46,7 +46,8 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
-        new = self._as_stored(new, memory)
+        if not (fused and self.config.landmarks):  # that kernel codes keys and values itself
+            new = self._as_stored(new, memory)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
         config, recurrence, window, tokens = self.config, self.recurrence, self.window, new.q.shape[1]
@@ -174,7 +175,7 @@ class Mixer(MixerBase):
 
     def _alternative(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, fused: bool) -> Tensor:
         """`forward` by another path."""
-        if self.config.landmarks:
+        if self.config.landmarks and not (fused and memory is not None):
             # A lazy import, because its `torch.compiler.disable` imports torch._dynamo, which takes two seconds.
             from linearize.model.landmarks.chunks import landmark_attention
 
