@@ -158,13 +158,12 @@ class Slots:
             number = self.number.gather(-1, to)
             order = number.argsort(dim=-1, stable=True)
             at = to.gather(-1, order)
-            lost = {name: self._candidates(name, x, at) for name, x in block.items()}
-            lost["number"] = number.gather(-1, order)
+            lost = self._candidates(block, at) | {"number": number.gather(-1, order)}
         if goes is not None:
             to = torch.where(goes[:, None, None], to, source)
         every = to.expand(4, *to.shape)
         self.scores.scatter_(-1, every, self.scores.gather(-1, source.expand_as(every)))
-        if to.device.type == "cpu" and not torch.is_grad_enabled():
+        if goes is None and to.device.type == "cpu" and not torch.is_grad_enabled():
             row, head, place = (to < self.count).nonzero(as_tuple=True)
             at, token = to[row, head, place] + self.front, source[row, head, place] - self.count
             for name, x in block.items():
@@ -176,24 +175,26 @@ class Slots:
         place = torch.arange(BLOCK, device=to.device)
         order = place.minimum(last)
         to, source = to.gather(-1, order), source.gather(-1, order)
-        to, source = to.clamp(max=self.count - 1), torch.where(to < self.count, source, self.count - 1)
-        for name, x in block.items():
-            table, tokens = self.tables[name], self._candidates(name, x, source)
+        source = torch.where(to < self.count, source, self.count - 1)
+        to = to.clamp(max=self.count - 1) + self.front
+        for name, x in self._candidates(block, source).items():
+            table = self.tables[name]
             if torch.is_grad_enabled():
                 # Autograd saves the tensor that `gather` reads, so it must not change, and a token has one gradient.
                 own = (place <= last).view(*to.shape, *[1] * (x.dim() - 3))
-                tokens = torch.where(own, tokens, tokens.detach())
-                self.tables[name] = table.scatter(2, _index(to + self.front, table), tokens)
+                self.tables[name] = table.scatter(2, _index(to, table), torch.where(own, x, x.detach()))
             else:
-                table.scatter_(2, _index(to + self.front, table), tokens)
+                table.scatter_(2, _index(to, table), x)
         return lost
 
-    def _candidates(self, name: str, block: Tensor, at: Tensor) -> Tensor:
+    def _candidates(self, block: Part, at: Tensor) -> Part:
         """The candidates `at` `[R, K, BLOCK]`, in the slots or behind them."""
-        table, behind = self.tables[name], at >= self.count
-        held = table.gather(2, _index(at.clamp(max=self.count - 1) + self.front, table))
-        new = block.gather(2, _index((at - self.count).clamp_min(0), block))
-        return torch.where(behind.view(*behind.shape, *[1] * (block.dim() - 3)), new, held)
+        behind, held, new = at >= self.count, at.clamp(max=self.count - 1) + self.front, (at - self.count).clamp_min(0)
+        found: Part = {}
+        for name, x in block.items():
+            table, here = self.tables[name], behind.view(*behind.shape, *[1] * (x.dim() - 3))
+            found[name] = torch.where(here, x.gather(2, _index(new, x)), table.gather(2, _index(held, table)))
+        return found
 
     def _queries(self, age: Tensor) -> Tensor:
         """The number of queries that could attend to a token, faded as their attention is."""
