@@ -310,3 +310,6 @@ def landmark_step_kernel(
         there = there & (tl.load(slot_number + n * K + head, mask=there, other=0) != 0)
         counting = n >= tl.where(real, 0, P)
         _receive(slot_received, scores, asker, SINKS + ROOM, n, there, counting, top, total, head, K, P, G, BLOCK_Q)
+
+
+__all__ = ["_bfloat16", "_half", "_nearest", "_turned", "landmark_step_kernel", "tl", "triton"]

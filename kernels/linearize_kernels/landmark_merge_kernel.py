@@ -4,13 +4,7 @@ It ranks slots and block, gives the kept tokens of the block the places of the s
 window on by a block. Rows whose next token merges no block do not change.
 """
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("the fused step needs triton: pip install triton") from error
-
-from linearize_kernels.landmark_kernel import _bfloat16, _half, _nearest, _turned
+from linearize_kernels.landmark_kernel import _bfloat16, _half, _nearest, _turned, tl, triton
 
 
 @triton.jit
