@@ -118,7 +118,8 @@ def recording() -> Iterator[list[Launch]]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         options = {name: named.pop(name) for name in _OPTIONS if name in named}
         values = dict(zip((p.name for p in kernel.params), args, strict=False)) | named
-        found.append(_specialised(kernel, tuple(grid), values, options))
+        size = grid({p.name: values.get(p.name, p.default) for p in kernel.params}) if callable(grid) else grid
+        found.append(_specialised(kernel, tuple(size), values, options))
 
     # Only the checks of the device are replaced, so operands are those of a GPU.
     checks = (mock.patch.object(module, "interpreted", lambda: True) for module in (liger, dispatch))
@@ -137,6 +138,8 @@ def _specialised(kernel: Any, grid: tuple[int, ...], values: dict[str, Any], opt
             signature[name], attributes[(index,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, bool):
+            signature[name] = "u1"
         elif value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
         else:

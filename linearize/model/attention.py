@@ -131,7 +131,11 @@ class LinearizedAttention(nn.Module):
         else:
             layout = layout_of(attention_mask)
             lengths = layout.lengths
-            heads = layout.scatter(self.mix(Projections(*(layout.gather(x) for x in projected)), lengths, memory))
+            documents = self._mix_documents(projected, layout) if memory is None else None
+            if documents is None:
+                gathered = Projections(*(layout.gather(x) for x in projected))
+                documents = layout.scatter(self.mix(gathered, lengths, memory))
+            heads = documents
         if memory is not None:
             memory.advance(hidden_states.shape[1], lengths)
         heads = heads if heads.dtype == projected.v.dtype else heads.to(projected.v.dtype)
@@ -200,6 +204,13 @@ class LinearizedAttention(nn.Module):
             order = self.softmax_heads + self.mixed_heads
             heads = groups[:, :, [order.index(head) for head in range(len(order))]].flatten(2, 3)
         return heads
+
+    def _mix_documents(self, new: Projections, layout: Layout) -> Tensor | None:
+        """`mix` of packed documents `[B, T, ...]` without a row for each; None if no kernel takes them so."""
+        if self.mixer is None or self.softmax_heads or self.observer is not None or not layout.packed:
+            return None
+        heads = self.mixer.documents(new, layout)
+        return None if heads is None else layout.masked(heads)
 
     def _attend(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Softmax attention over the whole past, for the heads in `softmax_heads`."""

@@ -138,13 +138,24 @@ def fused_attention(
     new: Projections,
     lengths: Tensor | None,
     memory: LayerMemory | None,
+    *,
+    documents: Tensor | None = None,
 ) -> Tensor:
-    """`Mixer.forward` for several tokens a row."""
+    """`Mixer.forward` for several tokens a row.
+
+    Args:
+        documents: `[S + 1]`, the starts of documents in `new` `[B, T, ...]` taken row after row, and their end; without
+            lengths and memory.
+    """
     config, recurrence = mixer.config, mixer.recurrence
+    shape = new.q.shape[:2]
+    if documents is not None:
+        new = new._replace(**{name: x.flatten(0, 1)[None] for name, x in new._asdict().items()})
     assert recurrence is not None  # noqa: S101 - for the type checker; `refusal` has looked
+    columns: tuple[Tensor, ...] | None
     whole: Part | None = None  # of a memory with tokens: its window, oldest first, and the new ones `[R, W + L, ...]`
     if memory is None or starts(memory, lengths):
-        columns = mixer.sinks(new)
+        columns = mixer.sinks(new) if documents is None else _first_tokens(mixer, new, documents)
         if memory is not None:
             fill(mixer, new, memory)
     else:
@@ -187,7 +198,7 @@ def fused_attention(
     )
     sinks = None if columns is None else Columns(columns[0].to(dtype), columns[1].to(dtype), config.sinks)
     rows, tokens = new.q.shape[:2]
-    row_starts: Tensor | int = rows
+    row_starts: Tensor | int = rows if documents is None else documents
     of_query = of_keys = None
     if lengths is not None:
         row_starts, of_query, of_keys = _packing(lengths, tokens, past)
@@ -205,7 +216,6 @@ def fused_attention(
         mix_weight=mixer._parameters.get("mix_weight"),
         columns=sinks,
         rows=row_starts,
-        longest=tokens,
         counts=memory.counts.clone() if memory is not None and whole is not None else None,
         # The kernel's backward reads the initial state, and `store` overwrites the memory's tensor below.
         initial_state=state.clone() if state is not None else None,
@@ -214,8 +224,19 @@ def fused_attention(
         store(memory.parts["state"], "state", final)
     if of_query is not None:
         outputs = outputs.new_zeros(rows * tokens, *outputs.shape[1:]).index_copy(0, of_query, outputs)
-    mixed: Tensor = outputs.unflatten(0, (rows, tokens))
+    mixed: Tensor = outputs.unflatten(0, shape)
     return mixed
+
+
+def _first_tokens(mixer: MixerBase, new: Projections, documents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of the first tokens of documents, their sinks `[S, M, ...]`; those of a shorter document, which
+    has no query that reads them, are of others."""
+    sinks = mixer.config.sinks
+    if not sinks:
+        return None
+    at = documents[:-1, None] + torch.arange(sinks, device=documents.device)
+    at = at.clamp_max(new.v.shape[1] - 1)
+    return new.k_rotated[0, at], new.v[0, at]
 
 
 def _packing(lengths: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ from linearize.model.precision import empty_slots, exact_bits
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
+    from linearize.model.layout import Layout
     from linearize.model.memory import LayerMemory, Part
 
 
@@ -106,6 +107,12 @@ class Mixer(MixerBase):
         if empty is not None:
             mixed = torch.where(empty[:, :, None, None], y[:, first:], mixed)
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
+
+    def documents(self, new: Projections, layout: Layout) -> Tensor | None:
+        """Mix packed documents `[B, T, ...]` to `[B, T, H, V]`, pads included; None if no fused kernel runs."""
+        if self.config.landmarks or not fuses(self, new, None):
+            return None
+        return fused_attention(self, self._as_stored(new, None), None, None, documents=layout.runs)
 
     def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
