@@ -26,6 +26,21 @@ def _product(a, b, c, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _turned(x, SIZE: tl.constexpr, OPERAND: tl.constexpr):
+    """The rows of `x` `[N, SIZE]` times the Hadamard matrix of 1 and -1, which half precision keeps."""
+    i = tl.arange(0, SIZE)
+    common = i[:, None] & i[None, :]
+    common = common ^ (common >> 4)
+    common = common ^ (common >> 2)
+    common = common ^ (common >> 1)
+    matrix = (1.0 - 2.0 * (common & 1).to(tl.float32)).to(OPERAND)
+    if tl.float32 == OPERAND:
+        return tl.dot(x, matrix, input_precision="ieee")
+    first = x.to(OPERAND)
+    return tl.dot(first, matrix, tl.dot((x - first.to(tl.float32)).to(OPERAND), matrix))
+
+
+@triton.jit
 def _bfloat16(x):
     """Rounded to bfloat16, in float32; the interpreter's conversion does not round."""
     bits = x.to(tl.int32, bitcast=True)
@@ -68,17 +83,6 @@ def _half(x, scale, zero, at, h, there, HALF: tl.constexpr, D: tl.constexpr, BIT
     if BITS == 8:
         values *= tl.load(scale + at, mask=there, other=0.0).to(tl.float32)[:, None]
     return values
-
-
-@triton.jit
-def _turning(SIZE: tl.constexpr):
-    """The Hadamard matrix of this size, of 1 and -1."""
-    i = tl.arange(0, SIZE)
-    common = i[:, None] & i[None, :]
-    common = common ^ (common >> 4)
-    common = common ^ (common >> 2)
-    common = common ^ (common >> 1)
-    return 1.0 - 2.0 * (common & 1).to(tl.float32)
 
 
 @triton.jit
@@ -269,11 +273,9 @@ def landmark_step_kernel(
     s_low = tl.zeros([BLOCK_Q, BLOCK_U], tl.float32)
     s_high = tl.zeros([BLOCK_Q, BLOCK_U], tl.float32)
     if SLOT_BITS == 4:
-        turning = _turning(BLOCK_H)
         both, apart = q_low + q_high, q_low - q_high
-        zeros = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
-        q_low = _product(both, turning, zeros, OPERAND) * (D**-0.5)
-        q_high = _product(apart, turning, zeros, OPERAND) * (D**-0.5)
+        q_low = _turned(both, BLOCK_H, OPERAND) * (D**-0.5)
+        q_high = _turned(apart, BLOCK_H, OPERAND) * (D**-0.5)
     for first in range(0, SLOTS, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         there = n < SLOTS
@@ -286,11 +288,9 @@ def landmark_step_kernel(
         y_low *= shrink[:, None]
         y_high *= shrink[:, None]
     if SLOT_BITS == 4:
-        turning = _turning(BLOCK_U)
         both, apart = s_low + s_high, s_low - s_high
-        zeros = tl.zeros([BLOCK_Q, BLOCK_U], tl.float32)
-        s_low = _product(both, turning, zeros, OPERAND) * (V**-0.5)
-        s_high = _product(apart, turning, zeros, OPERAND) * (V**-0.5)
+        s_low = _turned(both, BLOCK_U, OPERAND) * (V**-0.5)
+        s_high = _turned(apart, BLOCK_U, OPERAND) * (V**-0.5)
     inverse = 1.0 / total
     answer = out + asker[:, None] * V + u[None, :]
     answered = (g < G)[:, None] & (u < V // 2)[None, :]
@@ -310,3 +310,6 @@ def landmark_step_kernel(
         there = there & (tl.load(slot_number + n * K + head, mask=there, other=0) != 0)
         counting = n >= tl.where(real, 0, P)
         _receive(slot_received, scores, asker, SINKS + ROOM, n, there, counting, top, total, head, K, P, G, BLOCK_Q)
+
+
+__all__ = ["_bfloat16", "_half", "_nearest", "_turned", "landmark_step_kernel", "tl", "triton"]

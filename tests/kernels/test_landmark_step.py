@@ -21,6 +21,7 @@ __all__ = ["pytestmark"]
 
 KINDS = {
     "model's dtype, novelty": {},
+    "some slots are empty": {"landmarks": 90},
     "8 bits, novelty": {"memory_dtype": "int8", "sinks": 0},
     "8 bits, learned": {"memory_dtype": "int8", "landmark_score": "learned"},
     "4 bits, learned": {"memory_dtype": "int4", "landmark_score": "learned"},

@@ -109,20 +109,18 @@ def test_one_program_serves_every_count():
     assert len(keys) == 9
 
 
-def landmark_launch(shape: tuple[int, ...], **options):
+def landmark_launches(shape: tuple[int, ...], **options):
     heads, groups, width, window, sinks = shape
     layer = AttentionLayer(heads, groups, width, width, width**-0.5)
     config = MixerConfig(layers=[0], window=window, sinks=sinks, landmarks=900, recurrence="none", **options)
     with torch.device("meta"):
         mixer = Mixer(config, layer)
         memory = LayerMemory(mixer.parts(1, HALF, torch.device("meta")), 1, torch.device("meta"))
-    memory.merges = False
     count = empty(1, of=torch.long)
     new = Projections(*(empty(1, 1, n, width) for n in (heads, groups, groups, heads, groups)))
     with recording() as found:
         fused_step(mixer, new, count, memory, counts=count, dtype=HALF)
-    (launch,) = found
-    return launch
+    return found
 
 
 @pytest.mark.parametrize(
@@ -135,13 +133,16 @@ def landmark_launch(shape: tuple[int, ...], **options):
     ],
 )
 def test_the_step_of_landmarks_spills_nothing_and_uses_tensor_cores(shape, options):
-    program = compile_launch(landmark_launch(shape, **options))
-    assert program.spills == 0 and program.tensor_cores == "mma.sync", program
+    merge, step = map(compile_launch, landmark_launches(shape, **options))
+    assert merge.spills == step.spills == 0, (merge, step)
+    assert step.tensor_cores == "mma.sync", step
 
 
 @pytest.mark.parametrize(("recipe", "most"), [("window-gla", 9), ("default", 9)])
 def test_launches_of_a_recorded_step(recipe, most):
-    assert sum(of_a_layer(load_recipe(recipe).mixer, launching(200), KERNELS_TAKE).values()) <= most
+    mixer = load_recipe(recipe).mixer
+    assert sum(of_a_layer(mixer, launching(200), KERNELS_TAKE).values()) <= most
+    assert sum(of_a_layer(mixer, launching(200, merges=True), KERNELS_TAKE).values()) <= most + bool(mixer.landmarks)
 
 
 def launches_of(row: str) -> int:

@@ -1,14 +1,19 @@
-"""One token of decoding with landmarks in one launch, but for merges, which plain torch makes when they are due."""
+"""One token of decoding with landmarks in one launch, and a merge, when it is due, in another."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from linearize_kernels.decay import computing_dtype
-
 from linearize.model.configuration import BLOCK
-from linearize.model.landmarks.slots import merges
-from linearize.model.landmarks.step import _merge, _places
+from linearize.model.landmarks.slots import (
+    BESIDE_LEARNED,
+    FADING,
+    LEAST_ATTENTION,
+    LEAST_SPREAD,
+    MOST_AGAINST,
+    REACH,
+    merges,
+)
 from linearize.model.precision import exact_bits, slot_bits
 
 if TYPE_CHECKING:
@@ -29,16 +34,11 @@ def fused_landmark_step(
     dtype: torch.dtype,
 ) -> Tensor:
     """`landmark_step` with the fused kernel; arguments as in `fused_step`. The kernel codes the token itself."""
-    from linearize_kernels.landmark_triton import LandmarkStep, launch_landmark_step
+    from linearize_kernels.landmark_triton import LandmarkStep, launch_landmark_merge, launch_landmark_step
 
     before = memory.counts if counts is None else counts
     uniform = memory.uniform if lengths is None and counts is None else None
-    if uniform is not None:
-        if merges(mixer, uniform + 1) > merges(mixer, uniform):
-            _merge(mixer, memory, computing_dtype(new.q), merges(mixer, uniform), None)
-    elif memory.merges is not False:
-        places = _places(mixer, before, lengths)
-        _merge(mixer, memory, computing_dtype(new.q), places.before, places.goes)
+    due = memory.merges is not False if uniform is None else merges(mixer, uniform + 1) > merges(mixer, uniform)
     config, own = mixer.config, mixer._parameters
     step = LandmarkStep(
         window=mixer.window,
@@ -50,6 +50,22 @@ def fused_landmark_step(
         near_bits=exact_bits(config),
         slot_bits=slot_bits(config),
     )
+    learned = config.landmark_score == "learned"
+    if due:
+        launch_landmark_merge(
+            step,
+            memory.parts,
+            before,
+            lengths,
+            width=mixer.layer.key_width,
+            values=mixer.layer.value_width,
+            reach=0 if learned else REACH,
+            weight=BESIDE_LEARNED if learned else 1.0,
+            fading=FADING,
+            least_attention=LEAST_ATTENTION,
+            least_spread=LEAST_SPREAD,
+            most_against=MOST_AGAINST,
+        )
     return launch_landmark_step(
         step,
         new,
