@@ -1,4 +1,5 @@
-"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg` and the table.
+"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg`,
+`docs/picture-narrow.svg` for phones, and the table.
 
     python -m evals.picture
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 EVALS = Path(__file__).parent
-README, TARGET = EVALS.parent / "README.md", EVALS.parent / "docs" / "picture.svg"
+README, DOCS = EVALS.parent / "README.md", EVALS.parent / "docs"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
 SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
 ROWS = (
@@ -86,8 +87,8 @@ def _loss(found: Mapping[str, Any], task: str, system: str) -> str:
     return parts[0] if parts == ["not run", "not run"] else f"{parts[0]} ({parts[1]})".replace("-", "−")
 
 
-def picture() -> str:
-    """The SVG as a stand-alone file: memory, speed, and loss over memory."""
+def picture(wide: bool = False) -> str:
+    """The SVG as a stand-alone file: memory, speed, and loss over memory; side by side if `wide`."""
     found = figures(SMOLLM2)
     default = system_in(found, ("default", "slots"))
     size = 0 if default is None else found["systems"][default]["bytes"]
@@ -109,7 +110,7 @@ def picture() -> str:
             best[key] = max(best.get(key, 0.0), row["tokens_per_second"])
     speed = Lines(
         tokens,
-        Axis("tokens written per second (float32, 2 cores)", lambda value: f"{value:g}", limits=(0, 42)),
+        Axis("tokens written per second", lambda value: f"{value:g}", limits=(0, 42)),
         [
             Series(name, sorted((float(n), pace, None) for (own, n), pace in best.items() if own == name), look)
             for look, name in ((0, "teacher"), (3, "window-gla"))
@@ -123,12 +124,15 @@ def picture() -> str:
             points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
     loss = Lines(
         Axis("memory of a sequence", bytes_.write),
-        Axis("loss of text above the teacher's (nats per token)", lambda value: f"{value:.2f}"),
+        Axis("nats per token above the teacher", lambda value: f"{value:.2f}"),
         [Series(name, sorted(line), look) for look, (name, line) in enumerate(points.items(), 1) if line],
     )
     title = "SmolLM2-135M: memory, speed, and loss by memory"
-    words = "Untrained. default: slots; window: the teacher's latest tokens alone; window-gla: window and recurrence"
-    return Plot("picture", title, [memory, speed, loss], words).alone
+    words = (
+        "Untrained. default: slots; window: the teacher's latest tokens alone; window-gla: window and recurrence. "
+        "Speed in float32 on two cores."
+    )
+    return Plot("picture", title, [memory, speed, loss], words, wide).alone
 
 
 _TIMED = {"teacher": "teacher", "teacher-onednn": "teacher", "model": "window-gla"}
@@ -142,7 +146,8 @@ def facts() -> list[str]:
 
 
 def main() -> None:
-    TARGET.write_text(picture(), encoding="utf-8")
+    (DOCS / "picture.svg").write_text(picture(wide=True), encoding="utf-8")
+    (DOCS / "picture-narrow.svg").write_text(picture(), encoding="utf-8")
     before, found = README.read_text(encoding="utf-8"), table()
     start = before.index(found.split("\n")[0])
     after = before[start:].partition("\n\n")[2]
