@@ -138,7 +138,7 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
     pieces = scale.shape[2]
     grouped: Tensor = turned(q).unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, K, pieces, Q, channels]
     of_zeros = grouped.sum(-1).transpose(2, 3) @ zero
-    low, high = (x.permute(0, 2, 3, 4, 1) for x in _halves(k, pieces, q.dtype))
+    low, high = (x.permute(0, 2, 3, 4, 1) for x in _code_halves(k, pieces, q.dtype))
     low_scale, high_scale = scale.unsqueeze(3).chunk(2, 2)
     low_q, high_q = grouped.chunk(2, 2)
     of_low, of_high = low_q @ low, high_q @ high
@@ -154,7 +154,7 @@ def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
     if v.zero is None:
         return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
     scale, zero = _by_piece(v.scale, v.zero, shares.dtype)  # [B, K, pieces, S]
-    low, high = (x.permute(0, 2, 3, 1, 4) for x in _halves(v, scale.shape[2], shares.dtype))
+    low, high = (x.permute(0, 2, 3, 1, 4) for x in _code_halves(v, scale.shape[2], shares.dtype))
     low_shares, high_shares = (shares.unsqueeze(2) * scale.unsqueeze(3)).chunk(2, 2)
     found = torch.cat([(low_shares @ low).transpose(2, 3), (high_shares @ high).transpose(2, 3)], 3)
     return turned(found.add_((shares @ zero.transpose(2, 3)).unsqueeze(-1)).flatten(3))  # [B, K, Q, pieces, channels]
@@ -176,7 +176,7 @@ def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
     return grouped
 
 
-def _halves(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _code_halves(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The codes of 4 bits as numbers, those in the low bits and those in the high ones, `[B, S, K, pieces / 2, ...]`."""
     low, high = (held.codes & 15).to(dtype), (held.codes >> 4).to(dtype)
     shape = (pieces // 2, -1)
