@@ -27,7 +27,7 @@ README, DOCS = EVALS.parent / "README.md", EVALS.parent / "docs"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
 SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
 ROWS = (
-    ("SmolLM2-135M: the teacher", SMOLLM2, (TEACHER,)),
+    ("SmolLM2-135M: teacher", SMOLLM2, (TEACHER,)),
     ("`default`", SMOLLM2, ("default", "slots")),
     ("`small`", SMOLLM2, ("small",)),
     ("window of equal bytes", SMOLLM2, ("window",)),
@@ -84,7 +84,7 @@ def _loss(found: Mapping[str, Any], task: str, system: str) -> str:
         cell = mean(found, column, system)
         value = above(found, column, system) if system != TEACHER else cell and cell[0]
         parts.append("not run" if value is None else f"{value:{'.4f' if system == TEACHER else '+.4f'}}")
-    return parts[0] if parts == ["not run", "not run"] else f"{parts[0]} ({parts[1]})".replace("-", "−")
+    return parts[0] if parts[0] == "not run" else f"{parts[0]} ({parts[1]})".replace("-", "−")
 
 
 def picture(wide: bool = False) -> str:
