@@ -132,8 +132,8 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
         return q @ k.to(q.dtype).permute(0, 2, 3, 1)
     if k.zero is None:
         return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
-    # Scales and zeros act on the scores of a piece of the channels, of which there are fewer than channels. Low and high
-    # bits are two products, so codes are not put side by side.
+    # Scales and zeros act on the scores of a piece of the channels, of which there are fewer than channels. Low and
+    # high bits are two products, so codes are not put side by side.
     scale, zero = _by_piece(k.scale, k.zero, q.dtype)  # [B, K, pieces, S]
     pieces = scale.shape[2]
     grouped: Tensor = turned(q).unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, K, pieces, Q, channels]
@@ -177,7 +177,7 @@ def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def _code_halves(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes of 4 bits as numbers, those in the low bits and those in the high ones, `[B, S, K, pieces / 2, ...]`."""
+    """The codes of 4 bits as numbers: those in the low bits, those in the high ones, `[B, S, K, pieces / 2, ...]`."""
     low, high = (held.codes & 15).to(dtype), (held.codes >> 4).to(dtype)
     shape = (pieces // 2, -1)
     return low.unflatten(-1, shape), high.unflatten(-1, shape)
