@@ -27,16 +27,14 @@ README, DOCS = EVALS.parent / "README.md", EVALS.parent / "docs"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
 SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
 ROWS = (
-    ("SmolLM2-135M: the teacher", SMOLLM2, (TEACHER,)),
+    ("SmolLM2-135M: teacher", SMOLLM2, (TEACHER,)),
     ("`default`", SMOLLM2, ("default", "slots")),
     ("`small`", SMOLLM2, ("small",)),
-    ("window of as many bytes as `default`", SMOLLM2, ("window",)),
-    ("Qwen2.5-Coder-0.5B: the teacher", QWEN, (TEACHER,)),
+    ("window of equal bytes", SMOLLM2, ("window",)),
     ("Qwen2.5-Coder-0.5B: `default`", QWEN, ("default", "slots")),
-    ("Qwen2.5-Coder-0.5B: window of as many bytes", QWEN, ("window",)),
 )
 """Title, file, and the kinds of the system in it."""
-_LENGTH, _TEXTS = 2048, 5
+_LENGTH = 2048
 _NEEDLES, _LOSSES = f"niah_single_2 {_LENGTH}", {"wikitext2": "WikiText-2", "book": "a book"}
 _LENGTHS = (512, 2048, 8192, 32_768)
 
@@ -80,16 +78,13 @@ def table() -> str:
 
 
 def _loss(found: Mapping[str, Any], task: str, system: str) -> str:
-    """The loss of whole texts, in brackets that of their ends, and the number of texts if it is less than `_TEXTS`."""
+    """The loss of whole texts, in brackets that of their ends."""
     parts = []
     for column in (f"{task}_whole {_LENGTH}", f"{task} {_LENGTH}"):
         cell = mean(found, column, system)
         value = above(found, column, system) if system != TEACHER else cell and cell[0]
         parts.append("not run" if value is None else f"{value:{'.4f' if system == TEACHER else '+.4f'}}")
-    texts = len(found["values"].get(f"{task} {_LENGTH}", {}).get(system, {}))
-    if parts == ["not run", "not run"]:
-        return parts[0]
-    return f"{parts[0]} ({parts[1]}{'' if texts >= _TEXTS else f'; {texts} texts'})".replace("-", "−")
+    return parts[0] if parts[0] == "not run" else f"{parts[0]} ({parts[1]})".replace("-", "−")
 
 
 def picture(wide: bool = False) -> str:

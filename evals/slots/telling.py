@@ -13,7 +13,7 @@ from linearize.report.formatting import readable_bytes
 from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 _NONE = "not run"
 
@@ -46,11 +46,20 @@ def mean(figures: Mapping[str, Any], column: str, system: str) -> tuple[float, f
     return (*mean_and_error(values), len(values)) if values else None
 
 
-def above(figures: Mapping[str, Any], column: str, system: str) -> float | None:
-    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none."""
+def above(figures: Mapping[str, Any], column: str, system: str, among: Collection[str] | None = None) -> float | None:
+    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none.
+
+    Args:
+        among: the texts that count; None for all.
+    """
     own, teacher = (figures["values"].get(column, {}).get(name, {}) for name in (system, TEACHER))
-    both = sorted(own.keys() & teacher.keys())
+    both = sorted(text for text in own.keys() & teacher.keys() if among is None or text in among)
     return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
+
+
+def _read_by_all(figures: Mapping[str, Any], column: str) -> set[str]:
+    """The texts of a column that every system with a figure in it has read."""
+    return set.intersection(*(set(texts) for texts in figures["values"][column].values() if texts))
 
 
 def average(figures: Mapping[str, Any], system: str) -> float | None:
@@ -71,7 +80,7 @@ def _table(figures: Mapping[str, Any], shown: list[str], recall: bool) -> str:
     heads = ["system", "memory"] + [f"{(TASKS | WHOLE)[key.split()[0]]}, {int(key.split()[1]):,}" for key in shown]
     heads += ["mean"] * recall
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, system in figures["systems"].items():
+    for name, system in sorted(figures["systems"].items(), key=lambda item: item[0] != TEACHER):
         if not any(mean(figures, key, name) for key in shown):
             continue
         held = f"{readable_bytes(system['bytes'])} = {system['tokens']:,} tokens" if system["bytes"] else "grows"
@@ -108,8 +117,11 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
 
     keys = [key for key in columns(figures) if key.split()[0] in READING]
 
+    # Texts differ more than systems do.
+    among = {key: _read_by_all(figures, key) for key in keys}
+
     def lost(name: str) -> float | None:
-        gaps = [gap for key in keys if (gap := above(figures, key, name)) is not None]
+        gaps = [gap for key in keys if (gap := above(figures, key, name, among[key])) is not None]
         return statistics.fmean(gaps) if gaps and len(gaps) == len(keys) else None
 
     reading = _lines(kinds, lost)
