@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,10 @@ def test_what_training_with_landmarks_costs():
     assert landmarks_table(json.loads(landmarks_figures.read_text(encoding="utf-8"))) in notes
 
 
-@pytest.mark.parametrize(("name", "draw"), [("speed", figure), ("picture", picture)])
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [("speed", figure), ("picture", partial(picture, wide=True)), ("picture-narrow", picture)],
+)
 def test_the_figures_are_what_was_measured(name, draw):
     drawn = (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8")
     # Texts alone, because places depend on the version of matplotlib.
