@@ -61,7 +61,7 @@ test-kernels: $(WITH_KERNELS)
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(PYTEST) -m triton; \
 	else TRITON_INTERPRET=1 $(PYTEST) -n 2 -m triton; fi
-	$(PYTEST) -m "triton and not slow" tests/kernels/test_liger_compiles.py
+	$(PYTEST) -m "triton and not slow" tests/kernels/test_liger_compiles.py tests/kernels/test_step_compiles.py
 
 # The GPU path on fake CUDA tensors: no GPU is needed, but a build of torch for CUDA is.
 rehearse-gpu: $(WITH_CUDA)

@@ -15,4 +15,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _named(text: str, path: str) -> str:
     plain = text.strip("`")
-    return f"`{path}`" if path.endswith(plain) else f"{text} (`{path}`)"
+    return f"`{path}`" if path.startswith(plain) or path.endswith(plain) else f"{text} in `{path}`"

@@ -1,4 +1,5 @@
-"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg` and the table.
+"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg`,
+`docs/picture-narrow.svg` for phones, and the table.
 
     python -m evals.picture
 
@@ -22,21 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 EVALS = Path(__file__).parent
-README, TARGET = EVALS.parent / "README.md", EVALS.parent / "docs" / "picture.svg"
+README, DOCS = EVALS.parent / "README.md", EVALS.parent / "docs"
 SPEED = EVALS / "speed" / "smollm2-cpu.json"
 SMOLLM2, QWEN = "slots/smollm2.json", "slots/qwen2.5-0.5b.json"
 ROWS = (
-    ("SmolLM2-135M: the teacher", SMOLLM2, (TEACHER,)),
+    ("SmolLM2-135M: teacher", SMOLLM2, (TEACHER,)),
     ("`default`", SMOLLM2, ("default", "slots")),
     ("`small`", SMOLLM2, ("small",)),
-    ("window of as many bytes as `default`", SMOLLM2, ("window",)),
-    ("Qwen2.5-Coder-0.5B: the teacher", QWEN, (TEACHER,)),
+    ("window of equal bytes", SMOLLM2, ("window",)),
     ("Qwen2.5-Coder-0.5B: `default`", QWEN, ("default", "slots")),
-    ("Qwen2.5-Coder-0.5B: window of as many bytes", QWEN, ("window",)),
 )
 """Title, file, and the kinds of the system in it."""
-_NEEDLES, _LOSSES = "niah_single_2 2048", {"wikitext2 2048": "WikiText-2", "book 2048": "a book"}
-_TEXTS = 5
+_LENGTH = 2048
+_NEEDLES, _LOSSES = f"niah_single_2 {_LENGTH}", {"wikitext2": "WikiText-2", "book": "a book"}
 _LENGTHS = (512, 2048, 8192, 32_768)
 
 
@@ -73,23 +72,23 @@ def table() -> str:
         size = readable_bytes(held) if held else f"{readable_bytes(2048 * bytes_per_token(found))} at 2,048 tokens"
         texts = list(found["values"].get(_NEEDLES, {}).get(system, {}).values())
         needles = f"{round(sum(texts))} of {len(texts)}" if texts else "not run"
-        losses = [_loss(found, column, system) for column in _LOSSES]
+        losses = [_loss(found, task, system) for task in _LOSSES]
         lines.append(f"| {' | '.join([title, size, needles, *losses])} |")
     return "\n".join(lines)
 
 
-def _loss(found: Mapping[str, Any], column: str, system: str) -> str:
-    if system == TEACHER:
+def _loss(found: Mapping[str, Any], task: str, system: str) -> str:
+    """The loss of whole texts, in brackets that of their ends."""
+    parts = []
+    for column in (f"{task}_whole {_LENGTH}", f"{task} {_LENGTH}"):
         cell = mean(found, column, system)
-        return f"{cell[0]:.4f}" if cell else "not run"
-    gap = above(found, column, system)
-    texts = len(found["values"][column].get(system, {})) if gap is not None else 0
-    fewer = "" if texts == _TEXTS else f" ({texts} of {_TEXTS} texts)"
-    return "not run" if gap is None else f"{gap:+.4f}".replace("-", "−") + fewer
+        value = above(found, column, system) if system != TEACHER else cell and cell[0]
+        parts.append("not run" if value is None else f"{value:{'.4f' if system == TEACHER else '+.4f'}}")
+    return parts[0] if parts[0] == "not run" else f"{parts[0]} ({parts[1]})".replace("-", "−")
 
 
-def picture() -> str:
-    """The SVG as a stand-alone file: memory, speed, and loss over memory."""
+def picture(wide: bool = False) -> str:
+    """The SVG as a stand-alone file: memory, speed, and loss over memory; side by side if `wide`."""
     found = figures(SMOLLM2)
     default = system_in(found, ("default", "slots"))
     size = 0 if default is None else found["systems"][default]["bytes"]
@@ -111,7 +110,7 @@ def picture() -> str:
             best[key] = max(best.get(key, 0.0), row["tokens_per_second"])
     speed = Lines(
         tokens,
-        Axis("tokens written per second (float32, 2 cores)", lambda value: f"{value:g}", limits=(0, 42)),
+        Axis("tokens written per second", lambda value: f"{value:g}", limits=(0, 42)),
         [
             Series(name, sorted((float(n), pace, None) for (own, n), pace in best.items() if own == name), look)
             for look, name in ((0, "teacher"), (3, "window-gla"))
@@ -119,18 +118,21 @@ def picture() -> str:
     )
     points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
     for system, one in found["systems"].items():
-        gaps = [above(found, column, system) for column in _LOSSES]
+        gaps = [above(found, f"{task} {_LENGTH}", system) for task in _LOSSES]
         if one["bytes"] and one["kind"] not in PRESSES and None not in gaps:
             lost = statistics.fmean(gap for gap in gaps if gap is not None)
             points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
     loss = Lines(
         Axis("memory of a sequence", bytes_.write),
-        Axis("loss of text above the teacher's (nats per token)", lambda value: f"{value:.2f}"),
+        Axis("nats per token above the teacher", lambda value: f"{value:.2f}"),
         [Series(name, sorted(line), look) for look, (name, line) in enumerate(points.items(), 1) if line],
     )
     title = "SmolLM2-135M: memory, speed, and loss by memory"
-    words = "Untrained. default: slots; window: the teacher's latest tokens alone; window-gla: window and recurrence"
-    return Plot("picture", title, [memory, speed, loss], words).alone
+    words = (
+        "Untrained. default: slots; window: the teacher's latest tokens alone; window-gla: window and recurrence. "
+        "Speed in float32 on two cores."
+    )
+    return Plot("picture", title, [memory, speed, loss], words, wide).alone
 
 
 _TIMED = {"teacher": "teacher", "teacher-onednn": "teacher", "model": "window-gla"}
@@ -144,7 +146,8 @@ def facts() -> list[str]:
 
 
 def main() -> None:
-    TARGET.write_text(picture(), encoding="utf-8")
+    (DOCS / "picture.svg").write_text(picture(wide=True), encoding="utf-8")
+    (DOCS / "picture-narrow.svg").write_text(picture(), encoding="utf-8")
     before, found = README.read_text(encoding="utf-8"), table()
     start = before.index(found.split("\n")[0])
     after = before[start:].partition("\n\n")[2]

@@ -34,6 +34,7 @@ def test_every_make_target_exists():
 
 def test_every_linked_file_exists():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', README)
     assert links and all((ROOT / link).exists() for link in links)
 
 

@@ -58,6 +58,13 @@ KINDS = {
     "landmarks": (LANDMARKS, "mixer.landmarks=20", "mixer.landmarks_by=null"),
     "int4": (LANDMARKS, "mixer.landmarks=20", "mixer.landmarks_by=null", "mixer.memory_dtype=int4"),
     "bfloat16": ("window-gla", "dtype=bfloat16"),
+    "int4 in bfloat16": (
+        LANDMARKS,
+        "mixer.landmarks=20",
+        "mixer.landmarks_by=null",
+        "mixer.memory_dtype=int4",
+        "dtype=bfloat16",
+    ),
     "float16": ("window-gla", "dtype=float16"),
 }
 
@@ -163,12 +170,15 @@ def test_faults_show_in_other_kinds_of_model(folder, monkeypatch, kind, fault):
     assert set(verified(path).failed) == FAULTS[fault]
 
 
-def test_faults_show_in_half_precision(folder, monkeypatch):
-    path = folder("bfloat16")
+@pytest.mark.parametrize("kind", ["bfloat16", "int4 in bfloat16"])
+def test_faults_show_in_half_precision(folder, monkeypatch, kind):
+    path = folder(kind)
+    assert verified(path).failed == []
     state_not_updated(monkeypatch)
     failed = set(verified(path).failed)
-    # After a few single tokens the fault may hide behind the rounding, but not after many.
-    assert {"decode", "drift"} <= failed <= FAULTS[state_not_updated]
+    # After a few single tokens the fault may hide behind the rounding, but not after many. The 40 of `drift` fill the
+    # slots alone.
+    assert {"decode"} | ({"drift"} if kind == "bfloat16" else set()) <= failed <= FAULTS[state_not_updated]
 
 
 @pytest.mark.parametrize("fault", ["renamed", "lost", "added"])
@@ -379,7 +389,7 @@ def test_a_code_at_a_boundary_is_no_failure_of_a_rounded_memory(folder, monkeypa
             KINDS_OF_CHECKS["packing"], measure=lambda one: (wide if one.model.dtype.itemsize == 8 else 1, "")
         )
         monkeypatch.setitem(KINDS_OF_CHECKS, "packing", kind)
-        return without_rounding(subject, Check("packing", kind.holds, narrow, FLOAT32_TOLERANCE, ""))
+        return without_rounding(subject, Check("packing", kind.holds, narrow, FLOAT32_TOLERANCE, ""), 1e-2)
 
     assert rounds(model) and not rounds(load(folder("default")))
     assert judged(9e-3, 1e-12).passed and "1.0e-12 in float64" in judged(9e-3, 1e-12).detail

@@ -67,18 +67,25 @@ def main() -> None:
 
 
 def estimate(out: Path) -> None:
-    """Write the estimates of every shape, and print their sums."""
+    """Write the estimates of every shape, with those of what a user would compose, and print their sums."""
     import torch
 
-    from evals.kernels import estimates, work
-    from evals.kernels.telling import estimated
+    from evals.kernels import estimates, peers, work
+    from evals.kernels.telling import compared, estimated
     from evals.recurrences.toy import write
 
-    rows = [row for shape in work.ESTIMATED.values() for row in estimates.table(shape, work.LENGTHS, work.TOKENS)]
+    shapes = work.ESTIMATED.values()
+    rows = [row for shape in shapes for row in estimates.table(shape, work.LENGTHS, work.TOKENS)]
+    others = [
+        row
+        for shape in shapes
+        for length in work.LENGTHS
+        for row in peers.composed(shape, length, work.TOKENS // length)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     made = {key: surroundings(torch.device("cpu"), torch.bfloat16)[key] for key in ("command", "dtype", "versions")}
-    write(out, {"note": estimates.NOTE, **made, "results": rows})
-    print(f"{estimates.NOTE}\n\n{estimated(rows)}")
+    write(out, {"note": estimates.NOTE, **made, "results": rows, "peers": others})
+    print(f"{estimates.NOTE}\n\n{estimated(rows)}\n\n{compared(rows, others)}")
     print(out, file=sys.stderr)
 
 

@@ -34,6 +34,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
@@ -108,7 +109,8 @@ class Program:
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Replace every launch of a Triton kernel by a record of it."""
-    from linearize_kernels import liger
+    # Launching modules are imported before the checks are replaced, as they take `interpreted` over by name.
+    from linearize_kernels import block_triton, dispatch, landmark_triton, liger, step_triton  # noqa: F401
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
@@ -116,10 +118,12 @@ def recording() -> Iterator[list[Launch]]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         options = {name: named.pop(name) for name in _OPTIONS if name in named}
         values = dict(zip((p.name for p in kernel.params), args, strict=False)) | named
-        found.append(_specialised(kernel, tuple(grid), values, options))
+        size = grid({p.name: values.get(p.name, p.default) for p in kernel.params}) if callable(grid) else grid
+        found.append(_specialised(kernel, tuple(size), values, options))
 
-    # Only the check of the device is replaced, so operands are those of a GPU.
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(liger, "interpreted", lambda: True):
+    # Only the checks of the device are replaced, so operands are those of a GPU.
+    checks = (mock.patch.object(module, "interpreted", lambda: True) for module in (liger, dispatch))
+    with mock.patch.object(JITFunction, "run", record), next(checks), next(checks):
         yield found
 
 
@@ -134,6 +138,8 @@ def _specialised(kernel: Any, grid: tuple[int, ...], values: dict[str, Any], opt
             signature[name], attributes[(index,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, bool):
+            signature[name] = "u1"
         elif value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
         else:

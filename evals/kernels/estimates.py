@@ -76,7 +76,7 @@ def _estimate(launch: Launch, shape: Shape, length: int, rows: int, weak: bool, 
     name, programs = launch.name, _programs(launch, shape, length, rows)
     tiled = any(other.startswith("chunk_") for other in beside)
     leaves = tiled and (name in LEAVING if weak else name.startswith("chunk_"))
-    moved = 0.0 if leaves else _bytes(name, shape, length, rows)
+    moved = 0.0 if leaves else _bytes(name, shape, length, rows, apart="mix_gradients" in beside)
     cycles = program.cycles(_trips(name, shape, length, weak))
     held = program.blocks
     if leaves:
@@ -122,45 +122,53 @@ def _trips(name: str, shape: Shape, length: int, weak: bool) -> list[float]:
     near = -(-(SUB + shape.window - 1) // 32)
     own, parts = (0 if weak else SUB), -(-group // 2)
     earlier = 1.5  # sub-chunks of the chunk before one of them, in the mean
-    turns = group if group % 2 else group // 2
+    pieces = -(-shape.width // 64)  # blocks of a head's values
     queries = -(-(CHUNK + shape.window - 1) // 64)
     return {
         "write_outputs_kernel": [1, near, own, earlier],
-        "query_gradients": [1, near, own, earlier, earlier, own],
+        "query_gradients": [1, earlier, own],
         "key_gradients": [1, parts, own * parts, earlier, earlier * parts],
         "read_chunks": [group],
         "chunk_reads": [group],
-        "sum_columns": [length / 512, length / 512],
-        "chunk_outputs": [turns, keys * turns],
-        "chunk_rows": [turns, keys * turns],
-        "window_queries": [group, keys * group],
-        "chunk_pairs": [group],
+        "sum_columns": [length / 512 * group, length / 512 * group],
+        "chunk_factors": [pieces] if pieces > 1 else [],
+        "chunk_outputs": [keys],
+        "window_queries": [keys],
+        "chunk_values": [group],
+        "chunk_keys": [group] if shape.width <= 128 else [group, group * pieces, pieces],
+        "chunk_queries": [group, *([group * pieces] if pieces > 1 else [])],
         "window_keys": [queries, queries * group],
     }.get(name, [])
 
 
-def _bytes(name: str, shape: Shape, length: int, rows: int) -> float:
-    """Bytes between memory and chip, where each program's inputs come from memory once."""
+def _bytes(name: str, shape: Shape, length: int, rows: int, *, apart: bool) -> float:
+    """Bytes between memory and chip, where each program's inputs come from memory once.
+
+    Args:
+        apart: of the backward pass, where the forward kernels keep their parts.
+    """
     tokens, heads, groups, width = length * rows, shape.query_heads, shape.key_value_heads, shape.width
     of_heads, of_groups = 2.0 * tokens * heads * width, 2.0 * tokens * groups * width
     states = 4.0 * tokens / CHUNK * groups * width * width
     numbers = 4.0 * tokens * heads
     wide = 2 * of_groups  # keys in float32
+    parts = 2 * of_heads + 3 * numbers if apart else 0.0
     return {
         "key_statistics": of_groups,
         "write_chunks": 2 * of_groups + states,
         "carry_states": 2 * states,
-        "carry_gradients": 2 * states,
-        "write_outputs_kernel": 3 * of_heads + 3 * of_groups + states,
+        "write_outputs_kernel": 3 * of_heads + 3 * of_groups + states + (parts and parts - of_heads),
         "chunk_factors": of_groups + 1.5 * wide + 1.5 * states,
-        "chunk_outputs": 3 * of_heads + 4 * of_groups + wide + states / 2,
-        "query_gradients": 4 * of_heads + 3 * of_groups + states + wide + 5 * numbers,
-        "chunk_rows": 3 * of_heads + 4 * of_groups + wide + states / 2 + 5 * numbers,
+        "chunk_outputs": 3 * of_heads + 4 * of_groups + wide + states / 2 + parts,
+        "mix_gradients": 3 * of_heads + 6 * numbers,
+        "query_gradients": 3 * of_heads + 2 * of_groups + states + wide + 2 * numbers,
         "window_queries": 3 * of_heads + 2 * of_groups + 3 * numbers,
-        "chunk_pairs": 3 * of_heads + 3 * of_groups + 1.5 * states + 5 * wide + 2 * numbers,
+        "chunk_values": 2 * of_heads + of_groups + states + wide + numbers,
+        "chunk_keys": 2 * of_heads + 3 * of_groups + states + 4 * wide + 2 * numbers,
+        "chunk_queries": 4 * of_heads + 2 * of_groups + states / 2 + 3 * wide + 2 * numbers,
         "window_keys": 2 * of_heads + 4 * of_groups + wide + 3 * numbers,
-        "sum_columns": tokens / CHUNK * groups * shape.sinks * width * 8,
-        "chunk_reads": 2 * of_heads + wide + states + 2 * numbers,
+        "sum_columns": tokens / CHUNK * heads * shape.sinks * width * 8,
+        "chunk_reads": 2 * of_heads + states + 2 * numbers,
         "read_chunks": 2 * of_heads + of_groups + states,
         "keys_of_states": 2 * of_groups + states + 3 * wide,
         "key_gradients": 2 * of_heads + 2 * of_groups + 5 * wide,

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.conversion.swap import convert_model
+from linearize.generation.blocks import Blocks
 from linearize.generation.engine import _Rows
 from linearize.generation.sampling import Sampling
 from linearize.recipe import MixerSpec
@@ -117,6 +118,8 @@ def forms(model: Any) -> dict[str, Callable[[], Any]]:
             rows.ends[rule] = torch.zeros(1, dtype=torch.long, device="cuda")
             with Waits() as waits:
                 rows.forward(model, masked=False)
+                rows.blocks = Blocks(model, fused=False)
+                rows.forward(model, masked=True)
                 rows.choose(rule)
             if waits.seen:
                 raise RuntimeError(f"the recorded step waits: {dict(waits.seen)}")

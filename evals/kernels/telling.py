@@ -56,6 +56,31 @@ def estimated(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def compared(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """A row for each shape, length and pass: estimated milliseconds of the fused kernels, of the parts that would be
+    composed in their place and of their sum, and of causal attention."""
+    ours: dict[tuple[str, int, str], float] = defaultdict(float)
+    parts: dict[tuple[str, int, str], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        ours[row["shape"], row["length"], row["pass"]] += row["estimate"]
+    for row in others:
+        parts[row["shape"], row["length"], row["pass"]][row["part"]] = row["estimate"]
+    return toy.markdown(
+        [
+            {
+                "heads": shape,
+                "length": f"{length}",
+                "pass": name,
+                "fused": f"{ours[shape, length, name] * 1e3:.2f} ms",
+                **{part: f"{found[part] * 1e3:.2f}" for part in ("gla", "window", "mix")},
+                "composed": f"{sum(taken for part, taken in found.items() if part != 'causal') * 1e3:.2f} ms",
+                "causal": f"{found['causal'] * 1e3:.2f} ms",
+            }
+            for (shape, length, name), found in parts.items()
+        ]
+    )
+
+
 def plot(result: dict[str, Any]) -> str:
     """Forward and backward together by length, of the first shape; one line for each contender."""
     cases = _cases(result)

@@ -3,7 +3,7 @@
 
 Each client sends one request after another, without a pause; all are greedy and stream nothing. The first request of
 each client is not counted. A row has the new tokens of all clients per second, and per second of the server's processor
-time, which does not depend on what else the machine does; and the server's resident memory after it.
+time, which does not depend on what else the machine does; and the server's resident memory before and after it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
     command += [] if given.at_once is None else ["--at-once", str(given.at_once)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
     try:
-        facts = json.loads(_until_brace(server))
+        assert server.stdout is not None  # noqa: S101 - it is a pipe
+        facts = json.loads(server.stdout.readline() or sys.exit("the server has ended"))
         print(json.dumps(facts))
         for clients in map(int, given.clients.split(",")):
             _measure(facts, server.pid, clients, given.requests, given.tokens)
@@ -52,12 +53,12 @@ def _measure(facts: dict[str, Any], pid: int, clients: int, requests: int, token
             return sum(_ask(facts, SUBJECTS[number % len(SUBJECTS)], tokens) for _ in range(rounds))
 
         list(pool.map(client, range(clients), [1] * clients))
-        began, busy = time.perf_counter(), _cpu_seconds(pid)
+        before, began, busy = _resident(pid), time.perf_counter(), _cpu_seconds(pid)
         written = sum(pool.map(client, range(clients), [requests] * clients))
         seconds, busy = time.perf_counter() - began, _cpu_seconds(pid) - busy
     row = {"clients": clients, "tokens": written, "seconds": round(seconds, 2)}
     row |= {"tokens_per_second": round(written / seconds, 1), "per_cpu_second": round(written / busy, 1)}
-    print(json.dumps({**row, "resident_mb": _resident(pid)}), flush=True)
+    print(json.dumps({**row, "resident_mb": [before, _resident(pid)]}), flush=True)
 
 
 def _ask(facts: dict[str, Any], subject: str, tokens: int) -> int:
@@ -66,16 +67,6 @@ def _ask(facts: dict[str, Any], subject: str, tokens: int) -> int:
     request = urllib.request.Request(url, json.dumps(body).encode(), method="POST")  # noqa: S310
     with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
         return int(json.load(answer)["usage"]["completion_tokens"])
-
-
-def _until_brace(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None  # noqa: S101 - it is a pipe
-    lines = []
-    while not lines or lines[-1] != "}\n":
-        lines.append(server.stdout.readline())
-        if not lines[-1]:
-            sys.exit("the server has ended")
-    return "".join(lines)
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -3,7 +3,7 @@ of ours at several sizes, a window and kvpress's presses at the same bytes, and 
 
 Every text's result is kept in the figures' file as it comes, so a run may be ended and goes on where it was; `--tasks`,
 `--systems`, `--slots`, `--lengths` and `--limit` choose a piece. Converted models lie in `--work` and are made once.
-`--table` and `--plots` tell the figures that are there.
+`--table` and `--plots` tell the figures that are there, of the chosen tasks, lengths and systems.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from evals.recurrences.toy import write
 from evals.slots.presses import PRESSES, Presses
 from evals.slots.systems import Ours, System, ablations_of, ask, load, score, systems_of
-from evals.slots.telling import plots, table
-from evals.slots.texts import TASKS, texts_of
+from evals.slots.telling import chosen, plots, table
+from evals.slots.texts import READING, TASKS, texts_of
 from linearize.sources.source import find_source, load_tokenizer
 
 FIGURES = Path(__file__).with_name("figures.json")
@@ -51,7 +51,12 @@ def main() -> None:
         if arguments.model is None or arguments.data is None or arguments.work is None:
             parser.error("name the model's folder, --data and --work; or --table, or --plots DIR")
         measure(arguments)
-    figures = json.loads(arguments.figures.read_text(encoding="utf-8"))
+    figures = chosen(
+        json.loads(arguments.figures.read_text(encoding="utf-8")),
+        arguments.tasks.split(","),
+        [int(one) for one in arguments.lengths.split(",")],
+        arguments.systems.split(","),
+    )
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)
         for plot in plots(figures):
@@ -69,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> None:
         every = [system for count in slots for system in ablations_of(arguments.model, ours, count)]
     else:
         every = systems_of(arguments.model, ours, slots)
-    chosen = [system for system in every if any(fnmatch.fnmatchcase(system.name, pattern) for pattern in patterns)]
+    measured = [system for system in every if any(fnmatch.fnmatchcase(system.name, pattern) for pattern in patterns)]
     tokenizer = load_tokenizer(find_source(str(arguments.model)))
     texts = {
         f"{task} {length}": texts_of(tokenizer, task, length, arguments.limit, arguments.data)
@@ -77,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for task in arguments.tasks.split(",")
     }
     figures = _figures(arguments)
-    for system in chosen:
+    for system in measured:
         press = system.kind in PRESSES
         if press and not arguments.kvpress:
             _say(f"{system.name}: not run, because --kvpress is not given")
@@ -101,9 +106,14 @@ def _run(
     model, presses = None, Presses(arguments.kvpress or "", arguments.model, arguments.dtype)
     try:
         for column, items in texts.items():
-            values = figures["values"].setdefault(column, {}).setdefault(system.name, {})
+            task, length = column.split()
+            reads = task in READING and system.kind not in PRESSES
+            values, whole = (
+                figures["values"].setdefault(name, {}).setdefault(system.name, {}) if kept else {}
+                for name, kept in ((column, True), (f"{task}_whole {length}", reads))
+            )
             for text in items:
-                if text.key in values or time.monotonic() > ends:
+                if (text.key in values and (text.key in whole or not reads)) or time.monotonic() > ends:
                     continue
                 try:
                     if system.kind in PRESSES:
@@ -117,7 +127,9 @@ def _run(
                     figures["failed"][f"{system.name}, {column}"] = str(error)
                     _say(f"{system.name}, {column}: {error}")
                     break
-                values[text.key] = round(value, 6)
+                values[text.key] = round(value.value, 6)
+                if value.whole is not None:
+                    whole[text.key] = round(value.whole, 6)
                 write(arguments.figures, figures)
             if values:
                 _say(f"{system.name}, {column}: {sum(values.values()) / len(values):.4f} of {len(values)}")

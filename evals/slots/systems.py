@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from evals.slots.presses import PRESSES, Presses
 from evals.slots.texts import TAIL, Text
 from linearize.conversion.swap import mixers_for, window_baseline, window_sections
 from linearize.evaluation.baselines import equal_bytes, memory_bytes
+from linearize.evaluation.tasks.reading import losses
 from linearize.evaluation.tasks.recall.running import written
 from linearize.evaluation.tasks.recall.tasks import pad_of
 from linearize.families import family_of
@@ -129,13 +130,25 @@ def load(system: System, model: Path, work: Path, dtype: str, say: Any) -> Any:
     return load_model(find_source(str(folder)), dtype=dtype).eval()
 
 
-def score(model: Any, tokenizer: Any, text: Text) -> float:
-    """The share of the answers that the model writes, or the loss in nats per token."""
-    ids = torch.tensor([text.ids], device=model.device)
+class Score(NamedTuple):
+    """What a system does with a text.
+
+    Attributes:
+        value: the share of the answers that it writes, or the loss of the last `TAIL` tokens in nats per token.
+        whole: the loss of all tokens from the second on; None where answers count, and of a press, which cuts the cache
+            at one place.
+    """
+
+    value: float
+    whole: float | None = None
+
+
+def score(model: Any, tokenizer: Any, text: Text) -> Score:
+    """The score of a model that reads text by itself."""
     if not text.answers:
         with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=TAIL + 1).logits[0, :-1].float()
-        return float(torch.nn.functional.cross_entropy(logits, ids[0, -TAIL:]))
+            lost = torch.cat(list(losses(model, torch.tensor([text.ids]))), 1)[0]
+        return Score(float(lost[-TAIL:].mean()), float(lost.mean()))
 
     def done(_: int, new: list[int]) -> bool:
         return found(tokenizer, new, text.answers) == 1
@@ -143,16 +156,16 @@ def score(model: Any, tokenizer: Any, text: Text) -> float:
     new, sound = written(model, [text.ids], text.new_tokens, pad_of(tokenizer), done)
     if not bool(sound.all()):
         raise ValueError("logits that are not finite")
-    return found(tokenizer, new[0], text.answers)
+    return Score(found(tokenizer, new[0], text.answers))
 
 
-def ask(presses: Presses, tokenizer: Any, system: System, text: Text) -> float:
-    """`score` of a press."""
+def ask(presses: Presses, tokenizer: Any, system: System, text: Text) -> Score:
+    """The score of a press."""
     press = None if system.kind == TEACHER else system.kind
     if not text.answers:
-        return float(presses.ask(press, system.tokens, text.context, text.question, targets=True)["loss"])
+        return Score(float(presses.ask(press, system.tokens, text.context, text.question, targets=True)["loss"]))
     reply = presses.ask(press, system.tokens, text.context, text.question, new_tokens=text.new_tokens)
-    return found(tokenizer, reply["ids"], text.answers)
+    return Score(found(tokenizer, reply["ids"], text.answers))
 
 
 def found(tokenizer: Any, new: list[int], answers: Sequence[str]) -> float:

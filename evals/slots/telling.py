@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import statistics
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from evals.slots.systems import TEACHER
-from evals.slots.texts import READING, RULER, TASKS
+from evals.slots.texts import READING, RULER, TASKS, WHOLE
 from linearize.evaluation.tasks.task import mean_and_error
 from linearize.report.formatting import readable_bytes
 from linearize.report.plots import Axis, Lines, Plot, Series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
 _NONE = "not run"
 
 
 def columns(figures: Mapping[str, Any]) -> list[str]:
     """The measured `task length` columns, RULER's first, then by length."""
-    names = list(TASKS)
+    names = list(TASKS | WHOLE)
     return sorted(figures["values"], key=lambda key: (names.index(key.split()[0]), int(key.split()[1])))
+
+
+def chosen(
+    figures: Mapping[str, Any], tasks: Sequence[str], lengths: Sequence[int], systems: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of some tasks, lengths and systems (patterns of names) alone, so that means are over those."""
+    named = {
+        name: one for name, one in figures["systems"].items() if any(fnmatchcase(name, pattern) for pattern in systems)
+    }
+    kept = {f"{task}{part} {length}" for task in tasks for part in ("", "_whole") for length in lengths}
+    values = {
+        column: {name: texts for name, texts in cells.items() if name in named or name == TEACHER}
+        for column, cells in figures["values"].items()
+        if column in kept
+    }
+    return {**figures, "systems": named, "values": values}
 
 
 def mean(figures: Mapping[str, Any], column: str, system: str) -> tuple[float, float | None, int] | None:
@@ -29,11 +46,20 @@ def mean(figures: Mapping[str, Any], column: str, system: str) -> tuple[float, f
     return (*mean_and_error(values), len(values)) if values else None
 
 
-def above(figures: Mapping[str, Any], column: str, system: str) -> float | None:
-    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none."""
+def above(figures: Mapping[str, Any], column: str, system: str, among: Collection[str] | None = None) -> float | None:
+    """Loss above the teacher's in nats per token, over the texts that both have; None if there are none.
+
+    Args:
+        among: the texts that count; None for all.
+    """
     own, teacher = (figures["values"].get(column, {}).get(name, {}) for name in (system, TEACHER))
-    both = sorted(own.keys() & teacher.keys())
+    both = sorted(text for text in own.keys() & teacher.keys() if among is None or text in among)
     return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
+
+
+def _read_by_all(figures: Mapping[str, Any], column: str) -> set[str]:
+    """The texts of a column that every system with a figure in it has read."""
+    return set.intersection(*(set(texts) for texts in figures["values"][column].values() if texts))
 
 
 def average(figures: Mapping[str, Any], system: str) -> float | None:
@@ -43,17 +69,25 @@ def average(figures: Mapping[str, Any], system: str) -> float | None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Markdown: a row for each system with any figure. Answers in %, losses in nats per token above the teacher's."""
+    """Markdown: answers in %, then losses in nats per token and those above the teacher's; a row for each system that
+    has any figure of a table."""
     shown = columns(figures)
-    heads = [f"{TASKS[key.split()[0]]}, {int(key.split()[1]):,}" for key in shown]
-    lines = ["| system | memory | " + " | ".join([*heads, "RULER's mean"]) + " |", "|---" * (len(shown) + 3) + "|"]
-    for name, system in figures["systems"].items():
+    answers, losses = ([key for key in shown if (key.split()[0] in RULER) == recall] for recall in (True, False))
+    return "\n\n".join(_table(figures, keys, recall) for keys, recall in ((answers, True), (losses, False)) if keys)
+
+
+def _table(figures: Mapping[str, Any], shown: list[str], recall: bool) -> str:
+    heads = ["system", "memory"] + [f"{(TASKS | WHOLE)[key.split()[0]]}, {int(key.split()[1]):,}" for key in shown]
+    heads += ["mean"] * recall
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, system in sorted(figures["systems"].items(), key=lambda item: item[0] != TEACHER):
         if not any(mean(figures, key, name) for key in shown):
             continue
         held = f"{readable_bytes(system['bytes'])} = {system['tokens']:,} tokens" if system["bytes"] else "grows"
         whole = average(figures, name)
         cells = [_cell(figures, key, name) for key in shown]
-        lines.append(f"| {name} | {held} | {' | '.join([*cells, _NONE if whole is None else f'{100 * whole:.0f}'])} |")
+        cells += [_NONE if whole is None else f"{100 * whole:.0f}"] * recall
+        lines.append(f"| {name} | {held} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -83,8 +117,11 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
 
     keys = [key for key in columns(figures) if key.split()[0] in READING]
 
+    # Texts differ more than systems do.
+    among = {key: _read_by_all(figures, key) for key in keys}
+
     def lost(name: str) -> float | None:
-        gaps = [gap for key in keys if (gap := above(figures, key, name)) is not None]
+        gaps = [gap for key in keys if (gap := above(figures, key, name, among[key])) is not None]
         return statistics.fmean(gaps) if gaps and len(gaps) == len(keys) else None
 
     reading = _lines(kinds, lost)

@@ -26,6 +26,8 @@ RULER = {
 }
 READING = {"wikitext2": "WikiText-2", "book": "a book"}
 TASKS = RULER | READING
+WHOLE = {f"{task}_whole": f"{title}, whole texts" for task, title in READING.items()}
+"""Columns of the loss of all tokens of the texts of `READING`, which a press does not have."""
 TAIL = 256
 """Tokens at the end of a text whose loss counts; a press cuts the tokens before them."""
 ROWS = 16

@@ -1,8 +1,8 @@
 """The quality of converted SmolLM2-135M-Instruct: `python -m evals.smollm2 DIR` measures it, `--table` prints it.
 
-DIR has the checkpoints `default` and `liger-gla` (`linearize convert`, before any training) and `finetuned` (from
-`linearize demo`); `--data` names the folder of the data. Results are cached item by item, so an interrupted run
-continues, and the teacher is measured once.
+DIR has the checkpoints `default`, `window-gla` and `liger-gla` (`linearize convert`, before any training) and
+`finetuned` (from `linearize demo --train`); `--data` names the folder of the data. Results are cached item by item, so
+an interrupted run continues, and the teacher is measured once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
-BASELINES = "teacher,window,window_bytes"
+BASELINES = "none,teacher,window,window_bytes"
 # Model -> its baselines.
 MODELS = {
-    "default": BASELINES,
+    "default": "none",
+    "window-gla": BASELINES,
     "liger-gla": BASELINES,
     "finetuned": f"{BASELINES},no_recurrence",
 }
@@ -38,10 +39,11 @@ SUITES = {
 }
 # Heading, the report of the column, and the system in it.
 COLUMNS = (
-    ("teacher", "default", "teacher"),
-    ("window 64 + 4 sinks", "default", "window"),
-    ("window of equal bytes", "default", "window_bytes"),
-    ("`window-gla`, as converted", "default", "model"),
+    ("teacher", "window-gla", "teacher"),
+    ("`default`, as converted", "default", "model"),
+    ("window 64 + 4 sinks", "window-gla", "window"),
+    ("window of the bytes of `window-gla`", "window-gla", "window_bytes"),
+    ("`window-gla`, as converted", "window-gla", "model"),
     ("`liger-gla`, as converted", "liger-gla", "model"),
     ("demo, fine-tuned", "finetuned", "model"),
     ("… without recurrence", "finetuned", "no_recurrence"),
@@ -73,7 +75,7 @@ def measure(models: Path, data: Path) -> None:
                 model,
                 *options.split(),
                 "--baseline",
-                f"none,{baselines}",
+                baselines,
             ]
             report = ["--data", str(data), "--report", str(HERE.resolve() / f"{model}{suffix}")]
             subprocess.run([*command, *report], cwd=models, check=True)  # noqa: S603

@@ -1,6 +1,6 @@
-"""GPU speed against its targets: Llama-3-8B's shape in bfloat16 with random weights, converted with the default recipe,
-and its teacher, in decoding, prefill and steps of LoRA fine-tuning. Writes `llama-3-8b-GPU.json` and prints targets and
-results.
+"""GPU speed against its targets: Llama-3-8B's shape in bfloat16 with random weights, converted with the recipe
+`window-gla`, and its teacher, in decoding, prefill and steps of LoRA fine-tuning; and the recipe `default`, with its
+slots, in decoding and prefill. Writes `llama-3-8b-GPU.json` and prints targets and results.
 
     python -m evals.speed.gpu              # writing after 1k to 1M tokens at batch 1 and 16; at batch 1 the rest
     python -m evals.speed.gpu --dry-run    # a small shape and short lengths, on any machine; writes nothing
@@ -23,6 +23,7 @@ from linearize.recipe import load_recipe
 FOLDER = Path(__file__).parent
 LENGTHS = tuple(1 << power for power in (10, 12, 13, 14, 15, 17, 18, 20))
 TRAIN = (2048, 4096, 8192)
+SLOTS_READ = 8192  # a prompt's blocks are chosen one by one
 PEAK_BYTES = 16.4e9
 
 
@@ -32,16 +33,22 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="a small shape, to see that it runs; writes nothing")
     arguments = parser.parse_args()
     if arguments.dry_run:
-        parts = measured("smollm2-135m", (64, 128), (1, 2), read=64, train=(64, 128), layers=2, repeats=2, steps=4)
+        small: dict[str, Any] = {"layers": 2, "repeats": 2, "steps": 4}
+        parts = measured("smollm2-135m", (64, 128), (1, 2), read=64, train=(64, 128), **small)
+        slots = measured("smollm2-135m", (64, 128), (1,), read=64, recipe="default", **small)
     elif not torch.cuda.is_available():
         parser.error("there is no GPU here; --dry-run shows that the script runs")
     else:
         parts = measured(arguments.config, LENGTHS, (1, 16), read=LENGTHS[-1], train=TRAIN)
+        slots = measured(arguments.config, LENGTHS, (1, 16), read=SLOTS_READ, recipe="default", teacher=False)
     facts = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
     facts["copy_bytes_per_second"] = [part["copy_bytes_per_second"] for part in parts]
     facts["ahead_from"] = _merged([part["ahead_from"] for part in parts])
     facts["bars"] = bars(facts)
+    facts["slots"] = [row for part in slots for row in part["rows"]]
     print(markdown([{"": bar["what"], "asked": bar["asked"], "seen": _seen(bar)} for bar in facts["bars"]]))
+    told = ("kind", "system", "batch", "tokens", "tokens_per_second")
+    print(markdown([{name: f"{row[name]}" for name in told} for row in facts["slots"]]))
     if not arguments.dry_run:
         gpu = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower().removeprefix("nvidia ")).strip("-")
         write(FOLDER / f"{arguments.config}-{gpu}.json", {**surroundings(), **facts})
@@ -53,13 +60,15 @@ def measured(
     batches: tuple[int, ...],
     *,
     read: int,
-    train: tuple[int, ...],
+    train: tuple[int, ...] = (),
+    recipe: str = "window-gla",
     layers: int | None = None,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """The facts of `linearize bench` for each batch. Only the first batch also measures prefill, up to `read` tokens,
     and training, on rows of `train` tokens."""
-    mixer = load_recipe("window-gla").mixer
+    mixer = load_recipe(recipe).mixer
+    mixer = mixer.model_copy(update={"landmarks_by": None})  # which slots a layer gets is fitted, and changes no speed
     found = []
     for batch in batches:
         first = batch == batches[0]

@@ -2,7 +2,8 @@
 
 On a GPU each operator is at least one launch; on a CPU it costs some microseconds. Views are not counted. A small
 model of random weights is enough, because the counts depend on neither widths nor values: a layer's count is that of a
-model of two layers minus that of one layer.
+model of two layers minus that of one layer. With triton, but without a GPU, the launches of the step that a GPU records
+are counted too: Triton's kernels are noted instead of launched.
 
     python -m evals.speed.operators            # a table
     python -m evals.speed.operators --write    # and the figures, to operators.json
@@ -11,9 +12,12 @@ model of two layers minus that of one layer.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evals.recurrences.toy import markdown, surroundings, write
 from linearize import State
 from linearize.conversion.swap import convert_model
+from linearize.generation.blocks import Blocks
 from linearize.generation.engine import _Rows
 from linearize.recipe import load_recipe
 
@@ -35,6 +40,7 @@ FIGURES = Path(__file__).with_name("operators.json")
 RECIPES = ("default", "window-gla")
 PROMPTS = (512, 2048, 8192)
 STEPS = 32  # a merge is due once in as many
+KERNELS_TAKE = 64  # the least width of a head for slots in 4 bits
 _NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty")
 
 
@@ -56,8 +62,8 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def small(mixer: MixerSpec, layers: int) -> Any:
-    """A model of few heads and channels with such mixers."""
+def small(mixer: MixerSpec, layers: int, width: int = 8) -> Any:
+    """A model of few heads, of `width` channels, with such mixers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -65,15 +71,16 @@ def small(mixer: MixerSpec, layers: int) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=width,
         vocab_size=97,
         max_position_embeddings=2**15,
     )
     return convert_model(LlamaForCausalLM(config).eval(), mixer)
 
 
-def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]]) -> Counter[str]:
+def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]], width: int = 8) -> Counter[str]:
     """The operators of one layer in `work`, by name."""
-    one, two = (work(small(mixer, layers)) for layers in (1, 2))
+    one, two = (work(small(mixer, layers, width)) for layers in (1, 2))
     return Counter({name: two[name] - one[name] for name in two if two[name] != one[name]})
 
 
@@ -109,11 +116,40 @@ def writing(tokens: int, *, merges: bool | None = None) -> Callable[[Any], Count
     return work
 
 
+def launching(tokens: int, *, merges: bool = False, short: bool = True) -> Callable[[Any], Counter[str]]:
+    """Run the step that a GPU records, in bfloat16: operators of torch, and the names of Triton's kernels.
+
+    Args:
+        merges: as in `writing`. short: False runs the base model's own code between the mixers.
+    """
+    from evals.kernels.compiled import recording
+
+    def work(model: Any) -> Counter[str]:
+        model = model.to(torch.bfloat16)
+        rows = _Rows.around(State.read(model, _text(tokens)).cache, 1, model)
+        for layer in rows.state.layers:
+            layer.stay()
+            layer.counts_on_host = False
+        with mock.patch.dict(os.environ, LINEARIZE_KERNELS="triton"), torch.inference_mode(), recording() as launched:
+            rows.blocks = Blocks(model, fused=True) if short else None
+            rows.forward(model, masked=True, merges=merges)  # joins weights
+            launched.clear()
+            with Operators() as operators:
+                rows.forward(model, masked=True, merges=merges)
+        return operators.counts + Counter(launch.name for launch in launched)
+
+    return work
+
+
 def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, float]:
     """Operators per layer: of prompts, and of a step, averaged over `STEPS`."""
     found = {f"prompt of {tokens:,}": float(sum(of_a_layer(mixer, reading(tokens)).values())) for tokens in prompts}
     for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
         found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
+    if importlib.util.find_spec("triton") is not None:
+        for merges in (False, True):
+            name = f"launches of a GPU's step{' with a merge' if merges else ''}"
+            found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges), KERNELS_TAKE).values()))
     return found
 
 

@@ -7,7 +7,9 @@ speed    MODEL is the pretrained model, which vLLM serves as it is, or a convert
 memory   bytes of vLLM's cache that one request holds when `--lengths` tokens of it have been read
 equal    8 requests of unequal lengths on four places get 64 greedy tokens each, with whole prompts and with chunks of
          32 tokens; the same in transformers. Each token of a text that differs is held against transformers' logits
-         after the tokens before it, and counts as a tie if it is less than 1e-4 of their spread below the largest
+         after the tokens before it, and counts as a tie if it is less than 1e-4 of their spread below the largest.
+         Others come with the gaps in transformers after each weight has moved by at most its last bit, at random,
+         `DRAWS` times: rounding to 4 bits can turn a last bit into 1/15 of a key's range
 
 The figures are written to FILE after each measurement. vLLM runs in this process, in float32, without its compiler.
 """
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 TEXT = Path(__file__).resolve().parents[2] / "README.md"
 EQUAL_LENGTHS, EQUAL_NEW = (1, 5, 63, 64, 69, 130, 300, 41), 64
-TIE = 1e-4
+TIE, DRAWS = 1e-4, 12
 
 
 @contextmanager
@@ -176,7 +178,25 @@ def apart(model: Any, ids: list[int], text: list[int]) -> list[dict[str, Any]]:
         if gap > 0:
             best = int(row.argmax())
             found.append({"prompt": len(ids), "place": place, "tokens": [token, best], "gap": gap, "tie": gap < TIE})
+            if gap >= TIE:
+                found[-1]["moved"] = moved(model, ids + text[:place], token, best)
     return found
+
+
+def moved(model: Any, ids: list[int], token: int, best: int) -> list[float]:
+    """The gap between two tokens after `ids`, over the spread of all logits, with weights moved by their last bit."""
+    weights = [weight for weight in model.parameters() if weight.dim() > 1]
+    kept, gaps = [weight.clone() for weight in weights], []
+    for draw in range(DRAWS):
+        chance = torch.Generator().manual_seed(draw)
+        for weight, own in zip(weights, kept, strict=True):
+            bits = torch.randint(-1, 2, own.shape, generator=chance, dtype=torch.int8)
+            weight.copy_(own * (1 + 2.0**-23 * bits))
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        gaps.append(float((logits[best] - logits[token]) / (logits.max() - logits.min())))
+    for weight, own in zip(weights, kept, strict=True):
+        weight.copy_(own)
+    return sorted(gaps)
 
 
 def main() -> None:

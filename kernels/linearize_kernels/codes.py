@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.decay import computing_dtype
+from linearize_kernels.products import product
 
 GROUP = 32
 """The most channels that share a scale in 4 bits."""
 _LEAST_SCALE = 1e-30
+_FEW = 2**12
 _FINEST = 2.0**-7
 """The smallest scale of a group in 4 bits, relative to its zero: below it the zero's own rounding would show."""
 
@@ -56,21 +58,37 @@ def encode(x: Tensor, bits: int) -> Codes:
     """`x` `[..., D]` in 8 or 4 bits."""
     if x.is_meta:
         return _shapes(x, bits)
-    x = x.to(computing_dtype(x))
+    steps, scale, zero = _levels(x.to(computing_dtype(x)), bits)
+    if zero is None:
+        return Codes(steps.to(torch.int8), scale, None)
+    low, high = steps.to(torch.uint8).flatten(-2).chunk(2, -1)
+    return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
+
+
+def _levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The codes of `x` as numbers, `[..., D]` or `[..., groups, channels]`, with scales and zeros of as many axes."""
+    # A norm and `aminmax` are one launch, but for many rows on a CPU ten times slower than `amax` and `amin`.
+    many = x.is_cpu and x.numel() > _FEW
     if bits == 8:
         # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
         # that is not finite.
-        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-        scale = largest.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
-        return Codes((x / scale).round_().to(torch.int8), scale, None)
+        most = x.abs().amax(-1, keepdim=True) if many else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        scale = most.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
+        return (x / scale).round_(), scale, None
     grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))
-    least, most = grouped.aminmax(dim=-1, keepdim=True)
+    if many:
+        least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    else:
+        least, most = grouped.aminmax(dim=-1, keepdim=True)
     zero = least.bfloat16()
     base = zero.to(x.dtype)
     scale = torch.maximum((most - least) / 15, base.abs() * _FINEST).clamp_min_(_LEAST_SCALE).bfloat16()
-    steps = (grouped - base) / scale
-    low, high = steps.round_().clamp_(0, 15).to(torch.uint8).flatten(-2).chunk(2, -1)
-    return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
+    return grouped.sub_(base).div_(scale).round_().clamp_(0, 15), scale, zero
+
+
+def _of_levels(steps: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """What the codes of 4 bits stand for, `[..., D]`. Writes into `steps`."""
+    return turned(steps.mul_(scale).add_(zero).flatten(-2))
 
 
 def _shapes(x: Tensor, bits: int) -> Codes:
@@ -86,8 +104,7 @@ def decode(held: Codes, dtype: torch.dtype) -> Tensor:
     """The tensor `[..., D]` that codes stand for."""
     if held.zero is None:
         return held.codes.to(dtype).mul_(held.scale)
-    levels = torch.addcmul(held.zero.to(dtype)[..., None], _steps(held, dtype), held.scale.to(dtype)[..., None])
-    return turned(levels.flatten(-2))
+    return _of_levels(_steps(held, dtype), held.scale[..., None], held.zero[..., None])
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -99,7 +116,10 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        return decode(encode(x, bits), x.dtype)
+        steps, scale, zero = _levels(x, bits)
+        if zero is None:
+            return steps.mul_(scale)
+        return _of_levels(steps, scale, zero)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -112,12 +132,19 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
         return q @ k.to(q.dtype).permute(0, 2, 3, 1)
     if k.zero is None:
         return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
-    # Scales and zeros act on the scores of a group of channels, of which there are fewer than channels.
-    grouped: Tensor = turned(q).unflatten(-1, (k.scale.shape[-1], -1)).transpose(2, 3)  # [B, K, groups, Q, channels]
-    found = grouped @ _steps(k, q.dtype).permute(0, 2, 3, 4, 1)
-    scale, zero = (x.permute(0, 2, 3, 1) for x in (k.scale, k.zero))  # [B, K, groups, S]
-    of_zeros = grouped.sum(-1).transpose(2, 3) @ zero.to(q.dtype)
-    return found.mul_(scale.unsqueeze(3)).sum(2).add_(of_zeros)
+    # Scales and zeros act on the scores of a piece of the channels, of which there are fewer than channels. Low and
+    # high bits are two products, so codes are not put side by side.
+    scale, zero = _by_piece(k.scale, k.zero, q.dtype)  # [B, K, pieces, S]
+    pieces = scale.shape[2]
+    grouped: Tensor = turned(q).unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, K, pieces, Q, channels]
+    of_zeros: Tensor = grouped.sum(-1).transpose(2, 3) @ zero
+    low, high = (x.permute(0, 2, 3, 4, 1) for x in _low_and_high(k, pieces, q.dtype))
+    low_scale, high_scale = scale.unsqueeze(3).chunk(2, 2)
+    low_q, high_q = grouped.chunk(2, 2)
+    of_low, of_high = low_q @ low, high_q @ high
+    if pieces == 2:
+        return of_zeros.unsqueeze(2).addcmul_(of_low, low_scale).addcmul_(of_high, high_scale).squeeze(2)
+    return of_zeros.add_(of_low.mul_(low_scale).addcmul_(of_high, high_scale).sum(2))
 
 
 def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
@@ -126,10 +153,11 @@ def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
         return shares @ v.to(shares.dtype).transpose(1, 2)
     if v.zero is None:
         return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
-    scale = v.scale.permute(0, 2, 3, 1).unsqueeze(3)  # [B, K, groups, 1, S]
-    found = (shares.unsqueeze(2) * scale) @ _steps(v, shares.dtype).permute(0, 2, 3, 1, 4)
-    of_zeros = (shares @ v.zero.to(shares.dtype).transpose(1, 2)).transpose(2, 3).unsqueeze(-1)
-    return turned((found + of_zeros).transpose(2, 3).flatten(3))
+    scale, zero = _by_piece(v.scale, v.zero, shares.dtype)  # [B, K, pieces, S]
+    low, high = (x.permute(0, 2, 3, 1, 4) for x in _low_and_high(v, scale.shape[2], shares.dtype))
+    low_shares, high_shares = (shares.unsqueeze(2) * scale.unsqueeze(3)).chunk(2, 2)
+    found = torch.cat([(low_shares @ low).transpose(2, 3), (high_shares @ high).transpose(2, 3)], 3)
+    return turned(found.add_((shares @ zero.transpose(2, 3)).unsqueeze(-1)).flatten(3))  # [B, K, Q, pieces, channels]
 
 
 def turned(x: Tensor) -> Tensor:
@@ -137,7 +165,8 @@ def turned(x: Tensor) -> Tensor:
     width = x.shape[-1]
     size = width & -width
     matrix = _hadamard(size, x.dtype, x.device)
-    return x @ matrix if size == width else (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    # The matrix is symmetric, so its rows are its columns.
+    return product(x, matrix) if size == width else product(x.unflatten(-1, (-1, size)), matrix).flatten(-2)
 
 
 def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
@@ -145,6 +174,22 @@ def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
     steps = torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype)
     grouped: Tensor = steps.unflatten(-1, (held.scale.shape[-1], -1))
     return grouped
+
+
+def _low_and_high(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes of 4 bits as numbers, the low ones and the high ones, each `[B, S, K, pieces / 2, channels]`."""
+    low, high = (held.codes & 15).to(dtype), (held.codes >> 4).to(dtype)
+    shape = (pieces // 2, -1)
+    return low.unflatten(-1, shape), high.unflatten(-1, shape)
+
+
+def _by_piece(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales and zeros `[B, S, K, groups]` as `[2, B, K, pieces, S]`: an even number of pieces, of one group each."""
+    found = torch.stack([scale.permute(0, 2, 3, 1), zero.permute(0, 2, 3, 1)]).to(dtype)
+    groups = scale.shape[-1]
+    if groups == 1:
+        return found.expand(-1, -1, -1, 2, -1)
+    return found.repeat_interleave(2, 3) if groups % 2 else found
 
 
 @cache

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 Kernels = Literal["reference", "torch", "triton", "fla"]
-Operation = Literal["attention", "step", "gla", "gated_values", "delta_rule"]
+Operation = Literal["attention", "step", "block", "gla", "gated_values", "delta_rule"]
 
 CHOICES: tuple[Kernels, ...] = get_args(Kernels)
 VARIABLE = "LINEARIZE_KERNELS"
@@ -40,6 +40,7 @@ class _Row(NamedTuple):
 _ON_GPU: dict[Operation, _Row] = {
     "attention": _Row("triton", True, "window, recurrence and mix share what they read, and no score leaves the chip"),
     "step": _Row("triton", True, "one launch where the plain way has some forty"),
+    "block": _Row("triton", True, "nine launches a layer where the plain way has some forty"),
     "gla": _Row("fla", True, "chunks in a few launches, in TF32"),
     "delta_rule": _Row("fla", True, "chunks in a few launches, in TF32"),
     "gated_values": _Row("fla", False, "fla's takes one token after the other"),

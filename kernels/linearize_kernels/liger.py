@@ -42,7 +42,6 @@ def liger_attention(
     mix_weight: Tensor | None = None,
     columns: Columns | None = None,
     rows: Tensor | int = 1,
-    longest: int | None = None,
     counts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,8 +54,7 @@ def liger_attention(
         mix_weight: `[H, V]` for `mix: learned`, `[H]` for `mix: softmax`.
         columns: sinks and other exact columns.
         rows: `cu_seqlens`, int32 `[R + 1]`, the start of each row of queries and the end of the last one; or a number
-            of rows of equal length.
-        longest: upper bound of a row's tokens; without it, `cu_seqlens` is read with a sync.
+            of rows of equal length. Their tiles are kept with the tensor, so layers should share it.
         counts: `[R]` tokens of each row before its first query; given if and only if rows continue a cache (P > N). Of
             the W keys before a row, those before its token 0 are ignored.
         initial_state: `[R, K, F, V + 1]`, the last column the mass; None is zeros.
@@ -75,7 +73,7 @@ def liger_attention(
     _check(*arguments, *more)
     from linearize_kernels.liger_autograd import fused
 
-    return fused(*arguments, *more, longest)
+    return fused(*arguments, *more)
 
 
 def unsupported(
@@ -137,7 +135,6 @@ def liger_attention_composed(
     mix_weight: Tensor | None = None,
     columns: Columns | None = None,
     rows: Tensor | int = 1,
-    longest: int | None = None,
     counts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +144,7 @@ def liger_attention_composed(
     window, dtype = options.window, torch.float64 if q.dtype == torch.float64 else torch.float32
     starts = row_starts(rows, q.shape[0], q.device)
     lengths, past = starts.diff(), 0 if counts is None else window
-    tokens = longest_row(rows, q.shape[0], longest)
+    tokens = longest_row(rows, q.shape[0])
     row = torch.arange(len(lengths), device=q.device)[:, None]
     place = torch.arange(past + tokens, device=q.device)
     real = place[:tokens] < lengths[:, None]

@@ -11,29 +11,20 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.dispatch import interpreted
-from linearize_kernels.liger_chunk_gradients import chunk_pairs, chunk_reads, chunk_rows
+from linearize_kernels.liger_chunk_gradients import chunk_keys, chunk_queries, chunk_reads, chunk_values
 from linearize_kernels.liger_chunks import chunk_factors, chunk_outputs
 from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks, write_outputs_kernel
-from linearize_kernels.liger_key_gradients import (
-    carry_gradients,
-    gate_gradients,
-    key_gradients,
-    keys_of_states,
-    read_chunks,
-)
-from linearize_kernels.liger_options import Columns, Gate, LigerOptions, longest_row, row_starts
+from linearize_kernels.liger_key_gradients import gate_gradients, key_gradients, keys_of_states, read_chunks
+from linearize_kernels.liger_mix import mix_gradients
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions, row_starts, tile_list
 from linearize_kernels.liger_query_gradients import query_gradients
 from linearize_kernels.liger_tiles import tl, triton
 from linearize_kernels.liger_window_gradients import sum_columns, window_keys, window_queries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch.autograd.function import FunctionCtx
 
 CHUNK, SUB = 64, 16
-# Rows times key/value heads of one launch; CUDA's limit of a grid's second axis.
-MOST_PROGRAMS = 65535
 # Entries of a state, or of a mass, per program that carries them from chunk to chunk.
 CARRIED = 512
 # Input dtypes whose chunks of weak decays are tiles of tensor cores. float16 has too few exponents for their factors.
@@ -50,7 +41,7 @@ class Problem:
 
     Attributes:
         starts: `[R + 1]` int32. counts: `[R]` int32 or None. exists: `[R, M - sinks]` uint8 or None.
-        longest: upper bound of a row's tokens.
+        given: the rows as `liger_attention` takes them. tokens: of all rows.
         sinks: number of columns that are sinks.
         divisor: of gates built from keys; None for given log-gates.
     """
@@ -59,7 +50,8 @@ class Problem:
     starts: Tensor
     counts: Tensor | None
     exists: Tensor | None
-    longest: int
+    given: Tensor | int
+    tokens: int
     sinks: int
     divisor: float | None
 
@@ -89,28 +81,21 @@ class Problem:
         return self.sinks if self.evicted else 0
 
     @property
-    def stream(self) -> int:
-        """Length of the longest row's stream, the tokens that its recurrence reads."""
-        return max(self.longest - self.lag, 0)
+    def chunks(self) -> Tensor:
+        """The chunks of all rows' streams, the tokens that their recurrences read; see `tile_list`."""
+        return self.tiles(CHUNK, more=-self.lag)
 
-    @property
-    def chunks(self) -> int:
-        return -(-self.stream // CHUNK)
+    def tiles(self, step: int, *, more: int = 0, before: int = 0) -> Tensor:
+        return tile_list(self.given, self.tokens, self.starts.device, step, more=more, before=before)
 
-    @property
-    def tiles(self) -> int:
-        """Sub-chunks of the longest row's queries, including those before the stream."""
-        return -(-self.lag // SUB) + -(-self.stream // SUB)
-
-    @property
-    def query_chunks(self) -> int:
-        """Chunks of the longest row's queries, including those before the stream."""
-        return -(-self.lag // CHUNK) + self.chunks
+    def tiles_of_queries(self, step: int) -> Tensor:
+        """Tiles of queries, aligned with the stream, and those before it."""
+        return self.tiles(step, more=-self.lag, before=-(-self.lag // step))
 
     @cached_property
     def slots(self) -> Tensor:
         """`[R]` int32, the first slot of each row."""
-        chunks = (self.starts.diff() - self.lag).clamp_min(0).add(CHUNK - 1).div(CHUNK, rounding_mode="floor")
+        chunks = (self.starts.diff() + (CHUNK - 1 - self.lag)).clamp_min(0).div(CHUNK, rounding_mode="floor")
         return ((chunks + 1).cumsum(0) - (chunks + 1)).int()
 
     def slot_count(self, tokens: int) -> int:
@@ -222,12 +207,12 @@ class Operands:
 
     @property
     def tiled(self) -> bool:
-        return self.q.dtype in TILED and block(self.features) * block(self.values) <= 128 * 128 and self.widest <= 128
+        return self.q.dtype in TILED
 
     @property
     def heads_per_chunk(self) -> int:
         """Query heads of a tile of a chunk: with two, each group of four warps has rows of its own."""
-        return 1 if self.heads // self.groups % 2 else 2
+        return 1 if self.heads // self.groups % 2 or self.widest > 128 else 2
 
     @property
     def widest(self) -> int:
@@ -279,41 +264,16 @@ def fused(
     rows: Tensor | int,
     counts: Tensor | None,
     initial_state: Tensor | None,
-    longest: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Run `liger_attention` on checked arguments."""
-    whole, most = (rows if isinstance(rows, int) else rows.shape[0] - 1), max(MOST_PROGRAMS // k.shape[1], 1)
-    if whole > most:
-        pieces = [
-            fused(*piece)
-            for piece in pieces_of_rows(
-                (
-                    q_rotated,
-                    k_rotated,
-                    v,
-                    q,
-                    k,
-                    gate,
-                    options,
-                    mix_weight,
-                    columns,
-                    rows,
-                    counts,
-                    initial_state,
-                    longest,
-                ),
-                most,
-            )
-        ]
-        outputs, states = zip(*pieces, strict=True)
-        return torch.cat(outputs), torch.cat(states)
     exists = columns.exists if columns is not None else None
     problem = Problem(
         options=options,
         starts=row_starts(rows, q.shape[0], q.device).int(),
         counts=None if counts is None else counts.int(),
         exists=None if exists is None else exists.to(torch.uint8).contiguous(),
-        longest=longest_row(rows, q.shape[0], longest),
+        given=rows,
+        tokens=q.shape[0],
         sinks=columns.sinks if columns is not None else 0,
         divisor=gate.divisor if isinstance(gate, Gate) else None,
     )
@@ -325,37 +285,6 @@ def fused(
         problem, *(None if x is None else x.contiguous() for x in tensors)
     )
     return outputs, state
-
-
-def pieces_of_rows(arguments: tuple[Any, ...], most: int) -> Iterator[tuple[Any, ...]]:
-    """The arguments of `fused`, cut into calls of at most `most` rows. Packed rows are read with a sync."""
-    q_rotated, k_rotated, v, q, k, gate, options, mix_weight, columns, rows, counts, initial_state, longest = arguments
-    starts = row_starts(rows, q.shape[0], torch.device("cpu")) if isinstance(rows, int) else rows.cpu()
-    past = 0 if counts is None else options.window
-    for first in range(0, len(starts) - 1, most):
-        last = min(first + most, len(starts) - 1)
-        own = slice(int(starts[first]), int(starts[last]))
-        of_keys = slice(own.start + first * past, own.stop + last * past)
-        part = slice(first, last)
-        cut = None
-        if columns is not None:
-            exists = None if columns.exists is None else columns.exists[part]
-            cut = Columns(columns.k[part], columns.v[part], columns.sinks, exists)
-        yield (
-            q_rotated[own],
-            k_rotated[of_keys],
-            v[of_keys],
-            q[own],
-            k[of_keys],
-            gate if isinstance(gate, Gate) else gate[of_keys],
-            options,
-            mix_weight,
-            cut,
-            last - first if isinstance(rows, int) else rows[first : last + 1] - rows[first],
-            None if counts is None else counts[part],
-            None if initial_state is None else initial_state[part],
-            longest,
-        )
 
 
 class _Fused(torch.autograd.Function):
@@ -395,14 +324,15 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     states, masses = o.float32(slots, o.groups, o.features, o.values), o.float32(slots, o.groups, o.features)
     totals, final = torch.empty_like(masses), o.float32(*wide, o.features, o.values + 1)
     width = min(block(o.values), 128 if block(o.features) <= 128 else 64)
-    if problem.chunks:
-        grid = (problem.chunks, problem.rows * o.groups, triton.cdiv(o.values, width))
-        write_chunks[grid](
+    chunks = problem.chunks
+    if len(chunks):
+        write_chunks[len(chunks), o.groups, triton.cdiv(o.values, width)](
             o.k,
             o.v,
             o.stats,
             **o.gate,
             **o.rows,
+            tiles=chunks,
             states=states,
             masses=masses,
             totals=totals,
@@ -414,11 +344,28 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             **FUSION,
             num_warps=8 if block(o.features) > 64 else 4,
         )
-    carry_states[blocks_of_carry(o), problem.rows * o.groups](
+    carry(o, states, masses, totals, o.initial_state, final)
+    return states, masses, totals, final
+
+
+def carry(
+    operands: Operands,
+    states: Tensor,
+    masses: Tensor,
+    totals: Tensor,
+    initial: Tensor | None,
+    final: Tensor,
+    *,
+    backward: bool = False,
+) -> None:
+    """Carry states and masses, or their gradients, over the chunks of every row."""
+    o, problem = operands, operands.problem
+    blocks = sum(-(-count // CARRIED) for count in (o.features * o.values, o.features))
+    carry_states[problem.rows * o.groups, blocks](
         states,
         masses,
         totals,
-        totals if o.initial_state is None else o.initial_state,
+        totals if initial is None else initial,
         final,
         problem.starts,
         problem.slots,
@@ -428,49 +375,67 @@ def enter_states(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         o.values,
         CHUNK,
         CARRIED,
-        FROM_STATE=o.initial_state is not None,
+        FROM_STATE=initial is not None,
+        BACKWARD=backward,
         EXACT=o.recurrence["EXACT"],
         **FUSION,
         num_warps=4,
     )
-    return states, masses, totals, final
-
-
-def blocks_of_carry(o: Operands) -> int:
-    """Programs per row and head that carry states and masses."""
-    return sum(-(-count // CARRIED) for count in (o.features * o.values, o.features))
 
 
 def write_outputs(operands: Operands, states: Tensor, masses: Tensor, totals: Tensor) -> Tensor:
     """Compute the outputs `[N, H, V]`."""
+    outputs = operands.q.new_empty(operands.tokens, operands.heads, operands.values)
+    attend(operands, {"states": states, "masses": masses, "totals": totals, "outputs": outputs}, apart=False)
+    return outputs
+
+
+def attend(operands: Operands, results: dict[str, Tensor], *, apart: bool) -> dict[str, Tensor]:
+    """Run the forward kernels over queries; returns the factors of chunks.
+
+    Args:
+        results: states, and the arrays that the kernels write: `outputs`, and with `apart` those of `liger_mix`.
+    """
     o, problem = operands, operands.problem
-    outputs = o.q.new_empty(o.tokens, o.heads, o.values)
     arguments = {
         **{name: getattr(o, name) for name in ("q_rotated", "k_rotated", "v", "q", "k", "stats")},
         **(o.gate | o.columns | o.rows | o.numbers | o.window | o.recurrence),
         "mix_weight": o.q if o.mix_weight is None else o.mix_weight,
-        "states": states,
-        "masses": masses,
-        "totals": totals,
-        "outputs": outputs,
+        **dict.fromkeys(("apart", "faded", "rows"), results["outputs"]),
+        **results,
+        "entries": o.tokens * o.heads,
         "PRECISION": o.precision,
+        "APART": apart,
         **FUSION,
     }
-    whole, pieces = problem.rows * o.groups, triton.cdiv(o.values, o.value_block)
+    factors: dict[str, Tensor] = {}
     if o.tiled:
-        chunk_outputs[problem.query_chunks, whole, pieces](
-            **taken_by(chunk_outputs, arguments | factors_of_chunks(o, states, totals)),
-            BV=o.value_block,
+        factors = factors_of_chunks(o, results["states"], results["totals"])
+        tiles = problem.tiles_of_queries(CHUNK)
+        parts = triton.cdiv(o.heads // o.groups, o.heads_per_chunk)
+        chunk_outputs[len(tiles) * parts, o.groups, triton.cdiv(o.values, 128)](
+            **taken_by(chunk_outputs, arguments | factors),
+            tiles=tiles,
+            BV=min(block(o.values), 128),
             HEADS=o.heads_per_chunk,
             KEYS=64,
-            num_warps=4 * o.heads_per_chunk,
+            num_warps=4 * o.heads_per_chunk if o.widest <= 128 else 8,
             num_stages=1,
         )
     heads, parts = o.tile(OUTPUT_HEADS)
-    write_outputs_kernel[problem.query_chunks if o.tiled else problem.tiles, whole, pieces * parts](
-        **arguments, BV=o.value_block, GROUP=heads, SUB=SUB, KEYS=32, TILED=o.tiled, num_warps=o.warps(heads)
+    pieces = triton.cdiv(o.values, o.value_block)
+    tiles = problem.tiles_of_queries(CHUNK if o.tiled else SUB)
+    write_outputs_kernel[len(tiles), o.groups, pieces * parts](
+        **taken_by(write_outputs_kernel, arguments),
+        tiles=tiles,
+        BV=o.value_block,
+        GROUP=heads,
+        SUB=SUB,
+        KEYS=32,
+        TILED=o.tiled,
+        num_warps=o.warps(heads),
     )
-    return outputs
+    return factors
 
 
 def factors_of_chunks(operands: Operands, states: Tensor, totals: Tensor) -> dict[str, Tensor]:
@@ -479,20 +444,24 @@ def factors_of_chunks(operands: Operands, states: Tensor, totals: Tensor) -> dic
     kept = torch.float32 if interpreted() else o.q.dtype
     factors = {"rise": o.float32(*o.k.shape)}
     factors |= {"folded": torch.empty_like(o.k, dtype=kept), "entering": torch.empty_like(states, dtype=kept)}
-    if problem.chunks:
-        chunk_factors[problem.chunks, problem.rows * o.groups](
+    chunks = problem.chunks
+    if len(chunks):
+        size = min(block(o.features), 64)
+        chunk_factors[len(chunks), o.groups, triton.cdiv(o.features, size)](
             o.k,
             o.stats,
             **o.gate,
             **o.rows,
+            tiles=chunks,
             states=states,
             totals=totals,
             **factors,
             **o.numbers,
             **o.recurrence,
-            BV=block(o.values),
+            BLOCK=size,
+            BV=min(block(o.values), 64),
             **FUSION,
-            num_warps=8 if block(o.features) > 64 else 4,
+            num_warps=4,
         )
     return factors
 
@@ -501,59 +470,67 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     """The gradients of the tensors of `Operands`, in their order. Intermediate results of the forward pass are
     recomputed."""
     o, problem = operands, operands.problem
-    entries, whole = o.tokens * o.heads, problem.rows * o.groups
+    entries, chunks = o.tokens * o.heads, problem.chunks
     states, masses, totals, _ = enter_states(o)
     mix_weight = o.q if o.mix_weight is None else o.mix_weight
     mixed = {"mix_weight": mix_weight, "MIX": problem.options.mix, "entries": entries, "H": o.heads}
     values = block(o.values)
 
-    rows = o.float32(5, o.tokens, o.heads)
     dq_rotated, dq = torch.empty_like(o.q_rotated), torch.empty_like(o.q)
-    heads, parts = o.tile(QUERY_HEADS)
-    dlog = o.float32(parts, o.keys, o.groups, o.features)
+    # The window's outputs and the faded features take the memory of gradients that are written later.
+    kept = torch.float32 if interpreted() else o.q.dtype
+    read = torch.empty(doutputs.shape, dtype=kept, device=o.q.device)
+    window_outputs, faded = (
+        x if x.shape == like.shape and x.dtype == kept else torch.empty(like.shape, dtype=kept, device=o.q.device)
+        for x, like in ((dq_rotated, doutputs), (dq, o.q))
+    )
+    rows = o.float32(5, o.tokens, o.heads)
+    of_states = {"states": states, "masses": masses, "totals": totals}
+    passed = {"outputs": window_outputs, "apart": read, "faded": faded, "rows": rows}
+    factors = attend(o, of_states | passed, apart=True)
+    tile = 32
     dweight = None
     if o.mix_weight is not None:
-        # Tiles without a query stay 0.
-        tiles = o.tokens // SUB + 3 * problem.rows
-        dweight = torch.zeros(tiles, *o.mix_weight.shape, dtype=torch.float32, device=o.q.device)
-    of_states = {"states": states, "masses": masses, "totals": totals}
-    passed = {"doutputs": doutputs, "rows": rows, "BV": values, "PRECISION": o.precision, **FUSION}
-    inputs = {name: getattr(o, name) for name in ("q_rotated", "k_rotated", "v", "q", "k", "stats")}
-    inputs |= o.gate | o.columns | o.rows | o.numbers | o.window | o.recurrence | mixed | of_states | passed
-    if o.tiled:
-        inputs |= factors_of_chunks(o, states, totals)
-        chunk_rows[problem.query_chunks, whole](
-            **taken_by(chunk_rows, inputs),
-            dweight=o.q if dweight is None else dweight,
-            HEADS=o.heads_per_chunk,
-            SUB=SUB,
-            KEYS=64,
-            num_warps=4 * o.heads_per_chunk,
-            num_stages=1,
-        )
-    query_gradients[problem.query_chunks if o.tiled else problem.tiles, whole, parts](
-        **taken_by(query_gradients, inputs),
-        dq=dq,
-        dweight=o.q if dweight is None else dweight,
-        dlog=dlog,
-        GROUP=heads,
-        SUB=SUB,
-        KEYS=32,
-        TILED=o.tiled,
-        num_warps=o.warps(heads),
+        dweight = o.float32(triton.cdiv(o.tokens, tile), *o.mix_weight.shape)
+    mix_gradients[triton.cdiv(o.tokens, tile), o.heads](
+        window_outputs,
+        read,
+        mix_weight,
+        doutputs,
+        rows,
+        rows if dweight is None else dweight,
+        entries,
+        o.heads,
+        o.values,
+        values,
+        tile,
+        problem.options.mix,
+        problem.options.normalize,
+        **FUSION,
+        num_warps=4,
     )
+    del window_outputs, read
+
+    heads, parts = o.tile(QUERY_HEADS)
+    dlog = o.float32(parts, o.keys, o.groups, o.features)
+    inputs = {name: getattr(o, name) for name in ("q_rotated", "k_rotated", "v", "q", "k", "stats")}
+    inputs |= o.gate | o.columns | o.rows | o.numbers | o.window | o.recurrence | mixed | of_states | factors
+    inputs |= {"doutputs": doutputs, "rows": rows, "faded": faded, "dlog": dlog, "dq": dq}
+    inputs |= {"BV": values, "PRECISION": o.precision, "TILED": o.tiled, **FUSION}
     # Tiles of 64 rows are those of tensor cores; wider heads leave no room for them in shared memory.
-    tile, stages = (64, 2) if o.widest * o.q.element_size() <= 256 else (32, 1)
-    # Tiles of all rows are concatenated; each row may have an incomplete one.
+    wide = o.widest * o.q.element_size()
+    tile, stages = (64, 2 if wide <= 256 else 1) if wide <= 512 else (32, 1)
+    # Each row may have an incomplete tile.
     columns = [x for x in (o.column_k, o.column_v) if x is not None]
-    parts_of_columns = [o.float32(o.tokens // tile + problem.rows, o.groups, *x.shape[1::2]) for x in columns]
-    window_queries[-(-problem.longest // tile), whole](
-        **taken_by(window_queries, inputs),
+    parts_of_columns = [o.float32(o.tokens // tile + problem.rows, o.heads, *x.shape[1::2]) for x in columns]
+    tiles = problem.tiles(tile)
+    window_queries[len(tiles) * (o.heads // o.groups), o.groups](
+        **taken_by(window_queries, inputs | {"tiles": tiles}),
         dq_rotated=dq_rotated,
         parts_k=parts_of_columns[0] if columns else rows,
         parts_v=parts_of_columns[1] if columns else rows,
         TILE=tile,
-        KEYS=tile,
+        KEYS=tile if wide <= 256 else 32,
         num_warps=8,
         num_stages=stages,
     )
@@ -561,10 +538,11 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     if columns:
         dcolumns = [torch.empty_like(x) for x in columns]
         count = columns[0].shape[1]
-        sum_columns[triton.cdiv(count * max(o.width, o.values), 128), whole](
+        sum_columns[problem.rows * o.groups, triton.cdiv(count * max(o.width, o.values), 128)](
             *parts_of_columns,
             problem.starts,
             *dcolumns,
+            o.heads,
             o.groups,
             o.width,
             o.values,
@@ -576,95 +554,67 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         )
 
     dstates, dmasses, dinitial = torch.empty_like(states), torch.empty_like(masses), torch.empty_like(dfinal)
-    width = min(values, 64)
-    if problem.chunks:
-        of_chunks = inputs | {"dstates": dstates, "dmasses": dmasses, "TILED": o.tiled}
-        warps = 8 if block(o.features) > 64 else 4
+    warps = 8 if block(o.features) > 64 else 4
+    inputs |= {"dstates": dstates, "dmasses": dmasses, "tiles": chunks}
+    if len(chunks):
+        width = min(values, 128 if block(o.features) <= 128 else 64)
         if o.tiled:
-            chunk_reads[problem.chunks, whole](**taken_by(chunk_reads, of_chunks), num_warps=warps, num_stages=2)
-        read_chunks[problem.chunks, whole, triton.cdiv(o.values, width)](
-            **taken_by(read_chunks, of_chunks | {"BV": width}), num_warps=warps
+            chunk_reads[len(chunks), o.groups, triton.cdiv(o.values, width)](
+                **taken_by(chunk_reads, inputs | {"BV": width}), num_warps=warps, num_stages=2
+            )
+        width = min(values, 64)
+        read_chunks[len(chunks), o.groups, triton.cdiv(o.values, width)](
+            **taken_by(read_chunks, inputs | {"BV": width}), num_warps=warps
         )
-    carry_gradients[blocks_of_carry(o), whole](
-        dstates,
-        dmasses,
-        totals,
-        dinitial,
-        dfinal,
-        problem.starts,
-        problem.slots,
-        problem.lag,
-        o.groups,
-        o.features,
-        o.values,
-        CHUNK,
-        CARRIED,
-        EXACT=o.recurrence["EXACT"],
-        **FUSION,
-        num_warps=4,
-    )
+    carry(o, dstates, dmasses, totals, dfinal, dinitial, backward=True)
 
     dk_rotated, dv = torch.empty_like(o.k_rotated), torch.empty_like(o.v)
     dk = torch.zeros(o.k.shape, dtype=torch.float32, device=o.k.device)
     state_dv, flow = o.float32(*o.v.shape), torch.empty_like(dk)
-    if problem.chunks:
+    inputs |= {"dk": dk, "state_dv": state_dv, "flow": flow}
+    if len(chunks):
         size = 64
         pieces = triton.cdiv(o.values, size) + triton.cdiv(o.features, size)
-        keys_of_states[problem.chunks, whole, pieces](
-            o.k,
-            o.v,
-            o.stats,
-            **o.gate,
-            **o.rows,
-            totals=totals,
-            dstates=dstates,
-            dmasses=dmasses,
-            dk=dk,
+        keys_of_states[len(chunks), o.groups, pieces](
+            **taken_by(keys_of_states, inputs),
             dv=state_dv,
-            flow=flow,
-            **o.numbers,
-            **o.recurrence,
-            TILED=o.tiled,
-            BV=values,
             BLOCK=size,
-            PRECISION=o.precision,
-            **FUSION,
             num_warps=8 if o.widest > 64 else 4,
         )
+        if o.tiled:
+            width = min(values, 128 if block(o.features) <= 128 else 64)
+            chunk_values[len(chunks), o.groups, triton.cdiv(o.values, width)](
+                **taken_by(chunk_values, inputs | {"BV": width}), num_warps=8, num_stages=1
+            )
+            chunk_keys[len(chunks), o.groups](**taken_by(chunk_keys, inputs | {"BV": width}), num_warps=8, num_stages=1)
     if o.tiled:
-        chunk_pairs[problem.query_chunks, whole](
-            **taken_by(chunk_pairs, inputs),
-            dstates=dstates,
-            dmasses=dmasses,
-            dq=dq,
-            dk=dk,
-            state_dv=state_dv,
-            flow=flow,
-            dlog=dlog,
-            num_warps=8,
-            num_stages=1,
+        # After `chunk_keys`, to whose part of `dlog` it adds; and last of those that read `faded`, which may be `dq`.
+        tiles = problem.tiles_of_queries(CHUNK)
+        chunk_queries[len(tiles), o.groups](
+            **taken_by(chunk_queries, inputs | {"BV": min(values, 64), "tiles": tiles}), num_warps=8, num_stages=1
         )
+    tiles = problem.tiles_of_queries(CHUNK if o.tiled else SUB)
+    query_gradients[len(tiles), o.groups, parts](
+        **taken_by(query_gradients, inputs | {"tiles": tiles}), GROUP=heads, SUB=SUB, num_warps=o.warps(heads)
+    )
     heads, members = o.tile(KEY_HEADS)
-    if problem.chunks:
-        key_gradients[problem.chunks if o.tiled else -(-problem.stream // SUB), whole](
-            **taken_by(key_gradients, inputs),
-            dk=dk,
-            state_dv=state_dv,
-            dlog=dlog,
+    if len(chunks):
+        tiles = chunks if o.tiled else problem.tiles(SUB, more=-problem.lag)
+        key_gradients[len(tiles), o.groups](
+            **taken_by(key_gradients, inputs | {"tiles": tiles}),
             GROUP=heads,
             PARTS=members,
             LOGS=parts,
             SUB=SUB,
-            TILED=o.tiled,
             num_warps=o.warps(heads),
         )
-    window_keys[-(-(problem.longest + problem.past) // tile), whole](
-        **taken_by(window_keys, inputs),
+    tiles = problem.tiles(tile, more=problem.past)
+    window_keys[len(tiles), o.groups](
+        **taken_by(window_keys, inputs | {"tiles": tiles}),
         dk_rotated=dk_rotated,
         dv=dv,
-        state_dv=state_dv,
         TILE=tile,
-        QUERIES=tile,
+        QUERIES=tile if wide <= 256 else 32,
         num_warps=8,
         num_stages=stages,
     )
@@ -672,27 +622,13 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
     of_key = problem.divisor is not None
     dgate = torch.zeros_like(o.given_gate) if not of_key else None
     dscale, dbias = (torch.zeros_like(masses) if of_key else None for _ in range(2))
-    if problem.chunks:
-        gate_gradients[problem.chunks, whole](
-            o.k,
-            **without(o.gate, "gate"),
-            **o.rows,
-            states=states,
-            masses=masses,
-            totals=totals,
-            dstates=dstates,
-            dmasses=dmasses,
-            dlog=dlog,
-            flow=flow,
-            dk=dk,
+    if len(chunks):
+        gate_gradients[len(chunks), o.groups](
+            **taken_by(gate_gradients, inputs | {"BV": 32}),
             dgate=dk if dgate is None else dgate,
             dscale=masses if dscale is None else dscale,
             dbias=masses if dbias is None else dbias,
-            **without(o.numbers, "keys"),
-            **without(o.recurrence, "SOFTMAX"),
-            BV=32,
-            **FUSION,
-            num_warps=8 if block(o.features) > 64 else 4,
+            num_warps=warps,
         )
     if dscale is not None and dbias is not None and o.gate_bias is not None:
         dgate, dbias = dscale.sum(0).to(o.given_gate.dtype), dbias.sum(0).to(o.gate_bias.dtype)
@@ -700,25 +636,10 @@ def take_gradients(operands: Operands, doutputs: Tensor, dfinal: Tensor) -> list
         dweight = dweight.sum(0).to(o.mix_weight.dtype)
     if o.initial_state is not None:
         dinitial = dinitial.to(o.initial_state.dtype)
-    return [
-        dq_rotated,
-        dk_rotated,
-        dv,
-        dq,
-        dk.to(o.k.dtype),
-        dgate,
-        dbias,
-        dweight,
-        *dcolumns,
-        dinitial,
-    ]
+    return [dq_rotated, dk_rotated, dv, dq, dk.to(o.k.dtype), dgate, dbias, dweight, *dcolumns, dinitial]
 
 
 def taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments that a kernel has, and the options of a launch."""
     names = {*kernel.arg_names, *FUSION}
     return {name: value for name, value in arguments.items() if name in names}
-
-
-def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in names}

@@ -1,238 +1,60 @@
 """The backward kernels of Liger attention over chunks of weak decays; see `liger_chunks` for the tiles, and
-`liger_query_gradients` for the letters."""
+`liger_mix` for the numbers of queries.
+
+`chunk_outputs` computes query features times their factors anew, as `faded` `[N, H, F]`. With p_ts = faded_t · folded_s
+and its gradient dp_ts = dread_t · v_s + dm_t, over s <= t:
+
+    chunk_reads     gradients of the incoming state      Σ_t fadedᵀ dread
+    chunk_values    gradients of values                  Σ_t p_ts dread_t, and of the outgoing state
+    chunk_keys      gradients of folded keys             Σ_t dp_ts faded_t, and of the outgoing state
+    chunk_queries   gradients of faded queries           Σ_s dp_ts folded_s, and of the incoming state
+"""
 
 from __future__ import annotations
 
-from linearize_kernels.liger_chunks import (
-    load_keys,
-    load_mass,
+from linearize_kernels.liger_chunks import load_keys, load_mass, load_rise, load_state, load_values, open_chunk
+from linearize_kernels.liger_mix import load_head_dreads
+from linearize_kernels.liger_tiles import (
+    VARYING,
+    decay,
+    features,
     load_reads,
-    load_rise,
-    load_state,
-    load_values,
-    open_chunk,
+    operand,
+    tl,
+    triton,
+    weak,
+    written_keys,
 )
-from linearize_kernels.liger_forward import read_window, shares
-from linearize_kernels.liger_query_gradients import ratio_gradients
-from linearize_kernels.liger_tiles import VARYING, decay, features, operand, tl, triton, weak
 
 
 @triton.jit
-def load_through(doutputs, mix_weight, query, of_head, u, there, V: tl.constexpr, MIX: tl.constexpr):
-    """For query rows: the outputs' gradients, and these times the learned weight."""
-    dout = tl.load(doutputs + query * V + u[None, :], mask=there, other=0.0).to(tl.float32)
-    through = dout
-    if MIX == "learned":
-        channel = of_head[:, None] * V + u[None, :]
-        through = dout * tl.load(mix_weight + channel, mask=there, other=0.0).to(tl.float32)
-    return dout, through
-
-
-@triton.jit(do_not_specialize=VARYING)
-def chunk_rows(
-    q_rotated,
-    k_rotated,
-    v,
-    q,
-    column_k,
-    column_v,
-    column_exists,
-    mix_weight,
-    starts,
-    counts,
-    slots,
-    masses,
-    totals,
-    rise,
-    folded,
-    entering,
-    doutputs,
-    dweight,
-    rows,
-    entries,
-    window,
-    past,
-    lag,
-    ahead,
-    least,
-    scale,
-    softcap,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    V: tl.constexpr,
-    BD: tl.constexpr,
-    BF: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SUB: tl.constexpr,
-    KEYS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SINKS: tl.constexpr,
-    EXISTS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    MIX: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EVICTED: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    COUNTED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Recompute the forward pass of a chunk's queries; `rows` `[5, N, H]` receives normaliser, delta, share, pull, dm,
-    and `dweight` each tile's gradient of the mix weights."""
-    G: tl.constexpr = H // K
-    i = (tl.program_id(0) - (lag + CHUNK - 1) // CHUNK) * CHUNK
-    row, head, start, length, count, slot, total, wide = open_chunk(
-        starts, counts, slots, totals, i, lag, K, F, BF, CHUNK, COUNTED
-    )
-    if i + lag >= length:
-        return
-    if not weak(total, EXACT):
-        return
-    d, u = tl.arange(0, BD)[None, :], tl.arange(0, BV)
-    first_key = start + (row + 1) * past
-    s = i + tl.arange(0, CHUNK)
-    writes = (s >= 0) & (s < length - lag) & (count - ahead + s >= least)
-    offset = (tl.where(writes, first_key + s - ahead, 0) * K + head)[:, None]
-    mass_at_start = load_mass(masses, slot, total, wide, F, BF, EXACT)
-    low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
-    high = tl.minimum(i + lag + CHUNK, length)
-    # Tiles are numbered as those of `query_gradients`, so that both write into one array.
-    tile = tl.maximum(i // SUB + (lag + SUB - 1) // SUB, 0)
-    tile = (start // SUB + 3 * row + tile) * H + head * G
-    inside = (u < V)[None, :]
-    x, g = tl.arange(0, HEADS * CHUNK), tl.arange(0, HEADS)
-    place = i + x % CHUNK
-    t = place + lag
-    for first in range(0, G, HEADS):
-        member = first + x // CHUNK
-        real = (t >= 0) & (t < length) & (member < G)
-        live = real & (i >= 0)
-        if EVICTED:
-            live = live & (count + t - window >= least)
-        entry = tl.where(real, (start + t) * H + head * G + member, 0)
-        query = entry[:, None]
-        reads = load_reads(q, query, real, F, BF, SOFTMAX)
-        reads = reads * load_rise(rise, place, length - lag, first_key, ahead, head, K, F, BF)
-        mass = tl.sum(reads * mass_at_start[None, :], 1)
-        reads = operand(reads, OPERAND)
-        key = load_keys(folded, offset, writes, F, BF)
-        pairs = tl.dot(reads, tl.trans(key), input_precision=PRECISION)
-        pairs = tl.where(place[:, None] >= s[None, :], pairs, 0.0)
-        mass += tl.sum(pairs, 1)
-        state = load_state(entering, slot, wide, u, F, V, BF)
-        read = tl.dot(reads, state, input_precision=PRECISION)
-        values = load_values(v, offset, writes, u, V, OPERAND)
-        read += tl.dot(operand(pairs, OPERAND), values, input_precision=PRECISION)
-        weight = mass * 0.0
-        if MIX == "softmax":
-            weight = tl.load(mix_weight + head * G + member, mask=real, other=0.0).to(tl.float32)
-        _share, divides = shares(mass, mass, weight, live, MIX, NORMALIZE)
-        held = live & (mass > 0.0) if NORMALIZE or MIX == "softmax" else live
-        # As an operand it needs half of the registers while the window's outputs are computed.
-        read = operand(read * tl.where(held, 1.0 / divides, 0.0)[:, None], OPERAND)
-        rotated = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
-        y, normaliser = read_window(
-            rotated,
-            k_rotated,
-            v,
-            column_k,
-            column_v,
-            column_exists,
-            t,
-            count,
-            row,
-            head,
-            first_key,
-            low,
-            high,
-            u,
-            window,
-            scale,
-            softcap,
-            K,
-            D,
-            V,
-            BD,
-            BV,
-            BM,
-            KEYS,
-            COLUMNS,
-            SINKS,
-            EXISTS,
-            CAPPED,
-            OPERAND,
-            PRECISION,
-        )
-        dout, through = load_through(doutputs, mix_weight, query, head * G + member, u, real[:, None] & inside, V, MIX)
-        share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
-        pull = share / divides
-        of_y, of_read = tl.sum(through * y, 1), tl.sum(through * read, 1)
-        delta = tl.sum(dout * y, 1) - share * of_y
-        dm = mass * 0.0
-        if NORMALIZE or MIX == "softmax":
-            dm = -pull * of_read
-        to = tile + first + g
-        if MIX == "learned":
-            of_weight = tl.sum(tl.reshape(dout * (read - tl.where(held[:, None], y, 0.0)), (HEADS, CHUNK, BV)), 1)
-            tl.store(dweight + to[:, None] * V + u[None, :], of_weight, mask=(first + g < G)[:, None] & inside)
-        if MIX == "softmax":
-            of_ratio, of_share = ratio_gradients(mass, normaliser, share, divides, weight, of_read, of_y, held)
-            dm += of_ratio / divides
-            delta += of_ratio
-            tl.store(dweight + to, tl.sum(tl.reshape(of_share, (HEADS, CHUNK)), 1), mask=first + g < G)
-        tl.store(rows + entry, normaliser, mask=real)
-        tl.store(rows + entries + entry, delta, mask=real)
-        tl.store(rows + 2 * entries + entry, share, mask=real)
-        tl.store(rows + 3 * entries + entry, pull, mask=real)
-        tl.store(rows + 4 * entries + entry, dm, mask=real)
+def load_faded(faded, entry, real, F: tl.constexpr, BF: tl.constexpr):
+    """Query features times their factors."""
+    f = tl.arange(0, BF)[None, :]
+    return tl.load(faded + entry[:, None] * F + f, mask=real[:, None] & (f < F), other=0.0)
 
 
 @triton.jit
-def load_dreads(
-    doutputs,
-    mix_weight,
-    rows,
-    entry,
-    of_head,
-    u,
-    real,
-    entries,
-    V: tl.constexpr,
-    MIX: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """For queries of one head: the gradients of the recurrence's reads, as an operand, and of their masses."""
-    there = real[:, None] & (u < V)[None, :]
-    dread = tl.load(doutputs + entry[:, None] * V + u[None, :], mask=there, other=0.0).to(tl.float32)
-    dread = dread * tl.load(rows + 3 * entries + entry)[:, None]
-    if MIX == "learned":
-        dread = dread * tl.load(mix_weight + of_head * V + u, mask=u < V, other=0.0).to(tl.float32)
-    return operand(dread, OPERAND), tl.load(rows + 4 * entries + entry, mask=real, other=0.0)
+def load_masses(rows, entry, real, entries):
+    """The gradients of the masses of queries."""
+    return tl.load(rows + 4 * entries + entry, mask=real, other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def chunk_reads(
-    q,
+    faded,
     mix_weight,
+    tiles,
     starts,
     counts,
     slots,
     totals,
-    rise,
     doutputs,
     rows,
     dstates,
     dmasses,
     entries,
-    past,
     lag,
-    ahead,
     H: tl.constexpr,
     K: tl.constexpr,
     F: tl.constexpr,
@@ -241,7 +63,6 @@ def chunk_reads(
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
     MIX: tl.constexpr,
-    SOFTMAX: tl.constexpr,
     COUNTED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -249,55 +70,116 @@ def chunk_reads(
 ):
     """Compute the gradient of a chunk's incoming state from the chunk's queries, into the chunk's slot."""
     G: tl.constexpr = H // K
-    i = tl.program_id(0) * CHUNK
-    row, head, start, length, _count, slot, total, _wide = open_chunk(
-        starts, counts, slots, totals, i, lag, K, F, BF, CHUNK, COUNTED
+    i, _row, head, start, length, _count, slot, total, _wide = open_chunk(
+        tiles, tl.program_id(0), 0, starts, counts, slots, totals, lag, K, F, BF, CHUNK, COUNTED
     )
     if i + lag >= length:
         return
     if not weak(total, EXACT):
         return
-    f, u = tl.arange(0, BF), tl.arange(0, BV)
-    s = i + tl.arange(0, CHUNK)
-    t = s + lag
+    f, u = tl.arange(0, BF), tl.program_id(2) * BV + tl.arange(0, BV)
+    t = i + lag + tl.arange(0, CHUNK)
     real = t < length
-    first_key = start + (row + 1) * past
     dstate, dmass = tl.zeros((BF, BV), tl.float32), tl.zeros((BF,), tl.float32)
-    for member in range(G):
+    for member in tl.range(G, disable_licm=True):
         entry = tl.where(real, (start + t) * H + head * G + member, 0)
-        dread, dm = load_dreads(doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND)
-        faded = load_reads(q, entry[:, None], real, F, BF, SOFTMAX)
-        faded = faded * load_rise(rise, s, length - lag, first_key, ahead, head, K, F, BF)
-        dmass += tl.sum(faded * dm[:, None], 0)
-        dstate += tl.dot(tl.trans(operand(faded, OPERAND)), dread, input_precision=PRECISION)
+        dread = load_head_dreads(
+            doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND
+        )
+        fading = load_faded(faded, entry, real, F, BF)
+        dmass += tl.sum(fading.to(tl.float32) * load_masses(rows, entry, real, entries)[:, None], 0)
+        dstate += tl.dot(tl.trans(operand(fading, OPERAND)), dread, input_precision=PRECISION)
     half = decay(total * 0.5, EXACT)
     to = dstates + (slot * F + f[:, None]) * V + u[None, :]
     tl.store(to, dstate * half[:, None], mask=(f < F)[:, None] & (u < V)[None, :])
-    tl.store(dmasses + slot * F + f, dmass * half, mask=f < F)
+    if tl.program_id(2) == 0:
+        tl.store(dmasses + slot * F + f, dmass * half, mask=f < F)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def chunk_pairs(
-    v,
-    q,
-    k,
-    stats,
+def chunk_values(
+    faded,
     mix_weight,
+    tiles,
     starts,
     counts,
     slots,
-    masses,
+    totals,
+    folded,
+    doutputs,
+    rows,
+    dstates,
+    state_dv,
+    entries,
+    past,
+    lag,
+    ahead,
+    least,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MIX: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Gradients of a block of a chunk's values, `state_dv` in float32, through the pairs and the outgoing state."""
+    G: tl.constexpr = H // K
+    i, row, head, start, length, count, slot, total, wide = open_chunk(
+        tiles, tl.program_id(0), 0, starts, counts, slots, totals, lag, K, F, BF, CHUNK, COUNTED
+    )
+    if i + lag >= length:
+        return
+    if not weak(total, EXACT):
+        return
+    f, u = tl.arange(0, BF)[:, None], tl.program_id(2) * BV + tl.arange(0, BV)
+    s = i + tl.arange(0, CHUNK)
+    first_key = start + (row + 1) * past - ahead
+    writes, offset = written_keys(s, length - lag, count - ahead, least, first_key, head, K)
+    real = s + lag < length
+    # The outgoing state's part, relative to half of the chunk's decay as the keys are.
+    inside = (f < wide) & (u < V)[None, :]
+    dstate = tl.load(dstates + (slot * F + f) * V + u[None, :], mask=inside, other=0.0)
+    dstate = operand(dstate * decay(total * 0.5, EXACT)[:, None], OPERAND)
+    dvalues = tl.dot(load_keys(folded, offset, writes, F, BF), dstate, input_precision=PRECISION)
+    for member in tl.range(G, disable_licm=True):
+        entry = tl.where(real, (start + s + lag) * H + head * G + member, 0)
+        fading = operand(load_faded(faded, entry, real, F, BF), OPERAND)
+        key = load_keys(folded, offset, writes, F, BF)
+        # Keys are the rows of the products, so none has to be transposed.
+        pairs = tl.dot(key, tl.trans(fading), input_precision=PRECISION)
+        pairs = operand(tl.where(s[:, None] <= s[None, :], pairs, 0.0), OPERAND)
+        dread = load_head_dreads(
+            doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND
+        )
+        dvalues += tl.dot(pairs, dread, input_precision=PRECISION)
+    tl.store(state_dv + offset * V + u[None, :], dvalues, mask=writes[:, None] & (u < V)[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def chunk_keys(
+    v,
+    k,
+    faded,
+    stats,
+    mix_weight,
+    tiles,
+    starts,
+    counts,
+    slots,
     totals,
     rise,
     folded,
-    entering,
     doutputs,
     rows,
     dstates,
     dmasses,
-    dq,
     dk,
-    state_dv,
     flow,
     dlog,
     entries,
@@ -320,79 +202,140 @@ def chunk_pairs(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of a chunk's queries and keys without positions, through its state and the pairs within it.
+    """Gradients of a chunk's keys, `dk` in float32, through the pairs and the outgoing state.
 
-    `dk` and `state_dv` receive the gradients of keys and values, in float32; `dlog` that of the running decay through
-    the pairs; and `flow` φ(k) times the outgoing state's part of `dk`.
+    `dlog` receives that of the running decay through the pairs, less the queries' part; and `flow` φ(k) times the
+    outgoing state's part of `dk`.
     """
     G: tl.constexpr = H // K
-    i = (tl.program_id(0) - (lag + CHUNK - 1) // CHUNK) * CHUNK
-    row, head, start, length, count, slot, total, wide = open_chunk(
-        starts, counts, slots, totals, i, lag, K, F, BF, CHUNK, COUNTED
+    i, row, head, start, length, count, slot, total, wide = open_chunk(
+        tiles, tl.program_id(0), 0, starts, counts, slots, totals, lag, K, F, BF, CHUNK, COUNTED
     )
     if i + lag >= length:
         return
     if not weak(total, EXACT):
         return
     f, u = tl.arange(0, BF), tl.arange(0, BV)
-    first_key = start + (row + 1) * past
     s = i + tl.arange(0, CHUNK)
-    writes = (s >= 0) & (s < length - lag) & (count - ahead + s >= least)
-    offset = (tl.where(writes, first_key + s - ahead, 0) * K + head)[:, None]
-    mass_at_start = load_mass(masses, slot, total, wide, F, BF, EXACT)
-    inside = (u < V)[None, :]
-    t = s + lag
-    real = (t >= 0) & (t < length)
-    of_decay = tl.zeros((CHUNK, BF), tl.float32)
+    first_key = start + (row + 1) * past - ahead
+    writes, offset = written_keys(s, length - lag, count - ahead, least, first_key, head, K)
+    real = s + lag < length
     dkey = tl.zeros((CHUNK, BF), tl.float32)
-    dvalues = tl.zeros((CHUNK, BV), tl.float32)
-    before = s[:, None] >= s[None, :]
-    after = s[:, None] <= s[None, :]
-    for member in range(G):
-        entry = tl.where(real, (start + t) * H + head * G + member, 0)
-        query = entry[:, None]
-        dread, dm = load_dreads(doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND)
-        faded = load_reads(q, query, real, F, BF, SOFTMAX)
-        faded = operand(faded * load_rise(rise, s, length - lag, first_key, ahead, head, K, F, BF), OPERAND)
-        key = load_keys(folded, offset, writes, F, BF)
-        values = load_values(v, offset, writes, u, V, OPERAND)
-        pairs = tl.dot(key, tl.trans(faded), input_precision=PRECISION)
-        pairs = operand(tl.where(after, pairs, 0.0), OPERAND)
-        dvalues += tl.dot(pairs, dread, input_precision=PRECISION)
-        dpairs = tl.dot(values, tl.trans(dread), input_precision=PRECISION) + dm[None, :]
-        dpairs = operand(tl.where(after, dpairs, 0.0), OPERAND)
-        dkey += tl.dot(dpairs, faded, input_precision=PRECISION)
-        dpairs = tl.dot(dread, tl.trans(values), input_precision=PRECISION) + dm[:, None]
-        dpairs = operand(tl.where(before, dpairs, 0.0), OPERAND)
-        state = load_state(entering, slot, wide, u, F, V, BF)
-        dfaded = tl.dot(dread, tl.trans(state), input_precision=PRECISION)
-        dfaded += tl.dot(dpairs, key, input_precision=PRECISION)
-        dfaded += dm[:, None] * mass_at_start[None, :]
-        # The rounded factors, as in the keys' part, so that what cancels between both does.
-        of_decay += faded.to(tl.float32) * dfaded
-        dreads = dfaded * load_rise(rise, s, length - lag, first_key, ahead, head, K, F, BF)
-        if SOFTMAX:
-            reads = load_reads(q, query, real, F, BF, SOFTMAX)
-            dreads = reads * (dreads - tl.sum(reads * dreads, 1)[:, None])
-        to = dq + query * F + f[None, :]
-        tl.store(to, dreads.to(dq.dtype.element_ty), mask=real[:, None] & (f < F)[None, :])
+    for member in tl.range(G, disable_licm=True):
+        entry = tl.where(real, (start + s + lag) * H + head * G + member, 0)
+        dpairs = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for block in tl.range(0, V, BV, disable_licm=True):
+            values = load_values(v, offset, writes, block + u, V, OPERAND)
+            dread = load_head_dreads(
+                doutputs, mix_weight, rows, entry, head * G + member, block + u, real, entries, V, MIX, OPERAND
+            )
+            dpairs += tl.dot(values, tl.trans(dread), input_precision=PRECISION)
+        dpairs += load_masses(rows, entry, real, entries)[None, :]
+        dpairs = operand(tl.where(s[:, None] <= s[None, :], dpairs, 0.0), OPERAND)
+        fading = operand(load_faded(faded, entry, real, F, BF), OPERAND)
+        dkey += tl.dot(dpairs, fading, input_precision=PRECISION)
     mask = writes[:, None] & (f < F)[None, :]
     at = offset * F + f[None, :]
-    key = load_keys(folded, offset, writes, F, BF)
-    values = load_values(v, offset, writes, u, V, OPERAND)
-    tl.store(dlog + at, of_decay - key.to(tl.float32) * dkey, mask=mask)
+    key = load_keys(folded, offset, writes, F, BF).to(tl.float32)
+    tl.store(dlog + at, -key * dkey, mask=mask)
     # The outgoing state's part, relative to half of the chunk's decay as the keys are.
     half = decay(total * 0.5, EXACT)
-    inner = (f < wide)[:, None] & inside
-    dstate = tl.load(dstates + (slot * F + f[:, None]) * V + u[None, :], mask=inner, other=0.0)
-    dstate = operand(dstate * half[:, None], OPERAND)
-    dvalues += tl.dot(key, dstate, input_precision=PRECISION)
-    tl.store(state_dv + offset * V + u[None, :], dvalues, mask=writes[:, None] & inside)
-    of_state = tl.dot(values, tl.trans(dstate), input_precision=PRECISION)
+    of_state = tl.zeros((CHUNK, BF), tl.float32)
+    for block in tl.range(0, V, BV, disable_licm=True):
+        inner = (f < wide)[:, None] & (block + u < V)[None, :]
+        dstate = tl.load(dstates + (slot * F + f[:, None]) * V + block + u[None, :], mask=inner, other=0.0)
+        values = load_values(v, offset, writes, block + u, V, OPERAND)
+        dstate = operand(dstate * half[:, None], OPERAND)
+        of_state += tl.dot(values, tl.trans(dstate), input_precision=PRECISION)
     of_state += (tl.load(dmasses + slot * F + f, mask=f < wide, other=0.0) * half)[None, :]
-    tl.store(flow + at, of_state * key.to(tl.float32), mask=mask)
+    tl.store(flow + at, of_state * key, mask=mask)
     dkey = (dkey + of_state) / tl.load(rise + at, mask=mask, other=1.0)
     if SOFTMAX:
         phi = features(k, stats, offset, f[None, :], mask, keys * K, F, SOFTMAX)
         dkey = phi * (dkey - tl.sum(phi * dkey, 1)[:, None])
     tl.store(dk + at, dkey, mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def chunk_queries(
+    v,
+    q,
+    faded,
+    mix_weight,
+    tiles,
+    starts,
+    counts,
+    slots,
+    masses,
+    totals,
+    rise,
+    folded,
+    entering,
+    doutputs,
+    rows,
+    dq,
+    dlog,
+    entries,
+    past,
+    lag,
+    ahead,
+    least,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MIX: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Gradients of a chunk's queries without positions, through its state and the pairs within it; and the queries'
+    part of the running decay's gradient, added to `dlog`. `dq` may be the memory of `faded`."""
+    G: tl.constexpr = H // K
+    n, before = tl.program_id(0), (lag + CHUNK - 1) // CHUNK
+    i, row, head, start, length, count, slot, total, wide = open_chunk(
+        tiles, n, before, starts, counts, slots, totals, lag, K, F, BF, CHUNK, COUNTED
+    )
+    if i + lag >= length:
+        return
+    if not weak(total, EXACT):
+        return
+    f, u = tl.arange(0, BF), tl.arange(0, BV)
+    s = i + tl.arange(0, CHUNK)
+    stream, first_key = length - lag, start + (row + 1) * past
+    writes, offset = written_keys(s, stream, count - ahead, least, first_key - ahead, head, K)
+    t = s + lag
+    real = (t >= 0) & (t < length)
+    of_decay = tl.zeros((CHUNK, BF), tl.float32)
+    for member in tl.range(G, disable_licm=True):
+        entry = tl.where(real, (start + t) * H + head * G + member, 0)
+        dm = load_masses(rows, entry, real, entries)
+        dfaded = dm[:, None] * load_mass(masses, slot, total, wide, F, BF, EXACT)[None, :]
+        dpairs = tl.zeros((CHUNK, CHUNK), tl.float32) + dm[:, None]
+        for block in tl.range(0, V, BV, disable_licm=True):
+            dread = load_head_dreads(
+                doutputs, mix_weight, rows, entry, head * G + member, block + u, real, entries, V, MIX, OPERAND
+            )
+            values = load_values(v, offset, writes, block + u, V, OPERAND)
+            dpairs += tl.dot(dread, tl.trans(values), input_precision=PRECISION)
+            state = load_state(entering, slot, wide, block + u, F, V, BF)
+            dfaded += tl.dot(dread, tl.trans(state), input_precision=PRECISION)
+        dpairs = operand(tl.where(s[:, None] >= s[None, :], dpairs, 0.0), OPERAND)
+        dfaded += tl.dot(dpairs, load_keys(folded, offset, writes, F, BF), input_precision=PRECISION)
+        # The rounded factors, as in the keys' part, so that what cancels between both does.
+        of_decay += load_faded(faded, entry, real, F, BF).to(tl.float32) * dfaded
+        dreads = dfaded * load_rise(rise, s, stream, first_key, ahead, head, K, F, BF)
+        if SOFTMAX:
+            reads = load_reads(q, entry[:, None], real, F, BF, SOFTMAX)
+            dreads = reads * (dreads - tl.sum(reads * dreads, 1)[:, None])
+        to = dq + entry[:, None] * F + f[None, :]
+        tl.debug_barrier()  # `faded`, whose memory `dq` may be, has been read by all threads
+        tl.store(to, dreads.to(dq.dtype.element_ty), mask=real[:, None] & (f < F)[None, :])
+    at = dlog + offset * F + f[None, :]
+    mask = writes[:, None] & (f < F)[None, :]
+    tl.store(at, of_decay + tl.load(at, mask=mask, other=0.0), mask=mask)

@@ -13,19 +13,22 @@ decays.
 
 from __future__ import annotations
 
+from linearize_kernels.liger_mix import inverse_masses, row_weights, write_mixed
 from linearize_kernels.liger_tiles import (
     VARYING,
     capped,
     decay,
     features,
     halves,
+    load_reads,
     log_gates,
+    open_tile,
     operand,
     per_row,
-    softmax_rows,
     tl,
     triton,
     weak,
+    written_keys,
 )
 
 
@@ -52,6 +55,7 @@ def write_chunks(
     gate_scale,
     gate_bias,
     divisor,
+    tiles,
     starts,
     counts,
     slots,
@@ -79,26 +83,22 @@ def write_chunks(
 ):
     """Compute Σ_s exp(decay from s to the chunk's end) φ(k_s)ᵀ [v_s, 1] and the chunk's decay, into the chunk's
     slot."""
-    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(starts + row + 1).to(tl.int64) - start
-    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    chunk, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
     stream = length - lag
     if chunk * CHUNK >= stream:
         return
-    first_key = start + (row + 1) * past
-    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    first_key, number = start + (row + 1) * past - ahead, count - ahead
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
     f = tl.arange(0, BF)[None, :]
     u = tl.program_id(2) * BV + tl.arange(0, BV)[None, :]
 
-    writes = (i < stream) & (count + i - ahead >= least)
-    offset = (tl.where(writes, first_key + i - ahead, 0) * K + head)[:, None]
+    writes, offset = written_keys(i, stream, number, least, first_key, head, K)
     mask = writes[:, None] & (f < F)
     written = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
     log_gate = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
     # The decay from a token to the chunk's end is the sum over the tokens after it.
-    follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
-    next_offset = (tl.where(follows, first_key + i + 1 - ahead, 0) * K + head)[:, None]
+    end = tl.minimum(stream, (chunk + 1) * CHUNK)
+    follows, next_offset = written_keys(i + 1, end, number, least, first_key, head, K)
     next_mask = follows[:, None] & (f < F)
     next_gate = log_gates(
         gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
@@ -140,10 +140,11 @@ def carry_columns(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     FROM_STATE: tl.constexpr,
+    BACKWARD: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Carry `states` `[slots, K, F, V]`, the columns from COLUMN on of `initial` and `final`, `[R, K, F, COLUMNS]`."""
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    row, head = tl.program_id(0) // K, tl.program_id(0) % K
     length = tl.load(starts + row + 1) - tl.load(starts + row)
     chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
     entry = part * BLOCK + tl.arange(0, BLOCK)
@@ -155,29 +156,33 @@ def carry_columns(
     else:
         state = tl.zeros((BLOCK,), tl.float32)
     slot = tl.load(slots + row).to(tl.int64) * K + head
+    STEP: tl.constexpr = -K if BACKWARD else K
+    if BACKWARD:
+        slot += (chunks - 1) * K
     # Load four chunks at once, so only the arithmetic depends on the previous chunk.
     for n in range(0, chunks, 4):
-        at = slot + n * K
+        at = slot + n * STEP
         one = entry < tl.where(n + 1 < chunks, F * V, 0)
         two = entry < tl.where(n + 2 < chunks, F * V, 0)
         three = entry < tl.where(n + 3 < chunks, F * V, 0)
         w0 = tl.load(states + at * F * V + entry, mask=inside, other=0.0)
-        w1 = tl.load(states + (at + K) * F * V + entry, mask=one, other=0.0)
-        w2 = tl.load(states + (at + 2 * K) * F * V + entry, mask=two, other=0.0)
-        w3 = tl.load(states + (at + 3 * K) * F * V + entry, mask=three, other=0.0)
+        w1 = tl.load(states + (at + STEP) * F * V + entry, mask=one, other=0.0)
+        w2 = tl.load(states + (at + 2 * STEP) * F * V + entry, mask=two, other=0.0)
+        w3 = tl.load(states + (at + 3 * STEP) * F * V + entry, mask=three, other=0.0)
         g0 = tl.load(totals + at * F + f, mask=inside, other=0.0)
-        g1 = tl.load(totals + (at + K) * F + f, mask=one, other=0.0)
-        g2 = tl.load(totals + (at + 2 * K) * F + f, mask=two, other=0.0)
-        g3 = tl.load(totals + (at + 3 * K) * F + f, mask=three, other=0.0)
+        g1 = tl.load(totals + (at + STEP) * F + f, mask=one, other=0.0)
+        g2 = tl.load(totals + (at + 2 * STEP) * F + f, mask=two, other=0.0)
+        g3 = tl.load(totals + (at + 3 * STEP) * F + f, mask=three, other=0.0)
         tl.store(states + at * F * V + entry, state, mask=inside)
         state = state * decay(g0, EXACT) + w0
-        tl.store(states + (at + K) * F * V + entry, state, mask=one)
+        tl.store(states + (at + STEP) * F * V + entry, state, mask=one)
         state = state * decay(g1, EXACT) + w1
-        tl.store(states + (at + 2 * K) * F * V + entry, state, mask=two)
+        tl.store(states + (at + 2 * STEP) * F * V + entry, state, mask=two)
         state = state * decay(g2, EXACT) + w2
-        tl.store(states + (at + 3 * K) * F * V + entry, state, mask=three)
+        tl.store(states + (at + 3 * STEP) * F * V + entry, state, mask=three)
         state = state * decay(g3, EXACT) + w3
-    tl.store(states + (slot + chunks * K) * F * V + entry, state, mask=inside)
+    if not BACKWARD:
+        tl.store(states + (slot + chunks * K) * F * V + entry, state, mask=inside)
     tl.store(final + edge, state, mask=inside)
 
 
@@ -197,38 +202,51 @@ def carry_states(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     FROM_STATE: tl.constexpr,
+    BACKWARD: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Replace, in place, each chunk's contribution by the state at its start: S_{n+1} = exp(total_n) S_n + written_n.
+    BACKWARD: the gradient of each chunk's incoming state by that of its outgoing state, from the last chunk on.
 
     Some programs handle states, the others masses; `initial` and `final` `[R, K, F, V + 1]` have both.
     """
-    part = tl.program_id(0)
+    part = tl.program_id(1)
     blocks: tl.constexpr = (F * V + BLOCK - 1) // BLOCK
     if part < blocks:
         carry_columns(
-            states, totals, initial, final, starts, slots, lag, part, K, F, V, 0, V + 1, CHUNK, BLOCK, FROM_STATE, EXACT
+            *(states, totals, initial, final, starts, slots, lag, part, K, F, V, 0, V + 1),
+            *(CHUNK, BLOCK, FROM_STATE, BACKWARD, EXACT),
         )
     else:
         carry_columns(
-            masses,
-            totals,
-            initial,
-            final,
-            starts,
-            slots,
-            lag,
-            part - blocks,
-            K,
-            F,
-            1,
-            V,
-            V + 1,
-            CHUNK,
-            BLOCK,
-            FROM_STATE,
-            EXACT,
+            *(masses, totals, initial, final, starts, slots, lag, part - blocks, K, F, 1, V, V + 1),
+            *(CHUNK, BLOCK, FROM_STATE, BACKWARD, EXACT),
         )
+
+
+@triton.jit
+def columns_seen(
+    column_exists,
+    t,
+    count,
+    row,
+    window,
+    BM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXISTS: tl.constexpr,
+):
+    """`[X, BM]`: True for the columns that the queries at indices `t` of their row read."""
+    m = tl.arange(0, BM)
+    seen = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
+    if EXISTS:
+        others = tl.load(
+            column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0
+        )
+        seen = seen | (others != 0)[None, :]
+    else:
+        seen = seen | ((m >= SINKS) & (m < COLUMNS))[None, :]
+    return seen
 
 
 @triton.jit
@@ -279,20 +297,13 @@ def read_window(
         exact_v = tl.load(column_v + column * V + u[None, :], mask=(m < COLUMNS)[:, None] & (u < V)[None, :], other=0.0)
         exact = tl.dot(q.to(OPERAND), tl.trans(exact_k.to(OPERAND)), input_precision=PRECISION) * scale
         exact = capped(exact, softcap, CAPPED)
-        visible = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
-        if EXISTS:
-            others = tl.load(
-                column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0
-            )
-            visible = visible | (others != 0)[None, :]
-        else:
-            visible = visible | ((m >= SINKS) & (m < COLUMNS))[None, :]
+        visible = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
         exact = tl.where(visible, exact, -float("inf"))
         most = tl.maximum(most, tl.max(exact, 1))
         chances = tl.exp(exact - most[:, None])
         total = tl.sum(chances, 1)
         outputs = tl.dot(chances.to(OPERAND), exact_v.to(OPERAND), input_precision=PRECISION)
-    for block in range(low, high, KEYS):
+    for block in tl.range(low, high, KEYS, disable_licm=True):
         s = block + tl.arange(0, KEYS)
         there = s < high
         at = (tl.where(there, first_key + s, 0) * K + head)[:, None]
@@ -331,7 +342,6 @@ def read_recurrence(
     number,
     least,
     first_key,
-    ahead,
     head,
     u,
     keys,
@@ -353,14 +363,13 @@ def read_recurrence(
     outputs `[GROUP * SUB, BV]` of value channels `u`, and mass `[GROUP * SUB]`. The sub-chunk's first token is token
     `i` of the stream.
 
-    `number` is the number of token 0 of the stream; `slot` is the chunk's row in arrays `[slots * K, ...]`.
+    Place 0 of the stream is key `first_key`, and token `number` of its row; `slot` is the chunk's row in arrays
+    `[slots * K, ...]`.
     """
     f = tl.arange(0, BF)[None, :]
     token = tl.arange(0, SUB)
     turn = tl.arange(0, GROUP * SUB) % SUB  # index of a row's query within the sub-chunk
-    place = i + token
-    writes = (place < stream) & (number + place >= least)
-    offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
+    writes, offset = written_keys(i + token, stream, number, least, first_key, head, K)
     mask = writes[:, None] & (f < F)
     values = tl.load(v + offset * V + u[None, :], mask=writes[:, None] & (u < V)[None, :], other=0.0).to(tl.float32)
     own = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
@@ -383,7 +392,7 @@ def read_recurrence(
             s = last - 1 - back
             place_s = i + s
             writes_s = (place_s < stream) & (number + place_s >= least)
-            offset_s = tl.where(writes_s, first_key + place_s - ahead, 0) * K + head
+            offset_s = tl.where(writes_s, first_key + place_s, 0) * K + head
             mask_s = f < tl.where(writes_s, F, 0)
             key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
             fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
@@ -401,11 +410,9 @@ def read_recurrence(
     before = (i % CHUNK) // SUB
     for back in range(before):
         place = i - (back + 1) * SUB + token
-        writes = number + place >= least
-        offset = (tl.where(writes, first_key + place - ahead, 0) * K + head)[:, None]
+        writes, offset = written_keys(place, stream, number, least, first_key, head, K)
         mask = writes[:, None] & (f < F)
-        next_writes = (token < SUB - 1) & (number + place + 1 >= least)
-        next_offset = (tl.where(next_writes, first_key + place + 1 - ahead, 0) * K + head)[:, None]
+        next_writes, next_offset = written_keys(place + 1, i - back * SUB, number, least, first_key, head, K)
         next_mask = next_writes[:, None] & (f < F)
         key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
         follow = log_gates(
@@ -445,7 +452,8 @@ def strong(totals, slot, i, stream, F: tl.constexpr, BF: tl.constexpr, EXACT: tl
 
 
 @triton.jit
-def tiles_of_queries(
+def tokens_of_tile(
+    tile,
     slots,
     totals,
     length,
@@ -460,35 +468,16 @@ def tiles_of_queries(
     TILED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Start and end of a program's tokens of the stream, and their chunk's row in `[slots * K, ...]`: one sub-chunk or,
+    """Start and end of a tile's tokens of the stream, and their chunk's row in `[slots * K, ...]`: one sub-chunk or,
     with TILED, a chunk, and none of it if its decay is weak."""
     STEP: tl.constexpr = CHUNK if TILED else SUB
-    first = (tl.program_id(0) - (lag + STEP - 1) // STEP) * STEP
+    first = (tile - (lag + STEP - 1) // STEP) * STEP
     stream = (length - lag).to(tl.int32)
     last = tl.minimum(first + STEP, stream)
     slot = (tl.load(slots + row).to(tl.int64) + tl.maximum(first, 0) // CHUNK) * K + head
     if TILED:
         last = tl.where(strong(totals, slot, first, stream, F, BF, EXACT), last, first)
     return first, last, slot
-
-
-@triton.jit
-def shares(mass, normaliser, weight, live, MIX: tl.constexpr, NORMALIZE: tl.constexpr):
-    """For each query row: the recurrence's share of the output (before a learned weight), and the divisor of its
-    read."""
-    if NORMALIZE or MIX == "softmax":
-        held = live & (mass > 0.0)
-        divisor = tl.where(held, tl.maximum(mass, 1.1754943508222875e-38), 1.0)
-    else:
-        held = live
-        divisor = mass * 0.0 + 1.0
-    share = tl.where(held, 1.0, 0.0)
-    if MIX == "fixed":
-        share = share * 0.5
-    if MIX == "softmax":
-        ratio = tl.exp(tl.minimum(tl.log(divisor) - normaliser, 60.0))
-        share = share * weight * ratio / (1.0 + tl.abs(weight) * ratio)
-    return share, divisor
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -507,6 +496,7 @@ def write_outputs_kernel(
     column_v,
     column_exists,
     mix_weight,
+    tiles,
     starts,
     counts,
     slots,
@@ -514,6 +504,9 @@ def write_outputs_kernel(
     masses,
     totals,
     outputs,
+    apart,
+    rows,
+    entries,
     keys,
     window,
     past,
@@ -550,16 +543,14 @@ def write_outputs_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     TILED: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Window, recurrence and mix for one sub-chunk of tokens and the query heads of one key/value head. TILED: only in
-    chunks that `chunk_outputs` leaves out."""
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(starts + row + 1).to(tl.int64) - start
-    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    chunks that `chunk_outputs` leaves out. APART: as there."""
+    tile, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
     # Tiles are aligned with the stream; queries before the stream have no state to read, so the first tiles have
     # negative `i`.
-    first, last, slot = tiles_of_queries(slots, totals, length, lag, row, head, K, F, BF, CHUNK, SUB, TILED, EXACT)
+    first, last, slot = tokens_of_tile(tile, slots, totals, length, lag, row, head, K, F, BF, CHUNK, SUB, TILED, EXACT)
     for i in range(first, last, SUB):
         first_key = start + (row + 1) * past
         x = tl.arange(0, GROUP * SUB)
@@ -568,100 +559,40 @@ def write_outputs_kernel(
         blocks: tl.constexpr = (V + BV - 1) // BV
         member = tl.program_id(2) // blocks * GROUP + x // SUB
         real = (t >= 0) & (t < length) & (member < H // K)
-        query = tl.where(real, (start + t) * H + head * (H // K) + member, 0)[:, None]
-        d, f, u = (
-            tl.arange(0, BD)[None, :],
-            tl.arange(0, BF)[None, :],
-            tl.program_id(2) % blocks * BV + tl.arange(0, BV),
-        )
+        of_head = head * (H // K) + member
+        entry = tl.where(real, (start + t) * H + of_head, 0)
+        query = entry[:, None]
+        d, u = tl.arange(0, BD)[None, :], tl.program_id(2) % blocks * BV + tl.arange(0, BV)
 
         low = tl.maximum(i + lag - window + 1, -tl.minimum(count, past))
         high = tl.minimum(i + lag + SUB, length)
         rotated = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
         y, normaliser = read_window(
-            rotated,
-            k_rotated,
-            v,
-            column_k,
-            column_v,
-            column_exists,
-            t,
-            count,
-            row,
-            head,
-            first_key,
-            low,
-            high,
-            u,
-            window,
-            scale,
-            softcap,
-            K,
-            D,
-            V,
-            BD,
-            BV,
-            BM,
-            KEYS,
-            COLUMNS,
-            SINKS,
-            EXISTS,
-            CAPPED,
-            OPERAND,
-            PRECISION,
+            *(rotated, k_rotated, v, column_k, column_v, column_exists, t, count, row, head, first_key, low, high, u),
+            *(window, scale, softcap, K, D, V, BD, BV, BM, KEYS, COLUMNS, SINKS, EXISTS, CAPPED, OPERAND, PRECISION),
         )
+        read = tl.zeros((GROUP * SUB, BV), tl.float32)
+        inverse = tl.zeros((GROUP * SUB,), tl.float32)
         if i >= 0:
-            reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
-            if SOFTMAX:
-                reads = softmax_rows(reads, f < F)
+            reads = load_reads(q, query, real, F, BF, SOFTMAX)
             read, mass = read_recurrence(
-                reads,
-                k,
-                v,
-                stats,
-                gate,
-                gate_scale,
-                gate_bias,
-                divisor,
-                states,
-                masses,
-                slot,
-                i,
-                length - lag,
-                count - ahead,
-                least,
-                first_key,
-                ahead,
-                head,
-                u,
-                keys,
-                K,
-                F,
-                V,
-                BF,
-                BV,
-                GROUP,
-                CHUNK,
-                SUB,
-                SOFTMAX,
-                FROM_KEY,
-                PER_CHANNEL,
-                PRECISION,
-                EXACT,
+                *(reads, k, v, stats, gate, gate_scale, gate_bias, divisor, states, masses, slot, i, length - lag),
+                *(count - ahead, least, first_key - ahead, head, u, keys, K, F, V, BF, BV, GROUP, CHUNK, SUB),
+                *(SOFTMAX, FROM_KEY, PER_CHANNEL, PRECISION, EXACT),
             )
             live = real
             if EVICTED:
                 live = real & (count + t - window >= least)
-            weight = mass * 0.0
-            if MIX == "softmax":
-                weight = tl.load(mix_weight + head * (H // K) + member, mask=real, other=0.0).to(tl.float32)
-            share, divides = shares(mass, normaliser, weight, live, MIX, NORMALIZE)
-            share = share[:, None]
-            if MIX == "learned":
-                channel = (head * (H // K) + member)[:, None] * V + u[None, :]
-                learned = tl.load(mix_weight + channel, mask=real[:, None] & (u < V)[None, :], other=0.0)
-                share = share * learned.to(tl.float32)
-            y = y + share * (read / divides[:, None] - y)
-        tl.store(
-            outputs + query * V + u[None, :], y.to(outputs.dtype.element_ty), mask=real[:, None] & (u < V)[None, :]
+            inverse = inverse_masses(mass, live, MIX, NORMALIZE)
+            read = read * inverse[:, None]
+        leads = tl.program_id(2) % blocks == 0
+        if APART:
+            there = real[:, None] & (u < V)[None, :]
+            tl.store(apart + query * V + u[None, :], read.to(apart.dtype.element_ty), mask=there)
+        learned = 1.0
+        if MIX == "learned":
+            learned = row_weights(mix_weight, of_head, u, real, V)
+        write_mixed(
+            *(y, normaliser, read, inverse, learned, mix_weight, outputs, rows),
+            *(entry, of_head, u, real, leads, entries, V, MIX, APART),
         )

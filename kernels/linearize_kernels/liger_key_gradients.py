@@ -1,4 +1,4 @@
-"""The backward kernels of Liger attention over chunks and keys; see `liger_query_gradients` for the letters.
+"""The backward kernels of Liger attention over chunks and keys; see `liger_mix` for the numbers of queries.
 
 The gradient of the state at a chunk's end is in the chunk's slot, `[slots, K, F, V]`, and `[slots, K, F]` for the mass;
 the layout equals that of the states in `liger_forward`.
@@ -7,7 +7,20 @@ the layout equals that of the states in `liger_forward`.
 from __future__ import annotations
 
 from linearize_kernels.liger_forward import strong
-from linearize_kernels.liger_tiles import VARYING, decay, features, log_gates, per_row, softmax_rows, tl, triton, weak
+from linearize_kernels.liger_mix import load_head_dreads, load_row_dreads
+from linearize_kernels.liger_tiles import (
+    VARYING,
+    decay,
+    features,
+    load_reads,
+    log_gates,
+    open_tile,
+    per_row,
+    tl,
+    triton,
+    weak,
+    written_keys,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -19,6 +32,7 @@ def read_chunks(
     gate_bias,
     divisor,
     mix_weight,
+    tiles,
     starts,
     counts,
     slots,
@@ -50,10 +64,7 @@ def read_chunks(
 ):
     """Compute the gradient of a chunk's incoming state from its queries, into the chunk's slot. TILED: only in chunks
     that `chunk_reads` leaves out."""
-    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(starts + row + 1).to(tl.int64) - start
-    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    chunk, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
     stream = length - lag
     if chunk * CHUNK >= stream:
         return
@@ -62,118 +73,29 @@ def read_chunks(
         leave = not strong(totals, slot, chunk * CHUNK, stream, F, BF, EXACT)
         if leave:
             return
-    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
     f = tl.arange(0, BF)[None, :]
-    u = tl.program_id(2) * BV + tl.arange(0, BV)[None, :]
-    writes = (i < stream) & (count + i - ahead >= least)
-    offset = (tl.where(writes, start + (row + 1) * past + i - ahead, 0) * K + head)[:, None]
+    u = tl.program_id(2) * BV + tl.arange(0, BV)
+    first_key = start + (row + 1) * past - ahead
+    writes, offset = written_keys(i, stream, count - ahead, least, first_key, head, K)
     mask = writes[:, None] & (f < F)
     log_gate = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
     fade = decay(tl.cumsum(log_gate, 0), EXACT)
     dstate, dmass = tl.zeros((BF, BV), tl.float32), tl.zeros((BF,), tl.float32)
-    real = (i < stream)[:, None]
+    real = i < stream
     for member in range(H // K):
         of_head = head * (H // K) + member
-        entry = tl.where(i < stream, (start + i + lag) * H + of_head, 0)
-        reads = tl.load(q + entry[:, None] * F + f, mask=real & (f < F), other=0.0).to(tl.float32)
-        if SOFTMAX:
-            reads = softmax_rows(reads, f < F)
-        reads = tl.where(real, reads * fade, 0.0)
-        dread = tl.load(doutputs + entry[:, None] * V + u, mask=real & (u < V), other=0.0).to(tl.float32)
-        dread = dread * tl.load(rows + 3 * entries + entry)[:, None]
-        if MIX == "learned":
-            dread = dread * tl.load(mix_weight + of_head * V + u, mask=u < V, other=0.0).to(tl.float32)
+        entry = tl.where(real, (start + i + lag) * H + of_head, 0)
+        reads = load_reads(q, entry[:, None], real, F, BF, SOFTMAX)
+        reads = tl.where(real[:, None], reads * fade, 0.0)
+        dread = load_head_dreads(doutputs, mix_weight, rows, entry, of_head, u, real, entries, V, MIX, tl.float32)
         dstate += tl.dot(tl.trans(reads), dread, input_precision=PRECISION)
-        dmass += tl.sum(reads * tl.load(rows + 4 * entries + entry)[:, None], 0)
+        dmass += tl.sum(reads * tl.load(rows + 4 * entries + entry, mask=real, other=0.0)[:, None], 0)
     f_column = tl.arange(0, BF)[:, None]
-    tl.store(dstates + (slot * F + f_column) * V + u, dstate, mask=(f_column < F) & (u < V))
+    tl.store(dstates + (slot * F + f_column) * V + u[None, :], dstate, mask=(f_column < F) & (u < V)[None, :])
     if tl.program_id(2) == 0:
         f_row = tl.arange(0, BF)
         tl.store(dmasses + slot * F + f_row, dmass, mask=f_row < F)
-
-
-@triton.jit
-def carry_column_gradients(
-    dstates,
-    totals,
-    dinitial,
-    dfinal,
-    starts,
-    slots,
-    lag,
-    part,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    V: tl.constexpr,
-    COLUMN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Carry the gradients of states `[slots, K, F, V]`, as `carry_columns` does states."""
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
-    length = tl.load(starts + row + 1) - tl.load(starts + row)
-    chunks = tl.maximum((length - lag + CHUNK - 1) // CHUNK, 0)
-    entry = part * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < F * V
-    f = entry // V
-    edge = ((row * K + head).to(tl.int64) * F + f) * COLUMNS + COLUMN + entry % V
-    gradient = tl.load(dfinal + edge, mask=inside, other=0.0).to(tl.float32)
-    last = (tl.load(slots + row).to(tl.int64) + chunks - 1) * K + head
-    for n in range(0, chunks, 4):
-        at = last - n * K
-        one = entry < tl.where(n + 1 < chunks, F * V, 0)
-        two = entry < tl.where(n + 2 < chunks, F * V, 0)
-        three = entry < tl.where(n + 3 < chunks, F * V, 0)
-        r0 = tl.load(dstates + at * F * V + entry, mask=inside, other=0.0)
-        r1 = tl.load(dstates + (at - K) * F * V + entry, mask=one, other=0.0)
-        r2 = tl.load(dstates + (at - 2 * K) * F * V + entry, mask=two, other=0.0)
-        r3 = tl.load(dstates + (at - 3 * K) * F * V + entry, mask=three, other=0.0)
-        g0 = tl.load(totals + at * F + f, mask=inside, other=0.0)
-        g1 = tl.load(totals + (at - K) * F + f, mask=one, other=0.0)
-        g2 = tl.load(totals + (at - 2 * K) * F + f, mask=two, other=0.0)
-        g3 = tl.load(totals + (at - 3 * K) * F + f, mask=three, other=0.0)
-        tl.store(dstates + at * F * V + entry, gradient, mask=inside)
-        gradient = gradient * decay(g0, EXACT) + r0
-        tl.store(dstates + (at - K) * F * V + entry, gradient, mask=one)
-        gradient = gradient * decay(g1, EXACT) + r1
-        tl.store(dstates + (at - 2 * K) * F * V + entry, gradient, mask=two)
-        gradient = gradient * decay(g2, EXACT) + r2
-        tl.store(dstates + (at - 3 * K) * F * V + entry, gradient, mask=three)
-        gradient = gradient * decay(g3, EXACT) + r3
-    tl.store(dinitial + edge, gradient, mask=inside)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def carry_gradients(
-    dstates,
-    dmasses,
-    totals,
-    dinitial,
-    dfinal,
-    starts,
-    slots,
-    lag,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Replace, in place, the gradient of each chunk's incoming state by that of its outgoing state: the backward of
-    `carry_states`."""
-    part = tl.program_id(0)
-    blocks: tl.constexpr = (F * V + BLOCK - 1) // BLOCK
-    if part < blocks:
-        carry_column_gradients(
-            dstates, totals, dinitial, dfinal, starts, slots, lag, part, K, F, V, 0, V + 1, CHUNK, BLOCK, EXACT
-        )
-    else:
-        carry_column_gradients(
-            dmasses, totals, dinitial, dfinal, starts, slots, lag, part - blocks, K, F, 1, V, V + 1, CHUNK, BLOCK, EXACT
-        )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -185,6 +107,7 @@ def keys_of_states(
     gate_scale,
     gate_bias,
     divisor,
+    tiles,
     starts,
     counts,
     slots,
@@ -219,10 +142,7 @@ def keys_of_states(
 
     Some programs handle value channels, the others key channels. TILED: only in chunks that `chunk_pairs` leaves out.
     """
-    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(starts + row + 1).to(tl.int64) - start
-    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    chunk, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
     stream = length - lag
     if chunk * CHUNK >= stream:
         return
@@ -232,11 +152,10 @@ def keys_of_states(
         if leave:
             return
     first_key = start + (row + 1) * past - ahead
-    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
-    writes = (i < stream) & (count + i - ahead >= least)
-    offset = (tl.where(writes, first_key + i, 0) * K + head)[:, None]
-    follows = (i + 1 < stream) & (i + 1 < (chunk + 1) * CHUNK) & (count + i + 1 - ahead >= least)
-    next_offset = (tl.where(follows, first_key + i + 1, 0) * K + head)[:, None]
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    writes, offset = written_keys(i, stream, count - ahead, least, first_key, head, K)
+    end = tl.minimum(stream, (chunk + 1) * CHUNK)
+    follows, next_offset = written_keys(i + 1, end, count - ahead, least, first_key, head, K)
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     part = tl.program_id(2)
     if part < blocks:
@@ -289,30 +208,6 @@ def keys_of_states(
         tl.store(flow + offset * F + g, dkey * features(k, stats, offset, g, inside, keys * K, F, SOFTMAX), mask=inside)
 
 
-@triton.jit
-def load_dread(
-    doutputs,
-    mix_weight,
-    rows,
-    entry,
-    member,
-    u,
-    real,
-    entries,
-    of_head,
-    V: tl.constexpr,
-    MIX: tl.constexpr,
-):
-    """For query rows: the gradients of the recurrence's reads, `[X, BV]`."""
-    there = real[:, None] & (u < V)
-    dout = tl.load(doutputs + entry[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
-    through = dout
-    if MIX == "learned":
-        through = dout * tl.load(mix_weight + of_head[:, None] * V + u, mask=there, other=0.0).to(tl.float32)
-    pull = tl.load(rows + 3 * entries + entry, mask=real, other=0.0)
-    return pull[:, None] * through
-
-
 @triton.jit(do_not_specialize=VARYING)
 def key_gradients(
     v,
@@ -324,6 +219,7 @@ def key_gradients(
     gate_bias,
     divisor,
     mix_weight,
+    tiles,
     starts,
     counts,
     slots,
@@ -364,31 +260,26 @@ def key_gradients(
     `dk` and `state_dv` hold the gradients from states, in float32, and receive the sums; the first of the LOGS parts of
     `dlog` becomes the gradient of the running decay. TILED: only in chunks that `chunk_pairs` leaves out.
     """
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(starts + row + 1).to(tl.int64) - start
-    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
-    stream = (length - lag).to(tl.int32)
-    number = count - ahead
+    tile, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
+    stream, number = length - lag, count - ahead
+    first_key = start + (row + 1) * past - ahead
     STEP: tl.constexpr = CHUNK if TILED else SUB
-    first = tl.program_id(0) * STEP
+    first = tile * STEP
     last = tl.minimum(first + STEP, stream)
     if TILED:
-        slot = (tl.load(slots + row).to(tl.int64) + tl.program_id(0)) * K + head
+        slot = (tl.load(slots + row).to(tl.int64) + tile) * K + head
         last = tl.where(strong(totals, slot, first, stream, F, BF, EXACT), last, first)
     for i in range(first, last, SUB):
-        first_key = start + (row + 1) * past
         token = tl.arange(0, SUB)
         x = tl.arange(0, GROUP * SUB)
         turn = x % SUB
-        f, u = tl.arange(0, BF)[None, :], tl.arange(0, BV)[None, :]
-        writes = (i + token < stream) & (number + i + token >= least)
-        offset = (tl.where(writes, first_key + i + token - ahead, 0) * K + head)[:, None]
-        mask = writes[:, None] & (f < F)
-        written = tl.load(v + offset * V + u, mask=writes[:, None] & (u < V), other=0.0).to(tl.float32)
+        f, u = tl.arange(0, BF)[None, :], tl.arange(0, BV)
+        writes, offset = written_keys(i + token, stream, number, least, first_key, head, K)
+        mask, there = writes[:, None] & (f < F), writes[:, None] & (u < V)[None, :]
+        written = tl.load(v + offset * V + u[None, :], mask=there, other=0.0).to(tl.float32)
         key = features(k, stats, offset, f, mask, keys * K, F, SOFTMAX)
         dkey = tl.zeros((SUB, BF), tl.float32)
-        dvalues = tl.load(state_dv + offset * V + u, mask=writes[:, None] & (u < V), other=0.0)
+        dvalues = tl.load(state_dv + offset * V + u[None, :], mask=there, other=0.0)
         itself = tl.zeros((SUB, BF), tl.float32)
         own_gates = log_gates(gate, k, gate_scale, gate_bias, divisor, offset, head, f, mask, F, FROM_KEY, PER_CHANNEL)
         running = tl.cumsum(own_gates, 0)
@@ -404,11 +295,9 @@ def key_gradients(
             real = (t < length) & (member < H // K)
             of_head = head * (H // K) + member
             entry = tl.where(real, (start + t) * H + of_head, 0)
-            reads = tl.load(q + entry[:, None] * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
-            if SOFTMAX:
-                reads = softmax_rows(reads, f < F)
+            reads = load_reads(q, entry[:, None], real, F, BF, SOFTMAX)
             reads = tl.where(real[:, None], reads, 0.0)
-            dread = load_dread(doutputs, mix_weight, rows, entry, member, u, real, entries, of_head, V, MIX)
+            dread = load_row_dreads(doutputs, mix_weight, rows, entry, of_head, u, real, entries, V, MIX)
             dm = tl.load(rows + 4 * entries + entry, mask=real, other=0.0)
             pairs = tl.dot(dread, tl.trans(written), input_precision=PRECISION) + dm[:, None]
             scores = tl.zeros((GROUP * SUB, SUB), tl.float32)
@@ -426,7 +315,7 @@ def key_gradients(
                 for back in range(last):
                     s = last - 1 - back
                     writes_s = (i + s < stream) & (number + i + s >= least)
-                    offset_s = tl.where(writes_s, first_key + i + s - ahead, 0) * K + head
+                    offset_s = tl.where(writes_s, first_key + i + s, 0) * K + head
                     mask_s = f < tl.where(writes_s, F, 0)
                     key_s = features(k, stats, offset_s, f, mask_s, keys * K, F, SOFTMAX)
                     fading = tl.where((turn == s)[:, None], reads, fading * decay(gates, EXACT))
@@ -442,8 +331,8 @@ def key_gradients(
             itself += tl.sum(tl.reshape(reads * own_pair[:, None], (GROUP, SUB, BF)), 0)
 
         # Gradients from later sub-chunks of the chunk, nearest first: the keys decay to the start of each.
-        follows = (i + token + 1 < stream) & (token < SUB - 1) & (number + i + token + 1 >= least)
-        next_offset = (tl.where(follows, first_key + i + token + 1 - ahead, 0) * K + head)[:, None]
+        end = tl.minimum(i + SUB, stream)
+        follows, next_offset = written_keys(i + token + 1, end, number, least, first_key, head, K)
         next_mask = follows[:, None] & (f < F)
         follow = log_gates(
             gate, k, gate_scale, gate_bias, divisor, next_offset, head, f, next_mask, F, FROM_KEY, PER_CHANNEL
@@ -451,8 +340,7 @@ def key_gradients(
         fade = decay(tl.cumsum(follow, 0, reverse=True), EXACT)
         end = tl.minimum((i // CHUNK + 1) * CHUNK, stream)
         for later in range(i + SUB, end, SUB):
-            writes_l = (later + token < stream) & (number + later + token >= least)
-            offset_l = (tl.where(writes_l, first_key + later + token - ahead, 0) * K + head)[:, None]
+            writes_l, offset_l = written_keys(later + token, stream, number, least, first_key, head, K)
             mask_l = writes_l[:, None] & (f < F)
             own = log_gates(
                 gate, k, gate_scale, gate_bias, divisor, offset_l, head, f, mask_l, F, FROM_KEY, PER_CHANNEL
@@ -463,14 +351,9 @@ def key_gradients(
                 real_l = (later + turn < stream) & (member_l < H // K)
                 of_head_l = head * (H // K) + member_l
                 entry_l = tl.where(real_l, (start + later + lag + turn) * H + of_head_l, 0)
-                reads_l = tl.load(q + entry_l[:, None] * F + f, mask=real_l[:, None] & (f < F), other=0.0)
-                reads_l = reads_l.to(tl.float32)
-                if SOFTMAX:
-                    reads_l = softmax_rows(reads_l, f < F)
+                reads_l = load_reads(q, entry_l[:, None], real_l, F, BF, SOFTMAX)
                 reads_l = tl.where(real_l[:, None], reads_l * reach, 0.0)
-                dread_l = load_dread(
-                    doutputs, mix_weight, rows, entry_l, member_l, u, real_l, entries, of_head_l, V, MIX
-                )
+                dread_l = load_row_dreads(doutputs, mix_weight, rows, entry_l, of_head_l, u, real_l, entries, V, MIX)
                 dm_l = tl.load(rows + 4 * entries + entry_l, mask=real_l, other=0.0)
                 scores_l = tl.dot(reads_l, tl.trans(key * fade), input_precision=PRECISION)
                 dvalues += tl.dot(tl.trans(scores_l), dread_l, input_precision=PRECISION)
@@ -486,7 +369,7 @@ def key_gradients(
         if SOFTMAX:
             dkey = key * (dkey - tl.sum(key * dkey, 1)[:, None])
         tl.store(dk + offset * F + f, dkey, mask=mask)
-        tl.store(state_dv + offset * V + u, dvalues, mask=writes[:, None] & (u < V))
+        tl.store(state_dv + offset * V + u[None, :], dvalues, mask=there)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -495,6 +378,7 @@ def gate_gradients(
     gate_scale,
     gate_bias,
     divisor,
+    tiles,
     starts,
     counts,
     slots,
@@ -526,17 +410,14 @@ def gate_gradients(
 ):
     """Convert gradients of running decays to gradients of log-gates, `dgate`, or of their inputs: adds to `dk`, and
     writes each chunk's part of `dscale` and `dbias`, `[slots, K, F]`."""
-    chunk, row, head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(starts + row + 1).to(tl.int64) - start
-    count = tl.load(counts + row).to(tl.int64) if COUNTED else length * 0
+    chunk, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
     stream = length - lag
     if chunk * CHUNK >= stream:
         return
-    i = chunk * CHUNK + tl.arange(0, CHUNK).to(tl.int64)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
     f = tl.arange(0, BF)[None, :]
-    writes = (i < stream) & (count + i - ahead >= least)
-    offset = (tl.where(writes, start + (row + 1) * past + i - ahead, 0) * K + head)[:, None]
+    first_key = start + (row + 1) * past - ahead
+    writes, offset = written_keys(i, stream, count - ahead, least, first_key, head, K)
     mask = writes[:, None] & (f < F)
     slot = (tl.load(slots + row).to(tl.int64) + chunk) * K + head
     # A log-gate scales all products that span it: pairs of an earlier key and a query at or after it, and, in the
@@ -552,9 +433,9 @@ def gate_gradients(
         state = tl.load(states + at, mask=inside, other=0.0)
         enters += tl.sum(state * tl.load(dstates + at, mask=inside, other=0.0), 1)
     enters = enters * decay(tl.load(totals + slot * F + f_row, mask=f_row < F, other=0.0), EXACT)
-    follows = (i > chunk * CHUNK) & (i < stream + 1) & (count + i - 1 - ahead >= least)
-    previous = (tl.where(follows, start + (row + 1) * past + i - 1 - ahead, 0) * K + head)[:, None]
-    through = tl.load(flow + previous * F + f, mask=follows[:, None] & (f < F), other=0.0)
+    exists, previous = written_keys(i - 1, stream, count - ahead, least, first_key, head, K)
+    exists = exists & (i > chunk * CHUNK)
+    through = tl.load(flow + previous * F + f, mask=exists[:, None] & (f < F), other=0.0)
     of_decay = tl.load(dlog + offset * F + f, mask=mask, other=0.0)
     gradient = tl.cumsum(of_decay, 0, reverse=True) + tl.cumsum(through, 0) + enters[None, :]
     gradient = tl.where(mask, gradient, 0.0)

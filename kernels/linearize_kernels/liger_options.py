@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,8 +70,51 @@ def row_starts(rows: Tensor | int, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(rows + 1, device=device) * (tokens // rows)
 
 
-def longest_row(rows: Tensor | int, tokens: int, longest: int | None) -> int:
-    """Upper bound of a row's tokens."""
+def longest_row(rows: Tensor | int, tokens: int) -> int:
+    """Tokens of the longest row; of packed rows with a sync."""
+    return tokens // rows if isinstance(rows, int) else int(rows.diff().max())
+
+
+# The number, within its row, of a tile that is none: beyond the end of any row.
+_NO_TILE = 2**24
+
+
+def tile_list(
+    rows: Tensor | int, tokens: int, device: torch.device, step: int, *, more: int = 0, before: int = 0
+) -> Tensor:
+    """The tiles of all rows, int32 `[tiles, 2]`: a row, and the number of a tile within it. Made without a sync, so the
+    last of packed rows may be none; kept with `rows`, which all layers share.
+
+    Args:
+        tokens: of all rows.
+        step: tokens of a tile.
+        more: tokens that a row has beside its own, or, if negative, less.
+        before: tiles of a row that come before those of its tokens.
+    """
     if isinstance(rows, int):
-        return tokens // rows
-    return int(rows.diff().max()) if longest is None else longest
+        return _equal_tiles(rows, tokens, device, step, more, before)
+    kept = rows.__dict__.setdefault("_tiles", {})
+    key = step, more, before
+    if key not in kept:
+        count = rows.shape[0] - 1
+        most = (tokens + max(more, 0) * count) // step + count * (1 + before)
+        kept[key] = _listed(rows, step, more, before, most)
+    found: Tensor = kept[key]
+    return found
+
+
+@lru_cache(maxsize=64)
+def _equal_tiles(rows: int, tokens: int, device: torch.device, step: int, more: int, before: int) -> Tensor:
+    of_row = max(-(-(tokens // max(rows, 1) + more) // step), 0) + before
+    return _listed(row_starts(rows, tokens, device), step, more, before, rows * of_row)
+
+
+def _listed(starts: Tensor, step: int, more: int, before: int, most: int) -> Tensor:
+    counts = (starts.diff() + (more + step - 1)).clamp_min(0).div(step, rounding_mode="floor") + before
+    ends = counts.cumsum(0)
+    n = torch.arange(most, device=starts.device)
+    row = torch.searchsorted(ends, n, right=True)
+    there = row < len(counts)
+    row = torch.where(there, row, 0)
+    number = torch.where(there, n - (ends - counts)[row], _NO_TILE)
+    return torch.stack([row, number], 1).int()

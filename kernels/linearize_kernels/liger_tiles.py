@@ -21,6 +21,26 @@ VARYING = ["entries", "keys", "past", "lag", "ahead", "least"]
 
 
 @triton.jit
+def open_tile(tiles, n, starts, counts, K: tl.constexpr, COUNTED: tl.constexpr):
+    """The n-th tile of a list `[tiles, 2]`: its number within its row, and the row; a program's key/value head; and the
+    row's start, its length and its tokens before its first query."""
+    row, head = tl.load(tiles + 2 * n), tl.program_id(1)
+    start = tl.load(starts + row).to(tl.int64)
+    length = (tl.load(starts + row + 1).to(tl.int64) - start).to(tl.int32)
+    count = tl.load(counts + row).to(tl.int32) if COUNTED else length * 0
+    return tl.load(tiles + 2 * n + 1), row, head, start, length, count
+
+
+@triton.jit
+def written_keys(place, stream, number, least, first_key, head, K: tl.constexpr):
+    """For places of a row's stream: True for a token that is written into the state, and its key's row as a column.
+
+    Place 0 of the stream is key `first_key`, and token `number` of its row."""
+    writes = (place >= 0) & (place < stream) & (number + place >= least)
+    return writes, (tl.where(writes, first_key + place, 0) * K + head)[:, None]
+
+
+@triton.jit
 def log_gates(
     gate,
     k,
@@ -80,6 +100,16 @@ def softmax_rows(x, inside):
     x = tl.where(inside, x, -float("inf"))
     x = tl.exp(x - tl.max(x, 1)[:, None])
     return x * (1.0 / tl.sum(x, 1))[:, None]
+
+
+@triton.jit
+def load_reads(q, query, real, F: tl.constexpr, BF: tl.constexpr, SOFTMAX: tl.constexpr):
+    """φ of query rows."""
+    f = tl.arange(0, BF)[None, :]
+    reads = tl.load(q + query * F + f, mask=real[:, None] & (f < F), other=0.0).to(tl.float32)
+    if SOFTMAX:
+        reads = softmax_rows(reads, f < F)
+    return reads
 
 
 @triton.jit
@@ -152,8 +182,10 @@ __all__ = [
     "decay",
     "features",
     "halves",
+    "load_reads",
     "log_gates",
     "log_sigmoid",
+    "open_tile",
     "operand",
     "per_row",
     "softmax_rows",
@@ -161,4 +193,5 @@ __all__ = [
     "tl",
     "triton",
     "weak",
+    "written_keys",
 ]

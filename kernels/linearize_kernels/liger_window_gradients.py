@@ -1,9 +1,11 @@
-"""The backward kernels of Liger attention over the window and the exact columns; see `liger_query_gradients` for the
-letters."""
+"""The backward kernels of Liger attention over the window and the exact columns; see `liger_mix` for the numbers of
+queries."""
 
 from __future__ import annotations
 
-from linearize_kernels.liger_tiles import VARYING, capped, operand, tl, triton
+from linearize_kernels.liger_forward import columns_seen
+from linearize_kernels.liger_mix import head_weights
+from linearize_kernels.liger_tiles import VARYING, capped, open_tile, operand, tl, triton
 
 
 @triton.jit
@@ -35,31 +37,6 @@ def attention_gradients(
 
 
 @triton.jit
-def columns_seen(
-    column_exists,
-    t,
-    count,
-    row,
-    window,
-    BM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SINKS: tl.constexpr,
-    EXISTS: tl.constexpr,
-):
-    """`[X, BM]`: True for the columns that the queries at indices `t` of their row read."""
-    m = tl.arange(0, BM)
-    seen = (m < SINKS)[None, :] & (m[None, :] <= (count + t - window)[:, None])
-    if EXISTS:
-        others = tl.load(
-            column_exists + row * (COLUMNS - SINKS) + m - SINKS, mask=(m >= SINKS) & (m < COLUMNS), other=0
-        )
-        seen = seen | (others != 0)[None, :]
-    else:
-        seen = seen | ((m >= SINKS) & (m < COLUMNS))[None, :]
-    return seen
-
-
-@triton.jit
 def window_pull(
     doutputs,
     mix_weight,
@@ -74,10 +51,11 @@ def window_pull(
     OPERAND: tl.constexpr,
 ):
     """The gradient of the window's outputs of one query head, `[X, BV]`."""
-    dout = tl.load(doutputs + entry[:, None] * V + u, mask=real[:, None] & (u < V), other=0.0).to(tl.float32)
+    there = real[:, None] & (u < V)[None, :]
+    dout = tl.load(doutputs + entry[:, None] * V + u[None, :], mask=there, other=0.0).to(tl.float32)
     share = tl.load(rows + 2 * entries + entry)[:, None]
     if MIX == "learned":
-        share = share * tl.load(mix_weight + of_head * V + u, mask=u < V, other=0.0).to(tl.float32)
+        share = share * head_weights(mix_weight, of_head, u, V)
     return operand(dout - share * dout, OPERAND)
 
 
@@ -90,6 +68,7 @@ def window_queries(
     column_v,
     column_exists,
     mix_weight,
+    tiles,
     starts,
     counts,
     doutputs,
@@ -120,14 +99,12 @@ def window_queries(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a tile of a row's queries with positions, through window and columns; and the tile's parts of the
-    columns' gradients, `[tiles, K, M, D or V]`."""
+    """Gradients of a head's tile of a row's queries with positions, through window and columns; and the tile's parts of
+    the columns' gradients, `[tiles, H, M, D or V]`."""
     G: tl.constexpr = H // K
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = (tl.load(starts + row + 1).to(tl.int64) - start).to(tl.int32)
-    count = tl.load(counts + row).to(tl.int32) if COUNTED else length * 0
-    first = tl.program_id(0) * TILE
+    tile, row, head, start, length, count = open_tile(tiles, tl.program_id(0) // G, starts, counts, K, COUNTED)
+    of_head = head * G + tl.program_id(0) % G
+    first = tile * TILE
     if first >= length:
         return
     d, u = tl.arange(0, BD)[None, :], tl.arange(0, BV)[None, :]
@@ -136,46 +113,49 @@ def window_queries(
     first_key = start + (row + 1) * past
     low = tl.maximum(first - window + 1, -tl.minimum(count, past))
     high = tl.minimum(first + TILE, length)
-    dcolumn_k = tl.zeros((BD, BM), tl.float32)
-    dcolumn_v = tl.zeros((BV, BM), tl.float32)
-    for member in range(G):
-        entry = tl.where(real, (start + t) * H + head * G + member, 0)
-        query = entry[:, None]
-        rotated = operand(tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0), OPERAND)
-        dy = window_pull(doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND)
-        normaliser = tl.load(rows + entry)[:, None]
-        delta = tl.load(rows + entries + entry)[:, None]
-        drotated = tl.zeros((TILE, BD), tl.float32)
-        if COLUMNS > 0:
-            m = tl.arange(0, BM)
-            column = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
-            exact_k = tl.load(column_k + column * D + d, mask=(m < COLUMNS)[:, None] & (d < D), other=0.0)
-            exact_v = tl.load(column_v + column * V + u, mask=(m < COLUMNS)[:, None] & (u < V), other=0.0)
-            visible = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
-            exact, dexact = attention_gradients(
-                rotated, exact_k, exact_v, dy, normaliser, delta, visible, scale, softcap, CAPPED, OPERAND, PRECISION
-            )
-            dexact = operand(dexact, OPERAND)
-            drotated = tl.dot(dexact, operand(exact_k, OPERAND), input_precision=PRECISION)
-            dcolumn_k += tl.dot(tl.trans(rotated), dexact, input_precision=PRECISION)
-            dcolumn_v += tl.dot(tl.trans(dy), operand(exact, OPERAND), input_precision=PRECISION)
-        for block in range(low, high, KEYS):
-            s = block + tl.arange(0, KEYS)
-            at = (tl.where(s < high, first_key + s, 0) * K + head)[:, None]
-            window_k = tl.load(k_rotated + at * D + d, mask=(s < high)[:, None] & (d < D), other=0.0)
-            window_v = tl.load(v + at * V + u, mask=(s < high)[:, None] & (u < V), other=0.0)
-            seen = (s < high)[None, :] & (s[None, :] <= t[:, None]) & (s[None, :] > t[:, None] - window)
-            _weights, dscores = attention_gradients(
-                rotated, window_k, window_v, dy, normaliser, delta, seen, scale, softcap, CAPPED, OPERAND, PRECISION
-            )
-            drotated += tl.dot(operand(dscores, OPERAND), operand(window_k, OPERAND), input_precision=PRECISION)
-        tl.store(dq_rotated + query * D + d, drotated.to(dq_rotated.dtype.element_ty), mask=real[:, None] & (d < D))
+    entry = tl.where(real, (start + t) * H + of_head, 0)
+    query = entry[:, None]
+    rotated = operand(tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0), OPERAND)
+    channel = tl.arange(0, BV)
+    dy = window_pull(doutputs, mix_weight, rows, entry, of_head, channel, real, entries, V, MIX, OPERAND)
+    normaliser = tl.load(rows + entry)[:, None]
+    delta = tl.load(rows + entries + entry)[:, None]
+    drotated = tl.zeros((TILE, BD), tl.float32)
     if COLUMNS > 0:
-        m = tl.arange(0, BM)[None, :]
-        part = ((start // TILE + row + tl.program_id(0)) * K + head) * COLUMNS + m
+        m = tl.arange(0, BM)
+        column = ((row * COLUMNS + m).to(tl.int64) * K + head)[:, None]
+        exact_k = tl.load(column_k + column * D + d, mask=(m < COLUMNS)[:, None] & (d < D), other=0.0)
+        exact_v = tl.load(column_v + column * V + u, mask=(m < COLUMNS)[:, None] & (u < V), other=0.0)
+        visible = columns_seen(column_exists, t, count, row, window, BM, COLUMNS, SINKS, EXISTS)
+        exact, dexact = attention_gradients(
+            rotated, exact_k, exact_v, dy, normaliser, delta, visible, scale, softcap, CAPPED, OPERAND, PRECISION
+        )
+        dexact = operand(dexact, OPERAND)
+        drotated = tl.dot(dexact, operand(exact_k, OPERAND), input_precision=PRECISION)
+        dcolumn_k = tl.dot(tl.trans(rotated), dexact, input_precision=PRECISION)
+        dcolumn_v = tl.dot(tl.trans(dy), operand(exact, OPERAND), input_precision=PRECISION)
+        part = (((start // TILE + row + tile) * H + of_head) * COLUMNS + m)[None, :]
         d_column, u_column = tl.arange(0, BD)[:, None], tl.arange(0, BV)[:, None]
-        tl.store(parts_k + part * D + d_column, dcolumn_k, mask=(m < COLUMNS) & (d_column < D))
-        tl.store(parts_v + part * V + u_column, dcolumn_v, mask=(m < COLUMNS) & (u_column < V))
+        inside = (m < COLUMNS)[None, :]
+        tl.store(parts_k + part * D + d_column, dcolumn_k, mask=inside & (d_column < D))
+        tl.store(parts_v + part * V + u_column, dcolumn_v, mask=inside & (u_column < V))
+    for block in tl.range(low, high, KEYS, disable_licm=True):
+        s = block + tl.arange(0, KEYS)
+        at = (tl.where(s < high, first_key + s, 0) * K + head)[:, None]
+        window_k = tl.load(k_rotated + at * D + d, mask=(s < high)[:, None] & (d < D), other=0.0)
+        window_v = tl.load(v + at * V + u, mask=(s < high)[:, None] & (u < V), other=0.0)
+        seen = (s < high)[None, :] & (s[None, :] <= t[:, None]) & (s[None, :] > t[:, None] - window)
+        if BD * BV > 128 * 128:
+            # Loaded anew, because tiles that are kept over the loop take registers.
+            turned = tl.load(q_rotated + query * D + d, mask=real[:, None] & (d < D), other=0.0)
+            pull = window_pull(doutputs, mix_weight, rows, entry, of_head, channel, real, entries, V, MIX, OPERAND)
+        else:
+            turned, pull = rotated, dy
+        _weights, dscores = attention_gradients(
+            turned, window_k, window_v, pull, normaliser, delta, seen, scale, softcap, CAPPED, OPERAND, PRECISION
+        )
+        drotated += tl.dot(operand(dscores, OPERAND), operand(window_k, OPERAND), input_precision=PRECISION)
+    tl.store(dq_rotated + query * D + d, drotated.to(dq_rotated.dtype.element_ty), mask=real[:, None] & (d < D))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -184,6 +164,7 @@ def window_keys(
     k_rotated,
     v,
     mix_weight,
+    tiles,
     starts,
     counts,
     doutputs,
@@ -216,11 +197,8 @@ def window_keys(
     """Gradients of a tile of a row's keys with positions, and of their values: `state_dv`, the recurrence's part, is
     added."""
     G: tl.constexpr = H // K
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
-    start = tl.load(starts + row).to(tl.int64)
-    length = (tl.load(starts + row + 1).to(tl.int64) - start).to(tl.int32)
-    count = tl.load(counts + row).to(tl.int32) if COUNTED else length * 0
-    first = tl.program_id(0) * TILE - past
+    tile, row, head, start, length, count = open_tile(tiles, tl.program_id(0), starts, counts, K, COUNTED)
+    first = tile * TILE - past
     if first >= length:
         return
     d, u = tl.arange(0, BD)[None, :], tl.arange(0, BV)[None, :]
@@ -234,15 +212,17 @@ def window_keys(
     drotated = tl.zeros((TILE, BD), tl.float32)
     dvalues = tl.zeros((TILE, BV), tl.float32)
     low, high = tl.maximum(first, 0), tl.minimum(first + TILE - 1 + window, length)
-    for block in range(low, high, QUERIES):
+    for block in tl.range(low, high, QUERIES, disable_licm=True):
         t = block + tl.arange(0, QUERIES)
         real = t < high
         seen = exists[:, None] & real[None, :]
         seen = seen & (place[:, None] <= t[None, :]) & (place[:, None] > t[None, :] - window)
-        for member in range(G):
+        for member in tl.range(G, disable_licm=True):
             entry = tl.where(real, (start + t) * H + head * G + member, 0)
             rotated = tl.load(q_rotated + entry[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0)
-            dy = window_pull(doutputs, mix_weight, rows, entry, head * G + member, u, real, entries, V, MIX, OPERAND)
+            dy = window_pull(
+                doutputs, mix_weight, rows, entry, head * G + member, tl.arange(0, BV), real, entries, V, MIX, OPERAND
+            )
             # Keys are the rows of the products, so none has to be transposed.
             weights, dscores = attention_gradients(
                 window_k,
@@ -274,19 +254,21 @@ def sum_tiles(
     tiles,
     row,
     head,
+    H: tl.constexpr,
     K: tl.constexpr,
     W: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum `parts` `[tiles, K, M, W]` over a row's tiles into `result` `[R, M, K, W]`."""
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Sum `parts` `[tiles, H, M, W]` over a row's tiles and a group's heads into `result` `[R, M, K, W]`."""
+    G: tl.constexpr = H // K
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < COLUMNS * W
     total = tl.zeros((BLOCK,), tl.float32)
-    for block in range(0, tiles, 8):
+    for block in range(0, tiles * G, 8):
         n = block + tl.arange(0, 8)[:, None]
-        at = ((first + n) * K + head) * COLUMNS * W + entry[None, :]
-        total += tl.sum(tl.load(parts + at, mask=(n < tiles) & inside[None, :], other=0.0), 0)
+        at = ((first + n // G) * H + head * G + n % G) * COLUMNS * W + entry[None, :]
+        total += tl.sum(tl.load(parts + at, mask=(n < tiles * G) & inside[None, :], other=0.0), 0)
     to = ((row * COLUMNS + entry // W).to(tl.int64) * K + head) * W + entry % W
     tl.store(result + to, total.to(result.dtype.element_ty), mask=inside)
 
@@ -298,6 +280,7 @@ def sum_columns(
     starts,
     dcolumn_k,
     dcolumn_v,
+    H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -306,9 +289,9 @@ def sum_columns(
     BLOCK: tl.constexpr,
 ):
     """Gradients of a row's exact columns, from the parts of its tiles of queries."""
-    row, head = tl.program_id(1) // K, tl.program_id(1) % K
+    row, head = tl.program_id(0) // K, tl.program_id(0) % K
     start = tl.load(starts + row).to(tl.int64)
     tiles = (tl.load(starts + row + 1).to(tl.int64) - start + TILE - 1) // TILE
     first = start // TILE + row
-    sum_tiles(parts_k, dcolumn_k, first, tiles, row, head, K, D, COLUMNS, BLOCK)
-    sum_tiles(parts_v, dcolumn_v, first, tiles, row, head, K, V, COLUMNS, BLOCK)
+    sum_tiles(parts_k, dcolumn_k, first, tiles, row, head, H, K, D, COLUMNS, BLOCK)
+    sum_tiles(parts_v, dcolumn_v, first, tiles, row, head, H, K, V, COLUMNS, BLOCK)

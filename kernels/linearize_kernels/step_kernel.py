@@ -1,7 +1,9 @@
 """The fused step's kernel: one program per row and key/value head.
 
 Only one program accesses a head's ring, sinks and state. A barrier precedes each write to data that several of its
-threads read. Products of thin matrices are sums, because a group of query heads is smaller than a tensor core's tile.
+threads read. Scores and sums of values are products of tensor cores, whose tile a group of query heads fills in part:
+bfloat16 products are exact in float32, and a weight enters as the sum of two bfloat16 numbers. The other products of
+thin matrices are sums.
 """
 
 try:
@@ -40,9 +42,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _scores(q, keys, softcap, HAS_SOFTCAP: tl.constexpr):
+def _scores(q, keys, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores of `[G, D]` with `[N, D]`: `[G, N]`."""
-    scores = tl.sum(q[:, None, :] * keys[None, :, :], 2)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
     if HAS_SOFTCAP:
         scores = softcap * _tanh(scores / softcap)
     return scores
@@ -55,8 +57,18 @@ def _attend(scores, values, top, total, y):
     shrink = tl.exp(top - highest)
     weights = tl.exp(scores - highest[:, None])
     total = total * shrink + tl.sum(weights, 1)
-    y = y * shrink[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], 1)
+    y = _weighted_sum(weights, values, y * shrink[:, None])
     return highest, total, y
+
+
+@triton.jit
+def _weighted_sum(weights, values, y):
+    """`y` plus `[G, N]` by `[N, V]`."""
+    first = weights.to(values.dtype)
+    y = tl.dot(first, values, y, input_precision="ieee")
+    if values.dtype != tl.float32:
+        y = tl.dot((weights - first.to(tl.float32)).to(values.dtype), values, y)
+    return y
 
 
 @triton.jit
@@ -121,7 +133,9 @@ def step_kernel(
     v,
     q_rotated,
     k_rotated,
-    out,  # [B, H, V] float32; temporarily holds the window's output
+    out,  # [B, H, V]
+    window_out,  # [B, H, V] float32: the window's output
+    window_log,  # [B, H] float32: the log of its denominator
     ring_k_rotated,
     ring_k,
     ring_source,
@@ -173,7 +187,9 @@ def step_kernel(
     ROPE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MIX: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -208,23 +224,28 @@ def step_kernel(
     k_rotated_at = row * k_rotated_row + head * k_rotated_head
 
     # Window and sinks. The ring is read as after the update: the new token replaces the oldest.
-    asked = tl.load(q_rotated + q_rotated_at[:, None] + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
-    asked = asked.to(tl.float32) * scale
+    OPERAND: tl.constexpr = tl.float32 if WHOLE else q_rotated.dtype.element_ty
+    asking = tl.arange(0, BLOCK_Q)
+    asked_at = row * q_rotated_row + (head * G + asking).to(tl.int64) * q_rotated_head
+    asked = tl.load(
+        q_rotated + asked_at[:, None] + d[None, :], mask=(asking < G)[:, None] & (d < D)[None, :], other=0.0
+    )
+    asked = asked.to(OPERAND)
     new_k = tl.load(k_rotated + k_rotated_at + d, mask=d < D, other=0.0).to(ring_k_rotated.dtype.element_ty)
     new_v = tl.load(v + v_at + e, mask=e < V, other=0.0).to(ring_v.dtype.element_ty)
-    top = tl.full([BLOCK_G], low, tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    y = tl.zeros([BLOCK_G, BLOCK_E], tl.float32)
+    top = tl.full([BLOCK_Q], low, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    y = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     for first in range(0, W, BLOCK_W):
         place = first + tl.arange(0, BLOCK_W)
         at = (row * W + place) * K + head
         kept = (place < W) & (place < count)
         new = place == tl.where(real, slot, -1)
         keys = tl.load(ring_k_rotated + at[:, None] * D + d[None, :], mask=kept[:, None] & (d < D)[None, :], other=0.0)
-        keys = tl.where(new[:, None], new_k[None, :], keys).to(tl.float32)
+        keys = tl.where(new[:, None], new_k[None, :], keys).to(OPERAND)
         values = tl.load(ring_v + at[:, None] * V + e[None, :], mask=kept[:, None] & (e < V)[None, :], other=0.0)
-        values = tl.where(new[:, None], new_v[None, :], values).to(tl.float32)
-        scores = _scores(asked, keys, softcap, HAS_SOFTCAP)
+        values = tl.where(new[:, None], new_v[None, :], values).to(OPERAND)
+        scores = _scores(asked, keys, scale, softcap, HAS_SOFTCAP)
         scores = tl.where(((place < W) & (place <= count))[None, :], scores, low)
         top, total, y = _attend(scores, values, top, total, y)
     if SINKS > 0:
@@ -235,15 +256,21 @@ def step_kernel(
         old_k = tl.load(ring_k_rotated + held * D + d, mask=d < left_d, other=0.0)
         old_v = tl.load(ring_v + held * V + e, mask=e < left_e, other=0.0)
         keys = tl.load(sink_k + at[:, None] * D + d[None, :], mask=kept[:, None] & (d < D)[None, :], other=0.0)
-        keys = tl.where(new[:, None], old_k[None, :], keys).to(tl.float32)
+        keys = tl.where(new[:, None], old_k[None, :], keys).to(OPERAND)
         values = tl.load(sink_v + at[:, None] * V + e[None, :], mask=kept[:, None] & (e < V)[None, :], other=0.0)
-        values = tl.where(new[:, None], old_v[None, :], values).to(tl.float32)
-        scores = _scores(asked, keys, softcap, HAS_SOFTCAP)
+        values = tl.where(new[:, None], old_v[None, :], values).to(OPERAND)
+        scores = _scores(asked, keys, scale, softcap, HAS_SOFTCAP)
         scores = tl.where(((place < SINKS) & (place <= index))[None, :], scores, low)
         top, total, y = _attend(scores, values, top, total, y)
-    answers = out + (row * (K * G) + queries) * V
+    asker = row * (K * G) + head * G + asking
     y = y / total[:, None]
-    tl.store(answers[:, None] + e[None, :], y, mask=(g < G)[:, None] & (e < V)[None, :])
+    answered = (asking < G)[:, None] & (e < V)[None, :]
+    tl.store(out + asker[:, None] * V + e[None, :], y.to(out.dtype.element_ty), mask=answered)
+    if GATE is not None:
+        tl.store(window_out + asker[:, None] * V + e[None, :], y, mask=answered)
+        if MIX == "softmax":
+            tl.store(window_log + asker, top + tl.log(total), mask=asking < G)
+            tl.debug_barrier()  # other threads read it back
 
     # The state. Rows with an empty state keep the window's output.
     LEAST: tl.constexpr = -W if COVERS_ALL else SINKS
@@ -332,13 +359,14 @@ def step_kernel(
         if MIX == "softmax":
             divisor = tl.maximum(mass, tiny)
             weight = tl.load(mix_weight + queries, mask=everyone, other=0.0)
-            ratio = tl.exp(tl.minimum(tl.log(divisor) - (top + tl.log(total)), 60.0))
+            log = tl.load(window_log + row * (K * G) + queries, mask=everyone, other=0.0)
+            ratio = tl.exp(tl.minimum(tl.log(divisor) - log, 60.0))
             share = tl.where(mass > 0, weight * ratio / (1.0 + tl.abs(weight) * ratio), 0.0)
         elif NORMALIZE:
             divisor = tl.maximum(mass, tiny)
             share = tl.where(mass > 0, share, 0.0)
 
-        tl.debug_barrier()  # other threads read back `out`
+        tl.debug_barrier()  # other threads read back `window_out`
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             if COVERS_ALL:
@@ -357,10 +385,10 @@ def step_kernel(
                 amount = tl.zeros([BLOCK_V], tl.float32) + tl.sum(tl.where(mine, share, 0.0), 0)
                 if MIX == "learned":
                     amount *= tl.load(mix_weight + (head * G + j) * V + column, mask=column < V, other=0.0)
-                answer = out + (row * (K * G) + head * G + j) * V + column
-                window = tl.load(answer, mask=column < V, other=0.0)
-                tl.debug_barrier()
-                tl.store(answer, window + amount * (read - window), mask=column < V)
+                answer = (row * (K * G) + head * G + j) * V + column
+                window = tl.load(window_out + answer, mask=column < V, other=0.0)
+                mixed = window + amount * (read - window)
+                tl.store(out + answer, mixed.to(out.dtype.element_ty), mask=column < V)
         tl.store(rows + V, mass_column, mask=channel < real_d)
 
     # Last, because the code above must not read them: the arriving sink, and the new token's slot.

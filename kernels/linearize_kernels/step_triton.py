@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from linearize_kernels.dispatch import interpreted
 from linearize_kernels.step_kernel import step_kernel
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Entries per thread of a program's largest product; twice as many exceed its registers.
 _ENTRIES = 32
+_TILE = 16  # the least side of a product of tensor cores
 
 
 def step_triton(
@@ -26,6 +28,8 @@ def step_triton(
     parts: dict[str, dict[str, Tensor]],
     counts: Tensor,
     lengths: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Run one token per row through window, sinks and state, which are updated in place.
 
@@ -37,7 +41,7 @@ def step_triton(
         lengths: `[B]`, not 0 for rows with a real token; other rows change nothing. None: all tokens are real.
 
     Returns:
-        `[B, 1, H, V]` float32; finite but meaningless for rows without a real token.
+        `[B, 1, H, V]` in `dtype`; finite but meaningless for rows without a real token.
     """
     q, k, v, q_rotated, k_rotated = (x if x.stride(-1) == 1 else x.contiguous() for x in projections)
     batch, _, heads, width = q.shape
@@ -46,8 +50,11 @@ def step_triton(
     ring, sinks, state = parts["window"], parts.get("sinks", {}), parts.get("state", {}).get("state")
     if not (counts.is_contiguous() and all(x.is_contiguous() for part in parts.values() for x in part.values())):
         raise ValueError("the fused step writes into the memory where it lies, which has to be contiguous")
-    out = torch.empty(batch, 1, heads, value_width, dtype=torch.float32, device=q.device)
-    block_g, block_d, block_e = (_power(x) for x in (group, width, value_width))
+    out = torch.empty(batch, 1, heads, value_width, dtype=dtype, device=q.device)
+    of_window = torch.empty(batch * heads, value_width + 1, dtype=torch.float32, device=q.device).flatten()
+    window_out, window_log = of_window.split([batch * heads * value_width, batch * heads])
+    block_g = _power(group)
+    block_d, block_e = (max(_power(x), _TILE) for x in (width, value_width))
     block_f = block_d * (2 if step.features in ("exp", "learned") else 1)
     wide = max(block_d, block_e)
     warps = 4 if wide <= 64 else 8
@@ -62,6 +69,8 @@ def step_triton(
             q_rotated,
             k_rotated,
             out,
+            window_out,
+            window_log,
             ring["k_rotated"],
             ring.get("k", absent),
             ring.get("source", absent),
@@ -109,13 +118,16 @@ def step_triton(
             ROPE=step.rope,
             NORMALIZE=step.normalize,
             MIX=step.mix,
+            # The interpreter multiplies in numpy, which has no bfloat16.
+            WHOLE=interpreted(),
             BLOCK_G=block_g,
+            BLOCK_Q=max(block_g, _TILE),
             BLOCK_D=block_d,
             BLOCK_F=block_f,
             BLOCK_I=_block(width, most // (block_g * block_f)),
             BLOCK_E=block_e,
-            BLOCK_W=_block(step.window, most // (block_g * wide)),
-            BLOCK_M=_power(max(step.sinks, 1)),
+            BLOCK_W=max(_block(step.window, 64), _TILE),
+            BLOCK_M=max(_power(step.sinks or 1), _TILE),
             BLOCK_V=_block(value_width, most // (2 * block_f)),
             num_warps=warps,
             enable_fp_fusion=True,  # triton 3.10 changes the default

@@ -149,13 +149,14 @@ def joint_attention(
         elif mask is not None:
             score.masked_fill_(mask, -math.inf)
         found.append(score)
+    sizes = [score.shape[-1] for score in found]
     scores = found[0] if len(found) == 1 else torch.cat(found, -1)
     shares = scores.softmax(-1)
-    pieces = [shares] if len(found) == 1 else shares.split([score.shape[-1] for score in found], -1)
+    pieces = [shares] if len(found) == 1 else shares.split(sizes, -1)
     read = [value_sums(piece, v) for piece, v in zip(pieces, values, strict=True)]
     outputs = sum(read[1:], read[0]).view(*q.shape[:-1], -1)
     logs = scores.logsumexp(-1).view(q.shape[:-1]) if normaliser else None
-    return outputs, logs, [piece.sum(2) for piece in pieces]
+    return outputs, logs, list(shares.sum(2).split(sizes, -1))
 
 
 def mix_outputs(

@@ -137,11 +137,11 @@ class Blocks:
             return new.v.new_zeros(*new.q.shape[:3], new.v.shape[-1])
 
         handle = output_projection(attention).register_forward_pre_hook(lambda *_: (heads,))
-        attention._mix = nothing  # type: ignore[method-assign]
+        attention.__dict__["mix"] = nothing
         try:
             yield
         finally:
-            del attention._mix
+            del attention.__dict__["mix"]
             handle.remove()
 
     @contextmanager

@@ -140,7 +140,7 @@ class LayerFit:
 
     def target(self, new: Projections, lengths: Tensor | None) -> Tensor:
         """The output of the teacher's attention, `[R, L, H, V]`, for the mixed heads."""
-        heads = self.teacher._mix(new, lengths, None)
+        heads = self.teacher.mix(new, lengths, None)
         if not self.attention.softmax_heads:
             return heads
         groups: Tensor = heads.unflatten(2, (self.attention.layer.key_value_heads, -1))

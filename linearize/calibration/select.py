@@ -48,6 +48,36 @@ def selects(recipe: Recipe) -> bool:
     return mixer.keep.budget is not None or mixer.landmarks_by is not None or fits
 
 
+def check_choices(recipe: Recipe, config: Any) -> None:
+    """Refuse landmarks that could not be measured on texts within the model's context.
+
+    Args:
+        config: of the pretrained model.
+
+    Raises:
+        RecipeError: the window leaves too little of a text, or window and landmarks read all of it.
+    """
+    spec = recipe.mixer
+    sections = _sections(spec, config)
+    landmarks = [one for one in sections.values() if one.landmarks]
+    if spec.landmark_score == "learned" and landmarks:
+        widest = max(one.window or 1 for one in landmarks)
+        length = _length(config, max(scores.LENGTH, scores.WINDOWS * widest))
+        if length < 2 * widest:
+            raise RecipeError(
+                f"mixer.landmark_score: learned fits to what queries read beyond the window, and a window of "
+                f"{widest:,} leaves too little of texts of {length:,} tokens, the model's context: set mixer.window to "
+                f"at most {length // 2:,}, or landmark_score: novelty"
+            )
+    elif spec.landmarks_by is not None and not {*sections} <= {*spec.landmark_layers}:
+        length = _length(config, LENGTH)
+        if length <= spec.window + spec.sinks + spec.landmarks:
+            raise RecipeError(
+                f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: "
+                "lower mixer.landmarks"
+            )
+
+
 class Choices(NamedTuple):
     """The choices of `select`.
 
@@ -73,10 +103,11 @@ def select(
         teacher: its attention is replaced in place by an equal, replaceable one; convert it as the pretrained model.
 
     Raises:
-        RecipeError: the budget holds nothing, or there is nothing to choose from.
+        RecipeError: the budget holds nothing, there is nothing to choose from, or no text is long enough to choose by.
         DataError: there is no text to measure on.
     """
     probe, why = None, list[str]()
+    check_choices(recipe, teacher.config)
     if recipe.mixer.keep.budget is not None:
         recipe, probe, why = _by_damage(source, recipe, teacher, tokenizer, say=say)
     fitted: dict[int, dict[str, Tensor]] = {}
@@ -142,10 +173,10 @@ def _named_part(part: Part) -> str:
     return f"layer {part.layer}" if part.head is None else f"key/value head {part.head} of layer {part.layer}"
 
 
-def _sections(spec: MixerSpec, teacher: PreTrainedModel) -> dict[int, MixerConfig]:
+def _sections(spec: MixerSpec, config: Any) -> dict[int, MixerConfig]:
     """Converted layer -> its mixer section, fitted to the layer."""
     # After a probe the teacher is already a `LinearizedForCausalLM`.
-    base: Any = teacher.config.text_config if isinstance(teacher, LinearizedForCausalLM) else teacher.config
+    base = config.text_config if config.model_type == "linearized" else config
     layers = family_of(base).layers(base)
     return {
         index: section.fitted(layers[index])
@@ -155,13 +186,13 @@ def _sections(spec: MixerSpec, teacher: PreTrainedModel) -> dict[int, MixerConfi
     }
 
 
-def _length(teacher: PreTrainedModel, most: int) -> int:
+def _length(config: Any, most: int) -> int:
     """Tokens of a text: `most`, or the model's context if that is less."""
-    return min(most, learned_positions(teacher) or most, _context(teacher) or most)
+    return min(most, _context(config) or most)
 
 
-def _context(teacher: PreTrainedModel) -> int | None:
-    context: int | None = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+def _context(config: Any) -> int | None:
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return context
 
 
@@ -182,10 +213,10 @@ def _coding(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> dict[int, dict[str, Tensor]]:
     """Scale and shift of keys before they are coded, in the layers with landmarks."""
-    sections = {layer: one for layer, one in _sections(recipe.mixer, teacher).items() if one.landmarks}
+    sections = {layer: one for layer, one in _sections(recipe.mixer, teacher.config).items() if one.landmarks}
     if not sections:
         return {}
-    length = _length(teacher, coding.LENGTH)
+    length = _length(teacher.config, coding.LENGTH)
     row = _rows(recipe, teacher, tokenizer, 1, length, say).train.input_ids[0]
     return coding.fit_coding(LinearizedForCausalLM.from_teacher(teacher, []).eval(), sections, row)
 
@@ -206,17 +237,11 @@ def _scores(
 ) -> tuple[Recipe, dict[int, Tensor], list[str]]:
     """Fit the score of each layer with landmarks, and distribute the landmarks by it if the recipe asks for it."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    sections = {layer: one for layer, one in _sections(spec, teacher).items() if one.landmarks}
+    sections = {layer: one for layer, one in _sections(spec, teacher.config).items() if one.landmarks}
     if not sections:
         return recipe, {}, []
     widest = max(one.window or 1 for one in sections.values())
-    length = _length(teacher, max(scores.LENGTH, scores.WINDOWS * widest))
-    if length < 2 * widest:
-        raise RecipeError(
-            f"mixer.landmark_score: learned fits to what queries read beyond the window, and a window of {widest:,} "
-            f"leaves too little of texts of {length:,} tokens, the model's context: set mixer.window to at most "
-            f"{length // 2:,}, or landmark_score: novelty"
-        )
+    length = _length(teacher.config, max(scores.LENGTH, scores.WINDOWS * widest))
     text = _rows(recipe, teacher, tokenizer, scores.ROWS, length, say)
     lessons = scores.lessons(tokenizer, list(text.train.input_ids), recipe.seed, widest)
     model = LinearizedForCausalLM.from_teacher(teacher, []).eval()
@@ -230,7 +255,7 @@ def _scores(
     if by is not None:
         chosen = {layer: one for layer, one in known.items() if layer not in spec.landmark_layers}
         least = min(one.window or 1 for one in sections.values())
-        most = context - least - spec.sinks if (context := _context(teacher)) else None
+        most = context - least - spec.sinks if (context := _context(teacher.config)) else None
         shares = scores.shares(chosen, fitted, spec.landmarks, recall=by == "recall", most=most) if chosen else {}
         why += [_told(shares, spec.landmarks)] if shares else []
         named = {"landmarks_by": None, "landmark_layers": {**spec.landmark_layers, **shares}}
@@ -251,16 +276,10 @@ def _landmarks(
 ) -> tuple[Recipe, list[str]]:
     """Distribute the landmarks among the layers."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    chosen = sorted(layer for layer in _sections(spec, teacher) if layer not in spec.landmark_layers)
-    length = _length(teacher, LENGTH)
-    reach = spec.window + spec.sinks + spec.landmarks
+    chosen = sorted(layer for layer in _sections(spec, teacher.config) if layer not in spec.landmark_layers)
+    length = _length(teacher.config, LENGTH)
     if not chosen:  # the recipe names the number of every layer
         return recipe.model_copy(update={"mixer": spec.model_copy(update={"landmarks_by": None})}), []
-    if length <= reach:
-        raise RecipeError(
-            f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: lower "
-            "mixer.landmarks"
-        )
     text = _rows(recipe, teacher, tokenizer, TEXTS, length, say)
     rows = text.train.input_ids
     needles = []

@@ -104,9 +104,11 @@ def _turn() -> str | None:
         except EOFError:
             return "\n".join(lines) or None
         except KeyboardInterrupt:
-            sys.stderr.write("\n")
-            if not lines:
+            if not sys.stdin.isatty():
                 raise
+            # One that comes after the answer's last token must not end the conversation.
+            sys.stderr.write("\n")
+            status("/quit or Ctrl-D ends")
             lines.clear()
             continue
         if not line.endswith("\\"):

@@ -119,9 +119,14 @@ def status_line(doing: str) -> Iterator[Callable[[str, int, int], None]]:
         line.stop()
 
 
-def print_json(value: Any) -> None:
-    """Print JSON on stdout. NaN and infinities become null, because JSON has neither."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def print_json(value: Any, *, lines: bool = True) -> None:
+    """Print JSON on stdout. NaN and infinities become null, because JSON has neither.
+
+    Args:
+        lines: over several lines; one line is for programs that read the output of a command that goes on.
+    """
+    indent = 2 if lines else None
+    write_text(json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def memory_words(constant: int, growth: int) -> str:

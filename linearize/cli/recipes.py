@@ -177,11 +177,13 @@ def check(
 
 def _summary(recipe: Recipe) -> str:
     mixer, lora = recipe.mixer, recipe.lora
+    alone = mixer.recurrence == "none"
     return "; ".join(
         (
             f"model {recipe.model or 'to be named'}",
-            f"{mixer.recurrence}, window {mixer.window} + {mixer.sinks} sinks"
-            f"{f' + {mixer.landmarks} landmarks' if mixer.landmarks else ''}, mix {mixer.mix}, covers {mixer.covers}"
+            f"window {mixer.window} + {mixer.sinks} sinks"
+            f"{f' + {mixer.landmarks} landmarks' if mixer.landmarks else ''}, "
+            f"{'no recurrence' if alone else f'{mixer.recurrence}, mix {mixer.mix}, covers {mixer.covers}'}"
             f"{f', memory in {mixer.memory_dtype}' if mixer.memory_dtype != 'auto' else ''}",
             *(f"stage {index}: {_stage_summary(stage)}" for index, stage in enumerate(recipe.stages)),
             f"lora rank {lora.rank} on {', '.join(lora.targets)}" if lora else "no lora",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,8 +67,8 @@ def serve(
     """Serve a converted model to clients of OpenAI's protocol.
 
     /v1/chat/completions and /v1/completions, streamed or whole, many
-    conversations as one batch. Ctrl-C ends the server. --json prints the
-    address and the memory of a conversation on stdout once it answers.
+    conversations as one batch. Ctrl-C ends the server. --json prints one line
+    on stdout once it answers: the address and the memory of a conversation.
 
     The server checks no keys: listen on another address than this machine's
     own only behind a proxy that checks them.
@@ -97,8 +96,7 @@ def serve(
 
     def ready(told: Serving) -> None:
         if as_json:
-            print_json(asdict(told))
-            sys.stdout.flush()
+            print_json(asdict(told), lines=False)
         growing = " with no token yet" if told.growth_bytes else ""
         status(
             f"a conversation takes {memory_words(told.conversation_bytes, told.growth_bytes)}; {told.fit:,} fit into "

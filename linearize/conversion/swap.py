@@ -107,6 +107,12 @@ def mixers_for(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> list[MixerC
         softmax or spec.keep.heads
     ):
         raise RecipeError("mixer.keep: nothing is left to convert")
+    given = spec.landmarks or any(spec.landmark_layers.values())
+    if given and spec.landmark_layers and not any(section.landmarks for section in sections):
+        raise RecipeError(
+            "mixer.landmark_layers: no converted layer is left with a landmark; give some layers landmarks, or take a "
+            "recipe without"
+        )
     return sections
 
 

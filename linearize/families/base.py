@@ -13,6 +13,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from linearize_kernels.block import Turn
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -67,12 +69,18 @@ class Family(ABC):
         attention: the name of the attention module in a layer.
         projections: short names of linear modules, used in recipes -> the ends of the modules' names. If one module
             computes queries, keys and values, all three map to it.
+        norms: names of a layer's norms before and after attention, and before and after the feed-forward network; empty
+            or missing ones are left out. Without one before the network, it reads what attention reads. None: the
+            layer is built otherwise.
+        turn: the channels that `rotate` turns together.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     blocks: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
+    norms: ClassVar[tuple[str, str, str, str] | None] = None
+    turn: ClassVar[Turn] = "halves"
     projections: ClassVar[dict[str, str]] = {
         "q": "q_proj",
         "k": "k_proj",
@@ -119,7 +127,7 @@ def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     """Apply several modules to `x` `[B, T, width]`. For one token, plain linear layers run as one product, because each
     launch costs as much as a small product."""
     if x.shape[1] == 1 and x.is_contiguous() and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        whole = _side_by_side(modules)
+        whole = side_by_side(modules)
         if whole is not None:
             # With 2-d operands the product needs no reshape.
             projected = product(x.view(-1, x.shape[2]), whole).view(x.shape[0], 1, -1)
@@ -127,11 +135,13 @@ def project_jointly(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     return [module(x) for module in modules]
 
 
-def _side_by_side(modules: Sequence[nn.Module]) -> Tensor | None:
+def side_by_side(modules: Sequence[nn.Module], *, biases: bool = False) -> Tensor | None:
     """The weights of linear layers as one matrix; the layers' weights become views of it, so memory holds them once.
-    None if a module is more than its weight, for example one with a bias, an adapter or a hook."""
+    None if a module is more than its weight, for example one with an adapter, a hook or, without `biases`, a bias."""
     for module in modules:
-        if not is_plain(module) or module.bias is not None or module._forward_hooks or module._forward_pre_hooks:
+        if not is_plain(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if module.bias is not None and not biases:
             return None
         if "forward" in module.__dict__ or type(module.weight) is not nn.Parameter:
             return None

@@ -9,6 +9,7 @@ from linearize.families.base import rotate_pairs
 from linearize.families.llama import Llama
 
 if TYPE_CHECKING:
+    from linearize_kernels.block import Turn
     from torch import Tensor
 
     from linearize.families.base import AttentionLayer
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 class Cohere(Llama):
     name: ClassVar[str] = "cohere"
     model_types: ClassVar[tuple[str, ...]] = ("cohere",)
+    norms: ClassVar[tuple[str, str, str, str] | None] = ("input_layernorm", "", "", "")
+    turn: ClassVar[Turn] = "pairs"
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate_pairs(x.float(), cos, sin).to(x.dtype)

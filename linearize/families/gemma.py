@@ -26,6 +26,12 @@ class Gemma2(Gemma):
 
     name: ClassVar[str] = "gemma2"
     model_types: ClassVar[tuple[str, ...]] = ("gemma2",)
+    norms: ClassVar[tuple[str, str, str, str] | None] = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
 
     def layer(self, config: Any, index: int) -> AttentionLayer:
         scale = config.query_pre_attn_scalar**-0.5

@@ -8,12 +8,20 @@ from linearize.families.base import rotate_pairs
 from linearize.families.llama import Llama
 
 if TYPE_CHECKING:
+    from linearize_kernels.block import Turn
     from torch import Tensor
 
 
 class Glm(Llama):
     name: ClassVar[str] = "glm"
     model_types: ClassVar[tuple[str, ...]] = ("glm", "glm4")
+    norms: ClassVar[tuple[str, str, str, str] | None] = (
+        "input_layernorm",
+        "post_self_attn_layernorm",
+        "post_attention_layernorm",
+        "post_mlp_layernorm",
+    )
+    turn: ClassVar[Turn] = "pairs of halves"
     projections: ClassVar[dict[str, str]] = Llama.projections | dict.fromkeys(("gate", "up"), "gate_up_proj")
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

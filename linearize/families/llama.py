@@ -16,6 +16,7 @@ class Llama(Family):
 
     name: ClassVar[str] = "llama"
     model_types: ClassVar[tuple[str, ...]] = ("llama", "ministral", "qwen2", "qwen2_moe", "qwen3")
+    norms: ClassVar[tuple[str, str, str, str] | None] = ("input_layernorm", "", "post_attention_layernorm", "")
 
     def layer(self, config: Any, index: int) -> AttentionLayer:
         width = head_width(config)

@@ -25,6 +25,12 @@ class Olmo2(Llama):
 
     name: ClassVar[str] = "olmo2"
     model_types: ClassVar[tuple[str, ...]] = ("olmo2", "olmo3")
+    norms: ClassVar[tuple[str, str, str, str] | None] = (
+        "",
+        "post_attention_layernorm",
+        "",
+        "post_feedforward_layernorm",
+    )
 
     def project(self, attention: Any, layer: AttentionLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = attention.q_norm(attention.q_proj(hidden_states))

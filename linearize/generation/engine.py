@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import DataError
+from linearize.generation.blocks import blocks_of
 from linearize.generation.prompt import prepared, read_through, without_last
 from linearize.generation.state import State
 from linearize.model.attention import LinearizedAttention
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import DynamicCache
 
+    from linearize.generation.blocks import Blocks
     from linearize.generation.sampling import Sampling
 
 # Steps that the host launches ahead of the oldest token that it has not read yet.
@@ -97,6 +99,7 @@ class _Rows:
         ends: rule -> end tokens; kept because recorded graphs read these tensors by address.
         recorded: part of a step -> its replay function.
         weights: addresses of the weights at recording time.
+        blocks: the layers' short forms, which recorded steps run; None for the base model's own.
     """
 
     state: State
@@ -108,6 +111,7 @@ class _Rows:
     ends: dict[Sampling, Tensor] = field(default_factory=dict)
     recorded: dict[Any, Callable[[], None]] = field(default_factory=dict)
     weights: tuple[int, ...] = ()
+    blocks: Blocks | None = None
 
     @classmethod
     def around(cls, cache: DynamicCache, batch: int, model: Any) -> _Rows:
@@ -124,7 +128,9 @@ class _Rows:
         mask = self.alive if masked else None
         for layer in self.state.layers:
             layer.merges = merges
-        out = model(input_ids=self.state.last, attention_mask=mask, past_key_values=self.state.cache, use_cache=True)
+        cache = self.state.cache
+        with self.blocks or nullcontext():
+            out = model(input_ids=self.state.last, attention_mask=mask, past_key_values=cache, use_cache=True)
         self.logits.copy_(out.logits[:, -1])
 
     def choose(self, sampling: Sampling) -> None:
@@ -284,6 +290,8 @@ class Engine:
         }
         if _landmarks(self.model):
             works["merging"] = lambda: rows.forward(self.model, masked=True, merges=True)
+        if "forward" not in rows.recorded:
+            rows.blocks = blocks_of(self.model)
         rows.alive.zero_()  # masks all rows, so recording writes nothing into the memory
         for layer in rows.state.layers:
             layer.stay()

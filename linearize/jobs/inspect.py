@@ -76,7 +76,7 @@ def inspect_recurrences(
 def _say_refusal(source: Source, recipe: Recipe, say: Callable[[str], None]) -> None:
     """Report if `linearize convert` refuses `recipe` for `source`, although its mixer section fits."""
     try:
-        check_reach(recipe, load_config(source))
+        _check_reach(recipe, load_config(source))
     except (DataError, RecipeError) as error:
         say(f"`linearize convert` refuses this: {error}")
 
@@ -110,5 +110,15 @@ def convertible(
     source = find_source(str(model), trust_remote_code=trust_remote_code)
     config = load_config(source)
     check_convertible(config, source, recipe.mixer)
-    check_reach(recipe, config)
+    _check_reach(recipe, config)
     return source, config
+
+
+def _check_reach(recipe: Recipe, config: Any) -> None:
+    """`check_reach`, and what `convert` would have to measure on texts that are too short for it."""
+    check_reach(recipe, config)
+    # After the cheaper check: it loads the model's classes.
+    from linearize.calibration.select import check_choices, selects
+
+    if selects(recipe):
+        check_choices(recipe, config)

@@ -23,7 +23,7 @@ from linearize.model.mixer.mixer import Mixer
 from linearize.model.precision import empty_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers.cache_utils import Cache
 
@@ -89,6 +89,13 @@ class LinearizedAttention(nn.Module):
         joints = joint_parts(self.mixer) if self.mixer is not None and self.mixer.config.landmarks else ()
         return LayerMemory(parts, batch, device, past=past, capacity=capacity, joints=joints)
 
+    def memory_in(self, caches: Sequence[Cache | None], batch: int, like: Tensor) -> LayerMemory | None:
+        """The layer's memory for `batch` rows of tensors as `like`, in the cache that is given; None without one."""
+        cache = next((held for held in caches if held is not None), None)
+        if cache is None:
+            return None
+        return memory_of(cache, self.layer_idx, lambda capacity: self.memory(batch, like.dtype, like.device, capacity))
+
     def memory_nbytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of one sequence's memory: the part of constant size, and the part per token."""
         meta = torch.device("meta")
@@ -113,22 +120,22 @@ class LinearizedAttention(nn.Module):
             cache, past_key_values, layer_past: the cache, under the name that the family uses (`CACHE_NAMES`).
         """
         projected = self.project(hidden_states, position_embeddings)
-        cache = next((held for held in (cache, past_key_values, layer_past) if held is not None), None)
-        memory = None
-        if cache is not None:
-            batch, device, dtype = hidden_states.shape[0], hidden_states.device, projected.k.dtype
-            memory = memory_of(cache, self.layer_idx, lambda capacity: self.memory(batch, dtype, device, capacity))
+        memory = self.memory_in((cache, past_key_values, layer_past), hidden_states.shape[0], projected.k)
         lengths = None
         if attention_mask is None or attention_mask.numel() == 0:
-            heads = self._mix(projected, None, memory)
+            heads = self.mix(projected, None, memory)
         elif attention_mask.shape[-1] == 1:
             # With one token per row no gather is needed, and a check for all-real rows would sync the device.
-            lengths = _lengths_of(attention_mask)
-            heads = self._mix(projected, lengths, memory)
+            lengths = lengths_of(attention_mask)
+            heads = self.mix(projected, lengths, memory)
         else:
             layout = layout_of(attention_mask)
             lengths = layout.lengths
-            heads = layout.scatter(self._mix(Projections(*(layout.gather(x) for x in projected)), lengths, memory))
+            documents = self._mix_documents(projected, layout) if memory is None else None
+            if documents is None:
+                gathered = Projections(*(layout.gather(x) for x in projected))
+                documents = layout.scatter(self.mix(gathered, lengths, memory))
+            heads = documents
         if memory is not None:
             memory.advance(hidden_states.shape[1], lengths)
         heads = heads if heads.dtype == projected.v.dtype else heads.to(projected.v.dtype)
@@ -181,7 +188,7 @@ class LinearizedAttention(nn.Module):
             cos.__dict__["_turn"] = kept
         return kept[1]
 
-    def _mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+    def mix(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Mix rows of real tokens `[R, L, ...]` to heads `[R, L, H, V]`; `lengths` `[R]`: real tokens (None: all L)."""
         if self.observer is not None:
             self.observer(new, lengths)
@@ -197,6 +204,13 @@ class LinearizedAttention(nn.Module):
             order = self.softmax_heads + self.mixed_heads
             heads = groups[:, :, [order.index(head) for head in range(len(order))]].flatten(2, 3)
         return heads
+
+    def _mix_documents(self, new: Projections, layout: Layout) -> Tensor | None:
+        """`mix` of packed documents `[B, T, ...]` without a row for each; None if no kernel takes them so."""
+        if self.mixer is None or self.softmax_heads or self.observer is not None or not layout.packed:
+            return None
+        heads = self.mixer.documents(new, layout)
+        return None if heads is None else layout.masked(heads)
 
     def _attend(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
         """Softmax attention over the whole past, for the heads in `softmax_heads`."""
@@ -230,7 +244,7 @@ def layout_of(attention_mask: Tensor) -> Layout:
     return layout
 
 
-def _lengths_of(attention_mask: Tensor) -> Tensor:
+def lengths_of(attention_mask: Tensor) -> Tensor:
     """`[B]` 1 for rows whose one token is real. One tensor for all layers, which attach to it what they share."""
     lengths = getattr(attention_mask, "_lengths", None)
     if lengths is None:
@@ -262,4 +276,4 @@ def _by_group(heads: Tensor, key_value_heads: list[int]) -> Tensor:
     return groups
 
 
-__all__ = ["CACHE_NAMES", "LinearizedAttention", "layout_of"]
+__all__ = ["CACHE_NAMES", "LinearizedAttention", "layout_of", "lengths_of"]

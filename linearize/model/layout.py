@@ -6,7 +6,10 @@ padding after the last real token cannot reach anything before it, and no part o
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,6 +34,7 @@ class Layout:
         else:
             document, rows = row.flatten(), batch
         self.batch, self.tokens, self.real = batch, tokens, real
+        self.packed, self._segments = packed, segments
         self.lengths = torch.zeros(rows, dtype=torch.long, device=segments.device)
         self.lengths.index_add_(0, document, flat.long())
         longest = max(int(self.lengths.max()), 1)
@@ -43,6 +47,14 @@ class Layout:
         self._source = source.unflatten(0, (rows, longest))
         self.filled = torch.arange(longest, device=segments.device)[None] < self.lengths[:, None]
 
+    @cached_property
+    def runs(self) -> Tensor:
+        """`[S + 1]` int32: the starts of documents and of runs of pads in the batch's tokens, row after row, and their
+        end. A kernel that takes rows of any length needs no pads between them. Read with a sync."""
+        begins = torch.ones_like(self.real)
+        begins[:, 1:] = self._segments[:, 1:] != self._segments[:, :-1]
+        return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=begins.numel()).int()
+
     def gather(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` as rows of real tokens `[R, L, ...]`, zero past the end of a row."""
         rows = x.flatten(0, 1)[self._source]
@@ -50,7 +62,10 @@ class Layout:
 
     def scatter(self, rows: Tensor) -> Tensor:
         """The inverse of `gather`: `[R, L, ...]` to `[B, T, ...]`, zero at pads."""
-        x: Tensor = rows.flatten(0, 1)[self._target].unflatten(0, (self.batch, self.tokens))
+        return self.masked(rows.flatten(0, 1)[self._target].unflatten(0, (self.batch, self.tokens)))
+
+    def masked(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]`, zero at pads."""
         return x.masked_fill(~_like(self.real, x), 0)
 
 

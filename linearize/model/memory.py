@@ -126,9 +126,11 @@ class LayerMemory(CacheLayerMixin):
         else:
             self._seen = tokens
 
-    def advance(self, tokens: int, lengths: Tensor | None) -> None:
-        """Count `tokens` more columns; row b has `lengths[b]` real ones (None: all)."""
-        if lengths is None and not self.stays and isinstance(self._seen, int) and self._counts.device.type == "cpu":
+    def advance(self, tokens: int, lengths: Tensor | None, *, counted: bool = False) -> None:
+        """Count `tokens` more columns; row b has `lengths[b]` real ones (None: all). `counted`: `counts` has them."""
+        if counted:
+            pass
+        elif lengths is None and not self.stays and isinstance(self._seen, int) and self._counts.device.type == "cpu":
             self._uncounted += tokens
         else:
             self.counts.add_(tokens if lengths is None else lengths)

@@ -184,7 +184,8 @@ class MixerSpec(Section):
     """The static part of a token's rank: `novelty`, or `learned`, a map of keys and values that `convert` fits."""
     memory_dtype: Literal["auto", "int8", "int4"] = "auto"
     """Storage of keys and values in the memory: `auto` in the model's dtype; `int8` with one scale per token and head;
-    `int4` with landmarks in 4 bits and window and sinks in 8."""
+    `int4` with landmarks in 4 bits and window and sinks in 8. `convert` also fits a scale per channel of the keys: with
+    `int4` always, with `int8` if it reads text for another choice."""
     keep: KeepSpec = KeepSpec()
 
     @field_validator("windows")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _LINE, _CHARACTER = 21, 8.6
 """The height of a line of text and the width of a character, in pixels."""
+_WIDE = 320
+"""The width of a panel beside others, in pixels."""
 
 _DASHES = (None, (3.5, 2), None, (4.5, 1.5, 1, 1.5), None, (1, 1.5), (3.5, 2), (4.5, 1.5, 1, 1.5))
 _MARKERS = "os^Dx+vo"
@@ -94,7 +96,7 @@ class Lines:
         axes.set_ylim(self.y.limits)
         for axis, scale, (low, high) in ((axes.xaxis, self.x, axes.get_xlim()), (axes.yaxis, self.y, axes.get_ylim())):
             if scale.ticks is not None:
-                axis.set_major_locator(FixedLocator(scale.labels(low, high, 0.85 * svg.WIDTH)))
+                axis.set_major_locator(FixedLocator(scale.labels(low, high, 0.85 * drawing.room)))
             elif scale.log and high / low < 5:
                 axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             elif scale.log:
@@ -206,19 +208,29 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: the name of its file without `.svg`, panels of one kind, and text below them."""
+    """A plot: the name of its file without `.svg`, panels of one kind, and text below them.
+
+    Attributes:
+        wide: draw the panels side by side, for screens; otherwise the plot is as wide as a phone.
+    """
 
     name: str
     title: str
     panels: Sequence[Lines] | Sequence[HeatMap]
     words: str = ""
+    wide: bool = False
+
+    @property
+    def width(self) -> int:
+        """Pixels across."""
+        return _WIDE * len(self.panels) if self.wide else svg.WIDTH
 
     @cached_property
     def svg(self) -> str:
         """The plot as an `<svg>` for a page with `svg.STYLE`; the output is deterministic."""
         import matplotlib
 
-        drawing = _Drawing()
+        drawing = _Drawing(room=_WIDE if self.wide else svg.WIDTH)
         with matplotlib.rc_context(), warnings.catch_warnings(), io.StringIO() as file:
             # matplotlib's font may lack a glyph; the viewer's font draws it.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
@@ -228,7 +240,7 @@ class Plot:
             self._figure(drawing).savefig(file, format="svg", metadata=nothing)
             text = file.getvalue()
         words = [words for panel in self.panels for words in panel.words()]
-        return svg.element(text, self.name, self.title, words, drawing.titles, drawing.height)
+        return svg.element(text, self.name, self.title, words, drawing.titles, (self.width, drawing.height))
 
     @property
     def alone(self) -> str:
@@ -240,17 +252,17 @@ class Plot:
         from matplotlib.figure import Figure
 
         panels: Sequence[Lines | HeatMap] = self.panels
-        across = min(panels[0].across, len(panels))
+        across = len(panels) if self.wide else min(panels[0].across, len(panels))
         count = math.ceil(len(panels) / across)
-        title, words = (textwrap.wrap(svg.clean(text), 50) for text in (self.title, self.words))
+        title, words = (textwrap.wrap(svg.clean(text), self.width // 9 - 1) for text in (self.title, self.words))
         names = _legend_names([panel for panel in panels if isinstance(panel, Lines)])
-        columns = max(1, int(svg.WIDTH / (_CHARACTER * max(map(len, names.values()), default=1) + 52)))
+        columns = max(1, int(self.width / (_CHARACTER * max(map(len, names.values()), default=1) + 52)))
         legend_lines = math.ceil(len(names) / columns) if len(names) > 1 else 0
         head, foot = _LINE * (len(title) + legend_lines) + 10, _LINE * len(words)
         scaled = any(isinstance(panel, HeatMap) and not panel.written for panel in panels)
         height = head + foot + count * max(panel.height for panel in panels) + (50 if scaled else 0)
         drawing.height = height
-        figure = Figure(figsize=(svg.WIDTH / 72, height / 72), dpi=72)
+        figure = Figure(figsize=(self.width / 72, height / 72), dpi=72)
         figure.set_layout_engine("constrained", rect=(0, foot / height, 1, 1 - (head + foot) / height))
         every = list(figure.subplots(count, across, squeeze=False).flat)
         for axes, panel in zip(every, panels, strict=False):
@@ -262,24 +274,25 @@ class Plot:
                 drawing.mesh, ax=every, location="bottom", aspect=40, format=lambda share, _: f"{100 * share:.0f} %"
             )
             bar.outline.set_visible(False)
-        figure.text(4 / svg.WIDTH, 1 - 4 / height, "\n".join(title), va="top", weight="bold")
-        figure.text(4 / svg.WIDTH, 4 / height, "\n".join(words), va="bottom", color=svg.SOFT)
+        figure.text(4 / self.width, 1 - 4 / height, "\n".join(title), va="top", weight="bold")
+        figure.text(4 / self.width, 4 / height, "\n".join(words), va="bottom", color=svg.SOFT)
         if legend_lines:
             figure.legend(
                 [drawing.legend[name] for name in names],
                 list(names.values()),
                 loc="upper left",
                 ncols=columns,
-                bbox_to_anchor=(4 / svg.WIDTH, 1 - (_LINE * len(title) + 4) / height),
+                bbox_to_anchor=(4 / self.width, 1 - (_LINE * len(title) + 4) / height),
             )
         return figure
 
 
 @dataclass
 class _Drawing:
-    """The state of a figure while it is drawn: its height, the legend's lines by name, titles by group id, and the mesh
-    of a colour scale."""
+    """The state of a figure while it is drawn: the width of a panel of lines, its height, the legend's lines by name,
+    titles by group id, and the mesh of a colour scale."""
 
+    room: float = svg.WIDTH
     height: float = 0.0
     legend: dict[str, Artist] = field(default_factory=dict)
     titles: dict[str, list[str]] = field(default_factory=dict)

@@ -48,15 +48,21 @@ def settings(salt: str) -> dict[Any, Any]:
 
 
 def element(
-    svg: str, name: str, title: str, words: Sequence[str], titles: Mapping[str, Sequence[str]], height: float
+    svg: str,
+    name: str,
+    title: str,
+    words: Sequence[str],
+    titles: Mapping[str, Sequence[str]],
+    size: tuple[float, float],
 ) -> str:
     """matplotlib's document as an `<svg>` for a page, with a title, a description, and ids unique to this plot.
 
     Args:
         words: sentences of the description.
         titles: group id -> one title of the group, or one for each path in it.
-        height: the plot's height in pixels.
+        size: the plot's width and height in pixels.
     """
+    width, height = size
     # Drop matplotlib's style sheet, because it would apply to the whole page.
     body = "\n".join(map(clean, svg[svg.index("</defs>") + len("</defs>") :].strip().split("\n")))
     for group, texts in titles.items():
@@ -72,7 +78,7 @@ def element(
     described = f"<desc>{escape(' '.join(words))}</desc>" if words else ""
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" class="plot" '
-        f'viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}" role="img" '
+        f'viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}" role="img" '
         f'aria-label="{escape(title)}"><title>{escape(title)}</title>{described}{body}'
     )
 

@@ -115,6 +115,20 @@ class Subject:
         finally:
             self._shrink()
 
+    @contextmanager
+    def uncoded(self) -> Iterator[None]:
+        """In this context keys and values are stored in the model's dtype, not as codes."""
+        own = [(mixer, mixer.config) for mixer in _mixers(self.model)]
+        for mixer, config in own:
+            mixer.config = replace(config, memory_dtype="auto")
+        self.forget()
+        try:
+            yield
+        finally:
+            for mixer, config in own:
+                mixer.config = config
+            self.forget()
+
     def random(self, rows: int, tokens: int, seed: int) -> Tensor:
         """Random token ids `[rows, tokens]` without special tokens."""
         generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,8 @@
 
 A step holds some new tokens of each sequence: one of those that decode, and a prompt or a chunk of it of the others.
 Tokens of all sequences lie one after the other, `[T, ...]`. The mixer takes rows `[R, L, ...]`, so sequences with one
-new token form one batch, and the others form batches of similar lengths.
+new token form one batch, and the others form batches of similar lengths. On a CPU a batch that decodes reads at most
+`MOST_SLOTS` slots, because numbers that are decoded from more codes do not stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from linearize.model.memory import Part
     from linearize.model.mixer.base import MixerBase
 
+MOST_SLOTS = 8192
 _MOST_PADDING = 0.25
 """The share of padding up to which prompts of different lengths run in one call; more would cost more than a call."""
 
@@ -65,13 +67,16 @@ class Batch:
             tokens[self.at[real]] = rows[real].to(tokens.dtype)
 
 
-def batches(lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], device: torch.device) -> list[Batch]:
+def batches(
+    lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], device: torch.device, *, most: int = 1 << 30
+) -> list[Batch]:
     """Divide the sequences of a step.
 
     Args:
         lengths: the number of new tokens of each sequence; their tokens lie in this order.
         seen: the number of tokens of each before this step.
         pages: the number of each one's page.
+        most: the maximum number of sequences with one new token in a batch.
     """
     starts = [0]
     for length in lengths:
@@ -83,17 +88,17 @@ def batches(lengths: Sequence[int], seen: Sequence[int], pages: Sequence[int], d
     order = sorted((i for i, n in enumerate(lengths) if n), key=place)
     groups: list[list[int]] = []
     for i in order:
-        if groups and _joins(groups[-1], i, lengths, seen):
+        if groups and _joins(groups[-1], i, lengths, seen, most):
             groups[-1].append(i)
         else:
             groups.append([i])
     return [_batch(group, starts, lengths, seen, pages, device) for group in groups]
 
 
-def _joins(group: list[int], i: int, lengths: Sequence[int], seen: Sequence[int]) -> bool:
+def _joins(group: list[int], i: int, lengths: Sequence[int], seen: Sequence[int], most: int) -> bool:
     longest = lengths[i]
     if longest == 1 or lengths[group[0]] == 1:
-        return lengths[group[0]] == longest
+        return lengths[group[0]] == longest and len(group) < most
     real = sum(lengths[j] for j in group) + longest
     # Rows that start have a path of their own in the mixer.
     alike = (seen[i] > 0) == (seen[group[0]] > 0)

@@ -19,13 +19,17 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, Linea
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from linearize.families.base import Projections
-from linearize.vllm.batches import batches, mix
+from linearize.vllm.batches import MOST_SLOTS, batches, mix
 from linearize.vllm.plugin import OP
 
 if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
     from linearize.model.mixer.mixer import Mixer
+    from linearize.vllm.batches import Batch
     from linearize.vllm.pages import Pages
+
+
+_ALL = 1 << 30
 
 
 class BothPositions(nn.Module):
@@ -56,6 +60,8 @@ class MixedAttention(nn.Module, MambaBase):
         super().__init__()
         self.mixer, self.pages, self.index, self.layer_name, self.context = mixer, pages, index, name, context
         self.layer: AttentionLayer = mixer.layer
+        slots = mixer.config.landmarks
+        self.most = max(MOST_SLOTS // slots, 1) if slots else _ALL
         self.bound = False
         self.kv_cache = (torch.tensor([]),)
         context[name] = self
@@ -111,7 +117,7 @@ class MixedAttention(nn.Module, MambaBase):
             )
         )
         heads = out.view(-1, queries, self.layer.value_width)
-        for batch in plan.batches:
+        for batch in plan.batches(self.most if q.device.type == "cpu" else _ALL):
             mix(self.mixer, new, batch, self.pages.memory(self.index), heads)
 
     def _plan(self, steps: dict[str, Any]) -> _Plan:
@@ -171,9 +177,17 @@ class _Plan:
         count = step.num_decodes + step.num_prefills
         lengths = [starts[i + 1] - starts[i] for i in range(count)]
         seen = [totals[i] - lengths[i] for i in range(count)]
-        self.batches = batches(lengths, seen, pages[:count], device)
+        self._given = lengths, seen, pages[:count], device
+        self._batches: dict[int, list[Batch]] = {}
         fresh = [pages[i] for i in range(count) if lengths[i] and not seen[i]]
         self.fresh = torch.tensor(fresh, device=device) if fresh else None
+
+    def batches(self, most: int) -> list[Batch]:
+        """The batches for layers that decode at most `most` sequences at once."""
+        most = min(most, len(self._given[0]))
+        if most not in self._batches:
+            self._batches[most] = batches(*self._given, most=most)
+        return self._batches[most]
 
 
 class _Builder(LinearAttentionMetadataBuilder):

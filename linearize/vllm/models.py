@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -25,7 +25,7 @@ from linearize.vllm.layer import BothPositions, MixedAttention, SplitAttention
 from linearize.vllm.pages import Pages
 from linearize.vllm.plugin import HYBRID, keeps_softmax
 from linearize.vllm.settings import base_model
-from linearize.vllm.weights import bare_weights
+from linearize.vllm.weights import bare_weights, of_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,13 +61,14 @@ class LinearizedModel:
 
         def others() -> Iterable[tuple[str, Tensor]]:
             for name, weight in bare_weights(weights, config, self._tied):
-                if (parameter := self._own.get(name)) is None:
+                if (place := self._own.get(name)) is None:
                     # A rank of a pipeline has only the mixers of its own layers.
                     if ".mixer." not in name:
                         yield name, weight
                     continue
-                heads = parameter.shape[0]  # query heads or key/value heads, of this rank alone
-                parameter.data.copy_(weight[rank * heads : (rank + 1) * heads])
+                mixer, own = place
+                parameter = mixer.get_parameter(own)
+                parameter.data.copy_(of_rank(mixer, own, weight, rank))
                 loaded.add(names[id(parameter)])
 
         return loaded | set(super().load_weights(others()))  # type: ignore[misc]
@@ -89,16 +90,16 @@ class LinearizedModel:
         return dict.fromkeys(mamba_types, cls.get_mamba_state_copy_func())
 
 
-def _install(model: Any, vllm_config: Any) -> dict[str, nn.Parameter]:
+def _install(model: Any, vllm_config: Any) -> dict[str, tuple[Mixer, str]]:
     """Replace the attention of the converted layers.
 
     Returns:
-        the checkpoint's name of each mixer parameter -> the parameter.
+        the checkpoint's name of each mixer parameter -> the mixer and its name there.
     """
     config = model.linearized_config = vllm_config.model_config.hf_config
     family, layers, pages = family_of(config.text_config), mixed_layers(vllm_config), pages_of(vllm_config)
     context = vllm_config.compilation_config.static_forward_context
-    own: dict[str, nn.Parameter] = {}
+    own: dict[str, tuple[Mixer, str]] = {}
     for index, (owner, name) in enumerate(family.attention_modules(model)):
         if isinstance(owner, PPMissingLayer) or index not in layers:
             continue
@@ -106,6 +107,8 @@ def _install(model: Any, vllm_config: Any) -> dict[str, nn.Parameter]:
         attention = getattr(owner, name)
         old = attention.attn
         mixer = _mixer(vllm_config, index, section, mixed).float()  # half precision would round trained values
+        if vllm_config.parallel_config.tensor_parallel_size > 1 and "score_weight" in mixer._parameters:
+            _share_scores(mixer, layer.key_value_heads)
         del context[old.layer_name]
         attention.attn = MixedAttention(mixer, pages, index, old.layer_name, context)
         if section.softmax_heads:
@@ -121,9 +124,22 @@ def _install(model: Any, vllm_config: Any) -> dict[str, nn.Parameter]:
             attention.attn = SplitAttention(kept, attention.attn, sorted(section.softmax_heads), layer)
         if layer.rotary:
             attention.rotary_emb = BothPositions(attention.rotary_emb)
-        for parameter_name, parameter in mixer.named_parameters():
-            own[f"{family.blocks}.{index}.{name}.mixer.{parameter_name}"] = parameter
+        for parameter, _ in mixer.named_parameters():
+            own[f"{family.blocks}.{index}.{name}.mixer.{parameter}"] = mixer, parameter
     return own
+
+
+def _share_scores(mixer: Mixer, heads: int) -> None:
+    """Let a mixer of one tensor-parallel rank compute its share of the learned scores of a layer with `heads` heads."""
+    columns = mixer.score_weight.shape[1]
+    mixer.score_weight = nn.Parameter(mixer.score_weight.new_zeros(heads, columns))
+    first = get_tensor_model_parallel_rank() * mixer.layer.key_value_heads
+
+    def sum_of_ranks(scores: Tensor) -> Tensor:
+        every: Tensor = tensor_model_parallel_all_reduce(scores)
+        return every[..., first : first + mixer.layer.key_value_heads]
+
+    mixer.sum_of_ranks = sum_of_ranks
 
 
 def mixed_layers(vllm_config: Any) -> dict[int, tuple[MixerConfig, AttentionLayer]]:

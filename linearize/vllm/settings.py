@@ -51,8 +51,6 @@ def refusal(vllm_config: Any) -> str | None:
         )
     if ranks > 1 and any(mixer.recurrence == "retention" for mixer in mixers):
         return "a head's decay in retention depends on its number, which a tensor-parallel rank does not know"
-    if ranks > 1 and any(mixer.landmarks and mixer.landmark_score == "learned" for mixer in mixers):
-        return "a learned score of landmarks reads all key/value heads, and a tensor-parallel rank has only some"
     return None
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from linearize.model.configuration import LinearizedConfig
+    from linearize.model.mixer.base import MixerBase
 
 _PARTS = ("weight", "scale", "columns", "kept")
 
@@ -36,6 +37,25 @@ def bare_weights(
     for name, weight in heads.items():
         if tied[name] not in seen:
             yield tied[name], weight
+
+
+def of_rank(mixer: MixerBase, name: str, weight: Tensor, rank: int) -> Tensor:
+    """A mixer's parameter as a tensor-parallel rank has it.
+
+    Args:
+        mixer: the rank's mixer.
+        name: of the parameter in the mixer.
+        weight: the parameter of all heads.
+    """
+    if name != "score_weight":
+        heads = len(mixer.get_parameter(name))  # query heads or key/value heads
+        return weight[rank * heads : (rank + 1) * heads]
+    # The terms of all heads' scores that come from the rank's own keys and values; the constants are the first rank's.
+    layer, heads = mixer.layer, len(weight)
+    *read, constants = weight.split([heads * layer.key_width, heads * layer.value_width, 1], 1)
+    first = rank * layer.key_value_heads
+    own = [x.unflatten(1, (heads, -1))[:, first : first + layer.key_value_heads].flatten(1) for x in read]
+    return torch.cat([*own, constants * (rank == 0)], 1)
 
 
 def _unquantized(weights: Iterable[tuple[str, Tensor]], config: LinearizedConfig) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from linearize.calibration.scores import Layer, costs, lessons, shares
 from linearize.calibration.select import put_fitted
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
+from linearize.jobs.inspect import plan_convert
 from linearize.model import LinearizedForCausalLM, MixerConfig
 from linearize.recipe import load_recipe
 from linearize.sources.source import find_source, load_model, load_tokenizer
@@ -136,8 +137,11 @@ def test_texts_are_longer_than_a_wide_window(tiny_folder, tmp_path, monkeypatch)
     assert any("texts of up to 240 tokens" in line for line in said)
     weights = [x for name, x in model.named_parameters() if name.endswith("score_weight")]
     assert weights and all(bool(x.isfinite().all()) and bool(x.any()) for x in weights)
-    with pytest.raises(RecipeError, match="a window of 300 leaves too little of texts of 512 tokens"):
-        convert(str(tiny_folder), tmp_path / "wide", "default", overrides=[*few, "mixer.window=300"])
+    wide = load_recipe("default", [*few, "mixer.window=300"])
+    monkeypatch.setattr("linearize.jobs.convert.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    for refused in (convert, plan_convert):
+        with pytest.raises(RecipeError, match="a window of 300 leaves too little of texts of 512 tokens"):
+            refused(str(tiny_folder), tmp_path / "wide", wide)
 
 
 def test_a_learned_score_needs_landmarks():

@@ -181,5 +181,9 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(chatty: Path, ter
     terminal.until("interrupted; the conversation goes on\n> ")
     terminal.type("/stats\n")
     assert int(re.search(r"([\d,]+) tokens in the", terminal.until("> "))[1].replace(",", "")) > 8
+    terminal.type("a line that is not sent")
+    terminal.until("not sent")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.until("/quit or Ctrl-D ends\n> ")
     terminal.type("/quit\n")
     assert terminal.process.wait(timeout=120) == 0

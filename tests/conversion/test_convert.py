@@ -85,6 +85,11 @@ def test_a_layer_that_stays_the_pretrained_one_stores_its_window_as_before():
         ([SLIDING] * 2, ["mixer.landmarks=8"], "mixer.landmarks: all layers of this model have sliding windows of"),
         ([SLIDING] * 2, ["mixer.landmark_layers={0: 0, 1: 8}"], "mixer.landmark_layers: layer 1 has a sliding window"),
         ([SLIDING, FULL], ["mixer.landmark_layers={0: 8}"], "mixer.landmark_layers: layer 0 has a sliding window"),
+        (
+            [FULL] * 2,
+            ["mixer.landmarks=9", "mixer.landmark_layers={0: 0, 1: 0}"],
+            "mixer.landmark_layers: no converted",
+        ),
         ([FULL, FULL], ["mixer.keep.layers=[2]"], "there is no layer 2; the model has 0 to 1"),
         ([FULL], ["mixer.keep.heads={0: [4]}"], "there is no key/value head 4; the layer has 0 to 3"),
         ([SLIDING, FULL], ["mixer.keep.heads={0: [4]}"], "mixer.keep.heads.0: there is no key/value head 4"),

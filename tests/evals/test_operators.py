@@ -12,7 +12,7 @@ SHORT, LONG = 1100, 1100 + 8 * BLOCK
 
 
 @pytest.mark.parametrize(
-    "bits, per_block, per_step, recorded, merging", [("int8", 46, 60, 74, 203), ("int4", 48, 86, 98, 272)]
+    "bits, per_block, per_step, recorded, merging", [("int8", 46, 60, 74, 203), ("int4", 48, 86, 99, 272)]
 )
 def test_operators_of_slots(bits, per_block, per_step, recorded, merging):
     """A block of a prompt costs as many operators as any other, and a step that merges none does no work for it."""

@@ -10,6 +10,7 @@ import torch
 from linearize_kernels import liger
 
 from linearize.families.base import Projections
+from linearize.model.layout import Layout
 from linearize.model.mixer import fused
 from tests.kernels.test_step import DEVICE, empty, make_layer, make_mixer, pytestmark, tokens_of
 
@@ -84,3 +85,28 @@ def test_gradients_of_texts_of_unequal_length(name, monkeypatch):
     assert found["torch"].keys() == found["triton"].keys()
     for leaf, plain in found["torch"].items():
         torch.testing.assert_close(found["triton"][leaf], plain, rtol=1e-5, atol=1e-5, msg=leaf)
+
+
+@pytest.mark.parametrize("name", ["default", "softmax, all", "elu, gates from values, rope"])
+def test_packed_documents_where_they_lie(name, monkeypatch):
+    """Documents of one token, of a window and of more, with pads before, between and after them."""
+    monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
+    layer = make_layer(heads=1)
+    segments = [[0, *[1] * 9, 2, 0, *[3] * 6], [*[1] * 17, 0]]
+    layout = Layout(torch.tensor(segments, device=DEVICE), packed=True)
+    found = {}
+    for way in ("gathered", "as they lie"):
+        mixer = make_mixer(layer, **OPTIONS[name])
+        new = Projections(*(x.requires_grad_() for x in tokens_of(layer, 2, 18, torch.float32)))
+        if way == "gathered":
+            rows = Projections(*(layout.gather(x) for x in new))
+            outputs = layout.scatter(mixer(rows, layout.lengths, None))
+        else:
+            mixed = mixer.documents(new, layout)
+            outputs = layout.masked(mixed)
+        (outputs * torch.linspace(-1, 1, outputs.numel(), device=DEVICE).view_as(outputs)).sum().backward()
+        leaves = {**new._asdict(), **dict(mixer.named_parameters())}
+        found[way] = {"outputs": outputs.detach()} | {leaf: x.grad for leaf, x in leaves.items() if x.grad is not None}
+    assert found["gathered"].keys() == found["as they lie"].keys()
+    for leaf, rows in found["gathered"].items():
+        torch.testing.assert_close(found["as they lie"][leaf], rows, rtol=1e-5, atol=1e-5, msg=leaf)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from linearize_kernels.liger import liger_attention, liger_attention_composed
-from linearize_kernels.liger_options import Columns, Gate, LigerOptions
+from linearize_kernels.liger_options import Columns, Gate, LigerOptions, tile_list
 from torch import Tensor, nn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -102,6 +102,8 @@ CASES = [
     Case((64 * 4 + 8,), gates="border", sinks=0),
     *(Case((tokens, 8 + 64), gates="key", group=1, covers="evicted") for tokens in (7, 8, 9, 8 + 63, 8 + 65, 8 + 128)),
     Case((130, 70), 20, counts=(3, 40), gates="key", extra=1),
+    # Wider than a block of values, and than what is kept over a loop.
+    Case((70,), 16, width=136, features=136, values=136, gates="key"),
     Case((80,), dtype=torch.bfloat16, gates="key"),
     Case((80,), dtype=torch.float16, mix="softmax"),
 ]
@@ -267,17 +269,17 @@ def test_results_do_not_depend_on_what_memory_held(case, tiled, monkeypatch):
         assert torch.equal(result, second[name]), name
 
 
-@pytest.mark.parametrize(
-    "case", [Case((12, 12, 12), extra=1), Case((3, 20, 9), counts=(0, 5, 9), gates="key")], ids=str
-)
-def test_more_rows_than_a_grid_has_are_cut(case, monkeypatch):
-    from linearize_kernels import liger_autograd
-
-    values = tensors(case)
-    whole = run(liger_attention, case, values, case.dtype)
-    monkeypatch.setattr(liger_autograd, "MOST_PROGRAMS", 2 * case.heads)
-    for name, result in run(liger_attention, case, values, case.dtype).items():
-        torch.testing.assert_close(result, whole[name])
+@pytest.mark.parametrize("more", [0, 8, -8])
+@pytest.mark.parametrize("before", [0, 1])
+def test_tiles_of_rows_are_listed(more, before):
+    lengths = [1, 8, 24, 25, 15, 40]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    expected = [(r, n) for r, x in enumerate(lengths) for n in range(before + max(-(-(x + more) // 16), 0))]
+    found = tile_list(starts, sum(lengths), starts.device, 16, more=more, before=before).tolist()
+    assert [tuple(x) for x in found[: len(expected)]] == expected
+    assert all(number * 16 > 2**20 for _, number in found[len(expected) :])
+    equal = tile_list(3, 72, starts.device, 16, more=more, before=before)
+    assert equal.tolist() == [[r, n] for r in range(3) for n in range(before + max(-(-(24 + more) // 16), 0))]
 
 
 @pytest.mark.parametrize("covers", ["evicted", "all"])

@@ -24,14 +24,11 @@ pytestmark = [
 KEY_BY_KEY = {"write_outputs_kernel", "query_gradients", "key_gradients", "keys_of_states", "read_chunks"}
 # Their products are too small for wgmma, or there are none.
 WITHOUT_TILES = {
-    *("key_statistics", "carry_states", "carry_gradients", "chunk_factors", "gate_gradients"),
-    "sum_columns",
+    *("key_statistics", "carry_states", "chunk_factors", "mix_gradients", "gate_gradients", "sum_columns"),
 }
-# Bytes that these spill, by width, where 0 (forward) and 256 (backward) are aimed at.
-SPILLS = {
-    64: {"chunk_outputs": 128, "chunk_pairs": 1024},
-    128: {"chunk_outputs": 1536, "chunk_rows": 3584, "chunk_pairs": 4736, "window_queries": 1152},
-}
+# Bytes that kernels may spill; above a width of 128, these spill more.
+AHEAD, BACK = 0, 256
+WIDE = {"window_queries": 1152, "chunk_keys": 1280, "chunk_queries": 1792, "write_chunks": 256}
 WIDTHS, GROUPS = (64, 128, 256), (1, 3, 4, 16)
 QUICK = {(64, 3), (128, 4)}
 SHAPES = [
@@ -52,9 +49,11 @@ def test_programs_keep_to_their_bounds(width, group):
     for ahead, part in zip((True, False), passes(width, group), strict=True):
         for program in map(compile_launch, part):
             assert program.shared <= BLOCK_SHARED_MEMORY, program
-            if width <= 128 and program.name not in KEY_BY_KEY:
-                assert program.spills <= SPILLS[width].get(program.name, 0 if ahead else 256), program
-            if width <= 128 and program.name not in KEY_BY_KEY | WITHOUT_TILES:
+            if program.name in KEY_BY_KEY:
+                continue
+            most = AHEAD if ahead else BACK
+            assert program.spills <= (most if width <= 128 else WIDE.get(program.name, BACK)), program
+            if program.name not in WITHOUT_TILES:
                 assert program.tensor_cores == "wgmma", program
 
 
@@ -65,10 +64,10 @@ def test_one_program_serves_every_length():
 
 def test_launches():
     ahead, back = ([launch.name for launch in part] for part in passes(128, 4))
-    assert len(ahead) <= 6 and len(back) <= 16
+    assert len(ahead) <= 6 and len(back) <= 20
 
 
-@pytest.mark.parametrize(("name", "forward", "backward", "ahead", "back"), [("llama-3-8b", 2.4e-3, 9e-3, 110, 330)])
+@pytest.mark.parametrize(("name", "forward", "backward", "ahead", "back"), [("llama-3-8b", 1.6e-3, 7e-3, 100, 410)])
 def test_estimates_keep_to_their_bounds(name, forward, backward, ahead, back):
     """Seconds for 32,768 tokens as 16 texts, and KiB to and from memory per token."""
     found = estimates.passes(work.SHAPES[name], 2048, 16)

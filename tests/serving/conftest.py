@@ -56,11 +56,9 @@ def started(model: Path, *options: str) -> Server:
     command = [sys.executable, "-m", "linearize", "serve", str(model), "--port", "0", "--json", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
-    lines = []
-    while not lines or lines[-1] != "}\n":
-        lines.append(process.stdout.readline())
-        assert lines[-1], "the server has ended"
-    return Server(process, json.loads("".join(lines)))
+    line = process.stdout.readline()
+    assert line, "the server has ended"
+    return Server(process, json.loads(line))
 
 
 @pytest.fixture(scope="module")

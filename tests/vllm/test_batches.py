@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
+from torch import nn
 
 from linearize.families.base import AttentionLayer, Projections
 from linearize.model import MixerConfig
 from linearize.model.mixer.mixer import Mixer
 from linearize.vllm.batches import batches, mix
 from linearize.vllm.pages import Pages
+from linearize.vllm.weights import of_rank
 from tests.model.test_layer import DISTINCT, KINDS
 from tests.tables import some
 
 LAYER = AttentionLayer(query_heads=4, key_value_heads=2, key_width=8, value_width=8, scale=8**-0.5)
+LEARNED = "landmarks, a learned score"
 WHOLE = {kind for kind, options in KINDS.items() if "softmax_heads" not in options and kind != "softmax layer"}
 
 
@@ -60,7 +65,7 @@ def test_any_schedule_is_the_whole_text(kind: str) -> None:
         if fresh := [place for place, past in zip(places, before, strict=True) if not past]:
             held.clear([0], torch.tensor(fresh))
         out = torch.full((len(new.q), LAYER.query_heads, LAYER.value_width), torch.nan)
-        for batch in batches(lengths, before, places, out.device):
+        for batch in batches(lengths, before, places, out.device, most=chance.choice([1, 2, 9])):
             mix(mixer, new, batch, held.memory(0), out)
         for (i, n), mixed in zip(step, out.split(lengths), strict=True):
             given[i][0, seen[i] : seen[i] + n] = mixed
@@ -73,9 +78,9 @@ def test_any_schedule_is_the_whole_text(kind: str) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", sorted(WHOLE - {"retention", "landmarks, a learned score"}))
+@pytest.mark.parametrize("kind", sorted(WHOLE - {"retention", LEARNED}))
 def test_a_tensor_parallel_rank_computes_its_heads_alone(kind: str) -> None:
-    """vLLM refuses the two kinds that are left out, because their heads are not independent."""
+    """vLLM refuses retention, because a head's decay depends on its number."""
     whole, text = mixer_of(kind), drawn(90)
     wanted = whole(text, None, None)
     for rank in range(2):
@@ -85,12 +90,38 @@ def test_a_tensor_parallel_rank_computes_its_heads_alone(kind: str) -> None:
         torch.testing.assert_close(heads, wanted.chunk(2, 2)[rank], rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
+@torch.inference_mode()
+def test_ranks_sum_their_terms_of_a_learned_score() -> None:
+    whole, text = mixer_of(LEARNED), drawn(90)
+    whole.score_weight.data = torch.randn(whole.score_weight.shape)
+    wanted, terms, both = whole(text, None, None), dict[int, torch.Tensor](), Barrier(2)
+
+    def heads_of(rank: int) -> torch.Tensor:
+        part = Mixer(whole.config, replace(LAYER, query_heads=2, key_value_heads=1), 0.5)
+        part.score_weight = nn.Parameter(of_rank(part, "score_weight", whole.score_weight, rank))
+
+        def sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
+            terms[rank] = scores
+            both.wait(60)
+            return (terms[0] + terms[1])[..., rank : rank + 1]
+
+        part.sum_of_ranks = sum_of_ranks
+        with torch.inference_mode():  # of this thread
+            return part(Projections(*(x.chunk(2, 2)[rank] for x in text)), None, None)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.cat(list(pool.map(heads_of, range(2))), 2)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
 def test_prompts_of_similar_lengths_run_together_and_tokens_that_decode_in_one_batch() -> None:
     lengths, seen = [1, 30, 1, 32, 500, 1, 31], [9, 0, 30, 0, 0, 9, 64]
     found = batches(lengths, seen, [3, 4, 1, 2, 6, 5, 7], torch.device("cpu"))
     assert [(b.length, len(b.counts), b.lengths is None, b.uniform) for b in found] == [
         (1, 3, True, None), (32, 2, False, 0), (500, 1, True, 0), (31, 1, True, 64),
     ]  # fmt: skip
+    found = batches(lengths, seen, [3, 4, 1, 2, 6, 5, 7], torch.device("cpu"), most=2)
+    assert [(b.length, len(b.counts)) for b in found] == [(1, 2), (1, 1), (32, 2), (500, 1), (31, 1)]
 
 
 def test_a_page_has_a_place_for_every_tensor_in_its_own_dtype() -> None:

@@ -156,7 +156,7 @@ def test_a_prefix_is_read_once(teacher, kind: str, tmp_path: Path) -> None:
         assert read_before(llm, asked[2]) >= 32
 
 
-@pytest.mark.parametrize("kind", ["landmarks", "softmax layer"])
+@pytest.mark.parametrize("kind", ["landmarks", "landmarks, a learned score", "softmax layer"])
 def test_two_tensor_parallel_ranks_have_half_the_heads_each(teacher, kind: str, tmp_path: Path) -> None:
     """Two processes over gloo; memory per rank is half of what one rank would need."""
     model = saved(converted(teacher, **KINDS[kind]), tmp_path)
@@ -201,7 +201,6 @@ def test_the_cache_of_a_request_does_not_grow(teacher, tmp_path: Path) -> None:
         ),
         ("softmax head", {"tensor_parallel_size": 2}, "single heads keep softmax"),
         ("retention", {"tensor_parallel_size": 2}, "a head's decay in retention depends on its number"),
-        ("landmarks, a learned score", {"tensor_parallel_size": 2}, "a learned score of landmarks reads all"),
         ("default", {"tensor_parallel_size": 3}, "whole key/value heads, and the model has 4"),
     ],
 )

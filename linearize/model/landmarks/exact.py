@@ -68,7 +68,7 @@ class Exact:
         names: the tensors that are kept per token. Without `v` there are no outputs, only the slots.
 
     Attributes:
-        slots: their tables are `[R, K, sinks + window + slots + BLOCK, ...]`.
+        slots: their tables are `[R, K, sinks + window + slots, ...]`.
         received: `[R, K, P]` the attention that the tokens of `rows.held` have received in the window.
     """
 
@@ -80,9 +80,9 @@ class Exact:
         self.text = {name: held[name].to(dtype).transpose(1, 2).contiguous() for name in names}
         tables: Part = {}
         for name, x in self.text.items():
-            shape = (*x.shape[:2], self.front + config.landmarks + BLOCK, x.shape[-1])
+            shape = (*x.shape[:2], self.front + config.landmarks, x.shape[-1])
             tables[name] = x.new_zeros(shape)
-            tables[name][:, :, self.front : -BLOCK] = landmarks[name].transpose(1, 2)
+            tables[name][:, :, self.front :] = landmarks[name].transpose(1, 2)
             if name in sinks:
                 tables[name][:, :, : self.sinks] = sinks[name].transpose(1, 2)
         filled = min(config.landmarks, rows.merged * BLOCK) if isinstance(rows.merged, int) else None

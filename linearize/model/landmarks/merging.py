@@ -1,11 +1,11 @@
 """Merges of blocks into the slots. Ranks need scores alone, so keys and values are touched only where they move.
 
-A block is written behind the slots. As many tokens of lowest rank go, empty slots before all others, and the block's
-kept tokens take their places in text order; no other token moves. So the order in the slots does not depend on how a
-text is split into calls.
+The block's tokens are candidates behind the slots. As many candidates of lowest rank go, empty slots before all others,
+and the block's kept tokens take their places in text order; no other token moves. So the order in the slots does not
+depend on how a text is split into calls.
 
 Dimensions: R rows, K key/value heads, N slots, P places. Places are those of sinks and window, which a merge does not
-touch, then the slots and room for a block: P = front + N + BLOCK.
+touch, then the slots: P = front + N.
 """
 
 from __future__ import annotations
@@ -118,12 +118,15 @@ class Slots:
         first = self.filled if fits else self.count
         end = first + BLOCK
         self.own()
-        for name, x in block.items():
-            place = self.tables[name][:, :, self.front + first : self.front + end]
-            place[:] = x if goes is None else torch.where(goes.view(-1, *[1] * (x.dim() - 1)), x, place)
         place = self.scores[..., first:end]
         place[:] = scores if goes is None else torch.where(goes[:, None, None], scores, place)
-        lost = None if fits else self._fit(end, goes, tell)
+        lost: Part | None = None
+        if fits:
+            for name, x in block.items():
+                slot = self.tables[name][:, :, self.front + first : self.front + end]
+                slot[:] = x if goes is None else torch.where(goes.view(-1, *[1] * (x.dim() - 1)), x, slot)
+        else:
+            lost = self._fit(block, end, goes, tell)
         self.filled = min(self.filled + BLOCK, self.count)
         fading = self.scores[RECEIVED : QUERIES + 1]
         if goes is None:
@@ -148,29 +151,50 @@ class Slots:
         # Of the tokens behind the last slot, the kept ones come first. The others are lost themselves and stay.
         return lost, is_lost[..., self.count :].sort(dim=-1, stable=True).indices + self.count
 
-    def _fit(self, end: int, goes: Tensor | None, tell: bool) -> Part | None:
+    def _fit(self, block: Part, end: int, goes: Tensor | None, tell: bool) -> Part | None:
         to, source = self._goes(end)
         lost: Part | None = None
         if tell:
             number = self.number.gather(-1, to)
             order = number.argsort(dim=-1, stable=True)
             at = to.gather(-1, order)
-            lost = {name: self._take(x, at) for name, x in self.tables.items()} | {"number": number.gather(-1, order)}
+            lost = self._candidates(block, at) | {"number": number.gather(-1, order)}
         if goes is not None:
             to = torch.where(goes[:, None, None], to, source)
-        for name, x in self.tables.items():
-            # Autograd saves the tensor that `gather` reads, so it must not change.
-            put = x.scatter if torch.is_grad_enabled() else x.scatter_
-            self.tables[name] = put(2, self._index(to, x), self._take(x, source))
         every = to.expand(4, *to.shape)
         self.scores.scatter_(-1, every, self.scores.gather(-1, source.expand_as(every)))
+        if goes is None and to.device.type == "cpu" and not torch.is_grad_enabled():
+            row, head, place = (to < self.count).nonzero(as_tuple=True)
+            at, token = to[row, head, place] + self.front, source[row, head, place] - self.count
+            for name, x in block.items():
+                self.tables[name][row, head, at] = x[row, head, token]
+            return lost
+        # No shape may depend on how many tokens are kept. They come first, so the last of them is written again in
+        # place of the others; if there is none, a slot is written with its own token.
+        last = (to < self.count).sum(-1, keepdim=True).sub_(1).clamp_min_(0)
+        place = torch.arange(BLOCK, device=to.device)
+        order = place.minimum(last)
+        to, source = to.gather(-1, order), source.gather(-1, order)
+        source = torch.where(to < self.count, source, self.count - 1)
+        to = to.clamp(max=self.count - 1) + self.front
+        for name, x in self._candidates(block, source).items():
+            table = self.tables[name]
+            if torch.is_grad_enabled():
+                # Autograd saves the tensor that `gather` reads, so it must not change, and a token has one gradient.
+                own = (place <= last).view(*to.shape, *[1] * (x.dim() - 3))
+                self.tables[name] = table.scatter(2, _index(to, table), torch.where(own, x, x.detach()))
+            else:
+                table.scatter_(2, _index(to, table), x)
         return lost
 
-    def _index(self, at: Tensor, x: Tensor) -> Tensor:
-        return (at + self.front).view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:])
-
-    def _take(self, x: Tensor, at: Tensor) -> Tensor:
-        return x.gather(2, self._index(at, x))
+    def _candidates(self, block: Part, at: Tensor) -> Part:
+        """The candidates `at` `[R, K, BLOCK]`, in the slots or behind them."""
+        behind, held, new = at >= self.count, at.clamp(max=self.count - 1) + self.front, (at - self.count).clamp_min(0)
+        found: Part = {}
+        for name, x in block.items():
+            table, here = self.tables[name], behind.view(*behind.shape, *[1] * (x.dim() - 3))
+            found[name] = torch.where(here, x.gather(2, _index(new, x)), table.gather(2, _index(held, table)))
+        return found
 
     def _queries(self, age: Tensor) -> Tensor:
         """The number of queries that could attend to a token, faded as their attention is."""
@@ -182,8 +206,9 @@ class Slots:
         novelty, received, queries = self.scores[:NUMBER, ..., :end]
         both = torch.stack([novelty, (received / queries).add_(LEAST_ATTENTION).log_()])
         if not self.ragged and self.filled == self.count:
-            variance, mean = torch.var_mean(both, -1, correction=0, keepdim=True)
-            return self._joint((both - mean) / variance.sqrt().clamp_min(LEAST_SPREAD))
+            apart = both - both.mean(-1, keepdim=True)
+            spread = torch.linalg.vector_norm(apart, dim=-1, keepdim=True).div_(end**0.5).clamp_min_(LEAST_SPREAD)
+            return self._joint(apart.div_(spread))
         exists = self.number[..., :end] > 0
         count = exists.sum(-1, keepdim=True).clamp_min(1)
         apart = (both - both.masked_fill(~exists, 0).sum(-1, keepdim=True) / count).masked_fill(~exists, 0)
@@ -194,3 +219,7 @@ class Slots:
 
     def _joint(self, standardised: Tensor) -> Tensor:
         return torch.add(standardised[0], standardised[1].clamp_min(-MOST_AGAINST), alpha=self.weight)
+
+
+def _index(at: Tensor, x: Tensor) -> Tensor:
+    return at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:])

@@ -135,7 +135,8 @@ def static_scores(mixer: MixerBase, new: Projections, parts: dict[str, Part]) ->
     if own is None:
         return novelty(new.k, parts["keys"]["sum"])
     weight = own.detach().float()
-    return F.linear(score_inputs(new), weight[:, :-1], weight[:, -1]), None
+    scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
+    return scores if mixer.sum_of_ranks is None else mixer.sum_of_ranks(scores), None
 
 
 def score_inputs(new: Projections) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from linearize_kernels import joint_attention
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
@@ -35,7 +34,7 @@ class _Seen(NamedTuple):
 
     Attributes:
         filled: the number of leading slots to read.
-        hidden: the places of sinks and window that are not read, as a slice, or a mask `[R, 1, 1, places]`.
+        hidden: the first place of sinks and window that is not read, or a mask `[R, 1, 1, places]`.
         empty: `[R, K, 1, slots]` True for empty slots; None if the leading ones are filled.
         distant: the places of the window whose `received` score the token's attention adds to: a mask `[R, places, 1]`,
             or the number of leading places.
@@ -44,7 +43,7 @@ class _Seen(NamedTuple):
     """
 
     filled: int
-    hidden: slice | Tensor
+    hidden: int | Tensor
     empty: Tensor | None
     distant: Tensor | int
     counts: Tensor | None
@@ -73,11 +72,11 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
     y, log, of_window, of_slots = _read_exact(mixer, memory, new.q_rotated, seen)
     window, landmarks = parts["window"]["received"], parts["landmarks"]["received"]
     if isinstance(seen.distant, Tensor):
-        window += of_window * seen.distant
+        window.add_(of_window * seen.distant)
     elif seen.distant > 0:
-        window[:, : seen.distant] += of_window[:, : seen.distant]
+        window[:, : seen.distant].add_(of_window[:, : seen.distant])
     if seen.filled:
-        landmarks[:, : seen.filled] += of_slots if seen.counts is None else of_slots * seen.counts
+        landmarks[:, : seen.filled].add_(of_slots if seen.counts is None else of_slots * seen.counts)
     if "window" in mixer.branches_off:
         y = torch.zeros_like(y)
     if mixer.recurrence is None or "recurrence" in mixer.branches_off:
@@ -97,18 +96,24 @@ def _read_exact(
     """Outputs and logs of `joint_attention`, and the weights of window and slots `[R, places or slots, K]`."""
     sinks = mixer.config.sinks
     front = sinks + room(mixer.window)
-    whole, hidden = memory.joined(memory.joints[0]), list[slice | Tensor | None]([seen.hidden])
-    read = [(whole, front + seen.filled)]
-    if "landmarks" not in memory.joints[0].parts:
-        read = [(whole, front), *([(memory.parts["landmarks"], seen.filled)] if seen.filled else [])]
-        hidden = [seen.hidden, seen.empty][: len(read)]
-    elif seen.empty is not None and isinstance(seen.hidden, Tensor):
+    whole, hidden = memory.joined(memory.joints[0]), list[slice | Tensor | None]()
+    apart = "landmarks" not in memory.joints[0].parts
+    if isinstance(seen.hidden, int):
+        # The places behind it are not read, unless slots lie there.
+        hidden = [None, None] if apart else [slice(seen.hidden, front)]
+        front = seen.hidden if apart else front
+    elif apart or seen.empty is None:
+        hidden = [seen.hidden, seen.empty]
+    else:
         hidden = [torch.cat([seen.hidden.expand(-1, seen.empty.shape[1], -1, -1), seen.empty], -1)]
+    read = [(whole, front), (memory.parts["landmarks"], seen.filled)] if apart else [(whole, front + seen.filled)]
+    if apart and not seen.filled:
+        read.pop()
     y, log, weights = joint_attention(
         q,
         [as_read(part, "k_rotated", count) for part, count in read],
         [as_read(part, "v", count) for part, count in read],
-        hidden,
+        hidden[: len(read)],
         scale=mixer.layer.scale,
         softcap=mixer.layer.softcap,
         normaliser=mixer.recurrence is not None and mixer.config.mix == "softmax",
@@ -133,7 +138,7 @@ def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.d
     local = max(place + 1, 0)
     return _Seen(
         filled=min(config.landmarks, merged * BLOCK),
-        hidden=slice(min(count + 1, config.sinks + local), config.sinks + room(mixer.window)),
+        hidden=min(count + 1, config.sinks + local),
         empty=None,
         distant=max(local - mixer.window // 4, 0),
         counts=None,
@@ -234,19 +239,14 @@ def _merge(
     if slot_bits(mixer.config) == 4:
         block = encoded(decoded(block, dtype), landmarks)
     filled = min(mixer.config.landmarks, merged * BLOCK) if isinstance(merged, int) else None
-    # A copy with room for the block, so that the memory has no more places than slots.
-    tables = {
-        name: F.pad(landmarks[name].transpose(1, 2), (*[0, 0] * (landmarks[name].dim() - 3), 0, BLOCK))
-        for name in landmarks
-        if name not in ("novelty", "received", "number")
-    }
+    tables = {name: x.transpose(1, 2) for name, x in landmarks.items() if name not in ("novelty", "received", "number")}
     slots = Slots(mixer, landmarks, tables, merged=merged, filled=filled)
     first = mixer.config.sinks + 1 + merged * BLOCK
     scores = slots.of_text(leaving_scores(mixer, window["novelty"], 1), first, BLOCK)
     scores[RECEIVED] = window["received"][:, :BLOCK].transpose(1, 2)
     tells = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
     lost = slots.merge({name: block[name].transpose(1, 2) for name in tables}, scores, goes, tell=tells)
-    for name, x in slots.part(list(tables)).items():
+    for name, x in slots.part([]).items():  # the tables are the memory's own
         landmarks[name].copy_(x)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}
     for name, tensor in where(goes, moved, window).items():

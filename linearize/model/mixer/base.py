@@ -18,6 +18,8 @@ from linearize.model.configuration import room
 from linearize.model.recurrences import build_recurrence, register
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from linearize.families.base import AttentionLayer, Projections
     from linearize.model.configuration import MixerConfig
     from linearize.model.memory import LayerMemory, Part
@@ -38,15 +40,19 @@ class MixerBase(nn.Module, ABC):
         kind: equal for mixers that compute the same function of their weights.
         branches_off: the branches that are switched off: `recurrence`, `window` (with its sinks), or both. Evaluation
             sets it to measure the other branch alone. It is not saved with a checkpoint.
+        sum_of_ranks: set if this mixer has some of the layer's heads, and other ranks have the rest: takes this rank's
+            terms of a learned score `[R, L, all heads]`, and returns the sums over ranks for its own heads.
 
     Raises:
         ValueError: options that do not go together.
     """
 
     mix_weight: nn.Parameter
+    score_weight: nn.Parameter
     key_scale: nn.Parameter
     key_shift: nn.Parameter
     branches_off: frozenset[str] = frozenset()
+    sum_of_ranks: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: MixerConfig, layer: AttentionLayer, depth: float = 0.0) -> None:
         super().__init__()

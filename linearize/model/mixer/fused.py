@@ -1,6 +1,6 @@
 """The fused kernels of a mixer: translation of its options, choice of a kernel, and the call.
 
-    fused_step        one token a row, no gradient: everything in one launch, in place
+    fused_step        one token a row, no gradient: everything in one launch, in place; with landmarks, but for merges
     fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
 
 `fuses` decides if they run; otherwise `Mixer.forward` does the same in plain PyTorch.
@@ -40,12 +40,13 @@ _GATES: dict[str, tuple[Any, float]] = {
 _BOUNDED = ("gla", "hgrn2", "gated_retention")
 _MOST_QUERIES = 16
 _WIDEST = 256
+_TURNED = (64, 128, 256)
 
 
 def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
     """The reason why no fused kernel takes a mixer of this configuration; None if one does."""
     if config.landmarks:
-        return "no fused kernel for landmarks"
+        return _refusal_of_landmarks(operation, config, layer)
     if config.memory_dtype != "auto":
         return f"no fused kernel for a memory in {config.memory_dtype}"
     if config.recurrence not in _GATES and (operation == "attention" or config.recurrence != "none"):
@@ -55,6 +56,20 @@ def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) ->
     doubled = operation == "attention" and config.feature_map in ("exp", "learned")
     if max(layer.key_width * (2 if doubled else 1), layer.value_width) > _WIDEST:
         return f"heads wider than {_WIDEST}" + (f" under {config.feature_map}" if doubled else "")
+    return None
+
+
+def _refusal_of_landmarks(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
+    if operation == "attention":
+        return "no fused kernel reads a text with landmarks"
+    if config.recurrence != "none":
+        return f"no fused kernel for landmarks beside {config.recurrence}"
+    if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:
+        return f"more than {_MOST_QUERIES} query heads share a key/value head"
+    for width in (layer.key_width, layer.value_width):
+        # The Hadamard matrix of 4 bits turns all channels of a head together, and a half holds whole groups of them.
+        if width % 2 or width > _WIDEST or (config.memory_dtype == "int4" and width not in _TURNED):
+            return f"heads of width {width} with landmarks in {config.memory_dtype}"
     return None
 
 
@@ -94,11 +109,28 @@ def fuses(mixer: MixerBase, new: Projections, memory: LayerMemory | None) -> boo
     return choose(operation, device, dtype, refusal=reason) == "triton" and passes(operation, mixer, device, dtype)
 
 
-def fused_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
-    """`Mixer.forward` for one token a row, without a gradient."""
+def fused_step(
+    mixer: MixerBase,
+    new: Projections,
+    lengths: Tensor | None,
+    memory: LayerMemory,
+    *,
+    counts: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`Mixer.forward` for one token a row, without a gradient; its result has `dtype`.
+
+    Args:
+        counts: `[B]` tokens seen before this one, if those of the memory have it already.
+    """
+    if mixer.config.landmarks:
+        from linearize.model.landmarks.fused import fused_landmark_step
+
+        return fused_landmark_step(mixer, new, lengths, memory, counts, dtype)
     from linearize_kernels.step_triton import step_triton
 
-    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, memory.counts, lengths)
+    before = memory.counts if counts is None else counts
+    return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, before, lengths, dtype=dtype)
 
 
 def fused_attention(
@@ -106,13 +138,24 @@ def fused_attention(
     new: Projections,
     lengths: Tensor | None,
     memory: LayerMemory | None,
+    *,
+    documents: Tensor | None = None,
 ) -> Tensor:
-    """`Mixer.forward` for several tokens a row."""
+    """`Mixer.forward` for several tokens a row.
+
+    Args:
+        documents: `[S + 1]`, the starts of documents in `new` `[B, T, ...]` taken row after row, and their end; without
+            lengths and memory.
+    """
     config, recurrence = mixer.config, mixer.recurrence
+    shape = new.q.shape[:2]
+    if documents is not None:
+        new = new._replace(**{name: x.flatten(0, 1)[None] for name, x in new._asdict().items()})
     assert recurrence is not None  # noqa: S101 - for the type checker; `refusal` has looked
+    columns: tuple[Tensor, ...] | None
     whole: Part | None = None  # of a memory with tokens: its window, oldest first, and the new ones `[R, W + L, ...]`
     if memory is None or starts(memory, lengths):
-        columns = mixer.sinks(new)
+        columns = mixer.sinks(new) if documents is None else _first_tokens(mixer, new, documents)
         if memory is not None:
             fill(mixer, new, memory)
     else:
@@ -155,7 +198,7 @@ def fused_attention(
     )
     sinks = None if columns is None else Columns(columns[0].to(dtype), columns[1].to(dtype), config.sinks)
     rows, tokens = new.q.shape[:2]
-    row_starts: Tensor | int = rows
+    row_starts: Tensor | int = rows if documents is None else documents
     of_query = of_keys = None
     if lengths is not None:
         row_starts, of_query, of_keys = _packing(lengths, tokens, past)
@@ -173,7 +216,6 @@ def fused_attention(
         mix_weight=mixer._parameters.get("mix_weight"),
         columns=sinks,
         rows=row_starts,
-        longest=tokens,
         counts=memory.counts.clone() if memory is not None and whole is not None else None,
         # The kernel's backward reads the initial state, and `store` overwrites the memory's tensor below.
         initial_state=state.clone() if state is not None else None,
@@ -182,8 +224,19 @@ def fused_attention(
         store(memory.parts["state"], "state", final)
     if of_query is not None:
         outputs = outputs.new_zeros(rows * tokens, *outputs.shape[1:]).index_copy(0, of_query, outputs)
-    mixed: Tensor = outputs.unflatten(0, (rows, tokens))
+    mixed: Tensor = outputs.unflatten(0, shape)
     return mixed
+
+
+def _first_tokens(mixer: MixerBase, new: Projections, documents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of the first tokens of documents, their sinks `[S, M, ...]`; those of a shorter document, which
+    has no query that reads them, are of others."""
+    sinks = mixer.config.sinks
+    if not sinks:
+        return None
+    at = documents[:-1, None] + torch.arange(sinks, device=documents.device)
+    at = at.clamp_max(new.v.shape[1] - 1)
+    return new.k_rotated[0, at], new.v[0, at]
 
 
 def _packing(lengths: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ from linearize.model.precision import empty_slots, exact_bits
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
+    from linearize.model.layout import Layout
     from linearize.model.memory import LayerMemory, Part
 
 
@@ -45,7 +46,8 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
-        new = self._as_stored(new, memory)
+        if not (fused and self.config.landmarks):  # that kernel codes keys and values itself
+            new = self._as_stored(new, memory)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
         config, recurrence, window, tokens = self.config, self.recurrence, self.window, new.q.shape[1]
@@ -105,6 +107,12 @@ class Mixer(MixerBase):
         if empty is not None:
             mixed = torch.where(empty[:, :, None, None], y[:, first:], mixed)
         return torch.cat([y[:, :first], mixed], 1) if first else mixed
+
+    def documents(self, new: Projections, layout: Layout) -> Tensor | None:
+        """Mix packed documents `[B, T, ...]` to `[B, T, H, V]`, pads included; None if no fused kernel runs."""
+        if self.config.landmarks or not fuses(self, new, None):
+            return None
+        return fused_attention(self, self._as_stored(new, None), None, None, documents=layout.runs)
 
     def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
@@ -167,7 +175,7 @@ class Mixer(MixerBase):
 
     def _alternative(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, fused: bool) -> Tensor:
         """`forward` by another path."""
-        if self.config.landmarks:
+        if self.config.landmarks and not (fused and memory is not None):
             # A lazy import, because its `torch.compiler.disable` imports torch._dynamo, which takes two seconds.
             from linearize.model.landmarks.chunks import landmark_attention
 

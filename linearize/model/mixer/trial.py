@@ -81,7 +81,9 @@ def _run(
         drawn = (torch.randn(_ROWS, count, *shape, generator=generator) for shape in shapes)
         return Projections(*(x.to(device, dtype) for x in drawn))
 
-    prompt, more = mixer.window + 96, 1 if operation == "step" else 70
+    # With landmarks, a merge is due in both rows on the way.
+    prompt, more = mixer.window + (mixer.config.sinks + 94 if mixer.config.landmarks else 96), 70
+    more = 1 if operation == "step" else more
     found: list[Tensor] = []
     with torch.inference_mode(mode=False):
         with torch.no_grad():

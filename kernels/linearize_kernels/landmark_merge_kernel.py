@@ -1,0 +1,195 @@
+"""The kernel that merges a block into the slots: one program per row and key/value head.
+
+It ranks slots and block, gives the kept tokens of the block the places of the slots that lose theirs, and moves the
+window on by a block. Rows whose next token merges no block do not change.
+"""
+
+from linearize_kernels.landmark_kernel import _bfloat16, _half, _nearest, _turned, tl, triton
+
+
+@triton.jit
+def _leaving(novelty, j, there, head, K: tl.constexpr, SPAN: tl.constexpr, REACH: tl.constexpr):
+    """The static scores of the block's tokens `j`: the mean over `REACH` tokens on either side."""
+    total = j.to(tl.float32) * 0.0
+    count = total
+    for offset in range(-REACH, REACH + 1):
+        at = j + offset
+        inside = there & (at >= 0) & (at < SPAN)
+        total += tl.load(novelty + at * K + head, mask=inside, other=0.0)
+        count += tl.where(inside, 1.0, 0.0)
+    return total / tl.maximum(count, 1.0)
+
+
+@triton.jit
+def _standardised(x, exists, count, least):
+    apart = tl.where(exists, x - tl.sum(tl.where(exists, x, 0.0), 0) / count, 0.0)
+    return apart / tl.maximum(tl.sqrt(tl.sum(apart * apart, 0) / count), least)
+
+
+@triton.jit
+def _coded(x, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes, scales and zeros of a half in 4 bits: `[BLOCK, SIZE]` and twice `[BLOCK, SIZE / GROUP]`."""
+    grouped = tl.reshape(x, [BLOCK, SIZE // GROUP, GROUP])
+    least, most = tl.min(grouped, 2), tl.max(grouped, 2)
+    zero = _bfloat16(least)
+    scale = _bfloat16(tl.maximum(tl.maximum((most - least) / 15.0, tl.abs(zero) * 0.0078125), 1e-30))
+    steps = _nearest((grouped - zero[:, :, None]) / scale[:, :, None])
+    steps = tl.minimum(tl.maximum(steps, 0.0), 15.0)
+    return tl.reshape(steps, [BLOCK, SIZE]).to(tl.int32), scale, zero
+
+
+@triton.jit
+def _move_tokens(
+    x, x_scale, into, into_scale, into_zero, source, to, there, head,
+    K: tl.constexpr, D: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, GROUP: tl.constexpr,
+    OPERAND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Copy the window's tokens `source` into the slots `to`."""
+    from_at, to_at = source * K + head, to * K + head
+    if SLOT_BITS == 4:
+        h = tl.arange(0, BLOCK_H)
+        low = _half(x, x_scale, x, from_at, h, there, 0, D, NEAR_BITS, 1)
+        high = _half(x, x_scale, x, from_at, h, there, 1, D, NEAR_BITS, 1)
+        first, first_scale, first_zero = _coded(
+            _turned(low + high, BLOCK_H, OPERAND) * (D**-0.5), GROUP, BLOCK_H, BLOCK
+        )
+        second, second_scale, second_zero = _coded(
+            _turned(low - high, BLOCK_H, OPERAND) * (D**-0.5), GROUP, BLOCK_H, BLOCK
+        )
+        mask = there[:, None] & (h < D // 2)[None, :]
+        tl.store(into + to_at[:, None] * (D // 2) + h[None, :], (first | (second << 4)).to(tl.uint8), mask=mask)
+        HALF: tl.constexpr = BLOCK_H // GROUP
+        group = tl.arange(0, HALF)
+        at = to_at[:, None] * (2 * HALF) + group[None, :]
+        mask = there[:, None] & (group >= 0)[None, :]
+        tl.store(into_scale + at, first_scale.to(into_scale.dtype.element_ty), mask=mask)
+        tl.store(into_zero + at, first_zero.to(into_zero.dtype.element_ty), mask=mask)
+        tl.store(into_scale + at + HALF, second_scale.to(into_scale.dtype.element_ty), mask=mask)
+        tl.store(into_zero + at + HALF, second_zero.to(into_zero.dtype.element_ty), mask=mask)
+    else:
+        d = tl.arange(0, BLOCK_D)
+        mask = there[:, None] & (d < D)[None, :]
+        tl.store(into + to_at[:, None] * D + d[None, :], tl.load(x + from_at[:, None] * D + d[None, :], mask=mask),
+                 mask=mask)  # fmt: skip
+        if SLOT_BITS == 8:
+            tl.store(into_scale + to_at, tl.load(x_scale + from_at, mask=there), mask=there)
+
+
+@triton.jit
+def _shift(x, head, K: tl.constexpr, D: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Move the tokens `[ROOM, K, D]` of a head to the front by a block; what is free becomes 0."""
+    d = tl.arange(0, BLOCK_D)
+    for first in range(0, ROOM, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        at = x + (n * K + head)[:, None] * D + d[None, :]
+        inside = (d < D)[None, :]
+        held = tl.load(at + BLOCK * K * D, mask=inside & (n + BLOCK < ROOM)[:, None], other=0)
+        tl.debug_barrier()
+        tl.store(at, held, mask=inside & (n < ROOM)[:, None])
+
+
+@triton.jit
+def landmark_merge_kernel(
+    window_k, window_k_scale, window_v, window_v_scale, window_novelty, window_received,
+    slot_k, slot_k_scale, slot_k_zero, slot_v, slot_v_scale, slot_v_zero, slot_novelty, slot_received, slot_number,
+    ranks, places, counts, lengths, window_row, slot_row, weight,
+    K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, K_GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr, REACH: tl.constexpr, FADING: tl.constexpr, LEAST_ATTENTION: tl.constexpr,
+    LEAST_SPREAD: tl.constexpr, MOST_AGAINST: tl.constexpr, HAS_LENGTHS: tl.constexpr, WHOLE: tl.constexpr,
+    CANDIDATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    OPERAND: tl.constexpr = tl.float32 if WHOLE else tl.bfloat16
+    ROOM: tl.constexpr = W + BLOCK - 1
+    END: tl.constexpr = SLOTS + BLOCK
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    count = tl.load(counts + row).to(tl.int32)
+    left = count + 1 - W - SINKS
+    if HAS_LENGTHS:
+        left = tl.where(tl.load(lengths + row) > 0, left, 0)
+    if (left >= BLOCK) & (left % BLOCK == 0):
+        before = left // BLOCK - 1
+        window_k, window_v = window_k + row * window_row * D, window_v + row * window_row * V
+        window_k_scale, window_v_scale = window_k_scale + row * window_row, window_v_scale + row * window_row
+        PACKED: tl.constexpr = 2 if SLOT_BITS == 4 else 1
+        slot_k, slot_v = slot_k + row * slot_row * (D // PACKED), slot_v + row * slot_row * (V // PACKED)
+        k_row, v_row = row * slot_row * (D // K_GROUP), row * slot_row * (V // V_GROUP)
+        slot_k_scale, slot_k_zero = slot_k_scale + k_row, slot_k_zero + k_row
+        slot_v_scale, slot_v_zero = slot_v_scale + v_row, slot_v_zero + v_row
+        window_novelty, window_received = window_novelty + row * ROOM * K, window_received + row * ROOM * K
+        slot_novelty, slot_received = slot_novelty + row * SLOTS * K, slot_received + row * SLOTS * K
+        slot_number += row * SLOTS * K
+        ranks += (row * K + head) * CANDIDATES
+        places += (row * K + head) * 2 * BLOCK
+
+        # Ranks: the slots first, then the block.
+        c = tl.arange(0, CANDIDATES)
+        j = c - SLOTS
+        is_slot = c < SLOTS
+        is_new = (j >= 0) & (j < BLOCK)
+        at = c * K + head
+        newest = SINKS + BLOCK * (before + 1)
+        number = tl.load(slot_number + at, mask=is_slot, other=0)
+        age = ((newest - number) // BLOCK).to(tl.float32)
+        span = (W - W // 4 + BLOCK // 2) * 1.0
+        faded = tl.exp2(age * tl.log2(age * 0.0 + FADING))
+        queries = tl.where(is_slot, faded * span + BLOCK * (1.0 - faded) / (1.0 - FADING), span)
+        novelty = tl.load(slot_novelty + at, mask=is_slot, other=0.0)
+        SPAN: tl.constexpr = BLOCK + (REACH if REACH < W else W - 1)
+        static = _leaving(window_novelty, j, is_new, head, K, SPAN, REACH)
+        novelty += tl.where(is_new, static, 0.0)
+        received = tl.load(slot_received + at, mask=is_slot, other=0.0)
+        received += tl.load(window_received + j * K + head, mask=is_new, other=0.0)
+        attention = tl.log(received / queries + LEAST_ATTENTION)
+        exists = is_new | (is_slot & (number > 0))
+        there = tl.maximum(tl.sum(tl.where(exists, 1.0, 0.0), 0), 1.0)
+        own = _standardised(novelty, exists, there, LEAST_SPREAD)
+        own += weight * tl.maximum(_standardised(attention, exists, there, LEAST_SPREAD), -MOST_AGAINST)
+        rank = tl.where(exists, own, c.to(tl.float32) - 1e6)
+        rank = tl.where(c < END, rank, float("inf"))
+        tl.store(ranks + c, rank)
+        tl.debug_barrier()
+
+        # The block's number of tokens of lowest rank go; the kept ones of the block take their places in order.
+        below = tl.zeros([CANDIDATES], tl.int32)
+        for first in range(0, CANDIDATES, 16):
+            other = first + tl.arange(0, 16)
+            theirs = tl.load(ranks + other)
+            less = (theirs[None, :] == rank[:, None]) & (other[None, :] < c[:, None])
+            less = less | (theirs[None, :] < rank[:, None])
+            below += tl.sum(less.to(tl.int32), 1)
+        lost = below < BLOCK
+        leaves, stays = (is_slot & lost).to(tl.int32), (is_new & (below >= BLOCK)).to(tl.int32)
+        tl.store(places + tl.cumsum(leaves, 0) - 1, c, mask=leaves > 0)
+        tl.store(places + BLOCK + tl.cumsum(stays, 0) - 1, j, mask=stays > 0)
+        moved = tl.sum(stays, 0)
+        tl.store(slot_received + at, received * FADING, mask=is_slot & (below >= BLOCK))
+        tl.debug_barrier()
+        i = tl.arange(0, BLOCK)
+        moves = i < moved
+        to = tl.load(places + i, mask=moves, other=0)
+        source = tl.load(places + BLOCK + i, mask=moves, other=0)
+        to_at = to * K + head
+        given = _leaving(window_novelty, source, moves, head, K, SPAN, REACH)
+        tl.store(slot_novelty + to_at, given, mask=moves)
+        given = tl.load(window_received + source * K + head, mask=moves, other=0.0)
+        tl.store(slot_received + to_at, given * FADING, mask=moves)
+        tl.store(slot_number + to_at, SINKS + 1 + before * BLOCK + source, mask=moves)
+        _move_tokens(
+            window_k, window_k_scale, slot_k, slot_k_scale, slot_k_zero, source, to, moves, head, K, D, NEAR_BITS,
+            SLOT_BITS, K_GROUP, OPERAND, BLOCK, BLOCK_D, BLOCK_H,
+        )  # fmt: skip
+        _move_tokens(
+            window_v, window_v_scale, slot_v, slot_v_scale, slot_v_zero, source, to, moves, head, K, V, NEAR_BITS,
+            SLOT_BITS, V_GROUP, OPERAND, BLOCK, BLOCK_V, BLOCK_U,
+        )  # fmt: skip
+        tl.debug_barrier()
+        _shift(window_k, head, K, D, ROOM, BLOCK, BLOCK_D)
+        _shift(window_v, head, K, V, ROOM, BLOCK, BLOCK_V)
+        if NEAR_BITS == 8:
+            _shift(window_k_scale, head, K, 1, ROOM, BLOCK, 1)
+            _shift(window_v_scale, head, K, 1, ROOM, BLOCK, 1)
+        _shift(window_novelty, head, K, 1, ROOM, BLOCK, 1)
+        _shift(window_received, head, K, 1, ROOM, BLOCK, 1)
