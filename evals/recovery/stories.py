@@ -258,13 +258,27 @@ class Study:
             wide = folders.get(f"wide-{budget}-{seed}")
             if wide is None or system not in WITH_STATE or not tokens_of(budget):
                 continue
-            (mine, _), (other, _) = (self._items(load_model(find_source(str(one))).eval()) for one in (folder, wide))
-            differences = {
-                figure: mean_and_error([a - b for a, b in zip(mine[figure], other[figure], strict=True)])
-                for figure in FIGURES
-            }
+            (mine, own), (other, others) = (
+                self._items(load_model(find_source(str(one))).eval()) for one in (folder, wide)
+            )
             found.append(
-                {"system": system, "budget": tokens_of(budget), "seed": int(seed), "minus": "wide", **differences}
+                {
+                    "system": system,
+                    "budget": tokens_of(budget),
+                    "seed": int(seed),
+                    "minus": "wide",
+                    **{figure: _difference(mine[figure], other[figure]) for figure in FIGURES},
+                    "loss_by_position": {
+                        str(first): _difference(
+                            *(
+                                [float(row[first:end].mean()) for row in rows if len(row) > first]
+                                for rows in (own, others)
+                            )
+                        )
+                        for first, end in itertools.pairwise(BUCKETS)
+                        if any(len(row) > first for row in own)
+                    },
+                }
             )
         return found
 
@@ -288,6 +302,12 @@ class Study:
         for figure in FIGURES:
             (self.folder / f"{figure}.svg").write_text(plot(found, figure), encoding="utf-8")
         print(markdown(found))
+
+
+def _difference(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean of `mine - other`, and its standard error."""
+    mean, error = mean_and_error([a - b for a, b in zip(mine, other, strict=True)])
+    return round(mean, 5), round(error, 5)
 
 
 FIGURES = {"loss": "loss", "kl": "KL to the teacher", "recalled": "loss of recalled tokens", "name": "names, %"}
