@@ -76,9 +76,18 @@ SYSTEMS: dict[str, list[str]] = {
     "kda": [*_DISTILLED, "mixer.recurrence=kda", "mixer.feature_map=identity"],
     "slots": [*_DISTILLED, "mixer.recurrence=none", "mixer.landmarks=16"],
     "slots_gla": [*_DISTILLED, "mixer.landmarks=16", "mixer.rope=true", "mixer.mix=softmax"],
+    "slots_gated_deltanet": [
+        *_DISTILLED,
+        "mixer.landmarks=16",
+        "mixer.recurrence=gated_deltanet",
+        "mixer.feature_map=identity",
+    ],
     # A window over everything is the teacher: what the training text and LoRA alone do to it.
     "control": [f"{HERE / 'liger.yaml'}", "mixer.recurrence=none", f"mixer.window={LENGTH}"],
 }
+
+# Those in the bytes of `wide`.
+WITH_STATE = ("gla", "hgrn2", "gated_deltanet", "kda")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -210,30 +219,68 @@ class Study:
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """The figures of a model: means over tokens, with their standard errors over stories."""
-        losses, divergences, recalled = [], [], []
+        items, rows = self._items(model)
+        buckets = {}
+        for first, end in itertools.pairwise(BUCKETS):
+            values = torch.cat([row[first:end] for row in rows])
+            if len(values):
+                buckets[str(first)] = round(float(values.mean()), 5)
+        return {**{figure: mean_and_error(values) for figure, values in items.items()}, "loss_by_position": buckets}
+
+    def _items(self, model: PreTrainedModel) -> tuple[dict[str, list[float]], list[Tensor]]:
+        """What each figure of `FIGURES` is the mean of, and the losses `[T - 1]` of each story."""
+        items: dict[str, list[float]] = {figure: [] for figure in FIGURES}
         rows: list[Tensor] = []
         read = self._logits(model, self.held_out)
         for ids, wanted, asked, logits in zip(self.held_out, self.expected, self.recalled, read, strict=True):
             loss = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
             kl = F.kl_div(logits[:-1].log_softmax(-1), wanted[:-1].log_softmax(-1), reduction="none", log_target=True)
             rows.append(loss)
-            losses.append(float(loss[FAR:].mean()))
-            divergences.append(float(kl.sum(-1)[FAR:].mean()))
-            recalled += [float(loss[place - 1]) for place in asked]
+            items["loss"].append(float(loss[FAR:].mean()))
+            items["kl"].append(float(kl.sum(-1)[FAR:].mean()))
+            items["recalled"] += [float(loss[place - 1]) for place in asked]
         answers = self._logits(model, [prompt for prompt, _ in self.questions])
-        right = [int(logits[-1].argmax()) == name for logits, (_, name) in zip(answers, self.questions, strict=True)]
-        buckets = {}
-        for first, end in itertools.pairwise(BUCKETS):
-            values = torch.cat([row[first:end] for row in rows])
-            if len(values):
-                buckets[str(first)] = round(float(values.mean()), 5)
-        return {
-            "loss": mean_and_error(losses),
-            "kl": mean_and_error(divergences),
-            "recalled": mean_and_error(recalled),
-            "name": mean_and_error([float(one) for one in right]),
-            "loss_by_position": buckets,
+        for logits, (_, name) in zip(answers, self.questions, strict=True):
+            items["name"].append(float(int(logits[-1].argmax()) == name))
+        return items, rows
+
+    def _paired(self) -> list[dict[str, Any]]:
+        """Each trained recurrence minus the trained window of its bytes, over the same stories, with errors of the
+        differences."""
+        found = []
+        folders = {
+            path.name: path
+            for path in sorted(self.folder.iterdir())
+            if (path / "config.json").is_file() and not path.name.endswith(".training")
         }
+        for name, folder in folders.items():
+            system, budget, seed = name.rsplit("-", 2)
+            wide = folders.get(f"wide-{budget}-{seed}")
+            if wide is None or system not in WITH_STATE or not tokens_of(budget):
+                continue
+            (mine, own), (other, others) = (
+                self._items(load_model(find_source(str(one))).eval()) for one in (folder, wide)
+            )
+            found.append(
+                {
+                    "system": system,
+                    "budget": tokens_of(budget),
+                    "seed": int(seed),
+                    "minus": "wide",
+                    **{figure: _difference(mine[figure], other[figure]) for figure in FIGURES},
+                    "loss_by_position": {
+                        str(first): _difference(
+                            *(
+                                [float(row[first:end].mean()) for row in rows if len(row) > first]
+                                for rows in (own, others)
+                            )
+                        )
+                        for first, end in itertools.pairwise(BUCKETS)
+                        if any(len(row) > first for row in own)
+                    },
+                }
+            )
+        return found
 
     def tell(self) -> None:
         """Write `results.json`, `results.md` and a plot of each figure."""
@@ -247,6 +294,7 @@ class Study:
             "recalled_tokens": sum(map(len, self.recalled)),
             "questions": len(self.questions),
             "scores": {"teacher": self.score(self.teacher)},
+            "paired": self._paired(),
             "cells": cells,
         }
         write(self.folder / "results.json", found)
@@ -254,6 +302,12 @@ class Study:
         for figure in FIGURES:
             (self.folder / f"{figure}.svg").write_text(plot(found, figure), encoding="utf-8")
         print(markdown(found))
+
+
+def _difference(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean of `mine - other`, and its standard error."""
+    mean, error = mean_and_error([a - b for a, b in zip(mine, other, strict=True)])
+    return round(mean, 5), round(error, 5)
 
 
 FIGURES = {"loss": "loss", "kl": "KL to the teacher", "recalled": "loss of recalled tokens", "name": "names, %"}
@@ -282,6 +336,12 @@ def markdown(found: dict[str, Any]) -> str:
         for name in ("window_bytes", "no_recurrence"):
             if name in beside:
                 lines.append(row(f"{system}, {name}", f"{budget:,}", "", "", [beside[name]]))
+    lines += ["", f"| minus the trained window of its bytes | tokens | {' | '.join(FIGURES.values())} |"]
+    lines.append("|---" * (2 + len(FIGURES)) + "|")
+    for pair in found["paired"]:
+        scaled = ((figure, 100 if figure == "name" else 1, 1 if figure == "name" else 4) for figure in FIGURES)
+        cells = [f"{pair[f][0] * scale:+.{digits}f} ± {pair[f][1] * scale:.{digits}f}" for f, scale, digits in scaled]
+        lines.append(f"| {pair['system']} | {pair['budget']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
