@@ -1,6 +1,6 @@
 """The quality of converted SmolLM2-135M-Instruct: `python -m evals.smollm2 DIR` measures it, `--table` prints it.
 
-DIR has the checkpoints `default`, `window-gla` and `liger-gla` (`linearize convert`, before any training) and
+DIR has the checkpoints `window-gla` and `liger-gla` (`linearize convert`, before any training) and
 `finetuned` (from `linearize demo --train`); `--data` names the folder of the data. Results are cached item by item, so
 an interrupted run continues, and the teacher is measured once.
 """
@@ -27,7 +27,6 @@ HERE = Path(__file__).parent
 BASELINES = "none,teacher,window,window_bytes"
 # Model -> its baselines.
 MODELS = {
-    "default": "none",
     "window-gla": BASELINES,
     "liger-gla": BASELINES,
     "finetuned": f"{BASELINES},no_recurrence",
@@ -40,7 +39,6 @@ SUITES = {
 # Heading, the report of the column, and the system in it.
 COLUMNS = (
     ("teacher", "window-gla", "teacher"),
-    ("`default`, as converted", "default", "model"),
     ("window 64 + 4 sinks", "window-gla", "window"),
     ("window of the bytes of `window-gla`", "window-gla", "window_bytes"),
     ("`window-gla`, as converted", "window-gla", "model"),

@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from linearize.families.base import AttentionLayer
     from linearize.model import LinearizedForCausalLM, MixerConfig
 
-LENGTH = 768
-"""Tokens of a text, unless the window is wide."""
-WINDOWS = 3
-"""The least length of a text in windows: only queries beyond the window tell what a token's loss costs."""
 ROWS = 8
 """Rows of text: each hides facts, and half of them are running text too."""
 CONTEXT = 6

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from linearize.calibration import coding, scores
-from linearize.calibration.shares import LENGTH, TEXTS, curves, share_landmarks
-from linearize.conversion.swap import mixers_for
+from linearize.calibration.shares import TEXTS, curves, share_landmarks
+from linearize.conversion.choices import (
+    SHARE_LENGTH,
+    check_choices,
+    context_of,
+    converted_sections,
+    score_length,
+    text_length,
+)
 from linearize.data.load import load_data, reserved_tokens
 from linearize.errors import RecipeError
 from linearize.families import family_of
@@ -31,51 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearize.data.rows import TrainingData
-    from linearize.model import MixerConfig
     from linearize.probe.damage import Part
-    from linearize.recipe import MixerSpec, Recipe
+    from linearize.recipe import Recipe
     from linearize.sources.source import Source
 
 # Of text, and the same number in texts with needles. One pass over all of them per layer.
 _TOKENS = 2048
 _PURPOSE = "select"
-
-
-def selects(recipe: Recipe) -> bool:
-    """True if the recipe leaves a choice to `select`."""
-    mixer = recipe.mixer
-    fits = mixer.landmark_score == "learned" or mixer.memory_dtype == "int4"
-    return mixer.keep.budget is not None or mixer.landmarks_by is not None or fits
-
-
-def check_choices(recipe: Recipe, config: Any) -> None:
-    """Refuse landmarks that could not be measured on texts within the model's context.
-
-    Args:
-        config: of the pretrained model.
-
-    Raises:
-        RecipeError: the window leaves too little of a text, or window and landmarks read all of it.
-    """
-    spec = recipe.mixer
-    sections = _sections(spec, config)
-    landmarks = [one for one in sections.values() if one.landmarks]
-    if spec.landmark_score == "learned" and landmarks:
-        widest = max(one.window or 1 for one in landmarks)
-        length = _length(config, max(scores.LENGTH, scores.WINDOWS * widest))
-        if length < 2 * widest:
-            raise RecipeError(
-                f"mixer.landmark_score: learned fits to what queries read beyond the window, and a window of "
-                f"{widest:,} leaves too little of texts of {length:,} tokens, the model's context: set mixer.window to "
-                f"at most {length // 2:,}, or landmark_score: novelty"
-            )
-    elif spec.landmarks_by is not None and not {*sections} <= {*spec.landmark_layers}:
-        length = _length(config, LENGTH)
-        if length <= spec.window + spec.sinks + spec.landmarks:
-            raise RecipeError(
-                f"mixer.landmarks_by: a text of {length:,} tokens is read exactly, so there is nothing to share out: "
-                "lower mixer.landmarks"
-            )
 
 
 class Choices(NamedTuple):
@@ -173,29 +142,6 @@ def _named_part(part: Part) -> str:
     return f"layer {part.layer}" if part.head is None else f"key/value head {part.head} of layer {part.layer}"
 
 
-def _sections(spec: MixerSpec, config: Any) -> dict[int, MixerConfig]:
-    """Converted layer -> its mixer section, fitted to the layer."""
-    # After a probe the teacher is already a `LinearizedForCausalLM`.
-    base = config.text_config if config.model_type == "linearized" else config
-    layers = family_of(base).layers(base)
-    return {
-        index: section.fitted(layers[index])
-        for section in mixers_for(spec, layers)
-        for index in section.layers
-        if section.converts(layers[index])
-    }
-
-
-def _length(config: Any, most: int) -> int:
-    """Tokens of a text: `most`, or the model's context if that is less."""
-    return min(most, _context(config) or most)
-
-
-def _context(config: Any) -> int | None:
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context
-
-
 def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, length: int, say: Any) -> TrainingData:
     return load_data(
         DataSpec.of(_text(recipe), tokens=count * length, held_out=0),
@@ -213,10 +159,10 @@ def _coding(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> dict[int, dict[str, Tensor]]:
     """Scale and shift of keys before they are coded, in the layers with landmarks."""
-    sections = {layer: one for layer, one in _sections(recipe.mixer, teacher.config).items() if one.landmarks}
+    sections = {layer: one for layer, one in converted_sections(recipe.mixer, teacher.config).items() if one.landmarks}
     if not sections:
         return {}
-    length = _length(teacher.config, coding.LENGTH)
+    length = text_length(teacher.config, coding.LENGTH)
     row = _rows(recipe, teacher, tokenizer, 1, length, say).train.input_ids[0]
     return coding.fit_coding(LinearizedForCausalLM.from_teacher(teacher, []).eval(), sections, row)
 
@@ -237,11 +183,11 @@ def _scores(
 ) -> tuple[Recipe, dict[int, Tensor], list[str]]:
     """Fit the score of each layer with landmarks, and distribute the landmarks by it if the recipe asks for it."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    sections = {layer: one for layer, one in _sections(spec, teacher.config).items() if one.landmarks}
+    sections = {layer: one for layer, one in converted_sections(spec, teacher.config).items() if one.landmarks}
     if not sections:
         return recipe, {}, []
     widest = max(one.window or 1 for one in sections.values())
-    length = _length(teacher.config, max(scores.LENGTH, scores.WINDOWS * widest))
+    length = score_length(teacher.config, widest)
     text = _rows(recipe, teacher, tokenizer, scores.ROWS, length, say)
     lessons = scores.lessons(tokenizer, list(text.train.input_ids), recipe.seed, widest)
     model = LinearizedForCausalLM.from_teacher(teacher, []).eval()
@@ -255,7 +201,7 @@ def _scores(
     if by is not None:
         chosen = {layer: one for layer, one in known.items() if layer not in spec.landmark_layers}
         least = min(one.window or 1 for one in sections.values())
-        most = context - least - spec.sinks if (context := _context(teacher.config)) else None
+        most = context - least - spec.sinks if (context := context_of(teacher.config)) else None
         shares = scores.shares(chosen, fitted, spec.landmarks, recall=by == "recall", most=most) if chosen else {}
         why += [_told(shares, spec.landmarks)] if shares else []
         named = {"landmarks_by": None, "landmark_layers": {**spec.landmark_layers, **shares}}
@@ -276,8 +222,8 @@ def _landmarks(
 ) -> tuple[Recipe, list[str]]:
     """Distribute the landmarks among the layers."""
     spec, by = recipe.mixer, recipe.mixer.landmarks_by
-    chosen = sorted(layer for layer in _sections(spec, teacher.config) if layer not in spec.landmark_layers)
-    length = _length(teacher.config, LENGTH)
+    chosen = sorted(layer for layer in converted_sections(spec, teacher.config) if layer not in spec.landmark_layers)
+    length = text_length(teacher.config, SHARE_LENGTH)
     if not chosen:  # the recipe names the number of every layer
         return recipe.model_copy(update={"mixer": spec.model_copy(update={"landmarks_by": None})}), []
     text = _rows(recipe, teacher, tokenizer, TEXTS, length, say)

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from linearize.probe.needles import Needle
     from linearize.recipe import MixerSpec
 
-LENGTH = 2048
-"""Tokens of a text, unless the model has fewer learned positions: long enough that equal shares lose something."""
 TEXTS = 4
 # As multiples of an equal share.
 _TRIED = (0.125, 0.5, 1.5, 4.0)

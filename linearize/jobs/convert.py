@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from linearize.calibration.calibrate import Calibration, calibrate, calibration_text, deciding_needles
-from linearize.calibration.select import put_fitted, select, selects
+from linearize.calibration.select import put_fitted, select
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.calibration.weights import FileWeights, Weights
 from linearize.checkpoint.write import SHARD_BYTES, base_record, write_checkpoint
+from linearize.conversion.choices import selects
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.swap import check_convertible, check_reach, convert_model
 from linearize.data.load import reserved_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from linearize.conversion.choices import check_choices, selects
 from linearize.conversion.inspection import compare_mixers, every_recurrence, inspect_model
 from linearize.conversion.swap import check_convertible, check_reach
 from linearize.errors import DataError, RecipeError
@@ -117,8 +118,5 @@ def convertible(
 def _check_reach(recipe: Recipe, config: Any) -> None:
     """`check_reach`, and what `convert` would have to measure on texts that are too short for it."""
     check_reach(recipe, config)
-    # After the cheaper check: it loads the model's classes.
-    from linearize.calibration.select import check_choices, selects
-
     if selects(recipe):
         check_choices(recipe, config)

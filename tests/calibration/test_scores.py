@@ -11,6 +11,7 @@ from linearize.calibration import scores
 from linearize.calibration.backward import Watched, pass_back, watched
 from linearize.calibration.scores import Layer, costs, lessons, shares
 from linearize.calibration.select import put_fitted
+from linearize.conversion import choices
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
 from linearize.jobs.inspect import plan_convert
@@ -129,7 +130,7 @@ def test_convert_fits_the_score(tiny_folder, data_folder, tmp_path):
 
 def test_texts_are_longer_than_a_wide_window(tiny_folder, tmp_path, monkeypatch):
     """Only queries beyond the window tell what a token's loss costs."""
-    monkeypatch.setattr(scores, "LENGTH", 64)
+    monkeypatch.setattr(choices, "SCORE_LENGTH", 64)
     monkeypatch.setattr(scores, "ROWS", 2)
     few = ["mixer.landmarks=8", "mixer.landmarks_by=null"]
     said: list[str] = []
