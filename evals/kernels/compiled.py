@@ -110,7 +110,14 @@ class Program:
 def recording() -> Iterator[list[Launch]]:
     """Replace every launch of a Triton kernel by a record of it."""
     # Launching modules are imported before the checks are replaced, as they take `interpreted` over by name.
-    from linearize_kernels import block_triton, dispatch, landmark_triton, liger, step_triton  # noqa: F401
+    from linearize_kernels import (  # noqa: F401
+        block_triton,
+        dispatch,
+        landmark_triton,
+        liger,
+        liger_autograd,
+        step_triton,
+    )
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
