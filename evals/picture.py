@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.slots.presses import PRESSES
 from evals.slots.systems import TEACHER
-from evals.slots.telling import above, mean
+from evals.slots.telling import above, mean, read_by_all
 from linearize.report.formatting import readable_bytes, readable_length
 from linearize.report.plots import Axis, Lines, Plot, Series
 
@@ -116,12 +116,17 @@ def picture(wide: bool = False) -> str:
             for look, name in ((0, "teacher"), (3, "window-gla"))
         ],
     )
+    columns = [f"{task} {_LENGTH}" for task in _LOSSES]
+    shown = {
+        system: one
+        for system, one in found["systems"].items()
+        if one["bytes"] and one["kind"] not in PRESSES and None not in [above(found, key, system) for key in columns]
+    }
     points: dict[str, list[tuple[float, float, None]]] = {"default": [], "window": []}
-    for system, one in found["systems"].items():
-        gaps = [above(found, f"{task} {_LENGTH}", system) for task in _LOSSES]
-        if one["bytes"] and one["kind"] not in PRESSES and None not in gaps:
-            lost = statistics.fmean(gap for gap in gaps if gap is not None)
-            points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
+    for system, one in shown.items():
+        gaps = [above(found, key, system, read_by_all(found, key, shown)) for key in columns]
+        lost = statistics.fmean(gap for gap in gaps if gap is not None)
+        points["window" if one["kind"] == "window" else "default"].append((float(one["bytes"]), lost, None))
     loss = Lines(
         Axis("memory of a sequence", bytes_.write),
         Axis("nats per token above the teacher", lambda value: f"{value:.2f}"),

@@ -57,9 +57,10 @@ def above(figures: Mapping[str, Any], column: str, system: str, among: Collectio
     return statistics.fmean(own[text] - teacher[text] for text in both) if both else None
 
 
-def _read_by_all(figures: Mapping[str, Any], column: str) -> set[str]:
-    """The texts of a column that every system with a figure in it has read."""
-    return set.intersection(*(set(texts) for texts in figures["values"][column].values() if texts))
+def read_by_all(figures: Mapping[str, Any], column: str, systems: Collection[str]) -> set[str]:
+    """The texts of a column that each of `systems` with a figure in it has read."""
+    found = figures["values"][column].items()
+    return set.intersection(*(set(texts) for system, texts in found if system in systems and texts))
 
 
 def average(figures: Mapping[str, Any], system: str) -> float | None:
@@ -118,7 +119,7 @@ def plots(figures: Mapping[str, Any]) -> list[Plot]:
     keys = [key for key in columns(figures) if key.split()[0] in READING]
 
     # Texts differ more than systems do.
-    among = {key: _read_by_all(figures, key) for key in keys}
+    among = {key: read_by_all(figures, key, figures["systems"]) for key in keys}
 
     def lost(name: str) -> float | None:
         gaps = [gap for key in keys if (gap := above(figures, key, name, among[key])) is not None]

@@ -1,4 +1,4 @@
-"""Operations of a decoder block on one token, beside its products: norms, residuals, positions, activations.
+"""Operations of a decoder block on one token, beside products: residuals with norms, heads with positions, activation.
 
 Each function is one launch with `fused` (`block_triton.py`), and otherwise the same in plain torch.
 
