@@ -34,7 +34,7 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearize.calibration.scores.ROWS", 2)
-    monkeypatch.setattr("linearize.calibration.scores.LENGTH", 400)
+    monkeypatch.setattr("linearize.conversion.choices.SCORE_LENGTH", 400)
 
 
 def folder_of(row: str, tokenizer, folder: Path, positions: int = 2048) -> Path:
