@@ -1,4 +1,4 @@
-"""The choices that a recipe leaves to measurements, and their checks. They need a configuration alone, like `swap.py`."""
+"""The choices that a recipe leaves to measurements, and their checks, which need a configuration alone."""
 
 from __future__ import annotations
 
