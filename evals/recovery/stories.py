@@ -228,7 +228,7 @@ class Study:
         return {**{figure: mean_and_error(values) for figure, values in items.items()}, "loss_by_position": buckets}
 
     def _items(self, model: PreTrainedModel) -> tuple[dict[str, list[float]], list[Tensor]]:
-        """What each figure of `FIGURES` is the mean of, and the losses `[T - 1]` of each story."""
+        """The values that each figure of `FIGURES` averages, and the losses `[T - 1]` of each story."""
         items: dict[str, list[float]] = {figure: [] for figure in FIGURES}
         rows: list[Tensor] = []
         read = self._logits(model, self.held_out)

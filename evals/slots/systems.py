@@ -131,7 +131,7 @@ def load(system: System, model: Path, work: Path, dtype: str, say: Any) -> Any:
 
 
 class Score(NamedTuple):
-    """What a system does with a text.
+    """The score of a system on a text.
 
     Attributes:
         value: the share of the answers that it writes, or the loss of the last `TAIL` tokens in nats per token.

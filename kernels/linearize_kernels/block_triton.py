@@ -8,6 +8,7 @@ import torch
 
 from linearize_kernels.block import Heads
 from linearize_kernels.block_kernels import activated_kernel, residual_norm_kernel, turned_heads_kernel
+from linearize_kernels.dispatch import power_of_2
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def launch_residual_norm(
             STORES=stores,
             **_constants("AFTER", after),
             **_constants("BEFORE", before),
-            BLOCK=_covering(width),
+            BLOCK=power_of_2(width),
             num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16,
             enable_fp_fusion=True,
         )
@@ -101,10 +102,10 @@ def launch_turned_heads(
             TURN=None if table is None else turn,
             COUNTS=counts is not None,
             HAS_LENGTHS=lengths is not None,
-            BLOCK_D=_covering(width),
-            BLOCK_V=_covering(values),
-            BLOCK_Q=_covering(heads * width),
-            BLOCK_K=_covering(groups * width),
+            BLOCK_D=power_of_2(width),
+            BLOCK_V=power_of_2(values),
+            BLOCK_Q=power_of_2(heads * width),
+            BLOCK_K=power_of_2(groups * width),
             num_warps=4 if norms is not None and norms.wide else 1,
             enable_fp_fusion=True,
         )
@@ -114,7 +115,7 @@ def launch_turned_heads(
 def launch_activated(x: Tensor, activation: Activation, gated: bool) -> Tensor:
     x = x.contiguous()
     width = x.shape[1] // (2 if gated else 1)
-    y, block = x.new_empty(x.shape[0], width), min(_covering(width), 512)
+    y, block = x.new_empty(x.shape[0], width), min(power_of_2(width), 512)
     with torch.cuda.device_of(x):
         activated_kernel[(x.shape[0], -(-width // block))](
             x, y, N=width, GATED=gated, ACTIVATION=activation, BLOCK=block, num_warps=4, enable_fp_fusion=True
@@ -138,7 +139,3 @@ def _constants(name: str, norm: Norm | None) -> dict[str, object]:
 def _present(tensor: Tensor | None, absent: Tensor) -> Tensor:
     """`absent` is a pointer that the kernel does not read."""
     return absent if tensor is None else tensor
-
-
-def _covering(width: int) -> int:
-    return 1 << (width - 1).bit_length()

@@ -87,7 +87,7 @@ def _levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _of_levels(steps: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """What the codes of 4 bits stand for, `[..., D]`. Writes into `steps`."""
+    """Decode 4-bit codes to `[..., D]`; writes into `steps`."""
     return turned(steps.mul_(scale).add_(zero).flatten(-2))
 
 

@@ -191,3 +191,9 @@ def say_once(message: str) -> None:
 def interpreted() -> bool:
     """True if Triton's interpreter runs kernels on the CPU (for tests); fixed when triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def power_of_2(size: int) -> int:
+    """The least power of 2 that is at least `size`, and at least 1."""
+    power: int = 1 << (max(size, 1) - 1).bit_length()
+    return power

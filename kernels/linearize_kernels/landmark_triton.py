@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from linearize_kernels.dispatch import interpreted
+from linearize_kernels.dispatch import interpreted, power_of_2
 from linearize_kernels.landmark_kernel import landmark_step_kernel
 from linearize_kernels.landmark_merge_kernel import landmark_merge_kernel
 
@@ -76,10 +76,6 @@ def launch_landmark_step(
     out = torch.empty(batch, 1, heads, values, dtype=dtype, device=q.device)
     scores = torch.empty(batch, heads, places, dtype=torch.float32, device=q.device)
     absent = scores  # a placeholder pointer that the kernel does not read
-    packed = 2 if step.slot_bits == 4 else 1
-
-    near, coded = _NEAR, _CODED
-    k_group, v_group = _groups(step, slots, width, values)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         landmark_step_kernel[(batch, groups)](
             q,
@@ -89,9 +85,9 @@ def launch_landmark_step(
             k_rotated,
             out,
             scores,
-            *_held(sinks, absent, *near),
-            *_held(window, absent, *near, "novelty", "received"),
-            *_held(slots, absent, *coded, "received", "number"),
+            *_held(sinks, absent, *_NEAR),
+            *_held(window, absent, *_NEAR, "novelty", "received"),
+            *_held(slots, absent, *_CODED, "received", "number"),
             *(
                 absent if x is None else x
                 for x in (parts.get("keys", {}).get("sum"), score_weight, key_scale, key_shift)
@@ -101,32 +97,17 @@ def launch_landmark_step(
             *(x.stride(0) for x in (k, v, q_rotated, k_rotated)),
             sinks["k_rotated"].stride(0) // width if sinks else 0,
             window["k_rotated"].stride(0) // width,
-            slots["k_rotated"].stride(0) // (width // packed),
+            slots["k_rotated"].stride(0) // _entries(step, width),
             step.scale,
             step.softcap or 1.0,
+            **_shared(step, slots, lengths, width, values),
             K=groups,
             G=group,
-            D=width,
-            V=values,
-            W=step.window,
-            SINKS=step.sinks,
-            SLOTS=step.slots,
-            BLOCK=step.block,
-            NEAR_BITS=step.near_bits,
-            SLOT_BITS=step.slot_bits,
-            K_GROUP=k_group,
-            V_GROUP=v_group,
             LEARNED=score_weight is not None,
             CODED=key_scale is not None,
-            HAS_LENGTHS=lengths is not None,
             HAS_SOFTCAP=step.softcap is not None,
-            WHOLE=interpreted(),  # numpy has no bfloat16
-            BLOCK_D=_pow2(width),
-            BLOCK_V=_pow2(values),
-            BLOCK_H=max(_pow2(width // 2), _LEAST),
-            BLOCK_U=max(_pow2(values // 2), _LEAST),
-            BLOCK_Q=max(_pow2(group), _LEAST),
-            BLOCK_M=max(_pow2(step.sinks or 1), _LEAST),
+            BLOCK_Q=max(power_of_2(group), _LEAST),
+            BLOCK_M=max(power_of_2(step.sinks or 1), _LEAST),
             BLOCK_N=_TURN,
             num_warps=8,
             enable_fp_fusion=True,
@@ -159,10 +140,9 @@ def launch_landmark_merge(
     """
     window, slots = parts["window"], parts["landmarks"]
     batch, _, groups = slots["number"].shape
-    candidates = _pow2(step.slots + step.block)
+    candidates = power_of_2(step.slots + step.block)
     ranks = torch.empty(batch, groups, candidates, dtype=torch.float32, device=counts.device)
     places = torch.empty(batch, groups, 2, step.block, dtype=torch.int32, device=counts.device)
-    k_group, v_group = _groups(step, slots, width, values)
     with torch.cuda.device_of(ranks):
         landmark_merge_kernel[(batch, groups)](
             *_held(window, ranks, *_NEAR, "novelty", "received"),
@@ -172,31 +152,16 @@ def launch_landmark_merge(
             counts,
             counts if lengths is None else lengths.contiguous(),
             window["k_rotated"].stride(0) // width,
-            slots["k_rotated"].stride(0) // (width // (2 if step.slot_bits == 4 else 1)),
+            slots["k_rotated"].stride(0) // _entries(step, width),
             weight,
+            **_shared(step, slots, lengths, width, values),
             K=groups,
-            D=width,
-            V=values,
-            W=step.window,
-            SINKS=step.sinks,
-            SLOTS=step.slots,
-            BLOCK=step.block,
-            NEAR_BITS=step.near_bits,
-            SLOT_BITS=step.slot_bits,
-            K_GROUP=k_group,
-            V_GROUP=v_group,
             REACH=reach,
             FADING=fading,
             LEAST_ATTENTION=least_attention,
             LEAST_SPREAD=least_spread,
             MOST_AGAINST=most_against,
-            HAS_LENGTHS=lengths is not None,
-            WHOLE=interpreted(),
             CANDIDATES=candidates,
-            BLOCK_D=_pow2(width),
-            BLOCK_V=_pow2(values),
-            BLOCK_H=max(_pow2(width // 2), _LEAST),
-            BLOCK_U=max(_pow2(values // 2), _LEAST),
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -214,17 +179,37 @@ def _held(part: Mapping[str, Tensor], absent: Tensor, *names: str) -> list[Tenso
     return found
 
 
-def _groups(step: LandmarkStep, slots: Mapping[str, Tensor], width: int, values: int) -> tuple[int, int]:
-    """Channels of keys and of values that share a scale."""
-    if step.slot_bits != 4:
-        return width, values
-    return width // slots["k_rotated_scale"].shape[-1], values // slots["v_scale"].shape[-1]
+def _shared(
+    step: LandmarkStep, slots: Mapping[str, Tensor], lengths: Tensor | None, width: int, values: int
+) -> dict[str, int | bool]:
+    """The constants of both kernels."""
+    coded = step.slot_bits == 4
+    return {
+        "D": width,
+        "V": values,
+        "W": step.window,
+        "SINKS": step.sinks,
+        "SLOTS": step.slots,
+        "BLOCK": step.block,
+        "NEAR_BITS": step.near_bits,
+        "SLOT_BITS": step.slot_bits,
+        # Channels of keys and of values that share a scale.
+        "K_GROUP": width // slots["k_rotated_scale"].shape[-1] if coded else width,
+        "V_GROUP": values // slots["v_scale"].shape[-1] if coded else values,
+        "HAS_LENGTHS": lengths is not None,
+        "WHOLE": interpreted(),  # numpy has no bfloat16
+        "BLOCK_D": power_of_2(width),
+        "BLOCK_V": power_of_2(values),
+        "BLOCK_H": max(power_of_2(width // 2), _LEAST),
+        "BLOCK_U": max(power_of_2(values // 2), _LEAST),
+    }
+
+
+def _entries(step: LandmarkStep, width: int) -> int:
+    """Entries of a key in the slots: channels, or bytes of two channels each."""
+    return width // 2 if step.slot_bits == 4 else width
 
 
 def _rowwise(x: Tensor) -> Tensor:
     """`x` `[B, 1, heads, width]` with the heads of a row side by side."""
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
-
-
-def _pow2(width: int) -> int:
-    return 1 << (width - 1).bit_length()

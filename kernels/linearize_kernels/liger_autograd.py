@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.dispatch import interpreted
+from linearize_kernels.dispatch import interpreted, power_of_2
 from linearize_kernels.liger_chunk_gradients import chunk_keys, chunk_queries, chunk_reads, chunk_values
 from linearize_kernels.liger_chunks import chunk_factors, chunk_outputs
 from linearize_kernels.liger_forward import carry_states, key_statistics, write_chunks, write_outputs_kernel
@@ -244,11 +244,6 @@ OUTPUT_HEADS, QUERY_HEADS, KEY_HEADS = 4, 4, 2
 def block(width: int) -> int:
     """The least power of 2 that is at least `width`, and at least 16, the minimum of tensor cores."""
     return max(16, power_of_2(width))
-
-
-def power_of_2(count: int) -> int:
-    power: int = 1 << (max(count, 1) - 1).bit_length()
-    return power
 
 
 def fused(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from linearize_kernels.dispatch import interpreted
+from linearize_kernels.dispatch import interpreted, power_of_2
 from linearize_kernels.step_kernel import step_kernel
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def step_triton(
     out = torch.empty(batch, 1, heads, value_width, dtype=dtype, device=q.device)
     of_window = torch.empty(batch * heads, value_width + 1, dtype=torch.float32, device=q.device).flatten()
     window_out, window_log = of_window.split([batch * heads * value_width, batch * heads])
-    block_g = _power(group)
-    block_d, block_e = (max(_power(x), _TILE) for x in (width, value_width))
+    block_g = power_of_2(group)
+    block_d, block_e = (max(power_of_2(x), _TILE) for x in (width, value_width))
     block_f = block_d * (2 if step.features in ("exp", "learned") else 1)
     wide = max(block_d, block_e)
     warps = 4 if wide <= 64 else 8
@@ -127,7 +127,7 @@ def step_triton(
             BLOCK_I=_block(width, most // (block_g * block_f)),
             BLOCK_E=block_e,
             BLOCK_W=max(_block(step.window, 64), _TILE),
-            BLOCK_M=max(_power(step.sinks or 1), _TILE),
+            BLOCK_M=max(power_of_2(step.sinks or 1), _TILE),
             BLOCK_V=_block(value_width, most // (2 * block_f)),
             num_warps=warps,
             enable_fp_fusion=True,  # triton 3.10 changes the default
@@ -137,12 +137,7 @@ def step_triton(
 
 def _block(whole: int, most: int) -> int:
     """The largest power of 2 that is at most `most`, at least 4, and not larger than needed to cover `whole`."""
-    power = _power(whole)
+    power = power_of_2(whole)
     while power > max(most, 4):
         power //= 2
     return power
-
-
-def _power(width: int) -> int:
-    """The least power of 2 that is at least `width`."""
-    return 1 << (width - 1).bit_length()
