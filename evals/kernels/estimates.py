@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evals.kernels.compiled import compile_launch, launches
 
 if TYPE_CHECKING:
-    from evals.kernels.compiled import Launch
+    from evals.kernels.compiled import Launch, Program
     from evals.kernels.work import Shape
 
 CLOCK, MULTIPROCESSORS, BANDWIDTH = 1.85e9, 132, 4.3e12
@@ -86,11 +86,7 @@ def _estimate(launch: Launch, shape: Shape, length: int, rows: int, weak: bool, 
         chain = -(-length // CHUNK) / 4 * CARRY
         ideal, estimate = max(moved / BANDWIDTH, chain), max(moved / BANDWIDTH / 0.7, chain)
     else:
-        one = cycles * program.warps / 4 / CLOCK
-        pipes = programs * one / MULTIPROCESSORS
-        busy = ALONE if held * program.warps <= 8 else TOGETHER
-        ideal = max(pipes, one, moved / BANDWIDTH)
-        estimate = max(pipes / busy, one / busy, moved / BANDWIDTH / MEMORY)
+        ideal, estimate = by_pipes(program, programs, cycles, moved)
     return Estimate(
         name,
         programs,
@@ -105,6 +101,15 @@ def _estimate(launch: Launch, shape: Shape, length: int, rows: int, weak: bool, 
         estimate,
         moved / (length * rows),
     )
+
+
+def by_pipes(program: Program, programs: int, cycles: float, moved: float) -> tuple[float, float]:
+    """Ideal and estimated seconds of `programs` of some cycles that move some bytes in all."""
+    one = cycles * program.warps / 4 / CLOCK
+    pipes = programs * one / MULTIPROCESSORS
+    busy = ALONE if program.blocks * program.warps <= 8 else TOGETHER
+    ideal, estimate = max(pipes, one, moved / BANDWIDTH), max(pipes / busy, one / busy, moved / BANDWIDTH / MEMORY)
+    return ideal, estimate
 
 
 def _programs(launch: Launch, shape: Shape, length: int, rows: int) -> int:

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from evals.kernels import compiled
-from evals.kernels.estimates import ALONE, BANDWIDTH, CHUNK, CLOCK, MEMORY, MULTIPROCESSORS, TOGETHER, Estimate
+from evals.kernels.estimates import BANDWIDTH, CHUNK, MEMORY, Estimate, by_pipes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,9 +120,7 @@ def _estimate(launch: Launch, shape: Shape, length: int, rows: int, window: int)
         programs *= size
     cycles = program.cycles(_trips(name, shape, length, window))
     moved = _bytes(name, shape, length * rows)
-    one = cycles * program.warps / 4 / CLOCK
-    pipes = programs * one / MULTIPROCESSORS
-    busy = ALONE if program.blocks * program.warps <= 8 else TOGETHER
+    ideal, estimate = by_pipes(program, programs, cycles, moved)
     serial = length / CHUNK * _SERIAL if name in ("chunk_fwd_kernel_h", "chunk_bwd_kernel_dh") else 0.0
     return Estimate(
         name,
@@ -134,8 +132,8 @@ def _estimate(launch: Launch, shape: Shape, length: int, rows: int, window: int)
         program.blocks,
         program.tensor_cores,
         round(cycles),
-        max(pipes, one, moved / BANDWIDTH),
-        max(pipes / busy, one / busy, moved / BANDWIDTH / MEMORY, serial),
+        ideal,
+        max(estimate, serial),
         moved / (length * rows),
     )
 
