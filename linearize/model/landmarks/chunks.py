@@ -14,15 +14,17 @@ from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
-from linearize.model.landmarks.exact import Exact, Rows
+from linearize.model.landmarks.exact import Rows, attend, blocks_of, merges_of
 from linearize.model.landmarks.slots import (
     arriving_of,
+    in_slots,
     join,
     kept_names,
     merges,
     rows_of,
     static_scores,
     stored,
+    take_by_head,
 )
 from linearize.model.landmarks.step import landmark_step
 from linearize.model.landmarks.training import whole_rows
@@ -73,29 +75,23 @@ def _lay_out(
 
 def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
-    config, window, dtype = mixer.config, mixer.window, computing_dtype(new.q)
+    window, dtype = mixer.window, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, new.v.device)
     fresh, sums = static_scores(mixer, new, parts)
     rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), decoded(parts["window"], dtype), lengths, memory)
     sinks = _sinks_of(mixer, new, lengths, memory)
-    names = kept_names(mixer)
-    exact = Exact(mixer, rows, sinks, decoded(parts["landmarks"], dtype), names)
+    held = {name: rows.held[name][:, : merges_of(mixer, rows) * BLOCK].to(dtype) for name in kept_names(mixer)}
+    leaving, landmarks = in_slots(mixer, held), decoded(parts["landmarks"], dtype)
     recall = _Recall(mixer, rows)
-    start, stop, block = rows.first, rows.first + rows.q.shape[1], 0
-    while start < stop:
-        end = min(window - 1 + (block + 1) * BLOCK, stop)
-        if block:
-            goes = None if rows.total is None else rows.total > window - 1 + block * BLOCK
-            recall.write(exact.merge(block - 1, goes, tell=recall.on), goes)
-        if end > start:
-            exact.attend(start, end, block)
-            recall.read(start, end, (rows.merged + block) * BLOCK - config.landmarks)
-        start, block = end, block + 1
+    exact = attend(mixer, rows, sinks, landmarks, leaving, tell=recall.on)
+    assert exact.y is not None  # noqa: S101 - for the type checker
+    if exact.lost is not None:
+        recall.follow(landmarks, leaving, exact.lost)
     if memory is not None:
-        done = block - 1 if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
-        rows.held["received"] = exact.received.transpose(1, 2)
-        _keep(memory, rows, done, {"landmarks": exact.slots.part(names), "sinks": sinks}, sums, lengths)
-    return rows.back(recall.join(*exact.outputs(), memory), new.q.shape[1])
+        done = merges_of(mixer, rows) if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
+        rows.held["received"] = exact.received
+        _keep(memory, rows, done, {"landmarks": exact.slots, "sinks": sinks}, sums, lengths)
+    return rows.back(recall.join(exact.y, exact.logs, memory), new.q.shape[1])
 
 
 class _Recall:
@@ -105,7 +101,7 @@ class _Recall:
     """
 
     def __init__(self, mixer: MixerBase, rows: Rows) -> None:
-        self.mixer, self.q, self.first = mixer, rows.q_state, rows.first
+        self.mixer, self.rows = mixer, rows
         self.on = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
         self.waiting: list[tuple[Tensor, ...]] = []  # written after the last read
         self.sequence: list[tuple[Tensor, ...]] = []  # q, k, v, source, writes
@@ -113,24 +109,32 @@ class _Recall:
         self.empty: list[Tensor] = []
         self.start, self.length = 0, 0
 
-    def write(self, lost: Part | None, goes: Tensor | None) -> None:
-        """Queue the tokens that a merge evicts, in the rows that `goes` selects; None: it evicts no token."""
-        if lost is None:
-            return
-        writes = lost["number"][:, :, 0] > 0
-        k, v, source = stored(self.mixer, lost)
-        q = self.q.new_zeros(*k.shape[:2], *self.q.shape[2:])
-        self.waiting.append((q, k, v, source, writes if goes is None else writes & goes[:, None]))
+    def follow(self, landmarks: Part, leaving: Part, lost: Tensor) -> None:
+        """Queue the writes and the reads of all blocks. The arguments are those of `attend`, and its `lost`."""
+        merged, slots = self.rows.merged, self.mixer.config.landmarks
+        at = lost.clamp_min(0).flatten(1, 2)
+        tokens = {name: take_by_head(torch.cat([landmarks[name], x], 1), at) for name, x in leaving.items()}
+        k, v, source = stored(self.mixer, tokens)
+        writes = (lost[..., 0] >= 0).flatten(1)
+        q = self.rows.q_state.new_zeros(*k.shape[:2], *self.rows.q_state.shape[2:])
+        for block, start, end in blocks_of(self.mixer, self.rows):
+            # The first merges evict no token, because slots are empty.
+            if block and not (isinstance(merged, int) and (merged + block) * BLOCK <= slots):
+                own = slice((block - 1) * BLOCK, block * BLOCK)
+                self.waiting.append((q[:, own], k[:, own], v[:, own], source[:, own], writes[:, own]))
+            if end > start:
+                self.read(start, end, (merged + block) * BLOCK - slots)
 
     def read(self, start: int, end: int, written: Tensor | int) -> None:
         """Queue the queries at places `start` to `end`. `written` is the number of tokens in the state; 0 or less means
         an empty state."""
-        if not self.on or (isinstance(written, int) and written <= 0):
+        if isinstance(written, int) and written <= 0:
             self.waiting = []  # no merge has evicted a token in any row
             return
-        q = self.q[:, start - self.first : end - self.first]
+        first = self.rows.first
+        q = self.rows.q_state[:, start - first : end - first]
         if not self.reads:
-            self.start = start - self.first
+            self.start = start - first
         self.sequence += self.waiting
         self.length += BLOCK * len(self.waiting)
         self.waiting = []

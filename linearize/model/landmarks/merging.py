@@ -105,14 +105,17 @@ class Slots:
         scores[NUMBER].view(torch.int32)[:] = number + (first if isinstance(first, int) else first[:, None, None].int())
         return scores
 
-    def merge(self, block: Part, scores: Tensor, goes: Tensor | None = None, *, tell: bool = False) -> Part | None:
+    def merge(
+        self, block: Part, scores: Tensor, goes: Tensor | None = None, *, tell: Sequence[str] | None = None
+    ) -> Part | None:
         """Merge a block, in the rows that `goes` selects (None: all).
 
         Args:
             block: the block's tokens `[R, K, BLOCK, ...]`, by the names of the tables.
             scores: `[4, R, K, BLOCK]`, see `of_text`.
-            tell: return the `BLOCK` tokens that have no slot afterwards, `[R, K, BLOCK, ...]`, and their `number`, in
-                text order; empty slots (number 0) come first. None if all tokens have a slot.
+            tell: return the `BLOCK` tokens that have no slot afterwards, `[R, K, BLOCK, ...]`, in text order: their
+                `number`, their `place` among the slots and, behind these, the block, and the tensors of these names.
+                Empty slots (number 0) come first. None if all tokens have a slot.
         """
         fits = self.filled + BLOCK <= self.count and not self.ragged
         first = self.filled if fits else self.count
@@ -151,14 +154,15 @@ class Slots:
         # Of the tokens behind the last slot, the kept ones come first. The others are lost themselves and stay.
         return lost, is_lost[..., self.count :].sort(dim=-1, stable=True).indices + self.count
 
-    def _fit(self, block: Part, end: int, goes: Tensor | None, tell: bool) -> Part | None:
+    def _fit(self, block: Part, end: int, goes: Tensor | None, tell: Sequence[str] | None) -> Part | None:
         to, source = self._goes(end)
         lost: Part | None = None
-        if tell:
+        if tell is not None:
             number = self.number.gather(-1, to)
             order = number.argsort(dim=-1, stable=True)
             at = to.gather(-1, order)
-            lost = self._candidates(block, at) | {"number": number.gather(-1, order)}
+            lost = self._candidates({name: block[name] for name in tell}, at)
+            lost |= {"number": number.gather(-1, order), "place": at}
         if goes is not None:
             to = torch.where(goes[:, None, None], to, source)
         every = to.expand(4, *to.shape)

@@ -245,7 +245,8 @@ def _merge(
     scores = slots.of_text(leaving_scores(mixer, window["novelty"], 1), first, BLOCK)
     scores[RECEIVED] = window["received"][:, :BLOCK].transpose(1, 2)
     tells = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
-    lost = slots.merge({name: block[name].transpose(1, 2) for name in tables}, scores, goes, tell=tells)
+    leaving = {name: block[name].transpose(1, 2) for name in tables}
+    lost = slots.merge(leaving, scores, goes, tell=list(tables) if tells else None)
     for name, x in slots.part([]).items():  # the tables are the memory's own
         landmarks[name].copy_(x)
     moved = {name: torch.cat([x[:, BLOCK:], torch.zeros_like(x[:, :BLOCK])], 1) for name, x in window.items()}

@@ -16,7 +16,7 @@ from linearize_kernels import gathered_attention
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
-from linearize.model.landmarks.exact import Exact, Rows
+from linearize.model.landmarks.exact import Rows, attend, merges_of
 from linearize.model.landmarks.slots import (
     arriving_of,
     in_slots,
@@ -68,19 +68,11 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     empty = fresh.new_zeros(len(keys), mixer.config.landmarks, keys.shape[2])
     slots = dict.fromkeys(scores, empty) | {"number": empty.int()}
     slots["k_rotated"] = keys.new_zeros(1, 1, 1, 1).expand(*empty.shape, keys.shape[-1])
-    exact = Exact(mixer, rows, {"k_rotated": keys[:, :sinks]}, slots, ["k_rotated"])
-    kept, lost = list[Tensor](), list[Tensor]()
-    start, block = -sinks, 0
-    while (end := mixer.window - 1 + (block + 1) * BLOCK) < keys.shape[1] - sinks:
-        exact.attend(start, end, block)
-        gone = exact.merge(block, None, tell=True)
-        kept.append(exact.slots.part([])["number"].clone())
-        lost.append(kept[-1].new_zeros(len(keys), BLOCK, keys.shape[2]) if gone is None else gone["number"])
-        start, block = end, block + 1
-    if not kept:
-        none = keys.new_zeros(len(keys), 0, 0, keys.shape[2], dtype=torch.long)
-        return none, none
-    return torch.stack(kept, 1).long(), torch.stack(lost, 1).long()
+    leaving = in_slots(mixer, {"k_rotated": keys[:, sinks:][:, : merges_of(mixer, rows) * BLOCK]})
+    found = attend(mixer, rows, {"k_rotated": keys[:, :sinks]}, slots, leaving, tell=True)
+    assert found.kept is not None and found.lost is not None  # noqa: S101 - for the type checker
+    number = found.lost + (sinks + 1 - mixer.config.landmarks)
+    return found.kept.long(), number.masked_fill_(found.lost < 0, 0)
 
 
 def _attend(
