@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -136,6 +137,7 @@ class Study:
             lines = (json.dumps({"text": self.tokenizer.decode(ids[1:-1])}) for ids in documents[:-tail])
             with staged_file(self.text) as staging:
                 staging.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.tokens = sum(len(ids) for ids in documents[:-tail])
         counts = Counter(token for ids in documents[:-tail] for token in ids)
         self.frequent = torch.tensor([token for token, _ in counts.most_common(_FREQUENT)])
         self.recalled = [_recalled(ids, self.frequent) for ids in self.held_out]
@@ -195,14 +197,16 @@ class Study:
         write(path, found)
 
     def _stages(self, base: str, tokens: int) -> list[str]:
-        """The settings that give each stage its share of the budget."""
+        """The settings that give each stage its share of the budget; a text that is shorter is read several times."""
         stages = load_recipe(base).stages
         shares = [(stage.data.tokens or 0) * stage.epochs for stage in stages]
         settings = []
         for number, (stage, share) in enumerate(zip(stages, shares, strict=True)):
             mine = max(tokens * share / sum(shares), LENGTH)
-            data = {"source": str(self.text), "tokens": max(round(mine / stage.epochs), 4 * LENGTH), "held_out": 4}
+            epochs = max(stage.epochs, math.ceil(mine / self.tokens))
+            data = {"source": str(self.text), "tokens": max(round(mine / epochs), 4 * LENGTH), "held_out": 4}
             place = f"stages.{number}"
+            settings.append(f"{place}.epochs={epochs}")
             settings += [f"{place}.data={json.dumps(data)}", f"{place}.length={LENGTH}", f"{place}.batch_tokens=4096"]
             settings += [f"{place}.micro_batch=8"]
         return settings

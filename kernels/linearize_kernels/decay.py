@@ -97,9 +97,10 @@ def pair_decay(later: Tensor, earlier: Tensor, dim: int, *, strict: bool = False
     return decay
 
 
-def lower_triangle(tokens: int, like: Tensor) -> Tensor:
-    """1 for s <= t, 0 elsewhere, `[C, C]` (t, s). A product with it is faster than `tril` of many small matrices."""
-    return torch.ones(tokens, tokens, dtype=like.dtype, device=like.device).tril()
+def lower_triangle(tokens: int, like: Tensor, diagonal: int = 0) -> Tensor:
+    """1 for s <= t + diagonal, 0 elsewhere, `[C, C]` (t, s). A product with it is faster than `tril` of many small
+    matrices."""
+    return torch.ones(tokens, tokens, dtype=like.dtype, device=like.device).tril(diagonal)
 
 
 def splits(cumulative: Tensor) -> bool:
@@ -136,16 +137,16 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
         `[..., G, C, C]`.
     """
     diagonal = -1 if strict else 0
-    if earlier.shape[-1] == 1:
-        # One gate per head gives one factor per pair.
-        decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
-        return folded(q, k.transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
     if splits(earlier):
         # Both factors are relative to half of the chunk's decay, so neither exponent exceeds half of the limit.
         middle = earlier[..., -1:, :] / 2
         queries = q * exp_like(later - middle, q).unsqueeze(-3)
         keys = k * exp_like(middle - earlier, k)
-        return folded(queries, keys.transpose(-1, -2)).tril(diagonal)
+        return folded(queries, keys.transpose(-1, -2)) * lower_triangle(q.shape[-2], q, diagonal)
+    if earlier.shape[-1] == 1:
+        # One gate per head gives one factor per pair.
+        decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
+        return folded(q, k.transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
 
     tokens = k.shape[-2]
     last = earlier[..., -1:, :]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from linearize_kernels import full_attention
 from torch import Tensor, nn
 
@@ -134,7 +135,7 @@ class LinearizedAttention(nn.Module):
             documents = self._mix_documents(projected, layout) if memory is None else None
             if documents is None:
                 gathered = Projections(*(layout.gather(x) for x in projected))
-                documents = layout.scatter(self.mix(gathered, lengths, memory))
+                documents = layout.scatter(self._mix_rows(gathered, layout, memory))
             heads = documents
         if memory is not None:
             memory.advance(hidden_states.shape[1], lengths)
@@ -204,6 +205,18 @@ class LinearizedAttention(nn.Module):
             order = self.softmax_heads + self.mixed_heads
             heads = groups[:, :, [order.index(head) for head in range(len(order))]].flatten(2, 3)
         return heads
+
+    def _mix_rows(self, new: Projections, layout: Layout, memory: LayerMemory | None) -> Tensor:
+        """`mix` of rows without pads; packed documents of similar lengths at a time, so few places are computed in
+        vain."""
+        if memory is not None or self.observer is not None or len(layout.by_length) == 1:
+            return self.mix(new, layout.lengths, memory)
+        mixed = [
+            self.mix(Projections(*(x[rows, :longest] for x in new)), layout.lengths[rows], None)
+            for rows, longest in layout.by_length
+        ]
+        padded = torch.cat([F.pad(y, (0, 0, 0, 0, 0, new.q.shape[1] - y.shape[1])) for y in mixed])
+        return padded[torch.cat([rows for rows, _ in layout.by_length]).argsort()]
 
     def _mix_documents(self, new: Projections, layout: Layout) -> Tensor | None:
         """`mix` of packed documents `[B, T, ...]` without a row for each; None if no kernel takes them so."""

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Documents up to this length are one group.
+_SHORT = 64
+
+
 class Layout:
     """The real tokens of a batch and their places in rows without pads.
 
@@ -54,6 +58,17 @@ class Layout:
         begins = torch.ones_like(self.real)
         begins[:, 1:] = self._segments[:, 1:] != self._segments[:, :-1]
         return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=begins.numel()).int()
+
+    @cached_property
+    def by_length(self) -> list[tuple[Tensor, int]]:
+        """Groups of rows, as indices and the longest row's length. One group of all rows, but for packed documents on a
+        CPU, where a sync costs nothing: there lengths within a group differ by less than a factor of two."""
+        longest = self._source.shape[1]
+        every = torch.arange(len(self.lengths), device=self.lengths.device)
+        if not self.packed or self.lengths.device.type != "cpu":
+            return [(every, longest)]
+        kinds = (self.lengths.clamp_min(_SHORT) - 1).double().log2().floor()  # 2^kind < length <= 2^(kind + 1)
+        return [(rows, int(self.lengths[rows].max())) for rows in (every[kinds == kind] for kind in kinds.unique())]
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` as rows of real tokens `[R, L, ...]`, zero past the end of a row."""
