@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # Documents up to this length are one group.
 _SHORT = 64
 
