@@ -46,6 +46,7 @@ class Subject:
 
     Attributes:
         alone: logits `[T, V]` of one row of `ids` from one parallel forward without a cache; cached.
+        stepped: logits `[T, V]` of the first row of `ids`, read token by token, and the cache after it; cached.
         tolerance: the maximum error of checks that are not exact; set later.
         doing: the name of the running check.
         full_tokens: the row length that fills every window and all landmarks, at most 4,096 and at most the model's
@@ -94,8 +95,9 @@ class Subject:
         self.forget()
 
     def forget(self) -> None:
-        """Empty the cache of `alone`, after a change of the weights."""
+        """Empty the caches of `alone` and `stepped`, after a change of the weights."""
         self.alone: Callable[[int], Tensor] = cache(lambda row: self.parallel(self.ids[row : row + 1])[0])
+        self.stepped: Callable[[], tuple[Tensor, Cache]] = cache(self._steps)
 
     def _shrink(self) -> None:
         for mixer, own in self._own:
@@ -148,15 +150,23 @@ class Subject:
         logits: Tensor = self.model(ids, use_cache=False, **options).logits
         return logits
 
-    def pieces(self, ids: Tensor, sizes: Iterable[int], held: Cache | None = None) -> Tensor:
-        """Logits `[B, T, V]` of forwards that continue one cache; `sizes` repeats until all tokens are read."""
-        outputs, start, size = [], 0, itertools.cycle(sizes)
+    def read(self, ids: Tensor, sizes: Iterable[int], held: Cache | None = None) -> Iterator[tuple[Tensor, Cache]]:
+        """Logits `[B, t, V]` of forwards that continue one cache, and the cache; `sizes` repeats until all tokens are
+        read."""
+        start, size = 0, itertools.cycle(sizes)
         while start < ids.shape[1]:
             piece = ids[:, start : start + next(size)]
             result = self.model(piece, past_key_values=held, use_cache=True)
             held, start = result.past_key_values, start + piece.shape[1]
-            outputs.append(result.logits)
-        return torch.cat(outputs, 1)
+            yield result.logits, held
+
+    def pieces(self, ids: Tensor, sizes: Iterable[int], held: Cache | None = None) -> Tensor:
+        """Logits `[B, T, V]` of `read`."""
+        return torch.cat([logits for logits, _ in self.read(ids, sizes, held)], 1)
+
+    def _steps(self) -> tuple[Tensor, Cache]:
+        steps = [*self.read(self.ids[:1], [1])]
+        return torch.cat([logits for logits, _ in steps], 1)[0], steps[-1][1]
 
     def padded(self, side: str, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """`lengths[b]` tokens of row b from `starts[b]` on, padded on `side`, and their mask. Pads are random tokens,
@@ -189,7 +199,19 @@ def _mixers(model: LinearizedForCausalLM) -> list[Mixer]:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """max |a - b| / max |b| in float32; infinite for different shapes or values that are not finite."""
     a, b = a.float(), b.float()
-    if a.shape != b.shape or not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+    if a.shape != b.shape:
         return math.inf
-    apart, size = float((a - b).abs().max()), float(b.abs().max())
+    return ratio(largest(a - b), largest(b))
+
+
+def largest(x: Tensor) -> float:
+    """max |x|; infinite if a value is not finite."""
+    least, most = x.aminmax()  # NaN if a value is; no copy of x, which may be all logits of a long text
+    return float(torch.maximum(-least, most).nan_to_num(nan=math.inf))
+
+
+def ratio(apart: float, size: float) -> float:
+    """`apart / size`; infinite if one is not finite, or if only `size` is 0."""
+    if not (math.isfinite(apart) and math.isfinite(size)):
+        return math.inf
     return apart / size if size else (0.0 if apart == 0 else math.inf)
