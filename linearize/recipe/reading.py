@@ -147,7 +147,7 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = (), *, path: 
     try:
         return Recipe.model_validate(draft.value)
     except ValidationError as error:
-        lines = [_error_line(one, draft, parsed) for one in error.errors(include_url=False)]
+        lines = [*dict.fromkeys(_error_line(one, draft, parsed) for one in error.errors(include_url=False))]
         more = f" (+{len(lines) - 1} more; 'linearize recipes check' shows all)" if len(lines) > 1 else ""
         raise RecipeError(lines[0] + more, every=lines) from None
 
@@ -228,6 +228,12 @@ def _at(where: str, line: int | None) -> str:
 
 def _error_line(error: ErrorDetails, draft: _Draft, overrides: Sequence[_Override]) -> str:
     path = error["loc"]
+    needs = (error.get("ctx") or {}).get("needs")
+    if needs is not None and (at := [one for one in overrides if one.path == (*path[:-1], needs)]):
+        return wording.one_line(
+            f"--set {at[-1].text}: this recipe keeps tokens in {needs} and needs 1 or more; "
+            "for none take another recipe, such as --recipe window-gla"
+        )
     # Blame the last --set that wrote this key, a parent or a child; otherwise the line of the nearest existing key.
     blamed = [override for override in overrides if all(a == b for a, b in zip(path, override.path, strict=False))]
     if blamed:

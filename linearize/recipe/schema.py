@@ -51,9 +51,10 @@ dropped, because it has no effect."""
 BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?\s*", re.IGNORECASE)
 
 
-def _refusal(message: str) -> PydanticCustomError:
+def _refusal(message: str, needs: str | None = None) -> PydanticCustomError:
+    """An error of one key; `needs` names the key beside it whose value is at fault."""
     # pydantic prefixes the message of a ValueError and fills in braces of a template, so the text is passed as data.
-    return PydanticCustomError("recipe", "{message}", {"message": message})
+    return PydanticCustomError("recipe", "{message}", {"message": message, "needs": needs})
 
 
 def _objective(value: Any) -> Any:
@@ -208,14 +209,14 @@ class MixerSpec(Section):
         if value == "learned" and not (
             info.data.get("landmarks") or any(info.data.get("landmark_layers", {}).values())
         ):
-            raise _refusal("there are no landmarks to choose: set mixer.landmarks, or leave this out")
+            raise _refusal("there are no landmarks to choose: set mixer.landmarks, or leave this out", "landmarks")
         return value
 
     @field_validator("landmarks_by")
     @classmethod
     def _has_some_to_share(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not info.data.get("landmarks"):
-            raise _refusal("there are no landmarks to share out: set mixer.landmarks, or leave this out")
+            raise _refusal("there are no landmarks to share out: set mixer.landmarks, or leave this out", "landmarks")
         return value
 
     @field_validator("memory_dtype")
@@ -227,7 +228,8 @@ class MixerSpec(Section):
             and not any(info.data.get("landmark_layers", {}).values())
         ):
             raise _refusal(
-                "int4 stores landmarks alone in 4 bits, and there are none: set mixer.landmarks, or use int8"
+                "int4 stores landmarks alone in 4 bits, and there are none: set mixer.landmarks, or use int8",
+                "landmarks",
             )
         return value
 

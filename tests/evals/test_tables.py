@@ -12,7 +12,7 @@ import pytest
 import evals.start.__main__ as start
 from evals.faults.__main__ import table as faults_table
 from evals.fuzz.__main__ import table as fuzz_table
-from evals.picture import facts, picture
+from evals.picture import bytes_per_token, facts, picture
 from evals.picture import table as results_table
 from evals.recovery.telling import markdown as recovery_table
 from evals.smollm2.__main__ import table
@@ -127,6 +127,45 @@ def test_what_the_demo_found():
     for name, one in found["systems"].items():
         cells = [titles.get(name, name), readable_bytes(one["memory_bytes"]), f"{sum(one['right'])} of 4"]
         assert f"| {' | '.join([*cells, format(one['perplexity'], '.2f')])} |" in readme
+
+
+def test_the_sentences_of_the_readme_are_what_was_measured():
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def figures(file: str) -> dict:
+        return json.loads((ROOT / "evals" / file).read_text(encoding="utf-8"))
+
+    slots, demo = figures("slots/smollm2.json"), figures("demo/demo.json")
+
+    def needles(length: int, system: str) -> tuple[int, int]:
+        texts = slots["values"][f"niah_single_2 {length}"][system].values()
+        return round(sum(texts)), len(texts)
+
+    found, asked = needles(2048, "default@900")
+    cache = readable_bytes(2048 * bytes_per_token(slots))
+    assert (
+        f"finds {found} of {asked} facts hidden in 2,048 tokens" in said and f"its own cache has {cache} there" in said
+    )
+    (found, asked), (teachers, same) = needles(8192, "default@900"), needles(8192, "teacher")
+    assert asked == same and f"In 8,192 tokens the default finds {found} of {asked}, the teacher {teachers}." in said
+
+    assert f"({sum(demo['seconds'].values()) / 60:.1f} minutes on two cores)" in said
+    assert f"memory at {demo['tokens']:,} tokens" in said and len(demo["questions"]) == 4
+
+    trained = figures("start/trained.json")["rows"]
+    before, after, teacher = (
+        f"{trained[row]['systems'][system]['scores']['perplexity']['value']:.2f}"
+        for row, system in (("calibrated", "model"), ("calibrated-trained", "model"), ("calibrated", "teacher"))
+    )
+    assert f"improves perplexity from {before} to {after}; the teacher has {teacher}" in said
+
+    written = next(row for row in figures("speed/recipes.json")["rows"] if row["tokens"] == 2048)["per_core_second"]
+    ours, teachers = f"{written['slots']:.1f}", f"{written['teacher, oneDNN']:.1f}"
+    assert f"{ours} tokens per core-second at 2,048 tokens (teacher {teachers})" in said
+
+    mixer = load_recipe("default").mixer
+    assert f"window ({mixer.window})" in said and f"slots ({mixer.landmarks} a head on average)" in said
+    assert f"the first {mixer.sinks} tokens" in said
 
 
 def test_what_the_probe_says_of_it():

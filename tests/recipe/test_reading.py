@@ -89,6 +89,16 @@ def test_errors_in_a_recipe(text: str, message: str) -> None:
     assert message in error_of(text)
 
 
+def test_a_recipe_of_landmarks_without_any_is_one_error_with_a_way_out() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("default", ["mixer.landmarks=0"])
+    assert str(caught.value) == (
+        "--set mixer.landmarks=0: this recipe keeps tokens in landmarks and needs 1 or more; "
+        "for none take another recipe, such as --recipe window-gla"
+    )
+    load_recipe("window-gla", ["mixer.landmarks=0"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
