@@ -1,5 +1,5 @@
-"""The README's picture and its table of results, from committed figures. Writes `docs/picture.svg`,
-`docs/picture-narrow.svg` for phones, and the table.
+"""The README's picture, its table of results and that of the site, from committed figures. Writes `docs/picture.svg`,
+`docs/picture-narrow.svg` for phones, and the tables.
 
     python -m evals.picture
 
@@ -77,14 +77,47 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def site_table() -> str:
+    """Markdown of `docs/results.md`: a column for each system of SmolLM2, so that it fits a phone."""
+    found = figures(SMOLLM2)
+    systems = {title.split(": ")[-1]: system_in(found, kinds) for title, file, kinds in ROWS if file == SMOLLM2}
+    sizes = [found["systems"][system]["bytes"] for system in systems.values()]
+    rows = [["SmolLM2-135M", *systems], ["memory", *(readable_bytes(size) if size else "grows" for size in sizes)]]
+    for name, column in _SITE_LOSSES.items():
+        cells = [_part(found, column, system) for system in systems.values()]
+        rows.append([name, *(cell.replace("-", "−") for cell in cells)])
+    for name, column in _SITE_NEEDLES.items():
+        texts = [list(found["values"].get(column, {}).get(system, {}).values()) for system in systems.values()]
+        rows.append([name, *(f"{round(sum(one))} of {len(one)}" if one else "not run" for one in texts)])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else "|---" * len(row) + "|" for row in rows)
+
+
+_SITE_LOSSES = {
+    "WikiText-2, 2,048 tokens": "wikitext2_whole 2048",
+    "a book, 2,048": "book_whole 2048",
+    "a book, 8,192": "book_whole 8192",
+}
+_SITE_NEEDLES = {
+    "needles in essays, 2,048": "niah_single_2 2048",
+    "needles in essays, 4,096": "niah_single_2 4096",
+    "needles in essays, 8,192": "niah_single_2 8192",
+    "needles in noise, 2,048": "niah_single_1 2048",
+    "long needles, 2,048": "niah_single_3 2048",
+}
+
+
 def _loss(found: Mapping[str, Any], task: str, system: str) -> str:
     """The loss of whole texts, in brackets that of their ends."""
-    parts = []
-    for column in (f"{task}_whole {_LENGTH}", f"{task} {_LENGTH}"):
-        cell = mean(found, column, system)
-        value = above(found, column, system) if system != TEACHER else cell and cell[0]
-        parts.append("not run" if value is None else f"{value:{'.4f' if system == TEACHER else '+.4f'}}")
+    parts = [_part(found, f"{task}{which} {_LENGTH}", system) for which in ("_whole", "")]
     return parts[0] if parts[0] == "not run" else f"{parts[0]} ({parts[1]})".replace("-", "−")
+
+
+def _part(found: Mapping[str, Any], column: str, system: str) -> str:
+    """The teacher's loss, or the difference from it."""
+    cell = mean(found, column, system)
+    value = above(found, column, system) if system != TEACHER else cell and cell[0]
+    return "not run" if value is None else f"{value:{'.4f' if system == TEACHER else '+.4f'}}"
 
 
 def picture(wide: bool = False) -> str:
@@ -153,11 +186,12 @@ def facts() -> list[str]:
 def main() -> None:
     (DOCS / "picture.svg").write_text(picture(wide=True), encoding="utf-8")
     (DOCS / "picture-narrow.svg").write_text(picture(), encoding="utf-8")
-    before, found = README.read_text(encoding="utf-8"), table()
-    start = before.index(found.split("\n")[0])
-    after = before[start:].partition("\n\n")[2]
-    README.write_text(f"{before[:start]}{found}\n\n{after}", encoding="utf-8")
-    print(found)
+    for page, found in ((README, table()), (DOCS / "results.md", site_table())):
+        before = page.read_text(encoding="utf-8")
+        start = before.index(found.split("\n")[0])
+        after = before[start:].partition("\n\n")[2]
+        page.write_text(f"{before[:start]}{found}\n\n{after}", encoding="utf-8")
+        print(found)
 
 
 if __name__ == "__main__":

@@ -114,13 +114,14 @@ def _show(facts: dict[str, Any]) -> None:
         "converts": f"{facts['converted_layers']} of {facts['layers']} layers: {_mixed(mixer, facts)}",
         **({"keeps": "; ".join(kept)} if kept else {}),
         "memory": " + ".join(f"{name} {readable_bytes(size)}" for name, size in facts["state_parts"].items())
-        + f" = {readable_bytes(facts['state_bytes'])} per sequence ({_stored(facts)}, state in float32)"
+        + f" = {readable_bytes(facts['state_bytes'])} per sequence ({_stored(facts)}"
+        + (", state in float32)" if "state" in facts["state_parts"] else ")")
         + (f", and {readable_bytes(growth)} per token" if growth else ""),
         **({"kernels": _kernels(facts["kernels"])} if facts["kernels"] else {}),
     }
     for name, text in rows.items():
         out.print(f"{name:9} {text}", markup=False)
-    table = _right_aligned("tokens", "teacher's cache", "converted", "ratio")
+    table = _right_aligned("tokens", f"teacher's cache ({facts['dtype']})", "converted", "ratio")
     for line in facts["lengths"]:
         table.add_row(
             f"{line['tokens']:,}",

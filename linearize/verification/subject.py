@@ -206,8 +206,9 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 def largest(x: Tensor) -> float:
     """max |x|; infinite if a value is not finite."""
-    least, most = x.aminmax()  # NaN if a value is; no copy of x, which may be all logits of a long text
-    return float(torch.maximum(-least, most).nan_to_num(nan=math.inf))
+    # `aminmax` makes no copy of x, which may be all logits of a long text. It is NaN if a value is.
+    least, most = (abs(float(end)) for end in x.aminmax())
+    return max(least, most) if math.isfinite(least + most) else math.inf
 
 
 def ratio(apart: float, size: float) -> float:

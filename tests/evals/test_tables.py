@@ -12,7 +12,7 @@ import pytest
 import evals.start.__main__ as start
 from evals.faults.__main__ import table as faults_table
 from evals.fuzz.__main__ import table as fuzz_table
-from evals.picture import bytes_per_token, facts, picture
+from evals.picture import bytes_per_token, facts, picture, site_table
 from evals.picture import table as results_table
 from evals.recovery.telling import markdown as recovery_table
 from evals.smollm2.__main__ import table
@@ -117,6 +117,7 @@ def test_the_results_of_the_readme_are_what_was_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results_table() in readme and all(fact in " ".join(readme.split()) for fact in facts())
     assert len(readme.split()) <= 1000
+    assert site_table() in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert facts()[0].removesuffix(", where").removeprefix("in ") in load_recipe("default").measured
 
 
