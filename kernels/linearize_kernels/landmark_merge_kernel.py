@@ -27,6 +27,44 @@ def _standardised(x, exists, count, least):
 
 
 @triton.jit
+def _ranks(
+    c, novelty, received, number, newest, weight, slots, W: tl.constexpr, BLOCK: tl.constexpr, FADING: tl.constexpr,
+    LEAST_ATTENTION: tl.constexpr, LEAST_SPREAD: tl.constexpr, MOST_AGAINST: tl.constexpr,
+):  # fmt: skip
+    """The ranks of the candidates `c`: the slots, then the block. Empty slots come first, and places that hold no
+    candidate last.
+
+    `number` is 0 for empty slots and places without a candidate; `newest` is that of the block's last token."""
+    is_new = (c >= slots) & (c < slots + BLOCK)
+    age = ((newest - number) // BLOCK).to(tl.float32)
+    span = (W - W // 4 + BLOCK // 2) * 1.0
+    faded = tl.exp2(age * tl.log2(age * 0.0 + FADING))
+    queries = tl.where(is_new, span, faded * span + BLOCK * (1.0 - faded) / (1.0 - FADING))
+    attention = tl.log(received / queries + LEAST_ATTENTION)
+    exists = number > 0
+    there = tl.maximum(tl.sum(tl.where(exists, 1.0, 0.0), 0), 1.0)
+    rank = _standardised(novelty, exists, there, LEAST_SPREAD)
+    rank += weight * tl.maximum(_standardised(attention, exists, there, LEAST_SPREAD), -MOST_AGAINST)
+    rank = tl.where(exists, rank, c.to(tl.float32) - 1e6)
+    return tl.where(c < slots + BLOCK, rank, float("inf"))
+
+
+@triton.jit
+def _lowest(rank, COUNT: tl.constexpr):
+    """1 for the `COUNT` lowest ranks, else 0; of equal ones the first are lower."""
+    bits = rank.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    # The integer of the last of them, bit by bit.
+    bound = tl.where(tl.sum((order < 0).to(tl.int32), 0) < COUNT, 0, -2147483648)
+    for turn in range(31):
+        higher = bound + (1 << (30 - turn))
+        bound = tl.where(tl.sum((order < higher).to(tl.int32), 0) < COUNT, higher, bound)
+    lower, equal = (order < bound).to(tl.int32), (order == bound).to(tl.int32)
+    left = COUNT - tl.sum(lower, 0)
+    return lower + tl.where(tl.cumsum(equal, 0) <= left, equal, 0)
+
+
+@triton.jit
 def _coded(x, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Codes, scales and zeros of a half in 4 bits: `[BLOCK, SIZE]` and twice `[BLOCK, SIZE / GROUP]`."""
     grouped = tl.reshape(x, [BLOCK, SIZE // GROUP, GROUP])
@@ -92,7 +130,7 @@ def _shift(x, head, K: tl.constexpr, D: tl.constexpr, ROOM: tl.constexpr, BLOCK:
 def landmark_merge_kernel(
     window_k, window_k_scale, window_v, window_v_scale, window_novelty, window_received,
     slot_k, slot_k_scale, slot_k_zero, slot_v, slot_v_scale, slot_v_zero, slot_novelty, slot_received, slot_number,
-    ranks, places, counts, lengths, window_row, slot_row, weight,
+    places, counts, lengths, window_row, slot_row, weight,
     K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, K_GROUP: tl.constexpr,
     V_GROUP: tl.constexpr, REACH: tl.constexpr, FADING: tl.constexpr, LEAST_ATTENTION: tl.constexpr,
@@ -102,7 +140,6 @@ def landmark_merge_kernel(
 ):  # fmt: skip
     OPERAND: tl.constexpr = tl.float32 if WHOLE else tl.bfloat16
     ROOM: tl.constexpr = W + BLOCK - 1
-    END: tl.constexpr = SLOTS + BLOCK
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     count = tl.load(counts + row).to(tl.int32)
@@ -121,7 +158,6 @@ def landmark_merge_kernel(
         window_novelty, window_received = window_novelty + row * ROOM * K, window_received + row * ROOM * K
         slot_novelty, slot_received = slot_novelty + row * SLOTS * K, slot_received + row * SLOTS * K
         slot_number += row * SLOTS * K
-        ranks += (row * K + head) * CANDIDATES
         places += (row * K + head) * 2 * BLOCK
 
         # Ranks: the slots first, then the block.
@@ -130,42 +166,27 @@ def landmark_merge_kernel(
         is_slot = c < SLOTS
         is_new = (j >= 0) & (j < BLOCK)
         at = c * K + head
-        newest = SINKS + BLOCK * (before + 1)
+        first = SINKS + 1 + before * BLOCK
         number = tl.load(slot_number + at, mask=is_slot, other=0)
-        age = ((newest - number) // BLOCK).to(tl.float32)
-        span = (W - W // 4 + BLOCK // 2) * 1.0
-        faded = tl.exp2(age * tl.log2(age * 0.0 + FADING))
-        queries = tl.where(is_slot, faded * span + BLOCK * (1.0 - faded) / (1.0 - FADING), span)
+        number = tl.where(is_new, first + j, number)
         novelty = tl.load(slot_novelty + at, mask=is_slot, other=0.0)
         SPAN: tl.constexpr = BLOCK + (REACH if REACH < W else W - 1)
         static = _leaving(window_novelty, j, is_new, head, K, SPAN, REACH)
         novelty += tl.where(is_new, static, 0.0)
         received = tl.load(slot_received + at, mask=is_slot, other=0.0)
         received += tl.load(window_received + j * K + head, mask=is_new, other=0.0)
-        attention = tl.log(received / queries + LEAST_ATTENTION)
-        exists = is_new | (is_slot & (number > 0))
-        there = tl.maximum(tl.sum(tl.where(exists, 1.0, 0.0), 0), 1.0)
-        own = _standardised(novelty, exists, there, LEAST_SPREAD)
-        own += weight * tl.maximum(_standardised(attention, exists, there, LEAST_SPREAD), -MOST_AGAINST)
-        rank = tl.where(exists, own, c.to(tl.float32) - 1e6)
-        rank = tl.where(c < END, rank, float("inf"))
-        tl.store(ranks + c, rank)
-        tl.debug_barrier()
+        rank = _ranks(
+            c, novelty, received, number, first + BLOCK - 1, weight, SLOTS, W, BLOCK, FADING, LEAST_ATTENTION,
+            LEAST_SPREAD, MOST_AGAINST,
+        )  # fmt: skip
 
         # The block's number of tokens of lowest rank go; the kept ones of the block take their places in order.
-        below = tl.zeros([CANDIDATES], tl.int32)
-        for first in range(0, CANDIDATES, 16):
-            other = first + tl.arange(0, 16)
-            theirs = tl.load(ranks + other)
-            less = (theirs[None, :] == rank[:, None]) & (other[None, :] < c[:, None])
-            less = less | (theirs[None, :] < rank[:, None])
-            below += tl.sum(less.to(tl.int32), 1)
-        lost = below < BLOCK
-        leaves, stays = (is_slot & lost).to(tl.int32), (is_new & (below >= BLOCK)).to(tl.int32)
+        lost = _lowest(rank, BLOCK)
+        leaves, stays = tl.where(is_slot, lost, 0), tl.where(is_new, 1 - lost, 0)
         tl.store(places + tl.cumsum(leaves, 0) - 1, c, mask=leaves > 0)
         tl.store(places + BLOCK + tl.cumsum(stays, 0) - 1, j, mask=stays > 0)
         moved = tl.sum(stays, 0)
-        tl.store(slot_received + at, received * FADING, mask=is_slot & (below >= BLOCK))
+        tl.store(slot_received + at, received * FADING, mask=is_slot & (lost == 0))
         tl.debug_barrier()
         i = tl.arange(0, BLOCK)
         moves = i < moved
@@ -176,7 +197,7 @@ def landmark_merge_kernel(
         tl.store(slot_novelty + to_at, given, mask=moves)
         given = tl.load(window_received + source * K + head, mask=moves, other=0.0)
         tl.store(slot_received + to_at, given * FADING, mask=moves)
-        tl.store(slot_number + to_at, SINKS + 1 + before * BLOCK + source, mask=moves)
+        tl.store(slot_number + to_at, first + source, mask=moves)
         _move_tokens(
             window_k, window_k_scale, slot_k, slot_k_scale, slot_k_zero, source, to, moves, head, K, D, NEAR_BITS,
             SLOT_BITS, K_GROUP, OPERAND, BLOCK, BLOCK_D, BLOCK_H,

@@ -141,13 +141,11 @@ def launch_landmark_merge(
     window, slots = parts["window"], parts["landmarks"]
     batch, _, groups = slots["number"].shape
     candidates = power_of_2(step.slots + step.block)
-    ranks = torch.empty(batch, groups, candidates, dtype=torch.float32, device=counts.device)
     places = torch.empty(batch, groups, 2, step.block, dtype=torch.int32, device=counts.device)
-    with torch.cuda.device_of(ranks):
+    with torch.cuda.device_of(places):
         landmark_merge_kernel[(batch, groups)](
-            *_held(window, ranks, *_NEAR, "novelty", "received"),
-            *_held(slots, ranks, *_CODED, "novelty", "received", "number"),
-            ranks,
+            *_held(window, places, *_NEAR, "novelty", "received"),
+            *_held(slots, places, *_CODED, "novelty", "received", "number"),
             places,
             counts,
             counts if lengths is None else lengths.contiguous(),
