@@ -2,7 +2,7 @@
 
     reference   the parallel and the token-by-token forms, to check the others against
     torch       the chunkwise forms in plain torch: every device, every option
-    triton      one fused kernel for window, recurrence and mix; one for a decoding step
+    triton      one fused kernel for window, recurrence and mix; two for a text with slots; one for a decoding step
     fla         recurrences without a fused kernel, through flash-linear-attention
 
 A pinned choice that cannot run falls back to torch with one warning on stderr. The decision imports no package.
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 Kernels = Literal["reference", "torch", "triton", "fla"]
-Operation = Literal["attention", "step", "block", "gla", "gated_values", "delta_rule"]
+Operation = Literal["attention", "slots", "step", "block", "gla", "gated_values", "delta_rule"]
 
 CHOICES: tuple[Kernels, ...] = get_args(Kernels)
 VARIABLE = "LINEARIZE_KERNELS"
@@ -39,6 +39,7 @@ class _Row(NamedTuple):
 # are cautious estimates.
 _ON_GPU: dict[Operation, _Row] = {
     "attention": _Row("triton", True, "window, recurrence and mix share what they read, and no score leaves the chip"),
+    "slots": _Row("triton", True, "two launches for a text where the plain way has some 18 for 32 tokens"),
     "step": _Row("triton", True, "one launch where the plain way has some forty"),
     "block": _Row("triton", True, "nine launches a layer where the plain way has some forty"),
     "gla": _Row("fla", True, "chunks in a few launches, in TF32"),

@@ -250,7 +250,7 @@ def test_a_memory_that_must_stay_where_it_is(case, ragged):
 
 def test_training_takes_whole_rows(monkeypatch):
     called = []
-    monkeypatch.setattr(chunks, "whole_rows", lambda *_: called.append(True))
+    monkeypatch.setattr(chunks, "whole_rows", lambda *_, **__: called.append(True))
     new = projections(100)
     mixer = mixer_of()
     with torch.no_grad():

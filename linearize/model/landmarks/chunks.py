@@ -14,11 +14,12 @@ from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
-from linearize.model.landmarks.exact import Rows, attend, blocks_of, merges_of
+from linearize.model.landmarks.exact import attend
+from linearize.model.landmarks.recall import Evictions, recalled
+from linearize.model.landmarks.rows import Attended, Rows, merges_of
 from linearize.model.landmarks.slots import (
     arriving_of,
     in_slots,
-    join,
     kept_names,
     merges,
     rows_of,
@@ -39,14 +40,20 @@ if TYPE_CHECKING:
 
 @torch.compiler.disable(reason="which tokens are kept depends on what they are")  # type: ignore[untyped-decorator]
 def landmark_attention(
-    mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None
+    mixer: MixerBase,
+    new: Projections,
+    lengths: Tensor | None,
+    memory: LayerMemory | None,
+    *,
+    fused: bool = False,
 ) -> Tensor:
-    """`Mixer.forward` with landmarks."""
+    """`Mixer.forward` with landmarks; `fused` runs the fused kernels where nothing takes a gradient."""
     if memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled():
         return landmark_step(mixer, new, lengths, memory)
-    if memory is None and torch.is_grad_enabled() and any(x.requires_grad for x in new):
-        return whole_rows(mixer, new)
-    return _chunk(mixer, new, lengths, memory)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in new)
+    if trains and memory is None:
+        return whole_rows(mixer, new, fused=fused)
+    return _chunk(mixer, new, lengths, memory, fused=fused and not trains)
 
 
 def _lay_out(
@@ -65,7 +72,9 @@ def _lay_out(
         held = {name: torch.cat([x[:, :past], arriving[name][:, later:]], 1) for name, x in window.items()}
         return Rows(merged, offset, total, offset, new.q_rotated, q_state, held)
     total = offset + (tokens if lengths is None else lengths)
-    place = torch.arange(max(int(total.max()), 1), device=total.device)
+    # Only a CPU knows the longest row without a wait; elsewhere all places are taken that a row may have.
+    span = max(int(total.max()), 1) if total.device.type == "cpu" else width + tokens
+    place = torch.arange(span, device=total.device)
     at = torch.where(place < offset[:, None], place, width + place - offset[:, None]).clamp(max=width + tokens - 1)
     held = {name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in window.items()}
     query = torch.arange(-sinks, len(place), device=total.device) - offset[:, None]
@@ -73,7 +82,14 @@ def _lay_out(
     return Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
 
 
-def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Tensor:
+def _chunk(
+    mixer: MixerBase,
+    new: Projections,
+    lengths: Tensor | None,
+    memory: LayerMemory | None,
+    *,
+    fused: bool = False,
+) -> Tensor:
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
     window, dtype = mixer.window, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, new.v.device)
@@ -82,88 +98,52 @@ def _chunk(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: L
     sinks = _sinks_of(mixer, new, lengths, memory)
     held = {name: rows.held[name][:, : merges_of(mixer, rows) * BLOCK].to(dtype) for name in kept_names(mixer)}
     leaving, landmarks = in_slots(mixer, held), decoded(parts["landmarks"], dtype)
-    recall = _Recall(mixer, rows)
-    exact = attend(mixer, rows, sinks, landmarks, leaving, tell=recall.on)
-    assert exact.y is not None  # noqa: S101 - for the type checker
-    if exact.lost is not None:
-        recall.follow(landmarks, leaving, exact.lost)
+    tell = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
+    exact = attend(mixer, rows, sinks, landmarks, leaving, tell=tell, fused=fused)
+    y = _beside_state(mixer, rows, exact, landmarks, leaving, memory)
     if memory is not None:
         done = merges_of(mixer, rows) if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
         rows.held["received"] = exact.received
         _keep(memory, rows, done, {"landmarks": exact.slots, "sinks": sinks}, sums, lengths)
-    return rows.back(recall.join(exact.y, exact.logs, memory), new.q.shape[1])
+    return rows.back(y, new.q.shape[1])
 
 
-class _Recall:
-    """The reads of a chunk's queries from the state, interleaved with the writes of its merges.
-
-    Writes and reads are queued and then run as one sequence, in which the tokens at query places do not write.
-    """
-
-    def __init__(self, mixer: MixerBase, rows: Rows) -> None:
-        self.mixer, self.rows = mixer, rows
-        self.on = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
-        self.waiting: list[tuple[Tensor, ...]] = []  # written after the last read
-        self.sequence: list[tuple[Tensor, ...]] = []  # q, k, v, source, writes
-        self.reads: list[Tensor] = []  # places in the sequence
-        self.empty: list[Tensor] = []
-        self.start, self.length = 0, 0
-
-    def follow(self, landmarks: Part, leaving: Part, lost: Tensor) -> None:
-        """Queue the writes and the reads of all blocks. The arguments are those of `attend`, and its `lost`."""
-        merged, slots = self.rows.merged, self.mixer.config.landmarks
-        at = lost.clamp_min(0).flatten(1, 2)
-        tokens = {name: take_by_head(torch.cat([landmarks[name], x], 1), at) for name, x in leaving.items()}
-        k, v, source = stored(self.mixer, tokens)
-        writes = (lost[..., 0] >= 0).flatten(1)
-        q = self.rows.q_state.new_zeros(*k.shape[:2], *self.rows.q_state.shape[2:])
-        for block, start, end in blocks_of(self.mixer, self.rows):
-            # The first merges evict no token, because slots are empty.
-            if block and not (isinstance(merged, int) and (merged + block) * BLOCK <= slots):
-                own = slice((block - 1) * BLOCK, block * BLOCK)
-                self.waiting.append((q[:, own], k[:, own], v[:, own], source[:, own], writes[:, own]))
-            if end > start:
-                self.read(start, end, (merged + block) * BLOCK - slots)
-
-    def read(self, start: int, end: int, written: Tensor | int) -> None:
-        """Queue the queries at places `start` to `end`. `written` is the number of tokens in the state; 0 or less means
-        an empty state."""
-        if isinstance(written, int) and written <= 0:
-            self.waiting = []  # no merge has evicted a token in any row
-            return
-        first = self.rows.first
-        q = self.rows.q_state[:, start - first : end - first]
-        if not self.reads:
-            self.start = start - first
-        self.sequence += self.waiting
-        self.length += BLOCK * len(self.waiting)
-        self.waiting = []
-        layer, shape = self.mixer.layer, (*q.shape[:2], self.mixer.layer.key_value_heads)
-        k, v = q.new_zeros(*shape, layer.key_width), q.new_zeros(*shape, layer.value_width)
-        source = v if self.mixer.config.gate_source == "v" else k
-        self.sequence.append((q, k, v, source, torch.zeros(shape[:2], dtype=torch.bool, device=q.device)))
-        self.reads.append(torch.arange(self.length, self.length + shape[1], device=q.device))
-        self.length += shape[1]
-        if isinstance(written, Tensor):
-            self.empty.append((written <= 0)[:, None].expand(-1, shape[1]))
-
-    def join(self, y: Tensor, logs: Tensor | None, memory: LayerMemory | None) -> Tensor:
-        """Run the sequence and mix its outputs with the exact branch's `y` `[R, L, H, V]`; `logs` `[R, L, H]` are the
-        logs of the softmax's denominators, for `mix: softmax`."""
-        if "window" in self.mixer.branches_off:
-            y = torch.zeros_like(y)
-        recurrence = self.mixer.recurrence
-        if recurrence is None or not self.reads:
-            return y
-        q, k, v, source, writes = (torch.cat(x, 1) for x in zip(*self.sequence, strict=True))
-        state = memory.parts["state"] if memory is not None else None
-        answers, mass = recurrence.in_segments(q, k, v, source, writes, state)
-        at, start = torch.cat(self.reads), self.start
-        empty = torch.cat(self.empty, 1) if self.empty else None
-        mass = None if mass is None else mass[:, at]
-        logs = None if logs is None else logs[:, start:]
-        mixed = join(self.mixer, y[:, start:], logs, answers[:, at], mass, empty)
-        return torch.cat([y[:, :start], mixed], 1) if start else mixed
+def _beside_state(
+    mixer: MixerBase,
+    rows: Rows,
+    exact: Attended,
+    landmarks: Part,
+    leaving: Part,
+    memory: LayerMemory | None,
+) -> Tensor:
+    """Mix the outputs of the state with those of `exact`. The other arguments are those of `attend`."""
+    slots, first, lost, y = mixer.config.landmarks, rows.first, exact.lost, exact.y
+    assert y is not None  # noqa: S101 - for the type checker
+    if "window" in mixer.branches_off:
+        y = torch.zeros_like(y)
+    if lost is None:
+        return y
+    stop, merged, whole = first + y.shape[1], rows.merged, mixer.window - 1 + BLOCK
+    empty: Tensor | None = None
+    if isinstance(merged, int):
+        # The first merges evict no token, because slots are empty.
+        begin = max(slots // BLOCK + 1 - merged, 0)
+    else:
+        begin = 0
+        merges_before = (torch.arange(first, stop, device=y.device) - whole + BLOCK).clamp_min(0) // BLOCK
+        empty = (merged[:, None] + merges_before) * BLOCK <= slots
+    start = whole + (begin - 1) * BLOCK if begin else first
+    if start >= stop:
+        return y
+    lost = lost[:, max(begin - 1, 0) :]
+    at = lost.clamp_min(0).flatten(1, 2)
+    tokens = stored(mixer, {n: take_by_head(torch.cat([landmarks[n], x], 1), at) for n, x in leaving.items()})
+    evicted = Evictions(*tokens, (lost[..., 0] >= 0).flatten(1))
+    before = 0 if begin else min(whole, stop) - first
+    state = memory.parts["state"] if memory is not None else None
+    return recalled(
+        mixer, y, exact.logs, rows.q_state, evicted, start=start - first, before=before, state=state, empty=empty
+    )
 
 
 def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Part:

@@ -16,11 +16,12 @@ from linearize_kernels import gathered_attention
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
-from linearize.model.landmarks.exact import Rows, attend, merges_of
+from linearize.model.landmarks.exact import attend
+from linearize.model.landmarks.recall import Evictions, recalled
+from linearize.model.landmarks.rows import Rows, merges_of
 from linearize.model.landmarks.slots import (
     arriving_of,
     in_slots,
-    join,
     kept_names,
     static_scores,
     stored,
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
     from linearize.model.mixer.base import MixerBase
 
 
-def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
-    """`landmark_attention` for rows without a memory, `[R, L, H, V]`."""
+def whole_rows(mixer: MixerBase, new: Projections, *, fused: bool = False) -> Tensor:
+    """`landmark_attention` for rows without a memory, `[R, L, H, V]`; `fused` runs the kernel that chooses."""
     sinks, slots, tokens = mixer.config.sinks, mixer.config.landmarks, new.q.shape[1]
     first = min(sinks + mixer.window - 1 + BLOCK, tokens)  # the number of queries before the first merge
     with torch.no_grad():
-        kept, lost = _choose(mixer, new)
+        kept, lost = _choose(mixer, new, fused=fused)
     blocks = kept.shape[1]
 
     causal = torch.ones(first, first, dtype=torch.bool, device=new.v.device).tril()[None]
@@ -57,7 +58,7 @@ def whole_rows(mixer: MixerBase, new: Projections) -> Tensor:
     return _with_state(mixer, new, y, logs, lost, first)
 
 
-def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
+def _choose(mixer: MixerBase, new: Projections, *, fused: bool) -> tuple[Tensor, Tensor]:
     """Token numbers, from 1 (0: none): those in the slots after each merge, `[R, B, N, K]`, and those that each merge
     evicts, `[R, B, BLOCK, K]`."""
     sinks, keys = mixer.config.sinks, new.k_rotated.detach()
@@ -69,7 +70,7 @@ def _choose(mixer: MixerBase, new: Projections) -> tuple[Tensor, Tensor]:
     slots = dict.fromkeys(scores, empty) | {"number": empty.int()}
     slots["k_rotated"] = keys.new_zeros(1, 1, 1, 1).expand(*empty.shape, keys.shape[-1])
     leaving = in_slots(mixer, {"k_rotated": keys[:, sinks:][:, : merges_of(mixer, rows) * BLOCK]})
-    found = attend(mixer, rows, {"k_rotated": keys[:, :sinks]}, slots, leaving, tell=True)
+    found = attend(mixer, rows, {"k_rotated": keys[:, :sinks]}, slots, leaving, tell=True, fused=fused)
     assert found.kept is not None and found.lost is not None  # noqa: S101 - for the type checker
     number = found.lost + (sinks + 1 - mixer.config.landmarks)
     return found.kept.long(), number.masked_fill_(found.lost < 0, 0)
@@ -103,8 +104,7 @@ def _read_by_blocks(mixer: MixerBase, new: Projections, kept: Tensor) -> tuple[T
 
 
 def _with_state(mixer: MixerBase, new: Projections, y: Tensor, logs: Tensor, lost: Tensor, first: int) -> Tensor:
-    """Mix in the outputs of the state, computed as one sequence: per merge, the evicted tokens, which write, and then
-    the queries up to the next merge, which read.
+    """Mix in the outputs of the state.
 
     Args:
         first: the first query after a merge.
@@ -112,30 +112,12 @@ def _with_state(mixer: MixerBase, new: Projections, y: Tensor, logs: Tensor, los
     if "window" in mixer.branches_off:
         y = torch.zeros_like(y)
     empty = mixer.config.landmarks // BLOCK  # merges that evict no token, because slots are free
-    recurrence, lost = mixer.recurrence, lost[:, empty:]
-    if recurrence is None or "recurrence" in mixer.branches_off or not lost.shape[1]:
+    lost = lost[:, empty:]
+    if mixer.recurrence is None or "recurrence" in mixer.branches_off or not lost.shape[1]:
         return y
     given = in_slots(mixer, arriving_of(mixer, new, new.k))
     at = (lost - 1).clamp_min(0).flatten(1, 2)
-    k, v, source = stored(mixer, {name: take_by_head(given[name], at) for name in kept_names(mixer)})
-    start, blocks = first + empty * BLOCK, lost.shape[1]
-    q = (new.q_rotated if mixer.config.rope else new.q)[:, start:]
-    tokens = q.shape[1]
-    q = F.pad(q, (0, 0, 0, 0, 0, -tokens % BLOCK))
-
-    def beside(x: Tensor, after: bool) -> Tensor:
-        x = x.unflatten(1, (blocks, BLOCK))
-        silent = torch.zeros_like(x)
-        return torch.cat([silent, x] if after else [x, silent], 2).flatten(1, 2)
-
-    k, v, source = (beside(x, False) for x in (k, v, source))
-    writes = beside(lost[..., 0].flatten(1) > 0, False)
-    answers, mass = recurrence.in_segments(beside(q, True), k, v, source, writes, None)
-
-    def read(x: Tensor) -> Tensor:
-        pairs: Tensor = x.unflatten(1, (blocks, 2 * BLOCK))
-        return pairs[:, :, BLOCK:].flatten(1, 2)[:, :tokens]
-
-    mass = None if mass is None else read(mass)
-    mixed = join(mixer, y[:, start:], logs[:, start:], read(answers), mass, None)
-    return torch.cat([y[:, :start], mixed], 1)
+    tokens = stored(mixer, {name: take_by_head(given[name], at) for name in kept_names(mixer)})
+    evicted = Evictions(*tokens, lost[..., 0].flatten(1) > 0)
+    q, start = new.q_rotated if mixer.config.rope else new.q, first + empty * BLOCK
+    return recalled(mixer, y, logs, q, evicted, start=start, before=0, state=None, empty=None)

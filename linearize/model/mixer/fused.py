@@ -3,7 +3,8 @@
     fused_step        one token a row, no gradient: everything in one launch, in place; with landmarks, but for merges
     fused_attention   more tokens: window, sinks, recurrence and mix in one operation, with gradients
 
-`fuses` decides if they run; otherwise `Mixer.forward` does the same in plain PyTorch.
+With landmarks, the step is `landmarks/fused.py`, and `landmarks/text.py` takes more tokens. `fuses`
+decides if they run; otherwise `Mixer.forward` does the same in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -60,15 +61,14 @@ def refusal(operation: Operation, config: MixerConfig, layer: AttentionLayer) ->
 
 
 def _refusal_of_landmarks(operation: Operation, config: MixerConfig, layer: AttentionLayer) -> str | None:
-    if operation == "attention":
-        return "no fused kernel reads a text with landmarks"
-    if config.recurrence != "none":
+    if operation == "step" and config.recurrence != "none":
         return f"no fused kernel for landmarks beside {config.recurrence}"
     if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:
         return f"more than {_MOST_QUERIES} query heads share a key/value head"
     for width in (layer.key_width, layer.value_width):
         # The Hadamard matrix of 4 bits turns all channels of a head together, and a half holds whole groups of them.
-        if width % 2 or width > _WIDEST or (config.memory_dtype == "int4" and width not in _TURNED):
+        turned = operation == "step" and config.memory_dtype == "int4"
+        if width % 2 or width > _WIDEST or (turned and width not in _TURNED):
             return f"heads of width {width} with landmarks in {config.memory_dtype}"
     return None
 
@@ -82,7 +82,7 @@ def decide_mixer(
     Raises:
         UnknownKernelsError: `LINEARIZE_KERNELS` is none of its choices.
     """
-    operations: dict[str, Operation] = {"prefill": "attention", "step": "step"}
+    operations: dict[str, Operation] = {"prefill": _operation(config, 2), "step": "step"}
     found = {name: decide(o, device, dtype, refusal=refusal(o, config, layer)) for name, o in operations.items()}
     if config.recurrence != "none" and any(decision.kernels != "triton" for decision in found.values()):
         kind: Operation = (
@@ -96,12 +96,17 @@ def decide_mixer(
     return found
 
 
+def _operation(config: MixerConfig, tokens: int) -> Operation:
+    """The operation that mixes as many tokens a row."""
+    return "step" if tokens == 1 else "slots" if config.landmarks else "attention"
+
+
 def fuses(mixer: MixerBase, new: Projections, memory: LayerMemory | None) -> bool:
     """True if a fused kernel runs `Mixer.forward` on these arguments."""
     # torch.compile fuses by itself, and the kernels are not checked inside compiled graphs.
     if mixer.branches_off or torch.compiler.is_compiling() or settled(new.v.device):
         return False
-    operation: Operation = "step" if new.q.shape[1] == 1 else "attention"
+    operation = _operation(mixer.config, new.q.shape[1])
     if operation == "step" and (memory is None or torch.is_grad_enabled()):
         return False
     device, dtype = new.v.device, new.v.dtype

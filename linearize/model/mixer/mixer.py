@@ -46,7 +46,8 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
-        if not (fused and self.config.landmarks):  # that kernel codes keys and values itself
+        codes = fused and memory is not None and new.q.shape[1] == 1 and self.config.landmarks
+        if not codes:  # that kernel codes keys and values itself
             new = self._as_stored(new, memory)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
@@ -175,11 +176,11 @@ class Mixer(MixerBase):
 
     def _alternative(self, new: Projections, lengths: Tensor | None, memory: LayerMemory | None, fused: bool) -> Tensor:
         """`forward` by another path."""
-        if self.config.landmarks and not (fused and memory is not None):
+        if self.config.landmarks and not (fused and memory is not None and new.q.shape[1] == 1):
             # A lazy import, because its `torch.compiler.disable` imports torch._dynamo, which takes two seconds.
             from linearize.model.landmarks.chunks import landmark_attention
 
-            attended: Tensor = landmark_attention(self, new, lengths, memory)
+            attended: Tensor = landmark_attention(self, new, lengths, memory, fused=fused)
             return attended
         if memory is None or new.q.shape[1] > 1:
             return fused_attention(self, new, lengths, memory)

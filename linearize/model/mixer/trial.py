@@ -32,7 +32,7 @@ def passes(operation: Operation, mixer: MixerBase, device: torch.device, dtype: 
     if device.type not in ON_TRIAL:
         return True
     # The backward kernels take the longest to compile, so they wait for a call with gradients.
-    trains = operation == "attention" and torch.is_grad_enabled()
+    trains = operation != "step" and torch.is_grad_enabled()
     kind = (operation, mixer.kind, device, dtype, trains)
     if kind not in _VERDICTS:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -90,7 +90,7 @@ def _run(
             memory = LayerMemory(mixer.parts(_ROWS, dtype, device), _ROWS, device)
             for count, lengths in ((prompt, None), (more, None), (more, [more, more // 2]), (more, None)):
                 real = None if lengths is None else torch.tensor(lengths, device=device)
-                mixed = mixer(tokens(count), real, memory, fused=fused and (operation == "attention") == (count > 1))
+                mixed = mixer(tokens(count), real, memory, fused=fused and (operation != "step") == (count > 1))
                 memory.advance(count, real)
                 if real is not None:
                     mixed = mixed[torch.arange(count, device=device) < real[:, None]]

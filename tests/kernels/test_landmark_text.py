@@ -1,0 +1,126 @@
+"""The kernels that choose and read for a whole text with landmarks, against plain torch. See `test_step.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linearize.families.base import Projections
+from linearize.model.landmarks import exact
+from linearize.model.landmarks.training import whole_rows
+from linearize.model.memory import LayerMemory
+from linearize.model.mixer.fused import refusal
+from tests.kernels.test_step import (
+    DEVICE,
+    assert_no_worse_than_twice_plain_torch,
+    make_layer,
+    make_mixer,
+    pytestmark,
+    tokens_of,
+)
+
+__all__ = ["pytestmark"]
+
+WINDOW, SINKS, SLOTS = 5, 2, 40
+# Tokens of each call, and those that are real in two rows; the second call begins with slots filled, the third with
+# rows of different lengths.
+CALLS = ((75, None), (70, (70, 6)), (34, (1, 34)))
+KINDS = {
+    "model's dtype, novelty": ({"group": 3}, {}),
+    "learned, window of one block, empty slots, softcap": (
+        {"group": 1, "softcap": 2.0},
+        {"landmark_score": "learned", "window": 33, "landmarks": 70},
+    ),
+    "8 bits, no sinks": ({"group": 4, "values": 6}, {"memory_dtype": "int8", "sinks": 0}),
+    "4 bits, learned": ({"group": 2, "width": 32}, {"memory_dtype": "int4", "landmark_score": "learned"}),
+    "beside a recurrence": ({"group": 2}, {"recurrence": "gla", "mix": "softmax", "rope": True}),
+}
+
+
+def mixer_of(kind: str):
+    shape, options = KINDS[kind]
+    layer = make_layer(**{"heads": 1, "width": 12, "values": 10, **shape})
+    fixed = {"window": WINDOW, "sinks": SINKS, "landmarks": SLOTS, "recurrence": "none"}
+    return layer, make_mixer(layer, **fixed | options)
+
+
+@torch.no_grad()
+def read(mixer, new: Projections, *, fused: bool) -> dict[str, torch.Tensor]:
+    """Outputs and memory after `CALLS`; tokens that are not real are left out."""
+    memory, outputs, start = LayerMemory(mixer.parts(2, new.q.dtype, DEVICE), 2, DEVICE), [], 0
+    for count, real in CALLS:
+        lengths = None if real is None else torch.tensor(real, device=DEVICE)
+        mixed = mixer(Projections(*(x[:, start : start + count] for x in new)), lengths, memory, fused=fused)
+        memory.advance(count, lengths)
+        assert bool(mixed.isfinite().all())
+        outputs.append(mixed.flatten(0, 1) if real is None else mixed[torch.arange(count) < lengths.cpu()[:, None]])
+        start += count
+    return {"outputs": torch.cat(outputs).double(), **{name: x.double().clone() for name, x in memory.tensors()}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_equal_plain_torch(kind):
+    layer, mixer = mixer_of(kind)
+    new = tokens_of(layer, 2, sum(count for count, _ in CALLS), torch.float32)
+    wide = Projections(*(x.double() for x in new))
+    ways = (wide, False), (new, False), (new, True)
+    assert_no_worse_than_twice_plain_torch([read(mixer, given, fused=fused) for given, fused in ways])
+
+
+@pytest.mark.parametrize("tokens", [1, SINKS + WINDOW, 140])
+def test_a_text_without_a_memory_in_half_precision(tokens):
+    """The products' operands are those of float16, and so are the pieces of wider keys and values."""
+    layer, mixer = mixer_of("4 bits, learned")
+    new = tokens_of(layer, 1, tokens, torch.float16)
+    found = []
+    for given, fused in ((Projections(*(x.double() for x in new)), False), (new, False), (new, True)):
+        with torch.no_grad():
+            found.append({"outputs": mixer(given, None, None, fused=fused).to(torch.float16).double()})
+    assert_no_worse_than_twice_plain_torch(found)
+
+
+@pytest.mark.parametrize("kind", ["4 bits, learned", "beside a recurrence"])
+def test_training_chooses_by_the_kernel(kind, monkeypatch):
+    layer, mixer = mixer_of(kind)
+    drawn, found, launched, run = tokens_of(layer, 2, 140, torch.float32), [], [], exact.attend
+
+    def counting(*given, fused: bool, **named):
+        launched.append(fused)
+        return run(*given, fused=fused, **named)
+
+    monkeypatch.setattr("linearize.model.landmarks.training.attend", counting)
+    for dtype, fused in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        new = Projections(*(x.to(dtype, copy=True).requires_grad_() for x in drawn))
+        y = whole_rows(mixer, mixer._as_stored(new, None), fused=fused)
+        gradients = torch.autograd.grad(y.sin().sum(), new, allow_unused=True)
+        named = zip(new._fields, gradients, strict=True)
+        found.append({"y": y.detach().double(), **{name: x.double() for name, x in named if x is not None}})
+    assert_no_worse_than_twice_plain_torch(found)
+    assert launched == [False, False, True]
+
+
+def test_a_text_takes_two_launches(monkeypatch):
+    from linearize_kernels import landmark_text_triton
+
+    grids = []
+
+    class Counting:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    for name in ("landmark_choose_kernel", "landmark_read_kernel"):
+        monkeypatch.setattr(landmark_text_triton, name, Counting(getattr(landmark_text_triton, name)))
+    layer, mixer = mixer_of("model's dtype, novelty")
+    with torch.no_grad():
+        mixer(tokens_of(layer, 1, 140, torch.float32), None, None, fused=True)
+    assert grids == [(1, 1), (6, 1, 2)]
+
+
+def test_what_the_kernels_do_not_know_is_refused():
+    layer, mixer = mixer_of("beside a recurrence")
+    assert refusal("slots", mixer.config, layer) is None and refusal("step", mixer.config, layer)
+    assert "width 512" in str(refusal("slots", mixer.config, make_layer(width=512)))
