@@ -2,8 +2,8 @@
 
 On a GPU each operator is at least one launch; on a CPU it costs some microseconds. Views are not counted. A small
 model of random weights is enough, because the counts depend on neither widths nor values: a layer's count is that of a
-model of two layers minus that of one layer. With triton, but without a GPU, the launches of the step that a GPU records
-are counted too: Triton's kernels are noted instead of launched.
+model of two layers minus that of one layer. With triton, but without a GPU, the launches of a GPU's prompt, and of the
+step that it records, are counted too: Triton's kernels are noted instead of launched.
 
     python -m evals.speed.operators            # a table
     python -m evals.speed.operators --write    # and the figures, to operators.json
@@ -95,6 +95,31 @@ def reading(tokens: int) -> Callable[[Any], Counter[str]]:
     return work
 
 
+def taking(tokens: int, rows: int = 1) -> Callable[[Any], Counter[str]]:
+    """Read a prompt as a GPU does, in bfloat16: operators of torch, and the names of Triton's kernels."""
+    from evals.kernels.compiled import recording
+
+    make = torch.empty
+
+    def empty(*shape: Any, **options: Any) -> torch.Tensor:
+        found = make(*shape, **options)
+        if found.dtype == torch.int32:
+            found.numpy().fill(0)  # the indices that a kernel would write
+        return found
+
+    def work(model: Any) -> Counter[str]:
+        model, ids = model.to(torch.bfloat16), _text(tokens).expand(rows, -1)
+        pinned, filled = mock.patch.dict(os.environ, LINEARIZE_KERNELS="triton"), mock.patch("torch.empty", empty)
+        with pinned, filled, torch.inference_mode(), recording() as launched:
+            model(input_ids=ids[:, :2], use_cache=True)  # makes the constants
+            launched.clear()
+            with Operators() as operators:
+                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return operators.counts + Counter(launch.name for launch in launched)
+
+    return work
+
+
 def writing(tokens: int, *, merges: bool | None = None) -> Callable[[Any], Counter[str]]:
     """Write `STEPS` tokens after a prompt.
 
@@ -147,6 +172,9 @@ def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, f
     for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
         found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
     if importlib.util.find_spec("triton") is not None:
+        for tokens in prompts:
+            name = f"launches of a GPU's prompt of {tokens:,}"
+            found[name] = float(sum(of_a_layer(mixer, taking(tokens), KERNELS_TAKE).values()))
         for merges in (False, True):
             name = f"launches of a GPU's step{' with a merge' if merges else ''}"
             found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges), KERNELS_TAKE).values()))
