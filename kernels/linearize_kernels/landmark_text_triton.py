@@ -239,7 +239,7 @@ def _shared(text: LandmarkText, pool: Tensor, groups: int) -> tuple[Tensor, dict
         "BLOCK_D": block_d,
         "BLOCK_Q": queries,
         "BLOCK_N": 32 if wide else 64,
-        "num_warps": 8 if queries == 128 or wide else 4,
+        "num_warps": 8 if queries == 128 or wide or row == 512 else 4,
         "num_stages": 3 if row <= 256 else 2,
         "enable_fp_fusion": True,
     }
