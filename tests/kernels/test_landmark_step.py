@@ -83,7 +83,7 @@ def test_rows_of_one_length_without_a_mask():
 
 def test_what_the_kernel_does_not_know_is_refused():
     layer, mixer = mixer_of({})
-    assert refusal("step", mixer.config, layer) is None and refusal("attention", mixer.config, layer)
+    assert refusal("step", mixer.config, layer) is None
     _, gated = mixer_of({"recurrence": "gla"})
     assert "beside gla" in str(refusal("step", gated.config, layer))
     odd = make_layer(width=96, values=96)
