@@ -3,7 +3,8 @@
 
     python -m evals.picture
 
-Memory and losses are those of `evals/slots` (counted in 16 bits), speed is that of `evals/speed/smollm2-cpu.json`.
+Memory and losses are those of `evals/slots` (counted in 16 bits), core accuracies those of `evals/smollm2`, speed is
+that of `evals/speed/smollm2-cpu.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from evals.slots.presses import PRESSES
 from evals.slots.systems import TEACHER
 from evals.slots.telling import above, mean, read_by_all
+from evals.smollm2.__main__ import core as accuracy
+from linearize.evaluation.results.results import read_results
 from linearize.report.formatting import readable_bytes, readable_length
 from linearize.report.plots import Axis, Lines, Plot, Series
 
@@ -34,6 +37,8 @@ ROWS = (
     ("Qwen2.5-Coder-0.5B: `default`", QWEN, ("default", "slots")),
 )
 """Title, file, and the kinds of the system in it."""
+CORE = {"SmolLM2-135M: teacher": ("window-gla", "teacher"), "`default`": ("default", "model")}
+"""Title -> the folder of `evals/smollm2` and the system in it with the five core accuracies."""
 _LENGTH = 2048
 _NEEDLES, _LOSSES = f"niah_single_2 {_LENGTH}", {"wikitext2": "WikiText-2", "book": "a book"}
 _LENGTHS = (512, 2048, 8192, 32_768)
@@ -61,7 +66,8 @@ def bytes_per_token(found: Mapping[str, Any]) -> int:
 
 def table() -> str:
     """Markdown: a row for each of `ROWS`."""
-    heads = ["", "memory of a sequence", "needles found", *(f"{name}, nats" for name in _LOSSES.values())]
+    losses = [f"{name}, nats" for name in _LOSSES.values()]
+    heads = ["", "memory", "needles", "core accuracy, %", *losses]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for title, file, kinds in ROWS:
         found = figures(file)
@@ -72,8 +78,9 @@ def table() -> str:
         size = readable_bytes(held) if held else f"{readable_bytes(2048 * bytes_per_token(found))} at 2,048 tokens"
         texts = list(found["values"].get(_NEEDLES, {}).get(system, {}).values())
         needles = f"{round(sum(texts))} of {len(texts)}" if texts else "not run"
-        losses = [_loss(found, task, system) for task in _LOSSES]
-        lines.append(f"| {' | '.join([title, size, needles, *losses])} |")
+        core = accuracy(read_results(EVALS / "smollm2" / CORE[title][0]), CORE[title][1]) if title in CORE else "–"
+        cells = [title, size, needles, core, *(_loss(found, task, system) for task in _LOSSES)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

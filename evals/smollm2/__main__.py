@@ -1,6 +1,6 @@
 """The quality of converted SmolLM2-135M-Instruct: `python -m evals.smollm2 DIR` measures it, `--table` prints it.
 
-DIR has the checkpoints `window-gla` and `liger-gla` (`linearize convert`, before any training) and
+DIR has the checkpoints `default`, `window-gla` and `liger-gla` (`linearize convert`, before any training) and
 `finetuned` (from `linearize demo --train`); `--data` names the folder of the data. Results are cached item by item, so
 an interrupted run continues, and the teacher is measured once.
 """
@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 BASELINES = "none,teacher,window,window_bytes"
 # Model -> its baselines.
 MODELS = {
+    "default": "none",
     "window-gla": BASELINES,
     "liger-gla": BASELINES,
     "finetuned": f"{BASELINES},no_recurrence",
@@ -39,6 +40,7 @@ SUITES = {
 # Heading, the report of the column, and the system in it.
 COLUMNS = (
     ("teacher", "window-gla", "teacher"),
+    ("`default`", "default", "model"),
     ("window 64 + 4 sinks", "window-gla", "window"),
     ("window of the bytes of `window-gla`", "window-gla", "window_bytes"),
     ("`window-gla`, as converted", "window-gla", "model"),
@@ -81,18 +83,26 @@ def measure(models: Path, data: Path) -> None:
 
 def table() -> str:
     """The figures as Markdown, computed from the `results.json` files beside this module."""
-    found = {f"{model}{suffix}": read_results(HERE / f"{model}{suffix}") for model in MODELS for suffix in SUITES}
+    folders = [HERE / f"{model}{suffix}" for model in MODELS for suffix in SUITES]
+    found = {folder.name: read_results(folder) for folder in folders if folder.is_dir()}
     lines = ["| | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    columns = [dict(figures(found[model], found[f"{model}-long"], system)) for _, model, system in COLUMNS]
-    lines += [f"| {row} | " + " | ".join(column[row] for column in columns) + " |" for row in columns[0]]
+    columns = [dict(figures(found[model], found.get(f"{model}-long"), system)) for _, model, system in COLUMNS]
+    lines += [f"| {row} | " + " | ".join(column.get(row, "not run") for column in columns) + " |" for row in columns[0]]
     return "\n".join(lines)
 
 
-def figures(short: Results, long: Results, system: str) -> Iterator[tuple[str, str]]:
+def core(results: Results, system: str) -> str:
+    """The mean of the five core accuracies in percent, with its standard error."""
+    mean = next(row for table in compare_systems(results) if table.suite == "core" for row in table.rows if row.mean_of)
+    return with_error(mean.cells[system].value, mean.cells[system].stderr, "acc")
+
+
+def figures(short: Results, long: Results | None, system: str) -> Iterator[tuple[str, str]]:
     """The rows of one system's column."""
-    mean = next(row for table in compare_systems(short) if table.suite == "core" for row in table.rows if row.mean_of)
-    cell = mean.cells[system]
-    yield "mean of the five core accuracies, %", with_error(cell.value, cell.stderr, "acc")
+    info = next(one for one in short.systems if one.name == system)
+    growth = f"{readable_bytes(info.growth_bytes_per_token)} a token" if info.growth_bytes_per_token else ""
+    yield "memory of one sequence", growth or readable_bytes(info.state_bytes or 0)
+    yield "mean of the five core accuracies, %", core(short, system)
     lambada = next(score for score in short.scores[system].tasks if score.task == "lambada")
     yield "LAMBADA, %", with_error(lambada.value, lambada.stderr, "acc")
     items = [
@@ -104,6 +114,8 @@ def figures(short: Results, long: Results, system: str) -> Iterator[tuple[str, s
     for length in sorted({length for length, _ in items}):
         value, error = mean_and_error([item for at, item in items if at == length])
         yield f"needles found in {length:,} tokens, %", with_error(value, error, "acc")
+    if long is None:
+        return
     wikitext = next(score for score in long.scores[system].tasks if score.task == "wikitext2")
     assert contributions(wikitext) is not None  # noqa: S101 - the value follows from its items
     yield "WikiText-2, word perplexity", number(wikitext.value, wikitext.metric)
@@ -111,9 +123,6 @@ def figures(short: Results, long: Results, system: str) -> Iterator[tuple[str, s
     for first, last in ((256, 512), (4096, 8192)):
         values = [one[list(curve.axis).index(last)] for one in curve.curves]
         yield f"loss of a book's tokens {first:,} to {last:,}", number(statistics.fmean(values), "loss")
-    info = next(one for one in short.systems if one.name == system)
-    growth = f"{readable_bytes(info.growth_bytes_per_token)} a token" if info.growth_bytes_per_token else ""
-    yield "memory of one sequence", growth or readable_bytes(info.state_bytes or 0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from evals.smollm2.__main__ import table
 from evals.speed.figure import figure
 from evals.speed.landmarks import FIGURES as landmarks_figures
 from evals.speed.landmarks import table as landmarks_table
+from linearize.evaluation.results.comparison import FIVE
+from linearize.evaluation.results.results import read_results
 from linearize.recipe import load_recipe
 from linearize.report.formatting import readable_bytes
 
@@ -26,7 +28,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_what_smollm2_loses():
-    assert table() in (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
+    assert table() in readme
+    ours, teachers = (
+        [
+            item
+            for score in read_results(ROOT / "evals" / "smollm2" / folder).scores[system].tasks
+            if score.task in FIVE
+            for item in score.items
+        ]
+        for folder, system in (("default", "model"), ("window-gla", "teacher"))
+    )
+    equal, asked = sum(a == b for a, b in zip(ours, teachers, strict=True)), len(ours)
+    assert f"answers {equal} of the {asked} short items as the teacher does" in readme
+    results = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert f"the default ({asked - equal} of {asked} answers differ)" in results
 
 
 def test_what_each_start_brings():
