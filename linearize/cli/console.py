@@ -21,6 +21,7 @@ from linearize.jobs.checks import size_in_bytes
 from linearize.report.formatting import readable_bytes
 from linearize.runtime.folders import shipped_folder
 from linearize.runtime.processes import seconds_between_lines
+from linearize.sources.names import on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,11 @@ def recipe_names(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def _there(model: str) -> str:
+    on_disk(model)  # a wrong path is told before anything heavy is imported
+    return model
+
+
 RecipeOption = Annotated[
     str,
     typer.Option(
@@ -58,7 +64,11 @@ RecipeArgument = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A shipped recipe or a recipe file.", autocompletion=recipe_names),
 ]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file.")]
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hub id, a model's folder, or a .gguf file.", callback=_there)
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository. Off by default.")
 ]

@@ -6,7 +6,6 @@ neither.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from linearize.sources.gguf import MAGIC, read_head
 from linearize.sources.ggufconfig import gguf_config, short_reading
 from linearize.sources.limits import guard_embeddings
 from linearize.sources.modelfiles import check_config, check_weights
+from linearize.sources.names import nearest, on_disk
 from linearize.sources.validators import import_validators
 
 if TYPE_CHECKING:
@@ -87,17 +87,8 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
     Raises:
         ModelError: the path does not exist, the folder has no configuration, or the file is not GGUF or is damaged.
     """
-    if "://" in reference:
-        named = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", reference)
-        meant = (
-            f"the model is {named[1]} there" if named else "give a Hub id such as ORG/NAME, a folder, or a .gguf file"
-        )
-        raise ModelError(f"{reference}: a URL, not a model; {meant}")
+    folder, file = on_disk(reference)
     path = Path(reference).expanduser()
-    try:
-        folder, file = path.is_dir(), path.is_file()
-    except OSError as error:  # the name is too long
-        raise ModelError(f"{reference[:80]!r}: cannot be looked for: {error.strerror}") from None
     if folder:
         if not (path / "config.json").is_file():
             raise ModelError(f"{reference}: the folder has no config.json; {_hint(path)}")
@@ -109,10 +100,6 @@ def find_source(reference: str, *, trust_remote_code: bool = False) -> Source:
                 raise ModelError(f"{reference}: not a GGUF file; give a Hub id, a model's folder, or a .gguf file")
         read_head(path.resolve())
         return Source(str(path.resolve()), "gguf", trust_remote_code)
-    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf"
-    if looks_local or (path.parent.is_dir() and "/" in reference):
-        advice = _nearest(path) or "; give a Hub id, a model's folder, or a .gguf file"
-        raise ModelError(f"{reference}: no such folder or file{advice}")
     return Source(reference, "hub", trust_remote_code)
 
 
@@ -377,7 +364,7 @@ def _reason(error: Exception, source: Source) -> str:
     if source.kind == "hub" and "named model.safetensors" in text:
         return "the Hub has no safetensors weights of it; convert them where you trust them, with save_pretrained"
     if source.kind == "hub" and isinstance(error, OSError):
-        near = _nearest(Path(source.reference))
+        near = nearest(Path(source.reference))
         if "is not a valid model identifier" in text or "404" in text or "gated" in text.lower():
             return f"no local folder or file of this name, and the Hub has no such model (or wants you to log in){near}"
         return (
@@ -430,13 +417,6 @@ def _json_at(source: Source, name: str) -> dict[str, Any]:
         path = str(Path(source.reference) / name) if source.kind == "folder" else None
     found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     return found if isinstance(found, dict) else {}
-
-
-def _nearest(path: Path) -> str:
-    parent = path.parent
-    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {parent / close[0]}?" if close else ""
 
 
 def open_model(reference: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any, Source]:

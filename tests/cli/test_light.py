@@ -128,3 +128,12 @@ import_validators()
 assert sys.modules["transformers.activations"].ACT2FN is ACT2FN
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    some([("convert", "-o", "out"), ("chat",), ("verify",), ("serve",), ("inspect",)], [("convert", "-o", "out")]),
+)
+def test_a_wrong_path_is_told_before_torch_is_imported(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = imports_none_of({"torch", "transformers"}, command[0], tmp_path / "nothing", *command[1:])
+    assert done.returncode == 1 and "no such folder or file" in done.stderr
