@@ -3,7 +3,8 @@
 On a GPU each operator is at least one launch; on a CPU it costs some microseconds. Views are not counted. A small
 model of random weights is enough, because the counts depend on neither widths nor values: a layer's count is that of a
 model of two layers minus that of one layer. With triton, but without a GPU, the launches of a GPU's prompt, and of the
-step that it records, are counted too: Triton's kernels are noted instead of launched.
+step that it records, are counted too: Triton's kernels are noted instead of launched. A call of a C
+function counts as one operator.
 
     python -m evals.speed.operators            # a table
     python -m evals.speed.operators --write    # and the figures, to operators.json
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from linearize_kernels import native
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,11 +47,25 @@ _NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty")
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that write memory, by name: no views, and no conversions to the dtype that is there."""
+    """Counts the operators that write memory, by name: no views, and no conversions to the dtype that is there. C
+    functions, which torch's dispatcher does not see, are counted as well."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self._function = native._function
+
+    def __enter__(self) -> Any:
+        native._function = self._noted  # type: ignore[assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        native._function = self._function
+        super().__exit__(*error)
+
+    def _noted(self, name: str) -> Any:
+        self.counts[f"native {name}"] += 1
+        return self._function(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
@@ -189,7 +205,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.speed.operators", description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="write operators.json too")
     arguments = parser.parse_args()
-    found = {recipe: counted(load_recipe(recipe).mixer) for recipe in RECIPES}
+    found = {}
+    for recipe, kernels in (*((recipe, "torch") for recipe in RECIPES), ("default", "native")):
+        with mock.patch.dict(os.environ, LINEARIZE_KERNELS=kernels):
+            name = recipe if kernels == "torch" else f"{recipe}, {kernels}"
+            found[name] = counted(load_recipe(recipe).mixer)
     if arguments.write:
         write(FIGURES, {**surroundings(), "operators_per_layer": found})
     print(markdown([{"recipe": recipe, **{k: f"{v:,.0f}" for k, v in row.items()}} for recipe, row in found.items()]))

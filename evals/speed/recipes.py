@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from linearize.benchmark.running import Run
 
 FIGURES = Path(__file__).with_name("recipes.json")
-WORK = (("write", 2048), ("read", 2048), ("write", 8192), ("read", 512), ("write", 512))
+WORK = (("write", 2048), ("read", 2048), ("write", 8192), ("write", 32768), ("read", 512), ("write", 512))
 # Of the recipe `slots`: at least so many times the speed of the faster teacher.
-ASKED = {("read", 2048): 1.0, ("write", 2048): 1.0, ("write", 8192): 2.4}
+ASKED = {("read", 2048): 1.0, ("write", 2048): 1.0, ("write", 8192): 2.4, ("write", 32768): 6.0}
 
 
 def main() -> None:

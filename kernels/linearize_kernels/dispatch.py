@@ -4,6 +4,7 @@
     torch       the chunkwise forms in plain torch: every device, every option
     triton      one fused kernel for window, recurrence and mix; two for a text with slots; one for a decoding step
     fla         recurrences without a fused kernel, through flash-linear-attention
+    native      slots and products of one row on a CPU, in C functions that are compiled when they are first needed
 
 A pinned choice that cannot run falls back to torch with one warning on stderr. The decision imports no package.
 """
@@ -20,8 +21,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Kernels = Literal["reference", "torch", "triton", "fla"]
-Operation = Literal["attention", "slots", "step", "block", "gla", "gated_values", "delta_rule"]
+from linearize_kernels.native import native_refusal
+
+Kernels = Literal["reference", "torch", "triton", "fla", "native"]
+Operation = Literal["attention", "slots", "step", "block", "product", "gla", "gated_values", "delta_rule"]
 
 CHOICES: tuple[Kernels, ...] = get_args(Kernels)
 VARIABLE = "LINEARIZE_KERNELS"
@@ -46,6 +49,11 @@ _ON_GPU: dict[Operation, _Row] = {
     "delta_rule": _Row("fla", True, "chunks in a few launches, in TF32"),
     "gated_values": _Row("fla", False, "fla's takes one token after the other"),
 }
+_ON_CPU: dict[Operation, str] = {
+    "slots": "one call a layer where the plain way has some forty operators a block of tokens",
+    "product": "of one row on one thread; weights are read at the memory's pace",
+}
+_NONE = _Row("torch", True, "there are no other kernels")
 _PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}
 _OLDEST = (8, 0)  # Ampere, the first with bfloat16 in tensor cores
 # Assemblers before CUDA 13.3 may reuse the registers of an operand that Hopper's tensor cores still read.
@@ -113,13 +121,17 @@ def _decide(
 ) -> Decision:
     if wanted in ("reference", "torch"):
         return Decision(wanted, f"{VARIABLE}={wanted}")
+    pin = f"{VARIABLE}={wanted}"
+    if operation in _ON_CPU and device.type == "cpu" and wanted in (None, "native"):
+        return _in_c(operation, dtype, refusal, wanted)
     if wanted is None and device.type != "cuda":
         return Decision("torch", f"{device.type} has no other kernels")
-    kernels, unasked, why = _ON_GPU[operation]
-    pin = f"{VARIABLE}={wanted}"
+    kernels, unasked, why = _ON_GPU.get(operation, _NONE)
     if wanted is not None and wanted != kernels:
-        # A pin of triton or fla leaves the other's operations to torch.
-        return Decision("torch", f"{pin}, which has no {operation}")
+        # A pin leaves the operations of other kernels to torch.
+        return Decision("torch", f"{pin}, which has no {operation} on {device.type}")
+    if kernels == "torch":
+        return Decision("torch", why)
     reason = _missing(kernels, device, dtype, interpreting) or refusal
     if reason is not None:
         # A missing optional package needs a warning only if it was pinned, except triton, the main GPU path.
@@ -133,6 +145,14 @@ def _decide(
         # allow it.
         return Decision("torch", "float32 products are to be exact (torch.set_float32_matmul_precision)")
     return Decision(kernels, f"{why}; not yet measured")
+
+
+def _in_c(operation: Operation, dtype: torch.dtype, refusal: str | None, wanted: Kernels | None) -> Decision:
+    exact = "float64 is the reference's" if dtype == torch.float64 else None
+    reason = refusal or exact or native_refusal()
+    if reason is not None:
+        return Decision("torch", reason, lost=wanted is not None and exact is None)
+    return Decision("native", _ON_CPU[operation])
 
 
 def _missing(kernels: Kernels, device: torch.device, dtype: torch.dtype, interpreting: bool) -> str | None:

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linearize_kernels.dispatch import choose
+from linearize_kernels.native import launch, packed
+
 if TYPE_CHECKING:
     from typing import TypeGuard
 
@@ -38,6 +41,8 @@ def onednn_is_faster() -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias` of `x` `[..., I]` and `weight` `[O, I]`."""
+    if _goes_to_native(x, weight):
+        return _native(x, weight, bias)
     if not _goes_to_onednn(x, weight):
         return F.linear(x, weight, bias)
     operands = (x, weight) if bias is None else (x, weight, bias)
@@ -77,6 +82,33 @@ def leave_products(model: nn.Module) -> None:
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     # In place, so parameters, hooks, names and references to the module stay valid.
     object.__setattr__(module, "__class__", kind)
+
+
+def _goes_to_native(x: Tensor, weight: Tensor) -> bool:
+    """True for one row on one thread: the C function reads weights at the memory's pace."""
+    return (
+        x.numel() == weight.shape[1]
+        and weight.numel() >= _WORK
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and weight.is_contiguous()
+        and torch.get_num_threads() == 1
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and choose("product", x.device, x.dtype) == "native"
+    )
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    outputs, inputs = weight.shape
+    y = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32)
+    x, bias = x.contiguous(), None if bias is None else bias.float().contiguous()
+    launch("product", packed(inputs, outputs, 1, x, weight, bias, y), 1)
+    return y
 
 
 def _goes_to_onednn(x: Tensor, weight: Tensor) -> bool:

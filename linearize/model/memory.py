@@ -73,6 +73,7 @@ class LayerMemory(CacheLayerMixin):
         # torch.compile would recompile for each value of a Python int, so a static cache counts in a tensor.
         self._seen = torch.zeros((), dtype=torch.long, device=device) if self.is_compileable else 0
         self._joined: dict[tuple[Joint, str], tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.native: tuple[list[Tensor], bytes, list[Tensor]] | None = None  # arguments of C functions for its tensors
         self.is_initialized = True
 
     @property

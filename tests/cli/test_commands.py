@@ -64,7 +64,8 @@ def test_inspect_tells_which_kernels_run(outcome, tiny_folder, monkeypatch):
     status, text, errors = outcome("inspect", tiny_folder)
     assert status == 1 and not text
     assert errors == (
-        "error: LINEARIZE_KERNELS=cuda: there is no such choice; take reference, torch, triton, fla, or leave it out\n"
+        "error: LINEARIZE_KERNELS=cuda: there is no such choice; take reference, torch, triton, fla, native, or leave "
+        "it out\n"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.merging import NUMBER, RECEIVED, Slots
+from linearize.model.landmarks.native import attend_native, native
 from linearize.model.landmarks.rows import Attended, Rows, blocks_of, merges_of
 from linearize.model.landmarks.slots import leaving_scores
 from linearize.model.landmarks.text import fused_attend
@@ -40,6 +41,8 @@ def attend(
     """
     if fused:
         return fused_attend(mixer, rows, sinks, landmarks, leaving, tell=tell)
+    if not torch.is_grad_enabled() and native(rows.q):
+        return attend_native(mixer, rows, sinks, landmarks, leaving, tell=tell)
     return Exact(mixer, rows, sinks, landmarks, leaving).run(tell=tell)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
 from linearize.model.landmarks.merging import RECEIVED, Slots
+from linearize.model.landmarks.native import native, step_native
 from linearize.model.landmarks.slots import (
     join,
     joint_parts,
@@ -53,6 +54,10 @@ class _Seen(NamedTuple):
 def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:
     """`landmark_attention` for one token per row, without a gradient."""
     config, parts, dtype = mixer.config, memory.parts, computing_dtype(new.q)
+    fast = memory.counts_on_host and native(new.q)
+    if fast and mixer.recurrence is None and (found := step_native(mixer, new, lengths, memory, written=False)):
+        return torch.zeros_like(found[0]) if "window" in mixer.branches_off else found[0]
+    new = mixer.in_code(new)
     memory.joints = memory.joints or joint_parts(mixer)
     names = kept_names(mixer)
     values = {name: mixer.source(new) if name == "source" else getattr(new, name) for name in names}
@@ -69,14 +74,8 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
         seen = _apart(mixer, memory, arriving, dtype, lengths)
     else:
         seen = _alike(mixer, memory, arriving, dtype, count)
-    y, log, of_window, of_slots = _read_exact(mixer, memory, new.q_rotated, seen)
-    window, landmarks = parts["window"]["received"], parts["landmarks"]["received"]
-    if isinstance(seen.distant, Tensor):
-        window.add_(of_window * seen.distant)
-    elif seen.distant > 0:
-        window[:, : seen.distant].add_(of_window[:, : seen.distant])
-    if seen.filled:
-        landmarks[:, : seen.filled].add_(of_slots if seen.counts is None else of_slots * seen.counts)
+    found = step_native(mixer, new, lengths, memory, written=True) if fast else None
+    y, log = found or _read_exact(mixer, memory, new.q_rotated, seen)
     if "window" in mixer.branches_off:
         y = torch.zeros_like(y)
     if mixer.recurrence is None or "recurrence" in mixer.branches_off:
@@ -90,10 +89,8 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
     return join(mixer, y, log, read, mass, empty)
 
 
-def _read_exact(
-    mixer: MixerBase, memory: LayerMemory, q: Tensor, seen: _Seen
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Outputs and logs of `joint_attention`, and the weights of window and slots `[R, places or slots, K]`."""
+def _read_exact(mixer: MixerBase, memory: LayerMemory, q: Tensor, seen: _Seen) -> tuple[Tensor, Tensor | None]:
+    """Outputs and logs of `joint_attention`; window and slots receive its weights."""
     sinks = mixer.config.sinks
     front = sinks + room(mixer.window)
     whole, hidden = memory.joined(memory.joints[0]), list[slice | Tensor | None]()
@@ -118,8 +115,16 @@ def _read_exact(
         softcap=mixer.layer.softcap,
         normaliser=mixer.recurrence is not None and mixer.config.mix == "softmax",
     )
-    of_slots = weights[1] if len(weights) > 1 else weights[0][..., front:]
-    return y, log, weights[0][..., sinks:front].transpose(1, 2), of_slots.transpose(1, 2)
+    of_window, of_slots = weights[0][..., sinks:front], weights[1] if len(weights) > 1 else weights[0][..., front:]
+    of_window, of_slots = of_window.transpose(1, 2), of_slots.transpose(1, 2)
+    window, landmarks = memory.parts["window"]["received"], memory.parts["landmarks"]["received"]
+    if isinstance(seen.distant, Tensor):
+        window.add_(of_window * seen.distant)
+    elif seen.distant > 0:
+        window[:, : seen.distant].add_(of_window[:, : seen.distant])
+    if seen.filled:
+        landmarks[:, : seen.filled].add_(of_slots if seen.counts is None else of_slots * seen.counts)
+    return y, log
 
 
 def _alike(mixer: MixerBase, memory: LayerMemory, arriving: Part, dtype: torch.dtype, count: int) -> _Seen:

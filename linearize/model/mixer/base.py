@@ -90,6 +90,10 @@ class MixerBase(nn.Module, ABC):
         """An empty memory for `batch` rows: tensors whose size depends on the configuration alone."""
 
     @abstractmethod
+    def in_code(self, new: Projections) -> Projections:
+        """Keys as they are coded, and queries to match."""
+
+    @abstractmethod
     def source(self, new: Projections) -> Tensor:
         """The input of the new tokens' gates, `[R, L, K, D or V]`."""
 

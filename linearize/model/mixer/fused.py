@@ -84,6 +84,8 @@ def decide_mixer(
     """
     operations: dict[str, Operation] = {"prefill": _operation(config, 2), "step": "step"}
     found = {name: decide(o, device, dtype, refusal=refusal(o, config, layer)) for name, o in operations.items()}
+    if config.landmarks and (own := decide("slots", device, dtype)).kernels == "native":
+        found = dict.fromkeys(found, own)
     if config.recurrence != "none" and any(decision.kernels != "triton" for decision in found.values()):
         kind: Operation = (
             "gated_values"

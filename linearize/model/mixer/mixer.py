@@ -123,9 +123,9 @@ class Mixer(MixerBase):
             steps and self.config.covers == "evicted" and not self.config.landmarks
         ):
             return new
-        new = self.in_code(new)
         if steps and self.config.landmarks:
             return new
+        new = self.in_code(new)
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
 
     def in_code(self, new: Projections) -> Projections:
