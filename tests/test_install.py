@@ -38,6 +38,7 @@ def test_a_wheel_works_without_the_checkout(tiny_folder, tmp_path):
     assert {"linearize/_data/recipes/default.yaml", "linearize/_data/tasks/piqa.yaml", "linearize/py.typed"} <= {*names}
     venv.create(tmp_path / "venv", with_pip=False)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    assert {"linearize_kernels/native/prompt.c", "linearize_kernels/native/vectors.h"} <= set(names)
     zipfile.ZipFile(wheel).extractall(site)
     # The dependencies of this environment, without what its .pth files add: the checkout.
     run = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n" + _INSTALLED
