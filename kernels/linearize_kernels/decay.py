@@ -137,16 +137,17 @@ def decayed_scores(q: Tensor, k: Tensor, later: Tensor, earlier: Tensor, *, stri
         `[..., G, C, C]`.
     """
     diagonal = -1 if strict else 0
+    if earlier.shape[-1] == 1:
+        # One gate per head gives one factor per pair. A factor per query and one per key would be faster, but the
+        # gates' gradients would be differences of sums of both, which cancel in float32.
+        decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
+        return folded(q, k.transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
     if splits(earlier):
         # Both factors are relative to half of the chunk's decay, so neither exponent exceeds half of the limit.
         middle = earlier[..., -1:, :] / 2
         queries = q * exp_like(later - middle, q).unsqueeze(-3)
         keys = k * exp_like(middle - earlier, k)
         return folded(queries, keys.transpose(-1, -2)) * lower_triangle(q.shape[-2], q, diagonal)
-    if earlier.shape[-1] == 1:
-        # One gate per head gives one factor per pair.
-        decay = pair_decay(later, earlier, dim=later.dim() - 2, strict=strict).squeeze(-1)
-        return folded(q, k.transpose(-1, -2)) * decay.to(q.dtype).unsqueeze(-3)
 
     tokens = k.shape[-2]
     last = earlier[..., -1:, :]

@@ -53,14 +53,14 @@ def test_model_and_teacher_take_turns_at_every_length(outcome, converted, tmp_pa
 
 
 @pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_what_was_measured_is_kept_when_it_is_stopped(outcome, converted, tmp_path, monkeypatch, number, exit_status):
+def test_what_was_measured_is_kept_when_it_is_stopped(
+    outcome, converted, tmp_path, monkeypatch, request, number, exit_status
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without one
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr("linearize.benchmark.bench.prefill", lambda *_, **__: os.kill(os.getpid(), number))
     report = tmp_path / "report"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without one
-    try:
-        status, text, words = outcome("bench", converted, "--lengths", "32,64", *QUICK, "-o", report)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    status, text, words = outcome("bench", converted, "--lengths", "32,64", *QUICK, "-o", report)
     assert status == exit_status and "writing" in text and f"by {number.name}" in text
     assert words.splitlines()[-1] == f"interrupted: what was measured is in {report / 'report.html'}"
     facts = json.loads((report / "bench.json").read_text())
