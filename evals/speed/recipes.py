@@ -1,8 +1,9 @@
 """Core-seconds of one pretrained model converted by several recipes, beside the pretrained model in transformers and,
 if that is faster, with oneDNN products. All run in turns on one thread, and the process's own CPU time is counted, so
-other load on the machine changes little. Medians count.
+other load on the machine changes little. Medians count. With more threads a clock counts, on a quiet machine.
 
     python -m evals.speed.recipes slots=FOLDER default=FOLDER    # converted checkpoints of one pretrained model
+    python -m evals.speed.recipes slots=FOLDER --threads 2 --tokens 8192 -o FILE
 """
 
 from __future__ import annotations
@@ -35,23 +36,28 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="RECIPE=FOLDER", help="converted checkpoints")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32, help="tokens per run; one in 32 merges a block into the slots")
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, of a clock instead of CPU time")
+    parser.add_argument("--tokens", type=int, help="only what is measured at so many")
     parser.add_argument("-o", "--output", type=Path, default=FIGURES)
     parser.add_argument("--table", action="store_true", help="print the table of the figures that are there")
     arguments = parser.parse_args()
     if not arguments.table:
-        torch.set_num_threads(1)
+        torch.set_num_threads(arguments.threads)
         subjects = _subjects(arguments.models)
         around = {**surroundings(), "command": "python -m evals.speed.recipes", "steps": arguments.steps}
         rows: list[dict[str, Any]] = []
         for kind, tokens in WORK:
+            if arguments.tokens not in (None, tokens):
+                continue
             with torch.no_grad():
                 rows.append(_measured(subjects, kind, tokens, arguments.repeats, arguments.steps))
             write(arguments.output, {**around, "rows": rows})  # so that a run may be stopped
-            print(table(rows[-1:]), flush=True)
+            print(table(rows[-1:], arguments.threads), flush=True)
     else:
         import json
 
-        print(table(json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]))
+        figures = json.loads(arguments.output.read_text(encoding="utf-8"))
+        print(table(figures["rows"], figures["threads"]))
 
 
 def _subjects(models: list[str]) -> list[Subject]:
@@ -82,12 +88,13 @@ def _measured(subjects: list[Subject], kind: str, tokens: int, repeats: int, ste
             decoding.steps = steps
             runs[subject.name] = decoding
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for turn in range(repeats + (kind == "read")):  # the first reading is a warm-up
         for name, run in runs.items():
-            began = time.process_time()
+            began = clock()
             count = run()
             if turn or kind == "write":
-                seconds[name].append((time.process_time() - began) / count)
+                seconds[name].append((clock() - began) / count)
     speeds = {name: 1 / median(times) for name, times in seconds.items()}
     faster = max(speed for name, speed in speeds.items() if name.startswith("teacher"))
     row: dict[str, Any] = {"kind": kind, "tokens": tokens, "core_seconds_per_token": seconds, "per_core_second": speeds}
@@ -97,12 +104,13 @@ def _measured(subjects: list[Subject], kind: str, tokens: int, repeats: int, ste
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], threads: int = 1) -> str:
+    unit = "tokens per core-second" if threads == 1 else f"tokens per second, {threads} threads"
     found = []
     for row in rows:
         ratios = row["times_the_faster_teacher"]
         cells = {name: f"{speed:.1f} ({ratios[name]:.2f})" for name, speed in row["per_core_second"].items()}
-        found.append({"tokens per core-second": f"{row['kind']} {row['tokens']:,}", **cells})
+        found.append({unit: f"{row['kind']} {row['tokens']:,}", **cells})
     return markdown(found)
 
 
