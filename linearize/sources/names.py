@@ -42,7 +42,7 @@ def on_disk(reference: str) -> OnDisk:
 
 
 def nearest(path: Path) -> str:
-    """ "; did you mean PATH?" with the most similar name in the path's folder; empty if there is none."""
+    """A hint at the most similar name in the path's folder, which begins with a semicolon; empty if there is none."""
     parent = path.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)

@@ -88,7 +88,7 @@ def _chunk(
     lengths: Tensor | None,
     memory: LayerMemory | None,
     *,
-    fused: bool = False,
+    fused: bool,
 ) -> Tensor:
     """`Mixer.forward` with landmarks, for any number of tokens, with or without a memory."""
     window, dtype = mixer.window, computing_dtype(new.q)
