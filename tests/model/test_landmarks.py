@@ -225,9 +225,8 @@ def test_whole_rows_are_the_same_with_and_without_gradients(case, tokens, off):
         return [output, *found]
 
     whole = results(whole_rows(mixer, mixer._as_stored(new, None)))
-    for one, other in zip(
-        whole, results(_chunk(mixer, mixer._as_stored(new, None), None, None, fused=False)), strict=True
-    ):
+    chunk = results(_chunk(mixer, mixer._as_stored(new, None), None, None, fused=False))
+    for one, other in zip(whole, chunk, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max().clamp_min(1)))
     with torch.no_grad():
         stored = mixer._as_stored(new, None)
