@@ -205,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.speed.operators", description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="write operators.json too")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # a step with several threads rotates by other operators
     found = {}
     for recipe, kernels in (*((recipe, "torch") for recipe in RECIPES), ("default", "native")):
         with mock.patch.dict(os.environ, LINEARIZE_KERNELS=kernels):

@@ -51,7 +51,7 @@ _ON_GPU: dict[Operation, _Row] = {
 }
 _ON_CPU: dict[Operation, str] = {
     "slots": "one call a layer where the plain way has some forty operators a block of tokens",
-    "product": "of one row on one thread; weights are read at the memory's pace",
+    "product": "of one row; weights are read at the memory's pace",
 }
 _NONE = _Row("torch", True, "there are no other kernels")
 _PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}

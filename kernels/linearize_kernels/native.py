@@ -2,7 +2,7 @@
 cache folder. Without a compiler plain torch runs.
 
 A call takes one struct of 8-byte fields: first whole numbers and addresses, then floating-point numbers. Calls release
-the GIL, so torch's number of threads run as many shares of the work.
+the GIL, and share their work among torch's number of threads.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import ThreadPoolExecutor
 
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 _SECONDS = 120.0  # a compiler may take
 
 
@@ -49,8 +48,8 @@ def packed(*fields: int | float | Tensor | None) -> bytes:
     return struct.pack("=" + "".join("d" if type(x) is float else "q" for x in values), *values)
 
 
-def launch(function: str, given: bytes, work: int) -> None:
-    """Run a C function on the numbers from 0 to `work`, shared by torch's number of threads.
+def launch(function: str, given: bytes) -> None:
+    """Run a C function on torch's number of threads.
 
     Args:
         given: its struct, as `packed` makes it. Its tensors must live until the call returns.
@@ -62,28 +61,14 @@ def launch(function: str, given: bytes, work: int) -> None:
     call, size = _function(function)
     if len(given) != size:
         raise ValueError(f"{function} takes {size} bytes of arguments, and these are {len(given)}")
-    threads = 1 if work == 1 else min(torch.get_num_threads(), work)
-    if threads == 1:
-        failed = [call(given, 0, work)]
-    else:
-        borders = [work * part // threads for part in range(threads + 1)]
-        failed = list(_pool(os.getpid(), threads).map(call, [given] * threads, borders, borders[1:]))
-    if any(failed):
+    if call(given, torch.get_num_threads()):
         raise MemoryError(f"no memory for the tables of {function}")
 
 
 @cache
-def _function(name: str) -> tuple[Callable[[bytes, int, int], int], int]:
+def _function(name: str) -> tuple[Callable[[bytes, int], int], int]:
     """A C function, and the size of its struct."""
     return getattr(_library(), name), int(getattr(_library(), f"{name}_bytes")())
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process, because those of its parent do not come along."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(threads, thread_name_prefix="linearize")
 
 
 @cache
@@ -98,8 +83,8 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoNativeError(f"{path} cannot be loaded: {error}") from None
-    for name in (source.stem for source in sources if source.suffix == ".c"):
-        getattr(library, name).argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
+    for name in ("prompt", "step", "product"):
+        getattr(library, name).argtypes = (ctypes.c_char_p, ctypes.c_int64)
         getattr(library, f"{name}_bytes").restype = ctypes.c_int64
     return library
 

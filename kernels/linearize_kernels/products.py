@@ -85,7 +85,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _goes_to_native(x: Tensor, weight: Tensor) -> bool:
-    """True for one row on one thread: the C function reads weights at the memory's pace."""
+    """True for one row: the C function reads weights at the memory's pace."""
     return (
         x.numel() == weight.shape[1]
         and weight.numel() >= _WORK
@@ -96,7 +96,6 @@ def _goes_to_native(x: Tensor, weight: Tensor) -> bool:
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and weight.is_contiguous()
-        and torch.get_num_threads() == 1
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and choose("product", x.device, x.dtype) == "native"
@@ -107,7 +106,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32)
     x, bias = x.contiguous(), None if bias is None else bias.float().contiguous()
-    launch("product", packed(inputs, outputs, 1, x, weight, bias, y), 1)
+    launch("product", packed(inputs, outputs, x, weight, bias, y))
     return y
 
 

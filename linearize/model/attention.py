@@ -176,9 +176,12 @@ class LinearizedAttention(nn.Module):
     def _turn(self, heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
         """The rotation of one token's `heads` `[B, 1, N, D]` as a matrix `[B or 1, D, D]`: one matrix product per layer
         instead of seven small operations. Cached on `cos`, because all layers share it. None where this is slower (GPU,
-        autograd, compiled code) or would round differently from the family's `rotate`."""
+        autograd, compiled code) or would round differently from the family's `rotate`. With several threads it is
+        slower, too: torch would wake its own for each product, and they then wait actively beside those of `native`."""
         cos, sin = position_embeddings
         if heads.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if torch.get_num_threads() > 1:
             return None
         if cos.dtype != heads.dtype or heads.dtype not in (torch.float32, torch.float64):
             return None

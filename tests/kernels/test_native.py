@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +122,38 @@ def test_training_chooses_the_same_tokens(options, monkeypatch):
         assert plain.dtype == ours.dtype and torch.equal(plain, ours)
 
 
+@pytest.mark.parametrize("case", ["nine query heads, three key/value heads", "int4, a learned score", "a state"])
+def test_results_do_not_depend_on_the_number_of_threads(case, monkeypatch):
+    heads, options, pieces = CASES[case]
+    mixer = mixer_of(heads, options)
+    new = drawn(mixer.layer, *pieces_and_tokens(pieces))
+    ways = []
+    for threads in (1, 2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        ways.append(found(mixer, new, pieces, torch.float32))
+    for way in ways[1:]:
+        assert all(torch.equal(x, ways[0][name]) for name, x in way.items())
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    y = torch.empty(len(weight))
+    native.launch("product", native.packed(x.numel(), len(weight), x, weight, None, y))
+    return y
+
+
+def test_callers_at_the_same_time_and_forked_processes(monkeypatch):
+    """Both have the results of a caller alone: the threads serve one call at a time, and a child has none of them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    weight, x = torch.randn(700, 64), torch.randn(64)
+    wanted = _product(x, weight)
+    with ThreadPoolExecutor(4) as callers:
+        assert all(torch.equal(y, wanted) for y in callers.map(lambda _: _product(x, weight), range(400)))
+    child = os.fork()
+    if not child:
+        os._exit(0 if all(torch.equal(_product(x, weight), wanted) for _ in range(20)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_functions_run(threads, monkeypatch):
@@ -144,7 +178,6 @@ def test_products_of_one_row(bias, monkeypatch):
     errors = []
     for kernels in ("torch", "native"):
         monkeypatch.setenv("LINEARIZE_KERNELS", kernels)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         with torch.no_grad():
             errors.append(float((product(x, linear.weight, linear.bias) - exact).abs().max()))
     assert errors[1] <= 2 * errors[0]

@@ -1,9 +1,10 @@
 /* One row times a weight, read from memory once and in order: y = W x. */
 
+#include "threads.h"
 #include "vectors.h"
 
 typedef struct {
-    int64_t inputs, outputs, blocks;
+    int64_t inputs, outputs;
     const float *x, *weight, *bias;
     float *y;
 } Product;
@@ -12,10 +13,13 @@ int64_t product_bytes(void) { return (int64_t)sizeof(Product); }
 
 enum { AHEAD = 2048 }; /* numbers that are asked for before they are read */
 
-/* The blocks of outputs from `from` to `to`, of `blocks` in all. */
-int product(const Product *p, int64_t from, int64_t to) {
-    int64_t inputs = p->inputs, first = p->outputs * from / p->blocks, last = p->outputs * to / p->blocks;
-    for (int64_t o = first; o < last; o++) {
+enum { OUTPUTS = 64 }; /* of a task */
+
+static void outputs_of(void *given, int64_t at, int64_t thread) {
+    const Product *p = given;
+    int64_t inputs = p->inputs, last = least((at + 1) * OUTPUTS, p->outputs);
+    (void)thread;
+    for (int64_t o = at * OUTPUTS; o < last; o++) {
         const float *w = p->weight + o * inputs;
         vec a = all(0), b = all(0), c = all(0), d = all(0);
         int64_t i = 0;
@@ -30,5 +34,9 @@ int product(const Product *p, int64_t from, int64_t to) {
         for (; i < inputs; i++) total += w[i] * p->x[i];
         p->y[o] = p->bias ? total + p->bias[o] : total;
     }
+}
+
+int product(const Product *p, int64_t threads) {
+    share(outputs_of, (void *)p, up(p->outputs, OUTPUTS) / OUTPUTS, threads);
     return 0;
 }

@@ -82,7 +82,7 @@ def attend_native(mixer: MixerBase, rows: Rows, sinks: Part, landmarks: Part, le
         *(y, logs, received, new_score, new_received, number, origin, kept, lost),
         *_options(mixer),
     )
-    launch("prompt", fields, batch * heads)
+    launch("prompt", fields)
     slots: Part = {"novelty": new_score, "received": new_received, "number": number}
     if has_values:
         slots |= {name: take_by_head(torch.cat([landmarks[name], x], 1), origin) for name, x in leaving.items()}
@@ -117,7 +117,7 @@ def step_native(
     shape = (len(new.q), 1, layer.query_heads, layer.value_width)
     y = torch.empty(shape, dtype=torch.float32) if lengths is None else torch.zeros(shape, dtype=torch.float32)
     log = torch.zeros_like(y[..., 0]) if mixer.recurrence is not None and mixer.config.mix == "softmax" else None
-    launch("step", kept[1] + packed(*rows, *given, y, log), len(y))
+    launch("step", kept[1] + packed(*rows, *given, y, log))
     return y, log
 
 
