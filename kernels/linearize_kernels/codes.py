@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linearize_kernels.decay import computing_dtype
 from linearize_kernels.products import product
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 GROUP = 32
 """The most channels that share a scale in 4 bits."""
@@ -56,8 +59,8 @@ def groups_of(width: int) -> int:
 
 def encode(x: Tensor, bits: int) -> Codes:
     """`x` `[..., D]` in 8 or 4 bits."""
-    if x.is_meta:
-        return _shapes(x, bits)
+    if x.is_meta:  # there a reduction imports sympy and torch._dynamo, which takes seconds
+        return room_for_codes(x.shape, bits, x.device)
     steps, scale, zero = _levels(x.to(computing_dtype(x)), bits)
     if zero is None:
         return Codes(steps.to(torch.int8), scale, None)
@@ -91,13 +94,21 @@ def _of_levels(steps: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return turned(steps.mul_(scale).add_(zero).flatten(-2))
 
 
-def _shapes(x: Tensor, bits: int) -> Codes:
-    """`encode` on the meta device, where a reduction imports sympy and torch._dynamo, which takes seconds."""
-    *rows, width = x.shape
+def room_for_codes(shape: Sequence[int], bits: int, device: torch.device) -> Codes:
+    """Uninitialised codes of a tensor of a shape `[..., D]`; if all are 0, so is what they stand for.
+
+    Raises:
+        ValueError: the width does not go with the bits.
+    """
+    *rows, width = shape
+
+    def empty(last: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*rows, last, dtype=dtype, device=device)
+
     if bits == 8:
-        return Codes(x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*rows, 1), dtype=torch.bfloat16), None)
-    scale, zero = (x.new_empty((*rows, groups_of(width)), dtype=torch.bfloat16) for _ in range(2))
-    return Codes(x.new_empty((*rows, width // 2), dtype=torch.uint8), scale, zero)
+        return Codes(empty(width, torch.int8), empty(1, torch.bfloat16), None)
+    groups = groups_of(width)
+    return Codes(empty(width // 2, torch.uint8), empty(groups, torch.bfloat16), empty(groups, torch.bfloat16))
 
 
 def decode(held: Codes, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from linearize.families.base import AttentionLayer, Family, Projections
 from linearize.model.landmarks.slots import joint_parts
 from linearize.model.layout import Layout
-from linearize.model.memory import LayerMemory, memory_of
+from linearize.model.memory import LayerMemory, clear, memory_of
 from linearize.model.mixer.mixer import Mixer
 from linearize.model.precision import empty_slots
 
@@ -87,6 +87,7 @@ class LinearizedAttention(nn.Module):
             past = {}
             for name in ("k_rotated", "v"):
                 past |= empty_slots(kept, name, slots, dtype, device)
+            clear(past)
         joints = joint_parts(self.mixer) if self.mixer is not None and self.mixer.config.landmarks else ()
         return LayerMemory(parts, batch, device, past=past, capacity=capacity, joints=joints)
 

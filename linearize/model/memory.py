@@ -32,6 +32,15 @@ def store(part: Part, name: str, value: Tensor) -> None:
     part[name].copy_(value.detach())
 
 
+def clear(*parts: Part) -> None:
+    """Fill the tensors of parts with zeros, in one launch for each dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for x in (x for part in parts for x in part.values() if x.numel() and not x.is_meta):
+        by_dtype.setdefault(x.dtype, []).append(x)
+    for tensors in by_dtype.values():
+        torch._foreach_zero_(tensors)
+
+
 class LayerMemory(CacheLayerMixin):
     """The cache of one converted layer for a batch of sequences. Its size does not depend on their length.
 

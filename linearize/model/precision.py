@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from linearize_kernels.codes import Codes, decode, encode, rounded
+from linearize_kernels.codes import Codes, decode, encode, room_for_codes, rounded
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,15 +41,17 @@ def empty_slots(
     device: torch.device,
     bits: int = 0,
 ) -> Part:
-    """Zeros for N keys or, with the name `v`, values, as the tensors of a part: `[B, N, K, D or V]` in `dtype`, or
-    their codes.
+    """Room for N keys or, with the name `v`, values, as the tensors of a part: `[B, N, K, D or V]` in `dtype`, or their
+    codes. It is not initialised; `clear` makes it zeros.
 
     Raises:
         ValueError: the width of a head does not go with the bits.
     """
     width = layer.value_width if name == "v" else layer.key_width
-    whole = torch.zeros(*shape, layer.key_value_heads, width, dtype=dtype, device=device)
-    return {name: whole} if not bits else _as_part(name, encode(whole, bits))
+    whole = (*shape, layer.key_value_heads, width)
+    if bits:
+        return _as_part(name, room_for_codes(whole, bits, device))
+    return {name: torch.empty(whole, dtype=dtype, device=device)}
 
 
 def names_in_part(names: Sequence[str], bits: int) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from linearize.model.landmarks.exact import attend
 from linearize.model.landmarks.recall import Evictions, recalled
 from linearize.model.landmarks.rows import Attended, Rows, merges_of
 from linearize.model.landmarks.slots import (
+    SCORES,
     arriving_of,
     in_slots,
     kept_names,
@@ -69,14 +70,18 @@ def _lay_out(
     if isinstance(offset, int):
         total = None if memory is None or lengths is None else offset + lengths
         past, later = max(offset, 0), max(-offset, 0)
-        held = {name: torch.cat([x[:, :past], arriving[name][:, later:]], 1) for name, x in window.items()}
+        held = {name: x[:, later:] for name, x in arriving.items()}
+        if past:
+            before = decoded(window, computing_dtype(new.q))
+            held = {name: torch.cat([before[name][:, :past], x], 1) for name, x in held.items()}
         return Rows(merged, offset, total, offset, new.q_rotated, q_state, held)
     total = offset + (tokens if lengths is None else lengths)
     # Only a CPU knows the longest row without a wait; elsewhere all places are taken that a row may have.
     span = max(int(total.max()), 1) if total.device.type == "cpu" else width + tokens
     place = torch.arange(span, device=total.device)
     at = torch.where(place < offset[:, None], place, width + place - offset[:, None]).clamp(max=width + tokens - 1)
-    held = {name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in window.items()}
+    before = decoded(window, computing_dtype(new.q))
+    held = {name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in before.items()}
     query = torch.arange(-sinks, len(place), device=total.device) - offset[:, None]
     query = query.clamp(0, tokens - 1)
     return Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
@@ -94,17 +99,21 @@ def _chunk(
     window, dtype = mixer.window, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, new.v.device)
     fresh, sums = static_scores(mixer, new, parts)
-    rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), decoded(parts["window"], dtype), lengths, memory)
+    rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), parts["window"], lengths, memory)
     sinks = _sinks_of(mixer, new, lengths, memory)
     held = {name: rows.held[name][:, : merges_of(mixer, rows) * BLOCK].to(dtype) for name in kept_names(mixer)}
-    leaving, landmarks = in_slots(mixer, held), decoded(parts["landmarks"], dtype)
+    leaving, landmarks = in_slots(mixer, held), _slots_of(mixer, rows, parts["landmarks"], dtype)
     tell = mixer.recurrence is not None and "recurrence" not in mixer.branches_off
     exact = attend(mixer, rows, sinks, landmarks, leaving, tell=tell, fused=fused)
     y = _beside_state(mixer, rows, exact, landmarks, leaving, memory)
     if memory is not None:
         done = merges_of(mixer, rows) if rows.total is None else (rows.total - window).clamp_min(0) // BLOCK
         rows.held["received"] = exact.received
-        _keep(memory, rows, done, {"landmarks": exact.slots, "sinks": sinks}, sums, lengths)
+        # Codes of tokens that stay where they are stay as they are.
+        changed = exact.slots if leaving["v"].shape[1] else {n: exact.slots[n] for n in SCORES}
+        seen = memory.uniform
+        arrive = {} if seen is not None and seen >= mixer.config.sinks else {"sinks": sinks}
+        _keep(memory, rows, done, {"landmarks": changed, **arrive}, sums, lengths)
     return rows.back(y, new.q.shape[1])
 
 
@@ -146,6 +155,18 @@ def _beside_state(
     )
 
 
+def _slots_of(mixer: MixerBase, rows: Rows, landmarks: Part, dtype: torch.dtype) -> Part:
+    """The slots before the call, with codes decoded."""
+    if not isinstance(rows.merged, int) or rows.merged:
+        return decoded(landmarks, dtype)
+    # All are empty, so nothing has to be decoded.
+    scores = {name: landmarks[name] for name in SCORES}
+    shape, zero = landmarks["number"].shape, rows.q.new_zeros(1, 1, 1, 1, dtype=dtype)
+    layer = mixer.layer
+    widths = {name: layer.value_width if name == "v" else layer.key_width for name in kept_names(mixer)}
+    return {name: zero.expand(*shape, width) for name, width in widths.items()} | scores
+
+
 def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Part:
     """Keys and values of the sinks `[R, M, K, D or V]`, those among the new tokens included."""
     sinks, (rows, tokens) = mixer.config.sinks, new.v.shape[:2]
@@ -153,6 +174,8 @@ def _sinks_of(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory
         return {}
     if memory is not None and memory.uniform is not None and memory.uniform >= sinks:
         return decoded(memory.parts["sinks"], computing_dtype(new.q))
+    if lengths is None and (memory is None or memory.uniform == 0) and tokens >= sinks:
+        return {name: getattr(new, name)[:, :sinks] for name in ("k_rotated", "v")}
     place = torch.arange(sinks, device=new.v.device).expand(rows, -1)
     if memory is not None:
         place = place - memory.counts[:, None]

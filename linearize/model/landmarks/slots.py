@@ -52,23 +52,24 @@ REACH = 2
 FADING = 0.8
 MOST_AGAINST = 1.0
 BESIDE_LEARNED = 0.5
-_SCORES = ("novelty", "received")
+SCORES = ("novelty", "received", "number")
+"""Tensors of the slots beside those of the tokens; the window has the first two."""
 LEAST_ATTENTION, LEAST_SPREAD = 1e-5, 1e-6
 
 
 def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, device: torch.device) -> dict[str, Part]:
-    """The tensors of `Mixer.parts` with landmarks. `number` counts tokens from 1; 0 marks an empty slot.
+    """The tensors of `Mixer.parts` with landmarks, not initialised. `number` counts tokens from 1; 0: an empty slot.
 
     Args:
-        empty: makes zero tensors for a number of tokens and some tensor names; `bits` other than the window's.
+        empty: makes tensors for a number of tokens and some tensor names; `bits` other than the window's.
     """
     layer, slots = mixer.layer, mixer.config.landmarks
 
     def with_scores(part: Part, count: int, **scores: torch.dtype) -> Part:
         shape = (batch, count, layer.key_value_heads)
-        return part | {name: torch.zeros(shape, dtype=kind, device=device) for name, kind in scores.items()}
+        return part | {name: torch.empty(shape, dtype=kind, device=device) for name, kind in scores.items()}
 
-    names, scores, width = kept_names(mixer), dict.fromkeys(_SCORES, torch.float32), room(mixer.window)
+    names, scores, width = kept_names(mixer), dict.fromkeys(SCORES[:2], torch.float32), room(mixer.window)
     parts = {"window": with_scores(empty(width, *names), width, **scores)}
     kept = empty(slots, *names, bits=slot_bits(mixer.config))
     parts["landmarks"] = with_scores(kept, slots, **scores, number=torch.int32)
@@ -76,7 +77,7 @@ def landmark_parts(mixer: MixerBase, empty: Callable[..., Part], batch: int, dev
         parts["sinks"] = empty(mixer.config.sinks, "k_rotated", "v")
     if mixer.config.landmark_score == "novelty":
         shape = (batch, layer.key_value_heads, layer.key_width)
-        parts["keys"] = {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
+        parts["keys"] = {"sum": torch.empty(shape, dtype=torch.float32, device=device)}
     return parts
 
 

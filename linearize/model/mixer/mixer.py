@@ -26,6 +26,7 @@ from linearize_kernels.window import TINY, mix_outputs
 from torch import Tensor
 
 from linearize.model.landmarks.slots import kept_names, landmark_parts
+from linearize.model.memory import clear
 from linearize.model.mixer.base import ExactColumns, MixerBase
 from linearize.model.mixer.fused import fused_attention, fused_step, fuses
 from linearize.model.mixer.step import step, steps
@@ -201,6 +202,7 @@ class Mixer(MixerBase):
             parts = {"window": slots(self.window, *self._kept())}
             if self.config.sinks:
                 parts["sinks"] = slots(self.config.sinks, "k_rotated", "v")
+        clear(*parts.values())
         if self.recurrence is not None:
             state = self.recurrence.state(batch, device)
             parts["state"] = {name: x.double() if dtype == torch.float64 else x for name, x in state.items()}
