@@ -113,6 +113,7 @@ def recording() -> Iterator[list[Launch]]:
     from linearize_kernels import (  # noqa: F401
         block_triton,
         dispatch,
+        landmark_pool_triton,
         landmark_text_triton,
         landmark_triton,
         liger,

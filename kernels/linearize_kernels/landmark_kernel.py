@@ -41,6 +41,13 @@ def _turned(x, SIZE: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _turned_halves(low, high, D: tl.constexpr, SIZE: tl.constexpr, OPERAND: tl.constexpr):
+    """Tokens `[N, D]`, in halves `[N, SIZE]`, times the Hadamard matrix / sqrt(D)."""
+    turned = _turned(low + high, SIZE, OPERAND) * (D**-0.5)
+    return turned, _turned(low - high, SIZE, OPERAND) * (D**-0.5)
+
+
+@triton.jit
 def _bfloat16(x):
     """Rounded to bfloat16, in float32; the interpreter's conversion does not round."""
     bits = x.to(tl.int32, bitcast=True)
@@ -273,9 +280,7 @@ def landmark_step_kernel(
     s_low = tl.zeros([BLOCK_Q, BLOCK_U], tl.float32)
     s_high = tl.zeros([BLOCK_Q, BLOCK_U], tl.float32)
     if SLOT_BITS == 4:
-        both, apart = q_low + q_high, q_low - q_high
-        q_low = _turned(both, BLOCK_H, OPERAND) * (D**-0.5)
-        q_high = _turned(apart, BLOCK_H, OPERAND) * (D**-0.5)
+        q_low, q_high = _turned_halves(q_low, q_high, D, BLOCK_H, OPERAND)
     for first in range(0, SLOTS, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         there = n < SLOTS
@@ -288,9 +293,7 @@ def landmark_step_kernel(
         y_low *= shrink[:, None]
         y_high *= shrink[:, None]
     if SLOT_BITS == 4:
-        both, apart = s_low + s_high, s_low - s_high
-        s_low = _turned(both, BLOCK_U, OPERAND) * (V**-0.5)
-        s_high = _turned(apart, BLOCK_U, OPERAND) * (V**-0.5)
+        s_low, s_high = _turned_halves(s_low, s_high, V, BLOCK_U, OPERAND)
     inverse = 1.0 / total
     answer = out + asker[:, None] * V + u[None, :]
     answered = (g < G)[:, None] & (u < V // 2)[None, :]
@@ -312,4 +315,4 @@ def landmark_step_kernel(
         _receive(slot_received, scores, asker, SINKS + ROOM, n, there, counting, top, total, head, K, P, G, BLOCK_Q)
 
 
-__all__ = ["_bfloat16", "_half", "_nearest", "_turned", "landmark_step_kernel", "tl", "triton"]
+__all__ = ["_bfloat16", "_half", "_in_type", "_nearest", "_turned_halves", "landmark_step_kernel", "tl", "triton"]

@@ -4,7 +4,7 @@ It ranks slots and block, gives the kept tokens of the block the places of the s
 window on by a block. Rows whose next token merges no block do not change.
 """
 
-from linearize_kernels.landmark_kernel import _bfloat16, _half, _nearest, _turned, tl, triton
+from linearize_kernels.landmark_kernel import _bfloat16, _half, _nearest, _turned_halves, tl, triton
 
 
 @triton.jit
@@ -77,6 +77,28 @@ def _coded(x, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _store_coded(
+    low, high, into, into_scale, into_zero, at, there,
+    D: tl.constexpr, GROUP: tl.constexpr, OPERAND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Write tokens, in halves `[BLOCK, BLOCK_H]`, in 4 bits at rows `at`."""
+    h = tl.arange(0, BLOCK_H)
+    low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
+    first, first_scale, first_zero = _coded(low, GROUP, BLOCK_H, BLOCK)
+    second, second_scale, second_zero = _coded(high, GROUP, BLOCK_H, BLOCK)
+    mask = there[:, None] & (h < D // 2)[None, :]
+    tl.store(into + at[:, None] * (D // 2) + h[None, :], (first | (second << 4)).to(tl.uint8), mask=mask)
+    HALF: tl.constexpr = BLOCK_H // GROUP
+    group = tl.arange(0, HALF)
+    at = at[:, None] * (2 * HALF) + group[None, :]
+    mask = there[:, None] & (group >= 0)[None, :]
+    tl.store(into_scale + at, first_scale.to(into_scale.dtype.element_ty), mask=mask)
+    tl.store(into_zero + at, first_zero.to(into_zero.dtype.element_ty), mask=mask)
+    tl.store(into_scale + at + HALF, second_scale.to(into_scale.dtype.element_ty), mask=mask)
+    tl.store(into_zero + at + HALF, second_zero.to(into_zero.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _move_tokens(
     x, x_scale, into, into_scale, into_zero, source, to, there, head,
     K: tl.constexpr, D: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -88,22 +110,7 @@ def _move_tokens(
         h = tl.arange(0, BLOCK_H)
         low = _half(x, x_scale, x, from_at, h, there, 0, D, NEAR_BITS, 1)
         high = _half(x, x_scale, x, from_at, h, there, 1, D, NEAR_BITS, 1)
-        first, first_scale, first_zero = _coded(
-            _turned(low + high, BLOCK_H, OPERAND) * (D**-0.5), GROUP, BLOCK_H, BLOCK
-        )
-        second, second_scale, second_zero = _coded(
-            _turned(low - high, BLOCK_H, OPERAND) * (D**-0.5), GROUP, BLOCK_H, BLOCK
-        )
-        mask = there[:, None] & (h < D // 2)[None, :]
-        tl.store(into + to_at[:, None] * (D // 2) + h[None, :], (first | (second << 4)).to(tl.uint8), mask=mask)
-        HALF: tl.constexpr = BLOCK_H // GROUP
-        group = tl.arange(0, HALF)
-        at = to_at[:, None] * (2 * HALF) + group[None, :]
-        mask = there[:, None] & (group >= 0)[None, :]
-        tl.store(into_scale + at, first_scale.to(into_scale.dtype.element_ty), mask=mask)
-        tl.store(into_zero + at, first_zero.to(into_zero.dtype.element_ty), mask=mask)
-        tl.store(into_scale + at + HALF, second_scale.to(into_scale.dtype.element_ty), mask=mask)
-        tl.store(into_zero + at + HALF, second_zero.to(into_zero.dtype.element_ty), mask=mask)
+        _store_coded(low, high, into, into_scale, into_zero, to_at, there, D, GROUP, OPERAND, BLOCK, BLOCK_H)
     else:
         d = tl.arange(0, BLOCK_D)
         mask = there[:, None] & (d < D)[None, :]

@@ -84,8 +84,8 @@ def pooled(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
     With operands of half precision a wider token is two of them, side by side, whose sum keeps 16 bits or more."""
     pool = torch.cat(list(parts), 1)
-    operand = _operand(like)
-    if operand == torch.float32 or pool.dtype == operand:
+    operand = operand_of(like)
+    if pieces_of(pool.dtype, like) == 1:
         return pool.to(operand)
     upper = pool.to(operand)
     return torch.cat([upper, (pool - upper).to(operand)], -1)
@@ -196,14 +196,20 @@ def launch_landmark_read(
     return y, log
 
 
-def _operand(like: Tensor) -> torch.dtype:
+def operand_of(like: Tensor) -> torch.dtype:
+    """The dtype of products with `like`."""
     # numpy, which the interpreter computes with, has no bfloat16.
     return torch.float32 if interpreted() and like.dtype == torch.bfloat16 else like.dtype
 
 
+def pieces_of(dtype: torch.dtype, like: Tensor) -> int:
+    """The number of operands that a token in `dtype` takes; see `pooled`."""
+    return 1 if operand_of(like) in (torch.float32, dtype) else 2
+
+
 def _shared(text: LandmarkText, pool: Tensor, groups: int) -> tuple[Tensor, dict[str, Any]]:
     """The queries and the arguments of both kernels."""
-    q = text.q.to(_operand(text.q))
+    q = text.q.to(operand_of(text.q))
     q = q if q.stride(-1) == 1 else q.contiguous()
     width, group = q.shape[3], q.shape[2] // groups
     block_d = max(power_of_2(pool.shape[3]), _SMALLEST)

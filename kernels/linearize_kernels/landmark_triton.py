@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _TURN, _LEAST = 64, 16
 
 
-_NEAR = ("k_rotated", "k_rotated_scale", "v", "v_scale")
-_CODED = ("k_rotated", "k_rotated_scale", "k_rotated_zero", "v", "v_scale", "v_zero")
+NEAR = ("k_rotated", "k_rotated_scale", "v", "v_scale")
+CODED = ("k_rotated", "k_rotated_scale", "k_rotated_zero", "v", "v_scale", "v_zero")
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def launch_landmark_step(
             k_rotated,
             out,
             scores,
-            *_held(sinks, absent, *_NEAR),
-            *_held(window, absent, *_NEAR, "novelty", "received"),
-            *_held(slots, absent, *_CODED, "received", "number"),
+            *held_of(sinks, absent, *NEAR),
+            *held_of(window, absent, *NEAR, "novelty", "received"),
+            *held_of(slots, absent, *CODED, "received", "number"),
             *(
                 absent if x is None else x
                 for x in (parts.get("keys", {}).get("sum"), score_weight, key_scale, key_shift)
@@ -144,8 +144,8 @@ def launch_landmark_merge(
     places = torch.empty(batch, groups, 2, step.block, dtype=torch.int32, device=counts.device)
     with torch.cuda.device_of(places):
         landmark_merge_kernel[(batch, groups)](
-            *_held(window, places, *_NEAR, "novelty", "received"),
-            *_held(slots, places, *_CODED, "novelty", "received", "number"),
+            *held_of(window, places, *NEAR, "novelty", "received"),
+            *held_of(slots, places, *CODED, "novelty", "received", "number"),
             places,
             counts,
             counts if lengths is None else lengths.contiguous(),
@@ -165,7 +165,7 @@ def launch_landmark_merge(
         )
 
 
-def _held(part: Mapping[str, Tensor], absent: Tensor, *names: str) -> list[Tensor]:
+def held_of(part: Mapping[str, Tensor], absent: Tensor, *names: str) -> list[Tensor]:
     """The tensors of a part; `absent` is a pointer that the kernel does not read.
 
     Raises:

@@ -33,6 +33,10 @@ KINDS = {
     ),
     "8 bits, no sinks": ({"group": 4, "values": 6}, {"memory_dtype": "int8", "sinks": 0}),
     "4 bits, learned": ({"group": 2, "width": 32}, {"memory_dtype": "int4", "landmark_score": "learned"}),
+    "4 bits, coded by kernels": (
+        {"group": 2, "heads": 2, "width": 128, "values": 64},
+        {"memory_dtype": "int4", "landmark_score": "learned"},
+    ),
     "beside a recurrence": ({"group": 2}, {"recurrence": "gla", "mix": "softmax", "rope": True}),
 }
 

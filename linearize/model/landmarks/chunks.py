@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
-from linearize.model.configuration import BLOCK, room
+from linearize.model.configuration import BLOCK
 from linearize.model.landmarks.exact import attend
+from linearize.model.landmarks.prompt import coded_prompt, codes_prompt
 from linearize.model.landmarks.recall import Evictions, recalled
-from linearize.model.landmarks.rows import Attended, Rows, merges_of
+from linearize.model.landmarks.rows import hold, keep_sums, lay_out, merges_of
 from linearize.model.landmarks.slots import (
     SCORES,
     arriving_of,
     in_slots,
     kept_names,
-    merges,
     rows_of,
     static_scores,
     stored,
@@ -35,6 +35,7 @@ from linearize.model.precision import decoded, encoded
 
 if TYPE_CHECKING:
     from linearize.families.base import Projections
+    from linearize.model.landmarks.rows import Attended, Rows
     from linearize.model.memory import LayerMemory, Part
     from linearize.model.mixer.base import MixerBase
 
@@ -51,40 +52,12 @@ def landmark_attention(
     """`Mixer.forward` with landmarks; `fused` runs the fused kernels where nothing takes a gradient."""
     if memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled():
         return landmark_step(mixer, new, lengths, memory)
+    if memory is not None and fused and codes_prompt(mixer, new):
+        return coded_prompt(mixer, new, lengths, memory)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in new)
     if trains and memory is None:
         return whole_rows(mixer, new, fused=fused)
     return _chunk(mixer, new, lengths, memory, fused=fused and not trains)
-
-
-def _lay_out(
-    mixer: MixerBase, new: Projections, arriving: Part, window: Part, lengths: Tensor | None, memory: LayerMemory | None
-) -> Rows:
-    tokens, sinks, width = new.q.shape[1], mixer.config.sinks, room(mixer.window)
-    q_state = new.q_rotated if mixer.config.rope else new.q
-    count: Tensor | int = 0
-    if memory is not None:
-        count = memory.counts.clone() if memory.uniform is None else memory.uniform
-    merged = merges(mixer, count)
-    offset = count - sinks - merged * BLOCK
-    if isinstance(offset, int):
-        total = None if memory is None or lengths is None else offset + lengths
-        past, later = max(offset, 0), max(-offset, 0)
-        held = {name: x[:, later:] for name, x in arriving.items()}
-        if past:
-            before = decoded(window, computing_dtype(new.q))
-            held = {name: torch.cat([before[name][:, :past], x], 1) for name, x in held.items()}
-        return Rows(merged, offset, total, offset, new.q_rotated, q_state, held)
-    total = offset + (tokens if lengths is None else lengths)
-    # Only a CPU knows the longest row without a wait; elsewhere all places are taken that a row may have.
-    span = max(int(total.max()), 1) if total.device.type == "cpu" else width + tokens
-    place = torch.arange(span, device=total.device)
-    at = torch.where(place < offset[:, None], place, width + place - offset[:, None]).clamp(max=width + tokens - 1)
-    before = decoded(window, computing_dtype(new.q))
-    held = {name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in before.items()}
-    query = torch.arange(-sinks, len(place), device=total.device) - offset[:, None]
-    query = query.clamp(0, tokens - 1)
-    return Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), held)
 
 
 def _chunk(
@@ -99,7 +72,7 @@ def _chunk(
     window, dtype = mixer.window, computing_dtype(new.q)
     parts = memory.parts if memory is not None else mixer.parts(new.v.shape[0], new.v.dtype, new.v.device)
     fresh, sums = static_scores(mixer, new, parts)
-    rows = _lay_out(mixer, new, arriving_of(mixer, new, fresh), parts["window"], lengths, memory)
+    rows = hold(lay_out(mixer, new, lengths, memory), arriving_of(mixer, new, fresh), parts["window"])
     sinks = _sinks_of(mixer, new, lengths, memory)
     held = {name: rows.held[name][:, : merges_of(mixer, rows) * BLOCK].to(dtype) for name in kept_names(mixer)}
     leaving, landmarks = in_slots(mixer, held), _slots_of(mixer, rows, parts["landmarks"], dtype)
@@ -113,7 +86,8 @@ def _chunk(
         changed = exact.slots if leaving["v"].shape[1] else {n: exact.slots[n] for n in SCORES}
         seen = memory.uniform
         arrive = {} if seen is not None and seen >= mixer.config.sinks else {"sinks": sinks}
-        _keep(memory, rows, done, {"landmarks": changed, **arrive}, sums, lengths)
+        _keep(memory, rows, done, {"landmarks": changed, **arrive})
+        keep_sums(memory, sums, lengths)
     return rows.back(y, new.q.shape[1])
 
 
@@ -192,15 +166,12 @@ def _keep(
     rows: Rows,
     done: Tensor | int,
     exact: dict[str, Part],
-    sums: Tensor | None,
-    lengths: Tensor | None,
 ) -> None:
     """Write the tensors at the end of a chunk into the memory; places without a token become 0.
 
     Args:
         done: the number of blocks of `rows.held` that have been merged.
         exact: landmarks and sinks.
-        sums: `[R, L, K, D]` running sums of normalised keys after each new token; None if none is kept.
     """
     latest, width = dict[str, Tensor](), memory.parts["window"]["received"].shape[1]
     for name, held in rows.held.items():
@@ -217,9 +188,3 @@ def _keep(
         for name, tensor in encoded(tensors, into).items():
             if tensor is not into[name]:
                 store(into, name, tensor)
-    if sums is None:
-        return
-    keys = memory.parts["keys"]
-    if lengths is not None:
-        sums = rows_of(torch.cat([keys["sum"][:, None], sums], 1), lengths[:, None])
-    store(keys, "sum", sums[:, -1])

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from linearize_kernels.decay import computing_dtype
 from torch import Tensor
 
-from linearize.model.configuration import BLOCK
-from linearize.model.landmarks.slots import rows_of
+from linearize.model.configuration import BLOCK, room
+from linearize.model.landmarks.slots import merges, rows_of
+from linearize.model.memory import store
+from linearize.model.precision import decoded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from linearize.model.memory import Part
+    from linearize.families.base import Projections
+    from linearize.model.memory import LayerMemory, Part
     from linearize.model.mixer.base import MixerBase
 
 
@@ -37,6 +41,11 @@ class Rows(NamedTuple):
     q: Tensor
     q_state: Tensor
     held: Part
+
+    @property
+    def places(self) -> int:
+        """The number of places that queries or tokens may have."""
+        return max(self.first + self.q.shape[1], 0)
 
     def real(self, query: Tensor) -> Tensor | None:
         """`[R, L]`, True if the query at a place in `query` `[L]` is a new token; None means all."""
@@ -73,6 +82,60 @@ class Attended(NamedTuple):
     received: Tensor
     kept: Tensor | None
     lost: Tensor | None
+
+
+def lay_out(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory | None) -> Rows:
+    """The rows of a call, without `held`."""
+    tokens, sinks = new.q.shape[1], mixer.config.sinks
+    q_state = new.q_rotated if mixer.config.rope else new.q
+    count: Tensor | int = 0
+    if memory is not None:
+        count = memory.counts.clone() if memory.uniform is None else memory.uniform
+    merged = merges(mixer, count)
+    offset = count - sinks - merged * BLOCK
+    if isinstance(offset, int):
+        total = None if memory is None or lengths is None else offset + lengths
+        return Rows(merged, offset, total, offset, new.q_rotated, q_state, {})
+    total = offset + (tokens if lengths is None else lengths)
+    # Only a CPU knows the longest row without a wait; elsewhere all places are taken that a row may have.
+    span = max(int(total.max()), 1) if total.device.type == "cpu" else room(mixer.window) + tokens
+    query = torch.arange(-sinks, span, device=total.device) - offset[:, None]
+    query = query.clamp(0, tokens - 1)
+    return Rows(merged, offset, total, -sinks, rows_of(new.q_rotated, query), rows_of(q_state, query), {})
+
+
+def hold(rows: Rows, arriving: Part, window: Part) -> Rows:
+    """`rows` with the tensors of the tokens from place 0 on.
+
+    Args:
+        arriving: those of the new tokens.
+        window: those of the memory, of the same names.
+    """
+    offset = rows.offset
+    if isinstance(offset, int):
+        past, later = max(offset, 0), max(-offset, 0)
+        held = {name: x[:, later:] for name, x in arriving.items()}
+        if past:
+            before = decoded(window, computing_dtype(rows.q))
+            held = {name: torch.cat([before[name][:, :past], x], 1) for name, x in held.items()}
+        return rows._replace(held=held)
+    width, tokens = (part["received"].shape[1] for part in (window, arriving))
+    place = torch.arange(rows.places, device=offset.device)
+    at = torch.where(place < offset[:, None], place, width + place - offset[:, None]).clamp(max=width + tokens - 1)
+    before = decoded(window, computing_dtype(rows.q))
+    return rows._replace(
+        held={name: rows_of(torch.cat([x, arriving[name].to(x.dtype)], 1), at) for name, x in before.items()}
+    )
+
+
+def keep_sums(memory: LayerMemory, sums: Tensor | None, lengths: Tensor | None) -> None:
+    """Write the sums of normalised keys `[R, L, K, D]` after the last of a call's tokens; None if none is kept."""
+    if sums is None:
+        return
+    keys = memory.parts["keys"]
+    if lengths is not None:
+        sums = rows_of(torch.cat([keys["sum"][:, None], sums], 1), lengths[:, None])
+    store(keys, "sum", sums[:, -1])
 
 
 def merges_of(mixer: MixerBase, rows: Rows) -> int:

@@ -125,9 +125,14 @@ def novelty(k: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return -F.cosine_similarity(unit, sums - unit, dim=-1), sums
 
 
-def static_scores(mixer: MixerBase, new: Projections, parts: dict[str, Part]) -> tuple[Tensor, Tensor | None]:
+def static_scores(
+    mixer: MixerBase, new: Projections, parts: dict[str, Part], inputs: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The score that a token has from its projection on, `[R, L, K]`: its novelty, or with a learned score an affine
     map of the layer's keys and values.
+
+    Args:
+        inputs: `score_inputs` of a learned score, if they are there.
 
     Returns:
         the scores, and the sum of keys after each token, as `novelty` returns it; None with a learned score.
@@ -136,7 +141,7 @@ def static_scores(mixer: MixerBase, new: Projections, parts: dict[str, Part]) ->
     if own is None:
         return novelty(new.k, parts["keys"]["sum"])
     weight = own.detach().float()
-    scores = F.linear(score_inputs(new), weight[:, :-1], weight[:, -1])
+    scores = F.linear(score_inputs(new) if inputs is None else inputs, weight[:, :-1], weight[:, -1])
     return scores if mixer.sum_of_ranks is None else mixer.sum_of_ranks(scores), None
 
 

@@ -90,8 +90,8 @@ class MixerBase(nn.Module, ABC):
         """An empty memory for `batch` rows: tensors whose size depends on the configuration alone."""
 
     @abstractmethod
-    def in_code(self, new: Projections) -> Projections:
-        """Keys as they are coded, and queries to match."""
+    def in_code(self, new: Projections, *, keys: bool = True) -> Projections:
+        """Keys as they are coded, and queries to match; without `keys`, queries alone."""
 
     @abstractmethod
     def source(self, new: Projections) -> Tensor:

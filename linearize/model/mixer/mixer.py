@@ -25,6 +25,7 @@ from linearize_kernels.codes import rounded
 from linearize_kernels.window import TINY, mix_outputs
 from torch import Tensor
 
+from linearize.model.landmarks.prompt import codes_prompt
 from linearize.model.landmarks.slots import kept_names, landmark_parts
 from linearize.model.memory import clear
 from linearize.model.mixer.base import ExactColumns, MixerBase
@@ -47,8 +48,9 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
-        codes = fused and memory is not None and new.q.shape[1] == 1 and self.config.landmarks
-        if not codes:  # that kernel codes keys and values itself
+        codes = fused and memory is not None and self.config.landmarks
+        codes = codes and (new.q.shape[1] == 1 or codes_prompt(self, new))
+        if not codes:  # those kernels code keys and values themselves
             new = self._as_stored(new, memory)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
@@ -129,15 +131,17 @@ class Mixer(MixerBase):
         new = self.in_code(new)
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
 
-    def in_code(self, new: Projections) -> Projections:
-        """Keys as they are coded, `scale * k + shift` per channel, and queries divided by the scale.
+    def in_code(self, new: Projections, *, keys: bool = True) -> Projections:
+        """Keys as they are coded, `scale * k + shift` per channel, and queries divided by the scale; without `keys`, a
+        kernel codes those.
 
         The scale changes no score, and the shift moves all scores of a query alike, so the softmax stays the same."""
         if "key_scale" not in self._parameters:
             return new
         scale, shift = (x.detach().to(new.k_rotated.dtype) for x in (self.key_scale, self.key_shift))
         q = (new.q_rotated.unflatten(2, (len(scale), -1)) / scale[:, None]).flatten(2, 3)
-        return new._replace(q_rotated=q, k_rotated=torch.addcmul(shift, scale, new.k_rotated))
+        k = torch.addcmul(shift, scale, new.k_rotated) if keys else new.k_rotated
+        return new._replace(q_rotated=q, k_rotated=k)
 
     def _rounded(self, x: Tensor) -> Tensor:
         bits = exact_bits(self.config)
