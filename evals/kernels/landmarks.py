@@ -1,4 +1,5 @@
-"""Estimated times of the two kernels that read a whole text with landmarks, from their machine code for Hopper.
+"""Estimated times of the two kernels that choose and read for a whole text with landmarks, from their machine code for
+Hopper. Two more move as much as they have to: one lays tokens out, one writes the memory.
 
     python -m evals.kernels.landmarks      needs triton, and no GPU; writes results/landmarks.json
 
@@ -18,10 +19,9 @@ from evals.kernels.compiled import compile_launch, recording
 from evals.kernels.estimates import NOTE, by_pipes
 from evals.kernels.work import SHAPES
 from evals.recurrences.toy import markdown, surroundings, write
-from linearize.families.base import AttentionLayer
+from linearize.families.base import AttentionLayer, Projections
 from linearize.model.configuration import BLOCK, MixerConfig, room
-from linearize.model.landmarks.rows import Rows, merges_of
-from linearize.model.landmarks.text import fused_attend
+from linearize.model.memory import LayerMemory
 from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FIGURES = Path(__file__).with_name("results") / "landmarks.json"
 WINDOW, SINKS = 64, 4
 TEXTS, SLOTS = ((2048, 1), (8192, 1), (2048, 16)), (332, 900)
+READING = ("landmark_choose_kernel", "landmark_read_kernel")
 CODED = {"memory_dtype": "int4", "landmark_score": "learned"}  # those of the default recipe
 
 
@@ -61,20 +62,12 @@ def landmark_launches(
     queries, groups, width = heads
     layer = AttentionLayer(queries, groups, width, width, width**-0.5)
     config = MixerConfig(layers=[0], window=WINDOW, sinks=SINKS, landmarks=slots, recurrence="none", **options)
-    stored = dtype if config.memory_dtype == "auto" else torch.float32
-
-    def part(count: int, **more: torch.dtype) -> dict[str, torch.Tensor]:
-        wide = {name: torch.empty(rows, count, groups, width, dtype=stored) for name in ("k_rotated", "v")}
-        return wide | {name: torch.empty(rows, count, groups, dtype=kind) for name, kind in more.items()}
-
     with torch.device("meta"):
-        mixer, q = Mixer(config, layer), torch.empty(rows, tokens, queries, width, dtype=dtype)
-        held = part(tokens - SINKS, novelty=torch.float32, received=torch.float32)
-        text = Rows(0, -SINKS, None, -SINKS, q, q, held)
-        leaving = {name: held[name][:, : merges_of(mixer, text) * BLOCK] for name in ("k_rotated", "v")}
-        landmarks = part(slots, novelty=torch.float32, received=torch.float32, number=torch.int32)
-        with recording() as found:
-            fused_attend(mixer, text, part(SINKS), landmarks, leaving, tell=False)
+        mixer = Mixer(config, layer)
+        q, k = (torch.empty(rows, tokens, heads, width, dtype=dtype) for heads in (queries, groups))
+        memory = LayerMemory(mixer.parts(rows, dtype, q.device), rows, q.device)
+        with torch.no_grad(), recording() as found:
+            mixer(Projections(q, k, k, q, k), None, memory, fused=True)
     return found
 
 
@@ -88,6 +81,8 @@ def estimates(shape: Shape, tokens: int, slots: int, rows: int) -> list[Estimate
     blocks = len(filled)
     moved = rows * tokens * shape.width * (2 * shape.query_heads + 8 * shape.key_value_heads)
     for launch in landmark_launches(heads, tokens, slots, rows=rows, **CODED):
+        if launch.name not in READING:
+            continue
         program, turn = compile_launch(launch), launch.constants["BLOCK_N"]
         near = -(-(SINKS + room(WINDOW)) // turn)
         kept = sum(-(-count // turn) for count in filled) / blocks

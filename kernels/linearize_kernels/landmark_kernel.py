@@ -35,7 +35,7 @@ def _turned(x, SIZE: tl.constexpr, OPERAND: tl.constexpr):
     common = common ^ (common >> 1)
     matrix = (1.0 - 2.0 * (common & 1).to(tl.float32)).to(OPERAND)
     if tl.float32 == OPERAND:
-        return tl.dot(x, matrix, input_precision="ieee")
+        return tl.dot(x, matrix, input_precision="tf32x3")
     first = x.to(OPERAND)
     return tl.dot(first, matrix, tl.dot((x - first.to(tl.float32)).to(OPERAND), matrix))
 
@@ -43,8 +43,9 @@ def _turned(x, SIZE: tl.constexpr, OPERAND: tl.constexpr):
 @triton.jit
 def _turned_halves(low, high, D: tl.constexpr, SIZE: tl.constexpr, OPERAND: tl.constexpr):
     """Tokens `[N, D]`, in halves `[N, SIZE]`, times the Hadamard matrix / sqrt(D)."""
-    turned = _turned(low + high, SIZE, OPERAND) * (D**-0.5)
-    return turned, _turned(low - high, SIZE, OPERAND) * (D**-0.5)
+    # Halves are added after the products, whose operands keep what codes stand for.
+    low, high = _turned(low, SIZE, OPERAND), _turned(high, SIZE, OPERAND)
+    return (low + high) * (D**-0.5), (low - high) * (D**-0.5)
 
 
 @triton.jit

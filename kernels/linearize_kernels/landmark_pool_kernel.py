@@ -35,8 +35,9 @@ def _new_half(
 
 
 @triton.jit
-def _decoded(codes, scale, zero, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """A half in 4 bits as numbers, `[BLOCK, SIZE]`; arguments as `_coded` returns them."""
+def _rounded(x, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """A half, turned, as its codes in 4 bits are decoded again, `[BLOCK, SIZE]`."""
+    codes, scale, zero = _coded(x, GROUP, SIZE, BLOCK)
     grouped = tl.reshape(codes, [BLOCK, SIZE // GROUP, GROUP]).to(tl.float32)
     return tl.reshape(grouped * scale[:, :, None] + zero[:, :, None], [BLOCK, SIZE])
 
@@ -115,20 +116,17 @@ def _pool_tile(
         if SLOT_BITS == 4:  # noqa: SIM102 - this is the compiler's condition
             if leaves:
                 low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
-                codes, scale, zero = _coded(low, GROUP, BLOCK_H, BLOCK_N)
-                low = _decoded(codes, scale, zero, GROUP, BLOCK_H, BLOCK_N)
-                codes, scale, zero = _coded(high, GROUP, BLOCK_H, BLOCK_N)
-                high = _decoded(codes, scale, zero, GROUP, BLOCK_H, BLOCK_N)
+                low, high = _rounded(low, GROUP, BLOCK_H, BLOCK_N), _rounded(high, GROUP, BLOCK_H, BLOCK_N)
                 low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
         _store_pieces(low, into, mask, D, PIECES)
         _store_pieces(high, into + D // 2, mask, D, PIECES)
 
 
-# Scalars that vary with the prompt; Triton compiles no program of its own for some of their values.
-_VARYING = ["length", "places", "slots", "merges", "leaving", "tiles", "before", "offset", "end"]
+# Scalars that vary with prompt or layer; Triton compiles no program of its own for some of their values.
+_VARYING = ["places", "slots", "before", "offset", "sink_row", "near_row", "slot_row"]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "length", "leaving", "tiles"])
 def landmark_pool_kernel(
     k_rotated, v, k, key_scale, key_shift, inputs, pool_k, pool_v,
     sink_k, sink_k_scale, sink_v, sink_v_scale, near_k, near_k_scale, near_v, near_v_scale,
@@ -231,7 +229,7 @@ def _keep_tile(
         _store_near(low, high, sink, sink_scale, where, h, comes, D, NEAR_BITS)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "merges", "end", "novelty_row"])
 def landmark_keep_kernel(
     pool_k, pool_v, table, novelty, received, static, number,
     sink_k, sink_k_scale, sink_v, sink_v_scale,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evals.kernels.compiled import BLOCK_SHARED_MEMORY, compile_launch
-from evals.kernels.landmarks import landmark_launches
+from evals.kernels.landmarks import READING, landmark_launches
 from evals.speed.operators import KERNELS_TAKE, of_a_layer, taking
 from linearize.recipe import load_recipe
 from tests.kernels.test_step_compiles import pytestmark
@@ -30,9 +30,11 @@ CODED = {"memory_dtype": "int4", "landmark_score": "learned"}
     ],
 )
 def test_a_text_spills_nothing_and_uses_tensor_cores(shape, dtype, options):
-    for program in map(compile_launch, landmark_launches(shape, 2048, 900, dtype=dtype, **options)):
-        assert program.spills == 0 and program.tensor_cores == "wgmma", program
-        assert program.shared <= BLOCK_SHARED_MEMORY, program
+    for launch in landmark_launches(shape, 2048, 900, dtype=dtype, **options):
+        program = compile_launch(launch)
+        print(program)
+        assert program.spills == 0 and program.shared <= BLOCK_SHARED_MEMORY, program
+        assert program.tensor_cores == "wgmma" or launch.name not in READING, program
 
 
 def test_one_program_serves_every_length_and_number_of_slots():
@@ -41,11 +43,11 @@ def test_one_program_serves_every_length_and_number_of_slots():
         for tokens, slots in ((400, 513), (2048, 900), (4096, 992))
         for launch in landmark_launches(SMOLLM2, tokens, slots)
     }
-    assert len(keys) == 2
+    assert len(keys) == 4
 
 
 def test_launches_of_a_prompt_do_not_depend_on_its_length():
     mixer = load_recipe("default").mixer
     short, long = (of_a_layer(mixer, taking(tokens), KERNELS_TAKE) for tokens in (200, 600))
-    assert short == long and sum(long.values()) <= 308
-    assert long["landmark_choose_kernel"] == long["landmark_read_kernel"] == 1
+    assert short == long and sum(long.values()) <= 55
+    assert all(long[f"landmark_{name}_kernel"] == 1 for name in ("pool", "choose", "read", "keep"))

@@ -94,7 +94,7 @@ def choose_slots(
     return launch_landmark_choose(
         text,
         keys,
-        torch.cat([landmarks["received"], held["received"]], 1).transpose(1, 2).contiguous(),
+        torch.cat([x.transpose(1, 2) for x in (landmarks["received"], held["received"])], -1),
         torch.cat([landmarks["novelty"].transpose(1, 2), static], -1),
         number.clone(memory_format=torch.contiguous_format),
         weight=BESIDE_LEARNED if mixer.config.landmark_score == "learned" else 1.0,
