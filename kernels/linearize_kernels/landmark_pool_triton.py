@@ -163,7 +163,7 @@ def _shared(
 ) -> dict[str, Any]:
     """The constants of both kernels."""
     slots, bits = parts["landmarks"], {torch.int8: 8, torch.uint8: 4}
-    coded, widest = slots["v"].dtype == torch.uint8, max(width, values)
+    coded = slots["v"].dtype == torch.uint8
     return {
         "K": pool.keys.shape[2],
         "D": width,
@@ -181,7 +181,7 @@ def _shared(
         "BLOCK_H": max(power_of_2(width // 2), _LEAST),
         "BLOCK_U": max(power_of_2(values // 2), _LEAST),
         "BLOCK_N": _TILE,
-        "num_warps": 16 if widest > 128 else 8 if widest * pool.keys.element_size() > 256 else 4,
+        "num_warps": 8 if max(width, values) * pool.keys.element_size() > 256 else 4,
         "enable_fp_fusion": True,
     }
 

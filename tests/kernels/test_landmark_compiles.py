@@ -32,7 +32,6 @@ CODED = {"memory_dtype": "int4", "landmark_score": "learned"}
 def test_a_text_spills_nothing_and_uses_tensor_cores(shape, dtype, options):
     for launch in landmark_launches(shape, 2048, 900, dtype=dtype, **options):
         program = compile_launch(launch)
-        print(program)
         assert program.spills == 0 and program.shared <= BLOCK_SHARED_MEMORY, program
         assert program.tensor_cores == "wgmma" or launch.name not in READING, program
 

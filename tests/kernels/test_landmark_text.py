@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linearize_kernels.codes import rounded
 
 from linearize.families.base import Projections
+from linearize.model.configuration import BLOCK
 from linearize.model.landmarks import exact
+from linearize.model.landmarks.rows import lay_out
+from linearize.model.landmarks.text import text_of
 from linearize.model.landmarks.training import whole_rows
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer.fused import refusal
+from linearize.model.precision import slot_bits
 from tests.kernels.test_step import (
     DEVICE,
     assert_no_worse_than_twice_plain_torch,
@@ -32,6 +37,7 @@ KINDS = {
         {"landmark_score": "learned", "window": 33, "landmarks": 70},
     ),
     "8 bits, no sinks": ({"group": 4, "values": 6}, {"memory_dtype": "int8", "sinks": 0}),
+    "8 bits, sinks": ({"group": 2}, {"memory_dtype": "int8"}),
     "4 bits, learned": ({"group": 2, "width": 32}, {"memory_dtype": "int4", "landmark_score": "learned"}),
     "4 bits, coded by kernels": (
         {"group": 2, "heads": 2, "width": 128, "values": 64},
@@ -69,6 +75,54 @@ def test_calls_equal_plain_torch(kind):
     wide = Projections(*(x.double() for x in new))
     ways = (wide, False), (new, False), (new, True)
     assert_no_worse_than_twice_plain_torch([read(mixer, given, fused=fused) for given, fused in ways])
+
+
+@pytest.mark.parametrize("kind", ["8 bits, sinks", "4 bits, coded by kernels"])
+def test_the_pool_is_what_codes_stand_for(kind):
+    """After two calls, so old tokens are decoded and new ones rounded; codes are those of plain torch."""
+    from linearize_kernels.landmark_pool_triton import launch_landmark_pool
+
+    layer, mixer = mixer_of(kind)
+    bits, count, more = slot_bits(mixer.config), 75, 70
+    new = tokens_of(layer, 1, count + more, torch.float32)
+    with torch.no_grad():
+        memory = LayerMemory(mixer.parts(1, torch.float32, DEVICE), 1, DEVICE)
+        mixer(Projections(*(x[:, :count] for x in new)), None, memory, fused=True)
+        memory.advance(count, None)
+        rows = lay_out(mixer, Projections(*(x[:, count:] for x in new)), None, memory)
+        text = text_of(mixer, rows, rows.places)
+        fresh = (x[:, count:] for x in (new.k_rotated, new.v, new.k))
+        own = mixer._parameters
+        given = {"key_scale": own.get("key_scale"), "key_shift": own.get("key_shift")}
+        pool = launch_landmark_pool(text, memory.parts, *fresh, **given, learned=False)
+    seen = rows.merged * BLOCK + SINKS  # tokens before the first of the text
+    for name, ours in (("k_rotated", pool.keys), ("v", pool.values)):
+        wide = getattr(mixer.in_code(Projections(*(x.double() for x in new))), name)
+        narrow = getattr(mixer.in_code(new), name)
+        exact, plain = rounded(wide, 8), rounded(narrow, 8)
+        parts = [(x[:, :SINKS], x[:, seen:]) for x in (exact, plain)]
+        if bits == 4:
+            leaving = slice(seen, seen + text.merges * BLOCK)
+            parts = [(*two, rounded(x[:, leaving], 4)) for two, x in zip(parts, (exact, plain), strict=True)]
+        ours = torch.cat([ours[:, :SINKS], ours[:, SINKS + SLOTS :]], 1)
+        wanted, theirs = (torch.cat(x, 1).double() for x in parts)
+        assert ours.shape == wanted.shape
+        assert_no_worse_than_twice_plain_torch([{name: wanted}, {name: theirs}, {name: ours.double()}])
+
+
+def test_calls_shorter_than_the_sinks():
+    layer, mixer = mixer_of("8 bits, sinks")
+    new, found = tokens_of(layer, 2, 60, torch.float32), []
+    for given, fused in ((Projections(*(x.double() for x in new)), False), (new, False), (new, True)):
+        memory, start = LayerMemory(mixer.parts(2, given.q.dtype, DEVICE), 2, DEVICE), 0
+        for count, real in ((2, (2, 1)), (2, None), (56, (40, 56))):
+            lengths = None if real is None else torch.tensor(real, device=DEVICE)
+            with torch.no_grad():
+                mixer(Projections(*(x[:, start : start + count] for x in given)), lengths, memory, fused=fused)
+            memory.advance(count, lengths)
+            start += count
+        found.append({name: x.double() for name, x in memory.tensors()})
+    assert_no_worse_than_twice_plain_torch(found)
 
 
 @pytest.mark.parametrize("tokens", [1, SINKS + WINDOW, 140])

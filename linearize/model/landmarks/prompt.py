@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from linearize.model.memory import LayerMemory
     from linearize.model.mixer.base import MixerBase
 
-_TURNED = (64, 128, 256)  # widths of heads whose halves hold whole groups of 4 bits, and are turned as one
+# Widths of heads whose halves hold whole groups of 4 bits and are turned as one. At 256 the kernels spill registers.
+_TURNED = (64, 128)
 
 
 def codes_prompt(mixer: MixerBase, new: Projections) -> bool:

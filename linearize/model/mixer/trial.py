@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from linearize.families.base import Projections
 from linearize.model.memory import LayerMemory
+from linearize.model.precision import decoded
 
 if TYPE_CHECKING:
     from linearize.model.mixer.base import MixerBase
@@ -95,7 +96,8 @@ def _run(
                 if real is not None:
                     mixed = mixed[torch.arange(count, device=device) < real[:, None]]
                 found.append(mixed)
-            found += [x for part in memory.parts.values() for x in part.values()]
+            # A code of 4 bits may be a neighbour's where two are as near, so what codes stand for is compared.
+            found += [x for part in memory.parts.values() for x in decoded(part, torch.float32).values()]
         if trains:
             with torch.enable_grad():
                 given = Projections(*(x.requires_grad_() for x in tokens(prompt)))
