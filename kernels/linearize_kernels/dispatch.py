@@ -2,7 +2,7 @@
 
     reference   the parallel and the token-by-token forms, to check the others against
     torch       the chunkwise forms in plain torch: every device, every option
-    triton      one fused kernel for window, recurrence and mix; two for a text with slots; one for a decoding step
+    triton      one fused kernel for window, recurrence and mix; four for a text with slots; one for a decoding step
     fla         recurrences without a fused kernel, through flash-linear-attention
     native      slots and products of one row on a CPU, in C functions that are compiled when they are first needed
 
@@ -42,7 +42,7 @@ class _Row(NamedTuple):
 # are cautious estimates.
 _ON_GPU: dict[Operation, _Row] = {
     "attention": _Row("triton", True, "window, recurrence and mix share what they read, and no score leaves the chip"),
-    "slots": _Row("triton", True, "two launches for a text where the plain way has some 18 for 32 tokens"),
+    "slots": _Row("triton", True, "four launches for a text where the plain way has some 18 for 32 tokens"),
     "step": _Row("triton", True, "one launch where the plain way has some forty"),
     "block": _Row("triton", True, "nine launches a layer where the plain way has some forty"),
     "gla": _Row("fla", True, "chunks in a few launches, in TF32"),

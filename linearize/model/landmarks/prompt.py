@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from linearize.model.mixer.base import MixerBase
 
 # Widths of heads whose halves hold whole groups of 4 bits and are turned as one. At 256 the kernels spill registers.
-_TURNED = (64, 128)
+_CODED_WIDTHS = (64, 128)
 
 
 def codes_prompt(mixer: MixerBase, new: Projections) -> bool:
@@ -32,7 +32,7 @@ def codes_prompt(mixer: MixerBase, new: Projections) -> bool:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in new):
         return False
-    return slot_bits(config) != 4 or {layer.key_width, layer.value_width}.issubset(_TURNED)
+    return slot_bits(config) != 4 or {layer.key_width, layer.value_width}.issubset(_CODED_WIDTHS)
 
 
 def coded_prompt(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: LayerMemory) -> Tensor:

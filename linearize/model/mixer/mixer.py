@@ -48,10 +48,7 @@ class Mixer(MixerBase):
     ) -> Tensor:
         """Mix L new tokens `[R, L, ...]` to `[R, L, H, V]`; see `MixerBase.forward` for the arguments."""
         fused = fuses(self, new, memory) if fused is None else fused
-        codes = fused and memory is not None and self.config.landmarks
-        codes = codes and (new.q.shape[1] == 1 or codes_prompt(self, new))
-        if not codes:  # those kernels code keys and values themselves
-            new = self._as_stored(new, memory)
+        new = self._as_stored(new, memory, fused=fused)
         if self.config.landmarks or fused or steps(self, new, lengths, memory):
             return self._alternative(new, lengths, memory, fused)
         config, recurrence, window, tokens = self.config, self.recurrence, self.window, new.q.shape[1]
@@ -118,8 +115,10 @@ class Mixer(MixerBase):
             return None
         return fused_attention(self, self._as_stored(new, None), None, None, documents=layout.runs)
 
-    def _as_stored(self, new: Projections, memory: LayerMemory | None) -> Projections:
+    def _as_stored(self, new: Projections, memory: LayerMemory | None, *, fused: bool = False) -> Projections:
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
+        if fused and memory is not None and self.config.landmarks and (new.q.shape[1] == 1 or codes_prompt(self, new)):
+            return new  # those kernels code keys and values themselves
         # A step reads its own token from the memory, but for a state of all tokens; with landmarks it codes it itself.
         steps = memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled()
         if self.config.memory_dtype == "auto" or (
