@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.calibration.weights import output_projection
+from linearize.evaluation.tasks.hidden import hidden_states, positions_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,11 +45,14 @@ class Watched(NamedTuple):
 def pass_back(model: LinearizedForCausalLM, ids: Tensor, counted: Tensor, *, mean: bool = False) -> None:
     """Backward pass of the sum or mean of the losses of the tokens that are True in `counted` `[L]`."""
     at = counted[1:].nonzero()[:, 0]
-    first = int(at[0])
     with torch.enable_grad():
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=len(ids) - first).logits[0]
-        loss = F.cross_entropy(logits[at - first].float(), ids[at + 1], reduction="mean" if mean else "sum")
-        loss.backward()
+        hidden = hidden_states(model, input_ids=ids[None], use_cache=False)
+        states, hidden.states = hidden.states, hidden.states.detach().requires_grad_()
+        for some in at.split(positions_at_once(model, 1)):
+            logits = hidden.logits(torch.zeros_like(some), some)
+            loss = F.cross_entropy(logits.float(), ids[some + 1], reduction="sum")
+            (loss / len(at) if mean else loss).backward()
+        states.backward(hidden.states.grad)
 
 
 @contextmanager
