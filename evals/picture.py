@@ -103,6 +103,7 @@ def site_table() -> str:
 _SITE_LOSSES = {
     "WikiText-2, 2,048 tokens": "wikitext2_whole 2048",
     "a book, 2,048": "book_whole 2048",
+    "a book, 4,096": "book_whole 4096",
     "a book, 8,192": "book_whole 8192",
 }
 _SITE_NEEDLES = {
@@ -110,7 +111,11 @@ _SITE_NEEDLES = {
     "needles in essays, 4,096": "niah_single_2 4096",
     "needles in essays, 8,192": "niah_single_2 8192",
     "needles in noise, 2,048": "niah_single_1 2048",
+    "needles in noise, 4,096": "niah_single_1 4096",
     "long needles, 2,048": "niah_single_3 2048",
+    "long needles, 4,096": "niah_single_3 4096",
+    "one of several keys, 2,048": "niah_multikey_1 2048",
+    "one of several keys, 4,096": "niah_multikey_1 4096",
 }
 
 
