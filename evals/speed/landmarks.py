@@ -60,7 +60,7 @@ def measure(cases: tuple[tuple[int, int, str], ...], target: Path) -> None:
         mixer, new = Mixer(config, layer), _drawn(layer, tokens, getattr(torch, dtype))
         ways: dict[str, Callable[[], Tensor]] = {
             "trained": lambda mixer=mixer, new=new: whole_rows(mixer, new),
-            "merges": lambda mixer=mixer, new=new: _chunk(mixer, new, None, None),
+            "merges": lambda mixer=mixer, new=new: _chunk(mixer, new, None, None, fused=False),
             "teacher": lambda new=new, scale=layer.scale: full_attention(
                 new.q_rotated, new.k_rotated, new.v, scale=scale
             ),

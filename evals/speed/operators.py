@@ -95,8 +95,8 @@ def small(mixer: MixerSpec, layers: int, width: int = 8) -> Any:
 
 
 def of_a_layer(mixer: MixerSpec, work: Callable[[Any], Counter[str]], width: int = 8) -> Counter[str]:
-    """The operators of one layer in `work`, by name."""
-    one, two = (work(small(mixer, layers, width)) for layers in (1, 2))
+    """The operators of one layer in `work`, by name. A first run makes what a process keeps."""
+    _, one, two = (work(small(mixer, layers, width)) for layers in (1, 1, 2))
     return Counter({name: two[name] - one[name] for name in two if two[name] != one[name]})
 
 

@@ -44,6 +44,7 @@ def test_a_file_for_the_model_and_one_for_each_set_of_kernels(files):
     assert sorted(files) == [
         "linearize_kernels_fla_ops.py",
         "linearize_kernels_landmark_merge_kernel.py",
+        "linearize_kernels_landmark_pool_triton.py",
         "linearize_kernels_landmark_text_triton.py",
         "linearize_kernels_landmark_triton.py",
         "linearize_kernels_liger_autograd.py",
