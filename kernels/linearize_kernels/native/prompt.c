@@ -1,5 +1,5 @@
-/* Attention with landmarks over the tokens of a call, for as many pairs of row and key/value head at a time as there are
-   threads.
+/* Attention with landmarks over the tokens of a call, for one pair of row and key/value head after the other, or
+   for some at a time with several threads.
 
    Threads share a block's queries, ROWS at a time: their scores with sinks, window and slots, one softmax, the attention
    that tokens receive, and the sums of values. What tokens receive is added up afterwards in the order of the queries, so
@@ -75,8 +75,17 @@ static void merge(Pair *w, int64_t block) {
     }
 }
 
-static void open_pair(Pair *w) {
+/* Pairs at a time, and what threads need. Each of the `shares` shares of a block's queries has a table of `told`. */
+typedef struct {
+    Pair *pairs;
+    Scratch *scratch;
+    int64_t shares, slots, told;
+} Together;
+
+static void open_pair(void *given, int64_t at_pair, int64_t thread) {
+    Pair *w = ((Together *)given)->pairs + at_pair;
     const Prompt *p = w->of;
+    (void)thread;
     int64_t slots = p->slots, row = w->row, head = w->head, total = p->total[row];
     w->merged = p->merged[row];
     w->filled = least(w->merged * BLOCK, slots);
@@ -98,8 +107,10 @@ static void open_pair(Pair *w) {
         w->text_received[t] = p->held_received[(row * p->places + t) * p->heads + head];
 }
 
-static void close_pair(const Pair *w) {
+static void close_pair(void *given, int64_t at_pair, int64_t thread) {
+    const Pair *w = ((Together *)given)->pairs + at_pair;
     const Prompt *p = w->of;
+    (void)thread;
     int64_t slots = p->slots, row = w->row, head = w->head;
     for (int64_t i = 0; i < slots; i++) {
         int64_t at = (row * slots + i) * p->heads + head;
@@ -111,13 +122,6 @@ static void close_pair(const Pair *w) {
     for (int64_t t = 0; t < p->places; t++)
         p->received[(row * p->places + t) * p->heads + head] = w->text_received[t];
 }
-
-/* Pairs at a time, and what threads need. Each of the `shares` shares of a block's queries has a table of `told`. */
-typedef struct {
-    Pair *pairs;
-    Scratch *scratch;
-    int64_t shares, slots, told;
-} Together;
 
 /* The next queries of a pair: at most those of BLOCK tokens, and of one block. 0 if all are done. */
 static int next_queries(Pair *w) {
@@ -162,16 +166,6 @@ static void finish_share(void *given, int64_t at, int64_t thread) {
     else merge(w, w->block - 1);
 }
 
-static void open_share(void *given, int64_t at, int64_t thread) {
-    (void)thread;
-    open_pair(((Together *)given)->pairs + at);
-}
-
-static void close_share(void *given, int64_t at, int64_t thread) {
-    (void)thread;
-    close_pair(((Together *)given)->pairs + at);
-}
-
 /* All pairs of row and head. Returns 0, or 1 if there is no memory. */
 int prompt(const Prompt *p, int64_t threads) {
     int64_t wide = p->y ? up(p->values, WIDE) : 0, width = p->width, slots = up(p->slots + BLOCK, PANEL);
@@ -202,7 +196,7 @@ int prompt(const Prompt *p, int64_t threads) {
                           m[0], p->y ? m[1] : NULL, m[2], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11],
                           (int32_t *)m[12], (int32_t *)m[13], (uint8_t *)m[14]};
         }
-        share(open_share, &together, count, threads);
+        share(open_pair, &together, count, threads);
         for (;;) {
             int more = 0;
             for (int64_t i = 0; i < count; i++) more |= next_queries(w + i);
@@ -210,7 +204,7 @@ int prompt(const Prompt *p, int64_t threads) {
             share(attend_share, &together, count * shares, threads);
             share(finish_share, &together, count, threads);
         }
-        share(close_share, &together, count, threads);
+        share(close_pair, &together, count, threads);
     }
     for (int64_t i = 0; made && i < abreast * PAIR + threads * THREAD; i++) free(made[i]);
     free(made);
