@@ -117,6 +117,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
+    def interrupt(self) -> None:
+        """Interrupt until it is heeded: readline misses a signal between its last output and its wait for a key."""
+        ready = False
+        while not ready:
+            os.kill(self.process.pid, signal.SIGINT)
+            ready = bool(select.select([self.end], [], [], 10)[0])
+
     def until(self, what: str, seconds: float = 300) -> str:
         """The output up to `what`, a pattern."""
         deadline = time.monotonic() + seconds
@@ -177,13 +184,13 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(chatty: Path, ter
     terminal.until("> ")
     terminal.type("A dog ran home .\n")
     terminal.until(r"(?s)home \.\n.{20}")  # the echo, and the beginning of the answer
-    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.interrupt()
     terminal.until("interrupted; the conversation goes on\n> ")
     terminal.type("/stats\n")
     assert int(re.search(r"([\d,]+) tokens in the", terminal.until("> "))[1].replace(",", "")) > 8
     terminal.type("a line that is not sent")
     terminal.until("not sent")
-    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.interrupt()
     terminal.until("/quit or Ctrl-D ends\n> ")
     terminal.type("/quit\n")
     assert terminal.process.wait(timeout=120) == 0
