@@ -74,12 +74,22 @@ SYSTEMS: dict[str, list[str]] = {
     "gla": _DISTILLED,
     "hgrn2": [*_DISTILLED, "mixer.recurrence=hgrn2"],
     "gated_deltanet": [*_DISTILLED, "mixer.recurrence=gated_deltanet", "mixer.feature_map=identity"],
+    # The gates that the pretrained keys give, not trained.
+    "gated_deltanet_fixed": [
+        *_DISTILLED,
+        "mixer.recurrence=gated_deltanet",
+        "mixer.feature_map=identity",
+        "mixer.gate_learned=false",
+    ],
     "kda": [*_DISTILLED, "mixer.recurrence=kda", "mixer.feature_map=identity"],
     "slots": [*_DISTILLED, "mixer.recurrence=none", "mixer.landmarks=16"],
+    # The bytes of a state as more slots.
+    "slots_wide": [*_DISTILLED, "mixer.recurrence=none", "mixer.landmarks=23"],
     "slots_gla": [*_DISTILLED, "mixer.landmarks=16", "mixer.rope=true", "mixer.mix=softmax"],
     "slots_gated_deltanet": [
         *_DISTILLED,
         "mixer.landmarks=16",
+        "mixer.rope=true",
         "mixer.recurrence=gated_deltanet",
         "mixer.feature_map=identity",
     ],
@@ -223,7 +233,7 @@ class Study:
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """The figures of a model: means over tokens, with their standard errors over stories."""
-        items, rows = self._items(model)
+        items, rows = self.items(model)
         buckets = {}
         for first, end in itertools.pairwise(BUCKETS):
             values = torch.cat([row[first:end] for row in rows])
@@ -231,7 +241,7 @@ class Study:
                 buckets[str(first)] = round(float(values.mean()), 5)
         return {**{figure: mean_and_error(values) for figure, values in items.items()}, "loss_by_position": buckets}
 
-    def _items(self, model: PreTrainedModel) -> tuple[dict[str, list[float]], list[Tensor]]:
+    def items(self, model: PreTrainedModel) -> tuple[dict[str, list[float]], list[Tensor]]:
         """The values that each figure of `FIGURES` averages, and the losses `[T - 1]` of each story."""
         items: dict[str, list[float]] = {figure: [] for figure in FIGURES}
         rows: list[Tensor] = []
@@ -263,7 +273,7 @@ class Study:
             if wide is None or system not in WITH_STATE or not tokens_of(budget):
                 continue
             (mine, own), (other, others) = (
-                self._items(load_model(find_source(str(one))).eval()) for one in (folder, wide)
+                self.items(load_model(find_source(str(one))).eval()) for one in (folder, wide)
             )
             found.append(
                 {
@@ -271,9 +281,9 @@ class Study:
                     "budget": tokens_of(budget),
                     "seed": int(seed),
                     "minus": "wide",
-                    **{figure: _difference(mine[figure], other[figure]) for figure in FIGURES},
+                    **{figure: difference(mine[figure], other[figure]) for figure in FIGURES},
                     "loss_by_position": {
-                        str(first): _difference(
+                        str(first): difference(
                             *(
                                 [float(row[first:end].mean()) for row in rows if len(row) > first]
                                 for rows in (own, others)
@@ -308,7 +318,7 @@ class Study:
         print(markdown(found))
 
 
-def _difference(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+def difference(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """The mean of `mine - other`, and its standard error."""
     mean, error = mean_and_error([a - b for a, b in zip(mine, other, strict=True)])
     return round(mean, 5), round(error, 5)
