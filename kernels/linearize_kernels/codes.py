@@ -1,12 +1,12 @@
 """Keys and values in 8 and 4 bits, and attention's products with them.
 
-    8 bits   one symmetric scale per token and head:  x ≈ scale · c ,  c in -127..127
-    4 bits   Hx ≈ scale · c + zero ,  c in 0..15, with scale and zero per group of up to 32 channels; H is the
-             Hadamard matrix / sqrt(D), which spreads outliers over the channels (QuaRot, arXiv 2404.00456)
+    8 bits   x ≈ scale · c ,  c in -127..127
+    4 bits   Hx ≈ scale · c ,  c in -8..7; H is the Hadamard matrix / sqrt(D), which spreads outliers over the channels
+             (QuaRot, arXiv 2404.00456)
 
-H is symmetric and orthogonal, so q · x = Hq · Hx, and sums of values are turned back once: neither keys nor values are
-turned one by one. Scales and zeros are bfloat16. A decoded tensor has the same codes again, so rounding twice is
-rounding once (in 4 bits but for the rounding of the turn).
+A token has one scale per head, in bfloat16. H is symmetric and orthogonal, so q · x = Hq · Hx, and sums of values are
+turned back once: neither keys nor values are turned one by one. A decoded tensor has the same codes again, so rounding
+twice is rounding once (in 4 bits but for the rounding of the turn).
 """
 
 from __future__ import annotations
@@ -24,74 +24,65 @@ from linearize_kernels.products import product
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-GROUP = 32
-"""The most channels that share a scale in 4 bits."""
 _LEAST_SCALE = 1e-30
 _FEW = 2**12
-_FINEST = 2.0**-7
-"""The smallest scale of a group in 4 bits, relative to its zero: below it the zero's own rounding would show."""
 
 
 class Codes(NamedTuple):
     """A tensor `[..., D]` in 8 or 4 bits.
 
     Attributes:
-        codes: `[..., D]` int8, or `[..., D / 2]` uint8 with channel i in the low bits and i + D / 2 in the high ones.
-        scale: `[..., 1]`, or `[..., groups]` in 4 bits; bfloat16.
-        zero: `[..., groups]` bfloat16; None in 8 bits.
+        codes: `[..., D]` int8, or `[..., D / 2]` uint8 with the codes of channels i and i + D / 2, plus 8, in the low
+            and the high bits.
+        scale: `[..., 1]` bfloat16.
     """
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        """True in 4 bits."""
+        return self.codes.dtype == torch.uint8
 
 
-def groups_of(width: int) -> int:
-    """The number of groups of a head of this width in 4 bits.
+def refuse_width(width: int) -> None:
+    """Refuse a width of heads that 4 bits do not take.
 
     Raises:
         ValueError: the width is odd, so two codes do not share a byte.
     """
     if width % 2:
         raise ValueError(f"4 bits need heads of an even width, and this one's is {width}")
-    return width // math.gcd(width, GROUP)
 
 
 def encode(x: Tensor, bits: int) -> Codes:
     """`x` `[..., D]` in 8 or 4 bits."""
     if x.is_meta:  # there a reduction imports sympy and torch._dynamo, which takes seconds
         return room_for_codes(x.shape, bits, x.device)
-    steps, scale, zero = _levels(x.to(computing_dtype(x)), bits)
-    if zero is None:
-        return Codes(steps.to(torch.int8), scale, None)
-    low, high = steps.to(torch.uint8).flatten(-2).chunk(2, -1)
-    return Codes(low | (high << 4), scale[..., 0], zero[..., 0])
-
-
-def _levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The codes of `x` as numbers, `[..., D]` or `[..., groups, channels]`, with scales and zeros of as many axes."""
-    # A norm and `aminmax` are one launch, but for many rows on a CPU ten times slower than `amax` and `amin`.
-    many = x.is_cpu and x.numel() > _FEW
+    steps, scale = _levels(x.to(computing_dtype(x)), bits)
     if bits == 8:
-        # Rounded to 8 bits, the scale is at most 2^-9 too small, so no code exceeds 127. What is not finite has a scale
-        # that is not finite.
+        return Codes(steps.to(torch.int8), scale)
+    refuse_width(x.shape[-1])
+    low, high = steps.add_(8).to(torch.uint8).chunk(2, -1)
+    return Codes(low | (high << 4), scale)
+
+
+def _levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`x`, in 4 bits turned, in steps of its scales: `[..., D]` and `[..., 1]`."""
+    many = x.is_cpu and x.numel() > _FEW  # a norm and `aminmax` are one launch, but there ten times slower
+    if bits == 8:
         most = x.abs().amax(-1, keepdim=True) if many else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-        scale = most.mul_(1 / 127).clamp_min_(_LEAST_SCALE).bfloat16()
-        return (x / scale).round_(), scale, None
-    grouped = turned(x).unflatten(-1, (groups_of(x.shape[-1]), -1))
-    if many:
-        least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        most.mul_(1 / 127)
     else:
-        least, most = grouped.aminmax(dim=-1, keepdim=True)
-    zero = least.bfloat16()
-    base = zero.to(x.dtype)
-    scale = torch.maximum((most - least) / 15, base.abs() * _FINEST).clamp_min_(_LEAST_SCALE).bfloat16()
-    return grouped.sub_(base).div_(scale).round_().clamp_(0, 15), scale, zero
-
-
-def _of_levels(steps: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Decode 4-bit codes to `[..., D]`; writes into `steps`."""
-    return turned(steps.mul_(scale).add_(zero).flatten(-2))
+        x = turned(x)
+        low, high = (x.amin(-1, True), x.amax(-1, True)) if many else x.aminmax(dim=-1, keepdim=True)
+        most = torch.maximum(high.mul_(1 / 7), low.mul_(-1 / 8))
+    # The scale is rounded by at most 2^-9, which takes no code beyond the largest. What is not finite has a scale that
+    # is not finite.
+    scale = most.clamp_min_(_LEAST_SCALE).bfloat16()
+    steps = (x / scale).round_()
+    return (steps if bits == 8 else steps.clamp_(-8, 7)), scale
 
 
 def room_for_codes(shape: Sequence[int], bits: int, device: torch.device) -> Codes:
@@ -101,21 +92,20 @@ def room_for_codes(shape: Sequence[int], bits: int, device: torch.device) -> Cod
         ValueError: the width does not go with the bits.
     """
     *rows, width = shape
+    if bits == 4:
+        refuse_width(width)
 
     def empty(last: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*rows, last, dtype=dtype, device=device)
 
-    if bits == 8:
-        return Codes(empty(width, torch.int8), empty(1, torch.bfloat16), None)
-    groups = groups_of(width)
-    return Codes(empty(width // 2, torch.uint8), empty(groups, torch.bfloat16), empty(groups, torch.bfloat16))
+    codes = empty(width, torch.int8) if bits == 8 else empty(width // 2, torch.uint8)
+    return Codes(codes, empty(1, torch.bfloat16))
 
 
 def decode(held: Codes, dtype: torch.dtype) -> Tensor:
     """The tensor `[..., D]` that codes stand for."""
-    if held.zero is None:
-        return held.codes.to(dtype).mul_(held.scale)
-    return _of_levels(_steps(held, dtype), held.scale[..., None], held.zero[..., None])
+    steps = _steps(held, dtype).mul_(held.scale)
+    return turned(steps) if held.packed else steps
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -127,10 +117,9 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        steps, scale, zero = _levels(x, bits)
-        if zero is None:
-            return steps.mul_(scale)
-        return _of_levels(steps, scale, zero)
+        steps, scale = _levels(x, bits)
+        steps.mul_(scale)
+        return steps if bits == 8 else turned(steps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -141,34 +130,16 @@ def key_scores(q: Tensor, k: Tensor | Codes) -> Tensor:
     """q · k `[B, K, Q, S]` for queries `[B, K, Q, D]` and keys `[B, S, K, D]`."""
     if isinstance(k, Tensor):
         return q @ k.to(q.dtype).permute(0, 2, 3, 1)
-    if k.zero is None:
-        return (q @ k.codes.to(q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
-    # Scales and zeros act on the scores of a piece of the channels, of which there are fewer than channels. Low and
-    # high bits are two products, so codes are not put side by side.
-    scale, zero = _by_piece(k.scale, k.zero, q.dtype)  # [B, K, pieces, S]
-    pieces = scale.shape[2]
-    grouped: Tensor = turned(q).unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, K, pieces, Q, channels]
-    of_zeros: Tensor = grouped.sum(-1).transpose(2, 3) @ zero
-    low, high = (x.permute(0, 2, 3, 4, 1) for x in _low_and_high(k, pieces, q.dtype))
-    low_scale, high_scale = scale.unsqueeze(3).chunk(2, 2)
-    low_q, high_q = grouped.chunk(2, 2)
-    of_low, of_high = low_q @ low, high_q @ high
-    if pieces == 2:
-        return of_zeros.unsqueeze(2).addcmul_(of_low, low_scale).addcmul_(of_high, high_scale).squeeze(2)
-    return of_zeros.add_(of_low.mul_(low_scale).addcmul_(of_high, high_scale).sum(2))
+    q = turned(q) if k.packed else q
+    return (q @ _steps(k, q.dtype).permute(0, 2, 3, 1)).mul_(k.scale.permute(0, 2, 3, 1))
 
 
 def value_sums(shares: Tensor, v: Tensor | Codes) -> Tensor:
     """Sums of values `[B, S, K, V]` by weights `[B, K, Q, S]`: `[B, K, Q, V]`."""
     if isinstance(v, Tensor):
         return shares @ v.to(shares.dtype).transpose(1, 2)
-    if v.zero is None:
-        return (shares * v.scale.permute(0, 2, 3, 1)) @ v.codes.to(shares.dtype).transpose(1, 2)
-    scale, zero = _by_piece(v.scale, v.zero, shares.dtype)  # [B, K, pieces, S]
-    low, high = (x.permute(0, 2, 3, 1, 4) for x in _low_and_high(v, scale.shape[2], shares.dtype))
-    low_shares, high_shares = (shares.unsqueeze(2) * scale.unsqueeze(3)).chunk(2, 2)
-    found = torch.cat([(low_shares @ low).transpose(2, 3), (high_shares @ high).transpose(2, 3)], 3)
-    return turned(found.add_((shares @ zero.transpose(2, 3)).unsqueeze(-1)).flatten(3))  # [B, K, Q, pieces, channels]
+    sums = (shares * v.scale.permute(0, 2, 3, 1)) @ _steps(v, shares.dtype).transpose(1, 2)
+    return turned(sums) if v.packed else sums
 
 
 def turned(x: Tensor) -> Tensor:
@@ -181,26 +152,10 @@ def turned(x: Tensor) -> Tensor:
 
 
 def _steps(held: Codes, dtype: torch.dtype) -> Tensor:
-    """The codes of 4 bits `[..., groups, channels of a group]`, as numbers 0 to 15."""
-    steps = torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype)
-    grouped: Tensor = steps.unflatten(-1, (held.scale.shape[-1], -1))
-    return grouped
-
-
-def _low_and_high(held: Codes, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes of 4 bits as numbers, the low ones and the high ones, each `[B, S, K, pieces / 2, channels]`."""
-    low, high = (held.codes & 15).to(dtype), (held.codes >> 4).to(dtype)
-    shape = (pieces // 2, -1)
-    return low.unflatten(-1, shape), high.unflatten(-1, shape)
-
-
-def _by_piece(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales and zeros `[B, S, K, groups]` as `[2, B, K, pieces, S]`: an even number of pieces, of one group each."""
-    found = torch.stack([scale.permute(0, 2, 3, 1), zero.permute(0, 2, 3, 1)]).to(dtype)
-    groups = scale.shape[-1]
-    if groups == 1:
-        return found.expand(-1, -1, -1, 2, -1)
-    return found.repeat_interleave(2, 3) if groups % 2 else found
+    """Codes in steps of their scales, `[..., D]`."""
+    if not held.packed:
+        return held.codes.to(dtype)
+    return torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype).sub_(8)
 
 
 @cache

@@ -77,18 +77,16 @@ def _scale_of(x):
 
 
 @triton.jit
-def _half(x, scale, zero, at, h, there, HALF: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+def _half(x, scale, at, h, there, HALF: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """One half of the channels of the tokens `at`, `[N, H]`; `HALF` is 0 or 1."""
     inside = there[:, None] & (h < D // 2)[None, :]
-    channel = HALF * (D // 2) + h
     if BITS == 4:
         held = tl.load(x + at[:, None] * (D // 2) + h[None, :], mask=inside, other=0)
-        steps = ((held >> (4 * HALF)) & 15).to(tl.float32)
-        place = at[:, None] * (D // GROUP) + (channel // GROUP)[None, :]
-        scales = tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
-        return tl.load(zero + place, mask=inside, other=0.0).to(tl.float32) + scales * steps
-    values = tl.load(x + at[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    if BITS == 8:
+        values = ((held >> (4 * HALF)) & 15).to(tl.float32) - 8.0
+    else:
+        channel = HALF * (D // 2) + h
+        values = tl.load(x + at[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if BITS > 0:
         values *= tl.load(scale + at, mask=there, other=0.0).to(tl.float32)[:, None]
     return values
 
@@ -96,17 +94,17 @@ def _half(x, scale, zero, at, h, there, HALF: tl.constexpr, D: tl.constexpr, BIT
 @triton.jit
 def _attend_piece(
     q_low, q_high, top, total, y_low, y_high, scores, asker, first,
-    k, k_scale, k_zero, v, v_scale, v_zero, head, place, there, softcap,
+    k, k_scale, v, v_scale, head, place, there, softcap,
     K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, P: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, OPERAND: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the tokens at `place` of a part to a running softmax, and keep their scores from place `first` on."""
     at = (place * K + head).to(tl.int64)
     h, u, g = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_U), tl.arange(0, BLOCK_Q)
     found = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-    found = _product(q_low, tl.trans(_half(k, k_scale, k_zero, at, h, there, 0, D, BITS, K_GROUP)), found, OPERAND)
-    found = _product(q_high, tl.trans(_half(k, k_scale, k_zero, at, h, there, 1, D, BITS, K_GROUP)), found, OPERAND)
+    found = _product(q_low, tl.trans(_half(k, k_scale, at, h, there, 0, D, BITS)), found, OPERAND)
+    found = _product(q_high, tl.trans(_half(k, k_scale, at, h, there, 1, D, BITS)), found, OPERAND)
     if HAS_SOFTCAP:
         found = softcap * _tanh(found / softcap)
     found = tl.where(there[None, :], found, float("-inf"))
@@ -116,10 +114,8 @@ def _attend_piece(
     shrink = tl.exp(top - safe)
     weights = tl.exp(found - safe[:, None])
     total = total * shrink + tl.sum(weights, 1)
-    y_low = _product(weights, _half(v, v_scale, v_zero, at, u, there, 0, V, BITS, V_GROUP), y_low * shrink[:, None],
-                     OPERAND)  # fmt: skip
-    y_high = _product(weights, _half(v, v_scale, v_zero, at, u, there, 1, V, BITS, V_GROUP), y_high * shrink[:, None],
-                      OPERAND)  # fmt: skip
+    y_low = _product(weights, _half(v, v_scale, at, u, there, 0, V, BITS), y_low * shrink[:, None], OPERAND)
+    y_high = _product(weights, _half(v, v_scale, at, u, there, 1, V, BITS), y_high * shrink[:, None], OPERAND)
     return highest, total, y_low, y_high, shrink
 
 
@@ -154,13 +150,13 @@ def landmark_step_kernel(
     q, k, v, q_rotated, k_rotated, out, scores,
     sink_k, sink_k_scale, sink_v, sink_v_scale,
     window_k, window_k_scale, window_v, window_v_scale, window_novelty, window_received,
-    slot_k, slot_k_scale, slot_k_zero, slot_v, slot_v_scale, slot_v_zero, slot_received, slot_number,
+    slot_k, slot_k_scale, slot_v, slot_v_scale, slot_received, slot_number,
     sums, score_weight, key_scale, key_shift, counts, lengths,
     k_row, v_row, q_rotated_row, k_rotated_row, sink_row, window_row, slot_row,
     scale, softcap,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, LEARNED: tl.constexpr, CODED: tl.constexpr,
+    LEARNED: tl.constexpr, CODED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -185,14 +181,7 @@ def landmark_step_kernel(
     window_k_scale, window_v_scale = window_k_scale + row * window_row, window_v_scale + row * window_row
     PACKED: tl.constexpr = 2 if SLOT_BITS == 4 else 1
     slot_k, slot_v = slot_k + row * slot_row * (D // PACKED), slot_v + row * slot_row * (V // PACKED)
-    slot_k_scale, slot_v_scale = (
-        slot_k_scale + row * slot_row * (D // K_GROUP),
-        slot_v_scale + row * slot_row * (V // V_GROUP),
-    )
-    slot_k_zero, slot_v_zero = (
-        slot_k_zero + row * slot_row * (D // K_GROUP),
-        slot_v_zero + row * slot_row * (V // V_GROUP),
-    )
+    slot_k_scale, slot_v_scale = slot_k_scale + row * slot_row, slot_v_scale + row * slot_row
     window_novelty, window_received = window_novelty + row * ROOM * K, window_received + row * ROOM * K
     slot_received, slot_number = slot_received + row * SLOTS * K, slot_number + row * SLOTS * K
 
@@ -264,16 +253,16 @@ def landmark_step_kernel(
         m = tl.arange(0, BLOCK_M)
         seen = (m < SINKS) & (m - SINKS <= place)
         top, total, y_low, y_high, _ = _attend_piece(
-            q_low, q_high, top, total, y_low, y_high, scores, asker, 0, sink_k, sink_k_scale, sink_k, sink_v,
-            sink_v_scale, sink_v, head, m, seen, softcap, K, D, V, P, G, NEAR_BITS, 1, 1, HAS_SOFTCAP, OPERAND,
+            q_low, q_high, top, total, y_low, y_high, scores, asker, 0, sink_k, sink_k_scale, sink_v,
+            sink_v_scale, head, m, seen, softcap, K, D, V, P, G, NEAR_BITS, HAS_SOFTCAP, OPERAND,
             BLOCK_H, BLOCK_U, BLOCK_Q, BLOCK_M,
         )  # fmt: skip
     for first in range(0, ROOM, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         there = (n < ROOM) & (n <= place)
         top, total, y_low, y_high, _ = _attend_piece(
-            q_low, q_high, top, total, y_low, y_high, scores, asker, SINKS, window_k, window_k_scale, window_k,
-            window_v, window_v_scale, window_v, head, n, there, softcap, K, D, V, P, G, NEAR_BITS, 1, 1, HAS_SOFTCAP,
+            q_low, q_high, top, total, y_low, y_high, scores, asker, SINKS, window_k, window_k_scale,
+            window_v, window_v_scale, head, n, there, softcap, K, D, V, P, G, NEAR_BITS, HAS_SOFTCAP,
             OPERAND, BLOCK_H, BLOCK_U, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
 
@@ -287,8 +276,8 @@ def landmark_step_kernel(
         there = n < SLOTS
         there = there & (tl.load(slot_number + n * K + head, mask=there, other=0) != 0)
         top, total, s_low, s_high, shrink = _attend_piece(
-            q_low, q_high, top, total, s_low, s_high, scores, asker, SINKS + ROOM, slot_k, slot_k_scale, slot_k_zero,
-            slot_v, slot_v_scale, slot_v_zero, head, n, there, softcap, K, D, V, P, G, SLOT_BITS, K_GROUP, V_GROUP,
+            q_low, q_high, top, total, s_low, s_high, scores, asker, SINKS + ROOM, slot_k, slot_k_scale,
+            slot_v, slot_v_scale, head, n, there, softcap, K, D, V, P, G, SLOT_BITS,
             HAS_SOFTCAP, OPERAND, BLOCK_H, BLOCK_U, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         y_low *= shrink[:, None]

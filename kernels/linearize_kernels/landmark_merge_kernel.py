@@ -65,52 +65,43 @@ def _lowest(rank, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _coded(x, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Codes, scales and zeros of a half in 4 bits: `[BLOCK, SIZE]` and twice `[BLOCK, SIZE / GROUP]`."""
-    grouped = tl.reshape(x, [BLOCK, SIZE // GROUP, GROUP])
-    least, most = tl.min(grouped, 2), tl.max(grouped, 2)
-    zero = _bfloat16(least)
-    scale = _bfloat16(tl.maximum(tl.maximum((most - least) / 15.0, tl.abs(zero) * 0.0078125), 1e-30))
-    steps = _nearest((grouped - zero[:, :, None]) / scale[:, :, None])
-    steps = tl.minimum(tl.maximum(steps, 0.0), 15.0)
-    return tl.reshape(steps, [BLOCK, SIZE]).to(tl.int32), scale, zero
+def _coded(low, high):
+    """Turned tokens, in halves, in 4 bits: codes of each half, -8 to 7, and scales `[BLOCK]`."""
+    most = tl.maximum(tl.max(low, 1), tl.max(high, 1)) * (1.0 / 7.0)
+    least = tl.minimum(tl.min(low, 1), tl.min(high, 1)) * (-1.0 / 8.0)
+    scale = _bfloat16(tl.maximum(tl.maximum(most, least), 1e-30))
+    low = tl.minimum(tl.maximum(_nearest(low / scale[:, None]), -8.0), 7.0)
+    high = tl.minimum(tl.maximum(_nearest(high / scale[:, None]), -8.0), 7.0)
+    return low, high, scale
 
 
 @triton.jit
 def _store_coded(
-    low, high, into, into_scale, into_zero, at, there,
-    D: tl.constexpr, GROUP: tl.constexpr, OPERAND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+    low, high, into, into_scale, at, there, D: tl.constexpr, OPERAND: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
     """Write tokens, in halves `[BLOCK, BLOCK_H]`, in 4 bits at rows `at`."""
     h = tl.arange(0, BLOCK_H)
     low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
-    first, first_scale, first_zero = _coded(low, GROUP, BLOCK_H, BLOCK)
-    second, second_scale, second_zero = _coded(high, GROUP, BLOCK_H, BLOCK)
+    low, high, scale = _coded(low, high)
     mask = there[:, None] & (h < D // 2)[None, :]
-    tl.store(into + at[:, None] * (D // 2) + h[None, :], (first | (second << 4)).to(tl.uint8), mask=mask)
-    HALF: tl.constexpr = BLOCK_H // GROUP
-    group = tl.arange(0, HALF)
-    at = at[:, None] * (2 * HALF) + group[None, :]
-    mask = there[:, None] & (group >= 0)[None, :]
-    tl.store(into_scale + at, first_scale.to(into_scale.dtype.element_ty), mask=mask)
-    tl.store(into_zero + at, first_zero.to(into_zero.dtype.element_ty), mask=mask)
-    tl.store(into_scale + at + HALF, second_scale.to(into_scale.dtype.element_ty), mask=mask)
-    tl.store(into_zero + at + HALF, second_zero.to(into_zero.dtype.element_ty), mask=mask)
+    codes = (low + 8.0).to(tl.int32) | ((high + 8.0).to(tl.int32) << 4)
+    tl.store(into + at[:, None] * (D // 2) + h[None, :], codes.to(tl.uint8), mask=mask)
+    tl.store(into_scale + at, scale.to(into_scale.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _move_tokens(
-    x, x_scale, into, into_scale, into_zero, source, to, there, head,
-    K: tl.constexpr, D: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, GROUP: tl.constexpr,
+    x, x_scale, into, into_scale, source, to, there, head,
+    K: tl.constexpr, D: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr,
     OPERAND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Copy the window's tokens `source` into the slots `to`."""
     from_at, to_at = source * K + head, to * K + head
     if SLOT_BITS == 4:
         h = tl.arange(0, BLOCK_H)
-        low = _half(x, x_scale, x, from_at, h, there, 0, D, NEAR_BITS, 1)
-        high = _half(x, x_scale, x, from_at, h, there, 1, D, NEAR_BITS, 1)
-        _store_coded(low, high, into, into_scale, into_zero, to_at, there, D, GROUP, OPERAND, BLOCK, BLOCK_H)
+        low = _half(x, x_scale, from_at, h, there, 0, D, NEAR_BITS)
+        high = _half(x, x_scale, from_at, h, there, 1, D, NEAR_BITS)
+        _store_coded(low, high, into, into_scale, to_at, there, D, OPERAND, BLOCK_H)
     else:
         d = tl.arange(0, BLOCK_D)
         mask = there[:, None] & (d < D)[None, :]
@@ -136,14 +127,13 @@ def _shift(x, head, K: tl.constexpr, D: tl.constexpr, ROOM: tl.constexpr, BLOCK:
 @triton.jit
 def landmark_merge_kernel(
     window_k, window_k_scale, window_v, window_v_scale, window_novelty, window_received,
-    slot_k, slot_k_scale, slot_k_zero, slot_v, slot_v_scale, slot_v_zero, slot_novelty, slot_received, slot_number,
+    slot_k, slot_k_scale, slot_v, slot_v_scale, slot_novelty, slot_received, slot_number,
     places, counts, lengths, window_row, slot_row, weight,
     K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, K_GROUP: tl.constexpr,
-    V_GROUP: tl.constexpr, REACH: tl.constexpr, FADING: tl.constexpr, LEAST_ATTENTION: tl.constexpr,
-    LEAST_SPREAD: tl.constexpr, MOST_AGAINST: tl.constexpr, HAS_LENGTHS: tl.constexpr, WHOLE: tl.constexpr,
-    CANDIDATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_U: tl.constexpr,
+    BLOCK: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, REACH: tl.constexpr,
+    FADING: tl.constexpr, LEAST_ATTENTION: tl.constexpr, LEAST_SPREAD: tl.constexpr,
+    MOST_AGAINST: tl.constexpr, HAS_LENGTHS: tl.constexpr, WHOLE: tl.constexpr, CANDIDATES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     OPERAND: tl.constexpr = tl.float32 if WHOLE else tl.bfloat16
     ROOM: tl.constexpr = W + BLOCK - 1
@@ -159,9 +149,7 @@ def landmark_merge_kernel(
         window_k_scale, window_v_scale = window_k_scale + row * window_row, window_v_scale + row * window_row
         PACKED: tl.constexpr = 2 if SLOT_BITS == 4 else 1
         slot_k, slot_v = slot_k + row * slot_row * (D // PACKED), slot_v + row * slot_row * (V // PACKED)
-        k_row, v_row = row * slot_row * (D // K_GROUP), row * slot_row * (V // V_GROUP)
-        slot_k_scale, slot_k_zero = slot_k_scale + k_row, slot_k_zero + k_row
-        slot_v_scale, slot_v_zero = slot_v_scale + v_row, slot_v_zero + v_row
+        slot_k_scale, slot_v_scale = slot_k_scale + row * slot_row, slot_v_scale + row * slot_row
         window_novelty, window_received = window_novelty + row * ROOM * K, window_received + row * ROOM * K
         slot_novelty, slot_received = slot_novelty + row * SLOTS * K, slot_received + row * SLOTS * K
         slot_number += row * SLOTS * K
@@ -206,12 +194,12 @@ def landmark_merge_kernel(
         tl.store(slot_received + to_at, given * FADING, mask=moves)
         tl.store(slot_number + to_at, first + source, mask=moves)
         _move_tokens(
-            window_k, window_k_scale, slot_k, slot_k_scale, slot_k_zero, source, to, moves, head, K, D, NEAR_BITS,
-            SLOT_BITS, K_GROUP, OPERAND, BLOCK, BLOCK_D, BLOCK_H,
+            window_k, window_k_scale, slot_k, slot_k_scale, source, to, moves, head, K, D, NEAR_BITS,
+            SLOT_BITS, OPERAND, BLOCK, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         _move_tokens(
-            window_v, window_v_scale, slot_v, slot_v_scale, slot_v_zero, source, to, moves, head, K, V, NEAR_BITS,
-            SLOT_BITS, V_GROUP, OPERAND, BLOCK, BLOCK_V, BLOCK_U,
+            window_v, window_v_scale, slot_v, slot_v_scale, source, to, moves, head, K, V, NEAR_BITS,
+            SLOT_BITS, OPERAND, BLOCK, BLOCK_V, BLOCK_U,
         )  # fmt: skip
         tl.debug_barrier()
         _shift(window_k, head, K, D, ROOM, BLOCK, BLOCK_D)

@@ -35,11 +35,10 @@ def _new_half(
 
 
 @triton.jit
-def _rounded(x, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """A half, turned, as its codes in 4 bits are decoded again, `[BLOCK, SIZE]`."""
-    codes, scale, zero = _coded(x, GROUP, SIZE, BLOCK)
-    grouped = tl.reshape(codes, [BLOCK, SIZE // GROUP, GROUP]).to(tl.float32)
-    return tl.reshape(grouped * scale[:, :, None] + zero[:, :, None], [BLOCK, SIZE])
+def _rounded(low, high):
+    """Turned tokens, in halves, as 4 bits store them."""
+    low, high, scale = _coded(low, high)
+    return low * scale[:, None], high * scale[:, None]
 
 
 @triton.jit
@@ -54,10 +53,10 @@ def _store_pieces(x, into, inside, D: tl.constexpr, PIECES: tl.constexpr):
 @triton.jit
 def _pool_tile(
     x, token, key_scale, key_shift, plain, plain_token, inputs,
-    sink, sink_scale, near, near_scale, slot, slot_scale, slot_zero, pool,
+    sink, sink_scale, near, near_scale, slot, slot_scale, pool,
     tile, head, count, filled, offset, length, places, slots, leaving, input_token,
     K: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr,
-    GROUP: tl.constexpr, CODED: tl.constexpr, LEARNED: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
+    CODED: tl.constexpr, LEARNED: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
     OPERAND: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row's pool, of keys or values."""
@@ -81,8 +80,8 @@ def _pool_tile(
     if in_slots:
         there = inside & (at < filled)
         where = (at * K + head).to(tl.int64)
-        low = _half(slot, slot_scale, slot_zero, where, h, there, 0, D, SLOT_BITS, GROUP)
-        high = _half(slot, slot_scale, slot_zero, where, h, there, 1, D, SLOT_BITS, GROUP)
+        low = _half(slot, slot_scale, where, h, there, 0, D, SLOT_BITS)
+        high = _half(slot, slot_scale, where, h, there, 1, D, SLOT_BITS)
         if SLOT_BITS == 4:
             low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
         _store_pieces(low, into, mask, D, PIECES)
@@ -99,11 +98,11 @@ def _pool_tile(
         where = (at * K + head).to(tl.int64)
         held = inside & (order < tl.where(in_sinks, 0, -2147483648))
         if SINKS > 0:
-            low += _half(sink, sink_scale, sink, where, h, held, 0, D, NEAR_BITS, 1)
-            high += _half(sink, sink_scale, sink, where, h, held, 1, D, NEAR_BITS, 1)
+            low += _half(sink, sink_scale, where, h, held, 0, D, NEAR_BITS)
+            high += _half(sink, sink_scale, where, h, held, 1, D, NEAR_BITS)
         held = inside & (order < tl.where(in_sinks, -2147483648, 0))
-        low += _half(near, near_scale, near, where, h, held, 0, D, NEAR_BITS, 1)
-        high += _half(near, near_scale, near, where, h, held, 1, D, NEAR_BITS, 1)
+        low += _half(near, near_scale, where, h, held, 0, D, NEAR_BITS)
+        high += _half(near, near_scale, where, h, held, 1, D, NEAR_BITS)
         if LEARNED:
             first, second = low, high
             if KEYS:
@@ -116,7 +115,7 @@ def _pool_tile(
         if SLOT_BITS == 4:  # noqa: SIM102 - this is the compiler's condition
             if leaves:
                 low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
-                low, high = _rounded(low, GROUP, BLOCK_H, BLOCK_N), _rounded(high, GROUP, BLOCK_H, BLOCK_N)
+                low, high = _rounded(low, high)
                 low, high = _turned_halves(low, high, D, BLOCK_H, OPERAND)
         _store_pieces(low, into, mask, D, PIECES)
         _store_pieces(high, into + D // 2, mask, D, PIECES)
@@ -130,11 +129,11 @@ _VARYING = ["places", "slots", "before", "offset", "sink_row", "near_row", "slot
 def landmark_pool_kernel(
     k_rotated, v, k, key_scale, key_shift, inputs, pool_k, pool_v,
     sink_k, sink_k_scale, sink_v, sink_v_scale, near_k, near_k_scale, near_v, near_v_scale,
-    slot_k, slot_k_scale, slot_k_zero, slot_v, slot_v_scale, slot_v_zero, before, offset,
+    slot_k, slot_k_scale, slot_v, slot_v_scale, before, offset,
     k_rotated_row, k_rotated_token, v_row, v_token, k_row, k_token, sink_row, near_row, slot_row,
     length, places, slots, leaving, tiles,
     K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
-    NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
+    NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr,
     RAGGED: tl.constexpr, CODED: tl.constexpr, LEARNED: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -154,20 +153,20 @@ def landmark_pool_kernel(
             k_rotated + row * k_rotated_row, k_rotated_token, key_scale, key_shift, k + row * k_row, k_token, inputs,
             sink_k + row * sink_row * D, sink_k_scale + row * sink_row,
             near_k + row * near_row * D, near_k_scale + row * near_row,
-            slot_k + row * slot_row * (D // PACKED), slot_k_scale + row * slot_row * (D // K_GROUP),
-            slot_k_zero + row * slot_row * (D // K_GROUP), pool_k + row * whole * (K * PIECES * D),
+            slot_k + row * slot_row * (D // PACKED), slot_k_scale + row * slot_row,
+            pool_k + row * whole * (K * PIECES * D),
             tile, head, count, filled, first, length, places, slots, leaving, K * (D + V),
-            K, D, SINKS, NEAR_BITS, SLOT_BITS, K_GROUP, CODED, LEARNED, True, PIECES, OPERAND, BLOCK_H, BLOCK_N,
+            K, D, SINKS, NEAR_BITS, SLOT_BITS, CODED, LEARNED, True, PIECES, OPERAND, BLOCK_H, BLOCK_N,
         )  # fmt: skip
     else:
         _pool_tile(
             v + row * v_row, v_token, key_scale, key_shift, v, v_token, inputs + K * D,
             sink_v + row * sink_row * V, sink_v_scale + row * sink_row,
             near_v + row * near_row * V, near_v_scale + row * near_row,
-            slot_v + row * slot_row * (V // PACKED), slot_v_scale + row * slot_row * (V // V_GROUP),
-            slot_v_zero + row * slot_row * (V // V_GROUP), pool_v + row * whole * (K * PIECES * V),
+            slot_v + row * slot_row * (V // PACKED), slot_v_scale + row * slot_row,
+            pool_v + row * whole * (K * PIECES * V),
             tile, head, count, filled, first, length, places, slots, leaving, K * (D + V),
-            K, V, SINKS, NEAR_BITS, SLOT_BITS, V_GROUP, False, LEARNED, False, PIECES, OPERAND, BLOCK_U, BLOCK_N,
+            K, V, SINKS, NEAR_BITS, SLOT_BITS, False, LEARNED, False, PIECES, OPERAND, BLOCK_U, BLOCK_N,
         )  # fmt: skip
 
 
@@ -199,10 +198,10 @@ def _store_near(
 
 @triton.jit
 def _keep_tile(
-    pool, sink, sink_scale, near, near_scale, slot, slot_scale, slot_zero, table,
+    pool, sink, sink_scale, near, near_scale, slot, slot_scale, table,
     part, at, head, done, count, end, merged, slots,
     K: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
-    NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr,
+    NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, PIECES: tl.constexpr,
     OPERAND: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row's sinks (part 0), window (1) or slots (2), of keys or values."""
@@ -213,7 +212,7 @@ def _keep_tile(
         low = _pooled_half(pool, SINKS + origin, head, h, comes, 0, K, D, PIECES)
         high = _pooled_half(pool, SINKS + origin, head, h, comes, 1, K, D, PIECES)
         if SLOT_BITS == 4:
-            _store_coded(low, high, slot, slot_scale, slot_zero, where, comes, D, GROUP, OPERAND, BLOCK_N, BLOCK_H)
+            _store_coded(low, high, slot, slot_scale, where, comes, D, OPERAND, BLOCK_H)
         else:
             _store_near(low, high, slot, slot_scale, where, h, comes, D, SLOT_BITS)
     elif part == 1:
@@ -234,10 +233,10 @@ def landmark_keep_kernel(
     pool_k, pool_v, table, novelty, received, static, number,
     sink_k, sink_k_scale, sink_v, sink_v_scale,
     near_k, near_k_scale, near_v, near_v_scale, near_novelty, near_received,
-    slot_k, slot_k_scale, slot_k_zero, slot_v, slot_v_scale, slot_v_zero, slot_novelty, slot_received, slot_number,
+    slot_k, slot_k_scale, slot_v, slot_v_scale, slot_novelty, slot_received, slot_number,
     before, offset, total, pool_row, v_row, novelty_row, sink_row, near_row, slot_row, end, places, slots, merges,
     K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
-    NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
+    NEAR_BITS: tl.constexpr, SLOT_BITS: tl.constexpr,
     RAGGED: tl.constexpr, HAS_TOTAL: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -265,9 +264,9 @@ def landmark_keep_kernel(
         _keep_tile(
             pool_k + row * pool_row, sink_k + row * sink_row * D, sink_k_scale + row * sink_row,
             near_k + row * near_row * D, near_k_scale + row * near_row,
-            slot_k + row * slot_row * (D // PACKED), slot_k_scale + row * slot_row * (D // K_GROUP),
-            slot_k_zero + row * slot_row * (D // K_GROUP), table, part, at, head, done, count, stop, merged, slots,
-            K, D, SINKS, ROOM, BLOCK, NEAR_BITS, SLOT_BITS, K_GROUP, PIECES, OPERAND, BLOCK_H, BLOCK_N,
+            slot_k + row * slot_row * (D // PACKED), slot_k_scale + row * slot_row,
+            table, part, at, head, done, count, stop, merged, slots,
+            K, D, SINKS, ROOM, BLOCK, NEAR_BITS, SLOT_BITS, PIECES, OPERAND, BLOCK_H, BLOCK_N,
         )  # fmt: skip
         received += mine * (slots + places)
         if part == 2:
@@ -287,7 +286,7 @@ def landmark_keep_kernel(
         _keep_tile(
             pool_v + row * v_row, sink_v + row * sink_row * V, sink_v_scale + row * sink_row,
             near_v + row * near_row * V, near_v_scale + row * near_row,
-            slot_v + row * slot_row * (V // PACKED), slot_v_scale + row * slot_row * (V // V_GROUP),
-            slot_v_zero + row * slot_row * (V // V_GROUP), table, part, at, head, done, count, stop, merged, slots,
-            K, V, SINKS, ROOM, BLOCK, NEAR_BITS, SLOT_BITS, V_GROUP, PIECES, OPERAND, BLOCK_U, BLOCK_N,
+            slot_v + row * slot_row * (V // PACKED), slot_v_scale + row * slot_row,
+            table, part, at, head, done, count, stop, merged, slots,
+            K, V, SINKS, ROOM, BLOCK, NEAR_BITS, SLOT_BITS, PIECES, OPERAND, BLOCK_U, BLOCK_N,
         )  # fmt: skip

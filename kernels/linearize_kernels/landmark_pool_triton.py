@@ -13,7 +13,7 @@ from torch import Tensor
 from linearize_kernels.dispatch import power_of_2
 from linearize_kernels.landmark_pool_kernel import landmark_keep_kernel, landmark_pool_kernel
 from linearize_kernels.landmark_text_triton import operand_of, pieces_of
-from linearize_kernels.landmark_triton import CODED, NEAR, held_of
+from linearize_kernels.landmark_triton import HELD, held_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -146,8 +146,8 @@ def launch_landmark_keep(
 
 def _memory(parts: Mapping[str, Mapping[str, Tensor]], absent: Tensor, *scores: Tensor) -> list[Tensor]:
     """The tokens of sinks, window and slots; `scores` are those of the window."""
-    found = [held_of(parts.get("sinks", {}), absent, *NEAR), held_of(parts["window"], absent, *NEAR)]
-    return [*found[0], *found[1], *scores, *held_of(parts["landmarks"], absent, *CODED)]
+    found = [held_of(parts.get("sinks", {}), absent, *HELD), held_of(parts["window"], absent, *HELD)]
+    return [*found[0], *found[1], *scores, *held_of(parts["landmarks"], absent, *HELD)]
 
 
 def _rows_of(parts: Mapping[str, Mapping[str, Tensor]], width: int) -> list[int]:
@@ -163,7 +163,6 @@ def _shared(
 ) -> dict[str, Any]:
     """The constants of both kernels."""
     slots, bits = parts["landmarks"], {torch.int8: 8, torch.uint8: 4}
-    coded = slots["v"].dtype == torch.uint8
     return {
         "K": pool.keys.shape[2],
         "D": width,
@@ -172,9 +171,6 @@ def _shared(
         "BLOCK": text.block,
         "NEAR_BITS": bits.get(parts["window"]["v"].dtype, 0),
         "SLOT_BITS": bits.get(slots["v"].dtype, 0),
-        # Channels of keys and of values that share a scale.
-        "K_GROUP": width // slots["k_rotated_scale"].shape[-1] if coded else width,
-        "V_GROUP": values // slots["v_scale"].shape[-1] if coded else values,
         "RAGGED": isinstance(text.before, Tensor),
         "PIECES": pool.keys.shape[3] // width,
         "WHOLE": pool.keys.dtype == torch.float32,

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 _TURN, _LEAST = 64, 16
 
 
-NEAR = ("k_rotated", "k_rotated_scale", "v", "v_scale")
-CODED = ("k_rotated", "k_rotated_scale", "k_rotated_zero", "v", "v_scale", "v_zero")
+HELD = ("k_rotated", "k_rotated_scale", "v", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ def launch_landmark_step(
             k_rotated,
             out,
             scores,
-            *held_of(sinks, absent, *NEAR),
-            *held_of(window, absent, *NEAR, "novelty", "received"),
-            *held_of(slots, absent, *CODED, "received", "number"),
+            *held_of(sinks, absent, *HELD),
+            *held_of(window, absent, *HELD, "novelty", "received"),
+            *held_of(slots, absent, *HELD, "received", "number"),
             *(
                 absent if x is None else x
                 for x in (parts.get("keys", {}).get("sum"), score_weight, key_scale, key_shift)
@@ -100,7 +99,7 @@ def launch_landmark_step(
             slots["k_rotated"].stride(0) // _entries(step, width),
             step.scale,
             step.softcap or 1.0,
-            **_shared(step, slots, lengths, width, values),
+            **_shared(step, lengths, width, values),
             K=groups,
             G=group,
             LEARNED=score_weight is not None,
@@ -144,15 +143,15 @@ def launch_landmark_merge(
     places = torch.empty(batch, groups, 2, step.block, dtype=torch.int32, device=counts.device)
     with torch.cuda.device_of(places):
         landmark_merge_kernel[(batch, groups)](
-            *held_of(window, places, *NEAR, "novelty", "received"),
-            *held_of(slots, places, *CODED, "novelty", "received", "number"),
+            *held_of(window, places, *HELD, "novelty", "received"),
+            *held_of(slots, places, *HELD, "novelty", "received", "number"),
             places,
             counts,
             counts if lengths is None else lengths.contiguous(),
             window["k_rotated"].stride(0) // width,
             slots["k_rotated"].stride(0) // _entries(step, width),
             weight,
-            **_shared(step, slots, lengths, width, values),
+            **_shared(step, lengths, width, values),
             K=groups,
             REACH=reach,
             FADING=fading,
@@ -177,11 +176,8 @@ def held_of(part: Mapping[str, Tensor], absent: Tensor, *names: str) -> list[Ten
     return found
 
 
-def _shared(
-    step: LandmarkStep, slots: Mapping[str, Tensor], lengths: Tensor | None, width: int, values: int
-) -> dict[str, int | bool]:
+def _shared(step: LandmarkStep, lengths: Tensor | None, width: int, values: int) -> dict[str, int | bool]:
     """The constants of both kernels."""
-    coded = step.slot_bits == 4
     return {
         "D": width,
         "V": values,
@@ -191,9 +187,6 @@ def _shared(
         "BLOCK": step.block,
         "NEAR_BITS": step.near_bits,
         "SLOT_BITS": step.slot_bits,
-        # Channels of keys and of values that share a scale.
-        "K_GROUP": width // slots["k_rotated_scale"].shape[-1] if coded else width,
-        "V_GROUP": values // slots["v_scale"].shape[-1] if coded else values,
         "HAS_LENGTHS": lengths is not None,
         "WHOLE": interpreted(),  # numpy has no bfloat16
         "BLOCK_D": power_of_2(width),

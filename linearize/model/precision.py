@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from linearize.model.configuration import MixerConfig
     from linearize.model.memory import Part
 
-_SCALE, _ZERO = "_scale", "_zero"
+_SCALE = "_scale"
 
 
 def slot_bits(config: MixerConfig) -> int:
@@ -56,23 +56,21 @@ def empty_slots(
 
 def names_in_part(names: Sequence[str], bits: int) -> tuple[str, ...]:
     """The names of the tensors that a part has for these."""
-    endings = {0: ("",), 8: ("", _SCALE), 4: ("", _SCALE, _ZERO)}[bits]
+    endings = ("", _SCALE) if bits else ("",)
     return tuple(name + ending for name in names for ending in endings)
 
 
 def as_read(part: Part, name: str, count: int | None = None) -> Tensor | Codes:
     """The first `count` tokens of a part's tensor (None: all), as `step_attention` and `joint_attention` take it."""
-    held, scale, zero = part[name][:, :count], part.get(name + _SCALE), part.get(name + _ZERO)
-    if scale is None:
-        return held
-    return Codes(held, scale[:, :count], None if zero is None else zero[:, :count])
+    held, scale = part[name][:, :count], part.get(name + _SCALE)
+    return held if scale is None else Codes(held, scale[:, :count])
 
 
 def decoded(part: Part, dtype: torch.dtype) -> Part:
     """The tensors of a part, codes decoded in `dtype`."""
     values: Part = {}
     for name in part:
-        if not name.endswith((_SCALE, _ZERO)):
+        if not name.endswith(_SCALE):
             held = as_read(part, name)
             values[name] = decode(held, dtype) if isinstance(held, Codes) else held
     return values
@@ -84,13 +82,13 @@ def encoded(values: Part, like: Part) -> Part:
     if not coded:
         return values
     held = {name: tensor for name, tensor in values.items() if name not in coded}
-    tensors, bits = [values[name].detach() for name in coded], 4 if coded[0] + _ZERO in like else 8
+    tensors, bits = [values[name].detach() for name in coded], 4 if like[coded[0]].dtype == torch.uint8 else 8
     if len({tensor.shape for tensor in tensors}) > 1:
         found = [encode(tensor, bits) for tensor in tensors]
     else:
         # One call for keys and values, because a step's tensors are so small that each launch counts.
         whole = encode(torch.stack(tensors), bits)
-        found = [Codes(*(None if x is None else x[place] for x in whole)) for place in range(len(coded))]  # type: ignore[arg-type]
+        found = [Codes(*(x[place] for x in whole)) for place in range(len(coded))]
     for name, codes in zip(coded, found, strict=True):
         held |= _as_part(name, codes)
     return held
@@ -102,5 +100,4 @@ def rounded_part(values: Part, bits: int) -> Part:
 
 
 def _as_part(name: str, held: Codes) -> Part:
-    part = {name: held.codes, name + _SCALE: held.scale}
-    return part if held.zero is None else part | {name + _ZERO: held.zero}
+    return {name: held.codes, name + _SCALE: held.scale}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linearize_kernels.codes import decode, encode, groups_of, key_scores, rounded, turned, value_sums
+from linearize_kernels.codes import decode, encode, key_scores, rounded, turned, value_sums
 
 WIDTHS = [8, 20, 32, 64, 80, 96]
 
@@ -28,7 +28,7 @@ def test_the_error_is_at_most_half_a_step(width, bits, dtype):
     held = encode(x, bits)
     error = decode(held, torch.float64) - x.double()
     if bits == 4:
-        error = turned(error).unflatten(-1, (groups_of(width), -1)).abs().amax(-1)
+        error = turned(error)
     assert bool((error.abs() <= 0.53 * held.scale.double() + 1e-6 * x.double().abs().amax(-1, keepdim=True)).all())
     assert held.codes.numel() * 8 == x.numel() * bits
 

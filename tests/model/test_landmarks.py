@@ -69,13 +69,11 @@ def in_8_bits(x: Tensor) -> Tensor:
 
 
 def in_4_bits(x: Tensor) -> Tensor:
-    """A model with heads as wide as one group."""
     turn = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(WIDTH)] for i in range(WIDTH)]) / WIDTH**0.5
     y = x.detach() @ turn
-    zero = y.amin(-1, keepdim=True).bfloat16().double()
-    spread = (y.amax(-1, keepdim=True) - y.amin(-1, keepdim=True)) / 15
-    scale = torch.maximum(spread, zero.abs() / 128).bfloat16().double()
-    return _Through.apply(x, (((y - zero) / scale).round().clamp(0, 15) * scale + zero) @ turn)
+    most, least = y.amax(-1, keepdim=True), y.amin(-1, keepdim=True)
+    scale = torch.maximum(most / 7, -least / 8).bfloat16().double()
+    return _Through.apply(x, ((y / scale).round() * scale) @ turn)
 
 
 def reference(mixer: Mixer, new: Projections) -> Tensor:

@@ -1,8 +1,8 @@
 /* Keys or values of tokens in the memory, `[B, tokens, K, width]`: rows of the batch are `row` tokens apart. Bits are 32,
-   16 (bfloat16), 8, or 4; scales and zeros are bfloat16. */
+   16 (bfloat16), 8, or 4; scales are bfloat16. */
 typedef struct {
     void *codes;
-    uint16_t *scale, *zero;
+    uint16_t *scale;
     int64_t row;
 } Held;
 
@@ -18,11 +18,6 @@ INLINE uint16_t half_of(float x) {
     memcpy(&bits, &x, sizeof bits);
     if (x != x) return 0x7fc0;
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE int64_t common(int64_t width) { /* channels of a group in 4 bits: gcd(width, 32) */
-    int64_t found = width & -width;
-    return found < 32 ? found : 32;
 }
 
 /* The Hadamard matrix / sqrt(size) times x, in blocks of the largest power of two that divides the width. */
@@ -43,44 +38,38 @@ static void turn(float *x, int64_t width) {
 static void encode(const Held *held, int64_t bits, int64_t at, const float *x, int64_t width, float *work) {
     if (bits == 32) {
         memcpy((float *)held->codes + at * width, x, (size_t)width * sizeof(float));
-    } else if (bits == 16) {
+        return;
+    }
+    if (bits == 16) {
         uint16_t *to = (uint16_t *)held->codes + at * width;
         for (int64_t d = 0; d < width; d++) to[d] = half_of(x[d]);
-    } else if (bits == 8) {
-        int8_t *to = (int8_t *)held->codes + at * width;
-        float largest = 0;
-        for (int64_t d = 0; d < width; d++) largest = fabsf(x[d]) > largest ? fabsf(x[d]) : largest;
-        largest = largest * (float)(1.0 / 127);
-        held->scale[at] = half_of(largest > 1e-30f ? largest : 1e-30f);
-        float scale = wide_of(held->scale[at]);
-        for (int64_t d = 0; d < width; d++) to[d] = (int8_t)rintf(x[d] / scale);
-    } else {
-        uint8_t *to = (uint8_t *)held->codes + at * (width / 2);
-        int64_t size = common(width), groups = width / size;
-        memcpy(work, x, (size_t)width * sizeof(float));
-        turn(work, width);
-        for (int64_t g = 0; g < groups; g++) {
-            float *own = work + g * size, low = own[0], high = own[0];
-            for (int64_t d = 1; d < size; d++) low = own[d] < low ? own[d] : low, high = own[d] > high ? own[d] : high;
-            uint16_t zero = half_of(low);
-            float base = wide_of(zero), step = (high - low) / 15, finest = fabsf(base) * 0.0078125f;
-            step = step > finest ? step : finest;
-            held->zero[at * groups + g] = zero;
-            held->scale[at * groups + g] = half_of(step > 1e-30f ? step : 1e-30f);
-            step = wide_of(held->scale[at * groups + g]);
-            for (int64_t d = 0; d < size; d++) {
-                float level = rintf((own[d] - base) / step);
-                own[d] = level > 0 ? level < 15 ? level : 15 : 0;
-            }
-        }
-        for (int64_t d = 0; d < width / 2; d++) to[d] = (uint8_t)((int)work[d] | (int)work[d + width / 2] << 4);
+        return;
     }
+    float low = INFINITY, high = -INFINITY;
+    memcpy(work, x, (size_t)width * sizeof(float));
+    if (bits == 4) turn(work, width);
+    for (int64_t d = 0; d < width; d++) low = work[d] < low ? work[d] : low, high = work[d] > high ? work[d] : high;
+    low *= (float)(bits == 8 ? -1.0 / 127 : -1.0 / 8), high *= (float)(bits == 8 ? 1.0 / 127 : 1.0 / 7);
+    float most = low > high ? low : high;
+    held->scale[at] = half_of(most > 1e-30f ? most : 1e-30f);
+    float scale = wide_of(held->scale[at]);
+    if (bits == 8) {
+        int8_t *to = (int8_t *)held->codes + at * width;
+        for (int64_t d = 0; d < width; d++) to[d] = (int8_t)rintf(work[d] / scale);
+        return;
+    }
+    uint8_t *to = (uint8_t *)held->codes + at * (width / 2);
+    for (int64_t d = 0; d < width; d++) {
+        float level = rintf(work[d] / scale) + 8;
+        work[d] = level > 0 ? level < 15 ? level : 15 : 0;
+    }
+    for (int64_t d = 0; d < width / 2; d++) to[d] = (uint8_t)((int)work[d] | (int)work[d + width / 2] << 4);
 }
 
 /* Read `count` tokens of a head, each to `wide` numbers; in 4 bits they stay turned. */
 static void decode(const Held *held, int64_t bits, int64_t row, int64_t head, int64_t heads, int64_t first,
                    int64_t count, int64_t width, int64_t wide, float *into) {
-    int64_t size = common(width), groups = width / size, half = width / 2;
+    int64_t half = width / 2;
     for (int64_t t = 0; t < count; t++, into += wide) {
         int64_t at = (row * held->row + first + t) * heads + head;
         if (bits == 32) {
@@ -97,22 +86,16 @@ static void decode(const Held *held, int64_t bits, int64_t row, int64_t head, in
             for (; d < width; d++) into[d] = scale * (float)x[d];
         } else {
             const uint8_t *x = (const uint8_t *)held->codes + at * half;
-            const uint16_t *scale = held->scale + at * groups, *zero = held->zero + at * groups;
-            if (size % LANES == 0 && half % size == 0) {
-                for (int64_t g = 0, d = 0; d < half; g++) {
-                    float low = wide_of(scale[g]), high = wide_of(scale[g + groups / 2]);
-                    float from = wide_of(zero[g]), above = wide_of(zero[g + groups / 2]);
-                    for (int64_t end = d + size; d < end; d += LANES) {
-                        ints both = codes_of(x + d);
-                        keep(into + d, low * __builtin_convertvector(both & 15, vec) + from);
-                        keep(into + half + d, high * __builtin_convertvector(both >> 4, vec) + above);
-                    }
-                }
-                continue;
+            float scale = wide_of(held->scale[at]), from = -8 * scale;
+            int64_t d = 0;
+            for (; d + LANES <= half; d += LANES) {
+                ints both = codes_of(x + d);
+                keep(into + d, scale * __builtin_convertvector(both & 15, vec) + from);
+                keep(into + half + d, scale * __builtin_convertvector(both >> 4, vec) + from);
             }
-            for (int64_t d = 0; d < half; d++) {
-                into[d] = wide_of(scale[d / size]) * (float)(x[d] & 15) + wide_of(zero[d / size]);
-                into[half + d] = wide_of(scale[(half + d) / size]) * (float)(x[d] >> 4) + wide_of(zero[(half + d) / size]);
+            for (; d < half; d++) {
+                into[d] = scale * (float)(x[d] & 15) + from;
+                into[half + d] = scale * (float)(x[d] >> 4) + from;
             }
         }
     }

@@ -151,12 +151,12 @@ def _options(mixer: MixerBase) -> tuple[float, ...]:
 
 
 def _held(part: Part | None, name: str) -> tuple[Tensor | int | None, ...] | None:
-    """A tensor of a part with its scales and zeros, and the number of tokens between rows; None if they do not lie as
+    """A tensor of a part with its scales, and the number of tokens between rows; None if they do not lie as
     the C functions read them."""
     if part is None:
-        return 0, 0, 0, 0
+        return 0, 0, 0
     codes = part[name]
-    found = [codes, part.get(f"{name}_scale"), part.get(f"{name}_zero")]
+    found = [codes, part.get(f"{name}_scale")]
     there = [x for x in found if x is not None]
     apart = {x.stride(0) // x.stride(1) for x in there}
     if codes.dtype not in _BITS or len(apart) > 1:

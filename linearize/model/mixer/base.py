@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from linearize_kernels.codes import groups_of
+from linearize_kernels.codes import refuse_width
 from torch import Tensor, nn
 
 from linearize.model.configuration import room
@@ -65,7 +65,7 @@ class MixerBase(nn.Module, ABC):
             raise ValueError("landmarks need covers: evicted, for a state of all tokens holds them already")
         if config.landmarks and config.memory_dtype == "int4":
             for width in (layer.key_width, layer.value_width):
-                groups_of(width)  # refuses a width
+                refuse_width(width)
         if self.recurrence is not None and config.mix == "softmax" and not self.recurrence.has_mass:
             raise ValueError(f"mix: softmax needs a recurrence with a normaliser, which {config.recurrence} has not")
         register(self, self._own_start())

@@ -66,7 +66,7 @@ def _refusal_of_landmarks(operation: Operation, config: MixerConfig, layer: Atte
     if layer.query_heads // layer.key_value_heads > _MOST_QUERIES:
         return f"more than {_MOST_QUERIES} query heads share a key/value head"
     for width in (layer.key_width, layer.value_width):
-        # The Hadamard matrix of 4 bits turns all channels of a head together, and a half holds whole groups of them.
+        # The Hadamard matrix of 4 bits turns all channels of a head together.
         turned = operation == "step" and config.memory_dtype == "int4"
         if width % 2 or width > _WIDEST or (turned and width not in _TURNED):
             return f"heads of width {width} with landmarks in {config.memory_dtype}"
