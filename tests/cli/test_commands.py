@@ -39,7 +39,7 @@ def settings(*more: str) -> list[str]:
 
 def test_inspect_tells_the_same_to_people_and_programs(outcome, tiny_folder):
     status, text, _ = outcome("inspect", tiny_folder)
-    assert status == 0 and "131,072" in text and "window 64, 4 sinks, 900 landmarks, no recurrence" in text
+    assert status == 0 and "131,072" in text and "window 64, 4 sinks, 1,035 landmarks, no recurrence" in text
     # In the default there is no state, and the cache has the checkpoint's dtype.
     assert "teacher's cache (float32)" in text and "state in float32" not in text
     assert "state in float32" in outcome("inspect", tiny_folder, "-r", "window-gla")[1]
