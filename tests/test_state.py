@@ -287,6 +287,10 @@ def nan(name: str) -> Change:
         (lambda _, h: h.pop("sha256"), "not what was written"),
         (lambda _, h: h.pop("weights"), "another model"),
         (lambda _, h: h.update(version="3", linearize="9.0"), "format is 3, and linearize "),
+        (
+            lambda t, h: h.update(linearize="0.1.0") or t.update({"layers.0.more": torch.ones(1)}),
+            "linearize 0.1.0 stored this model's memory in another way ('layers.0.more' does not belong there); read",
+        ),
         (lambda _, h: h.clear(), "is not a state"),
     ],
 )  # fmt: skip

@@ -74,6 +74,11 @@ def read(path: Path, model: LinearizedForCausalLM) -> tuple[list[LayerMemory], T
     with _opened(path) as file:
         # Names and shapes come first, because they bound the bytes to read.
         if wrong := _wrong_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected):  # noqa: SIM118
+            if head.get("linearize") != __version__:
+                raise StateError(
+                    f"{path}: linearize {head.get('linearize')} stored this model's memory in another way ({wrong}); "
+                    f"read the text again with {__version__}"
+                )
             raise _damaged(path, wrong)
         tensors = {name: file.get_tensor(name) for name in expected}
     if wrong := _wrong_values(tensors, expected, tokens, model):
