@@ -1,9 +1,10 @@
-"""Operators per layer, counted by torch's dispatcher: for a prompt and for a step of decoding, of each recipe.
+"""Operators per layer, counted by torch's dispatcher: for a prompt, for a step of decoding, and for a pass forward and
+back in training, of each recipe.
 
 On a GPU each operator is at least one launch; on a CPU it costs some microseconds. Views are not counted. A small
 model of random weights is enough, because the counts depend on neither widths nor values: a layer's count is that of a
-model of two layers minus that of one layer. With triton, but without a GPU, the launches of a GPU's prompt, and of the
-step that it records, are counted too: Triton's kernels are noted instead of launched. A call of a C
+model of two layers minus that of one layer. With triton, but without a GPU, the launches of a GPU's prompt, of the
+step that it records, and of training are counted too: Triton's kernels are noted instead of launched. A call of a C
 function counts as one operator.
 
     python -m evals.speed.operators            # a table
@@ -111,8 +112,24 @@ def reading(tokens: int) -> Callable[[Any], Counter[str]]:
     return work
 
 
-def taking(tokens: int, rows: int = 1) -> Callable[[Any], Counter[str]]:
-    """Read a prompt as a GPU does, in bfloat16: operators of torch, and the names of Triton's kernels."""
+def training(tokens: int) -> Callable[[Any], Counter[str]]:
+    """Run one row forward and back, with gradients of all weights."""
+
+    def work(model: Any) -> Counter[str]:
+        with Operators() as operators:
+            _pass(model, _text(tokens))
+        return operators.counts
+
+    return work
+
+
+def _pass(model: Any, ids: torch.Tensor) -> None:
+    model.train()(input_ids=ids, logits_to_keep=1).logits.sum().backward()
+
+
+def taking(tokens: int, rows: int = 1, *, trains: bool = False) -> Callable[[Any], Counter[str]]:
+    """Read a prompt as a GPU does, or with `trains` run it forward and back, in bfloat16: operators of torch, and the
+    names of Triton's kernels."""
     from evals.kernels.compiled import recording
 
     make = torch.empty
@@ -126,11 +143,15 @@ def taking(tokens: int, rows: int = 1) -> Callable[[Any], Counter[str]]:
     def work(model: Any) -> Counter[str]:
         model, ids = model.to(torch.bfloat16), _text(tokens).expand(rows, -1)
         pinned, filled = mock.patch.dict(os.environ, LINEARIZE_KERNELS="triton"), mock.patch("torch.empty", empty)
-        with pinned, filled, torch.inference_mode(), recording() as launched:
-            model(input_ids=ids[:, :2], use_cache=True)  # makes the constants
-            launched.clear()
+        with pinned, filled, torch.inference_mode(not trains), recording() as launched:
+            if not trains:
+                model(input_ids=ids[:, :2], use_cache=True)  # makes the constants
+                launched.clear()
             with Operators() as operators:
-                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                if trains:
+                    _pass(model, ids)
+                else:
+                    model(input_ids=ids, use_cache=True, logits_to_keep=1)
         return operators.counts + Counter(launch.name for launch in launched)
 
     return work
@@ -187,6 +208,8 @@ def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, f
     found = {f"prompt of {tokens:,}": float(sum(of_a_layer(mixer, reading(tokens)).values())) for tokens in prompts}
     for name, merges in (("step", None), ("recorded step", False), ("recorded step with a merge", True)):
         found[name] = sum(of_a_layer(mixer, writing(1100, merges=merges)).values()) / STEPS
+    for tokens in prompts:
+        found[f"training on {tokens:,}"] = float(sum(of_a_layer(mixer, training(tokens)).values()))
     if importlib.util.find_spec("triton") is not None:
         for tokens in prompts:
             name = f"launches of a GPU's prompt of {tokens:,}"
@@ -194,6 +217,9 @@ def counted(mixer: MixerSpec, prompts: tuple[int, ...] = PROMPTS) -> dict[str, f
         for merges in (False, True):
             name = f"launches of a GPU's step{' with a merge' if merges else ''}"
             found[name] = float(sum(of_a_layer(mixer, launching(1100, merges=merges), KERNELS_TAKE).values()))
+        for tokens in prompts:
+            name = f"launches of a GPU's training on {tokens:,}"
+            found[name] = float(sum(of_a_layer(mixer, taking(tokens, trains=True), KERNELS_TAKE).values()))
     return found
 
 

@@ -3,7 +3,8 @@
 y_t = Σ_j p_tj v_at(j) ,   p_t = softmax over the seen j of  scale · q_t·k_at(j)
 
 Only inputs, outputs and the softmax's denominators are saved for the backward pass, which recomputes the scores (as
-FlashAttention does, arXiv 2205.14135). It sums a token's gradients from all blocks in one table.
+FlashAttention does, arXiv 2205.14135). It sums a token's gradients from all blocks in one table. Both passes take at
+most `_SLICES` slices of blocks, so launches do not grow with the text.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize_kernels.decay import computing_dtype
-from linearize_kernels.window import _cap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Maximum number of scores in memory at a time, 4 bytes each.
-_SCORES_AT_ONCE = 2**22
+# Scores in memory at a time, 4 bytes each: this many, or those of an eighth of the blocks, if these are more. That is
+# in proportion to the text, as all activations of a layer are.
+_SCORES_AT_ONCE, _SLICES = 2**22, 8
 
 
 def gathered_attention(
@@ -55,21 +56,22 @@ def gathered_attention(
 
 
 class _Gathered(torch.autograd.Function):
-    """Internally the query heads of a group are rows of one matrix: `[B, n, K, G * C, D]`."""
+    """Internally the query heads of a group are rows of one matrix, block by block: `[N, B, K, G * C, D]`."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
         q, k, v, at, seen, *ctx.settings = given
         work = _Work(*given)
-        y = q.new_empty(*q.shape[:4], v.shape[-1], dtype=work.dtype)
-        logs = q.new_empty(q.shape[:4], dtype=work.dtype)
-        for blocks, width in work.parts():
-            places = work.places(blocks, width)
-            scores = work.scores(work.queries(q[:, blocks]), work.rows(work.k, places), blocks)
-            log = scores.logsumexp(-1, keepdim=True)
-            shares = scores.sub_(log).exp_()
-            y[:, blocks] = work.tokens(shares @ work.rows(work.v, places))
-            logs[:, blocks] = work.tokens(log)[..., 0]
+        y, most = (work.q.new_empty(*work.q.shape[:-1], width) for width in (v.shape[-1], 1))
+        total = torch.empty_like(most)
+        for blocks, places, shape in work.slices():
+            scores, _ = work.scores(blocks, work.rows("tokens", work.k, places, shape))
+            # Less memory than `logsumexp`, which copies the scores, and one exponential per score instead of two.
+            torch.amax(scores, -1, keepdim=True, out=most[blocks])
+            weights = scores.sub_(most[blocks]).exp_()
+            torch.sum(weights, -1, keepdim=True, out=total[blocks])
+            _multiply(weights, work.rows("tokens", work.v, places, shape), y[blocks])
+        y, logs = work.tokens(y.div_(total)), work.tokens(most.add_(total.log_()))[..., 0]
         ctx.save_for_backward(q, k, v, at, seen, y, logs)
         return y, logs
 
@@ -77,29 +79,34 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlogs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, at, seen, y, logs = ctx.saved_tensors
-        _, scale, softcap = ctx.settings
         work = _Work(q, k, v, at, seen, *ctx.settings)
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(work.k), torch.zeros_like(work.v)
-        for blocks, width in work.parts():
-            places = work.places(blocks, width)
-            own, keys, values = work.queries(q[:, blocks]), work.rows(work.k, places), work.rows(work.v, places)
-            scores = work.scores(own, keys, blocks)
-            slope = None if softcap is None else 1 - (scores / softcap).square().nan_to_num(posinf=1.0)
-            shares = scores.sub_(work.queries(logs[:, blocks, ..., None])).exp_()
-            pulled = work.queries(dy[:, blocks])
-            _add(dv, places, shares.transpose(-1, -2) @ pulled)
-            # Gradient of the softmax: p (dp - Σ p dp), with Σ p dp = dy · y; the log of the denominator adds p dlog.
-            level = (dy[:, blocks] * y[:, blocks]).sum(-1) - dlogs[:, blocks]
-            dscores = (pulled @ values.transpose(-1, -2)).sub_(work.queries(level[..., None])).mul_(shares)
-            dscores = dscores if slope is None else dscores * slope
-            dq[:, blocks] = work.tokens(dscores @ keys * scale).to(dq.dtype)
-            _add(dk, places, dscores.transpose(-1, -2) @ own * scale)
+        dq, dk, dv = torch.empty_like(work.q), torch.zeros_like(work.k), torch.zeros_like(work.v)
+        # Gradient of the softmax: p (dp - Σ p dp), with Σ p dp = dy · y; the log of the denominator adds p dlog.
+        level = work.queries(((dy * y).sum(-1) - dlogs)[..., None])
+        pulled, logs = work.queries(dy), work.queries(logs[..., None])
+        for blocks, places, shape in work.slices():
+            keys, values = work.rows("keys", work.k, places, shape), work.rows("values", work.v, places, shape)
+            scores, slope = work.scores(blocks, keys)
+            shares = scores.sub_(logs[blocks]).exp_()
+            dv.index_add_(0, places, work.product("sums", shares.transpose(-1, -2), pulled[blocks]).flatten(0, -2))
+            dscores = work.product("slopes", pulled[blocks], values.transpose(-1, -2))
+            dscores.sub_(level[blocks]).mul_(shares)
+            if slope is not None:
+                dscores.mul_(slope)
+            _multiply(dscores, keys, dq[blocks])
+            dk.index_add_(0, places, work.product("sums", dscores.transpose(-1, -2), work.q[blocks]).flatten(0, -2))
+        dq = work.tokens(dq.mul_(work.scale)).to(q.dtype)
         return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), *[None] * 5
 
 
 class _Work:
-    """Keys and values as tables of rows `[B * T * K, D or V]`, and operations shared by forward and backward."""
+    """Operations shared by forward and backward.
+
+    Attributes:
+        q: the queries times the scale.
+        k, v: keys and values as tables of rows `[B * T * K, D or V]`.
+        at: row indices in the tables, `[N, B, K, S]`.
+    """
 
     def __init__(
         self,
@@ -112,48 +119,65 @@ class _Work:
         scale: float,
         softcap: float | None,
     ) -> None:
-        self.dtype, self.groups = computing_dtype(q), k.shape[2]
-        self.at, self.seen, self.widths, self.scale, self.softcap = at, seen, widths, scale, softcap
-        self.k, self.v = (x.to(self.dtype).reshape(-1, x.shape[-1]) for x in (k, v))
-        self.tokens_of_a_row, self.row_scores = k.shape[1], q.shape[0] * q.shape[2] * q.shape[3]
+        dtype, self.groups = computing_dtype(q), k.shape[2]
+        self.seen, self.widths, self.scale, self.softcap = seen, widths, scale, softcap
+        self.q = self.queries(q.to(dtype) * scale)
+        self.k, self.v = (x.to(dtype).reshape(-1, x.shape[-1]) for x in (k, v))
+        row = torch.arange(len(q), device=at.device).view(-1, 1, 1, 1) * k.shape[1]
+        head = torch.arange(self.groups, device=at.device).view(-1, 1)
+        self.at = ((row + at) * self.groups + head).transpose(0, 1)
+        self.biases = self.k.new_zeros(()), self.k.new_full((), -math.inf)
+        self.held = dict[str, Tensor]()
 
-    def parts(self) -> Iterator[tuple[slice, int]]:
-        """Yield slices of blocks to process at once, and the widest block's width."""
-        start, blocks = 0, len(self.widths)
+    def slices(self) -> Iterator[tuple[slice, Tensor, torch.Size]]:
+        """Yield slices of blocks to process at once, at most `_SLICES`; the indices of the rows that the widest of them
+        reads, for each block, and their shape `[n, B, K, width]`."""
+        start, blocks, scores = 0, len(self.widths), self.q[0, ..., 0].numel()
+        at_once = max(_SCORES_AT_ONCE, -(-blocks // _SLICES) * self.widths[-1] * scores)
         while start < blocks:
             stop = start + 1
-            while stop < blocks and (stop + 1 - start) * self.widths[stop] * self.row_scores <= _SCORES_AT_ONCE:
+            while stop < blocks and (stop + 1 - start) * self.widths[stop] * scores <= at_once:
                 stop += 1
-            yield slice(start, stop), self.widths[stop - 1]
+            places = self.at[start:stop, ..., : self.widths[stop - 1]]
+            yield slice(start, stop), places.flatten(), places.shape
             start = stop
 
-    def places(self, blocks: slice, width: int) -> Tensor:
-        """Row indices in the tables, `[B, n, K, width]`."""
-        at = self.at[:, blocks, :, :width]
-        row = torch.arange(at.shape[0], device=at.device).view(-1, 1, 1, 1) * self.tokens_of_a_row
-        return (row + at) * self.groups + torch.arange(self.groups, device=at.device).view(1, 1, -1, 1)
+    def space(self, name: str, *shape: int) -> Tensor:
+        """A tensor in memory that all slices use, because a CPU would clear new pages for each."""
+        count, held = math.prod(shape), self.held.get(name)
+        if held is None or held.numel() < count:
+            held = self.held[name] = self.k.new_empty(count)
+        return held[:count].view(shape)
 
-    def rows(self, table: Tensor, places: Tensor) -> Tensor:
-        return table.index_select(0, places.flatten()).view(*places.shape, -1)
+    def rows(self, name: str, table: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+        found = self.space(name, len(places), table.shape[-1])
+        return torch.index_select(table, 0, places, out=found).view(*shape, -1)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return _multiply(a, b, self.space(name, *a.shape[:-1], b.shape[-1]))
+
+    def scores(self, blocks: slice, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`[n, B, K, G * C, width]`, minus infinity for tokens that a query does not read; and the softcap's slope."""
+        scores, slope = self.product("scores", self.q[blocks], keys.transpose(-1, -2)), None
+        if self.softcap is not None:
+            share = scores.div_(self.softcap).tanh_()
+            slope = 1 - share.square()
+            scores = share.mul_(self.softcap)
+        bias = torch.where(self.seen[blocks, :, : keys.shape[-2]], *self.biases)
+        scores.unflatten(3, (-1, bias.shape[1])).add_(bias[:, None, None, None])
+        return scores, slope
 
     def queries(self, x: Tensor) -> Tensor:
-        """Convert `[B, n, C, H, D]` to `[B, n, K, G * C, D]`."""
-        grouped: Tensor = x.to(self.dtype).unflatten(3, (self.groups, -1))
-        return grouped.permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
+        """Convert `[B, N, C, H, D]` to `[N, B, K, G * C, D]`."""
+        grouped: Tensor = x.unflatten(3, (self.groups, -1))
+        return grouped.permute(1, 0, 3, 4, 2, 5).flatten(3, 4).contiguous()
 
     def tokens(self, x: Tensor) -> Tensor:
         """The inverse of `queries`."""
         grouped: Tensor = x.unflatten(3, (-1, self.seen.shape[1]))
-        return grouped.permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
-
-    def scores(self, q: Tensor, k: Tensor, blocks: slice) -> Tensor:
-        """`[B, n, K, G * C, width]`, minus infinity for tokens that a query does not read."""
-        scores = _cap((q @ k.transpose(-1, -2)).mul_(self.scale), self.softcap)
-        seen = self.seen[blocks, :, : k.shape[-2]]
-        bias = torch.where(seen, 0.0, scores.new_full((), -math.inf))[:, None, None]
-        scores.unflatten(3, (-1, seen.shape[1])).add_(bias)
-        return scores
+        return grouped.permute(1, 0, 4, 2, 3, 5).flatten(3, 4).contiguous()
 
 
-def _add(table: Tensor, places: Tensor, rows: Tensor) -> None:
-    table.index_add_(0, places.flatten(), rows.flatten(0, -2))
+def _multiply(a: Tensor, b: Tensor, into: Tensor) -> Tensor:
+    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=into.view(-1, *into.shape[-2:]))
+    return into

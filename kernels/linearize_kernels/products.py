@@ -10,6 +10,7 @@ Dimensions: I inputs, O outputs.
 from __future__ import annotations
 
 import platform
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from linearize_kernels.dispatch import choose
 from linearize_kernels.native import launch, packed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TypeGuard
 
     from torch import Tensor
@@ -50,6 +52,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _onednn(x, weight, bias)
+
+
+@contextmanager
+def on_one_thread(x: Tensor) -> Iterator[None]:
+    """Run torch's operators of this block on one thread, if `x` `[B, ...]` is one row whose products are C functions.
+
+    A row's small operators gain nothing from torch's threads. These wait actively after each, and take the processors
+    from the threads of the C functions, which run the next product. A thread of Python that calls torch for the first
+    time during the block stays with one thread, because torch gives it the number of that moment.
+    """
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    here = x.is_cpu and x.dtype is torch.float32 and len(x) == 1
+    if threads == 1 or not here or choose("product", x.device, x.dtype) != "native":
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Linear(nn.Linear):

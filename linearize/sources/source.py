@@ -244,6 +244,11 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
     """
     unexpected = list(map(str, loaded["unexpected_keys"]))
     missing = sorted(loaded["missing_keys"])
+    if missing and missing == sorted(name for name in model.state_dict() if name.endswith(_CODING)):
+        raise ModelError(
+            f"{source.reference}: was converted by an earlier version of linearize, whose memory in 8 or 4 bits did "
+            f"not scale keys first, so it has no {missing[0]}; convert the pretrained model again"
+        )
     if missing and _wrapped(unexpected) is None:
         number = counted(len(missing), "weight is", "weights are")
         raise ModelError(
@@ -255,6 +260,7 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
         check_finite(tensor, name, source.reference)
 
 
+_CODING = (".mixer.key_scale", ".mixer.key_shift")
 # Buffers that older versions of transformers saved and newer ones compute: rotary frequencies, positions, causal masks.
 _COMPUTED = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|attn\.bias|attn\.masked_bias)$"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from linearize_kernels.native import native_refusal
 
-from evals.speed.operators import STEPS, of_a_layer, reading, writing
+from evals.speed.operators import PROMPTS, STEPS, of_a_layer, reading, training, writing
 from linearize.model.configuration import BLOCK
 from linearize.recipe import load_recipe
 
@@ -35,3 +35,13 @@ def test_operators_of_slots_in_c(bits, prompt, per_step, monkeypatch):
     short, long = (of_a_layer(mixer, reading(tokens)) for tokens in (SHORT, LONG))
     assert sum(short.values()) == sum(long.values()) <= prompt and short["native prompt"] == 1
     assert sum(of_a_layer(mixer, writing(SHORT)).values()) / STEPS <= per_step
+
+
+@pytest.mark.skipif(native_refusal() is not None, reason=str(native_refusal()))
+def test_operators_of_training_do_not_grow_with_the_text(monkeypatch):
+    """All blocks choose their slots in one call, and read and are differentiated in at most eight slices."""
+    monkeypatch.setenv("LINEARIZE_KERNELS", "native")
+    mixer = load_recipe("default").mixer
+    short, middle, long, longest = (of_a_layer(mixer, training(tokens)) for tokens in (*PROMPTS, 2 * PROMPTS[-1]))
+    assert long == longest and sum(short.values()) <= sum(middle.values()) <= sum(long.values()) <= 530
+    assert long["native prompt"] == 1

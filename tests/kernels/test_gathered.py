@@ -44,9 +44,10 @@ def results(of, leaves: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("at_once", [1, 400, 2**22])
-def test_equals_dense_attention(softcap, at_once, monkeypatch):
+@pytest.mark.parametrize("at_once, slices", [(1, 8), (1, 2), (400, 8), (2**22, 8)])
+def test_equals_dense_attention(softcap, at_once, slices, monkeypatch):
     monkeypatch.setattr(gathered, "_SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(gathered, "_SLICES", slices)
     leaves, at, seen = inputs(torch.float64)
     ours = results(lambda: gathered_attention(*leaves, at, seen, widths=WIDTHS, scale=0.7, softcap=softcap), leaves)
     for one, other in zip(ours, results(lambda: dense(leaves, at, seen, softcap), leaves), strict=True):
@@ -64,6 +65,20 @@ def test_is_no_further_from_float64_than_twice_plain_torch(dtype):
         assert one.dtype == other.dtype
         allowed = 2 * float((other.double() - reference).abs().max()) + 1e-6
         assert float((one.double() - reference).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize("at_once", [1, 2000, 2**22])
+def test_slices_are_few_and_their_scores_bounded(blocks, at_once, monkeypatch):
+    monkeypatch.setattr(gathered, "_SCORES_AT_ONCE", at_once)
+    widths = [min(20, 1 + block) for block in range(blocks)]
+    q, k = torch.zeros(1, blocks, 2, 1, 1), torch.zeros(1, 20, 1, 1)
+    at, seen = torch.zeros(1, blocks, 1, widths[-1], dtype=torch.int64), torch.ones(blocks, 2, widths[-1])
+    slices = [one for one, _, _ in gathered._Work(q, k, k, at, seen, widths, 1.0, None).slices()]
+    assert [block for one in slices for block in range(blocks)[one]] == list(range(blocks))
+    assert len(slices) <= gathered._SLICES
+    most = max(at_once, math.ceil(blocks / gathered._SLICES) * 2 * widths[-1])
+    assert all((one.stop - one.start) * 2 * widths[one.stop - 1] <= most for one in slices)
 
 
 def test_what_needs_no_gradient_gets_none():

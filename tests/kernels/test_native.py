@@ -128,6 +128,7 @@ def test_results_do_not_depend_on_the_number_of_threads(case, monkeypatch):
     mixer = mixer_of(heads, options)
     new = drawn(mixer.layer, *pieces_and_tokens(pieces))
     ways = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     for threads in (1, 2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         ways.append(found(mixer, new, pieces, torch.float32))
@@ -169,6 +170,44 @@ def test_the_functions_run(threads, monkeypatch):
         mixed = mixer(Projections(*(x[:, start:stop] for x in new)), None, memory)
         memory.advance(stop - start, None)
         torch.testing.assert_close(mixed, wanted[:, start:stop])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("landmarks", [0, 20])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_state_of_one_row_wakes_none_of_torchs_threads(rows, landmarks, monkeypatch):
+    """C functions of the same step have as many as torch, and torch has them again after a step, also after one that
+    fails."""
+    mixer = mixer_of((4, 2, 8, 8, 0.125), {"recurrence": "gla", "landmarks": landmarks})
+    new = drawn(mixer.layer, rows, 101)
+    memory, last = LayerMemory(mixer.parts(rows, torch.float32, CPU), rows, CPU), Projections(*(x[:, -1:] for x in new))
+    mixer(Projections(*(x[:, :100] for x in new)), None, memory)
+    memory.advance(100, None)
+    told, shared, fails = list[int](), list[int](), False
+    threads, run, library = torch.get_num_threads(), mixer.recurrence.forward, native._function
+
+    def watched(*given):
+        told.append(torch.get_num_threads())
+        if fails:
+            raise MemoryError
+        return run(*given)
+
+    def watching(name):
+        call, size = library(name)
+        return lambda given, count: shared.append(count) or call(given, count), size
+
+    monkeypatch.setattr(mixer.recurrence, "forward", watched)
+    monkeypatch.setattr(native, "_function", watching)
+    torch.set_num_threads(2)
+    try:
+        mixer(last, None, memory)
+        fails = True
+        with pytest.raises(MemoryError):
+            mixer(last, None, memory)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert told == ([1, 1] if rows == 1 else [2, 2]) and shared == ([2, 2] if landmarks else [])
 
 
 @pytest.mark.parametrize("bias", [False, True])

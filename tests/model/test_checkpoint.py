@@ -20,6 +20,7 @@ from linearize.checkpoint.carry import AUTO_MAP
 from linearize.checkpoint.provenance import teacher_of
 from linearize.checkpoint.sizes import state_nbytes
 from linearize.conversion.swap import convert_model
+from linearize.errors import ModelError
 from linearize.jobs.convert import convert_into
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
@@ -126,6 +127,24 @@ def test_loads_without_the_package(checkpoint, tiny_folder, kind, tmp_path, monk
     assert float(total) == pytest.approx(float(model(prompt).logits.double().sum()), rel=1e-6)
     expected = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 100:].tolist()
     assert json.loads(tokens) == expected
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_coded_memory_from_before_keys_were_scaled(bits, tiny_folder, tmp_path):
+    changes = ["mixer.window=16", "mixer.landmarks=24", "mixer.landmarks_by=null", f"mixer.memory_dtype={bits}"]
+    recipe = load_recipe("default", [*changes, "mixer.landmark_score=novelty"])
+    convert_into(find_source(str(tiny_folder)), recipe, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    scales = [name for name in tensors if name.endswith(("key_scale", "key_shift"))]
+    save_file({name: x for name, x in tensors.items() if name not in scales}, file, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"an earlier version .* has no \S+key_scale; convert the pretrained model again$"
+    ):
+        load_model(find_source(str(tmp_path)))
+    save_file({name: x for name, x in tensors.items() if name != scales[0]}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weight is not there"):  # that file is damaged
+        load_model(find_source(str(tmp_path)))
 
 
 def without_package(code: str, folder: Path) -> subprocess.CompletedProcess[str]:

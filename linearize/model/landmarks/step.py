@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from linearize_kernels import joint_attention
 from linearize_kernels.decay import computing_dtype
+from linearize_kernels.products import on_one_thread
 from torch import Tensor
 
 from linearize.model.configuration import BLOCK, room
@@ -84,7 +85,8 @@ def landmark_step(mixer: MixerBase, new: Projections, lengths: Tensor | None, me
         return y
     k, v, source = stored(mixer, values)
     writes = torch.zeros(y.shape[0], 1, dtype=torch.bool, device=y.device)
-    read, mass = mixer.recurrence(new.q_rotated if config.rope else new.q, k, v, source, writes, parts["state"])
+    with on_one_thread(new.q):
+        read, mass = mixer.recurrence(new.q_rotated if config.rope else new.q, k, v, source, writes, parts["state"])
     empty = seen.written[:, None] <= 0 if isinstance(seen.written, Tensor) else None
     return join(mixer, y, log, read, mass, empty)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from linearize_kernels import step_attention
 from linearize_kernels.decay import computing_dtype
+from linearize_kernels.products import on_one_thread
 
 from linearize.model.memory import Joint
 from linearize.model.precision import as_read, decoded, encoded
@@ -33,6 +34,11 @@ def steps(mixer: MixerBase, new: Projections, lengths: Tensor | None, memory: La
 
 def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
     """`Mixer.forward` for the calls that `steps` accepts."""
+    with on_one_thread(new.q):
+        return _step(mixer, new, memory)
+
+
+def _step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
     config, window, count, recurrence = mixer.config, mixer.window, memory.uniform, mixer.recurrence
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
     leaving = count - window  # the number of the token that the new one evicts; negative: none
