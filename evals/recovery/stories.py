@@ -79,7 +79,7 @@ SYSTEMS: dict[str, list[str]] = {
         *_DISTILLED,
         "mixer.recurrence=gated_deltanet",
         "mixer.feature_map=identity",
-        "mixer.gate_learned=false",
+        "mixer.gate.learned=false",
     ],
     "kda": [*_DISTILLED, "mixer.recurrence=kda", "mixer.feature_map=identity"],
     "slots": [*_DISTILLED, "mixer.recurrence=none", "mixer.landmarks=16"],
