@@ -213,7 +213,7 @@ def _told(shares: dict[int, int], equal: int) -> str:
     most = sorted(shares, key=lambda layer: -shares[layer])[:3]
     return (
         f"Landmarks: {', '.join(f'layer {layer} has {shares[layer]:,}' for layer in most)}, the fewest are "
-        f"{min(shares.values())}; all together as many as {equal} each."
+        f"{min(shares.values())}; all together as many as {equal:,} each."
     )
 
 

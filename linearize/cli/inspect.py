@@ -197,7 +197,7 @@ def _landmarks(mixers: list[dict[str, Any]]) -> str:
     slots = sorted({mixer.get("landmarks", 0) for mixer in mixers if mixer["window"] is not None})
     if slots == [0]:
         return ""
-    return f"{slots[0]} to {slots[-1]} landmarks, " if len(slots) > 1 else f"{slots[0]} landmarks, "
+    return f"{slots[0]:,} to {slots[-1]:,} landmarks, " if len(slots) > 1 else f"{slots[0]:,} landmarks, "
 
 
 def _head(facts: dict[str, Any]) -> dict[str, str]:

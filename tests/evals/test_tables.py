@@ -187,7 +187,7 @@ def test_the_sentences_of_the_readme_are_what_was_measured():
     )
 
     mixer = load_recipe("default").mixer
-    assert f"window ({mixer.window})" in said and f"slots ({mixer.landmarks} a head on average)" in said
+    assert f"window ({mixer.window})" in said and f"slots ({mixer.landmarks:,} a head on average)" in said
     assert f"the first {mixer.sinks} tokens" in said
 
 
