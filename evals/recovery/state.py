@@ -49,8 +49,9 @@ def changed(folder: Path) -> Iterator[tuple[str, Any]]:
     def load() -> Any:
         return load_model(find_source(str(folder))).eval()
 
-    layers = [layer for layer in load().attention_layers if layer.mixer is not None]
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(load().attention_layers):
+        if layer.mixer is None:
+            continue
         model = load()
         model.attention_layers[place].mixer.branches_off = frozenset({"recurrence"})
         yield f"layer {layer.layer_idx} off", model

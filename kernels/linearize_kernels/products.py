@@ -67,8 +67,8 @@ def on_one_thread(x: Tensor) -> Iterator[None]:
     if threads == 1 or not here or choose("product", x.device, x.dtype) != "native":
         yield
         return
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

@@ -45,13 +45,13 @@ static void encode(const Held *held, int64_t bits, int64_t at, const float *x, i
         for (int64_t d = 0; d < width; d++) to[d] = half_of(x[d]);
         return;
     }
-    float low = INFINITY, high = -INFINITY;
+    float low = INFINITY, high = -INFINITY, odd = 0; /* `odd` is NaN if a channel is not finite */
     memcpy(work, x, (size_t)width * sizeof(float));
     if (bits == 4) turn(work, width);
-    for (int64_t d = 0; d < width; d++) low = work[d] < low ? work[d] : low, high = work[d] > high ? work[d] : high;
+    for (int64_t d = 0; d < width; d++) low = work[d] < low ? work[d] : low, high = work[d] > high ? work[d] : high, odd += work[d] - work[d];
     low *= (float)(bits == 8 ? -1.0 / 127 : -1.0 / 8), high *= (float)(bits == 8 ? 1.0 / 127 : 1.0 / 7);
     float most = low > high ? low : high;
-    held->scale[at] = half_of(most > 1e-30f ? most : 1e-30f);
+    held->scale[at] = half_of(odd != 0 ? odd : most > 1e-30f ? most : 1e-30f);
     float scale = wide_of(held->scale[at]);
     if (bits == 8) {
         int8_t *to = (int8_t *)held->codes + at * width;
