@@ -1,8 +1,8 @@
-"""Where a trained state is worth its bytes: `python -m evals.recovery.state DIR --teacher FOLDER --cells NAMES` scores
-checkpoints that `evals.recovery.stories` left in DIR as they are, without the recurrence of one layer or of one head,
-and with the state rounded to 16 bits after every token, in which a state takes half the bytes.
+"""The worth of the parts of a trained state: `python -m evals.recovery.state DIR --teacher FOLDER --cells NAMES -o FILE`
+scores checkpoints that `evals.recovery.stories` left in DIR.
 
-A difference is that of the same stories, with its standard error; sums are in float32 in every case.
+Each is scored as it is, without the recurrence of one layer or of one head, and with its state rounded to 16 bits
+after every token, computed in float32. Differences are over the same stories, with standard errors.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linearize.model.memory import LayerMemory
     from linearize.model.mixer.base import MixerBase
 
-# Widths of heads that 4 bits turn as one. At 256 the kernels spill registers.
+# Widths of heads for which these kernels code 4 bits. At 256 they spill registers.
 _CODED_WIDTHS = (64, 128)
 
 
