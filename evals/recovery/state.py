@@ -1,5 +1,5 @@
-"""The worth of the parts of a trained state: `python -m evals.recovery.state DIR --teacher FOLDER --cells NAMES -o FILE`
-scores checkpoints that `evals.recovery.stories` left in DIR.
+"""The parts of a trained state: `python -m evals.recovery.state DIR --teacher FOLDER --cells NAMES -o FILE` scores
+checkpoints that `evals.recovery.stories` left in DIR.
 
 Each is scored as it is, without the recurrence of one layer or of one head, and with its state rounded to 16 bits
 after every token, computed in float32. Differences are over the same stories, with standard errors.
