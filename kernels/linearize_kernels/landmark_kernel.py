@@ -77,12 +77,18 @@ def _scale_of(x):
 
 
 @triton.jit
+def _level(c):
+    """What a 4-bit number c, -8 to 7, stands for, in units of its scale."""
+    return c * (c * c * (1.0 / 256.0) + 0.75)
+
+
+@triton.jit
 def _half(x, scale, at, h, there, HALF: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """One half of the channels of the tokens `at`, `[N, H]`; `HALF` is 0 or 1."""
     inside = there[:, None] & (h < D // 2)[None, :]
     if BITS == 4:
         held = tl.load(x + at[:, None] * (D // 2) + h[None, :], mask=inside, other=0)
-        values = ((held >> (4 * HALF)) & 15).to(tl.float32) - 8.0
+        values = _level(((held >> (4 * HALF)) & 15).to(tl.float32) - 8.0)
     else:
         channel = HALF * (D // 2) + h
         values = tl.load(x + at[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)

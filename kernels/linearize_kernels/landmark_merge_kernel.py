@@ -4,7 +4,7 @@ It ranks slots and block, gives the kept tokens of the block the places of the s
 window on by a block. Rows whose next token merges no block do not change.
 """
 
-from linearize_kernels.landmark_kernel import _bfloat16, _half, _nearest, _turned_halves, tl, triton
+from linearize_kernels.landmark_kernel import _bfloat16, _half, _level, _nearest, _turned_halves, tl, triton
 
 
 @triton.jit
@@ -65,14 +65,26 @@ def _lowest(rank, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _code(x):
+    """The 4-bit numbers, -8 to 7, of channels in units of their scales."""
+    square = x * x
+    c = _nearest(x * ((square * (3.0 / 65536.0) - 1.0 / 128.0) * square + 21.0 / 16.0))
+    return tl.minimum(tl.maximum(c, -8.0), 7.0)
+
+
+@triton.jit
 def _coded(low, high):
-    """Turned tokens, in halves, in 4 bits: codes of each half, -8 to 7, and scales `[BLOCK]`."""
-    most = tl.maximum(tl.max(low, 1), tl.max(high, 1)) * (1.0 / 7.0)
-    least = tl.minimum(tl.min(low, 1), tl.min(high, 1)) * (-1.0 / 8.0)
-    scale = _bfloat16(tl.maximum(tl.maximum(most, least), 1e-30))
-    low = tl.minimum(tl.maximum(_nearest(low / scale[:, None]), -8.0), 7.0)
-    high = tl.minimum(tl.maximum(_nearest(high / scale[:, None]), -8.0), 7.0)
-    return low, high, scale
+    """Turned tokens, in halves, in 4 bits: numbers of each half, -8 to 7, and scales `[BLOCK]`; see `codes.py`."""
+    most, least = tl.maximum(tl.max(low, 1), tl.max(high, 1)), tl.minimum(tl.min(low, 1), tl.min(high, 1))
+    scale = tl.where(most + least > 0, most, least) * (-1.0 / 8.0)
+    scale = _bfloat16(tl.where(tl.abs(scale) < 1e-30, 1e-30, scale))
+    finite = tl.sum(low - low + high - high, 1) == 0.0
+    low, high = low / scale[:, None], high / scale[:, None]
+    low_c, high_c = _code(low), _code(high)
+    square = tl.sum(low * low + high * high, 1)
+    common = tl.sum(low * _level(low_c) + high * _level(high_c), 1)
+    scale *= tl.where(common > 0, square / common, 1.0)
+    return low_c, high_c, tl.where(finite, _bfloat16(scale), float("nan"))
 
 
 @triton.jit

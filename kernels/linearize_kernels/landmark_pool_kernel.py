@@ -5,7 +5,7 @@ values.
 The pool `[sinks, slots, text, leaving]` is that of `landmark_choose_kernel.py`. Tiles do not cross its parts.
 """
 
-from linearize_kernels.landmark_kernel import _bfloat16, _half, _in_type, _nearest, _turned_halves, tl, triton
+from linearize_kernels.landmark_kernel import _bfloat16, _half, _in_type, _level, _nearest, _turned_halves, tl, triton
 from linearize_kernels.landmark_merge_kernel import _coded, _store_coded
 
 
@@ -38,7 +38,7 @@ def _new_half(
 def _rounded(low, high):
     """Turned tokens, in halves, as 4 bits store them."""
     low, high, scale = _coded(low, high)
-    return low * scale[:, None], high * scale[:, None]
+    return _level(low) * scale[:, None], _level(high) * scale[:, None]
 
 
 @triton.jit

@@ -20,6 +20,9 @@ INLINE uint16_t half_of(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* What 4-bit numbers c, -8 to 7, stand for, in units of the scale. */
+INLINE vec level_of(vec c) { return c * (c * c * (1 / 256.0f) + 0.75f); }
+
 /* The Hadamard matrix / sqrt(size) times x, in blocks of the largest power of two that divides the width. */
 static void turn(float *x, int64_t width) {
     int64_t size = width & -width;
@@ -34,7 +37,8 @@ static void turn(float *x, int64_t width) {
     for (int64_t i = 0; i < width; i++) x[i] *= root;
 }
 
-/* Write one head of one token; `at` counts heads from the start of the tensor. */
+/* Write one head of one token; `at` counts heads from the start of the tensor. `work` has room for whole vectors. See
+   `codes.py`. */
 static void encode(const Held *held, int64_t bits, int64_t at, const float *x, int64_t width, float *work) {
     if (bits == 32) {
         memcpy((float *)held->codes + at * width, x, (size_t)width * sizeof(float));
@@ -49,20 +53,26 @@ static void encode(const Held *held, int64_t bits, int64_t at, const float *x, i
     memcpy(work, x, (size_t)width * sizeof(float));
     if (bits == 4) turn(work, width);
     for (int64_t d = 0; d < width; d++) low = work[d] < low ? work[d] : low, high = work[d] > high ? work[d] : high, odd += work[d] - work[d];
-    low *= (float)(bits == 8 ? -1.0 / 127 : -1.0 / 8), high *= (float)(bits == 8 ? 1.0 / 127 : 1.0 / 7);
-    float most = low > high ? low : high;
-    held->scale[at] = half_of(odd != 0 ? odd : most > 1e-30f ? most : 1e-30f);
+    float most = bits == 8 ? (float)(1.0 / 127) * (high > -low ? high : -low) : -0.125f * (high + low > 0 ? high : low);
+    held->scale[at] = half_of(odd != 0 ? odd : fabsf(most) < 1e-30f ? 1e-30f : most);
     float scale = wide_of(held->scale[at]);
     if (bits == 8) {
         int8_t *to = (int8_t *)held->codes + at * width;
         for (int64_t d = 0; d < width; d++) to[d] = (int8_t)rintf(work[d] / scale);
         return;
     }
-    uint8_t *to = (uint8_t *)held->codes + at * (width / 2);
-    for (int64_t d = 0; d < width; d++) {
-        float level = rintf(work[d] / scale) + 8;
-        work[d] = level > 0 ? level < 15 ? level : 15 : 0;
+    vec square = all(0), common = all(0);
+    memset(work + width, 0, (size_t)(up(width, LANES) - width) * sizeof(float));
+    for (int64_t d = 0; d < width; d += LANES) {
+        vec x = load(work + d) / scale, xx = x * x, c = x * ((xx * (3 / 65536.0f) - 1 / 128.0f) * xx + 21 / 16.0f);
+        c = (c + 12582912.0f) - 12582912.0f; /* to whole numbers */
+        c = pick(c > -8.0f, pick(c < 7.0f, c, all(7)), all(-8)); /* NaN becomes -8 */
+        square += xx, common += x * level_of(c);
+        keep(work + d, c + 8.0f);
     }
+    float gain = sum_of(square) / sum_of(common);
+    if (gain > 0) held->scale[at] = half_of(scale * gain);
+    uint8_t *to = (uint8_t *)held->codes + at * (width / 2);
     for (int64_t d = 0; d < width / 2; d++) to[d] = (uint8_t)((int)work[d] | (int)work[d + width / 2] << 4);
 }
 
@@ -86,16 +96,16 @@ static void decode(const Held *held, int64_t bits, int64_t row, int64_t head, in
             for (; d < width; d++) into[d] = scale * (float)x[d];
         } else {
             const uint8_t *x = (const uint8_t *)held->codes + at * half;
-            float scale = wide_of(held->scale[at]), from = -8 * scale;
+            float scale = wide_of(held->scale[at]);
             int64_t d = 0;
             for (; d + LANES <= half; d += LANES) {
                 ints both = codes_of(x + d);
-                keep(into + d, scale * __builtin_convertvector(both & 15, vec) + from);
-                keep(into + half + d, scale * __builtin_convertvector(both >> 4, vec) + from);
+                keep(into + d, scale * level_of(__builtin_convertvector((both & 15) - 8, vec)));
+                keep(into + half + d, scale * level_of(__builtin_convertvector((both >> 4) - 8, vec)));
             }
             for (; d < half; d++) {
-                into[d] = scale * (float)(x[d] & 15) + from;
-                into[half + d] = scale * (float)(x[d] >> 4) + from;
+                into[d] = scale * level_of(all((float)((x[d] & 15) - 8)))[0];
+                into[half + d] = scale * level_of(all((float)((x[d] >> 4) - 8)))[0];
             }
         }
     }
