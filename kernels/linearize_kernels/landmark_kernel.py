@@ -72,8 +72,9 @@ def _nearest(x):
 
 @triton.jit
 def _scale_of(x):
-    """The scale of a vector in 8 bits."""
-    return _bfloat16(tl.maximum(tl.max(tl.abs(x), 0) * (1.0 / 127.0), 1e-30))
+    """The scale of a vector in 8 bits; NaN if a channel is not finite, because `max` leaves NaN out."""
+    scale = _bfloat16(tl.maximum(tl.max(tl.abs(x), 0) * (1.0 / 127.0), 1e-30))
+    return tl.where(tl.sum(x - x, 0) == 0.0, scale, float("nan"))
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from linearize_kernels.landmark_merge_kernel import _coded, _store_coded
 def _scales_of(low, high):
     """The scales of tokens in 8 bits, `[N]`, from the halves of their channels."""
     most = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-    return _bfloat16(tl.maximum(most * (1.0 / 127.0), 1e-30))
+    scale = _bfloat16(tl.maximum(most * (1.0 / 127.0), 1e-30))
+    return tl.where(tl.sum(low - low + high - high, 1) == 0.0, scale, float("nan"))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from linearize.model.landmarks.text import text_of
 from linearize.model.landmarks.training import whole_rows
 from linearize.model.memory import LayerMemory
 from linearize.model.mixer.fused import refusal
-from linearize.model.precision import slot_bits
+from linearize.model.precision import decoded, slot_bits
 from tests.kernels.test_step import (
     DEVICE,
     assert_no_worse_than_twice_plain_torch,
@@ -108,6 +108,24 @@ def test_the_pool_is_what_codes_stand_for(kind):
         wanted, theirs = (torch.cat(x, 1).double() for x in parts)
         assert ours.shape == wanted.shape
         assert_no_worse_than_twice_plain_torch([{name: wanted}, {name: theirs}, {name: ours.double()}])
+
+
+@pytest.mark.parametrize("kind", ["8 bits, sinks", "4 bits, coded by kernels"])
+def test_what_is_not_finite_stays_so(kind):
+    """In sinks, slots and window: a finite number in its place would be a wrong answer instead of none."""
+    layer, mixer = mixer_of(kind)
+    count, broken = 45, {0: "nan", 9: "inf", 44: "nan"}  # one merge, into empty slots
+    new = tokens_of(layer, 1, count, torch.float32)
+    for at, value in broken.items():
+        new.v[0, at, 0, 3] = float(value)
+    found = []
+    for fused in (False, True):
+        memory = LayerMemory(mixer.parts(1, torch.float32, DEVICE), 1, DEVICE)
+        with torch.no_grad():
+            mixer(new, None, memory, fused=fused)
+        stored = [decoded(part, torch.float32)["v"] for part in memory.parts.values() if "v" in part]
+        found.append(sum(int((~x[0, :, 0].isfinite().all(-1)).sum()) for x in stored))
+    assert found[0] == found[1] == len(broken)
 
 
 def test_calls_shorter_than_the_sinks():
