@@ -4,10 +4,10 @@
     4 bits   Hx ≈ scale · level(c) ,  level(c) = 3/4 c + c³/256 ,  c in -8..7
 
 H is the Hadamard matrix / sqrt(D), which spreads outliers over the channels (QuaRot, arXiv 2404.00456). A token has one
-scale per head, in bfloat16. In 4 bits, levels are closer together near 0, where most of the turned channels are; the
-channel furthest from 0 takes c = -8, by a scale of the other sign, and then the scale is set so that x and what its codes
-stand for have the product |x|². Of normally distributed channels, 64 a head, this loses 0.0074 of the squares, equal
-steps 0.0104. A shorter product would flatten every softmax over keys a little.
+scale per head, in bfloat16. In 4 bits levels are closer together near 0, where most of the turned channels are. The
+channel furthest from 0 has c = -8, so the scale has the other sign. The scale is then set so that x times what its codes
+stand for is |x|²: less would flatten every softmax a little. Of normally distributed channels, 64 a head, this loses
+0.0074 of the squares, equal steps 0.0104.
 
 H is symmetric and orthogonal, so q · x = Hq · Hx, and sums of values are turned back once: neither keys nor values are
 turned one by one. A decoded tensor has the same codes again, so rounding twice is rounding once (in 4 bits but for the
