@@ -6,7 +6,7 @@
 H is the Hadamard matrix / sqrt(D), which spreads outliers over the channels (QuaRot, arXiv 2404.00456). A token has one
 scale per head, in bfloat16. In 4 bits levels are closer together near 0, where most of the turned channels are. The
 channel furthest from 0 has c = -8, so the scale has the other sign; it is then set so that x times what its codes stand
-for is |x|²: less would flatten every softmax a little. Of normally distributed channels, 64 a head, this loses 0.0074 of
+for is |x|²: less would flatten every softmax a little. Of normally distributed channels, 64 a head, it loses 0.0074 of
 the squares, equal steps 0.0104.
 
 H is symmetric and orthogonal, so q · x = Hq · Hx, and sums of values are turned back once: neither keys nor values are
