@@ -3,8 +3,8 @@
 y_t = Σ_j p_tj v_at(j) ,   p_t = softmax over the seen j of  scale · q_t·k_at(j)
 
 Only inputs, outputs and the softmax's denominators are saved for the backward pass, which recomputes the scores (as
-FlashAttention does, arXiv 2205.14135). It sums a token's gradients from all blocks in one table. Both passes take at
-most `_SLICES` slices of blocks, so launches do not grow with the text.
+FlashAttention does, arXiv 2205.14135). It sums a token's gradients from all blocks in one table. Both passes take
+slices of blocks whose size grows with the text, so their number, and that of launches, is bounded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from linearize_kernels.decay import computing_dtype
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Scores in memory at a time, 4 bytes each: this many, or those of an eighth of the blocks, if these are more. That is
-# in proportion to the text, as all activations of a layer are.
-_SCORES_AT_ONCE, _SLICES = 2**22, 8
+# The largest tensor of a slice (scores, or gathered keys or values) has at most `_AT_ONCE` numbers of 4 bytes, or as
+# many as an eighth of the blocks have scores, if these are more. That is in proportion to the text, as all activations
+# of a layer are. A slice holds some five such tensors, and at least one block.
+_AT_ONCE, _SLICES = 2**22, 8
 
 
 def gathered_attention(
@@ -65,7 +66,7 @@ class _Gathered(torch.autograd.Function):
         y, most = (work.q.new_empty(*work.q.shape[:-1], width) for width in (v.shape[-1], 1))
         total = torch.empty_like(most)
         for blocks, places, shape in work.slices():
-            scores, _ = work.scores(blocks, work.rows("tokens", work.k, places, shape))
+            scores, _ = work.scores(blocks, work.rows("tokens", work.k, places, shape), slope=False)
             # Less memory than `logsumexp`, which copies the scores, and one exponential per score instead of two.
             torch.amax(scores, -1, keepdim=True, out=most[blocks])
             weights = scores.sub_(most[blocks]).exp_()
@@ -86,7 +87,7 @@ class _Gathered(torch.autograd.Function):
         pulled, logs = work.queries(dy), work.queries(logs[..., None])
         for blocks, places, shape in work.slices():
             keys, values = work.rows("keys", work.k, places, shape), work.rows("values", work.v, places, shape)
-            scores, slope = work.scores(blocks, keys)
+            scores, slope = work.scores(blocks, keys, slope=True)
             shares = scores.sub_(logs[blocks]).exp_()
             dv.index_add_(0, places, work.product("sums", shares.transpose(-1, -2), pulled[blocks]).flatten(0, -2))
             dscores = work.product("slopes", pulled[blocks], values.transpose(-1, -2))
@@ -130,13 +131,15 @@ class _Work:
         self.held = dict[str, Tensor]()
 
     def slices(self) -> Iterator[tuple[slice, Tensor, torch.Size]]:
-        """Yield slices of blocks to process at once, at most `_SLICES`; the indices of the rows that the widest of them
-        reads, for each block, and their shape `[n, B, K, width]`."""
-        start, blocks, scores = 0, len(self.widths), self.q[0, ..., 0].numel()
-        at_once = max(_SCORES_AT_ONCE, -(-blocks // _SLICES) * self.widths[-1] * scores)
+        """Yield slices of blocks to process at once; the indices of the rows that the widest of them reads, for each
+        block, and their shape `[n, B, K, width]`. There are at most `_SLICES` if G * C is at least D and V, and else
+        more by about that ratio."""
+        start, blocks, (rows, heads, queries, _) = 0, len(self.widths), self.q.shape[1:]
+        at_once = max(_AT_ONCE, -(-blocks // _SLICES) * self.widths[-1] * rows * heads * queries)
+        largest = rows * heads * max(queries, self.k.shape[-1], self.v.shape[-1])  # for each token that a block reads
         while start < blocks:
             stop = start + 1
-            while stop < blocks and (stop + 1 - start) * self.widths[stop] * scores <= at_once:
+            while stop < blocks and (stop + 1 - start) * self.widths[stop] * largest <= at_once:
                 stop += 1
             places = self.at[start:stop, ..., : self.widths[stop - 1]]
             yield slice(start, stop), places.flatten(), places.shape
@@ -156,16 +159,18 @@ class _Work:
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         return _multiply(a, b, self.space(name, *a.shape[:-1], b.shape[-1]))
 
-    def scores(self, blocks: slice, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[n, B, K, G * C, width]`, minus infinity for tokens that a query does not read; and the softcap's slope."""
-        scores, slope = self.product("scores", self.q[blocks], keys.transpose(-1, -2)), None
+    def scores(self, blocks: slice, keys: Tensor, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """`[n, B, K, G * C, width]`, minus infinity for tokens that a query does not read; and with `slope` that of the
+        softcap, if there is one."""
+        scores, slopes = self.product("scores", self.q[blocks], keys.transpose(-1, -2)), None
         if self.softcap is not None:
             share = scores.div_(self.softcap).tanh_()
-            slope = 1 - share.square()
+            if slope:
+                slopes = torch.square(share, out=self.space("softcap", *share.shape)).neg_().add_(1)
             scores = share.mul_(self.softcap)
         bias = torch.where(self.seen[blocks, :, : keys.shape[-2]], *self.biases)
         scores.unflatten(3, (-1, bias.shape[1])).add_(bias[:, None, None, None])
-        return scores, slope
+        return scores, slopes
 
     def queries(self, x: Tensor) -> Tensor:
         """Convert `[B, N, C, H, D]` to `[N, B, K, G * C, D]`."""

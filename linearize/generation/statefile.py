@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from linearize.model import LayerMemory, LinearizedForCausalLM
 
-FORMAT, VERSION = "linearize-state", "2"
+# Another way to store memories is another version.
+FORMAT, VERSION = "linearize-state", "3"
 _DIGITS = 12  # digits of a token count; a fixed width keeps the file size constant
 
 _Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -74,11 +75,6 @@ def read(path: Path, model: LinearizedForCausalLM) -> tuple[list[LayerMemory], T
     with _opened(path) as file:
         # Names and shapes come first, because they bound the bytes to read.
         if wrong := _wrong_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected):  # noqa: SIM118
-            if head.get("linearize") != __version__:
-                raise StateError(
-                    f"{path}: linearize {head.get('linearize')} stored this model's memory in another way ({wrong}); "
-                    f"read the text again with {__version__}"
-                )
             raise _damaged(path, wrong)
         tensors = {name: file.get_tensor(name) for name in expected}
     if wrong := _wrong_values(tensors, expected, tokens, model):
@@ -101,9 +97,9 @@ def header(path: Path) -> dict[str, str]:
     head = _head(path)
     if head.get("version") != VERSION:
         raise StateError(
-            f"{path}: the state's format is {head.get('version')}, and linearize {__version__} reads {VERSION}; read "
-            f"the text again (linearize generate MODEL - -n 0 --save-state {path} < TEXT), or use linearize "
-            f"{head.get('linearize', 'of another version')}"
+            f"{path}: the state's format is {head.get('version')}, which stores the memory in another way, and "
+            f"linearize {__version__} reads {VERSION}; read the text again (linearize generate MODEL - -n 0 "
+            f"--save-state {path} < TEXT)"
         )
     return head
 

@@ -246,8 +246,9 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
     missing = sorted(loaded["missing_keys"])
     if missing and missing == sorted(name for name in model.state_dict() if name.endswith(_CODING)):
         raise ModelError(
-            f"{source.reference}: was converted by an earlier version of linearize, whose memory in 8 or 4 bits did "
-            f"not scale keys first, so it has no {missing[0]}; convert the pretrained model again"
+            f"{source.reference}: has no {missing[0]}, which a memory in 8 or 4 bits needs; if an earlier version of "
+            "linearize converted it, convert the pretrained model again, and if config.json was edited, set its "
+            "memory_dtype back to auto"
         )
     if missing and _wrapped(unexpected) is None:
         number = counted(len(missing), "weight is", "weights are")

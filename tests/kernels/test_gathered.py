@@ -46,7 +46,7 @@ def results(of, leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("at_once, slices", [(1, 8), (1, 2), (400, 8), (2**22, 8)])
 def test_equals_dense_attention(softcap, at_once, slices, monkeypatch):
-    monkeypatch.setattr(gathered, "_SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(gathered, "_AT_ONCE", at_once)
     monkeypatch.setattr(gathered, "_SLICES", slices)
     leaves, at, seen = inputs(torch.float64)
     ours = results(lambda: gathered_attention(*leaves, at, seen, widths=WIDTHS, scale=0.7, softcap=softcap), leaves)
@@ -67,18 +67,23 @@ def test_is_no_further_from_float64_than_twice_plain_torch(dtype):
         assert float((one.double() - reference).abs().max()) <= allowed
 
 
+@pytest.mark.parametrize("channels", [1, 6])
 @pytest.mark.parametrize("blocks", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("at_once", [1, 2000, 2**22])
-def test_slices_are_few_and_their_scores_bounded(blocks, at_once, monkeypatch):
-    monkeypatch.setattr(gathered, "_SCORES_AT_ONCE", at_once)
-    widths = [min(20, 1 + block) for block in range(blocks)]
-    q, k = torch.zeros(1, blocks, 2, 1, 1), torch.zeros(1, 20, 1, 1)
-    at, seen = torch.zeros(1, blocks, 1, widths[-1], dtype=torch.int64), torch.ones(blocks, 2, widths[-1])
+def test_slices_are_few_and_their_tensors_bounded(blocks, at_once, channels, monkeypatch):
+    """A slice's scores and gathered keys have no more numbers than the scores of an eighth of the blocks."""
+    monkeypatch.setattr(gathered, "_AT_ONCE", at_once)
+    widths, queries = [min(20, 1 + block) for block in range(blocks)], 2
+    q, k = torch.zeros(1, blocks, queries, 1, channels), torch.zeros(1, 20, 1, channels)
+    at, seen = torch.zeros(1, blocks, 1, widths[-1], dtype=torch.int64), torch.ones(blocks, queries, widths[-1])
     slices = [one for one, _, _ in gathered._Work(q, k, k, at, seen, widths, 1.0, None).slices()]
     assert [block for one in slices for block in range(blocks)[one]] == list(range(blocks))
-    assert len(slices) <= gathered._SLICES
-    most = max(at_once, math.ceil(blocks / gathered._SLICES) * 2 * widths[-1])
-    assert all((one.stop - one.start) * 2 * widths[one.stop - 1] <= most for one in slices)
+    eighth, most = math.ceil(blocks / gathered._SLICES), max(queries, channels)
+    assert len(slices) <= math.ceil(blocks / max(1, eighth * queries // most))
+    bound = max(at_once, eighth * queries * widths[-1])
+    for one in slices:
+        count = one.stop - one.start
+        assert count == 1 or count * most * widths[one.stop - 1] <= bound
 
 
 def test_what_needs_no_gradient_gets_none():
