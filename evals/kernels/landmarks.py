@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FIGURES = Path(__file__).with_name("results") / "landmarks.json"
 WINDOW, SINKS = 64, 4
-TEXTS, SLOTS = ((2048, 1), (8192, 1), (2048, 16)), (332, 900)
+TEXTS, SLOTS = ((2048, 1), (8192, 1), (2048, 16)), (332, 1035)
 READING = ("landmark_choose_kernel", "landmark_read_kernel")
 CODED = {"memory_dtype": "int4", "landmark_score": "learned"}  # those of the default recipe
 

@@ -126,6 +126,8 @@ def launch_landmark_choose(
 
     table, lists, lost = ints(merges + 1, text.slots), ints(3, text.block), ints(merges, text.block)
     q, shared = _shared(text, pool, groups)
+    if candidates > 1024:
+        shared["num_warps"] = 8  # 4 spill
     turn = shared["BLOCK_N"]
     near = -(-columns // turn) * turn
     sums = torch.empty(rows, groups, near + candidates + turn, dtype=torch.float32, device=pool.device)

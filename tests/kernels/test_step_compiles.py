@@ -112,7 +112,7 @@ def test_one_program_serves_every_count():
 def landmark_launches(shape: tuple[int, ...], **options):
     heads, groups, width, window, sinks = shape
     layer = AttentionLayer(heads, groups, width, width, width**-0.5)
-    config = MixerConfig(layers=[0], window=window, sinks=sinks, landmarks=900, recurrence="none", **options)
+    config = MixerConfig(layers=[0], window=window, sinks=sinks, landmarks=1035, recurrence="none", **options)
     with torch.device("meta"):
         mixer = Mixer(config, layer)
         memory = LayerMemory(mixer.parts(1, HALF, torch.device("meta")), 1, torch.device("meta"))
