@@ -76,7 +76,7 @@ def _code(x):
 def _coded(low, high):
     """Turned tokens, in halves, in 4 bits: numbers of each half, -8 to 7, and scales `[BLOCK]`; see `codes.py`."""
     most, least = tl.maximum(tl.max(low, 1), tl.max(high, 1)), tl.minimum(tl.min(low, 1), tl.min(high, 1))
-    scale = tl.where(most + least > 0, most, least) * (-1.0 / 8.0)
+    scale = tl.where(most > -1.0003 * least, most, least) * (-1.0 / 8.0)
     scale = _bfloat16(tl.where(tl.abs(scale) < 1e-30, 1e-30, scale))
     finite = tl.sum(low - low + high - high, 1) == 0.0
     low, high = low / scale[:, None], high / scale[:, None]

@@ -72,8 +72,12 @@ def in_4_bits(x: Tensor) -> Tensor:
     turn = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(WIDTH)] for i in range(WIDTH)]) / WIDTH**0.5
     y = x.detach() @ turn
     most, least = y.amax(-1, keepdim=True), y.amin(-1, keepdim=True)
-    scale = torch.maximum(most / 7, -least / 8).bfloat16().double()
-    return _Through.apply(x, ((y / scale).round() * scale) @ turn)
+    scale = (torch.where(most > -1.0003 * least, most, least) / -8).bfloat16().double()
+    z = y / scale
+    c = (z * (21 / 16 - z**2 / 128 + 3 * z**4 / 65536)).round().clamp(-8, 7)
+    level = 0.75 * c + c**3 / 256
+    scale = (scale * (z * z).sum(-1, keepdim=True) / (z * level).sum(-1, keepdim=True)).bfloat16().double()
+    return _Through.apply(x, (level * scale) @ turn)
 
 
 def reference(mixer: Mixer, new: Projections) -> Tensor:

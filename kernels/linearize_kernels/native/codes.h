@@ -53,7 +53,7 @@ static void encode(const Held *held, int64_t bits, int64_t at, const float *x, i
     memcpy(work, x, (size_t)width * sizeof(float));
     if (bits == 4) turn(work, width);
     for (int64_t d = 0; d < width; d++) low = work[d] < low ? work[d] : low, high = work[d] > high ? work[d] : high, odd += work[d] - work[d];
-    float most = bits == 8 ? (float)(1.0 / 127) * (high > -low ? high : -low) : -0.125f * (high + low > 0 ? high : low);
+    float most = bits == 8 ? (float)(1.0 / 127) * (high > -low ? high : -low) : -0.125f * (high > -1.0003f * low ? high : low);
     held->scale[at] = half_of(odd != 0 ? odd : fabsf(most) < 1e-30f ? 1e-30f : most);
     float scale = wide_of(held->scale[at]);
     if (bits == 8) {
