@@ -9,7 +9,7 @@ equal    8 requests of unequal lengths on four places get 64 greedy tokens each,
          32 tokens; the same in transformers. Each token of a text that differs is held against transformers' logits
          after the tokens before it, and counts as a tie if it is less than 1e-4 of their spread below the largest.
          Others come with the gaps in transformers after each weight has moved by at most its last bit, at random,
-         `DRAWS` times: rounding to 4 bits can turn a last bit into 1/15 of a key's range
+         `DRAWS` times: rounding to 4 bits can turn a last bit into a step of a code, the scale of a token's head
 
 The figures are written to FILE after each measurement. vLLM runs in this process, in float32, without its compiler.
 """

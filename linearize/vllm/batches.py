@@ -3,7 +3,7 @@
 A step holds some new tokens of each sequence: one of those that decode, and a prompt or a chunk of it of the others.
 Tokens of all sequences lie one after the other, `[T, ...]`. The mixer takes rows `[R, L, ...]`, so sequences with one
 new token form one batch, and the others form batches of similar lengths. On a CPU a batch that decodes reads at most
-`MOST_SLOTS` slots, because numbers that are decoded from more codes do not stay in the processor's cache.
+`MOST_SLOTS` slots, because numbers that plain torch decodes from more codes do not stay in the processor's cache.
 """
 
 from __future__ import annotations
