@@ -109,6 +109,17 @@ def test_float32_is_no_worse_than_twice_plain_torch(case, monkeypatch):
         assert error <= 2 * allowed + 1e-6 * float(wanted.abs().max()), name
 
 
+def test_values_below_the_least_scale_are_zeros(monkeypatch):
+    """In 8 bits they keep one code, and in 4 bits, turned, none."""
+    heads, options, pieces = CASES["int4, a learned score"]
+    mixer = mixer_of(heads, options)
+    new = drawn(mixer.layer, *pieces_and_tokens(pieces))
+    new.v.zero_()
+    new.v[..., 0] = 1.2e-30
+    monkeypatch.setenv("LINEARIZE_KERNELS", "native")
+    assert all(bool(x.isfinite().all()) for x in found(mixer, new, pieces, torch.float32).values())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"landmarks": 64, "memory_dtype": "int4"}, {"landmark_score": "learned"}])
 def test_training_chooses_the_same_tokens(options, monkeypatch):

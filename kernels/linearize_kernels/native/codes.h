@@ -70,8 +70,8 @@ static void encode(const Held *held, int64_t bits, int64_t at, const float *x, i
         square += xx, common += x * level_of(c);
         keep(work + d, c + 8.0f);
     }
-    float gain = sum_of(square) / sum_of(common);
-    if (gain > 0) held->scale[at] = half_of(scale * gain);
+    float total = sum_of(common);
+    if (total > 0) held->scale[at] = half_of(scale * (sum_of(square) / total));
     uint8_t *to = (uint8_t *)held->codes + at * (width / 2);
     for (int64_t d = 0; d < width / 2; d++) to[d] = (uint8_t)((int)work[d] | (int)work[d + width / 2] << 4);
 }
