@@ -162,7 +162,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 def _levels(held: Codes, dtype: torch.dtype) -> Tensor:
-    """What codes stand for in units of their scales, `[..., D]`."""
+    """Decode codes in units of their scales: `[..., D]`."""
     if not held.packed:
         return held.codes.to(dtype)
     return _level(torch.cat([held.codes & 15, held.codes >> 4], -1).to(dtype).sub_(8))

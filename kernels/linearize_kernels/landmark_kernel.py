@@ -79,7 +79,7 @@ def _scale_of(x):
 
 @triton.jit
 def _level(c):
-    """What a 4-bit number c, -8 to 7, stands for, in units of its scale."""
+    """Decode 4-bit numbers c, -8 to 7, in units of their scales."""
     return c * (c * c * (1.0 / 256.0) + 0.75)
 
 

@@ -57,7 +57,7 @@ def test_rounding_twice_is_rounding_once(bits, dtype):
 
 @pytest.mark.parametrize(("width", "loss"), [(64, 0.0077), (128, 0.0088)])
 def test_4_bits_lose_little_and_keep_products(width, loss):
-    """Of the squares of normally distributed channels; and x times what its codes stand for is |x|²."""
+    """Normally distributed channels lose this share of their squares; x times the decoded x is |x|²."""
     x = drawn(4000, width)
     found = rounded(x, 4)
     assert float((x - found).square().sum() / x.square().sum()) < loss

@@ -20,7 +20,7 @@ INLINE uint16_t half_of(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* What 4-bit numbers c, -8 to 7, stand for, in units of the scale. */
+/* Decode 4-bit numbers c, -8 to 7, in units of the scale. */
 INLINE vec level_of(vec c) { return c * (c * c * (1 / 256.0f) + 0.75f); }
 
 /* The Hadamard matrix / sqrt(size) times x, in blocks of the largest power of two that divides the width. */
