@@ -2,7 +2,8 @@
 checkpoints that `evals.recovery.stories` left in DIR.
 
 Each is scored as it is, without the recurrence of one layer or of one head, and with its state rounded to 16 bits
-after every token, computed in float32. Differences are over the same stories, with standard errors.
+after every token, computed in float32. One with slots is also scored with slots for what the state recalls worst.
+Differences are over the same stories, with standard errors.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import argparse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from transformers import DynamicCache
 
 from evals.recovery.stories import FIGURES, Study, difference
 from evals.recurrences.toy import surroundings, write
+from linearize.model.configuration import BLOCK
+from linearize.model.landmarks import step
+from linearize.model.landmarks.merging import NOVELTY, Slots
+from linearize.model.landmarks.slots import kept_names, stored
 from linearize.sources.source import find_source, load_model
 
 if TYPE_CHECKING:
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from linearize.model import LinearizedForCausalLM
+    from linearize.model.memory import LayerMemory
+    from linearize.model.mixer.base import MixerBase
 
 
 class Rounding:
@@ -41,6 +49,56 @@ class Rounding:
                 for tensor in held.parts.get("state", {}).values():
                     tensor.copy_(tensor.to(self.dtype))
         return SimpleNamespace(logits=torch.cat(logits, 1))
+
+
+class WorstRecalled:
+    """A model that reads one token at a time and keeps in its slots what the state recalls worst: the rank of a token
+    is the squared distance of its value from what the state reads for its key (LoLA, arXiv 2505.23666).
+
+    Args:
+        beside: the log of that distance takes the place of novelty, and attention counts as before.
+    """
+
+    def __init__(self, model: LinearizedForCausalLM, *, beside: bool) -> None:
+        self.model, self.beside = model, beside
+        self.merge, self.ranks = step._merge, Slots._ranks
+
+    def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
+        cache = DynamicCache()
+        with mock.patch.object(step, "_merge", self._merge):
+            logits = [self.model(token, past_key_values=cache).logits for token in ids.split(1, 1)]
+        return SimpleNamespace(logits=torch.cat(logits, 1))
+
+    def _merge(self, mixer: MixerBase, memory: LayerMemory, *others: Any) -> None:
+        error = _recall_error(mixer, memory)
+
+        def ranks(slots: Slots, end: int) -> Tensor:
+            exists = slots.number[..., :end] > 0
+            if not self.beside:
+                return torch.where(exists, error, -1.0)  # the empty slots go first
+            before = slots.scores[NOVELTY, ..., :end].clone()
+            slots.scores[NOVELTY, ..., :end] = error.clamp_min(1e-12).log()
+            ranked = self.ranks(slots, end)
+            slots.scores[NOVELTY, ..., :end] = before
+            return ranked
+
+        with mock.patch.object(Slots, "_ranks", ranks):
+            self.merge(mixer, memory, *others)
+
+
+def _recall_error(mixer: MixerBase, memory: LayerMemory) -> Tensor:
+    """The squared distance of what the state reads for the tokens in the slots and in the window's oldest block from
+    their values, `[R, K, N + BLOCK]`."""
+    slots, window = memory.parts["landmarks"], memory.parts["window"]
+    tokens = {name: torch.cat([slots[name], window[name][:, :BLOCK]], 1) for name in kept_names(mixer)}
+    k, v, source = stored(mixer, tokens)
+    group = mixer.layer.query_heads // mixer.layer.key_value_heads
+    writes = torch.zeros(k.shape[:2], dtype=torch.bool)
+    state = {name: x.clone() for name, x in memory.parts["state"].items()}
+    read, mass = mixer.recurrence(k.repeat_interleave(group, 2), k, v, source, writes, state)
+    read = read if mass is None else read / mass.clamp_min(1e-6)[..., None]
+    error: Tensor = (read[:, :, ::group] - v).square().sum(-1)
+    return error.transpose(1, 2)
 
 
 def changed(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -63,6 +121,9 @@ def changed(folder: Path) -> Iterator[tuple[str, Any]]:
             yield f"layer {layer.layer_idx}, head {head} off", model
     for dtype in (torch.bfloat16, torch.float16):
         yield f"state in {dtype}".replace("torch.", ""), Rounding(load(), dtype)
+    if load().config.mixers[0]["landmarks"]:
+        yield "slots for what the state recalls worst", WorstRecalled(load(), beside=False)
+        yield "the same beside attention", WorstRecalled(load(), beside=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

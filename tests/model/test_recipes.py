@@ -14,8 +14,8 @@ from linearize.recipe import load_recipe, shipped_recipes
 from linearize.recipe.schema import RecurrenceName
 
 NAMES = [recipe.name for recipe in shipped_recipes()]
-OWN = {name: name.replace("_", "-") for name in RECURRENCES if name != "gla"}
-"""Recurrence -> its recipe; that of gla is `window-gla`."""
+OWN = {name: name.replace("_", "-") for name in RECURRENCES}
+"""Recurrence -> its recipe."""
 
 
 @torch.no_grad()
@@ -46,13 +46,13 @@ def test_each_recurrence_has_a_name_in_recipes_and_a_recipe():
 
 def test_our_start_is_the_same_for_all():
     """Recipes named after a recurrence differ from `window-gla` in the mixer's recurrence-specific keys alone, but for
-    `gated-deltanet`, which has the stages that it was measured with."""
+    `gla` and `gated-deltanet`, which have the stages that they were measured with."""
     start = load_recipe("window-gla")
     specific = {"recurrence", "feature_map", "qk_norm", "slots", "negative_eigenvalues", "gate"}
     told = {"description", "measured", "mixer"}
     for name in OWN.values():
         recipe = load_recipe(name)
-        own = told | ({"stages"} if name == "gated-deltanet" else set())
+        own = told | ({"stages"} if name in ("gla", "gated-deltanet") else set())
         assert recipe.model_dump(exclude=own) == start.model_dump(exclude=own)
         assert recipe.mixer.model_dump(exclude=specific) == start.mixer.model_dump(exclude=specific)
         assert recipe.mixer.gate.learned
