@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from evals.recovery import __main__ as module
+from evals.recovery import state
 from evals.recovery.__main__ import SYSTEMS, TINY, Recovery, Scale, main, tokens_of
+from linearize.conversion.swap import convert_model
 from linearize.data.load import reserved_tokens
 from linearize.recipe import load_recipe
+from linearize.sources.source import find_source, load_model
 
 HELD_OUT = "--tasks held_out --baseline none,teacher,window"
 BY_POSITION = "--tasks loss_by_position --lengths 128 --baseline none,teacher,window"
@@ -59,3 +66,22 @@ def test_systems_have_the_same_text_and_all_of_a_budget(tmp_path, monkeypatch):
             held.add((*texts, json.dumps(reserved_tokens(recipe.stages))))
         assert len(held) == 1 and len(list(SYSTEMS.glob("*.yaml"))) == 4
     assert [tokens_of(text) for text in ("0", "2048", "0.2M", "3k")] == [0, 2048, 200_000, 3000]
+
+
+@torch.no_grad()
+def test_slots_go_to_what_the_state_recalls_worst(tiny_folder):
+    changes = ["mixer.window=16", "mixer.landmarks=16", "mixer.recurrence=gated_deltanet", "mixer.feature_map=identity"]
+    recipe = load_recipe("window-gla", [*changes, "mixer.rope=true"])
+    model = convert_model(load_model(find_source(str(tiny_folder))), recipe.mixer).eval()
+    ids = torch.arange(2 * 60).view(2, 60) * 7 % 101
+    cache = DynamicCache()
+    with mock.patch.object(state, "DynamicCache", return_value=cache):
+        state.WorstRecalled(model, beside=False)(ids)
+    kept = cache.layers[0].parts["landmarks"]["number"].transpose(1, 2).sort(-1).values
+    # The state is empty at the first merge, so what it recalls worst are the longest values of tokens 4 to 35.
+    values: list[Tensor] = []
+    attention = model.attention_layers[0]
+    with attention.v_proj.register_forward_hook(lambda *args: values.append(args[-1])):
+        model(ids, use_cache=False)
+    lengths = values[0][:, 4:36].unflatten(-1, (attention.layer.key_value_heads, -1)).norm(dim=-1).transpose(1, 2)
+    assert torch.equal(kept, lengths.topk(16).indices.sort(-1).values.int() + 5)
