@@ -26,7 +26,7 @@ from linearize.model.landmarks.slots import kept_names, stored
 from linearize.sources.source import find_source, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -42,13 +42,12 @@ class Rounding:
         self.model, self.dtype = model, dtype
 
     def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
-        cache, logits = DynamicCache(), []
-        for token in ids.split(1, 1):
-            logits.append(self.model(token, past_key_values=cache).logits)
-            for held in cache.layers:
-                for tensor in held.parts.get("state", {}).values():
-                    tensor.copy_(tensor.to(self.dtype))
-        return SimpleNamespace(logits=torch.cat(logits, 1))
+        return _in_steps(self.model, ids, self._round)
+
+    def _round(self, cache: DynamicCache) -> None:
+        for held in cache.layers:
+            for tensor in held.parts.get("state", {}).values():
+                tensor.copy_(tensor.to(self.dtype))
 
 
 class WorstRecalled:
@@ -64,10 +63,8 @@ class WorstRecalled:
         self.merge, self.ranks = step._merge, Slots._ranks
 
     def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
-        cache = DynamicCache()
         with mock.patch.object(step, "_merge", self._merge):
-            logits = [self.model(token, past_key_values=cache).logits for token in ids.split(1, 1)]
-        return SimpleNamespace(logits=torch.cat(logits, 1))
+            return _in_steps(self.model, ids)
 
     def _merge(self, mixer: MixerBase, memory: LayerMemory, *others: Any) -> None:
         error = _recall_error(mixer, memory)
@@ -76,14 +73,23 @@ class WorstRecalled:
             exists = slots.number[..., :end] > 0
             if not self.beside:
                 return torch.where(exists, error, -1.0)  # the empty slots go first
-            before = slots.scores[NOVELTY, ..., :end].clone()
-            slots.scores[NOVELTY, ..., :end] = error.clamp_min(1e-12).log()
-            ranked = self.ranks(slots, end)
-            slots.scores[NOVELTY, ..., :end] = before
-            return ranked
+            slots.scores[NOVELTY, ..., :end] = error.clamp_min(1e-12).log()  # of all candidates, at every merge
+            return self.ranks(slots, end)
 
         with mock.patch.object(Slots, "_ranks", ranks):
             self.merge(mixer, memory, *others)
+
+
+def _in_steps(
+    model: LinearizedForCausalLM, ids: Tensor, after: Callable[[DynamicCache], None] | None = None
+) -> SimpleNamespace:
+    """The logits of `ids`, read one token at a time; `after` is called with the cache after each."""
+    cache, logits = DynamicCache(), []
+    for token in ids.split(1, 1):
+        logits.append(model(token, past_key_values=cache).logits)
+        if after is not None:
+            after(cache)
+    return SimpleNamespace(logits=torch.cat(logits, 1))
 
 
 def _recall_error(mixer: MixerBase, memory: LayerMemory) -> Tensor:
@@ -121,7 +127,8 @@ def changed(folder: Path) -> Iterator[tuple[str, Any]]:
             yield f"layer {layer.layer_idx}, head {head} off", model
     for dtype in (torch.bfloat16, torch.float16):
         yield f"state in {dtype}".replace("torch.", ""), Rounding(load(), dtype)
-    if load().config.mixers[0]["landmarks"]:
+    mixer = load().attention_layers[0].mixer
+    if mixer.config.landmarks and mixer.recurrence is not None:
         yield "slots for what the state recalls worst", WorstRecalled(load(), beside=False)
         yield "the same beside attention", WorstRecalled(load(), beside=True)
 

@@ -259,8 +259,8 @@ class Study:
         return items, rows
 
     def _paired(self) -> list[dict[str, Any]]:
-        """Each trained recurrence minus the trained window of its bytes, over the same stories, with errors of the
-        differences."""
+        """Each trained recurrence minus the trained window of its bytes, and minus GLA, over the same stories, with
+        errors of the differences."""
         found = []
         folders = {
             path.name: path
@@ -269,31 +269,32 @@ class Study:
         }
         for name, folder in folders.items():
             system, budget, seed = name.rsplit("-", 2)
-            wide = folders.get(f"wide-{budget}-{seed}")
-            if wide is None or system not in WITH_STATE or not tokens_of(budget):
-                continue
-            (mine, own), (other, others) = (
-                self.items(load_model(find_source(str(one))).eval()) for one in (folder, wide)
-            )
-            found.append(
-                {
-                    "system": system,
-                    "budget": tokens_of(budget),
-                    "seed": int(seed),
-                    "minus": "wide",
-                    **{figure: difference(mine[figure], other[figure]) for figure in FIGURES},
-                    "loss_by_position": {
-                        str(first): difference(
-                            *(
-                                [float(row[first:end].mean()) for row in rows if len(row) > first]
-                                for rows in (own, others)
+            for minus in ("wide", "gla"):
+                beside = folders.get(f"{minus}-{budget}-{seed}")
+                if beside is None or system not in WITH_STATE or system == minus or not tokens_of(budget):
+                    continue
+                (mine, own), (other, others) = (
+                    self.items(load_model(find_source(str(one))).eval()) for one in (folder, beside)
+                )
+                found.append(
+                    {
+                        "system": system,
+                        "budget": tokens_of(budget),
+                        "seed": int(seed),
+                        "minus": minus,
+                        **{figure: difference(mine[figure], other[figure]) for figure in FIGURES},
+                        "loss_by_position": {
+                            str(first): difference(
+                                *(
+                                    [float(row[first:end].mean()) for row in rows if len(row) > first]
+                                    for rows in (own, others)
+                                )
                             )
-                        )
-                        for first, end in itertools.pairwise(BUCKETS)
-                        if any(len(row) > first for row in own)
-                    },
-                }
-            )
+                            for first, end in itertools.pairwise(BUCKETS)
+                            if any(len(row) > first for row in own)
+                        },
+                    }
+                )
         return found
 
     def tell(self) -> None:
@@ -350,12 +351,12 @@ def markdown(found: dict[str, Any]) -> str:
         for name in ("window_bytes", "no_recurrence"):
             if name in beside:
                 lines.append(row(f"{system}, {name}", f"{budget:,}", "", "", [beside[name]]))
-    lines += ["", f"| minus the trained window of its bytes | tokens | {' | '.join(FIGURES.values())} |"]
-    lines.append("|---" * (2 + len(FIGURES)) + "|")
+    lines += ["", f"| trained | minus | tokens | {' | '.join(FIGURES.values())} |"]
+    lines.append("|---" * (3 + len(FIGURES)) + "|")
     for pair in found["paired"]:
         scaled = ((figure, 100 if figure == "name" else 1, 1 if figure == "name" else 4) for figure in FIGURES)
         cells = [f"{pair[f][0] * scale:+.{digits}f} ± {pair[f][1] * scale:.{digits}f}" for f, scale, digits in scaled]
-        lines.append(f"| {pair['system']} | {pair['budget']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {pair['system']} | {pair['minus']} | {pair['budget']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
