@@ -53,6 +53,7 @@ _GOODS = (
     "whistle",
 )
 _PLACES = ("castle", "forest", "harbour", "island", "market", "museum", "station", "valley")
+_KEY_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 _WHERE = ("at noon", "before supper", "by the canal", "for a while", "in the attic", "near the depot", "on Tuesday")
 
 
@@ -140,14 +141,16 @@ def _pairs(
 
 
 def facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """`count` facts of ten kinds, among them numbers, names, quotations and entries of tables: how each is told, how it
-    is asked for, and the answer."""
+    """`count` facts of eleven kinds, among them numbers, names, quotations, licence keys and entries of tables: how each
+    is told, how it is asked for, and the answer."""
     names = _names(rng, 2 * count)
     return [rng.choice(_kinds(rng, *names[2 * number : 2 * number + 2])) for number in range(count)]
 
 
 def _kinds(rng: random.Random, one: str, other: str) -> list[tuple[str, str, str]]:
     thing, place, key = rng.choice(_THINGS), rng.choice(_PLACES), one.lower()
+    groups = ("".join(rng.choices(_KEY_LETTERS, k=rng.randint(4, 5))) for _ in range(rng.randint(3, 6)))
+    licence = "-".join(groups)
     value, words = str(rng.randrange(10 ** rng.randint(2, 6))), " ".join(rng.sample(_GOODS, rng.randint(1, 3)))
     return [
         (f" {one} has the {thing} {value}.", f"\nWhich {thing} does {one} have?", f" {value}"),
@@ -159,6 +162,7 @@ def _kinds(rng: random.Random, one: str, other: str) -> list[tuple[str, str, str
         (f" The {words} in the {place} is worth {value}.", f"\nThe {words} in the {place} is worth", f" {value}"),
         (f" Remember that {one} lives in {other}.", f"\nWhere does {one} live? {one} lives in", f" {other}"),
         (f" {one} ({other}, {value})", f"\nOnce more: {one} ({other},", f" {value}"),
+        (f" The licence key of {one} is {licence}.", f"\nWhich licence key does {one} have? It is", f" {licence}"),
         (f' The motto of {one} is "{words} and {other}".', f'\nThe motto of {one} is "', f"{words} and {other}"),
     ]
 
