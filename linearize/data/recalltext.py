@@ -141,8 +141,8 @@ def _pairs(
 
 
 def facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """`count` facts of eleven kinds, among them numbers, names, quotations, licence keys and entries of tables: how each
-    is told, how it is asked for, and the answer."""
+    """`count` facts of eleven kinds, such as numbers, names, quotations, licence keys and table entries: how each is
+    told, how it is asked for, and the answer."""
     names = _names(rng, 2 * count)
     return [rng.choice(_kinds(rng, *names[2 * number : 2 * number + 2])) for number in range(count)]
 
