@@ -75,6 +75,8 @@ def test_what_comes_back_for_how_many_tokens():
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert recovery_table(found) in readme
+    more = json.loads((folder / "bfloat16-0.4M.json").read_text(encoding="utf-8"))
+    assert recovery_table(more) in readme
     earlier = json.loads((folder / "float32.json").read_text(encoding="utf-8"))["cells"][-1]["figures"]
     for one in (earlier["model"], earlier["no_recurrence"]):
         assert f"{one['kl'][0]:.4f}" in readme and f"{one['perplexity'][0]:.2f}" in readme
@@ -90,6 +92,7 @@ def test_what_comes_back_for_how_many_tokens():
     for value in (*shown, found["cells"][-1]["figures"]["teacher"]["perplexity"][0]):
         assert f"{value:.2f}" in said
     assert f"{figures['liger', 200_000]['perplexity'][0]:.1e}" in said
+    assert f"({more['cells'][-1]['figures']['model']['perplexity'][0]:.2f} with 0.4M)" in said
 
 
 def test_how_fast_it_is_on_a_cpu():
