@@ -30,7 +30,7 @@ from linearize.sources.source import find_source, load_model
 from linearize.verification import Verification, verify, widened
 from linearize.verification.checks import KINDS as KINDS_OF_CHECKS
 from linearize.verification.subject import Subject
-from linearize.verification.verify import FLOAT32_TOLERANCE, Check, rounds, without_rounding
+from linearize.verification.verify import FLOAT32_TOLERANCE, Check, _check, _shaken, rounds, without_rounding
 from tests.made import LANDMARKS
 from tests.tables import in_turn, some
 from tests.verification_faults import (
@@ -384,17 +384,33 @@ def test_a_code_at_a_boundary_is_no_failure_of_a_rounded_memory(folder, monkeypa
         model, find_source(str(folder("int4"))), dtype="auto", special=(), tokens=80, steps=1, tick=lambda *_: None
     )
 
-    def judged(narrow: float, wide: float) -> Check:
-        kind = replace(
-            KINDS_OF_CHECKS["packing"], measure=lambda one: (wide if one.model.dtype.itemsize == 8 else 1, "")
-        )
+    def judged(narrow: float, wide: float, noisy: float = 0.0) -> Check:
+        def measure(one: Subject) -> tuple[float, str]:
+            shaken = all(layer._forward_pre_hooks for layer in one.model.attention_layers)
+            return (noisy if shaken else wide) if one.model.dtype.itemsize == 8 else 1.0, ""
+
+        kind = replace(KINDS_OF_CHECKS["packing"], measure=measure)
         monkeypatch.setitem(KINDS_OF_CHECKS, "packing", kind)
         return without_rounding(subject, Check("packing", kind.holds, narrow, FLOAT32_TOLERANCE, ""), 1e-2)
 
     assert rounds(model) and not rounds(load(folder("default")))
     assert judged(9e-3, 1e-12).passed and "1.0e-12 in float64" in judged(9e-3, 1e-12).detail
     assert not judged(2e-2, 1e-12).passed and not judged(9e-3, 9e-3).passed
+    assert judged(2e-2, 1e-12, noisy=2.5e-3).passed and "2.5e-03 with noise" in judged(2e-2, 1e-12, noisy=2.5e-3).detail
+    assert not judged(2e-2, 1e-12, noisy=1.5e-3).passed and not judged(2e-2, 9e-3, noisy=1.0).passed
+    assert not judged(2e-2, 1e-12, noisy=math.inf).passed and not judged(math.inf, 1e-12, noisy=1.0).passed
     assert model.dtype == torch.float32
+    assert not any(layer._forward_pre_hooks for layer in model.attention_layers)
+
+
+def test_noise_of_the_size_of_rounding_moves_logits_as_rounding_does(folder):
+    model = load(folder("int4"))
+    subject = Subject(
+        model, find_source(str(folder("int4"))), dtype="auto", special=(), tokens=80, steps=1, tick=lambda *_: None
+    )
+    with torch.no_grad(), widened(model, torch.float64):
+        still, noisy = _check(subject, "packing").error, _shaken(subject, "packing", seed=0)
+    assert still < 1e-12 and 1e-8 < noisy < 1e-4
 
 
 def test_many_slots_are_checked_with_few_and_once_with_all(tiny_folder, tmp_path):

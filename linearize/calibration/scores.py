@@ -245,5 +245,7 @@ def shares(
         have[-layer] += run
         spare -= run
     slots = {layer: parts * context // _PARTS for layer, parts in have.items()}
-    rest = (landmarks * len(known) - sum(slots.values())) // len(known)
-    return {layer: min(number + rest, context) for layer, number in slots.items()}
+    each, rest = divmod(landmarks * len(known) - sum(slots.values()), len(known))
+    # Where a part is less than a slot, the layers that were rounded down most get what is left.
+    lowered = sorted(slots, key=lambda layer: -(have[layer] * context % _PARTS))[: rest if context < _PARTS else 0]
+    return {layer: min(number + each + (layer in lowered), context) for layer, number in slots.items()}

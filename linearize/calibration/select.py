@@ -158,8 +158,13 @@ def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, 
 def _coding(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> dict[int, dict[str, Tensor]]:
-    """Scale and shift of keys before they are coded, in the layers with landmarks."""
-    sections = {layer: one for layer, one in converted_sections(recipe.mixer, teacher.config).items() if one.landmarks}
+    """Scale and shift of keys before they are coded. A recurrence without landmarks reads no codes in 4 bits, and is
+    not looked at."""
+    sections = {
+        layer: one
+        for layer, one in converted_sections(recipe.mixer, teacher.config).items()
+        if one.landmarks or one.recurrence == "none"
+    }
     if not sections:
         return {}
     length = text_length(teacher.config, coding.LENGTH)
@@ -169,13 +174,14 @@ def _coding(
 
 @torch.no_grad()
 def put_fitted(model: LinearizedForCausalLM, fitted: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Set own parameters of mixers, by layer and name, except in layers that were left without a landmark."""
+    """Set own parameters of mixers, by layer and name. A layer that was left without a landmark has no score."""
     for layer, values in fitted.items():
         mixer = model.attention_layers[layer].mixer
-        assert mixer is not None  # noqa: S101 - only layers with landmarks are fitted
-        if mixer.config.landmarks:
-            for name, value in values.items():
-                mixer.get_parameter(name).copy_(value)
+        assert mixer is not None  # noqa: S101 - only converted layers are fitted
+        own = dict(mixer.named_parameters(recurse=False))
+        for name, value in values.items():
+            if name != "score_weight" or name in own:
+                own[name].copy_(value)
 
 
 def _scores(
@@ -211,9 +217,11 @@ def _scores(
 
 def _told(shares: dict[int, int], equal: int) -> str:
     most = sorted(shares, key=lambda layer: -shares[layer])[:3]
+    total = sum(shares.values())
+    all_of_them = f"as many as {equal:,} each" if total == equal * len(shares) else f"{total:,}, at most {equal:,} each"
     return (
         f"Landmarks: {', '.join(f'layer {layer} has {shares[layer]:,}' for layer in most)}, the fewest are "
-        f"{min(shares.values())}; all together as many as {equal:,} each."
+        f"{min(shares.values()):,}; all together {all_of_them}."
     )
 
 

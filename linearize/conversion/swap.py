@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import DataError, ModelError, RecipeError
 from linearize.families import family_of
-from linearize.model.configuration import MixerConfig
+from linearize.model.configuration import CODING, MixerConfig
 from linearize.model.mixer.mixer import Mixer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from linearize.families import AttentionLayer
@@ -127,9 +128,10 @@ def _check_landmarks(spec: MixerSpec, layers: Sequence[AttentionLayer]) -> None:
                 "it has no landmarks; leave it out"
             )
     if spec.landmarks and all(layer.window is not None for layer in layers):
+        widest = max(layer.window or 1 for layer in layers)
         raise RecipeError(
             "mixer.landmarks: all layers of this model have sliding windows of their own and see nothing beyond them, "
-            "so none has landmarks; take the recipe window-gla"
+            f"so none has landmarks; take the recipe window-gla with mixer.window below {widest:,}"
         )
 
 
@@ -149,33 +151,35 @@ def check_convertible(config: Any, source: Source, spec: MixerSpec | None = None
 
 
 def check_reach(recipe: Recipe, config: Any) -> None:
-    """Refuse calibration or landmark sharing if no text is longer than the tokens that the mixer reads exactly.
+    """Refuse a recipe that converts no layer or has more landmarks than the model's context has tokens, and calibration
+    or landmark sharing if no text is longer than the tokens that the mixer reads exactly.
 
     Args:
         config: of the pretrained model.
 
     Raises:
-        DataError: rows of `calibrate.length` tokens are too short.
-        RecipeError: the model's context is too short.
+        DataError: rows of `calibrate.length` tokens are too short, or there is nothing to calibrate.
+        RecipeError: the window is too wide, or the model's context too short.
     """
-    if recipe.calibrate is None and recipe.mixer.landmarks_by is None:
-        return
-    layers = family_of(config).layers(config)
-    sections = mixers_for(recipe.mixer, layers)
-    reach = min(
-        (one.exact_tokens for one in sections for index in one.layers if one.converts(layers[index])),
-        default=None,
-    )
-    if reach is None:
-        if recipe.calibrate is None:
-            return
-        raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
+    spec, layers = recipe.mixer, family_of(config).layers(config)
+    sections = mixers_for(spec, layers)
+    converted = {index: one for one in sections for index in one.layers if one.converts(layers[index])}
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and context <= reach:
-        landmarks = f" and {recipe.mixer.landmarks:,} landmarks" if recipe.mixer.landmarks else ""
+    if not converted:
+        if recipe.calibrate is not None:
+            raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
+        widest = max(layer.window or 1 for layer in layers)
         raise RecipeError(
-            f"mixer: a window of {recipe.mixer.window:,}, {recipe.mixer.sinks:,} sinks{landmarks} read the first "
-            f"{reach:,} tokens of a text exactly, and this model's context is {context:,} tokens: lower "
+            f"mixer.window: {spec.window:,} tokens are no fewer than the sliding window of {widest:,} that this model "
+            f"has itself, so nothing would be converted: set it below {widest:,}"
+        )
+    reach = min(one.exact_tokens for one in converted.values())
+    measures = recipe.calibrate is not None or spec.landmarks_by is not None
+    if measures and context is not None and context <= reach:
+        landmarks = f" and {spec.landmarks:,} landmarks" if spec.landmarks else ""
+        raise RecipeError(
+            f"mixer: a window of {spec.window:,}, {spec.sinks:,} sinks{landmarks} read the first {reach:,} tokens of a "
+            f"text exactly, and this model's context is {context:,} tokens: lower "
             f"{'mixer.landmarks or ' if landmarks else ''}mixer.window, or take the recipe window-gla"
         )
     if recipe.calibrate is not None and recipe.calibrate.length <= reach:
@@ -183,6 +187,13 @@ def check_reach(recipe: Recipe, config: Any) -> None:
             f"calibrate.length {recipe.calibrate.length:,}: the first {reach:,} tokens are all read exactly, so such "
             "rows leave the recurrence nothing to answer: raise it"
         )
+    for index, one in sorted(converted.items()):
+        if context is not None and one.landmarks > context:
+            key = f"landmark_layers.{index}" if index in spec.landmark_layers else "landmarks"
+            raise RecipeError(
+                f"mixer.{key}: {one.landmarks:,} landmarks, and this model's context is {context:,} tokens: choose "
+                "fewer, or take the recipe window-gla"
+            )
 
 
 def convert_model(teacher: PreTrainedModel, spec: MixerSpec) -> LinearizedForCausalLM:
@@ -213,11 +224,27 @@ def window_sections(mixers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def window_baseline(teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]]) -> LinearizedForCausalLM:
-    """Convert `teacher` in place by `window_sections(mixers)`: the baseline that needs no training."""
+def window_baseline(
+    teacher: PreTrainedModel, mixers: Sequence[dict[str, Any]], coding: Mapping[str, Tensor] | None = None
+) -> LinearizedForCausalLM:
+    """Convert `teacher` in place by `window_sections(mixers)`: the baseline that needs no training.
+
+    Args:
+        coding: of the converted model, so that the baseline stores keys as that model does; see `coding_of`.
+    """
     from linearize.model import LinearizedForCausalLM
 
-    return LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
+    model = LinearizedForCausalLM.from_teacher(teacher, [MixerConfig(**section) for section in window_sections(mixers)])
+    own = coding_of(model)
+    for name, value in (coding or {}).items():
+        if name in own:
+            own[name].copy_(value)
+    return model
+
+
+def coding_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters that scale and shift keys before they are coded, by name."""
+    return {name: x.detach() for name, x in model.named_parameters() if name.endswith(CODING)}
 
 
 def converted_layers(model: LinearizedForCausalLM) -> int:

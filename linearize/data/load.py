@@ -321,7 +321,7 @@ def _rows(
             raise DataError(f"{told} a row of {length} tokens: lower the length, or use more text")
         raise DataError(
             f"{told} {held_rows} held-out rows and a training row of {length} tokens that share no document (at "
-            f"least {needed:,}): lower data.held_out or the length, or use more text"
+            f"least {needed:,}): lower its held_out or its length in the recipe, or use more text"
         )
     if not partly:
         split = f" to train on, {held_out.tokens:,} held out," if held_rows else ""

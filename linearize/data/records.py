@@ -173,8 +173,8 @@ def _shards(path: Path, source: str, split: str, about: dict[str, None]) -> list
     kinds = Counter(_kind(file) or file.suffix or file.name for file in files)
     if not any(map(_kind, files)):
         folders = sorted(p.name for p in path.iterdir() if p.is_dir())
-        has = f"; name one of its folders ({', '.join(folders[:5])})" if folders else ""
-        raise DataError(f"{source}: no file in this folder can be read{has}, or give one of {READABLE}")
+        has = f"name one of its folders ({', '.join(folders[:5])}), or " if folders else ""
+        raise DataError(f"{source}: no file in this folder can be read: {has}give a file of {READABLE}")
     if len(kinds) > 1:
         mixed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raise DataError(

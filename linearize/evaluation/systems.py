@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from linearize.checkpoint.provenance import checkpoint_digest
-from linearize.conversion.swap import check_convertible, mixers_for, window_baseline, window_sections
+from linearize.conversion.swap import check_convertible, coding_of, mixers_for, window_baseline, window_sections
 from linearize.errors import DataError, ModelError, hint_for
 from linearize.evaluation.baselines import (
     BRANCHES_OFF,
@@ -329,8 +329,14 @@ class _Maker:
         bare = window_sections(mixers)
         widths = sorted({m["window"] for m in mixers if m["window"] is not None})
         about = f"{BASELINES[name]}: {' to '.join(dict.fromkeys((str(widths[0]), str(widths[-1]))))} tokens"
-        load = self._stamped(lambda: window_baseline(self._load(self.teacher), mixers), self.teacher, bare)
-        return System(self._info(name, about, bare), load)
+        coded = any(mixer["memory_dtype"] != "auto" for mixer in self.mixers)
+
+        def windowed() -> PreTrainedModel:
+            coding = coding_of(self._load(self.source)) if coded else None
+            return window_baseline(self._load(self.teacher), mixers, coding)
+
+        variant = [bare, _files(self.source)] if coded else bare
+        return System(self._info(name, about, bare), self._stamped(windowed, self.teacher, variant))
 
     def _whole(self, name: str, about: str, source: Source, mixers: list[dict[str, Any]]) -> System:
         info = self._info(name, about, mixers)

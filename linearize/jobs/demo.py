@@ -45,7 +45,7 @@ def demo(
     """
     from linearize.benchmark.bench import Plan, bench
     from linearize.checkpoint.sizes import state_nbytes
-    from linearize.conversion.swap import window_baseline
+    from linearize.conversion.swap import coding_of, window_baseline
     from linearize.data.builtin import builtin_rows
     from linearize.evaluation.baselines import equal_bytes, memory_bytes
     from linearize.evaluation.heldout import score_rows
@@ -78,7 +78,7 @@ def demo(
         (constant, per_token) = map(sum, zip(*memory_bytes(base, [], model.dtype), strict=True))
         loads: dict[str, tuple[Callable[[], Any], int]] = {
             "teacher": (lambda: load_model(source), constant + per_token * ids.shape[1]),
-            "window": (lambda: window_baseline(load_model(source), widest), size),
+            "window": (lambda: window_baseline(load_model(source), widest, coding_of(model)), size),
             "converted": (lambda: model, size),
         }
         systems: dict[str, dict[str, Any]] = {}

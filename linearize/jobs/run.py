@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.provenance import checkpoint_digest
-from linearize.conversion.swap import check_convertible, check_reach, convert_model, window_baseline, window_sections
+from linearize.conversion.swap import (
+    check_convertible,
+    check_reach,
+    coding_of,
+    convert_model,
+    window_baseline,
+    window_sections,
+)
 from linearize.errors import ModelError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, silence
 from linearize.evaluation.heldout import paired_difference
@@ -106,6 +113,7 @@ def run_recipe(
                 tokenizer=tokenizer,
             )
             mixers, base = start.model.config.mixers or [], start.model.config.text_config
+            coding = coding_of(start.model)
             if not prepares(recipe):
                 # A second swap is cheaper than keeping or reading another model.
                 loads = _Again(lambda: convert_model(copy.deepcopy(teacher), recipe.mixer), start)
@@ -133,8 +141,8 @@ def run_recipe(
             last = loads.load if not recipe.stages else lambda: trained.model
             baselines: dict[str, Loader] = {
                 "teacher": lambda: teacher,
-                "window": lambda: window_baseline(copy.deepcopy(teacher), mixers),
-                "window_bytes": lambda: window_baseline(copy.deepcopy(teacher), widest),
+                "window": lambda: window_baseline(copy.deepcopy(teacher), mixers, coding),
+                "window_bytes": lambda: window_baseline(copy.deepcopy(teacher), widest, coding),
             }
             if any(mixer["recurrence"] != "none" for mixer in mixers):
                 baselines["no_recurrence"] = lambda: silence(last(), BRANCHES_OFF["no_recurrence"])

@@ -20,6 +20,8 @@ FeatureMap = Literal["softmax", "exp", "elu", "identity", "learned"]
 LandmarkScore = Literal["novelty", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
 MemoryDtype = Literal["auto", "int8", "int4"]
+CODING = (".mixer.key_scale", ".mixer.key_shift")
+"""How the names of the parameters end that scale and shift keys before they are coded."""
 BLOCK = 32
 """The number of tokens that leave the window together and are merged into the landmarks at once."""
 

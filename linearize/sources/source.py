@@ -24,8 +24,8 @@ from linearize_kernels.products import take_products
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-import linearize.model.configuration as _  # noqa: F401 - registers converted checkpoints with AutoConfig
 from linearize.errors import ModelError, counted
+from linearize.model.configuration import CODING  # also registers converted checkpoints with AutoConfig
 from linearize.sources.gguf import MAGIC, read_head
 from linearize.sources.ggufconfig import gguf_config, short_reading
 from linearize.sources.limits import guard_embeddings
@@ -244,7 +244,7 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
     """
     unexpected = list(map(str, loaded["unexpected_keys"]))
     missing = sorted(loaded["missing_keys"])
-    if missing and missing == sorted(name for name in model.state_dict() if name.endswith(_CODING)):
+    if missing and missing == sorted(name for name in model.state_dict() if name.endswith(CODING)):
         raise ModelError(
             f"{source.reference}: has no {missing[0]}, which a memory in 8 or 4 bits needs; if an earlier version of "
             "linearize converted it, convert the pretrained model again, and if config.json was edited, set its "
@@ -261,7 +261,6 @@ def _check_loaded(model: PreTrainedModel, loaded: dict[str, Any], source: Source
         check_finite(tensor, name, source.reference)
 
 
-_CODING = (".mixer.key_scale", ".mixer.key_shift")
 # Buffers that older versions of transformers saved and newer ones compute: rotary frequencies, positions, causal masks.
 _COMPUTED = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|attn\.bias|attn\.masked_bias)$"

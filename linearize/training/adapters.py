@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import ModelError, RecipeError
 from linearize.families import family_of
+from linearize.model.configuration import CODING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def _adapter_config(lora: LoraSpec, targets: list[_Target]) -> PeftConfig:
     )
 
 
-FITTED = (".mixer.score_weight", ".mixer.key_scale", ".mixer.key_shift")
+FITTED = (".mixer.score_weight", *CODING)
 """Ends the names of parameters that get no gradient: which tokens are kept and how they are coded is not
 differentiated."""
 
@@ -154,7 +155,10 @@ def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> Non
         chosen = {"lora": adapter, "mixer": False, "full": not adapter}[train] or is_own_parameter(name)
         parameter.requires_grad_(chosen and not name.endswith(FITTED))
     if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise RecipeError("nothing to train: the recipe has no lora, and this mixer has no parameters of its own")
+        raise RecipeError(
+            "nothing to train: stages.N.train chooses parameters that this model does not have (window and slots have "
+            "none that train): add a lora section and set train to lora, or set train to full"
+        )
 
 
 def base_of(student: Any) -> LinearizedForCausalLM:

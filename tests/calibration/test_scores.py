@@ -79,6 +79,11 @@ def test_shares_go_where_tokens_cost_more():
     weight = torch.tensor([[1.0, 0.0]])
     found = shares({0: layer(1.0), 2: layer(3.0)}, {0: weight, 2: weight}, 512, recall=False)
     assert found[2] > 512 > found[0] and sum(found.values()) <= 1024
+    # Nothing is left over, also where a part of a text is less than one slot.
+    for landmarks in (1, 3, 5):
+        costs = {0: layer(1.0), 2: layer(3.0), 5: layer(2.0)}
+        few = shares(costs, dict.fromkeys(costs, weight), landmarks, recall=False)
+        assert sum(few.values()) == 3 * landmarks and few[2] == max(few.values())
     # No layer has more than the model's context fills.
     short = shares({0: layer(1.0), 2: layer(99.0)}, {0: weight, 2: weight}, 512, recall=False, most=600)
     assert short[2] == 600 and short[0] > 400 and sum(short.values()) <= 1024

@@ -106,3 +106,34 @@ def test_a_vocabulary_of_a_few_tokens_and_a_gguf_file_are_converted(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny("llama", max_position_embeddings=2048))
     linearize.convert(path, tmp_path / "out")
     assert load_model(find_source(str(tmp_path / "out"))).config.mixers[0]["landmark_score"] == "learned"
+
+
+def test_more_landmarks_than_the_context_has_tokens_are_refused(bytes_tokenizer, tmp_path, capsys):
+    model = folder_of("llama", bytes_tokenizer, tmp_path / "model", 512)
+
+    def told(*changes: str) -> str:
+        options = [word for change in changes for word in ("--set", change)]
+        assert run(["convert", str(model), "-o", str(tmp_path / "out"), *options]) == 1
+        return capsys.readouterr().err
+
+    even = "mixer.landmarks_by=null"
+    assert "mixer.landmarks: 3,000,000,000 landmarks, and this model's context is 512 tokens: choose fewer" in told(
+        "mixer.landmarks=3000000000", even
+    )
+    uneven = "mixer.landmark_layers={1: 513}"
+    assert "mixer.landmark_layers.1: 513 landmarks, and this model's context is 512 tokens: choose fewer" in told(
+        "mixer.landmarks=8", uneven, even
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sliding_window_within_ours_leaves_nothing_to_convert(bytes_tokenizer, tmp_path):
+    model = folder_of("mistral, sliding", bytes_tokenizer, tmp_path / "model")
+    own = load_model(find_source(str(model))).config.sliding_window
+    with pytest.raises(LinearizeError, match=f"recipe window-gla with mixer.window below {own}"):
+        linearize.convert(model, tmp_path / "out")
+    with pytest.raises(
+        LinearizeError, match=f"mixer.window: {own} tokens .* so nothing would be converted: set it below {own}"
+    ):
+        linearize.convert(model, tmp_path / "out", "window-gla", overrides=[f"mixer.window={own}"])
+    linearize.convert(model, tmp_path / "out", "window-gla", overrides=[f"mixer.window={own - 1}"])

@@ -14,7 +14,9 @@ import linearize
 from linearize.cli import app
 from linearize.errors import DataError, ModelError
 from linearize.generation.state import State
-from linearize.sources.source import find_source, load_model, load_tokenizer
+from linearize.jobs.convert import convert_into
+from linearize.recipe import load_recipe
+from linearize.sources.source import find_source, load_config, load_model, load_tokenizer
 from tests.conftest import random_llama
 
 if TYPE_CHECKING:
@@ -114,6 +116,21 @@ def test_rows_of_more_tokens_than_positions_are_refused_before_training(gpt2, tm
     options = ["--recipe", "train", "--set", f"calibrate.source={tmp_path / 'text.txt'}"]
     code, told = run("convert", gpt2 / "base", "-o", tmp_path / "out", *options, "--set", "calibrate.length=256")
     assert (code, "calibrate.length 256: the model has learned 128 positions" in told) == (1, True), told
+
+
+def test_calibration_reads_no_more_than_the_context(llama, tmp_path):
+    settings = ["mixer.window=16", "calibrate.source=builtin", "calibrate.tokens=600", "calibrate.held_out=2"]
+    lines: list[str] = []
+    source = find_source(str(llama))
+    context = load_config(source).max_position_embeddings
+    start = convert_into(
+        source, load_recipe("train", [*settings, f"calibrate.length={context + 1}"]), tmp_path, say=lines.append
+    )
+    assert start.recipe.calibrate.length == context
+    told = (
+        f"calibrate: rows of {context:,} tokens, the model's context, for calibrate.length {context + 1:,} exceeds it"
+    )
+    assert told in lines
 
 
 @pytest.mark.parametrize("kind", ["base", "converted"])

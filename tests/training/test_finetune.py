@@ -348,7 +348,7 @@ def test_adapters_that_do_not_fit_are_told():
 
 
 def test_nothing_to_train_and_wrong_targets_are_told(tiny_folder, text, tmp_path):
-    with pytest.raises(RecipeError, match="nothing to train"):
+    with pytest.raises(RecipeError, match=r"nothing to train: .* add a lora section .*, or set train to full"):
         trained(recipe(tiny_folder, text, "lora=null", "mixer.recurrence=none"), tmp_path / "work")
     with pytest.raises(RecipeError, match="no module 'query'"):
         trained(recipe(tiny_folder, text, "lora.targets=[query]"), tmp_path / "work")

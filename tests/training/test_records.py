@@ -351,7 +351,7 @@ def test_what_a_data_set_says_about_itself_is_no_data(tmp_path, tokenizer):
     for name in ("README.md", "LICENSE", "LICENSE-MIT.txt", "dataset_infos.json"):
         (hub / name).write_text("A card of a data set. " * 99)
     # The records lie in a folder: the card is not trained on in their place.
-    assert "no file in this folder can be read; name one of its folders (data)" in error(hub, tokenizer)
+    assert "can be read: name one of its folders (data), or give a file of .txt" in error(hub, tokenizer)
     write(hub / "a.jsonl", RECORDS)
     lines: list[str] = []
     assert torch.equal(load(hub, tokenizer, length=64, lines=lines).train.input_ids, expected)
@@ -466,7 +466,7 @@ def test_one_object_on_one_line_may_hold_the_records(tmp_path, qwen, name):
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz: is damaged or cut off ("),
         ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', "a.jsonl:2: not UTF-8 text (byte 0xe9 at 13)"),
         ("saved/state.json", b"{}", "saved: not a readable folder of save_to_disk ("),
-        ("dumps/a.bin", b"{}", "dumps: no file in this folder can be read, or give one of .txt"),
+        ("dumps/a.bin", b"{}", "dumps: no file in this folder can be read: give a file of .txt"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_where_and_why(tmp_path, tokenizer, name, content, message):

@@ -136,7 +136,7 @@ class MixerBase(nn.Module, ABC):
     def _coding_start(self) -> dict[str, Tensor | None]:
         """The start of the channels' scale and shift before keys are coded, which `convert` fits; see `Mixer.in_code`.
         A state reads keys as they are."""
-        if not self.config.landmarks or self.config.memory_dtype == "auto" or self.recurrence is not None:
+        if self.config.memory_dtype == "auto" or self.recurrence is not None:
             return {}
         shape = (self.layer.key_value_heads, self.layer.key_width)
         return {"key_scale": torch.ones(shape, device="cpu"), "key_shift": torch.zeros(shape, device="cpu")}
