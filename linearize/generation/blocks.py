@@ -171,6 +171,7 @@ class _Block:
         )
         new = Projections(*heads[:5])
         if counts and mixer is not None and memory is not None:
+            new = new if mixer.config.landmarks else mixer.in_code(new)
             mixed = fused_step(mixer, new, lengths, memory, counts=heads.before, dtype=y.dtype)
         else:
             mixed = attention.mix(new, lengths, memory)

@@ -137,7 +137,6 @@ def fused_step(
     from linearize_kernels.step_triton import step_triton
 
     before = memory.counts if counts is None else counts
-    new = mixer.in_code(new)
     return step_triton(_step_of(mixer), _weights_of(mixer), new, memory.parts, before, lengths, dtype=dtype)
 
 

@@ -119,15 +119,12 @@ class Mixer(MixerBase):
         """The projections as a memory in 8 or 4 bits stores them, so every reader of a token sees the same."""
         if fused and memory is not None and self.config.landmarks and (new.q.shape[1] == 1 or codes_prompt(self, new)):
             return new  # those kernels code keys and values themselves
-        # A step reads its own token from the memory, but for a state of all tokens; with landmarks it codes it itself.
         steps = memory is not None and new.q.shape[1] == 1 and not torch.is_grad_enabled()
-        if self.config.memory_dtype == "auto" or (
-            steps and self.config.covers == "evicted" and not self.config.landmarks
-        ):
-            return new
-        if steps and self.config.landmarks:
-            return new
+        if self.config.memory_dtype == "auto" or (steps and self.config.landmarks):
+            return new  # with landmarks a step codes its token itself
         new = self.in_code(new)
+        if steps and self.config.covers == "evicted":
+            return new  # a step reads its own token from the memory, but for a state of all tokens
         return new._replace(**{name: self._rounded(getattr(new, name)) for name in self._kept() if name != "source"})
 
     def in_code(self, new: Projections, *, keys: bool = True) -> Projections:

@@ -41,7 +41,6 @@ def step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
 def _step(mixer: MixerBase, new: Projections, memory: LayerMemory) -> Tensor:
     config, window, count, recurrence = mixer.config, mixer.window, memory.uniform, mixer.recurrence
     assert count is not None  # noqa: S101 - for the type checker; `steps` has looked
-    new = mixer.in_code(new)
     leaving = count - window  # the number of the token that the new one evicts; negative: none
     slot = count % window
     ring, dtype = memory.parts["window"], computing_dtype(new.q)
