@@ -68,6 +68,20 @@ def test_systems_have_the_same_text_and_all_of_a_budget(tmp_path, monkeypatch):
     assert [tokens_of(text) for text in ("0", "2048", "0.2M", "3k")] == [0, 2048, 200_000, 3000]
 
 
+def test_fewer_different_tokens_are_read_more_often(tmp_path, monkeypatch):
+    made = []
+
+    def recovery(*given) -> Recovery:
+        made.append(Recovery(*given))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "Recovery", recovery)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(tmp_path), "--data", str(tmp_path), "--model", "model", "--most", "0.5M"])
+    (stage,) = made[0].recipe("landmarks", "2M").stages
+    assert (stage.data.tokens, stage.epochs) == (500_000, 4)
+
+
 @torch.no_grad()
 def test_slots_go_to_what_the_state_recalls_worst(tiny_folder):
     changes = ["mixer.window=16", "mixer.landmarks=16", "mixer.recurrence=gated_deltanet", "mixer.feature_map=identity"]
