@@ -217,8 +217,8 @@ def _scores(
 
 def _told(shares: dict[int, int], equal: int) -> str:
     most = sorted(shares, key=lambda layer: -shares[layer])[:3]
-    total = sum(shares.values())
-    all_of_them = f"as many as {equal:,} each" if total == equal * len(shares) else f"{total:,}, at most {equal:,} each"
+    total, even = sum(shares.values()), equal * len(shares)
+    all_of_them = f"as many as {equal:,} each" if total == even else f"{total:,}, where {equal:,} each are {even:,}"
     return (
         f"Landmarks: {', '.join(f'layer {layer} has {shares[layer]:,}' for layer in most)}, the fewest are "
         f"{min(shares.values()):,}; all together {all_of_them}."

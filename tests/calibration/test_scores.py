@@ -10,7 +10,7 @@ import torch
 from linearize.calibration import scores
 from linearize.calibration.backward import Watched, pass_back, watched
 from linearize.calibration.scores import Layer, costs, lessons, shares
-from linearize.calibration.select import put_fitted
+from linearize.calibration.select import _told, put_fitted
 from linearize.conversion import choices
 from linearize.errors import RecipeError
 from linearize.jobs.convert import convert
@@ -87,6 +87,14 @@ def test_shares_go_where_tokens_cost_more():
     # No layer has more than the model's context fills.
     short = shares({0: layer(1.0), 2: layer(99.0)}, {0: weight, 2: weight}, 512, recall=False, most=600)
     assert short[2] == 600 and short[0] > 400 and sum(short.values()) <= 1024
+
+
+def test_the_line_about_shares_has_their_sum():
+    assert (
+        _told({0: 3, 1: 1}, 2)
+        == "Landmarks: layer 0 has 3, layer 1 has 1, the fewest are 1; all together as many as 2 each."
+    )
+    assert _told({0: 3, 1: 0}, 2).endswith("the fewest are 0; all together 3, where 2 each are 4.")
 
 
 def test_a_layer_without_a_landmark_gets_no_score():
