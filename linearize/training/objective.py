@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
     from linearize.recipe import Objective
 
-# Positions per chunk. A whole row would need several tensors of the logits' size, which exceed the CPU's caches.
-_CHUNK = 64
+
+def _chunk(logits: Tensor) -> int:
+    """Positions of `logits` `[N, V]` that are taken at once. A whole row would need several tensors of its size; on a
+    CPU those of a chunk have four megabytes each, so that caches hold them and no allocation asks the system."""
+    return max(8, 2**20 // logits.shape[-1]) if logits.device.type == "cpu" else 64
 
 
 class TopK(NamedTuple):
@@ -36,7 +39,7 @@ class TopK(NamedTuple):
 def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
     """The `k` most likely tokens of `logits` `[N, V]`; all tokens if `k` exceeds V."""
     indices, logs = [], []
-    for chunk in logits.split(_CHUNK):
+    for chunk in logits.split(_chunk(logits)):
         log = torch.log_softmax(chunk.to(computing_dtype(chunk)) / temperature, -1)
         top, index = log.topk(min(k, log.shape[-1]))
         rest = log.scatter(1, index, -math.inf).logsumexp(-1, keepdim=True)
@@ -113,8 +116,9 @@ class _TokenLosses(torch.autograd.Function):
         wide = computing_dtype(student)
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=student.device)
-        for start in range(0, len(positions), _CHUNK):
-            of = slice(start, start + _CHUNK)
+        size = _chunk(student)
+        for start in range(0, len(positions), size):
+            of = slice(start, start + size)
             at, target = positions[of], targets[of]
             logits = student[at].to(wide)
             slope = torch.zeros_like(logits)

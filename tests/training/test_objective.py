@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from linearize.training import objective
 from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
+
+
+@pytest.fixture(params=[3, None], ids=["in chunks", "whole"], autouse=True)
+def chunks(request, monkeypatch):
+    """Chunks of three positions, of which the last is not full, and one chunk for all."""
+    if request.param:
+        monkeypatch.setattr(objective, "_chunk", lambda logits: request.param)
 
 
 def test_objectives_against_their_definitions():
@@ -110,3 +118,10 @@ def test_tokens_that_the_teacher_rules_out_cost_nothing():
         for said in (teacher, top_k_of(teacher.flatten(0, 1)[counted_positions(labels)], 7, 1.0)):
             found = token_losses(student, labels, said, {"distill": 1.0})
             assert bool(torch.isfinite(found)) and bool(torch.isfinite(torch.autograd.grad(found, student)[0]).all())
+
+
+def test_a_chunk_is_of_megabytes(monkeypatch):
+    monkeypatch.undo()
+    for vocabulary, positions in ((512, 2048), (49_152, 21), (151_936, 8)):
+        assert objective._chunk(torch.empty(1, vocabulary)) == positions
+    assert objective._chunk(torch.empty(1, 512, device="meta")) == 64  # launches cost more than memory
