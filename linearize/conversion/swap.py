@@ -158,7 +158,7 @@ def check_reach(recipe: Recipe, config: Any) -> None:
         config: of the pretrained model.
 
     Raises:
-        DataError: rows of `calibrate.length` tokens are too short, or there is nothing to calibrate.
+        DataError: rows of `calibrate.length` tokens are too short.
         RecipeError: the window is too wide, or the model's context too short.
     """
     spec, layers = recipe.mixer, family_of(config).layers(config)
@@ -166,8 +166,6 @@ def check_reach(recipe: Recipe, config: Any) -> None:
     converted = {index: one for one in sections for index in one.layers if one.converts(layers[index])}
     context = getattr(config, "max_position_embeddings", None)
     if not converted:
-        if recipe.calibrate is not None:
-            raise DataError("calibrate: the recipe converts no layer of this model, so there is nothing to calibrate")
         widest = max(layer.window or 1 for layer in layers)
         raise RecipeError(
             f"mixer.window: {spec.window:,} tokens are no fewer than the sliding window of {widest:,} that this model "

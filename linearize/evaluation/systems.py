@@ -265,9 +265,15 @@ def with_defaults(source: Source, teacher: Source | None, baselines: Sequence[st
     named = [name for name in baselines if name != NONE]
     if NONE in baselines or not source.is_converted:
         return named
-    recurs = any(mixer.get("recurrence", "") != "none" for mixer in load_config(source).mixers)
-    has = {"teacher": teacher is not None, "window_bytes": teacher is not None, "no_recurrence": recurs}
-    return [*(name for name in DEFAULTS if has[name]), *named]
+    return [*(name for name in DEFAULTS if _has(name, source, teacher)), *named]
+
+
+def _has(name: str, source: Source, teacher: Source | None) -> bool:
+    """True if a model has a baseline. Without a recurrence the model itself would be the one without it."""
+    if name in _OF_TEACHER:
+        return teacher is not None
+    recurs = source.is_converted and any(mixer.get("recurrence") != "none" for mixer in load_config(source).mixers)
+    return source.is_converted and (recurs or "recurrence" not in BRANCHES_OFF[name])
 
 
 def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str], dtype: str = "auto") -> list[System]:
@@ -288,10 +294,7 @@ def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str
         if name in _OF_TEACHER and teacher is None:
             raise DataError(f"baseline {name}: needs the teacher of {source.name}; name it with --teacher ID|FOLDER")
 
-    def has(name: str) -> bool:
-        return teacher is not None if name in _OF_TEACHER else source.is_converted
-
-    wanted = [name for name in BASELINES if name in baselines or (ALL in baselines and has(name))]
+    wanted = [name for name in BASELINES if name in baselines or (ALL in baselines and _has(name, source, teacher))]
     maker = _Maker(source, teacher, dtype)
     # A model that is not converted is the teacher itself.
     found = [maker.system(name) for name in wanted if name != "teacher" or source.is_converted]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from linearize.checkpoint.sizes import growth_nbytes, state_nbytes
-from linearize.conversion.swap import convert_model, window_baseline
+from linearize.conversion.swap import coding_of, convert_model, window_baseline
 from linearize.errors import DataError
 from linearize.evaluation.baselines import BRANCHES_OFF, equal_bytes, memory_bytes, silence
 from linearize.evaluation.systems import BASELINES, evaluate, find_systems
@@ -180,6 +180,22 @@ def test_all_baselines_of_a_converted_model(folder: Path) -> None:
     assert systems["teacher"].info.growth_bytes_per_token == 2 * TOKEN
     assert systems["window_bytes"].info.state_bytes <= systems["model"].info.state_bytes  # type: ignore[operator]
     assert "window of 16 tokens" not in systems["window_bytes"].info.description
+    stamps = {one.load.stamp for one in systems.values()}  # type: ignore[attr-defined]
+    assert len(stamps) == len(systems) and None not in stamps
+
+
+def test_baselines_of_a_model_of_slots_alone(tmp_path: Path) -> None:
+    """It has no recurrence to turn off, and its windows store keys by its own scale."""
+    model = converted(MixerSpec(window=16, recurrence="none", landmarks=8, memory_dtype="int8"))
+    for value in coding_of(model).values():
+        value.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    found = find_systems(find_source(str(tmp_path)), find_source(str(tiny_model_folder())), ["all"])
+    systems = {one.info.name: one for one in found}
+    assert list(systems) == ["teacher", "window", "window_bytes", "no_window", "model"]
+    for name in ("window", "window_bytes"):
+        stored = coding_of(systems[name].load())
+        assert stored and all(torch.equal(value, stored[key]) for key, value in coding_of(model).items())
     stamps = {one.load.stamp for one in systems.values()}  # type: ignore[attr-defined]
     assert len(stamps) == len(systems) and None not in stamps
 

@@ -84,7 +84,10 @@ def book_rows(
     found = [_cut(tokenizer, "\n\n".join(paragraphs[rng.choice(part) :]), tokens) if part else None for part in chosen]
     cut = [row for row in found if row is not None]
     if len(cut) < rows:
-        raise DataError(f"{BOOK} is too short for {rows} rows of {tokens:,} tokens: ask for fewer or shorter ones")
+        raise DataError(
+            f"{BOOK} is too short for {rows} rows of {tokens:,} tokens: ask for fewer "
+            "(--samples) or shorter ones (--lengths)"
+        )
     return cut
 
 
