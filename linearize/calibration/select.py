@@ -14,7 +14,6 @@ from linearize.calibration.shares import TEXTS, curves, share_landmarks
 from linearize.conversion.choices import (
     SHARE_LENGTH,
     check_choices,
-    context_of,
     converted_sections,
     score_length,
     text_length,
@@ -28,7 +27,7 @@ from linearize.probe.damage import convertible_layers, parts_of
 from linearize.probe.needles import make_needles
 from linearize.probe.telling import basis
 from linearize.recipe import BUILTIN, DataSpec, KeepSpec, SourceSpec
-from linearize.sources.limits import learned_positions
+from linearize.sources.limits import context_of, learned_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -158,8 +157,8 @@ def _rows(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, count: int, 
 def _coding(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, *, say: Callable[[str], None]
 ) -> dict[int, dict[str, Tensor]]:
-    """Scale and shift of keys before they are coded. A recurrence without landmarks reads no codes in 4 bits, and is
-    not looked at."""
+    """Fit the scale and shift of keys before they are coded, and check the keys that a recurrence beside landmarks
+    reads. Only layers with landmarks or without a recurrence have either."""
     sections = {
         layer: one
         for layer, one in converted_sections(recipe.mixer, teacher.config).items()

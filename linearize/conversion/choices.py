@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.conversion.swap import mixers_for
 from linearize.errors import RecipeError
 from linearize.families import family_of
+from linearize.sources.limits import context_of
 
 if TYPE_CHECKING:
     from linearize.model import MixerConfig
@@ -73,12 +74,6 @@ def converted_sections(spec: MixerSpec, config: Any) -> dict[int, MixerConfig]:
 def text_length(config: Any, most: int) -> int:
     """Tokens of a text: `most`, or the model's context if that is less."""
     return min(most, context_of(config) or most)
-
-
-def context_of(config: Any) -> int | None:
-    """The positions that the model was made for; None if the configuration names none."""
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context
 
 
 def score_length(config: Any, window: int) -> int:

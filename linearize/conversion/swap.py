@@ -13,6 +13,7 @@ from linearize.errors import DataError, ModelError, RecipeError
 from linearize.families import family_of
 from linearize.model.configuration import CODING, MixerConfig
 from linearize.model.mixer.mixer import Mixer
+from linearize.sources.limits import context_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -164,7 +165,7 @@ def check_reach(recipe: Recipe, config: Any) -> None:
     spec, layers = recipe.mixer, family_of(config).layers(config)
     sections = mixers_for(spec, layers)
     converted = {index: one for one in sections for index in one.layers if one.converts(layers[index])}
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     if not converted:
         widest = max(layer.window or 1 for layer in layers)
         raise RecipeError(

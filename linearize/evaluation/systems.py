@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +37,7 @@ from linearize.sources.source import DTYPES, Source, load_config, load_model, lo
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from linearize.evaluation.heldout import Rows
@@ -272,8 +273,9 @@ def _has(name: str, source: Source, teacher: Source | None) -> bool:
     """True if a model has a baseline. Without a recurrence the model itself would be the one without it."""
     if name in _OF_TEACHER:
         return teacher is not None
-    recurs = source.is_converted and any(mixer.get("recurrence") != "none" for mixer in load_config(source).mixers)
-    return source.is_converted and (recurs or "recurrence" not in BRANCHES_OFF[name])
+    if not source.is_converted or "recurrence" not in BRANCHES_OFF[name]:
+        return source.is_converted
+    return any(mixer.get("recurrence") != "none" for mixer in load_config(source).mixers)
 
 
 def find_systems(source: Source, teacher: Source | None, baselines: Sequence[str], dtype: str = "auto") -> list[System]:
@@ -332,14 +334,21 @@ class _Maker:
         bare = window_sections(mixers)
         widths = sorted({m["window"] for m in mixers if m["window"] is not None})
         about = f"{BASELINES[name]}: {' to '.join(dict.fromkeys((str(widths[0]), str(widths[-1]))))} tokens"
-        coded = any(mixer["memory_dtype"] != "auto" for mixer in self.mixers)
+        load = self._stamped(
+            lambda: window_baseline(self._load(self.teacher), mixers, self._coding),
+            self.teacher,
+            [bare, _files(self.source)] if self._codes else bare,
+        )
+        return System(self._info(name, about, bare), load)
 
-        def windowed() -> PreTrainedModel:
-            coding = coding_of(self._load(self.source)) if coded else None
-            return window_baseline(self._load(self.teacher), mixers, coding)
+    @property
+    def _codes(self) -> bool:
+        return any(mixer["memory_dtype"] != "auto" for mixer in self.mixers)
 
-        variant = [bare, _files(self.source)] if coded else bare
-        return System(self._info(name, about, bare), self._stamped(windowed, self.teacher, variant))
+    @cached_property
+    def _coding(self) -> dict[str, Tensor]:
+        """The model's scale and shift of keys, read once for both windows."""
+        return coding_of(self._load(self.source)) if self._codes else {}
 
     def _whole(self, name: str, about: str, source: Source, mixers: list[dict[str, Any]]) -> System:
         info = self._info(name, about, mixers)

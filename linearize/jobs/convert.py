@@ -13,7 +13,7 @@ from linearize.calibration.select import put_fitted, select
 from linearize.calibration.telling import calibration_data, calibration_lines, calibration_text_report
 from linearize.calibration.weights import FileWeights, Weights
 from linearize.checkpoint.write import SHARD_BYTES, base_record, write_checkpoint
-from linearize.conversion.choices import context_of, selects
+from linearize.conversion.choices import selects
 from linearize.conversion.streaming import Streamer
 from linearize.conversion.swap import check_convertible, check_reach, convert_model
 from linearize.data.load import reserved_tokens
@@ -25,7 +25,7 @@ from linearize.probe.report import probe_data
 from linearize.recipe import SELF
 from linearize.runtime.files import check_space, staged_folder
 from linearize.runtime.memory import nbytes
-from linearize.sources.limits import check_length, vocabulary_warning
+from linearize.sources.limits import check_length, context_of, vocabulary_warning
 from linearize.sources.source import find_source, has_tokenizer, load_config, load_model, load_tokenizer
 from linearize.sources.weightfiles import NotStreamable
 
@@ -189,8 +189,7 @@ def make_start(
     text = None
     check_reach(recipe, teacher.config)
     if recipe.calibrate is not None:
-        check_length(teacher, recipe.calibrate.length, "calibrate.length")
-        recipe = _within_context(recipe, teacher.config, say=say)
+        recipe = _within_context(recipe, teacher, say=say)
         # Before the conversion changes the teacher, because it may have to generate the text.
         text = _text(recipe, tokenizer, teacher, say=say)
     probe, why = None, list[str]()
@@ -206,10 +205,16 @@ def make_start(
     return start
 
 
-def _within_context(recipe: Recipe, config: Any, *, say: Callable[[str], None]) -> Recipe:
-    """`recipe` with rows of calibration no longer than the context that the model was trained for."""
-    spec, context = recipe.calibrate, context_of(config)
-    if spec is None or context is None or spec.length <= context:
+def _within_context(recipe: Recipe, model: Any, *, say: Callable[[str], None]) -> Recipe:
+    """`recipe` with rows of calibration no longer than the context that the model was trained for.
+
+    Raises:
+        DataError: the rows are longer than a table of learned positions.
+    """
+    spec, context = recipe.calibrate, context_of(model.config)
+    assert spec is not None  # noqa: S101 - for the type checker; the callers have looked
+    check_length(model, spec.length, "calibrate.length")
+    if context is None or spec.length <= context:
         return recipe
     say(f"calibrate: rows of {context:,} tokens, the model's context, for calibrate.length {spec.length:,} exceeds it")
     return recipe.model_copy(update={"calibrate": spec.model_copy(update={"length": context})})
@@ -332,8 +337,7 @@ def _convert_files(
         digests = streamer.write(folder, workers=workers)
     else:
         check_reach(recipe, streamer.model.config.text_config)
-        check_length(streamer.model, recipe.calibrate.length, "calibrate.length")
-        start.recipe = recipe = _within_context(recipe, streamer.model.config.text_config, say=say)
+        start.recipe = recipe = _within_context(recipe, streamer.model, say=say)
         # On the disk of the checkpoint, because the system's temporary folder is often in memory.
         with TemporaryDirectory(prefix=".fitted-", dir=folder) as fitted:
             weights = FileWeights(streamer, Path(fitted))

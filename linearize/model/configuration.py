@@ -21,7 +21,7 @@ LandmarkScore = Literal["novelty", "learned"]
 GateSource = Literal["k", "q", "v", "random"]
 MemoryDtype = Literal["auto", "int8", "int4"]
 CODING = (".mixer.key_scale", ".mixer.key_shift")
-"""How the names of the parameters end that scale and shift keys before they are coded."""
+"""Name endings of the parameters that scale and shift keys before they are coded."""
 BLOCK = 32
 """The number of tokens that leave the window together and are merged into the landmarks at once."""
 

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 from linearize.errors import DataError
 
 
+def context_of(config: Any) -> int | None:
+    """The positions that the model was made for; None if the configuration names none."""
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def learned_positions(model: Any) -> int | None:
     """The number of learned position embeddings, which limits the length of a text; None for models without such a
     table, such as rotary models."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_of(model.config)
     words = model.get_input_embeddings()
     for module in model.modules():
         # Some tables have two extra rows for pads.
         table = isinstance(module, nn.Embedding) and module is not words
         if table and limit and 0 <= module.num_embeddings - limit <= 2:
-            return int(limit)
+            return limit
     return None
 
 

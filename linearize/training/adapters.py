@@ -140,8 +140,7 @@ def _adapter_config(lora: LoraSpec, targets: list[_Target]) -> PeftConfig:
 
 
 FITTED = (".mixer.score_weight", *CODING)
-"""Ends the names of parameters that get no gradient: which tokens are kept and how they are coded is not
-differentiated."""
+"""Name endings of parameters without a gradient: the choice and the coding of kept tokens are not differentiated."""
 
 
 def choose_trained(student: Any, train: Literal["lora", "mixer", "full"]) -> None:
