@@ -21,6 +21,7 @@ from linearize.model.configuration import LinearizedConfig
 from linearize.model.mixer.fused import decide_mixer
 from linearize.model.positions import rotary_notes
 from linearize.model.recurrences import RECURRENCES
+from linearize.sources.limits import context_of
 from linearize.sources.source import Source, load_config
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class _Subject:
             "value_width": first.value_width,
             "vocabulary": self.config.vocab_size,
             "positions": self.positions,
-            "trained_length": getattr(self.config, "max_position_embeddings", None),
+            "trained_length": context_of(self.config),
             "dtype": str(self.held).removeprefix("torch."),
             "rotary_scaling": rotary_scaling(self.config),
         }
@@ -112,7 +113,7 @@ def rotary_scaling(config: Any) -> list[dict[str, Any]]:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {kind: part for kind, part in rope.items() if isinstance(part, dict)} or {"all": rope}
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_of(config)
     found = []
     for layers, parameters in kinds.items():
         kind, factor = parameters.get("rope_type", "default"), parameters.get("factor")

@@ -27,6 +27,7 @@ from linearize.runtime.files import staged_file
 from linearize.runtime.folders import cache_folder
 from linearize.runtime.processes import seconds_between_lines
 from linearize.sources.fingerprint import fingerprint, tokenizer_fingerprint
+from linearize.sources.limits import context_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,8 +77,7 @@ def self_written_documents(
     Raises:
         ModelError: the teacher has no start token, or ends every text immediately.
     """
-    limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    sample_length = min(sample_length, limit or sample_length)
+    sample_length = min(sample_length, context_of(teacher.config) or sample_length)
     sampling = [tokens, seed, temperature, sample_length, batch_size]
     ends = teacher.generation_config.eos_token_id
     key = json.dumps([FORMAT_VERSION, *sampling, ends, fingerprint(teacher), tokenizer_fingerprint(tokenizer)])

@@ -17,7 +17,7 @@ from linearize.generation.sampling import unfollowed
 from linearize.generation.state import State
 from linearize.generation.stream import TextStream
 from linearize.model import LinearizedForCausalLM
-from linearize.sources.limits import check_tokens, learned_positions
+from linearize.sources.limits import check_tokens, context_of, learned_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +93,7 @@ def continue_text(
     reads, way = learned, ""
     if learned is None and not converted:
         # The model was not trained on further positions, and its attention takes quadratic time.
-        reads, way = getattr(model.config.get_text_config(), "max_position_embeddings", None), ", or convert it"
+        reads, way = context_of(model.config), ", or convert it"
     if reads is not None and read > reads:
         what = "the prompt has" if state is None and past is None else "the text so far and the prompt have"
         raise DataError(f"{what} {read:,} tokens, and the model reads {reads:,}; shorten it{way}")

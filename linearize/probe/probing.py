@@ -32,7 +32,7 @@ from linearize.probe.needles import Needle, answer_log_probability, make_needles
 from linearize.probe.selection import SURE, Budget, budget_bytes, choose, keep_section, part_bytes
 from linearize.probe.statistics import HeadStatistics, Tally, mass_on, observed
 from linearize.recipe import SELF, DataSpec, KeepSpec, SourceSpec
-from linearize.sources.limits import learned_positions
+from linearize.sources.limits import check_length, context_of
 from linearize.sources.source import Source, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -182,10 +182,8 @@ def run_probe(
             "sinks: raise --length of `linearize probe`, or lower mixer.window"
         )
     tokenizer, teacher = tokenizer or load_tokenizer(source), teacher or load_model(source, dtype=recipe.dtype)
-    limit = learned_positions(teacher)
-    if limit is not None and options.length > limit:
-        raise DataError(f"--length {options.length:,}: the model has learned {limit:,} positions; choose up to that")
-    context = options.context or getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    check_length(teacher, options.length, "--length")
+    context = options.context or context_of(config) or DEFAULT_CONTEXT
     parts = [] if options.damage == "none" else parts_of(layers, convertible, options.damage, named)
     itemsize = teacher.dtype.itemsize
     sizes = {part: part_bytes(part, layers, itemsize, context, named) for part in parts}
