@@ -8,13 +8,14 @@ import torch
 
 from linearize.benchmark.running import Run, in_turns, peak_bytes, refusal, told
 from linearize.benchmark.subjects import Subject, sharing
-from linearize.data.rows import NO_LOSS, Document, Rows, pack
+from linearize.data.rows import Document, Rows, pack
 from linearize.errors import is_out_of_memory
+from linearize.evaluation.tasks.hidden import logits_at
 from linearize.recipe import Recipe, Stage, load_recipe
 from linearize.runtime.memory import PeakMemory
-from linearize.training.adapters import add_adapters, choose_trained, is_own_parameter
+from linearize.training.adapters import add_adapters, base_of, choose_trained, is_own_parameter
 from linearize.training.memory import training_memory
-from linearize.training.objective import token_losses
+from linearize.training.objective import counted, token_losses
 from linearize.training.optimizers import stage_optimizer
 
 if TYPE_CHECKING:
@@ -63,20 +64,20 @@ class Step(Run):
         choose_trained(self.student, self.stage.train)
         self.optimizer = stage_optimizer(self.student, self.stage)
         self.inputs = {"input_ids": rows.input_ids.to(device), "position_ids": rows.position_ids.to(device)}
-        self.labels = rows.labels.to(device)
-        self.counted = int((rows.labels[:, 1:] != NO_LOSS).sum())
+        self.at = counted(rows.labels.to(device))
 
     @torch.enable_grad()
     def __call__(self) -> int:
         self._loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.labels.shape[1]
+        return self.inputs["input_ids"].shape[1]
 
     def _loss(self) -> torch.Tensor:
         # A local variable: kept during the backward pass, the logits would be the largest tensor of the step.
-        logits = self.student(**self.inputs, use_cache=False).logits
-        return token_losses(logits, self.labels, None, self.stage.weights) / self.counted
+        model, at = base_of(self.student), self.at
+        logits = logits_at(model, at.rows, at.columns, through=self.student, **self.inputs, use_cache=False)
+        return token_losses(logits, at.targets, None, self.stage.weights) / len(at.targets)
 
 
 def random_rows(vocabulary: int, batch: int, tokens: int) -> Rows:

@@ -17,7 +17,6 @@ import contextlib
 import math
 import signal
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +26,13 @@ from transformers import PreTrainedModel, set_seed
 
 from linearize.data.rows import NO_LOSS
 from linearize.errors import DataError, LinearizeError, ModelError, is_out_of_memory
+from linearize.evaluation.tasks.hidden import logits_at
 from linearize.runtime import processes
 from linearize.runtime.interruption import Interrupted, Postponed
 from linearize.training.adapters import base_of
 from linearize.training.align import Alignment
 from linearize.training.checkpoints import Progress, load_training, newest, save_training
-from linearize.training.objective import TopK, counted_positions, token_losses, top_k_of
+from linearize.training.objective import Counted, TopK, counted, token_losses, top_k_of
 from linearize.training.optimizers import rate_at, stage_optimizer
 from linearize.training.sharding import is_sharded
 from linearize.training.soundness import first_unsound, gradient_norm, unsound_gradients
@@ -173,9 +173,10 @@ class StageLoop:
         self.windows.draw()
         if self.alignment is not None:
             return torch.where(batch.real, self._aligned(batch), 0).sum()
-        logits = self._forward(self.network, batch)
-        teacher = self._teacher_on(batch) if "distill" in self.stage.weights else None
-        return token_losses(logits, batch.labels, teacher, self.stage.weights, self.stage.temperature)
+        at = counted(batch.labels)
+        logits = self._forward(self.network, batch, at)
+        teacher = self._teacher_on(batch, at) if "distill" in self.stage.weights else None
+        return token_losses(logits, at.targets, teacher, self.stage.weights, self.stage.temperature)
 
     def _backward(self) -> tuple[list[Batch], list[Tensor]]:
         """Gradients of a step, and the losses of its micro-batches.
@@ -209,11 +210,10 @@ class StageLoop:
         """The loss of a step, the same in all processes, from this process's micro-batches."""
         return self.accelerator.reduce(torch.stack(list(losses)).sum(), "mean")  # type: ignore[no-any-return]
 
-    def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The student's logits `[B, T, V]`."""
-        given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        logits: Tensor = model(**given, use_cache=False).logits
-        return logits
+    def _forward(self, model: nn.Module, batch: Batch, at: Counted) -> Tensor:
+        """The student's logits `[N, V]` at N positions, by `model` or what wraps it."""
+        given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        return logits_at(base_of(self.model), at.rows, at.columns, through=model, **given)
 
     def _aligned(self, batch: Batch) -> Tensor:
         """`[B]`: the losses of the rows under `align`."""
@@ -234,8 +234,8 @@ class StageLoop:
         tensors = rows, real, data.input_ids[rows], labels, data.position_ids[rows]
         return Batch(*(x.to(self.accelerator.device) for x in tensors))
 
-    def _teacher_on(self, batch: Batch) -> Tensor | TopK | None:
-        """The teacher's logits `[B, T, V]`, or its most likely tokens, on the same rows."""
+    def _teacher_on(self, batch: Batch, at: Counted) -> Tensor | TopK | None:
+        """The teacher's logits `[N, V]`, or its most likely tokens, at the same positions."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, KeptLogits):
@@ -243,11 +243,8 @@ class StageLoop:
             rows = batch.rows[batch.real] if bool(batch.real.any()) else batch.rows
             return self.teacher.of(rows, batch.labels.device)
         with torch.no_grad():
-            logits = logits_of(self.teacher, batch.input_ids, batch.position_ids)
-            if self.stage.top_k is None:
-                return logits
-            counted = logits.flatten(0, 1)[counted_positions(batch.labels)]
-            return top_k_of(counted, self.stage.top_k, self.stage.temperature)
+            logits = logits_of(self.teacher, batch.input_ids, batch.position_ids, at)
+            return logits if self.stage.top_k is None else top_k_of(logits, self.stage.top_k, self.stage.temperature)
 
     def _rate(self) -> float:
         """The step's share of the peak learning rates."""
@@ -260,7 +257,8 @@ class StageLoop:
         if not bool(torch.isfinite(loss)):
             bad = next((n for n, one in enumerate(losses) if not bool(torch.isfinite(one))), None)
             part = parts[processes.most(bad or 0)]  # a split model's forward pass needs all processes
-            again = self._aligned if self.alignment is not None else partial(self._forward, self.model)
+            aligned = self.alignment is not None
+            again = self._aligned if aligned else lambda part: self._forward(self.model, part, counted(part.labels))
             where = first_unsound(self.model, lambda: again(part))
             if bad is not None:
                 found = f"the loss became {float(losses[bad])} at step {step}, first in {where}"
@@ -329,12 +327,13 @@ class StageLoop:
         self.model.eval()
         with self.windows.shown():
             for part in batch.split(size):
-                logits = self._forward(self.model, part)
-                sums[0] += (part.labels[:, 1:] != NO_LOSS).sum()
-                sums[1] += token_losses(logits, part.labels, None, {"sft": 1.0})
+                at = counted(part.labels)
+                logits = self._forward(self.model, part, at)
+                sums[0] += len(at.targets)
+                sums[1] += token_losses(logits, at.targets, None, {"sft": 1.0})
                 if teacher is not None:
-                    told = logits_of(teacher, part.input_ids, part.position_ids)
-                    sums[2] += token_losses(logits, part.labels, told, {"distill": 1.0})
+                    told = logits_of(teacher, part.input_ids, part.position_ids, at)
+                    sums[2] += token_losses(logits, at.targets, told, {"distill": 1.0})
         tokens, loss, kl = self.accelerator.reduce(sums, "sum").tolist()
         figures = {"held_out_loss": loss / tokens, **({"held_out_kl": kl / tokens} if teacher is not None else {})}
         terms = {"sft": figures["held_out_loss"], "distill": figures.get("held_out_kl")}

@@ -48,54 +48,46 @@ def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
     return TopK(torch.cat(indices), torch.cat(logs))
 
 
-def counted_positions(labels: Tensor) -> Tensor:
-    """Indexes of the positions of `labels` `[B, T]`, flattened to B * T, that predict a token with loss."""
-    row, step = (labels[:, 1:] != NO_LOSS).nonzero(as_tuple=True)
-    return row * labels.shape[1] + step
+class Counted(NamedTuple):
+    """The N positions of packed rows that predict a token with loss.
+
+    Attributes:
+        rows, columns: `[N]` indexes, row by row.
+        targets: `[N]` the tokens after them.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+def counted(labels: Tensor) -> Counted:
+    """The positions before those of `labels` `[B, T]` that are not -100."""
+    rows, columns = (labels[:, 1:] != NO_LOSS).nonzero(as_tuple=True)
+    return Counted(rows, columns, labels[rows, columns + 1])
 
 
 def token_losses(
     logits: Tensor,
-    labels: Tensor,
-    teacher: Tensor | TopK | None,
-    weights: Mapping[Objective, float],
-    temperature: float = 1.0,
-) -> Tensor:
-    """The sum over counted positions of the weighted objectives, in nats.
-
-    Args:
-        logits: `[B, T, V]` of the student; position t predicts labels[:, t + 1].
-        labels: `[B, T]`, -100 at positions without loss.
-        teacher: the teacher's logits `[B, T, V]`, or its most likely tokens at the counted positions; used by
-            `distill` only, without gradients. With `TopK`, all other tokens are merged into one, which gives a lower
-            bound of the divergence.
-        weights: the weights of `sft` (cross-entropy) and `distill` (KL(teacher || student) at `temperature`, scaled by
-            its square as in Hinton et al. 2015, arXiv 1503.02531).
-    """
-    positions = counted_positions(labels)
-    return losses_at(logits, positions, labels.flatten()[positions + 1], teacher, weights, temperature)
-
-
-def losses_at(
-    logits: Tensor,
-    positions: Tensor,
     targets: Tensor,
     teacher: Tensor | TopK | None,
     weights: Mapping[Objective, float],
     temperature: float = 1.0,
 ) -> Tensor:
-    """`token_losses` with the indexes of the counted positions among B * T, and the tokens that follow them."""
+    """The sum over N positions of the weighted objectives, in nats.
+
+    Args:
+        logits: `[N, V]` of the student.
+        targets: `[N]` the next tokens.
+        teacher: the teacher's logits `[N, V]`, or its most likely tokens; used by `distill` only, without gradients.
+            With `TopK`, all other tokens are merged into one, which gives a lower bound of the divergence.
+        weights: the weights of `sft` (cross-entropy) and `distill` (KL(teacher || student) at `temperature`, scaled by
+            its square as in Hinton et al. 2015, arXiv 1503.02531).
+    """
     if "distill" in weights and teacher is None:
         raise ValueError("the objective `distill` needs the teacher's logits")
-    total: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
-        logits.flatten(0, 1),
-        teacher.flatten(0, 1) if isinstance(teacher, Tensor) else teacher,
-        positions,
-        targets,
-        weights.get("sft", 0.0),
-        weights.get("distill", 0.0),
-        temperature,
-    )
+    shares = weights.get("sft", 0.0), weights.get("distill", 0.0)
+    total: Tensor = _TokenLosses.apply(logits, teacher, targets, *shares, temperature)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -107,44 +99,42 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor | TopK | None,
-        positions: Tensor,
         targets: Tensor,
         sft: float,
         distill: float,
         temperature: float,
     ) -> Tensor:
         wide = computing_dtype(student)
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=student.device)
         size = _chunk(student)
-        for start in range(0, len(positions), size):
+        for start in range(0, len(targets), size):
             of = slice(start, start + size)
-            at, target = positions[of], targets[of]
-            logits = student[at].to(wide)
+            logits = student[of].to(wide)
             slope = torch.zeros_like(logits)
             if distill:
-                assert teacher is not None  # noqa: S101 - for the type checker; `losses_at` has checked it
+                assert teacher is not None  # noqa: S101 - for the type checker; `token_losses` has checked it
                 q_log = torch.log_softmax(logits / temperature, -1)
                 if isinstance(teacher, TopK):
                     divergence, difference = _top_k(q_log, teacher.tokens[of], teacher.log[of].to(wide))
                 else:
-                    divergence, difference = _whole(q_log, teacher[at].to(wide) / temperature)
+                    divergence, difference = _whole(q_log, teacher[of].to(wide) / temperature)
                 total += distill * temperature**2 * divergence
                 slope += difference.mul_(distill * temperature)
             if sft:
                 log = torch.log_softmax(logits, -1)
-                picked = target[:, None]
+                picked = targets[of, None]
                 total -= sft * log.gather(1, picked).sum()
                 slope += log.exp_().scatter_add_(1, picked, log.new_full(picked.shape, -1.0)).mul_(sft)
             if gradient is not None:
-                gradient[at] = slope.to(gradient.dtype)
+                gradient[of] = slope
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None, None, None, None, None
+        return gradient * gradients[0].to(gradient.dtype), None, None, None, None, None
 
 
 def _whole(q_log: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

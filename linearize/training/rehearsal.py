@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from linearize.evaluation.tasks.hidden import logits_at
 from linearize.model.attention import layout_of
 from linearize.model.layout import layer_mask, segments_of
 from linearize.training.align import Alignment
-from linearize.training.objective import TopK, losses_at, top_k_of
+from linearize.training.objective import TopK, token_losses, top_k_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -187,23 +188,22 @@ def _loss(
     if "align" in stage.weights and teacher is not None:
         aligned = Alignment(base, teacher, stage.length, checkpointing=checkpointing)
         return aligned.losses_of(ids, None, torch.empty(0, device=ids.device), _mask_of(ids), beyond=False).mean()
-    logits = student(input_ids=ids, use_cache=False).logits
-    positions = torch.zeros(ids.shape[0] * (ids.shape[1] - 1), dtype=torch.long, device=ids.device)
+    at = torch.zeros(ids.shape[0] * (ids.shape[1] - 1), dtype=torch.long, device=ids.device)
+    logits = logits_at(base, at, at, through=student, input_ids=ids, use_cache=False)
     said: Any = None
     if "distill" in stage.weights:
         if stage.top_k is not None:
-            shape = (len(positions), min(stage.top_k, logits.shape[-1]))
+            shape = (len(at), min(stage.top_k, logits.shape[-1]))
             said = _kept(*shape) if teacher is None else None
         if teacher is not None:
             with torch.no_grad():
-                said = teacher(input_ids=ids, **_mask_of(ids), use_cache=False).logits
+                said = logits_at(teacher, at, at, input_ids=ids, **_mask_of(ids), use_cache=False)
                 if stage.top_k is not None:
-                    said = top_k_of(said.flatten(0, 1)[positions], stage.top_k, stage.temperature)
-    targets = ids.flatten()[positions]
-    return losses_at(logits, positions, targets, said, stage.weights, stage.temperature)
+                    said = top_k_of(said, stage.top_k, stage.temperature)
+    return token_losses(logits, at, said, stage.weights, stage.temperature)
 
 
-def _mask_of(ids: Tensor) -> dict[str, Tensor]:
+def _mask_of(ids: Tensor) -> dict[str, Any]:
     """A mask `[B, 1, T, T]` of no bytes; without a mask transformers reads the positions, which have no data."""
     rows, tokens = ids.shape
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta").expand(rows, 1, tokens, tokens)}

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from linearize.data.rows import NO_LOSS
 from linearize.errors import OutputError
+from linearize.evaluation.tasks.hidden import logits_at
 from linearize.runtime import cache, processes
 from linearize.runtime.claims import claimed
 from linearize.runtime.files import staged_file
@@ -28,7 +29,7 @@ from linearize.runtime.folders import cache_folder
 from linearize.sources.documents import documents_apart
 from linearize.sources.fingerprint import fingerprint
 from linearize.sources.source import load_model
-from linearize.training.objective import TopK, counted_positions, top_k_of
+from linearize.training.objective import Counted, TopK, counted, top_k_of
 from linearize.training.sharding import is_sharded
 from linearize.training.sharding import shard as shard_model
 
@@ -102,8 +103,8 @@ def keep_logits(
     held = cache.hold(folder)
     starts = range(0, len(rows), _SHARD_ROWS)
     missing = [n for n in range(len(starts)) if not _shard(folder, n).is_file()]
-    counted = int((rows.labels[:, 1:] != NO_LOSS).sum())
-    size = counted * (2 * (top_k + 1) + 4 * top_k) * len(missing) // max(len(starts), 1)
+    scored = int((rows.labels[:, 1:] != NO_LOSS).sum())
+    size = scored * (2 * (top_k + 1) + 4 * top_k) * len(missing) // max(len(starts), 1)
     if size > (free := shutil.disk_usage(folder).free):
         raise OutputError(
             f"{folder}: {size / 1e9:.1f} GB of the teacher's logits do not fit into {free / 1e9:.1f} GB; lower top_k "
@@ -115,7 +116,7 @@ def keep_logits(
             f"({cache.LIMIT}): they may be removed after this run"
         )
     if not missing:
-        progress(f"teacher: top {top_k} of {counted:,} tokens, written before")
+        progress(f"teacher: top {top_k} of {scored:,} tokens, written before")
     reported, began = time.monotonic(), time.monotonic()
     for done, number in enumerate(missing):
         path = _shard(folder, number)
@@ -131,11 +132,10 @@ def keep_logits(
     return KeptLogits(folder, len(rows), held)
 
 
-def logits_of(teacher: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """A teacher's logits `[B, T, V]` on packed rows `[B, T]`, without attention across documents."""
-    apart = documents_apart(teacher, position_ids)
-    logits: Tensor = teacher(input_ids=input_ids, position_ids=position_ids, **apart, use_cache=False).logits
-    return logits
+def logits_of(teacher: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, at: Counted) -> Tensor:
+    """A teacher's logits `[N, V]` at N positions of packed rows `[B, T]`, without attention across documents."""
+    places: dict[str, Any] = {"position_ids": position_ids, **documents_apart(teacher, position_ids)}
+    return logits_at(teacher, at.rows, at.columns, input_ids=input_ids, use_cache=False, **places)
 
 
 @contextmanager
@@ -209,9 +209,8 @@ def _write(path: Path, teacher: PreTrainedModel, rows: Rows, top_k: int, tempera
     tokens, logs, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
     for start in range(0, len(rows), batch):
         part = rows[slice(start, start + batch)]
-        ids, positions = (x.to(teacher.device) for x in (part.input_ids, part.position_ids))
-        logits = logits_of(teacher, ids, positions)
-        top = top_k_of(logits.flatten(0, 1)[counted_positions(part.labels).to(logits.device)], top_k, temperature)
+        ids, positions, labels = (x.to(teacher.device) for x in (part.input_ids, part.position_ids, part.labels))
+        top = top_k_of(logits_of(teacher, ids, positions, counted(labels)), top_k, temperature)
         tokens.append(top.tokens.to("cpu", torch.int32))
         logs.append(top.log.to("cpu", torch.float16))
         counts.append((part.labels[:, 1:] != NO_LOSS).sum(1))

@@ -74,6 +74,8 @@ def test_slices_are_the_logits_of_every_family(row: str, monkeypatch: pytest.Mon
         families.close(torch.cat(found, 1), whole)
         some = hidden.read(one, ids, first=30).logits(torch.tensor([1, 0]), torch.tensor([2, 9]))
         families.close(some, whole[[1, 0], [32, 39]])
+        some = hidden.logits_at(one, torch.tensor([1, 0]), torch.tensor([32, 39]), input_ids=ids, use_cache=False)
+        families.close(some, whole[[1, 0], [32, 39]])
 
 
 @torch.no_grad()
@@ -106,6 +108,8 @@ def test_a_model_without_a_cache_or_a_body_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(model, "base_model_prefix", "")
     found = torch.cat([logits for _, logits in hidden.read(model, ids, first=13).slices()], 1)
     families.close(found, whole[:, 13:])
+    rows, columns = torch.tensor([0, 0]), torch.tensor([7, 39])
+    families.close(hidden.logits_at(model, rows, columns, input_ids=ids), whole[rows, columns])
 
 
 VOCABULARY = 152_000

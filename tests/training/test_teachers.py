@@ -12,7 +12,7 @@ from linearize.data.rows import Document, pack
 from linearize.errors import OutputError
 from linearize.sources.documents import documents_apart
 from linearize.training import teachers
-from linearize.training.objective import counted_positions, token_losses, top_k_of
+from linearize.training.objective import counted, token_losses, top_k_of
 from linearize.training.teachers import keep_logits, offloaded
 from tests.model import test_families as families
 
@@ -50,12 +50,13 @@ def test_what_is_kept_is_what_the_teacher_says(teacher, rows):
     for chosen in ([0], [9, 3, 4], [7, 8]):
         part = rows[torch.tensor(chosen)]
         logits = teacher(input_ids=part.input_ids, position_ids=part.position_ids, use_cache=False).logits
-        expected = top_k_of(logits.flatten(0, 1)[counted_positions(part.labels)], 6, 2.0)
+        at = counted(part.labels)
+        expected = top_k_of(logits[at.rows, at.columns], 6, 2.0)
         found = kept.of(torch.tensor(chosen), torch.device("cpu"))
         assert torch.equal(found.tokens, expected.tokens)
         torch.testing.assert_close(found.log.float(), expected.log, rtol=2**-10, atol=1e-6)
-        student = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-        losses = [token_losses(student, part.labels, top, {"distill": 1.0}, 2.0) for top in (expected, found)]
+        student = torch.randn(len(at.targets), logits.shape[-1], generator=torch.Generator().manual_seed(1))
+        losses = [token_losses(student, at.targets, top, {"distill": 1.0}, 2.0) for top in (expected, found)]
         torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
 
 

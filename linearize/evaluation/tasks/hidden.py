@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # Logits that exist at one time: 32 MB in float32, and a few times that while they are compared.
 LOGITS = 2**23
@@ -76,9 +76,7 @@ def hidden_states(model: Any, **inputs: Any) -> Hidden:
 
     def take(_: Any, __: Any, output: Any) -> Any:
         taken.append((type(output), output[0]))
-        if isinstance(output, tuple):
-            return (output[0][:, -1:], *output[1:])
-        return type(output)(**{**output, "last_hidden_state": output[0][:, -1:]})
+        return _replaced(output, output[0][:, -1:])
 
     handle = body.register_forward_hook(take)
     try:
@@ -86,6 +84,27 @@ def hidden_states(model: Any, **inputs: Any) -> Hidden:
     finally:
         handle.remove()
     return Hidden(model, taken[0][1], cache, taken[0][0])
+
+
+def logits_at(
+    model: Any, rows: Tensor, columns: Tensor, *, through: Callable[..., Any] | None = None, **inputs: Any
+) -> Tensor:
+    """Logits `[n, V]` of one forward pass of a causal LM at n positions; no others are made.
+
+    Args:
+        rows, columns: `[n]` indexes, on the model's device.
+        through: what is called, if it is not the model but wraps it.
+    """
+    body, call = _body(model), through or model
+    if body is model:
+        every: Tensor = call(**inputs).logits
+        return every[rows, columns]
+    handle = body.register_forward_hook(lambda _, __, output: _replaced(output, output[0][rows, columns][None]))
+    try:
+        chosen: Tensor = call(**inputs).logits
+    finally:
+        handle.remove()
+    return chosen[0]
 
 
 def pieces(
@@ -170,6 +189,13 @@ def rows_at_once(longest: int, most: int, tokens: int | None = None) -> int:
 def _body(model: Any) -> Any:
     """The module that makes the last hidden states."""
     return model.base_model
+
+
+def _replaced(output: Any, states: Tensor) -> Any:
+    """What a body returned, with other hidden states."""
+    if isinstance(output, tuple):
+        return (states, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": states})
 
 
 def _rebuilt(output: type[Any], states: Tensor) -> Any:
