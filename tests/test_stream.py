@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from linearize.errors import DataError
 from linearize.generation.decoding import Decoding
@@ -64,6 +65,18 @@ def test_pieces_add_up_to_what_the_tokenizer_decodes(tiny_folder) -> None:
         stream.put(token)
     stream.end()
     assert stream.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_text_that_goes_on_keeps_its_first_space() -> None:
+    """The decoder of SentencePiece's tokenizers drops a space at the start of what it decodes."""
+    tokenizer = Tokenizer(models.WordLevel({"\u2581to": 0, "\u2581a": 1, "\u2581tree": 2}))
+    tokenizer.decoder = decoders.Metaspace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    for before, text in (([], "a tree"), ([0], " a tree"), ([0] * 9, " a tree")):
+        stream = TextStream(wrapped, before=before)
+        assert "".join(stream.put(token) for token in (1, 2)) + stream.end() == stream.text == text
+    stream = TextStream(wrapped, (" tree",), before=[0])
+    assert stream.put(1) + stream.put(2) == " a" and stream.stopped
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,9 @@ def write_checkpoint(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     known = written or {}
-    provenance["files"] = {
-        path.name: known.get(path.name) or sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
-    }
+    # In subfolders too: transformers writes a tokenizer's further chat templates into one.
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    provenance["files"] = {name: known.get(name) or sha256(folder / name) for name in names}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 

@@ -69,12 +69,16 @@ class RowScores:
         kl: [N] float64, KL(teacher || model) in nats per token; None without a teacher.
         agreement: [N] float64, share of positions where model and teacher have the same most likely token, or None.
         tokens: [N] int64, how many positions were counted.
+        drawn: which rows of `total` these are, drawn with `seed`; None if they are all.
     """
 
     loss: Tensor
     kl: Tensor | None
     agreement: Tensor | None
     tokens: Tensor
+    drawn: list[int] | None = None
+    total: int | None = None
+    seed: int | None = None
 
     @property
     def perplexity(self) -> float:
@@ -270,8 +274,11 @@ class HeldOut(Task):
 def row_scores(measured: Sequence[TaskScore]) -> RowScores:
     """The scores of one model that `HeldOut` measured."""
     columns = {one.metric: torch.tensor(one.items, dtype=torch.float64) for one in measured}
-    tokens = torch.tensor([tag["tokens"] for tag in measured[0].tags])
-    return RowScores(columns["loss"], columns.get("kl"), columns.get("agreement"), tokens)
+    first = measured[0]
+    tokens = torch.tensor([tag["tokens"] for tag in first.tags])
+    drawn = None if first.seed is None else [tag["item"] for tag in first.tags]
+    kl, agreement = columns.get("kl"), columns.get("agreement")
+    return RowScores(columns["loss"], kl, agreement, tokens, drawn, first.total, first.seed)
 
 
 def _column(rows: Mapping[str, Tensor] | Rows, name: str) -> Tensor | None:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_VERSION = 2  # of the keys: raise it whenever the same model and tokenizer would get others
+_VERSION = 3  # of the keys: raise it whenever the same model and tokenizer would get others
+_OF_THE_FILE = {"transformers_version", "_from_model_config"}  # entries of generation_config.json that set nothing
 _DIGITS = 32  # of a SHA-256 in a file's name: enough that no two are ever equal
 
 
@@ -104,9 +105,12 @@ class Store:
 
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all that a result depends on besides the task: configuration, weights, dtype, tokenizer, branches
-    that are off, and this package's version."""
-    parts = [_VERSION, __version__, fingerprint(model), tokenizer_fingerprint(tokenizer), branches_off(model)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    that are off, the settings of generation, and this package's version."""
+    generation = getattr(model, "generation_config", None)  # its penalties and end tokens apply in lm-eval's tasks
+    settings = {} if generation is None else generation.to_diff_dict()
+    written = {name: value for name, value in settings.items() if name not in _OF_THE_FILE}
+    parts = [_VERSION, __version__, fingerprint(model), tokenizer_fingerprint(tokenizer), branches_off(model), written]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def whole_stamp(stamp: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,7 +24,7 @@ from linearize.evaluation.baselines import (
     teacher_beside,
 )
 from linearize.evaluation.heldout import HeldOut, row_scores
-from linearize.evaluation.results.results import Results, SystemInfo, SystemScores
+from linearize.evaluation.results.results import HELDOUT, Results, SystemInfo, SystemScores
 from linearize.evaluation.runner import Loader, StampedLoader, nbytes_to_keep, run
 from linearize.evaluation.tasks.names import HELD_OUT
 from linearize.evaluation.tasks.suites import SuiteOptions, build_suites, choose_tasks
@@ -125,6 +125,8 @@ def evaluate(
             "long, and --baseline none scores the model alone"
         )
     rows = held_out_rows(source) if HELD_OUT in tasks else None
+    # Without the teacher: two evaluations are of the same rows whatever they were compared with.
+    digests = {} if rows is None else {HELDOUT: HeldOut(rows, None).digest}
     # Names first, then data, then models, so that an error is reported before anything takes time.
     chosen = choose_tasks(tasks, suites, options.include)
     tokenizer = load_tokenizer(source)
@@ -167,7 +169,7 @@ def evaluate(
         scores=scores,
         command=command,
         limit=limit,
-        digests={task.name: task.digest for task in built},
+        digests={**digests, **{task.name: task.digest for task in built}},
     )
 
 
@@ -335,7 +337,8 @@ class _Maker:
         widths = sorted({m["window"] for m in mixers if m["window"] is not None})
         about = f"{BASELINES[name]}: {' to '.join(dict.fromkeys((str(widths[0]), str(widths[-1]))))} tokens"
         load = self._stamped(
-            lambda: window_baseline(self._load(self.teacher), mixers, self._coding),
+            # Never in int8, even if the model that is scored is the teacher itself.
+            lambda: window_baseline(load_model(self.teacher, dtype=_reference_dtype(self.dtype)), mixers, self._coding),
             self.teacher,
             [bare, _files(self.source)] if self._codes else bare,
         )

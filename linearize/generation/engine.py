@@ -251,8 +251,9 @@ class Engine:
         if rows is not None and (rows.state.last.shape[0] != len(ids) or rows.weights != _addresses(self.model)):
             rows = None  # frees its memory before new buffers are allocated
         into = None if rows is None else rows.state.layers
+        # Inference-mode tensors cannot be changed in place here, and a cache that grows may be wider than its texts.
         if rows is None and owned and state is not None and not state.layers[0].counts.is_inference():
-            into = state.layers  # inference-mode tensors cannot be changed in place here
+            into = None if any(layer.past for layer in state.layers) else state.layers
         cache, text, real = prepared(self.model, ids, attention_mask, state, into)
         if rows is None:
             rows = _Rows.around(cache, len(ids), self.model)

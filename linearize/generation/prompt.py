@@ -37,10 +37,10 @@ def prepared(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     state: State | None,
-    into: Sequence[LayerMemory] | None,
+    into: Sequence[LayerMemory] | None = None,
 ) -> tuple[DynamicCache, Tensor, Tensor | None]:
     """The initial memories, the tokens to read `[B, T]`, and a mask of real tokens (None: all). Arguments as in
-    `State.read`."""
+    `State.read`; `into` are memories of B rows to use, by default new ones."""
     converted = _converted(model)
     ids, rows = input_ids, input_ids.shape[0]
     real = None if attention_mask is None else (attention_mask.to(ids.device) != 0).long()

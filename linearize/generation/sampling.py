@@ -99,7 +99,7 @@ class Sampling:
         """transformers' logits warpers, in its order."""
         found = LogitsProcessorList()
         if self.temperature not in (None, 1.0):
-            found.append(TemperatureLogitsWarper(self.temperature))
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k is not None:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None:

@@ -23,7 +23,6 @@ from linearize.generation.prompt import _cache, _converted, prepared, read_throu
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
 
     from transformers import DynamicCache
 
@@ -65,7 +64,6 @@ class State:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         state: State | None = None,
-        into: Sequence[LayerMemory] | None = None,
     ) -> State:
         """Read texts in pieces, so peak memory does not depend on their length.
 
@@ -74,13 +72,12 @@ class State:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, 0 at pads, in any position; None without pads.
             state: an earlier state of B rows to continue; it is not changed. With it a row may have no new token.
-            into: memories of B rows that become the new state's; by default new ones.
 
         Raises:
             DataError: a row has no tokens, or `state` has another number of rows.
             StateError: the model was not converted.
         """
-        cache, ids, real = prepared(model, input_ids, attention_mask, state, into)
+        cache, ids, real = prepared(model, input_ids, attention_mask, state)
         last, ids, real = without_last(ids, real)
         read_through(model, cache, ids, real)
         return cls(cache, last.to(model.device))

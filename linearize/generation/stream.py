@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_BEFORE = 5  # tokens: a character of four bytes, and one whole token before it
 _UNFINISHED = "\ufffd"  # a decoder writes it for bytes that are no whole character yet
 
 
@@ -16,21 +17,28 @@ class TextStream:
     Args:
         stop: strings that end the text; neither they nor text after them are passed on.
         write: called with each new piece of text.
+        before: tokens that the text goes on from. The decoders of some tokenizers drop a space at the start of what
+            they decode, and it is no start then.
 
     Attributes:
-        tokens: all tokens, those of a stop string included.
         stopped: True once a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), write: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        write: Callable[[str], object] | None = None,
+        before: Sequence[int] = (),
+    ) -> None:
         self.tokenizer, self.stop, self.write = tokenizer, tuple(stop), write
-        self.tokens: list[int] = []
+        self._tokens = list(before[-_BEFORE:])
         self.stopped = False
         self._pieces: list[str] = []
         self._held = ""  # the end of the text that may be the beginning of a stop string
         # Only a window of tokens is decoded: those of the last piece, because the text of a token depends on the token
         # before it, and those without text yet.
-        self._before, self._read = 0, 0
+        self._before, self._read = 0, len(self._tokens)
 
     @property
     def text(self) -> str:
@@ -39,21 +47,21 @@ class TextStream:
 
     def put(self, token: int) -> str:
         """Add a token; returns the new piece of text, which may be empty."""
-        self.tokens.append(token)
-        before, whole = self._decode(self._before, self._read), self._decode(self._before, len(self.tokens))
+        self._tokens.append(token)
+        before, whole = self._decode(self._before, self._read), self._decode(self._before, len(self._tokens))
         if len(whole) <= len(before) or whole.endswith(_UNFINISHED):
             return ""
-        self._before, self._read = self._read, len(self.tokens)
+        self._before, self._read = self._read, len(self._tokens)
         return self._pass_on(whole[len(before) :])
 
     def end(self) -> str:
         """Pass on what was held back: unfinished characters, and the beginning of a stop string."""
-        before, whole = self._decode(self._before, self._read), self._decode(self._before, len(self.tokens))
-        self._before = self._read = len(self.tokens)
+        before, whole = self._decode(self._before, self._read), self._decode(self._before, len(self._tokens))
+        self._before = self._read = len(self._tokens)
         return self._pass_on(whole[len(before) :], last=True)
 
     def _decode(self, start: int, end: int) -> str:
-        text: str = self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True) if end > start else ""
+        text: str = self.tokenizer.decode(self._tokens[start:end], skip_special_tokens=True) if end > start else ""
         return text
 
     def _pass_on(self, piece: str, *, last: bool = False) -> str:

@@ -105,7 +105,9 @@ def continue_text(
         if read == learned:
             raise DataError(f"the text fills all {learned:,} positions that the model has learned; shorten it")
         sampling = replace(sampling, max_new_tokens=min(asked, learned - read))
-    stream, times = TextStream(tokenizer, decoding.stop, write), list[float]()
+    # An answer is a text of its own; any other goes on from the prompt.
+    before = [] if chat else [*([] if state is None else state.last.flatten().tolist()), *ids.flatten().tolist()]
+    stream, times = TextStream(tokenizer, decoding.stop, write, before), list[float]()
 
     def pass_on(token: torch.Tensor) -> bool:
         times.append(time.monotonic())

@@ -101,7 +101,7 @@ async def _served(request: Request, kind: str, scheduler: Scheduler, protocol: P
     if scheduler.pending >= _MOST_WAITING:
         raise RequestError(f"{_MOST_WAITING} requests are waiting; try again later", status=429)
     answer, told = Answer(asked, protocol.name), _Told()
-    job = Job(asked.ids, asked.decoding, told.tell)
+    job = Job(asked.ids, asked.decoding, told.tell, goes_on=kind == "text")
     scheduler.submit(job)
     if asked.stream:
         events = _events(request, job, told, answer)

@@ -267,9 +267,17 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     field = f"messages[{index}]"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RequestError(f"{field}: expected an object with a role and a content", field=field)
+    for key, value in message.items():
+        # Clients send an earlier answer's empty fields back.
+        if key not in ("role", "content", "name") and value not in (None, "", [], {}, False):
+            raise RequestError(f"{field}.{str(key)[:80]}: is not supported here; leave it out", field=field)
+    name = _text(message, "name", "")
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        if not all(
+            isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
             raise RequestError(f"{field}.content: only parts of text are supported", field=field)
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -277,7 +285,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     role = "system" if message["role"] == "developer" else message["role"]
     if role not in ("system", "user", "assistant"):
         raise RequestError(f"{field}.role {role[:40]!r}: expected system, user or assistant", field=field)
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **({"name": name} if name else {})}
 
 
 def _list(body: Mapping[str, Any], field: str) -> list[Any]:

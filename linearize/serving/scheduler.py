@@ -7,6 +7,7 @@ a long prompt delays the others by a piece at a time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -44,6 +45,7 @@ class Job:
         ids: the prompt's tokens.
         decoding: how to write.
         tell: called in the scheduler's thread with each new piece of text, and with None at the end.
+        goes_on: True if the text goes on from the prompt; an answer in a chat is a text of its own.
         cancelled: set by any thread; the scheduler then drops the job.
         new_tokens: tokens written so far, an end token included.
         finish: `stop` or `length` once the text has ended; None before, and if it failed or was cancelled.
@@ -53,6 +55,7 @@ class Job:
     ids: list[int]
     decoding: Decoding
     tell: Callable[[str | None], None]
+    goes_on: bool = False
     cancelled: bool = False
     new_tokens: int = 0
     finish: str | None = None
@@ -109,6 +112,9 @@ class Scheduler:
             self._end(job, error=_CLOSING)
         else:
             self._arrived.put(job)
+            if self._closed:  # since the question above: the thread may have seen to the queue for the last time
+                self._end_all_arrived()
+                self._arrived.put(None)  # of `stop`, which the thread may still wait for
 
     @property
     def alive(self) -> bool:
@@ -153,12 +159,17 @@ class Scheduler:
                 self._batch = _Batch()
 
     def _end_all(self) -> None:
-        while not self._arrived.empty():
-            if (job := self._arrived.get()) is not None:
-                self._waiting.append(job)
         for left in (*self._waiting, self._head, *(row.job for row in self._batch.rows)):
             if left is not None:
                 self._end(left, error=_CLOSING)
+        self._end_all_arrived()
+
+    def _end_all_arrived(self) -> None:
+        """End the jobs of the queue; several threads may do it, and each job ends once."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._arrived.get_nowait()) is not None:
+                    self._end(job, error=_CLOSING)
 
     def _collect(self) -> None:
         """Take in new jobs, and wait for one if there is nothing to do. Drops cancelled ones that do not write yet."""
@@ -217,7 +228,7 @@ class Scheduler:
         row = _Row(
             job,
             sampling,
-            TextStream(self.tokenizer, job.decoding.stop),
+            TextStream(self.tokenizer, job.decoding.stop, before=job.ids if job.goes_on else ()),
             torch.Generator(device).manual_seed(job.decoding.seed),
             empty_memories(self.model, 1),
         )
@@ -300,7 +311,7 @@ def joined(memories: Sequence[LayerMemory]) -> LayerMemory:
 
 def selected(memory: LayerMemory, indices: Tensor) -> LayerMemory:
     """One layer's memory of the rows `indices`; a cache that grows is cut to their longest text."""
-    longest = int(memory.counts[indices].max())
+    longest = int(memory.counts[indices.to(memory.counts.device)].max())
     tensors = {name: tensor[indices.to(tensor.device)] for name, tensor in memory.tensors()}
     return memory.holding(
         {name: tensor[:, :longest] if name.startswith("softmax.") else tensor for name, tensor in tensors.items()}

@@ -1,4 +1,5 @@
-"""The configuration of a GGUF file: transformers' own mapping, completed by the rotary keys and end tokens it drops.
+"""The configuration of a GGUF file: transformers' own mapping, completed by the rotary keys and end tokens it drops,
+and by what llama.cpp knows without a key: biases, and the attention scale of Gemma's 27B models.
 
 transformers ignores `ARCH.rope.scaling.*`, the tensors `rope_freqs.weight` and `rope_factors_{long,short}.weight`, and
 all end tokens except one. This module reads them with llama.cpp's meaning (`load_hparams`, `llama_context`,
@@ -9,6 +10,7 @@ all end tokens except one. This module reads them with llama.cpp's meaning (`loa
 from __future__ import annotations
 
 import math
+import re
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -28,12 +30,18 @@ _ENDS = ("eos", "eot", "eom")
 """`tokenizer.ggml.*_token_id`: the ends of a text, a turn and a message. Generation stops at each of them."""
 
 _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_ROTARY = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _SCALING = {
     "type", "factor", "attn_factor", "original_context_length", "finetuned", "yarn_ext_factor", "yarn_attn_factor",
     "yarn_beta_fast", "yarn_beta_slow",
 }  # fmt: skip
 _PARTIAL = {"phi3", "stablelm"}
 """Model types whose models read `partial_rotary_factor`."""
+
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+"""Settings of a configuration that no key states -> a tensor that is there where they are true."""
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+"""Model type -> layers of the one size whose attention scale is not by the key width; llama.cpp knows it by them."""
 
 _LLAMA3_CONTEXTS = (8_192, 4_096, 16_384, 32_768, 2_048, 65_536, 131_072)
 """Candidate original lengths; the published one comes first."""
@@ -62,6 +70,11 @@ def gguf_config(path: Path) -> Any:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if getattr(config, "rope_parameters", None):
         _Rotary(head, config).apply()
+    for name, tensor in _BIASES.items():
+        if hasattr(config, name):
+            setattr(config, name, tensor in head.tensors)
+    if config.num_hidden_layers == _LAYERS_OF_27B.get(config.model_type):
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     return config
 
 
@@ -111,6 +124,32 @@ def short_reading() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = before
+
+
+@contextmanager
+def dropped_tensors() -> Iterator[set[str]]:
+    """The tensors of a GGUF file that transformers drops in silence, as the model has no weight for them.
+
+    Rotary factors, which `gguf_config` reads, are not among them.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    dropped: set[str] = set()
+
+    class Names(dict[str, str]):
+        def __contains__(self, name: object) -> bool:
+            found = super().__contains__(name)
+            # A tensor without a name was split and taken: experts.
+            if not found and isinstance(name, str) and not _ROTARY.fullmatch(name):
+                dropped.add(name)
+            return found
+
+    before = reading.get_gguf_hf_weights_map
+    reading.get_gguf_hf_weights_map = lambda *args, **settings: Names(before(*args, **settings))
+    try:
+        yield dropped
+    finally:
+        reading.get_gguf_hf_weights_map = before
 
 
 class _Rotary:

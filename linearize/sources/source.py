@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from linearize.errors import ModelError, counted
 from linearize.model.configuration import CODING  # also registers converted checkpoints with AutoConfig
 from linearize.sources.gguf import MAGIC, read_head
-from linearize.sources.ggufconfig import gguf_config, short_reading
+from linearize.sources.ggufconfig import dropped_tensors, gguf_config, short_reading
 from linearize.sources.limits import guard_embeddings
 from linearize.sources.modelfiles import check_config, check_weights
 from linearize.sources.names import nearest, on_disk
@@ -201,11 +201,11 @@ def load_model(
         keywords["quantization_config"] = _four_bits(source, DTYPES.get(dtype))
         keywords["device_map"] = {"": device or default_device()}
     model: PreTrainedModel
-    with reading(source), _from_gguf(source):
+    with reading(source), _from_gguf(source), dropped_tensors() as dropped:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )
-    _check_loaded(model, loaded, source)
+    _check_loaded(model, {**loaded, "unexpected_keys": [*loaded["unexpected_keys"], *dropped]}, source)
     take_products(model)
     guard_embeddings(model)
     return model.eval() if four_bit else model.eval().to(device or default_device())
@@ -283,6 +283,8 @@ def check_taken(unexpected: Iterable[str], source: Source) -> None:
         return
     if (wrapped := _wrapped(left)) is not None:
         why = wrapped
+    elif source.kind == "gguf":
+        why = "the reader of this architecture knows no such tensors; take the safetensors model it was made of"
     elif any(_SCALES.search(name.rpartition(".")[2]) for name in left if ".mixer." not in name):
         why = "its weights are quantized, and nothing in config.json unpacks them; take the unquantized model"
     elif any(name.startswith(("score.", "classifier.", "v_head.")) for name in left):

@@ -195,6 +195,33 @@ def test_what_cannot_be_applied_is_refused_by_its_name(keys, tensors, told, tmp_
 
 
 @pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 8, "num_attention_heads": 8}),
+        ("gemma3_text", {"num_hidden_layers": 62, "query_pre_attn_scalar": 8, "num_attention_heads": 8}),
+    ],
+)
+@torch.no_grad()
+def test_what_no_key_states_is_known_by_tensors_and_layers(model_type, settings, tmp_path):
+    model = tiny(model_type, **settings)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    found = load_model(find_source(str(write_gguf(tmp_path / "model.gguf", model))), device="cpu")
+    ids = torch.arange(10, 90)[None]
+    expected = model(ids).logits
+    # Another scale or no bias makes a difference as large as the logits; rounding adds up over so many layers.
+    assert float((found(ids).logits - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+
+
+def test_a_tensor_without_a_place_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny("llama"), tensors={"blk.1.attn_post.weight": [1.0] * 64})
+    with pytest.raises(ModelError, match=r"1 weight has no place in the model \(blk\.1\.attn_post\.weight\)"):
+        load_model(find_source(str(path)), device="cpu")
+
+
+@pytest.mark.parametrize(
     "keys",
     [
         {"rope.scaling.type": "none", "rope.scaling.factor": 8.0},

@@ -75,7 +75,7 @@ def test_what_comes_back_for_how_many_tokens():
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert recovery_table(found) in readme
-    more = json.loads((folder / "bfloat16-0.4M.json").read_text(encoding="utf-8"))
+    more = json.loads((folder / "bfloat16.json").read_text(encoding="utf-8"))
     assert recovery_table(more) in readme
     earlier = json.loads((folder / "float32.json").read_text(encoding="utf-8"))["cells"][-1]["figures"]
     for one in (earlier["model"], earlier["no_recurrence"]):
@@ -92,7 +92,15 @@ def test_what_comes_back_for_how_many_tokens():
     for value in (*shown, found["cells"][-1]["figures"]["teacher"]["perplexity"][0]):
         assert f"{value:.2f}" in said
     assert f"{figures['liger', 200_000]['perplexity'][0]:.1e}" in said
-    assert f"({more['cells'][-1]['figures']['model']['perplexity'][0]:.2f} with 0.4M)" in said
+    longer = [cell["figures"]["model"]["perplexity"][0] for cell in more["cells"] if cell["system"] == "ours"]
+    assert f"({longer[0]:.2f} with 0.4M, {longer[1]:.2f} with 2M)" in said
+    last = more["cells"][-1]["figures"]
+    window, off, teacher = (last[name]["perplexity"][0] for name in ("window", "no_recurrence", "teacher"))
+    assert f"{(window - longer[1]) / (window - teacher):.0%}".replace("%", " %") + " of the way. Five times" in readme
+    assert (
+        f"of the {window - longer[1]:.2f} that it is better than the window the state brings {off - longer[1]:.2f}"
+        in readme
+    )
 
 
 def test_how_fast_it_is_on_a_cpu():

@@ -203,6 +203,8 @@ def test_baselines_of_a_model_of_slots_alone(tmp_path: Path) -> None:
 def test_baselines_of_a_model_that_is_not_converted(folder: Path) -> None:
     source = find_source(str(tiny_model_folder()))
     assert [one.info.name for one in find_systems(source, source, ["all"])] == ["window", "window_bytes", "teacher"]
+    for system in find_systems(source, source, ["window", "window_bytes"], "int8")[:2]:
+        assert system.load().config.mixers  # of the model itself, which is not rounded for them
     with pytest.raises(DataError, match=r"no_window: .* is not converted"):
         find_systems(source, source, ["no_window"])
     with pytest.raises(DataError, match=r"unknown baseline 'teecher'; did you mean teacher\?"):

@@ -346,6 +346,18 @@ def test_every_name_of_lm_eval_is_known(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert len(names) > 5000
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_answer_beyond_the_context_is_told(plain: bool) -> None:
+    from lm_eval.api.instance import Instance
+
+    from linearize.evaluation.tasks.lm import LinearizeLM
+
+    model = LinearizeLM(str(tiny_model_folder()), dtype="float32", max_length=16, plain=plain, device="cpu")
+    asked = [Instance("loglikelihood", {}, ("Once", " upon a time" * 10), 0)]
+    with pytest.raises(AssertionError, match=r"an answer has [\d,]+ tokens, and the model's context 16; leave"):
+        model.loglikelihood(asked, disable_tqdm=True)
+
+
 def test_lm_eval_knows_our_model_by_name(include: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

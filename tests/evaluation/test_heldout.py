@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, LlamaCo
 from linearize.errors import DataError, ModelError
 from linearize.evaluation import heldout
 from linearize.evaluation.heldout import HeldOut, paired_difference, row_scores, score_rows
+from linearize.evaluation.results.results import SystemScores
 from linearize.evaluation.runner import run
 from linearize.evaluation.store import Store
 from linearize.evaluation.tasks import hidden
@@ -108,6 +109,10 @@ def test_rows_are_a_task_whose_results_are_kept(rows: dict[str, torch.Tensor], t
     few, whole = scored(limit=2), score_rows(model, rows, teacher=teacher)
     chosen = draw("held_out", 5, 2, 0)
     assert torch.equal(few.tokens, whole.tokens[chosen])
+    assert (few.drawn, few.total, few.seed) == (chosen, 5, 0)
+    for one in SystemScores(rows=few).all_tasks():
+        assert [tag["item"] for tag in one.tags] == chosen and (one.total, one.seed) == (5, 0)
+    assert scored().drawn is None and scored().seed is None
     found = scored()
     for name in ("loss", "kl", "agreement", "tokens"):
         assert torch.allclose(getattr(found, name), getattr(whole, name), rtol=1e-6)

@@ -161,6 +161,12 @@ def test_a_padded_call_does_not_change_the_tokenizer(tokenizer: Any) -> None:
     assert model_key(model(), copied) == before
 
 
+def test_other_settings_of_generation_are_another_model(tokenizer: Any) -> None:
+    changed = model()
+    changed.generation_config.repetition_penalty = 1.5  # it applies to what lm-eval's tasks write
+    assert model_key(changed, tokenizer) != model_key(model(), tokenizer)
+
+
 def test_a_branch_that_is_off_is_another_model(tokenizer: Any) -> None:
     converted = convert_model(model(), MixerSpec(window=8))
     keys = {model_key(silence(converted, off), tokenizer) for off in ((), ("window",), ("recurrence",))}

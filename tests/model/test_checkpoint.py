@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from linearize.checkpoint.provenance import teacher_of
 from linearize.checkpoint.sizes import state_nbytes
 from linearize.conversion.swap import convert_model
 from linearize.errors import ModelError
+from linearize.hub.contents import shared_files
 from linearize.jobs.convert import convert_into
 from linearize.model import LayerMemory, LinearizedConfig, LinearizedForCausalLM, cache_nbytes
 from linearize.recipe import load_recipe
@@ -75,6 +77,21 @@ def checkpoint(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("converted")
     convert_into(find_source(str(tiny_folder)), load_recipe("window-gla", ["mixer.window=16"]), folder)
     return folder
+
+
+def test_files_in_subfolders_are_named_too(tiny_folder, tmp_path):
+    """transformers writes a tokenizer's second chat template into one."""
+    teacher, target = tmp_path / "teacher", tmp_path / "target"
+    shutil.copytree(tiny_folder, teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(teacher)
+    target.mkdir()
+    convert_into(find_source(str(teacher)), load_recipe("window-gla", ["mixer.window=16"]), target)
+    files = json.loads((target / "linearize.json").read_text())["files"]
+    template = "additional_chat_templates/tool_use.jinja"
+    assert files[template] == sha256(target / template)
+    assert {*files, "linearize.json"} == set(shared_files(target))
 
 
 def test_holds_everything_that_the_contract_names(checkpoint, tiny_folder):

@@ -89,6 +89,18 @@ def test_what_was_recorded_finds_its_tensors_where_they_were(teacher, ids):
 
 
 @torch.no_grad()
+def test_a_state_that_may_be_changed_is_continued_as_its_copy_is(teacher, ids):
+    """Two rows with pads in different calls have a cache of kept softmax that is wider than each of them."""
+    mixers = [MixerConfig(layers=[0], window=8, softmax_heads=[0]), MixerConfig(layers=[1], window=8)]
+    model = LinearizedForCausalLM.from_teacher(copy.deepcopy(teacher), mixers).eval()
+    first, second = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
+    first[1, 4:] = second[0, 4:] = 0
+    state = State.read(model, ids[:, 8:16], second, State.read(model, ids[:, :8], first))
+    expected = Engine(model).generate(Sampling(12, eos=(), pad=0), state=state.fork()).tokens
+    assert torch.equal(Engine(model).generate(Sampling(12, eos=(), pad=0), state=state, owned=True).tokens, expected)
+
+
+@torch.no_grad()
 def test_a_memory_of_inference_mode_is_counted_and_copied_outside(teacher, ids):
     model = converted(teacher, window=8, sinks=2)
     with torch.inference_mode():

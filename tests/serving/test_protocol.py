@@ -54,7 +54,13 @@ def test_a_request_is_read(made) -> None:
     assert asked.decoding.max_new_tokens == 7 and asked.decoding.stop == ("x",) and asked.decoding.seed == 4
     assert asked.decoding.temperature == 1.0 and asked.decoding.top_k == 0 and asked.stream
     assert protocol.read("text", body(prompt=asked.ids)).ids == protocol.read("text", body(prompt=["Once upon"])).ids
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y ?"}]}]
+    parts = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y ?"}],
+            "tool_calls": None,
+        }
+    ]
     one, two = (
         protocol.read("chat", body(messages=messages, model="tiny", user="me")) for messages in (MESSAGES, parts)
     )
@@ -105,6 +111,10 @@ def test_a_request_is_read(made) -> None:
         ("chat", body(messages=[{"role": "user"}]), "messages[0].content: expected a text"),
         ("chat", body(messages=[{"role": "tool", "content": "x"}]), "messages[0].role 'tool'"),
         ("chat", body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "only parts of text"),
+        ("chat", body(messages=[{"role": "user", "content": [{"type": "file", "text": "x"}]}]), "only parts of text"),
+        ("chat", body(messages=[{**MESSAGES[0], "tool_calls": [{}]}]), "messages[0].tool_calls: is not supported"),
+        ("chat", body(messages=[{**MESSAGES[0], "prefix": True}]), "messages[0].prefix: is not supported"),
+        ("chat", body(messages=[{**MESSAGES[0], "name": 3}]), "name: expected a string"),
         ("chat", body(messages=[{"role": "system", "content": "refuse"}]), "the chat template refuses them: no system"),
         ("chat", body(messages=MESSAGES, tools=[{}]), "tools: is not supported"),
         ("chat", body(messages=MESSAGES, response_format={"type": "json_object"}), "response_format: is not supported"),

@@ -30,7 +30,7 @@ PROMPTS = [STORY, STORY * 5 + "The dog", "The cat", STORY * 2, "Tom and Lily"]
 OPTIONS = [
     {"max_new_tokens": 40},
     {"max_new_tokens": 9},
-    {"max_new_tokens": 25, "temperature": 1.0, "top_p": 0.9, "seed": 3},
+    {"max_new_tokens": 25, "temperature": 2, "top_p": 0.9, "seed": 3},  # a whole number, as JSON may have it
     {"max_new_tokens": 30, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
     {"max_new_tokens": 12},
 ]
@@ -72,7 +72,7 @@ class Writing:
 
     def __init__(self, tokenizer: Any, prompt: str, **options: Any) -> None:
         self.told: queue.Queue[str | None] = queue.Queue()
-        self.job = Job(tokenizer(prompt).input_ids, Decoding(**options), self.told.put)
+        self.job = Job(tokenizer(prompt).input_ids, Decoding(**options), self.told.put, goes_on=True)
 
     def text(self) -> str:
         pieces = []

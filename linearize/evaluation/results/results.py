@@ -226,13 +226,16 @@ def read_results(path: Path) -> Results:
 def _row_tasks(rows: RowScores | None) -> list[TaskScore]:
     if rows is None:
         return []
-    tokens: list[int] = rows.tokens.tolist()
+    of_rows = [{"tokens": count} for count in rows.tokens.tolist()]
+    if rows.drawn is not None:
+        of_rows = [{**tags, "item": index} for tags, index in zip(of_rows, rows.drawn, strict=True)]
 
     def task(
         metric: str, value: float, stderr: float | None, items: Any, weigh: bool = False, up: bool = False
     ) -> TaskScore:
-        tags = [{"tokens": count, **({"weight": count} if weigh else {})} for count in tokens]
-        return TaskScore(HELDOUT, metric, value, stderr, up, items.tolist(), HELDOUT, tags)
+        tags = [{**tags, "weight": tags["tokens"]} if weigh else tags for tags in of_rows]
+        values = items.tolist()
+        return TaskScore(HELDOUT, metric, value, stderr, up, values, HELDOUT, tags, total=rows.total, seed=rows.seed)
 
     loss = rows.mean_loss
     # The perplexity's error is not given: the loss has one, of which it is the exponential.

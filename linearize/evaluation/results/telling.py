@@ -64,7 +64,9 @@ def facts(results: Results) -> list[tuple[str, str]]:
 
 def _drawn(results: Results) -> str:
     """Number of scored items per task, and how they were chosen."""
-    seeds = sorted({score.seed for one in results.scores.values() for score in one.tasks if score.seed is not None})
+    seeds = sorted(
+        {score.seed for one in results.scores.values() for score in one.all_tasks() if score.seed is not None}
+    )
     how = f", drawn at random with seed {', '.join(map(str, seeds))}" if seeds else ""
     return f"{limit_text(results.limit)} of each task{how}" if results.limit is not None else "all"
 

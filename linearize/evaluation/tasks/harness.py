@@ -172,7 +172,7 @@ class LmEvalTask(Task):
     def _responses(self, lm: LinearizeLM, kind: str, requests: Sequence[Any]) -> list[Any]:
         try:
             found: list[Any] = getattr(lm, kind)(requests, disable_tqdm=True)
-        except AssertionError as error:  # lm-eval's own check of lengths
+        except AssertionError as error:  # lm-eval's checks of lengths, and ours
             raise ModelError(f"task {self.name}: {' '.join(str(error).split())}") from error
         return found
 

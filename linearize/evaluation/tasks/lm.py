@@ -49,6 +49,11 @@ class LinearizeLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:  # lm-eval asserts the same, without words
+            raise AssertionError(
+                f"an answer has {longest:,} tokens, and the model's context {self.max_length:,}; leave the task out"
+            )
         # With `batch_size=auto` lm-eval looks for the largest batch that fits its own way of scoring.
         if self._plain or not isinstance(self.batch_size, int):
             plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, True, override_bs)
