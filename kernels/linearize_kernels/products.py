@@ -43,12 +43,13 @@ def onednn_is_faster() -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias` of `x` `[..., I]` and `weight` `[O, I]`."""
-    if _goes_to_native(x, weight, bias):
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    learns = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+    if not learns and _goes_to_native(x, weight):
         return _native(x, weight, bias)
     if not _goes_to_onednn(x, weight):
         return F.linear(x, weight, bias)
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+    if learns:
         result: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _onednn(x, weight, bias)
@@ -106,7 +107,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", kind)
 
 
-def _goes_to_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _goes_to_native(x: Tensor, weight: Tensor) -> bool:
     """True for one row: the C function reads weights at the memory's pace."""
     return (
         x.numel() == weight.shape[1]
@@ -114,7 +115,6 @@ def _goes_to_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
-        and not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias)))
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and weight.is_contiguous()

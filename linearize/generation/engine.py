@@ -252,8 +252,9 @@ class Engine:
             rows = None  # frees its memory before new buffers are allocated
         into = None if rows is None else rows.state.layers
         # Inference-mode tensors cannot be changed in place here, and a cache that grows may be wider than its texts.
-        if rows is None and owned and state is not None and not state.layers[0].counts.is_inference():
-            into = None if any(layer.past for layer in state.layers) else state.layers
+        fixed = owned and state is not None and not any(one.past or one.counts.is_inference() for one in state.layers)
+        if rows is None and state is not None and fixed:
+            into = state.layers
         cache, text, real = prepared(self.model, ids, attention_mask, state, into)
         if rows is None:
             rows = _Rows.around(cache, len(ids), self.model)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_BEFORE = 5  # tokens: a character of four bytes, and one whole token before it
+CONTEXT = 5
+"""Tokens before a text that its first piece may depend on: a character of four bytes, and a whole token before it."""
 _UNFINISHED = "\ufffd"  # a decoder writes it for bytes that are no whole character yet
 
 
@@ -32,7 +33,7 @@ class TextStream:
         before: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.stop, self.write = tokenizer, tuple(stop), write
-        self._tokens = list(before[-_BEFORE:])
+        self._tokens = list(before[-CONTEXT:])
         self.stopped = False
         self._pieces: list[str] = []
         self._held = ""  # the end of the text that may be the beginning of a stop string

@@ -15,7 +15,7 @@ from linearize.generation.engine import Engine
 from linearize.generation.plain import Past, continue_plain
 from linearize.generation.sampling import unfollowed
 from linearize.generation.state import State
-from linearize.generation.stream import TextStream
+from linearize.generation.stream import CONTEXT, TextStream
 from linearize.model import LinearizedForCausalLM
 from linearize.sources.limits import check_tokens, context_of, learned_positions
 
@@ -106,7 +106,7 @@ def continue_text(
             raise DataError(f"the text fills all {learned:,} positions that the model has learned; shorten it")
         sampling = replace(sampling, max_new_tokens=min(asked, learned - read))
     # An answer is a text of its own; any other goes on from the prompt.
-    before = [] if chat else [*([] if state is None else state.last.flatten().tolist()), *ids.flatten().tolist()]
+    before = [] if chat else [*([] if state is None else state.last[0].tolist()), *ids[0, -CONTEXT:].tolist()]
     stream, times = TextStream(tokenizer, decoding.stop, write, before), list[float]()
 
     def pass_on(token: torch.Tensor) -> bool:

@@ -7,7 +7,6 @@ a long prompt delays the others by a piece at a time.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -100,7 +99,7 @@ class Scheduler:
         self._head: Job | None = None  # the job whose prompt is read
         self._reading: _Row | None = None  # its row, once there is one
         self._batch = _Batch()
-        self._closed = False
+        self._closed, self._door = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="linearize-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -108,13 +107,12 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Queue a job; its `tell` is called until it has ended."""
-        if self._closed:
+        with self._door:
+            closed = self._closed
+            if not closed:
+                self._arrived.put(job)
+        if closed:
             self._end(job, error=_CLOSING)
-        else:
-            self._arrived.put(job)
-            if self._closed:  # since the question above: the thread may have seen to the queue for the last time
-                self._end_all_arrived()
-                self._arrived.put(None)  # of `stop`, which the thread may still wait for
 
     @property
     def alive(self) -> bool:
@@ -141,7 +139,8 @@ class Scheduler:
             with torch.inference_mode():
                 self._loop()
         finally:
-            self._closed = True  # also after an exception, so that no job waits for a thread that has ended
+            with self._door:  # also after an exception: no job may arrive after the last look at the queue
+                self._closed = True
             self._end_all()
 
     def _loop(self) -> None:
@@ -159,17 +158,12 @@ class Scheduler:
                 self._batch = _Batch()
 
     def _end_all(self) -> None:
+        while not self._arrived.empty():
+            if (job := self._arrived.get()) is not None:
+                self._waiting.append(job)
         for left in (*self._waiting, self._head, *(row.job for row in self._batch.rows)):
             if left is not None:
                 self._end(left, error=_CLOSING)
-        self._end_all_arrived()
-
-    def _end_all_arrived(self) -> None:
-        """End the jobs of the queue; several threads may do it, and each job ends once."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (job := self._arrived.get_nowait()) is not None:
-                    self._end(job, error=_CLOSING)
 
     def _collect(self) -> None:
         """Take in new jobs, and wait for one if there is nothing to do. Drops cancelled ones that do not write yet."""

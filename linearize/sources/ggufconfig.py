@@ -10,7 +10,6 @@ all end tokens except one. This module reads them with llama.cpp's meaning (`loa
 from __future__ import annotations
 
 import math
-import re
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -30,7 +29,7 @@ _ENDS = ("eos", "eot", "eom")
 """`tokenizer.ggml.*_token_id`: the ends of a text, a turn and a message. Generation stops at each of them."""
 
 _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-_ROTARY = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_TABLES, _OLD_TABLE = (_FREQS, _LONG, _SHORT), ".attn_rot_embd.weight"  # the old one is computed from the keys
 _SCALING = {
     "type", "factor", "attn_factor", "original_context_length", "finetuned", "yarn_ext_factor", "yarn_attn_factor",
     "yarn_beta_fast", "yarn_beta_slow",
@@ -140,7 +139,7 @@ def dropped_tensors() -> Iterator[set[str]]:
         def __contains__(self, name: object) -> bool:
             found = super().__contains__(name)
             # A tensor without a name was split and taken: experts.
-            if not found and isinstance(name, str) and not _ROTARY.fullmatch(name):
+            if not found and isinstance(name, str) and name not in _TABLES and not name.endswith(_OLD_TABLE):
                 dropped.add(name)
             return found
 

@@ -201,7 +201,8 @@ def load_model(
         keywords["quantization_config"] = _four_bits(source, DTYPES.get(dtype))
         keywords["device_map"] = {"": device or default_device()}
     model: PreTrainedModel
-    with reading(source), _from_gguf(source), dropped_tensors() as dropped:
+    watched = dropped_tensors() if source.kind == "gguf" else nullcontext(set[str]())
+    with reading(source), _from_gguf(source), watched as dropped:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             reference, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **keywords
         )

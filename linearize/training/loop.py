@@ -257,9 +257,12 @@ class StageLoop:
         if not bool(torch.isfinite(loss)):
             bad = next((n for n, one in enumerate(losses) if not bool(torch.isfinite(one))), None)
             part = parts[processes.most(bad or 0)]  # a split model's forward pass needs all processes
-            aligned = self.alignment is not None
-            again = self._aligned if aligned else lambda part: self._forward(self.model, part, counted(part.labels))
-            where = first_unsound(self.model, lambda: again(part))
+
+            def again() -> Tensor:
+                aligns = self.alignment is not None
+                return self._aligned(part) if aligns else self._forward(self.model, part, counted(part.labels))
+
+            where = first_unsound(self.model, again)
             if bad is not None:
                 found = f"the loss became {float(losses[bad])} at step {step}, first in {where}"
         elif not bool(torch.isfinite(norm)):

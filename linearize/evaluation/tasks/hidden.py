@@ -192,7 +192,7 @@ def _body(model: Any) -> Any:
 
 
 def _replaced(output: Any, states: Tensor) -> Any:
-    """What a body returned, with other hidden states."""
+    """Put other hidden states into a body's output."""
     if isinstance(output, tuple):
         return (states, *output[1:])
     return type(output)(**{**output, "last_hidden_state": states})
